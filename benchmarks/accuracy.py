@@ -1,0 +1,183 @@
+"""Accuracy of every method and every alignment of prototypes, over seeds.
+
+    python benchmarks/accuracy.py -c configs/icon100_b0_inc10.yaml --out benchmarks/results/accuracy_embedded
+    python benchmarks/accuracy.py ... --seeds 1993 --out a    # seeds side by side, then joined:
+    python benchmarks/accuracy.py --merge a.csv b.csv --out benchmarks/results/accuracy_embedded
+
+Writes OUT.csv, a row for each method and seed, and OUT.md, their mean ± standard deviation over seeds. The alignments
+differ only in prototypes, so they are all computed from the same adapters, trained once per seed; so is the ensemble,
+where adapters are trained on the frozen backbone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plora_ext.cil import metrics
+from plora_ext.cil.alignment import ALIGNMENTS, align, class_means
+from plora_ext.cil.console import ConsoleProgress
+from plora_ext.cil.engine import Images, Result, load_images, make_stream, pick_device, run
+from plora_ext.cil.methods import PLoRA, PLoRAEnsemble
+from plora_ext.cil.report import markdown_table, prepare_folder
+from plora_ext.cil.settings import MethodName, Settings
+from plora_ext.cil.stream import Task
+from plora_ext.cil.training import Trainer
+from plora_ext.cli import add_settings, settings_from
+
+BASELINES = tuple(m for m in get_args(MethodName) if not m.startswith("plora"))
+FIGURES = ("average_accuracy", "last_accuracy", "forgetting", "backward_transfer")
+FIELDS = ("method", "seed", *FIGURES, "passes", "data", "backbone", "epochs", "lr", "r", "device", "torch")
+
+
+class Ablation(PLoRA):
+    """PLoRA under every alignment, the oracle (true means of old classes) and the ensemble, from the same adapters."""
+
+    def __init__(self, trainer: Trainer, settings: Settings):
+        super().__init__(trainer, settings)
+        self.ensemble = PLoRAEnsemble(trainer, settings, self.adapters) if settings.onto == "base" else None
+        self.variants: dict[str, Tensor] = {}
+        self.seen: tuple[Tensor, Tensor] | None = None
+        self.predictions: list[dict[str, np.ndarray]] = []
+
+    def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
+        before = self.trainer.features(images)
+        self.train_and_fuse(task, images, labels)
+        after = self.trainer.features(images)
+        new, s = class_means(after, labels, len(task.classes)), self.settings
+        for name in ALIGNMENTS:
+            old = self.variants.get(name, new[:0])
+            if task.index:
+                old = align(name, old, before, after, labels, tau=s.tau, ridge=s.ridge)
+            self.variants[name] = torch.cat([old, new])
+        here = images, labels + task.classes.start
+        self.seen = (
+            here if self.seen is None else (torch.cat([self.seen[0], here[0]]), torch.cat([self.seen[1], here[1]]))
+        )
+        self.variants["oracle"] = class_means(self.trainer.features(self.seen[0]), self.seen[1], task.classes.stop)
+        if self.ensemble:
+            self.ensemble.add_prototypes(task, images, labels)
+            self.activate()
+
+    def features(self, images: Tensor) -> Tensor:
+        """[n, 1 + T, D]: the fused space, then the spaces of the adapters (without an ensemble only the first)."""
+        spaces = self.trainer.features(images)[:, None]
+        if self.ensemble:
+            spaces = torch.cat([spaces, self.ensemble.features(images)], 1)
+            self.activate()
+        return spaces
+
+    def logits(self, features: Tensor) -> Tensor:
+        logits = {f"plora, {name}": self.head(features[:, 0], means) for name, means in self.variants.items()}
+        if self.ensemble:
+            logits["plora-ensemble"] = self.ensemble.logits(features[:, 1:])
+        self.predictions.append({name: values.argmax(-1).cpu().numpy() for name, values in logits.items()})
+        return logits[f"plora, {self.settings.alignment}"]
+
+
+def ablation(settings: Settings, data: Images, progress: ConsoleProgress) -> list[dict[str, object]]:
+    """A row for each alignment and for the ensemble."""
+    made: list[Ablation] = []
+
+    def make(trainer: Trainer, settings: Settings) -> Ablation:
+        made.append(Ablation(trainer, settings))
+        return made[0]
+
+    result = run(settings, data=data, progress=progress, make=make)
+    stream, predictions = make_stream(settings, data), made[0].predictions
+    rows = []
+    for name in predictions[0]:
+        curve, matrix = [], []
+        for t, predicted in enumerate(predictions):
+            labels = np.concatenate([task.test_labels for task in stream.tasks[: t + 1]])
+            correct = (predicted[name] == labels).astype(np.float64)
+            curve.append(100 * float(correct.mean()))
+            matrix.append(metrics.task_accuracies(correct, stream.task_of_class()[labels]))
+        passes = len(stream) if name == "plora-ensemble" else 1
+        rows.append(row(name, replace(result, curve=curve, matrix=matrix, passes=passes)))
+    return rows
+
+
+def row(name: str, result: Result) -> dict[str, object]:
+    """One line of the CSV."""
+    s = result.settings
+    device = pick_device(s["device"])
+    name_of_device = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    where = {"passes": result.passes, "device": name_of_device, "torch": torch.__version__}
+    kept = {key: s[key] for key in FIELDS if key in s and key != "method"}
+    return {"method": name, **result.summary(), **kept, **where}
+
+
+def table(rows: Sequence[dict[str, object]]) -> str:
+    """The Markdown table: a line a method, mean ± standard deviation over its seeds."""
+
+    def cell(values: list[float]) -> str:
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.1f}{spread}" if values else "–"
+
+    lines = []
+    for method in dict.fromkeys(str(r["method"]) for r in rows):
+        own = [r for r in rows if r["method"] == method]
+        figures = [[float(str(r[f])) for r in own if r[f] not in (None, "")] for f in FIGURES]
+        lines.append([method, *map(cell, figures), str(own[0]["passes"]), str(len(own))])
+    return markdown_table(("Method", "Ā", "A_B", "Forgetting", "BWT", "Passes", "Seeds"), lines)
+
+
+def write(out: Path, rows: Sequence[dict[str, object]]) -> None:
+    """OUT.csv and OUT.md, each whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    for suffix, content in ((".csv", text.getvalue()), (".md", table(rows))):
+        part = out.with_name(f".{out.name}{suffix}.part")
+        part.write_text(content, encoding="utf-8")
+        os.replace(part, out.with_name(out.name + suffix))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-c", "--config", help="YAML file of settings; options override it")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1993, 1994, 1995])
+    parser.add_argument("--methods", nargs="+", choices=("plora", *BASELINES), default=["plora", *BASELINES])
+    parser.add_argument("--merge", nargs="+", metavar="CSV", help="join these instead of running")
+    parser.add_argument("--out", required=True, help="path of the results without its suffix")
+    add_settings(parser, skip=("method", "seed", "out"))
+    args = parser.parse_args()
+    out = Path(args.out)
+    prepare_folder(out.parent)
+    if args.merge:
+        rows: list[dict[str, object]] = []
+        for file in map(Path, args.merge):
+            rows += csv.DictReader(file.read_text(encoding="utf-8").splitlines())
+        write(out, sorted(rows, key=lambda r: int(str(r["seed"]))))
+        print(table(rows))
+        return
+    del args.out
+    settings = settings_from(args)
+    data, rows = load_images(settings.data), []
+    with ConsoleProgress() as progress:
+        for seed in args.seeds:
+            for method in args.methods:
+                job = replace(settings, method=method, seed=seed)
+                if method == "plora":
+                    rows += ablation(job, data, progress)
+                else:
+                    rows.append(row(method, run(job, data=data, progress=progress)))
+                write(out, rows)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+// Short checks at the C++ boundary, so that a direct call of torch.ops.plora_ext cannot read out of bounds. People meet
+// the friendlier ones of plora_ext/ops first. A message names the operator, the argument, what it must be, what came.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace plora {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+using OptInts = std::optional<std::vector<int64_t>>;
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << "]";
+  return text.str();
+}
+
+// Sizes must match; -1 accepts any. Also the same device type and index as `like`.
+inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
+                        const Tensor& like) {
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  int64_t d = 0;
+  std::ostringstream expected;
+  expected << "[";
+  for (int64_t size : sizes) {
+    if (same && size >= 0 && t.size(d) != size) same = false;
+    expected << (d ? ", " : "") << (size < 0 ? std::string("any") : std::to_string(size));
+    ++d;
+  }
+  expected << "]";
+  STD_TORCH_CHECK(same, op, ": ", name, " must have the shape ", expected.str(), ", got ", shape_of(t));
+  STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
+                  " must be on the device of the first argument");
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", torch::headeronly::toString(dtype), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+}
+
+// The type that sums are kept in: float64 for float64, else float32.
+inline ScalarType wide(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// For calls of the C shim; the macro that torch offers for this has another name in every version.
+inline void check_call(AOTITorchError error, const char* what) {
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, what, " failed");
+}
+
+inline Tensor compact(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline OptTensor compact(const OptTensor& t) { return t ? OptTensor(compact(*t)) : std::nullopt; }
+
+inline Tensor none_like(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
+
+}  // namespace plora

@@ -1,0 +1,76 @@
+// What this processor can run, and which of the instruction sets compiled from csrc/cpu/isa the kernels take.
+//
+// Plain C++ for code compiled for the baseline processor: do not include it from csrc/cpu/isa.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace plora {
+
+struct CpuFeatures {
+  bool avx2 = false, fma = false, f16c = false;
+  bool avx512f = false, avx512bw = false, avx512vl = false, avx512dq = false, avx512_bf16 = false, avx512_fp16 = false;
+  bool amx_tile = false, amx_bf16 = false, amx_int8 = false;
+  bool neon = false;
+};
+
+// A feature counts only when the operating system saves its registers too (XCR0), or using it would trap.
+inline CpuFeatures detect_cpu_features() {
+  CpuFeatures f;
+#if defined(__x86_64__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const auto bit = [](unsigned word, int n) { return ((word >> n) & 1u) != 0; };
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !bit(ecx, 27)) return f;  // OSXSAVE
+  const unsigned leaf1 = ecx;
+  unsigned xcr0 = 0, xcr0_high = 0;
+  __asm__("xgetbv" : "=a"(xcr0), "=d"(xcr0_high) : "c"(0));
+  const bool ymm = (xcr0 & 0x6) == 0x6, zmm = ymm && (xcr0 & 0xe0) == 0xe0, tiles = (xcr0 & 0x60000) == 0x60000;
+  f.fma = ymm && bit(leaf1, 12);
+  f.f16c = ymm && bit(leaf1, 29);
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return f;
+  const unsigned subleaves = eax;
+  f.avx2 = ymm && bit(ebx, 5);
+  f.avx512f = zmm && bit(ebx, 16);
+  f.avx512dq = zmm && bit(ebx, 17);
+  f.avx512bw = zmm && bit(ebx, 30);
+  f.avx512vl = zmm && bit(ebx, 31);
+  f.avx512_fp16 = zmm && bit(edx, 23);
+  f.amx_bf16 = tiles && bit(edx, 22);
+  f.amx_tile = tiles && bit(edx, 24);
+  f.amx_int8 = tiles && bit(edx, 25);
+  if (subleaves >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) f.avx512_bf16 = zmm && bit(eax, 5);
+#elif defined(__aarch64__)
+  f.neon = true;  // part of the architecture
+#endif
+  return f;
+}
+
+enum class Isa { kDefault, kAvx2, kAvx512 };
+
+inline const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "default"; }
+
+// The widest instruction set that `f` has; PLORA_CPU_ISA=default|avx2|avx512 lowers the choice (for tests), never
+// raises it.
+inline Isa choose_isa(const CpuFeatures& f, const char* wish) {
+  Isa limit = Isa::kAvx512;
+  if (wish != nullptr && std::strcmp(wish, "default") == 0) limit = Isa::kDefault;
+  if (wish != nullptr && std::strcmp(wish, "avx2") == 0) limit = Isa::kAvx2;
+  const bool avx2 = f.avx2 && f.fma && f.f16c;
+  const bool avx512 = avx2 && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq;
+  if (avx512 && limit >= Isa::kAvx512) return Isa::kAvx512;
+  if (avx2 && limit >= Isa::kAvx2) return Isa::kAvx2;
+  return Isa::kDefault;
+}
+
+inline Isa chosen_isa() {
+  static const Isa isa = choose_isa(detect_cpu_features(), std::getenv("PLORA_CPU_ISA"));
+  return isa;
+}
+
+}  // namespace plora

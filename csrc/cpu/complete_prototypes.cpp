@@ -1,0 +1,169 @@
+// complete_prototypes on the CPU: every block above the diagonal of [class, subspace] at once. Sorted by task, the keys
+// of a pair (i, j) are a suffix of the classes, and all reads touch real prototypes only, so the pairs are independent.
+
+#include <torch/csrc/stable/library.h>
+
+#include <numeric>
+
+#include "dispatch.h"
+#include "similarity.h"
+
+namespace plora::cpu {
+namespace {
+
+struct Pair {
+  int64_t i, j;  // the classes of task i get subspace j
+};
+
+// The classes sorted by task and one subspace after another, in the accumulation type.
+template <typename acc>
+struct Sorted {
+  int64_t C, T, D;
+  std::vector<int64_t> order, start;     // sorted class -> class; task t is [start[t], start[t + 1])
+  std::vector<acc> values;               // [T, C, D]
+  std::vector<Normalised<acc>> subspace;  // per subspace, all classes normalised
+  std::vector<Pair> pairs;
+
+  template <typename scalar>
+  Sorted(const scalar* W, const Tensor& prototypes, const Tensor& task_of_class, bool last)
+      : C(prototypes.size(0)), T(prototypes.size(1)), D(prototypes.size(2)), order(C), start(T + 1), values(T * C * D) {
+    const int64_t* task = data<int64_t>(task_of_class);
+    for (int64_t c = 0; c < C; ++c) {
+      STD_TORCH_CHECK(task[c] >= 0 && task[c] < T, "complete_prototypes: task_of_class must be between 0 and ", T - 1,
+                      ", got ", task[c], " for class ", c);
+      ++start[task[c] + 1];
+    }
+    std::partial_sum(start.begin(), start.end(), start.begin());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return task[a] < task[b]; });
+    subspace.reserve(T);
+    for (int64_t t = 0; t < T; ++t) {
+      for (int64_t c = 0; c < C; ++c) std::copy_n(W + (order[c] * T + t) * D, D, &values[(t * C + c) * D]);
+      subspace.emplace_back(&values[t * C * D], C, D, D);
+    }
+    for (int64_t i = 0; i < T; ++i)
+      for (int64_t j = last ? std::max(i + 1, T - 1) : i + 1; j < T; ++j)
+        if (start[i] < start[i + 1] && start[j] < C) pairs.push_back({i, j});
+  }
+
+  int64_t queries(const Pair& p) const { return start[p.i + 1] - start[p.i]; }
+  int64_t keys(const Pair& p) const { return C - start[p.j]; }
+  const acc* Q(const Pair& p) const { return &subspace[p.i].rows[start[p.i] * D]; }
+  const acc* K(const Pair& p) const { return &subspace[p.i].rows[start[p.j] * D]; }
+  const acc* V(const Pair& p) const { return &values[(p.j * C + start[p.j]) * D]; }
+};
+
+void check(const char* op, const Tensor& prototypes, const Tensor& task_of_class, double tau) {
+  STD_TORCH_CHECK(prototypes.dim() == 3, op, ": prototypes must be [C, T, D], got ", shape_of(prototypes));
+  check_shape(op, "task_of_class", task_of_class, {prototypes.size(0)}, prototypes);
+  check_dtype(op, "task_of_class", task_of_class, ScalarType::Long);
+  STD_TORCH_CHECK(tau > 0, op, ": tau must be positive, got ", tau);
+}
+
+Tensor complete_prototypes(const Tensor& prototypes_, const Tensor& task_of_class, double tau, bool last) {
+  check("complete_prototypes", prototypes_, task_of_class, tau);
+  const Tensor prototypes = compact(prototypes_);
+  const Tensor completed = torch::stable::clone(prototypes);
+  dispatch("complete_prototypes", prototypes.scalar_type(), [&](auto tag) {
+    using scalar = decltype(tag);
+    using acc = acc_type<scalar>;
+    const Sorted<acc> s(data<scalar>(prototypes), prototypes, compact(task_of_class), last);
+    scalar* to = mutable_data<scalar>(completed);
+    torch::stable::parallel_for(0, static_cast<int64_t>(s.pairs.size()), 1, [&](int64_t begin, int64_t end) {
+      std::vector<acc> block(kQueries * s.D), total(kQueries);
+      for (int64_t n = begin; n < end; ++n) {
+        const Pair& p = s.pairs[n];
+        for (int64_t i = 0; i < s.queries(p); i += kQueries) {
+          const int64_t q = std::min(kQueries, s.queries(p) - i);
+          attend(s.Q(p) + i * s.D, q, s.K(p), s.V(p), s.keys(p), s.D, s.D, static_cast<acc>(tau), block.data(),
+                 total.data());
+          for (int64_t c = 0; c < q; ++c)
+            std::copy_n(&block[c * s.D], s.D, to + (s.order[s.start[p.i] + i + c] * s.T + p.j) * s.D);
+        }
+      }
+    });
+  });
+  return completed;
+}
+
+Tensor complete_prototypes_backward(const Tensor& grad_, const Tensor& prototypes_, const Tensor& task_of_class,
+                                    double tau_, bool last) {
+  check("complete_prototypes_backward", prototypes_, task_of_class, tau_);
+  check_shape("complete_prototypes_backward", "grad", grad_,
+              {prototypes_.size(0), prototypes_.size(1), prototypes_.size(2)}, prototypes_);
+  check_dtype("complete_prototypes_backward", "grad", grad_, prototypes_.scalar_type());
+  const Tensor prototypes = compact(prototypes_), grad = compact(grad_);
+  const Tensor result = torch::stable::clone(grad);
+  dispatch("complete_prototypes_backward", prototypes.scalar_type(), [&](auto tag) {
+    using scalar = decltype(tag);
+    using acc = acc_type<scalar>;
+    const acc tau = static_cast<acc>(tau_);
+    const Sorted<acc> s(data<scalar>(prototypes), prototypes, compact(task_of_class), last);
+    const int64_t P = static_cast<int64_t>(s.pairs.size()), D = s.D;
+    const scalar* g = data<scalar>(grad);
+    std::vector<std::vector<acc>> dO(P), total(P), delta(P);
+    std::vector<acc> d_hat(s.T * s.C * D), d_values(s.T * s.C * D);  // sorted by subspace and class, like the values
+    torch::stable::parallel_for(0, P, 1, [&](int64_t begin, int64_t end) {
+      std::vector<acc> out(kQueries * D);
+      for (int64_t n = begin; n < end; ++n) {
+        const Pair& p = s.pairs[n];
+        const int64_t queries = s.queries(p);
+        dO[n].resize(queries * D), total[n].resize(queries), delta[n].resize(queries);
+        for (int64_t c = 0; c < queries; ++c)
+          std::copy_n(g + (s.order[s.start[p.i] + c] * s.T + p.j) * D, D, &dO[n][c * D]);
+        for (int64_t i = 0; i < queries; i += kQueries) {
+          const int64_t q = std::min(kQueries, queries - i);
+          attend(s.Q(p) + i * D, q, s.K(p), s.V(p), s.keys(p), D, D, tau, out.data(), &total[n][i]);
+          for (int64_t c = 0; c < q; ++c)
+            for (int64_t d = 0; d < D; ++d) delta[n][i + c] += dO[n][(i + c) * D + d] * out[c * D + d];
+        }
+      }
+    });
+    // A thread owns a subspace: first as i, for queries and keys, then as j, for values.
+    torch::stable::parallel_for(0, s.T, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = 0; n < P; ++n) {
+        const Pair& p = s.pairs[n];
+        const int64_t queries = s.queries(p), keys = s.keys(p);
+        if (p.i >= begin && p.i < end) {
+          acc* dQ = &d_hat[(p.i * s.C + s.start[p.i]) * D];
+          acc* dK = &d_hat[(p.i * s.C + s.start[p.j]) * D];
+          for (int64_t i = 0; i < queries; i += kQueries)
+            query_gradient(s.Q(p) + i * D, &dO[n][i * D], &total[n][i], &delta[n][i], std::min(kQueries, queries - i),
+                           s.K(p), s.V(p), keys, D, D, tau, dQ + i * D);
+          for (int64_t k = 0; k < keys; k += kKeys)
+            key_gradient<acc>(s.Q(p), dO[n].data(), total[n].data(), delta[n].data(), queries, s.K(p) + k * D,
+                              s.V(p) + k * D, std::min(kKeys, keys - k), D, D, tau, dK + k * D, nullptr);
+        }
+        if (p.j >= begin && p.j < end) {
+          acc* dV = &d_values[(p.j * s.C + s.start[p.j]) * D];
+          for (int64_t k = 0; k < keys; k += kKeys)
+            key_gradient<acc>(s.Q(p), dO[n].data(), total[n].data(), delta[n].data(), queries, s.K(p) + k * D,
+                              s.V(p) + k * D, std::min(kKeys, keys - k), D, D, tau, nullptr, dV + k * D);
+        }
+      }
+    });
+    // what was overwritten gets no gradient of its own; then the parts are put back in the classes' order
+    scalar* to = mutable_data<scalar>(result);
+    for (const Pair& p : s.pairs)
+      for (int64_t c = s.start[p.i]; c < s.start[p.i + 1]; ++c)
+        std::fill_n(to + (s.order[c] * s.T + p.j) * D, D, scalar(0));
+    std::vector<acc> row(s.C * D);
+    for (int64_t t = 0; t < s.T; ++t) {
+      s.subspace[t].unnormalise(&d_hat[t * s.C * D], 0, s.C, row.data());
+      for (int64_t c = 0; c < s.C; ++c) {
+        scalar* dst = to + (s.order[c] * s.T + t) * D;
+        for (int64_t d = 0; d < D; ++d)
+          dst[d] = static_cast<scalar>(static_cast<acc>(dst[d]) + row[c * D + d] + d_values[(t * s.C + c) * D + d]);
+      }
+    }
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace plora::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(plora_ext, CPU, m) {
+  m.impl("complete_prototypes", TORCH_BOX(&plora::cpu::complete_prototypes));
+  m.impl("complete_prototypes_backward", TORCH_BOX(&plora::cpu::complete_prototypes_backward));
+}

@@ -1,0 +1,55 @@
+// lora_merge on the CPU: weight + sum_t s_t B_t A_t, accumulated in float32 (float64 for float64), a block of rows of
+// the weight per task.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "../common/lora_checks.h"
+#include "dispatch.h"
+#include "gemm.h"
+
+namespace plora::cpu {
+namespace {
+
+constexpr int64_t kRows = 16;
+
+template <typename scalar, typename acc = acc_type<scalar>>
+void merge(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scaling, const OptTensor& ranks,
+           const Tensor& merged) {
+  const int64_t out = weight.size(0), in = weight.size(1), T = A.size(0), r = A.size(1);
+  std::vector<acc> wide_A(T * r * in);
+  std::copy_n(data<scalar>(A), T * r * in, wide_A.data());
+  torch::stable::parallel_for(0, (out + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<acc> sum(kRows * in), scaled_B(kRows * r);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t row = block * kRows, n = std::min(kRows, out - row);
+      std::copy_n(data<scalar>(weight) + row * in, n * in, sum.data());
+      for (int64_t t = 0; t < T; ++t) {
+        const int64_t rank = ranks ? std::clamp<int64_t>(data<int64_t>(*ranks)[t], 0, r) : r;
+        for (int64_t i = 0; i < n; ++i)
+          for (int64_t j = 0; j < rank; ++j)
+            scaled_B[i * r + j] =
+                data<acc>(scaling)[t] * static_cast<acc>(data<scalar>(B)[(t * out + row + i) * r + j]);
+        gemm<acc>().nn(n, in, rank, scaled_B.data(), r, 1, &wide_A[t * r * in], in, sum.data(), in, true);
+      }
+      std::copy_n(sum.data(), n * in, mutable_data<scalar>(merged) + row * in);
+    }
+  });
+}
+
+Tensor lora_merge(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scaling,
+                  const OptTensor& ranks) {
+  check_merge(weight, A, B, scaling, ranks);
+  const Tensor merged = torch::stable::new_empty(weight, weight.sizes());
+  dispatch("lora_merge", weight.scalar_type(), [&](auto tag) {
+    merge<decltype(tag)>(compact(weight), compact(A), compact(B), compact(scaling), compact(ranks),
+                         merged);
+  });
+  return merged;
+}
+
+}  // namespace
+}  // namespace plora::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(plora_ext, CPU, m) { m.impl("lora_merge", TORCH_BOX(&plora::cpu::lora_merge)); }

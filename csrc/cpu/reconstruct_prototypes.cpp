@@ -1,0 +1,101 @@
+// reconstruct_prototypes on the CPU: softmax(cos(old, new) / tau) values, a block of old classes per task; backward
+// once over the old classes and once over the new ones, so that no two threads add to the same row.
+
+#include <torch/csrc/stable/library.h>
+
+#include "dispatch.h"
+#include "similarity.h"
+
+namespace plora::cpu {
+namespace {
+
+void check(const char* op, const Tensor& old, const Tensor& fresh, const Tensor& values, double tau) {
+  STD_TORCH_CHECK(old.dim() == 2, op, ": old must be [Co, D], got ", shape_of(old));
+  STD_TORCH_CHECK(fresh.dim() == 2, op, ": new must be [Cn, D], got ", shape_of(fresh));
+  check_shape(op, "new", fresh, {fresh.size(0), old.size(1)}, old);
+  check_shape(op, "values", values, {fresh.size(0), -1}, old);
+  check_dtype(op, "new", fresh, old.scalar_type());
+  check_dtype(op, "values", values, old.scalar_type());
+  STD_TORCH_CHECK(tau > 0, op, ": tau must be positive, got ", tau);
+  STD_TORCH_CHECK(fresh.size(0) > 0 || old.size(0) == 0, op, ": new must hold at least one class");
+}
+
+template <typename scalar, typename acc = acc_type<scalar>>
+std::vector<acc> widened(const Tensor& t) {
+  return std::vector<acc>(data<scalar>(t), data<scalar>(t) + t.numel());
+}
+
+Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tensor& values_, double tau_) {
+  check("reconstruct_prototypes", old_, new_, values_, tau_);
+  const Tensor old = compact(old_), fresh = compact(new_), values = compact(values_);
+  const int64_t Co = old.size(0), Cn = fresh.size(0), D = old.size(1), Dv = values.size(1);
+  const Tensor out = torch::stable::new_empty(old, {Co, Dv});
+  dispatch("reconstruct_prototypes", old.scalar_type(), [&](auto tag) {
+    using scalar = decltype(tag);
+    using acc = acc_type<scalar>;
+    const acc tau = static_cast<acc>(tau_);
+    const Normalised<acc> Q(data<scalar>(old), Co, D, D), K(data<scalar>(fresh), Cn, D, D);
+    const std::vector<acc> V = widened<scalar>(values);
+    torch::stable::parallel_for(0, (Co + kQueries - 1) / kQueries, 1, [&](int64_t begin, int64_t end) {
+      std::vector<acc> block(kQueries * Dv), total(kQueries);
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t i = b * kQueries, q = std::min(kQueries, Co - i);
+        attend(&Q.rows[i * D], q, K.rows.data(), V.data(), Cn, D, Dv, tau, block.data(), total.data());
+        std::copy_n(block.data(), q * Dv, mutable_data<scalar>(out) + i * Dv);
+      }
+    });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> reconstruct_prototypes_backward(const Tensor& grad_, const Tensor& old_,
+                                                                   const Tensor& new_, const Tensor& values_,
+                                                                   double tau_) {
+  check("reconstruct_prototypes_backward", old_, new_, values_, tau_);
+  check_shape("reconstruct_prototypes_backward", "grad", grad_, {old_.size(0), values_.size(1)}, old_);
+  check_dtype("reconstruct_prototypes_backward", "grad", grad_, old_.scalar_type());
+  const Tensor grad = compact(grad_), old = compact(old_), fresh = compact(new_);
+  const Tensor values = compact(values_);
+  const int64_t Co = old.size(0), Cn = fresh.size(0), D = old.size(1), Dv = values.size(1);
+  const Tensor d_old = torch::stable::new_empty(old, old.sizes());
+  const Tensor d_new = torch::stable::new_empty(fresh, fresh.sizes());
+  const Tensor d_values = torch::stable::new_empty(values, values.sizes());
+  dispatch("reconstruct_prototypes_backward", old.scalar_type(), [&](auto tag) {
+    using scalar = decltype(tag);
+    using acc = acc_type<scalar>;
+    const acc tau = static_cast<acc>(tau_);
+    const Normalised<acc> Q(data<scalar>(old), Co, D, D), K(data<scalar>(fresh), Cn, D, D);
+    const std::vector<acc> V = widened<scalar>(values), dO = widened<scalar>(grad);
+    std::vector<acc> total(Co), delta(Co), dQ(Co * D), dK(Cn * D), dV(Cn * Dv);
+    torch::stable::parallel_for(0, (Co + kQueries - 1) / kQueries, 1, [&](int64_t begin, int64_t end) {
+      std::vector<acc> out(kQueries * Dv);
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t i = b * kQueries, q = std::min(kQueries, Co - i);
+        attend(&Q.rows[i * D], q, K.rows.data(), V.data(), Cn, D, Dv, tau, out.data(), &total[i]);
+        for (int64_t n = 0; n < q; ++n)
+          for (int64_t d = 0; d < Dv; ++d) delta[i + n] += dO[(i + n) * Dv + d] * out[n * Dv + d];
+        query_gradient(&Q.rows[i * D], &dO[i * Dv], &total[i], &delta[i], q, K.rows.data(), V.data(), Cn, D, Dv, tau,
+                       &dQ[i * D]);
+        Q.unnormalise(dQ.data(), i, i + q, mutable_data<scalar>(d_old));
+      }
+    });
+    torch::stable::parallel_for(0, (Cn + kKeys - 1) / kKeys, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t j = b * kKeys, k = std::min(kKeys, Cn - j);
+        key_gradient(Q.rows.data(), dO.data(), total.data(), delta.data(), Co, &K.rows[j * D], &V[j * Dv], k, D, Dv,
+                     tau, &dK[j * D], &dV[j * Dv]);
+        K.unnormalise(dK.data(), j, j + k, mutable_data<scalar>(d_new));
+      }
+    });
+    std::copy(dV.begin(), dV.end(), mutable_data<scalar>(d_values));
+  });
+  return {d_old, d_new, d_values};
+}
+
+}  // namespace
+}  // namespace plora::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(plora_ext, CPU, m) {
+  m.impl("reconstruct_prototypes", TORCH_BOX(&plora::cpu::reconstruct_prototypes));
+  m.impl("reconstruct_prototypes_backward", TORCH_BOX(&plora::cpu::reconstruct_prototypes_backward));
+}

@@ -1,0 +1,58 @@
+// Every operator's schema, and nothing else. The functions that people call, with their documentation, are in
+// plora_ext/ops; the kernels are in csrc/cpu and csrc/cuda under the operator's name.
+//
+// Shapes: x [M, in], ids [G] with M a multiple of G, lora_A [T, r, in], lora_B [T, out, r], scaling [T] in the
+// accumulation type, base [M, out], weight [out, in], bias [out], bias_A [T, r], bias_B [T, out], ranks [T] int64.
+// `trainable` lists the adapters whose factors get gradients (all where it is absent). The backward operators take
+// `needs`, a bit each for x, lora_A, lora_B, scaling, bias_A, bias_B, and return an empty tensor for what nobody needs.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(plora_ext, m) {
+  m.def(
+      "lora_indexed(Tensor x, Tensor ids, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? base, Tensor? weight, "
+      "Tensor? bias, Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable) -> Tensor");
+  m.def(
+      "lora_sum(Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? base, Tensor? weight, Tensor? bias, "
+      "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable) -> Tensor");
+  m.def(
+      "lora_all(Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? base, Tensor? weight, Tensor? bias, "
+      "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable) -> Tensor");
+
+  m.def(
+      "lora_indexed_(Tensor(a!) y, Tensor x, Tensor ids, Tensor lora_A, Tensor lora_B, Tensor scaling, "
+      "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu) -> ()");
+  m.def(
+      "lora_sum_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? bias_A, "
+      "Tensor? bias_B, Tensor? ranks, bool relu) -> ()");
+  m.def(
+      "lora_all_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? bias_A, "
+      "Tensor? bias_B, Tensor? ranks, bool relu) -> ()");
+
+  m.def(
+      "lora_indexed_backward(Tensor grad, Tensor x, Tensor ids, Tensor lora_A, Tensor lora_B, Tensor scaling, "
+      "Tensor? weight, Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lora_sum_backward(Tensor grad, Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight, "
+      "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lora_all_backward(Tensor grad, Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight, "
+      "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  m.def("lora_merge(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? ranks) -> Tensor");
+
+  m.def("class_sums(Tensor features, Tensor labels, int num_classes) -> (Tensor, Tensor)");
+  m.def("class_sums_(Tensor(a!) sums, Tensor(b!) counts, Tensor features, Tensor labels) -> ()");
+  m.def("reconstruct_prototypes(Tensor old, Tensor new, Tensor values, float tau) -> Tensor");
+  m.def(
+      "reconstruct_prototypes_backward(Tensor grad, Tensor old, Tensor new, Tensor values, float tau) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def("complete_prototypes(Tensor prototypes, Tensor task_of_class, float tau, bool last) -> Tensor");
+  m.def(
+      "complete_prototypes_backward(Tensor grad, Tensor prototypes, Tensor task_of_class, float tau, bool last) "
+      "-> Tensor");
+  m.def("subspace_logits(Tensor features, Tensor prototypes, Tensor weights) -> Tensor");
+}

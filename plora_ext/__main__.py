@@ -1,0 +1,7 @@
+"""`python -m plora_ext` is `plora-ext`."""
+
+import sys
+
+from plora_ext.cli import main
+
+sys.exit(main())

@@ -1,0 +1,69 @@
+"""A run on the terminal: a live table with a progress bar, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from plora_ext.cil.training import Progress
+
+COMPACT: Any = {"box": SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}  # tables fit 80 columns
+SHOWN = 10  # tasks in the live table: the latest ones
+
+
+class ConsoleProgress(Progress):
+    """Shows the accuracy after every task of every method, as it comes. Use it as a context manager."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console()
+        self._curves: dict[str, list[float]] = {}
+        self._tasks, self._method, self._start = 0, "", 0.0
+        name, count = TextColumn("{task.description}"), MofNCompleteColumn()
+        self._bar = Bar(name, BarColumn(), count, TextColumn("steps"), TimeElapsedColumn())
+        self._job = self._bar.add_task("", total=None)
+        self._live = Live(console=self.console, refresh_per_second=4, get_renderable=self._render, transient=True)
+
+    def __enter__(self) -> ConsoleProgress:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def begin(self, method: str, num_tasks: int) -> None:
+        self._method, self._tasks, self._start = method, num_tasks, time.perf_counter()
+        self._curves[method] = []
+        self._bar.reset(self._job, description=method, total=None)
+
+    def fit(self, task: int, steps: int) -> None:
+        self._bar.reset(self._job, description=f"{self._method}, task {task + 1} of {self._tasks}", total=steps)
+
+    def step(self) -> None:
+        self._bar.advance(self._job)
+
+    def task(self, task: int, accuracy: float) -> None:
+        self._curves[self._method].append(accuracy)
+        if not self.console.is_terminal:
+            seconds = time.perf_counter() - self._start
+            where = f"{self._method:<16} task {task + 1:>2} of {self._tasks}"
+            self.console.print(f"{where}   accuracy {accuracy:5.1f} %   {seconds:4.0f} s", highlight=False)
+
+    def _render(self) -> Group:
+        longest = max((len(curve) for curve in self._curves.values()), default=0)
+        first = max(0, longest - SHOWN)
+        table = Table(title="Accuracy (%) over all classes seen, after task", title_justify="left", **COMPACT)
+        table.add_column("method", no_wrap=True)
+        for task in range(first, first + SHOWN if longest > SHOWN else max(longest, 1)):
+            table.add_column(str(task + 1), justify="right")
+        for method, curve in self._curves.items():
+            table.add_row(method, *(f"{accuracy:.1f}" for accuracy in curve[first:]))
+        return Group(table, self._bar)

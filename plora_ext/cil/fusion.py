@@ -1,0 +1,61 @@
+"""Coefficients of the fused model: the weight change of a layer is the sum over tasks i of c_i s B_i A_i.
+
+The sum is exact (adapters are concatenated along their rank, never averaged factor by factor), so a fusion rule is only
+a choice of c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def coefficients(
+    rule: str,
+    num_tasks: int,
+    *,
+    task_means: Tensor | None = None,
+    tau: float = 0.1,
+    magnitudes: Tensor | None = None,
+) -> Tensor:
+    """Coefficients c of `num_tasks` adapters by `rule`; float32 [num_tasks].
+
+    - mean: c_i = 1 / T.
+    - sum: c_i = 1.
+    - similarity: c = softmax_i(cos(m_T, m_i) / tau), with m_i the mean feature of task i under the frozen backbone,
+      the one space in which the means of all tasks can be compared (the similarity mixture of MIN, NeurIPS 2025).
+    - learned: c = `magnitudes`, trained beside the newest adapter while the older ones are reduced to directions
+      (SD-LoRA, ICLR 2025).
+
+    Args:
+        task_means: [num_tasks, D], the newest last; for similarity.
+        magnitudes: [num_tasks]; for learned.
+
+    Raises:
+        ValueError: An unknown rule, or one whose own input is missing or of another length.
+    """
+    if rule == "mean":
+        return torch.full((num_tasks,), 1 / num_tasks)
+    if rule == "sum":
+        return torch.ones(num_tasks)
+    needed = {"similarity": task_means, "learned": magnitudes}
+    if rule not in needed:
+        raise ValueError(f"rule must be mean, sum, similarity or learned, got {rule!r}")
+    given = needed[rule]
+    if given is None or len(given) != num_tasks:
+        what = {"similarity": "task_means", "learned": "magnitudes"}[rule]
+        came = None if given is None else len(given)
+        raise ValueError(f"fusion {rule!r} needs {what} of {num_tasks} tasks, got {came}")
+    if rule == "similarity":
+        return torch.softmax(F.cosine_similarity(given[-1:].float(), given.float()) / tau, dim=0)
+    return given
+
+
+@torch.no_grad()
+def to_directions(parameters: Sequence[nn.Parameter]) -> None:
+    """Scales the A and the B of every layer to Frobenius norm 1, in place: SD-LoRA keeps only their direction."""
+    for parameter in parameters:
+        parameter.div_(parameter.norm().clamp_min(torch.finfo(parameter.dtype).tiny))

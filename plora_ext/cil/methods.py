@@ -1,0 +1,229 @@
+"""The methods: PLoRA in its fused and its ensemble form, and the baselines it is measured against.
+
+All classify by cosine to class prototypes and train an adapter with the same loop, so a comparison differs only in what
+the methods are about: which adapters exist, which are active, and what becomes of old prototypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plora_ext import ops
+from plora_ext.cil import fusion
+from plora_ext.cil.alignment import align, class_means
+from plora_ext.cil.settings import Settings
+from plora_ext.cil.stream import Task
+from plora_ext.cil.training import Trainer
+from plora_ext.nn import Adapters, CosineHead, SubspaceHead, inject
+
+
+class Method:
+    """Frozen features and nearest class means: what every method here starts from.
+
+    Attributes:
+        prototypes: One row per class seen, in the class order.
+        space: Changes whenever the features of an image do, so that features can be kept while it does not.
+        passes: Forward passes of the backbone that one prediction takes.
+    """
+
+    def __init__(self, trainer: Trainer, settings: Settings):
+        self.trainer, self.settings = trainer, settings
+        self.prototypes: Tensor | None = None
+        self.head = CosineHead(settings.scale).to(trainer.device)
+        self.space = 0
+        self.passes = 1
+
+    def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
+        """Learns a task.
+
+        Args:
+            images: Its training images, normalised float32 [n, 3, H, W].
+            labels: int64 [n], counted from 0 within the task.
+        """
+        raise NotImplementedError
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features of images [n, 3, H, W] in the current space; [n, D], or [n, T, D] for an ensemble."""
+        return self.trainer.features(images)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits [n, classes seen] of features in the current space."""
+        assert self.prototypes is not None, "learn a task first"
+        return self.head(features, self.prototypes)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits [n, classes seen] of images."""
+        return self.logits(self.features(images))
+
+    def _append(self, old: Tensor | None, new: Tensor) -> None:
+        self.prototypes = new if old is None else torch.cat([old, new])
+
+    def _append_means(self, task: Task, images: Tensor, labels: Tensor) -> None:
+        with self.trainer.phases("prototypes"):
+            self._append(self.prototypes, class_means(self.features(images), labels, len(task.classes)))
+
+
+class SimpleCIL(Method):
+    """`simplecil`: the frozen backbone's class means."""
+
+    def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
+        self._append_means(task, images, labels)
+
+
+class _Adapted(Method):
+    """A method with adapters, those given or new ones in the trainer's model."""
+
+    def __init__(self, trainer: Trainer, settings: Settings, adapters: Adapters | None = None):
+        super().__init__(trainer, settings)
+        s = settings
+        self.adapters = adapters or inject(trainer.model, s.target_modules, s.r, s.lora_alpha, s.lora_dropout)
+
+    def _fit(self, task: Task, images: Tensor, labels: Tensor, extra: tuple[Tensor, ...] = ()) -> None:
+        parameters = [*self.adapters.parameters(self.adapters.names[-1]), *extra]
+        with self.trainer.phases("train"):
+            self.trainer.fit(task.index, parameters, images, labels, len(task.classes))
+
+    def _add_adapter(self, task: Task) -> str:
+        name = f"task{task.index}"
+        self.adapters.add_adapter(name, init_from="task0" if task.index and self.settings.init == "first" else None)
+        return name
+
+
+class LoRASequential(_Adapted):
+    """`lora-sequential`: one adapter, trained on and on; prototypes stay as they were when their class was new."""
+
+    def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
+        if task.index == 0:
+            self.adapters.set_adapter(self._add_adapter(task))
+        self._fit(task, images, labels)
+        self.space = task.index
+        self._append_means(task, images, labels)
+
+
+class LoRAFirst(_Adapted):
+    """`lora-first`: an adapter trained on the first task only, class means from then on (APER with LoRA)."""
+
+    def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
+        if task.index == 0:
+            self.adapters.set_adapter(self._add_adapter(task))
+            self._fit(task, images, labels)
+        self._append_means(task, images, labels)
+
+
+class Joint(LoRAFirst):
+    """`joint`: all classes at once as a single task, the upper bound; the engine hands it that task."""
+
+
+class PLoRA(_Adapted):
+    """`plora`: an adapter per task, fused into one model, and old prototypes aligned to every new fusion."""
+
+    def __init__(self, trainer: Trainer, settings: Settings, adapters: Adapters | None = None):
+        super().__init__(trainer, settings, adapters)
+        self.task_means: list[Tensor] = []  # of fusion: similarity
+        self.coefficients = torch.empty(0)
+
+    def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
+        before = None
+        if task.index:
+            with self.trainer.phases("prototypes"):
+                before = self.features(images)
+        self.train_and_fuse(task, images, labels)
+        with self.trainer.phases("prototypes"):
+            after = self.features(images)
+            new = class_means(after, labels, len(task.classes))
+        old = self.prototypes
+        if old is not None and before is not None:
+            with self.trainer.phases("align"):
+                old = self.align(old, before, after, labels)
+        self._append(old, new)
+
+    def align(self, old: Tensor, before: Tensor, after: Tensor, labels: Tensor) -> Tensor:
+        """Old prototypes in the new fused space, from the new task's features before and after."""
+        s = self.settings
+        return align(s.alignment, old, before, after, labels, tau=s.tau, ridge=s.ridge)
+
+    def train_and_fuse(self, task: Task, images: Tensor, labels: Tensor) -> None:
+        """Trains the task's adapter, alone or beside the others, and fuses all of them."""
+        s = self.settings
+        if s.fusion == "similarity":
+            with self.trainer.phases("prototypes"), self.adapters.disabled():
+                self.task_means.append(self.features(images).mean(0))
+        older = list(self.adapters.names)
+        name = self._add_adapter(task)
+        if s.fusion == "learned":
+            for previous in older[-1:]:  # the ones before it are directions already
+                fusion.to_directions(self.adapters.parameters(previous))
+            # 0.8 is where SD-LoRA starts its magnitudes.
+            magnitudes = torch.full((len(older) + 1,), 0.8, device=self.trainer.device, requires_grad=True)
+            self.adapters.set_adapter([*older, name], magnitudes)
+            self._fit(task, images, labels, (magnitudes,))
+            self.coefficients = fusion.coefficients("learned", len(older) + 1, magnitudes=magnitudes.detach())
+        else:
+            means = torch.stack(self.task_means) if self.task_means else None
+            self.coefficients = fusion.coefficients(s.fusion, len(older) + 1, task_means=means, tau=s.fusion_tau)
+            if s.onto == "base":
+                self.adapters.set_adapter(name)
+            else:
+                self.adapters.set_adapter([*older, name], self.coefficients)
+            self._fit(task, images, labels)
+        self.space = task.index
+        self.activate()
+
+    def activate(self) -> None:
+        """Makes the fused model the active one."""
+        self.adapters.set_adapter(self.adapters.names, self.coefficients)
+
+
+class PLoRAEnsemble(_Adapted):
+    """`plora-ensemble`: every adapter keeps its own feature space (EASE, CVPR 2024, with LoRA); T forward passes.
+
+    Prototypes are [C, T, D]. Those of a class in the spaces of later tasks' adapters are completed from later classes.
+    """
+
+    def __init__(self, trainer: Trainer, settings: Settings, adapters: Adapters | None = None):
+        super().__init__(trainer, settings, adapters)
+        self.subspaces = SubspaceHead(settings.ensemble_alpha).to(trainer.device)
+
+    def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
+        self.adapters.set_adapter(self._add_adapter(task))
+        self._fit(task, images, labels)
+        self.add_prototypes(task, images, labels)
+
+    def add_prototypes(self, task: Task, images: Tensor, labels: Tensor) -> None:
+        """Means of the task's classes in every space, then what the older classes lack in the newest one."""
+        with self.trainer.phases("prototypes"):
+            spaces = self.features(images).unbind(1)
+            new = torch.stack([class_means(space, labels, len(task.classes)) for space in spaces], 1)
+        with self.trainer.phases("align"):
+            newest = torch.full((len(new),), task.index, device=new.device)
+            self.subspaces.assign(torch.cat([self.subspaces.task_of_class, newest]))
+            old = new[:0] if self.prototypes is None else F.pad(self.prototypes, (0, 0, 0, 1))  # the newest is empty
+            self.prototypes = ops.complete_prototypes(
+                torch.cat([old, new]), self.subspaces.task_of_class, tau=self.settings.ensemble_tau, mode="reset"
+            )
+        self.space, self.passes = task.index, task.index + 1
+
+    def features(self, images: Tensor) -> Tensor:
+        spaces = []
+        for name in self.adapters.names:
+            self.adapters.set_adapter(name)
+            spaces.append(self.trainer.features(images))
+        return torch.stack(spaces, 1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        assert self.prototypes is not None, "learn a task first"
+        return self.subspaces(features, self.prototypes)
+
+
+METHODS: dict[str, Callable[[Trainer, Settings], Method]] = {
+    "plora": PLoRA,
+    "plora-ensemble": PLoRAEnsemble,
+    "simplecil": SimpleCIL,
+    "lora-sequential": LoRASequential,
+    "lora-first": LoRAFirst,
+    "joint": Joint,
+}

@@ -1,0 +1,189 @@
+"""Every setting of a run, in one flat dataclass: defaults, YAML file and command line agree by construction.
+
+The defaults are those of the embedded benchmark (Icon-100, B0 Inc10); a YAML file overrides them and the command line
+overrides both. Unknown names and values are refused with the closest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+MethodName = Literal["plora", "plora-ensemble", "simplecil", "lora-sequential", "lora-first", "joint"]
+
+
+def _setting(default: Any, text: str) -> Any:
+    """A dataclass field with its help text (lists are copied for every instance)."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Settings:
+    """The settings of one run.
+
+    Raises:
+        ValueError: A value of the wrong type, outside its range, not among its choices, or at odds with another.
+    """
+
+    method: MethodName = _setting("plora", "what learns")
+    data: str = _setting("icon100", "icon100, or an .npz file of train_images, train_labels, test_images, test_labels")
+    backbone: str = _setting("embedded", "the frozen backbone, as plora_ext.data.create_backbone names it")
+    weights: str | None = _setting(None, ".safetensors file of the backbone (null: its own)")
+    out: str = _setting("plora-run", "folder that receives metrics, pictures and the resolved settings")
+
+    init_cls: int = _setting(0, "classes of the first task (0: as many as increment)")
+    increment: int = _setting(10, "classes of every later task")
+    seed: int = _setting(1993, "seed of the class order and of training")
+    class_order: list[int] | str | None = _setting(None, 'null: drawn from the seed; "none": by label; or a list')
+    tasks: list[list[int]] | None = _setting(None, "the classes of every task, spelled out")
+
+    target_modules: list[str] = _setting(["qkv", "proj"], "linear layers that get adapters (q, k, v: slices of qkv)")
+    r: int = _setting(16, "rank of an adapter")
+    lora_alpha: float | None = _setting(None, "adapters are scaled by lora_alpha / r (null: r)")
+    lora_dropout: float = _setting(0.0, "dropout before an adapter")
+    onto: Literal["base", "fused"] | None = _setting(
+        None, "train a new adapter on the frozen backbone or on the fused model (null: base, or what fusion needs)"
+    )
+    init: Literal["first", "fresh"] | None = _setting(
+        None, "start a new adapter from task 0's or from nothing (null: first on base, fresh on fused)"
+    )
+
+    fusion: Literal["mean", "sum", "similarity", "learned"] = _setting("mean", "rule of the adapters' coefficients")
+    fusion_tau: float = _setting(0.1, "temperature of fusion: similarity")
+    alignment: Literal["none", "complement", "shift", "sdc", "ridge", "semantic"] = _setting(
+        "semantic", "how old prototypes follow the fused model"
+    )
+    tau: float = _setting(0.05, "temperature of the similarities between prototypes in the alignment")
+    ridge: float = _setting(0.1, "ridge strength of the drift map, relative to the mean of diag(F'F)")
+    ensemble_tau: float = _setting(0.1, "temperature of plora-ensemble's completion of prototypes")
+    ensemble_alpha: float = _setting(1.0, "weight of the other tasks' subspaces in plora-ensemble")
+
+    epochs: int = _setting(3, "passes over the images of a task")
+    batch_size: int = _setting(32, "images per step")
+    optimizer: Literal["sgd", "adamw"] = _setting("adamw", "SGD with momentum 0.9, or AdamW")
+    lr: float = _setting(2e-3, "learning rate at the start; it falls to zero along a cosine")
+    weight_decay: float = _setting(0.0, "weight decay of the adapters")
+    scale: float = _setting(16.0, "scale of the cosine logits while training")
+    augment: bool = _setting(True, "augment training images")
+
+    eval_batch_size: int = _setting(256, "images per pass when no gradient is needed")
+    device: str = _setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    amp: Literal["none", "bfloat16"] = _setting("none", "autocast to this dtype")
+
+    def __post_init__(self) -> None:
+        for name, kind in _types().items():
+            setattr(self, name, _checked(name, getattr(self, name), kind))
+        for name in ("increment", "r", "epochs", "batch_size", "eval_batch_size"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("fusion_tau", "tau", "ensemble_tau", "lr", "scale"):
+            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        for name in ("init_cls", "ridge", "ensemble_alpha", "weight_decay", "seed"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
+        if self.onto is None:
+            self.onto = "fused" if self.fusion == "learned" else "base"
+        if self.init is None:
+            self.init = "first" if self.onto == "base" else "fresh"
+        if self.fusion == "learned" and self.onto == "base":
+            raise ValueError("fusion 'learned' trains its coefficients beside the new adapter: it needs onto 'fused'")
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
+        """Defaults, then the YAML file at `path`, then `overrides`.
+
+        Raises:
+            ValueError: The file is no mapping, or names a setting or value that does not exist.
+            OSError: The file cannot be read.
+        """
+        values: dict[str, Any] = {}
+        if path is not None:
+            try:
+                loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+            if not isinstance(loaded, Mapping | None):
+                raise ValueError(f"{path} must hold `setting: value` lines, got {type(loaded).__name__}")
+            values.update(loaded or {})
+        values.update(overrides or {})
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"unknown setting {name!r}{closest(name, known)}")
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values, in the order of this file."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        """The settings as a YAML file that `load` reads back."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, default_flow_style=None)
+
+
+def closest(name: object, known: Iterable[object]) -> str:
+    """The end of an error about an unknown name: "; did you mean 'semantic'? (one of ...)"."""
+    choices = [str(k) for k in known]
+    near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.4)
+    listed = f" (one of: {', '.join(choices)})" if len(choices) < 10 or not near else ""
+    return (f"; did you mean {near[0]!r}?" if near else "") + listed
+
+
+def parse(name: str, text: str) -> Any:
+    """The value of setting `name` written as `text` on a command line; a list may be written with commas."""
+    kind = _types()[name]
+    wants_list = any(get_origin(k) is list for k in _members(kind))
+    if str in _members(kind) and not (wants_list and "," in text):
+        return None if text == "null" and type(None) in _members(kind) else text
+    try:
+        value = yaml.safe_load(f"[{text}]" if wants_list and not text.startswith("[") and text != "null" else text)
+    except yaml.YAMLError:
+        value = text
+    return value
+
+
+def _types() -> dict[str, Any]:
+    return get_type_hints(Settings)
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """`value` as the type of setting `name`; YAML reads 1e-3 as text, so text that spells a number is one."""
+    for member in _members(kind):
+        if get_origin(member) is Literal:
+            choices = get_args(member)
+            if value in choices:
+                return value
+            if not (value is None and type(None) in _members(kind)):
+                raise ValueError(f"unknown {name} {value!r}{closest(value, choices)}")
+        elif get_origin(member) is list:
+            if isinstance(value, list | tuple):
+                return [_checked(name, item, get_args(member)[0]) for item in value]
+        elif member is float and not isinstance(value, bool):
+            with suppress(TypeError, ValueError):
+                return float(value)
+        elif isinstance(value, member) and not (member is int and isinstance(value, bool)):
+            return value
+    return _fail(name, kind, value)
+
+
+def _fail(name: str, kind: Any, value: Any) -> Any:
+    words = [getattr(m, "__name__", str(m)) if get_origin(m) is None else str(m) for m in _members(kind)]
+    wanted = " or ".join("null" if word == "NoneType" else word for word in words)
+    raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _require(holds: bool, name: str, wanted: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")

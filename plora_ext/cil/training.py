@@ -1,0 +1,145 @@
+"""Trains one task and reads features: everything that runs the model batch by batch, with the clock beside it."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plora_ext.cil.settings import Settings
+from plora_ext.data import random_affine
+
+
+class Progress:
+    """Listens to a run; this one says nothing. The command line has one that draws (plora_ext.cil.console)."""
+
+    def begin(self, method: str, num_tasks: int) -> None:
+        """A method starts."""
+
+    def fit(self, task: int, steps: int) -> None:
+        """Training on a task starts and will take so many steps."""
+
+    def step(self) -> None:
+        """A training step is done."""
+
+    def task(self, task: int, accuracy: float) -> None:
+        """A task is learned; accuracy is over all classes seen, in percent."""
+
+
+class Phases:
+    """Seconds and peak memory of each phase of a run.
+
+    Memory is the device's allocation peak on CUDA and the resident set of the process elsewhere (where the system can
+    reset its high-water mark, Linux, the peak is the phase's own; otherwise it is the process's so far).
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.peak_mb: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        start = time.perf_counter()
+        yield
+        if cuda:
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else _resident_peak_mb()
+        self.peak_mb[name] = max(self.peak_mb.get(name, 0.0), peak)
+
+
+def _resident_peak_mb() -> float:
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class Trainer:
+    """Fits adapters of one model to one task at a time and extracts features with it.
+
+    Args:
+        model: Maps images [B, 3, H, W] to features [B, D]; on `device`.
+        settings: The run's settings.
+        device: Where the model and the images are.
+        progress: Told of every step.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, device: torch.device, progress: Progress | None = None):
+        self.model, self.settings, self.device = model, settings, device
+        self.progress = progress or Progress()
+        self.phases = Phases(device)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        amp = self.settings.amp != "none"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
+            features = self.model(images)
+        return features.float()
+
+    def fit(self, task: int, parameters: Sequence[Tensor], images: Tensor, labels: Tensor, num_classes: int) -> None:
+        """Trains `parameters` by cross-entropy of a cosine classifier over the task's own classes.
+
+        The classifier, a direction per class, lives for this call only. Its logits are scale * cos(feature, direction).
+
+        Args:
+            images: Normalised float32 [n, 3, H, W] on the device.
+            labels: int64 [n] in 0 ... num_classes - 1.
+
+        Raises:
+            FloatingPointError: The loss is not finite (names task, epoch and step), or the last step left such weights.
+        """
+        s = self.settings
+        directions = nn.Parameter(torch.randn(num_classes, self.features(images[:1]).shape[1], device=self.device))
+        groups = [
+            {"params": list(parameters), "weight_decay": s.weight_decay},
+            {"params": [directions], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, s.lr) if s.optimizer == "adamw" else torch.optim.SGD(groups, s.lr, 0.9)
+        steps = math.ceil(len(images) / s.batch_size)
+        losses = torch.zeros(steps, device=self.device)
+        self.progress.fit(task, steps * s.epochs)
+        self.model.train()
+        for epoch in range(s.epochs):
+            order = torch.randperm(len(images)).to(self.device)
+            for step, rows in enumerate(order.split(s.batch_size)):
+                done = (epoch * steps + step) / (steps * s.epochs)
+                for group in optimizer.param_groups:
+                    group["lr"] = s.lr * (1 + math.cos(math.pi * done)) / 2
+                batch = random_affine(images[rows]) if s.augment else images[rows]
+                cosines = F.linear(F.normalize(self._forward(batch)), F.normalize(directions))
+                loss = F.cross_entropy(s.scale * cosines, labels[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses[step] = loss.detach()
+                self.progress.step()
+            # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
+            bad = (~losses.isfinite()).nonzero()
+            if len(bad):
+                where = f"task {task}, epoch {epoch}, step {int(bad[0])}"
+                raise FloatingPointError(f"the loss is {losses[bad[0]].item()} at {where}; try a smaller lr")
+        if not torch.stack([p.detach().norm() for p in parameters]).isfinite().all():
+            raise FloatingPointError(f"the weights are not finite after the last step of task {task}; try a smaller lr")
+        self.model.eval()
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Features float32 [n, D] of normalised images [n, 3, H, W], without augmentation."""
+        self.model.eval()
+        return torch.cat([self._forward(batch) for batch in images.split(self.settings.eval_batch_size)])

@@ -1,0 +1,142 @@
+"""The command line: `plora-ext demo | train | report | info`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import NoReturn, get_args, get_type_hints
+
+from plora_ext.cil.settings import MethodName, Settings, closest, parse
+
+DEMO_METHODS: tuple[MethodName, ...] = ("simplecil", "lora-sequential", "plora")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, 2 after an error of the user's, 130 after Ctrl-C."""
+    words = sys.argv[1:] if arguments is None else arguments
+    args, unknown = _parser().parse_known_args([_hyphens(word) for word in words])
+    try:
+        if unknown:
+            flags = [option for option in args.options if option.startswith("--")]
+            known = closest(unknown[0].split("=")[0], flags) if unknown[0].startswith("-") else ""
+            raise ValueError(f"unknown argument {unknown[0]!r}{known}")
+        args.command(args)
+    except KeyboardInterrupt:
+        print("interrupted: results of finished methods are kept, nothing else was written", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if args.debug:
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def demo(args: argparse.Namespace) -> None:
+    """PLoRA beside two baselines on the embedded benchmark."""
+    settings = settings_from(args, out="plora-demo")
+    _run([replace(settings, method=method) for method in DEMO_METHODS], settings)
+
+
+def train(args: argparse.Namespace) -> None:
+    """One method, as the settings say."""
+    settings = settings_from(args)
+    _run([settings], settings)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Compares finished runs."""
+    from rich.console import Console
+
+    from plora_ext.cil import report as reports
+
+    results = [result for run in args.runs for result in reports.load_results(run)]
+    folder = reports.prepare_folder(args.out)
+    reports.write_folder(folder, results)
+    Console().print(reports.comparison_table(results))
+    print(f"written to {folder}: metrics.json, accuracy.png, task_matrix.png")
+
+
+def info(args: argparse.Namespace) -> None:
+    """What is installed, and why whatever is missing is missing."""
+    from plora_ext.info import main as print_info
+
+    print_info()
+
+
+def _run(jobs: Sequence[Settings], shown: Settings) -> None:
+    from plora_ext.cil import report as reports
+    from plora_ext.cil.console import ConsoleProgress
+    from plora_ext.cil.engine import Result, load_images, run
+
+    folder = reports.prepare_folder(shown.out)
+    data = load_images(shown.data)
+    results: list[Result] = []
+    with ConsoleProgress() as progress:
+        for job in jobs:
+            results.append(run(job, data=data, progress=progress))
+            reports.write_folder(folder, results, shown.to_yaml())
+    progress.console.print(reports.comparison_table(results))
+    print(f"written to {folder}: metrics.json, accuracy.png, task_matrix.png, settings.yaml")
+
+
+def settings_from(args: argparse.Namespace, **defaults: str) -> Settings:
+    """The settings that a parser with `add_settings` has read: defaults, then the file, then the options."""
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
+    overrides = {name: parse(name, text) for name, text in given.items()}
+    config = getattr(args, "config", None)
+    return Settings.load(config, {**({} if config else defaults), **overrides})
+
+
+def _hyphens(word: str) -> str:
+    """--weight_decay=0 as --weight-decay=0, so that settings may be written as they are in YAML."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def _parser() -> argparse.ArgumentParser:
+    from plora_ext import __version__
+
+    parser = _Parser(prog="plora-ext", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"plora-ext {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="demo | train | report | info", parser_class=_Parser)
+
+    def command(function, **keywords) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+        added = commands.add_parser(
+            function.__name__, help=function.__doc__, description=function.__doc__, allow_abbrev=False, **keywords
+        )
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        added.set_defaults(command=function, options=added._option_string_actions)
+        return added
+
+    add_settings(command(demo), skip=("method",))
+    trainer = command(train)
+    trainer.add_argument("-c", "--config", metavar="FILE", help="YAML file of settings; options override it")
+    add_settings(trainer)
+    reporter = command(report)
+    reporter.add_argument("runs", nargs="+", metavar="RUN", help="a folder that demo or train wrote")
+    reporter.add_argument("--out", default="plora-report", help="folder for the comparison (default: plora-report)")
+    command(info)
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, skip: Sequence[str] = ()) -> None:
+    """Adds an option for every setting."""
+    hints, defaults = get_type_hints(Settings), Settings()
+    group = parser.add_argument_group("settings")
+    for f in fields(Settings):
+        if f.name in skip:
+            continue
+        choices = [str(c) for c in get_args(hints[f.name]) if isinstance(c, str)]
+        text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+        text = f"{text} (default: {getattr(defaults, f.name)})"
+        group.add_argument(f"--{f.name.replace('_', '-')}", dest=f.name, metavar="VALUE", help=text)

@@ -1,0 +1,482 @@
+"""Put multi-adapter linear layers into a model, and one handle on all of them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from plora_ext import ops
+from plora_ext.nn.linear import MultiLoRALinear, is_plain_linear
+
+__all__ = ["BASE", "Adapters", "inject"]
+
+BASE = "__base__"  # PEFT's name for "no adapter" among adapter_names
+
+
+def inject(
+    model: nn.Module,
+    target_modules: str | Sequence[str] = ("qkv", "proj"),
+    r: int = 16,
+    lora_alpha: float | None = None,
+    lora_dropout: float = 0.0,
+) -> Adapters:
+    """Replace linear layers of `model` by `MultiLoRALinear`, in place, and freeze the whole model.
+
+    Args:
+        model: any torch model; its parameters stop training (only adapters train from here on).
+        target_modules: which layers, matched as PEFT does: a list of names, each of which a module's full name equals
+            or ends with after a dot (`"qkv"` matches `blocks.0.attn.qkv`), or one regular expression for the full
+            name. Where the model has no module of that name, `"q"`, `"k"` and `"v"` choose row slices of fused
+            `qkv` layers (rows in the order q, k, v, as in timm), each with an A and a B of its own. Modules other
+            than linear ones that share a name (`patch_embed.proj`, a convolution) are left alone.
+        r: default rank of the adapters.
+        lora_alpha: default alpha, the scale being alpha / r; `None` means alpha = r.
+        lora_dropout: dropout before the adapters in training.
+
+    Returns:
+        A handle on the adapters. No adapter exists yet: add one with `Adapters.add_adapter`.
+
+    Raises:
+        ValueError: a target matches no linear layer, a layer cannot be adapted, r does not fit it, or alpha or the
+            dropout is out of range.
+    """
+    if any(isinstance(module, MultiLoRALinear) for module in model.modules()):
+        raise ValueError("model already carries adapters: take hold of them with Adapters(model)")
+    _check_alpha(lora_alpha)
+    targets = _find_targets(model, target_modules)
+    for name, rows in targets.items():
+        layer = _linear_at(model, name)
+        _refuse_unsupported(model, name, layer)
+        _check_rank(r, name, layer.in_features, rows or {"": (0, layer.out_features)})
+    # A module may be reachable under several names: it is wrapped once and replaced everywhere.
+    wrapped: dict[nn.Module, MultiLoRALinear] = {}
+    for name, rows in targets.items():
+        layer = _linear_at(model, name)
+        if layer not in wrapped:
+            wrapped[layer] = MultiLoRALinear(layer, rows, lora_dropout).train(layer.training)
+        _replace(model, name, wrapped[layer])
+    model.requires_grad_(False)
+    return Adapters(model, r=r, lora_alpha=lora_alpha)
+
+
+class Adapters:
+    """A handle on the adapters of every `MultiLoRALinear` in a model.
+
+    The state (factors, active set, coefficients) lives in the layers, so a handle can be made anew at any time, for
+    example on a deep copy: `Adapters(copy.deepcopy(model))`.
+
+    Args:
+        model: a model that `inject` has changed.
+        r: default rank for `add_adapter`.
+        lora_alpha: default alpha; `None` means alpha = r.
+
+    Attributes:
+        model: the model.
+        layers: the adapted layers by module name.
+    """
+
+    def __init__(self, model: nn.Module, r: int = 16, lora_alpha: float | None = None) -> None:
+        self.model, self.r, self.lora_alpha = model, r, lora_alpha
+        self.layers: dict[str, MultiLoRALinear] = {
+            name: module for name, module in model.named_modules() if isinstance(module, MultiLoRALinear)
+        }
+        if not self.layers:
+            raise ValueError("model carries no adapters: call inject(model, target_modules) first")
+
+    def __repr__(self) -> str:
+        return f"Adapters(names={self.names}, active={self.active}, layers={len(self.layers)})"
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adapters in the order in which they were added; id i of `batch` is `names[i]`."""
+        return self._first.adapter_names
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the active set."""
+        return self._first.active_adapters
+
+    @property
+    def _first(self) -> MultiLoRALinear:
+        if not self.layers:
+            raise RuntimeError("these adapters were unloaded: inject the model again")
+        return next(iter(self.layers.values()))
+
+    # ------------------------------------------------------------------ adding and choosing
+
+    def add_adapter(
+        self, name: str, init_from: str | None = None, r: int | None = None, lora_alpha: float | None = None
+    ) -> None:
+        """Add an adapter to every layer, make it the active one, and let it alone train.
+
+        Args:
+            name: a new name without dots.
+            init_from: start from a copy of this adapter's A and B. Without it A is Kaiming-uniform (a = sqrt(5)) and B
+                zero, so that the new adapter changes nothing yet.
+            r: rank, default that of `inject` or of `init_from`.
+            lora_alpha: alpha, default that of `inject` or of `init_from`.
+
+        Raises:
+            ValueError: the name is taken or not usable, r does not fit a layer or `init_from`, or alpha is not > 0.
+            KeyError: `init_from` is unknown.
+        """
+        self._require_unmerged()
+        self.check_new(name)
+        _check_alpha(lora_alpha)
+        if init_from is not None:
+            self._check_known(init_from)
+        plans = {}
+        for key, layer in self.layers.items():
+            if init_from is None:
+                rank = self.r if r is None else r
+                default = rank if self.lora_alpha is None else self.lora_alpha
+                _check_rank(rank, key, layer.in_features, layer.slices or {"": (0, layer.out_features)})
+            else:
+                rank, default = layer.r[init_from], layer.lora_alpha[init_from]
+                if r not in (None, rank):
+                    raise ValueError(
+                        f"r must be {rank}, that of adapter {init_from!r} (init_from) in layer {key!r}, got {r}: "
+                        "leave r out, or init_from"
+                    )
+            plans[key] = rank, default if lora_alpha is None else lora_alpha
+        for key, layer in self.layers.items():
+            rank, alpha = plans[key]
+            pairs = layer.init_factors(rank) if init_from is None else layer.pairs(init_from)
+            layer.add_adapter(name, pairs, alpha)
+        self.set_adapter(name)
+        self.train_adapter(name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter; it leaves the active set first, with its coefficient.
+
+        Raises:
+            KeyError: the name is unknown.
+        """
+        self._require_unmerged()
+        self._check_known(name)
+        keep = [i for i, other in enumerate(self.active) if other != name]
+        for layer in self.layers.values():
+            coeff = layer._coefficients
+            layer.set_adapter([layer._active[i] for i in keep], None if coeff is None else coeff[keep])
+            layer.delete_adapter(name)
+
+    def set_adapter(
+        self, names: str | Sequence[str] | None, coefficients: Tensor | Sequence[float] | None = None
+    ) -> None:
+        """Choose the active set: y = base + sum_i c_i s_i B_i A_i x.
+
+        Args:
+            names: one name, several, or `None` for the base model alone.
+            coefficients: c, one for each name, default ones. A tensor may require grad: gradients then reach it through
+                every layer. What trains is not changed here (`train_adapter`).
+
+        Raises:
+            KeyError: a name is unknown.
+            ValueError: a name occurs twice, or the number of coefficients is wrong.
+        """
+        self._require_unmerged()
+        chosen = self._as_names(names)
+        coeff = self._as_coefficients(chosen, coefficients)
+        for layer in self.layers.values():
+            layer.set_adapter(chosen, coeff)
+
+    def train_adapter(self, name: str | Sequence[str] | None) -> None:
+        """Let the named adapters train and freeze all others; `None` freezes all.
+
+        Raises:
+            KeyError: a name is unknown.
+        """
+        chosen = self._as_names(name)
+        for other in self.names:
+            for parameter in self.parameters(other):
+                parameter.requires_grad_(other in chosen)
+
+    def parameters(self, name: str | None = None) -> list[nn.Parameter]:
+        """The A and B of adapter `name` in every layer, or of all adapters.
+
+        Raises:
+            KeyError: the name is unknown.
+        """
+        if name is not None:
+            self._check_known(name)
+        names = self.names if name is None else [name]
+        return [p for layer in self.layers.values() for n in names for pair in layer.pairs(n) for p in pair]
+
+    # ------------------------------------------------------------------ for a while
+
+    @contextmanager
+    def batch(self, adapters: ops.AdapterBatch | Tensor | Sequence[int] | Sequence[str]) -> Iterator[None]:
+        """Give every sample its own adapter, in training too: `with adapters.batch(ids): model(x)`.
+
+        Args:
+            adapters: for each sample of the batch an index into `names` (-1 for the base alone) or a name
+                (`"__base__"` for the base alone). Adapted layers must see the batch as their first dimension.
+                With activation checkpointing, keep the backward pass inside the `with` block as well.
+
+        Raises:
+            IndexError: an id is out of range.
+            KeyError: a name is unknown.
+        """
+        self._require_unmerged()
+        device = self._first.base_layer.weight.device
+        if isinstance(adapters, ops.AdapterBatch):
+            if adapters.num_adapters > len(self.names):
+                raise IndexError(f"the batch was made for {adapters.num_adapters} adapters, there are {self.names}")
+            batch = adapters.to(device)
+        else:
+            ids = adapters if isinstance(adapters, Tensor) else [self._id_of(adapter) for adapter in adapters]
+            batch = ops.AdapterBatch(ids, len(self.names), device)
+        with self._temporarily(_batch=batch):
+            yield
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model alone: `with adapters.disabled(): model(x)`."""
+        self._require_unmerged()
+        with self._temporarily(_active=(), _coefficients=None, _batch=None):
+            yield
+
+    @contextmanager
+    def _temporarily(self, **state: Any) -> Iterator[None]:
+        layers = list(self.layers.values())
+        before = [{key: getattr(layer, key) for key in state} for layer in layers]
+        try:
+            for layer in layers:
+                layer.__dict__.update(state)
+            yield
+        finally:
+            for layer, old in zip(layers, before, strict=True):
+                layer.__dict__.update(old)
+
+    # ------------------------------------------------------------------ fusing and merging
+
+    def fuse(
+        self, names: Sequence[str], coefficients: Tensor | Sequence[float] | None = None, name: str = "fused"
+    ) -> None:
+        """Add the exact sum of adapters as one adapter of the summed rank, frozen and not active.
+
+        A = [A_1; ...; A_n] and B = [c_1 s_1 B_1, ..., c_n s_n B_n] with scale 1, so that B A = sum_i c_i s_i B_i A_i.
+        (Averaging the A and the B separately is another function altogether.)
+
+        Args:
+            names: adapters to fuse.
+            coefficients: c, one for each name, default ones.
+            name: name of the new adapter.
+
+        Raises:
+            KeyError: a name is unknown.
+            ValueError: the new name is taken, names are empty or repeated, or the number of coefficients is wrong.
+        """
+        chosen = self._as_names(names)
+        if not chosen:
+            raise ValueError("names must hold at least one adapter to fuse, got none")
+        self.check_new(name)
+        coeff = self._as_coefficients(chosen, coefficients)
+        factors = [1.0] * len(chosen) if coeff is None else coeff.tolist()
+        for layer in self.layers.values():
+            scales = [c * layer.lora_alpha[n] / layer.r[n] for c, n in zip(factors, chosen, strict=True)]
+            pairs = [layer.pairs(n) for n in chosen]  # pairs[adapter][slice] = (A, B)
+            fused = [
+                (
+                    torch.cat([A.detach() for A, _ in of_slice]),
+                    torch.cat([s * B.detach() for s, (_, B) in zip(scales, of_slice, strict=True)], dim=1),
+                )
+                for of_slice in zip(*pairs, strict=True)
+            ]
+            layer.add_adapter(name, fused, lora_alpha=fused[0][0].shape[0])
+
+    def merge(self) -> None:
+        """Write the active set into the base weights, in place, for the fastest inference (also when compiled).
+
+        Until `unmerge`, `state_dict()` holds the merged weights and the active set cannot be changed.
+
+        Raises:
+            RuntimeError: already merged, nothing is active, or a weight also belongs to a module without adapters.
+        """
+        self._require_unmerged()
+        owners = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        for key, layer in self.layers.items():
+            if owners[id(layer.base_layer.weight)] > 1:
+                raise RuntimeError(f"layer {key!r} shares its weight with another module, which merge would change too")
+        for layer in self.layers.values():
+            layer.merge()
+
+    def unmerge(self) -> None:
+        """Restore the base weights to the bits they had before `merge`.
+
+        Raises:
+            RuntimeError: nothing is merged.
+        """
+        if not self._first.merged:
+            raise RuntimeError("unmerge needs merged adapters: call merge first")
+        for layer in self.layers.values():
+            if layer.merged:  # a merge that ran out of memory stopped half-way
+                layer.unmerge()
+
+    def unload(self, merge: bool = True) -> nn.Module:
+        """Put the original `nn.Linear` modules back and forget the adapters. This handle is of no use afterwards.
+
+        Args:
+            merge: write the active set into their weights first (nothing active: they are as they were).
+
+        Returns:
+            The model, changed in place; its parameters stay frozen.
+        """
+        if merge and self.active and not self._first.merged:
+            self.merge()
+        elif not merge and self._first.merged:
+            self.unmerge()
+        for name, module in list(self.model.named_modules(remove_duplicate=False)):
+            if isinstance(module, MultiLoRALinear):
+                _replace(self.model, name, module.base_layer)
+        self.layers = {}
+        return self.model
+
+    # ------------------------------------------------------------------ checks
+
+    def _require_unmerged(self) -> None:
+        self._first.require_unmerged()
+
+    def _check_known(self, name: str) -> None:
+        if name not in self.names:
+            raise KeyError(f"unknown adapter {name!r}, known ones are {self.names}")
+
+    def check_new(self, name: str) -> None:
+        """Raise ValueError unless `name` can be given to a new adapter."""
+        if name in self.names:
+            raise ValueError(f"adapter {name!r} exists already, known ones are {self.names}")
+        # Names become attributes of a ParameterDict: no dots, and none of its own attributes.
+        if not isinstance(name, str) or not name or "." in name or name == BASE or hasattr(nn.ParameterDict(), name):
+            raise ValueError(f"name must be a non-empty string without dots that is not reserved, got {name!r}")
+
+    def _id_of(self, adapter: int | str) -> int:
+        if not isinstance(adapter, str):
+            return int(adapter)
+        if adapter == BASE:
+            return -1
+        self._check_known(adapter)
+        return self.names.index(adapter)
+
+    def _as_names(self, names: str | Sequence[str] | None) -> list[str]:
+        chosen = [] if names is None else [names] if isinstance(names, str) else list(names)
+        for name in chosen:
+            self._check_known(name)
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"names must not repeat, got {chosen}")
+        return chosen
+
+    def _as_coefficients(self, names: list[str], values: Tensor | Sequence[float] | None) -> Tensor | None:
+        if values is None:
+            return None
+        device = self._first.base_layer.weight.device
+        coeff = values if isinstance(values, Tensor) else torch.tensor(list(values), dtype=torch.float32)
+        if coeff.shape != (len(names),) or not coeff.is_floating_point():
+            raise ValueError(
+                f"coefficients must be {len(names)} floats, one for each of {names}, "
+                f"got {tuple(coeff.shape)} of {coeff.dtype}"
+            )
+        return coeff.to(device)
+
+
+# ---------------------------------------------------------------------- finding the layers
+
+
+def _find_targets(
+    model: nn.Module, target_modules: str | Sequence[str]
+) -> dict[str, dict[str, tuple[int, int]] | None]:
+    """Names of the linear layers to adapt, each with its row slices (`None`: all rows)."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    if isinstance(target_modules, str):
+        found = [name for name in linear if re.fullmatch(target_modules, name)]
+        if not found:
+            raise ValueError(_no_match(f"the expression {target_modules!r}", target_modules, linear))
+        return dict.fromkeys(found)
+
+    targets: dict[str, dict[str, tuple[int, int]] | None] = {}
+    sliced: dict[str, list[str]] = {}
+    if not target_modules:
+        raise ValueError("target_modules must name at least one module, got none")
+    for target in target_modules:
+        found = [name for name in linear if _ends_with(name, target)]
+        if not found and target in ("q", "k", "v") and not any(_ends_with(name, target) for name in modules):
+            found = [name for name in linear if _ends_with(name, "qkv")]
+            for name in found:
+                sliced.setdefault(name, []).append(target)
+        elif found:
+            targets.update(dict.fromkeys(found))
+        if not found:
+            others = sorted({type(modules[name]).__name__ for name in modules if _ends_with(name, target)})
+            what = f"{target!r} (only {', '.join(others)})" if others else repr(target)
+            raise ValueError(_no_match(what, target, linear))
+    for name, slices in sliced.items():
+        if name in targets:
+            raise ValueError(f"target_modules must choose either qkv or its slices {slices}, got both for {name!r}")
+        targets[name] = _qkv_slices(model, name, sorted(set(slices), key="qkv".index))
+    return {name: targets[name] for name in linear if name in targets}  # in the order of the model
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _no_match(what: str, target: str, linear: list[str]) -> str:
+    words = sorted({name.rpartition(".")[2] for name in linear} | set(linear))
+    close = difflib.get_close_matches(target, words, n=5, cutoff=0.5) or sorted({n.rpartition(".")[2] for n in linear})
+    return f"target_modules must match linear layers of the model; {what} matches none, closest are {close[:8]}"
+
+
+def _qkv_slices(model: nn.Module, name: str, chosen: list[str]) -> dict[str, tuple[int, int]]:
+    out, parent = _linear_at(model, name).out_features, model.get_submodule(name.rpartition(".")[0])
+    if out % 3 or getattr(parent, "head_first", False):
+        raise ValueError(
+            f"target_modules {chosen} need a fused qkv whose rows are q, k, v in thirds; {name!r} with {out} rows "
+            "is laid out otherwise: choose 'qkv' instead"
+        )
+    third = out // 3
+    return {key: ("qkv".index(key) * third, ("qkv".index(key) + 1) * third) for key in chosen}
+
+
+def _refuse_unsupported(model: nn.Module, name: str, layer: nn.Linear) -> None:
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        raise ValueError(
+            f"{name!r} belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls it, so an "
+            "adapter would have no effect: leave it out of target_modules"
+        )
+    if not is_plain_linear(layer):
+        raise ValueError(
+            f"{name!r} is a {type(layer).__module__}.{type(layer).__name__}; only plain torch.nn.Linear layers can be "
+            "adapted: leave it out of target_modules"
+        )
+
+
+def _check_rank(r: int, name: str, in_features: int, slices: dict[str, tuple[int, int]]) -> None:
+    for key, (start, stop) in slices.items():
+        limit = min(in_features, stop - start)
+        if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= limit:
+            where = f"{name!r}, slice {key!r}" if key else f"{name!r}"
+            raise ValueError(
+                f"r must be an integer in [1, {limit}] for layer {where} "
+                f"({in_features} inputs, {stop - start} outputs), got {r!r}"
+            )
+
+
+def _check_alpha(lora_alpha: float | None) -> None:
+    if lora_alpha is not None and not 0 < lora_alpha < float("inf"):
+        raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
+
+
+def _linear_at(model: nn.Module, name: str) -> nn.Linear:
+    return cast(nn.Linear, model.get_submodule(name))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

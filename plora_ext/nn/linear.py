@@ -1,0 +1,384 @@
+"""A linear layer that carries many LoRA adapters on one frozen weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plora_ext import ops
+
+__all__ = ["MultiLoRALinear"]
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether `module` computes `x W^T + b` of parameters of its own whenever it is used.
+
+    Not so: subclasses with another forward, parametrized weights, and the linear layer inside of
+    `nn.MultiheadAttention`, whose weight is read but which is never called.
+    """
+    return (
+        isinstance(module, nn.Linear)
+        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        and type(module).forward is nn.Linear.forward
+        and "weight" in module._parameters
+    )
+
+
+class MultiLoRALinear(nn.Module):
+    """A frozen `nn.Linear` with any number of named LoRA adapters.
+
+    y = x W^T + b + sum over the active i of c_i s_i (x A_i^T) B_i^T, with s_i = lora_alpha_i / r_i, x [..., in],
+    W [out, in], A_i [r_i, in] and B_i [out, r_i] (PEFT's orientation; Hu et al., LoRA, ICLR 2022). Inside
+    `Adapters.batch` every sample has its own adapter instead of the common sum.
+
+    How `y` is computed follows from what trains:
+
+    * what does not train is merged into one cached weight, `W + sum_i c_i s_i B_i A_i`, which costs nothing per row;
+      the cache follows every change of a parameter, of the active set and of its coefficients;
+    * what trains goes through `plora_ext.ops.lora_sum` together with that weight;
+    * per-sample adapters go through `plora_ext.ops.lora_indexed`.
+
+    Writes that torch does not count (`parameter.data.add_()`, the replay of a CUDA graph) become visible to the
+    caches with the next call of `train()`, `eval()` or `set_adapter`.
+
+    Args:
+        base: the linear layer to adapt; kept as `base_layer` (PEFT's name) and frozen.
+        slices: row ranges `{name: (start, stop)}` of the output, each with an A and a B of its own (the q and v
+            rows of a fused qkv). Together they act as one adapter of rank `len(slices) * r` whose B is
+            block-diagonal, so one operator call serves all slices. `None` adapts all rows with one A and B.
+        lora_dropout: probability of dropping an input of the adapters (not of the base layer) in training.
+
+    Raises:
+        TypeError: `base` is not a plain `nn.Linear`.
+        ValueError: a slice lies outside of the output rows, or `lora_dropout` outside of [0, 1).
+    """
+
+    base_layer: nn.Linear
+    _original_weight: Tensor | None
+
+    def __init__(
+        self, base: nn.Linear, slices: Mapping[str, tuple[int, int]] | None = None, lora_dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if not is_plain_linear(base):
+            raise TypeError(f"base must be a plain torch.nn.Linear, got {type(base).__module__}.{type(base).__name__}")
+        if not 0.0 <= lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout}")
+        for key, (start, stop) in (slices or {}).items():
+            if not 0 <= start < stop <= base.out_features:
+                raise ValueError(f"slice {key!r} must be rows within [0, {base.out_features}), got ({start}, {stop})")
+        self.base_layer = base.requires_grad_(False)
+        self.slices = dict(slices) if slices else None
+        self.lora_dropout = lora_dropout
+        # state_dict keys: lora_A.<adapter>, or lora_A.<slice>.<adapter> where there are slices.
+        self.lora_A = self._containers()
+        self.lora_B = self._containers()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.register_buffer("_original_weight", None, persistent=False)  # the weight before merge()
+        # A sum's scaling is a concatenation of these, so that no forward copies numbers from the host.
+        self._scaling: dict[str, Tensor] = {}
+        self._ranks: dict[str, Tensor] = {}
+        self._active: tuple[str, ...] = ()
+        self._coefficients: Tensor | None = None
+        self._batch: ops.AdapterBatch | None = None
+        self._cache: dict[str, tuple[list[Tensor], list[tuple[int, int, int]], Any]] = {}
+
+    def _containers(self) -> Any:
+        if self.slices is None:
+            return nn.ParameterDict()
+        return nn.ModuleDict({key: nn.ParameterDict() for key in self.slices})
+
+    def _dicts(self) -> list[tuple[nn.ParameterDict, nn.ParameterDict]]:
+        if self.slices is None:
+            return [(self.lora_A, self.lora_B)]
+        return [(self.lora_A[key], self.lora_B[key]) for key in self.slices]
+
+    # ------------------------------------------------------------------ what it looks like from outside
+
+    @property
+    def in_features(self) -> int:
+        """Size of the last dimension of the input."""
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of the last dimension of the output."""
+        return self.base_layer.out_features
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight `W + sum_i c_i s_i B_i A_i` of the active set, differentiable.
+
+        Some models (timm's BEiT and EVA) read `layer.weight` and call `F.linear` themselves; handing them the
+        base weight would switch the adapters off without a word.
+
+        Raises:
+            RuntimeError: inside `Adapters.batch`, where no single weight exists.
+        """
+        if self._batch is not None:
+            raise RuntimeError(
+                "this model reads layer.weight instead of calling the layer: per-sample adapters cannot work here, "
+                "use set_adapter"
+            )
+        if not self._active or self.merged:
+            return self.base_layer.weight
+        learns = self._training_of(self._active) or self._coefficients_train()
+        return self._merge(self._active) if learns else self._cached("weight", self._active, self._merge)
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters, in the order in which they were added."""
+        return list(self.r)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active set."""
+        return list(self._active)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the active set is merged into the base weight (`merge`)."""
+        return self._original_weight is not None
+
+    def extra_repr(self) -> str:
+        slices = f", slices={self.slices}" if self.slices else ""
+        return f"adapters={self.adapter_names}, active={self.active_adapters}{slices}"
+
+    # ------------------------------------------------------------------ adapters
+
+    def pairs(self, name: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """The (A, B) parameters of adapter `name`: one pair, or one for each slice in the order of `slices`."""
+        return [(dict_A[name], dict_B[name]) for dict_A, dict_B in self._dicts()]
+
+    def add_adapter(self, name: str, pairs: Sequence[tuple[Tensor, Tensor]], lora_alpha: float) -> None:
+        """Add an adapter with the given factors, frozen and inactive.
+
+        Args:
+            name: a new name.
+            pairs: (A `[r, in]`, B `[rows, r]`), one for each slice; copied, in the dtype of the base weight.
+            lora_alpha: the scale is `lora_alpha / r`.
+        """
+        weight, r = self.base_layer.weight, pairs[0][0].shape[0]
+        for (dict_A, dict_B), (A, B) in zip(self._dicts(), pairs, strict=True):
+            for target, value in ((dict_A, A), (dict_B, B)):
+                value = value.detach().to(weight, copy=True, memory_format=torch.contiguous_format)
+                target[name] = nn.Parameter(value, requires_grad=False)
+        self.r[name], self.lora_alpha[name] = r, lora_alpha
+        self._refresh_constants()
+
+    def init_factors(self, r: int) -> list[tuple[Tensor, Tensor]]:
+        """Fresh factors of rank `r`: A from Kaiming's uniform distribution with a = sqrt(5), B zero (as PEFT)."""
+        weight = self.base_layer.weight
+        rows = [(0, self.out_features)] if self.slices is None else list(self.slices.values())
+        pairs = [(weight.new_empty(r, self.in_features), weight.new_zeros(stop - start, r)) for start, stop in rows]
+        for A, _ in pairs:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        return pairs
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove adapter `name`, which must not be active."""
+        for dict_A, dict_B in self._dicts():
+            del dict_A[name], dict_B[name]
+        for record in (self.r, self.lora_alpha, self._scaling, self._ranks):
+            del record[name]
+        self._cache.clear()
+
+    def set_adapter(self, names: Sequence[str], coefficients: Tensor | None = None) -> None:
+        """Make `names` the active set, with coefficients `[len(names)]` (ones where `None`)."""
+        self._active, self._coefficients = tuple(names), coefficients
+        self._cache.clear()
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        if self._batch is not None:
+            names = tuple(self.r)
+            train = self._training_of(names)
+            operands = self._operands(names) if train else self._cached("operands", names, self._operands)
+            return self._low_rank(ops.lora_indexed, x, weight, operands, names, train, self._batch)
+        if not self._active or self.merged:
+            return F.linear(x, weight, bias)
+
+        names, coeff = self._active, self._coefficients
+        train = self._training_of(names)
+        if not self._coefficients_train():
+            # The frozen part of the sum costs nothing once it is in the weight.
+            if frozen := tuple(name for name in names if name not in train):
+                weight = self._cached("weight", frozen, self._merge)
+            if not train:
+                return F.linear(x, weight, bias)
+            coeff, names = self._coefficients_of(train), train
+        operands = self._operands(names)
+        return self._low_rank(ops.lora_sum, x, weight, operands, names, train, coeff=coeff)
+
+    def _low_rank(
+        self,
+        op: Callable[..., Tensor],
+        x: Tensor,
+        weight: Tensor,
+        operands: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        names: tuple[str, ...],
+        train: tuple[str, ...],
+        *ids: ops.AdapterBatch,
+        **keywords: Any,
+    ) -> Tensor:
+        lora_A, lora_B, scaling, ranks = operands
+        if self.training and self.lora_dropout:  # the base layer sees x itself
+            keywords["base"] = F.linear(x, weight, self.base_layer.bias)
+            x = F.dropout(x, self.lora_dropout)
+        else:
+            keywords.update(weight=weight, bias=self.base_layer.bias)
+        # Of adapters that train beside frozen ones, only the former get (and pay for) gradients.
+        partly = 0 < len(train) < len(names)
+        trainable = [i for i, name in enumerate(names) if name in train] if partly else None
+        return op(x, *ids, lora_A, lora_B, scaling, ranks=ranks, trainable=trainable, **keywords)
+
+    def _training_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of `names` that receive gradients in this forward."""
+        if not torch.is_grad_enabled():
+            return ()
+        return tuple(n for n, factors in self._parameters_of(names) if any(p.requires_grad for p in factors))
+
+    def _parameters_of(self, names: tuple[str, ...]) -> list[tuple[str, list[nn.Parameter]]]:
+        # On the path of every forward: reading _parameters is many times faster than asking a ParameterDict.
+        dicts: list[Any] = [container._parameters for pair in self._dicts() for container in pair]
+        return [(name, [parameters[name] for parameters in dicts]) for name in names]
+
+    def _coefficients_train(self) -> bool:
+        return self._coefficients is not None and self._coefficients.requires_grad and torch.is_grad_enabled()
+
+    def _coefficients_of(self, names: tuple[str, ...]) -> Tensor | None:
+        coefficients = self._coefficients
+        if coefficients is None or names == self._active:
+            return coefficients
+        return torch.cat([c for name, c in zip(self._active, coefficients.split(1), strict=True) if name in names])
+
+    def _operands(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`lora_A [T, r, in]`, `lora_B [T, out, r]`, `scaling [T]` and, where they differ, `ranks [T]`."""
+        if not names:
+            weight = self.base_layer.weight
+            empty = weight.new_zeros(0, self.out_features, 1), weight.new_zeros(0, dtype=torch.float32)
+            return weight.new_zeros(0, 1, self.in_features), *empty, None
+        factors = [self.factors(name) for name in names]
+        scaling = torch.cat([self._scaling[name] for name in names])
+        if len(factors) == 1:
+            (A, B) = factors[0]
+            return A[None], B[None], scaling, None
+        ranks = {A.shape[0] for A, _ in factors}
+        if len(ranks) == 1:
+            return torch.stack([A for A, _ in factors]), torch.stack([B for _, B in factors]), scaling, None
+        r = max(ranks)
+        lora_A = torch.stack([F.pad(A, (0, 0, 0, r - A.shape[0])) for A, _ in factors])
+        lora_B = torch.stack([F.pad(B, (0, r - B.shape[1])) for _, B in factors])
+        return lora_A, lora_B, scaling, torch.cat([self._ranks[name] for name in names])
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A `[R, in]` and B `[out, R]` that act on all rows; with slices R = len(slices) * r, B block-wise."""
+        pairs = self.pairs(name)
+        if self.slices is None:
+            return pairs[0]
+        rows = self.slices.values()
+        blocks = [F.pad(B, (0, 0, a, self.out_features - z)) for (_, B), (a, z) in zip(pairs, rows, strict=True)]
+        return torch.cat([A for A, _ in pairs]), torch.cat(blocks, dim=1)
+
+    def _merge(self, names: tuple[str, ...]) -> Tensor:
+        lora_A, lora_B, scaling, ranks = self._operands(names)
+        coeff = self._coefficients_of(names)
+        return ops.lora_merge(self.base_layer.weight, lora_A, lora_B, scaling, coeff=coeff, ranks=ranks)
+
+    # ------------------------------------------------------------------ caches and merging
+
+    def _cached(self, slot: str, names: tuple[str, ...], compute: Callable[[tuple[str, ...]], Any]) -> Any:
+        """`compute(names)` without gradients, kept until one of the tensors that it reads changes."""
+        if torch.compiler.is_compiling():
+            return compute(names)  # a graph has no memory of its own; it computes the few products each time
+        sources: list[Tensor] = [self.base_layer.weight]
+        for _, factors in self._parameters_of(names):
+            sources += factors
+        if self._coefficients is not None:
+            sources.append(self._coefficients)
+        countable = not any(t.is_inference() for t in sources)  # inference tensors carry no version
+        stamp = [(id(t), t._version, t.data_ptr()) for t in sources] if countable else []
+        kept = self._cache.get(slot)
+        if kept and countable and kept[1] == stamp:
+            return kept[2]
+        # Out of inference mode, so that a later training step may save the result for its backward.
+        with torch.inference_mode(False), torch.no_grad():
+            value = compute(names)
+        self._cache[slot] = (sources, stamp, value)  # holding the sources keeps their ids unique
+        return value
+
+    def merge(self) -> None:
+        """Write the active set into the base weight, in place. The forward is then the plain linear layer.
+
+        Raises:
+            RuntimeError: already merged, or nothing is active.
+        """
+        self.require_unmerged()
+        if not self._active:
+            raise RuntimeError("merge needs an active set of adapters: call set_adapter first")
+        with torch.no_grad():
+            merged = self._merge(self._active)
+            self._original_weight = self.base_layer.weight.detach().clone()
+            self.base_layer.weight.copy_(merged)
+        self._cache.clear()
+
+    def unmerge(self) -> None:
+        """Restore the base weight to the bits it had before `merge`.
+
+        Raises:
+            RuntimeError: nothing is merged.
+        """
+        if self._original_weight is None:
+            raise RuntimeError("unmerge needs merged adapters: call merge first")
+        with torch.no_grad():
+            self.base_layer.weight.copy_(self._original_weight)
+        self._original_weight = None
+        self._cache.clear()
+
+    def require_unmerged(self) -> None:
+        """Raise RuntimeError while the adapters are merged into the base weight."""
+        if self.merged:
+            raise RuntimeError("the adapters are merged into the base weight: call unmerge() first")
+
+    def train(self, mode: bool = True) -> MultiLoRALinear:
+        self._cache.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
+        super()._apply(fn, recurse)
+        self._cache.clear()
+        self._refresh_constants()
+        if self._coefficients is not None and not self._coefficients.requires_grad:
+            self._coefficients = self._coefficients.to(self.base_layer.weight.device)
+        return self
+
+    def _refresh_constants(self) -> None:
+        """Scale and rank of each adapter as one-element tensors beside the weight, scales in float32 or wider."""
+        weight, slices = self.base_layer.weight, len(self.slices or [0])
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        with torch.inference_mode(False):
+            self._scaling = {
+                name: torch.tensor([self.lora_alpha[name] / r], dtype=wide, device=weight.device)
+                for name, r in self.r.items()
+            }
+            self._ranks = {name: torch.tensor([r * slices], device=weight.device) for name, r in self.r.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles carry no cache and no graph: coefficients that are a result of other tensors are detached.
+        state = {**self.__dict__, "_cache": {}, "_batch": None}
+        if self._coefficients is not None and not self._coefficients.is_leaf:
+            state["_coefficients"] = self._coefficients.detach()
+        return state

@@ -1,0 +1,420 @@
+"""The low-rank operators: `lora_indexed`, `lora_sum`, `lora_all`, their in-place forms, and `lora_merge`.
+
+Weights are in PEFT's orientation, lora_A [T, r, in] and lora_B [T, out, r]; adapter t has the scale s_t (PEFT's
+lora_alpha / r). With the optional biases a [T, r], b [T, out] and act = ReLU they are AdaptFormer's adapters (Chen et
+al., NeurIPS 2022), which EASE, MOS and ACMap use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plora_ext import _library, reference
+from plora_ext.ops import _register
+from plora_ext.ops.adapter_batch import AdapterBatch
+
+_ACTIVATIONS = ("none", "relu")
+
+
+def _shape(t: Tensor) -> list[int]:
+    return list(t.shape)
+
+
+def _check(
+    op: str, name: str, t: Tensor, shape: tuple[int | str, ...], like: Tensor, dtype: torch.dtype | None
+) -> None:
+    """One clear error where `t` does not fit; `dtype` None accepts any."""
+    if t.dim() != len(shape) or any(isinstance(n, int) and n != m for n, m in zip(shape, t.shape, strict=False)):
+        raise ValueError(f"{op}: {name} must have the shape [{', '.join(map(str, shape))}], got {_shape(t)}")
+    if t.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}, as the first argument, got {t.device}")
+    if dtype is not None and t.dtype != dtype:
+        raise TypeError(f"{op}: {name} must be {dtype}, as the first argument, got {t.dtype}")
+
+
+def _prepare(
+    op: str,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor | None,
+    coeff: Tensor | None,
+    optional: dict[str, Tensor | None],
+    activation: str,
+    ranks: Tensor | None,
+    trainable: Sequence[int] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Checks what all low-rank operators share; returns the scale c_t s_t and the ranks, as the kernels take them."""
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
+    if x.dim() < 1 or lora_A.dim() != 3 or lora_B.dim() != 3:
+        raise ValueError(
+            f"{op}: x must be [..., in], lora_A [T, r, in] and lora_B [T, out, r], got {_shape(x)}, "
+            f"{_shape(lora_A)} and {_shape(lora_B)}"
+        )
+    T, r, n_in, out = *lora_A.shape[:2], x.shape[-1], lora_B.shape[1]
+    dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
+    _check(op, "lora_A", lora_A, (T, r, n_in), x, dtype)
+    _check(op, "lora_B", lora_B, (T, out, r), x, dtype)
+    shapes = {"weight": (out, n_in), "bias": (out,), "bias_A": (T, r), "bias_B": (T, out)}
+    for name, t in optional.items():
+        if t is not None:
+            _check(op, name, t, shapes[name], x, dtype)
+    if optional.get("bias") is not None and optional.get("weight") is None:
+        raise ValueError(f"{op}: bias belongs to the frozen layer and needs weight; an adapter's own bias is bias_B")
+    for name, t in (("scaling", scaling), ("coeff", coeff)):
+        if t is not None:
+            _check(op, name, t, (T,), x, None)
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {_ACTIVATIONS}, got {activation!r}")
+    if trainable is not None and any(not 0 <= t < T for t in trainable):
+        raise IndexError(f"{op}: trainable must hold adapters between 0 and {T - 1}, got {list(trainable)}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = x.new_ones(T, dtype=wide) if scaling is None else scaling.to(wide)
+    if coeff is not None:
+        scale = scale * coeff.to(wide)
+    if ranks is not None:
+        _check(op, "ranks", ranks, (T,), x, None)
+        ranks = ranks.to(torch.int64)
+    return scale, ranks
+
+
+def _ids(op: str, ids: Tensor | AdapterBatch, x: Tensor) -> Tensor:
+    if isinstance(ids, AdapterBatch):
+        ids = ids.ids
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise TypeError(f"{op}: ids must be integers, got {ids.dtype}")
+    if not 1 <= ids.dim() < x.dim() or ids.shape != x.shape[: ids.dim()]:
+        raise ValueError(
+            f"{op}: ids must have the shape of the first dimensions of x, such as {_shape(x)[:1]} (one id per sample) "
+            f"or {_shape(x)[:-1]} (one per row), got {_shape(ids)}"
+        )
+    if ids.device != x.device:
+        raise ValueError(f"{op}: ids must be on {x.device}, as x, got {ids.device}")
+    return ids.to(torch.int64)
+
+
+def _base(op: str, base: Tensor | None, x: Tensor, out: int) -> None:
+    if base is not None:
+        dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
+        _check(op, "base", base, (*x.shape[:-1], out), x, dtype)
+
+
+def lora_indexed(
+    x: Tensor,
+    ids: Tensor | AdapterBatch,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor | None = None,
+    *,
+    base: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_A: Tensor | None = None,
+    bias_B: Tensor | None = None,
+    activation: str = "none",
+    ranks: Tensor | None = None,
+    trainable: Sequence[int] | None = None,
+) -> Tensor:
+    """Every row (or sample) through an adapter of its own.
+
+    With t = ids[m]: y[m] = y0[m] + s_t (act(x[m] A_t^T + a_t) B_t^T + b_t), and y[m] = y0[m] where ids[m] is -1, where
+    y0 = base + x W^T + bias, each part if given.
+
+    Args:
+        x: [..., in], float32, bfloat16, float16 or float64.
+        ids: integers of the shape x.shape[:k] for some k >= 1: [B] for x [B, N, in] selects by sample, [B, N] by row.
+            An `AdapterBatch` was checked where it was made; a plain tensor on a GPU must hold valid ids.
+        lora_A: [T, r, in].
+        lora_B: [T, out, r].
+        scaling: [T], the scales s; ones if not given. Kept in float32 (float64 with float64).
+        base: [..., out], a given y to add to.
+        weight: [out, in], the frozen layer's weight.
+        bias: [out], the frozen layer's bias.
+        bias_A: [T, r], the bias of the down projection.
+        bias_B: [T, out], the bias of the up projection.
+        activation: "none" or "relu", between the projections.
+        ranks: [T] integers where adapters have fewer ranks than r; what lies beyond is ignored and gets no gradient.
+        trainable: the adapters whose factors and biases get gradients; all that require them if not given.
+
+    Returns:
+        y [..., out]. Differentiable in everything but ids and ranks.
+
+    Raises:
+        ValueError: shapes or devices do not fit. TypeError: dtypes do not fit. IndexError: an id is out of range (on
+            the CPU; on a GPU ids are checked by `AdapterBatch`).
+
+    Source: Punica's SGMV (Chen et al., MLSys 2024; punica/ops), PEFT's mixed batches (`_mixed_batch_forward`).
+    """
+    op = "lora_indexed"
+    optional = {"weight": weight, "bias": bias, "bias_A": bias_A, "bias_B": bias_B}
+    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, None, optional, activation, ranks, trainable)
+    ids = _ids(op, ids, x)
+    out = lora_B.shape[1]
+    _base(op, base, x, out)
+    if not _library.has_kernel(op, x.device.type):
+        keywords = dict(base=base, **optional, activation=activation, ranks=ranks, trainable=trainable)
+        return _register.run_reference(reference.lora_indexed, x, ids, lora_A, lora_B, scale, **keywords)
+    y = torch.ops.plora_ext.lora_indexed(
+        x.reshape(-1, x.shape[-1]), ids.reshape(-1), lora_A, lora_B, scale,
+        None if base is None else base.reshape(-1, out), weight, bias, bias_A, bias_B, ranks, activation == "relu",
+        None if trainable is None else list(trainable),
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], out)
+
+
+def lora_sum(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor | None = None,
+    *,
+    coeff: Tensor | None = None,
+    base: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_A: Tensor | None = None,
+    bias_B: Tensor | None = None,
+    activation: str = "none",
+    ranks: Tensor | None = None,
+    trainable: Sequence[int] | None = None,
+) -> Tensor:
+    """All adapters on every row, weighted and summed: LoRA fusion.
+
+    y = y0 + sum_t c_t s_t (act(x A_t^T + a_t) B_t^T + b_t) with y0 = base + x W^T + bias, each part if given.
+
+    Args:
+        coeff: [T], the weights c; ones if not given. They may require gradients, like everything else.
+        x, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B, activation, ranks, trainable: as in
+            `lora_indexed`. The newest adapter alone is trained with trainable=[T - 1].
+
+    Returns:
+        y [..., out].
+
+    Raises:
+        ValueError: shapes or devices do not fit. TypeError: dtypes do not fit. IndexError: trainable is out of range.
+
+    Source: the exact fusion of InfLoRA (Liang and Li, CVPR 2024; `models/vit_inflora.py`) and SD-LoRA (Wu et al., ICLR
+    2025; `backbone/lora.py`), as one product of the concatenated factors.
+    """
+    op = "lora_sum"
+    optional = {"weight": weight, "bias": bias, "bias_A": bias_A, "bias_B": bias_B}
+    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
+    out = lora_B.shape[1]
+    _base(op, base, x, out)
+    if not _library.has_kernel(op, x.device.type):
+        keywords = dict(base=base, **optional, activation=activation, ranks=ranks, trainable=trainable)
+        return _register.run_reference(reference.lora_sum, x, lora_A, lora_B, scale, **keywords)
+    y = torch.ops.plora_ext.lora_sum(
+        x.reshape(-1, x.shape[-1]), lora_A, lora_B, scale, None if base is None else base.reshape(-1, out), weight,
+        bias, bias_A, bias_B, ranks, activation == "relu", None if trainable is None else list(trainable),
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], out)
+
+
+def lora_all(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor | None = None,
+    *,
+    base: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_A: Tensor | None = None,
+    bias_B: Tensor | None = None,
+    activation: str = "none",
+    ranks: Tensor | None = None,
+    trainable: Sequence[int] | None = None,
+) -> Tensor:
+    """Every adapter on every row, each with an output of its own: the first adapted layer of an ensemble.
+
+    y_t = y0 + s_t (act(x A_t^T + a_t) B_t^T + b_t) for every t, with y0 = base + x W^T + bias, each part if given,
+    shared by all t.
+
+    Args:
+        x, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B, activation, ranks, trainable: as in
+            `lora_indexed`.
+
+    Returns:
+        y [T, ..., out].
+
+    Raises:
+        ValueError: shapes or devices do not fit. TypeError: dtypes do not fit. IndexError: trainable is out of range.
+
+    Source: the T forward passes of EASE (Zhou et al., CVPR 2024; `backbone/vit_ease.py:forward_test`).
+    """
+    op = "lora_all"
+    optional = {"weight": weight, "bias": bias, "bias_A": bias_A, "bias_B": bias_B}
+    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, None, optional, activation, ranks, trainable)
+    out = lora_B.shape[1]
+    _base(op, base, x, out)
+    if not _library.has_kernel(op, x.device.type):
+        keywords = dict(base=base, **optional, activation=activation, ranks=ranks, trainable=trainable)
+        return _register.run_reference(reference.lora_all, x, lora_A, lora_B, scale, **keywords)
+    y = torch.ops.plora_ext.lora_all(
+        x.reshape(-1, x.shape[-1]), lora_A, lora_B, scale, None if base is None else base.reshape(-1, out), weight,
+        bias, bias_A, bias_B, ranks, activation == "relu", None if trainable is None else list(trainable),
+    )  # fmt: skip
+    return y.view(lora_A.shape[0], *x.shape[:-1], out)
+
+
+def _in_place(op: str, y: Tensor, rows: tuple[int, ...], out: int, like: Tensor, asks: Sequence[Any]) -> Tensor | None:
+    """y as rows where the kernel can write them in place; None where torch has to (gradients, odd strides, autocast)."""
+    _check(op, "y", y, (*rows, out), like, None)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in asks):
+        return None
+    if y.dtype != like.dtype or torch.is_autocast_enabled(like.device.type) or y.stride(-1) != 1:
+        return None
+    if not _library.has_kernel(op, like.device.type):
+        return None
+    try:
+        return y.view(*(rows[:1] if op == "lora_all_" else ()), -1, out)
+    except RuntimeError:  # rows that no single stride reaches
+        return None
+
+
+def lora_indexed_(
+    y: Tensor,
+    x: Tensor,
+    ids: Tensor | AdapterBatch,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor | None = None,
+    *,
+    bias_A: Tensor | None = None,
+    bias_B: Tensor | None = None,
+    activation: str = "none",
+    ranks: Tensor | None = None,
+    trainable: Sequence[int] | None = None,
+) -> Tensor:
+    """`lora_indexed` added to y in place: y += the low-rank part. y [..., out] may be a slice of a wider tensor.
+
+    Where something requires gradients the sum is torch's own in-place addition, so that autograd sees it. Arguments
+    and errors as in `lora_indexed`. Returns y.
+    """
+    op = "lora_indexed_"
+    biases = {"bias_A": bias_A, "bias_B": bias_B}
+    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, None, biases, activation, ranks, trainable)
+    ids = _ids(op, ids, x)
+    out = lora_B.shape[1]
+    target = _in_place(op, y, x.shape[:-1], out, x, (y, x, lora_A, lora_B, scale, bias_A, bias_B))
+    if target is None:
+        keywords = dict(bias_A=bias_A, bias_B=bias_B, activation=activation, ranks=ranks, trainable=trainable)
+        return y.add_(lora_indexed(x, ids, lora_A, lora_B, scale, **keywords))  # type: ignore[arg-type]
+    torch.ops.plora_ext.lora_indexed_(
+        target, x.reshape(-1, x.shape[-1]), ids.reshape(-1), lora_A, lora_B, scale, bias_A, bias_B, ranks,
+        activation == "relu",
+    )  # fmt: skip
+    return y
+
+
+def lora_sum_(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor | None = None,
+    *,
+    coeff: Tensor | None = None,
+    bias_A: Tensor | None = None,
+    bias_B: Tensor | None = None,
+    activation: str = "none",
+    ranks: Tensor | None = None,
+    trainable: Sequence[int] | None = None,
+) -> Tensor:
+    """`lora_sum` added to y in place: y += the low-rank part. y [..., out] may be a slice of a wider tensor.
+
+    Where something requires gradients the sum is torch's own in-place addition, so that autograd sees it. Arguments
+    and errors as in `lora_sum`. Returns y.
+    """
+    op = "lora_sum_"
+    biases = {"bias_A": bias_A, "bias_B": bias_B}
+    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, biases, activation, ranks, trainable)
+    out = lora_B.shape[1]
+    target = _in_place(op, y, x.shape[:-1], out, x, (y, x, lora_A, lora_B, scale, bias_A, bias_B))
+    if target is None:
+        keywords = dict(bias_A=bias_A, bias_B=bias_B, activation=activation, ranks=ranks, trainable=trainable)
+        return y.add_(lora_sum(x, lora_A, lora_B, scale, **keywords))  # type: ignore[arg-type]
+    torch.ops.plora_ext.lora_sum_(
+        target, x.reshape(-1, x.shape[-1]), lora_A, lora_B, scale, bias_A, bias_B, ranks, activation == "relu"
+    )
+    return y
+
+
+def lora_all_(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor | None = None,
+    *,
+    bias_A: Tensor | None = None,
+    bias_B: Tensor | None = None,
+    activation: str = "none",
+    ranks: Tensor | None = None,
+    trainable: Sequence[int] | None = None,
+) -> Tensor:
+    """`lora_all` added to y in place: y[t] += the low-rank part of adapter t, y [T, ..., out].
+
+    Where something requires gradients the sum is torch's own in-place addition, so that autograd sees it. Arguments
+    and errors as in `lora_all`. Returns y.
+    """
+    op = "lora_all_"
+    biases = {"bias_A": bias_A, "bias_B": bias_B}
+    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, None, biases, activation, ranks, trainable)
+    out = lora_B.shape[1]
+    rows = (lora_A.shape[0], *x.shape[:-1])
+    target = _in_place(op, y, rows, out, x, (y, x, lora_A, lora_B, scale, bias_A, bias_B))
+    if target is None:
+        keywords = dict(bias_A=bias_A, bias_B=bias_B, activation=activation, ranks=ranks, trainable=trainable)
+        return y.add_(lora_all(x, lora_A, lora_B, scale, **keywords))  # type: ignore[arg-type]
+    torch.ops.plora_ext.lora_all_(
+        target, x.reshape(-1, x.shape[-1]), lora_A, lora_B, scale, bias_A, bias_B, ranks, activation == "relu"
+    )
+    return y
+
+
+def lora_merge(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor | None = None,
+    *,
+    coeff: Tensor | None = None,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """The weight with the adapters folded in: weight + sum_t c_t s_t B_t A_t, for shared weights that no longer train.
+
+    Summed in float32 (float64 with float64) and rounded once to the weight's dtype.
+
+    Args:
+        weight: [out, in], float32, bfloat16, float16 or float64.
+        lora_A: [T, r, in], of the weight's dtype.
+        lora_B: [T, out, r], of the weight's dtype.
+        scaling: [T], the scales s; ones if not given.
+        coeff: [T], the weights c; ones if not given.
+        ranks: [T] integers where adapters have fewer ranks than r.
+
+    Returns:
+        The merged weight [out, in], a new tensor. Differentiable in everything but ranks.
+
+    Raises:
+        ValueError: shapes or devices do not fit. TypeError: dtypes do not fit.
+
+    Source: `merge` of Hu et al., LoRA (ICLR 2022; loralib `Linear.train`), for a weighted sum of adapters.
+    """
+    op = "lora_merge"
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be [out, in], got {_shape(weight)}")
+    if lora_B.dim() == 3 and lora_B.shape[1] != weight.shape[0]:
+        raise ValueError(f"{op}: lora_B must be [T, {weight.shape[0]}, r] for this weight, got {_shape(lora_B)}")
+    with torch.autocast(weight.device.type, enabled=False):  # weights are merged in their own dtype
+        scale, ranks = _prepare(op, weight, lora_A, lora_B, scaling, coeff, {}, "none", ranks, None)
+        if not _library.has_kernel(op, weight.device.type):
+            return reference.lora_merge(weight, lora_A, lora_B, scale, ranks=ranks)
+        return torch.ops.plora_ext.lora_merge(weight, lora_A, lora_B, scale, ranks)

@@ -1,0 +1,204 @@
+"""The prototype operators: class sums, reconstruction through semantic relations, completion, and the ensemble's head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from plora_ext import _library, reference
+from plora_ext.ops import _register
+from plora_ext.ops.lora import _check, _shape
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def class_sums(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    sums: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum and number of the rows of every class: sums_c = sum over n with y_n = c of f_n; prototypes are sums / counts.
+
+    Deterministic: each class's rows are added one after another in their order, in float32 (float64 with float64), so
+    a running total over batches has the bits of one call over all of them.
+
+    Args:
+        features: [N, D], float32, bfloat16, float16 or float64.
+        labels: [N] integers; -1 skips a row.
+        num_classes: C.
+        sums: [C, D] float32 (float64 with float64), a running total, updated in place; zeros if not given.
+        counts: [C] int64, the running number of rows, updated in place; given together with sums.
+
+    Returns:
+        sums [C, D], counts [C]. The sums are differentiable in features unless running totals are given.
+
+    Raises:
+        ValueError: shapes, devices or num_classes do not fit. TypeError: dtypes do not fit. On the CPU a label outside
+            [-1, C) raises; on a GPU it stops the kernel with an assertion, as torch's own indexing does.
+
+    Source: the class means of SimpleCIL (Zhou et al., IJCV 2024; LAMDA-PILOT `models/simplecil.py:replace_fc`).
+    """
+    op = "class_sums"
+    if features.dim() != 2 or not features.is_floating_point():
+        raise ValueError(f"{op}: features must be floating point [N, D], got {features.dtype} {_shape(features)}")
+    if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+        raise TypeError(f"{op}: labels must be integers, got {labels.dtype}")
+    _check(op, "labels", labels, (features.shape[0],), features, None)
+    if num_classes < 0:
+        raise ValueError(f"{op}: num_classes must not be negative, got {num_classes}")
+    if (sums is None) != (counts is None):
+        raise ValueError(f"{op}: sums and counts are one running total: give both or neither")
+    labels = labels.to(torch.int64)
+    if sums is None or counts is None:
+        if not _library.has_kernel(op, features.device.type):
+            return reference.class_sums(features, labels, num_classes)
+        return torch.ops.plora_ext.class_sums(features, labels, num_classes)
+    for name, total, shape, dtype in (
+        ("sums", sums, (num_classes, features.shape[1]), _wide(features)),
+        ("counts", counts, (num_classes,), torch.int64),
+    ):
+        _check(op, name, total, shape, features, None)
+        if total.dtype != dtype or not total.is_contiguous():
+            raise TypeError(f"{op}: {name} must be contiguous {dtype}, got {total.dtype}, strides {total.stride()}")
+    with torch.no_grad():
+        if _library.has_kernel("class_sums_", features.device.type):
+            torch.ops.plora_ext.class_sums_(sums, counts, features, labels)
+        else:
+            reference.class_sums(features, labels, num_classes, sums=sums, counts=counts)
+    return sums, counts
+
+
+def reconstruct_prototypes(
+    old: Tensor, new: Tensor, values: Tensor, *, tau: float = 1.0, mode: str = "complement"
+) -> Tensor:
+    """Old class prototypes in a new feature space, from their semantic relations to the new classes.
+
+    With P = softmax over k of cos(old_c, new_k) / tau:
+        complement: result_c = sum_k P_ck values_k
+        shift:      result_c = old_c + sum_k P_ck (values_k - new_k)
+    The Co x Cn matrix P is never held in memory by the compiled operator.
+
+    Args:
+        old: [Co, D], prototypes of the old classes in the old space.
+        new: [Cn, D], prototypes of the new classes in the old space.
+        values: [Cn, Dv], prototypes of the new classes in the new space (Dv = D for `shift`).
+        tau: temperature, positive; EASE uses 1.
+        mode: "complement" or "shift".
+
+    Returns:
+        [Co, Dv], of the inputs' dtype. Differentiable in old, new and values.
+
+    Raises:
+        ValueError: shapes, devices, tau or mode do not fit, or new is empty. TypeError: dtypes do not fit.
+
+    Source: complement is the semantic-guided prototype complement of EASE (Zhou et al., CVPR 2024;
+    `models/ease.py:solve_similarity`); shift moves prototypes as SDC does samples (Yu et al., CVPR 2020).
+    """
+    op = "reconstruct_prototypes"
+    if mode not in ("complement", "shift"):
+        raise ValueError(f"{op}: mode must be 'complement' or 'shift', got {mode!r}")
+    if old.dim() != 2 or not old.is_floating_point():
+        raise ValueError(f"{op}: old must be floating point [Co, D], got {old.dtype} {_shape(old)}")
+    if not tau > 0:
+        raise ValueError(f"{op}: tau must be positive, got {tau}")
+    D = old.shape[1]
+    dtype = None if torch.is_autocast_enabled(old.device.type) else old.dtype
+    _check(op, "new", new, ("Cn", D), old, dtype)
+    _check(op, "values", values, (new.shape[0], D if mode == "shift" else "Dv"), old, dtype)
+    if new.shape[0] == 0 and old.shape[0] > 0:
+        raise ValueError(f"{op}: new must hold at least one class to reconstruct from, got {_shape(new)}")
+    if not _library.has_kernel(op, old.device.type):
+        return _register.run_reference(reference.reconstruct_prototypes, old, new, values, tau=tau, mode=mode)
+    if mode == "shift":
+        return old + torch.ops.plora_ext.reconstruct_prototypes(old, new, values - new, tau)
+    return torch.ops.plora_ext.reconstruct_prototypes(old, new, values, tau)
+
+
+def complete_prototypes(prototypes: Tensor, task_of_class: Tensor, *, tau: float = 1.0, mode: str = "reset") -> Tensor:
+    """Fills every block of prototypes that was never seen: classes of task i in a later subspace j > i.
+
+    prototypes[c, j] = sum_k P_ck prototypes[k, j] with P = softmax over k of cos(prototypes[c, i], prototypes[k, i]) /
+    tau, for c of task i and k of the tasks j, j + 1, ... All pairs (i, j) read real prototypes only, so they are one
+    launch. `last` fills the newest subspace alone, from the newest task's classes.
+
+    Args:
+        prototypes: [C, T, D]; entry [c, j] is class c in subspace j, real for j <= task_of_class[c].
+        task_of_class: [C] integers in [0, T), in any order, tasks of any size.
+        tau: temperature, positive.
+        mode: "reset" (EASE's solve_sim_reset, the default there too) or "last" (EASE's solve_similarity).
+
+    Returns:
+        [C, T, D], a new tensor. Differentiable in prototypes.
+
+    Raises:
+        ValueError: shapes, devices, tau or mode do not fit. TypeError: task_of_class is not of integers.
+
+    Source: EASE (Zhou et al., CVPR 2024; LAMDA-PILOT `models/ease.py`).
+    """
+    op = "complete_prototypes"
+    if mode not in ("reset", "last"):
+        raise ValueError(f"{op}: mode must be 'reset' or 'last', got {mode!r}")
+    if prototypes.dim() != 3 or not prototypes.is_floating_point():
+        raise ValueError(
+            f"{op}: prototypes must be floating point [C, T, D], got {prototypes.dtype} {_shape(prototypes)}"
+        )
+    if task_of_class.dtype.is_floating_point or task_of_class.dtype == torch.bool:
+        raise TypeError(f"{op}: task_of_class must be integers, got {task_of_class.dtype}")
+    _check(op, "task_of_class", task_of_class, (prototypes.shape[0],), prototypes, None)
+    if not tau > 0:
+        raise ValueError(f"{op}: tau must be positive, got {tau}")
+    task_of_class = task_of_class.to(torch.int64)
+    if not _library.has_kernel(op, prototypes.device.type):
+        return _register.run_reference(reference.complete_prototypes, prototypes, task_of_class, tau=tau, mode=mode)
+    return torch.ops.plora_ext.complete_prototypes(prototypes, task_of_class, tau, mode == "last")
+
+
+def own_other_weights(task_of_class: Tensor, num_tasks: int, alpha: float) -> Tensor:
+    """The weights of EASE's head: 1 for a class's own subspace, alpha / (T - 1) for every other.
+
+    Args:
+        task_of_class: [C] integers in [0, T).
+        num_tasks: T.
+        alpha: weight of all other subspaces together.
+
+    Returns:
+        [C, T] float32, for `subspace_logits`.
+
+    Source: EASE (`backbone/linears.py:EaseCosineLinear.forward_reweight`, where T - 1 is `_cur_task`).
+    """
+    return reference.own_other_weights(task_of_class, num_tasks, alpha)
+
+
+def subspace_logits(features: Tensor, prototypes: Tensor, weights: Tensor) -> Tensor:
+    """Reweighted cosine logits over all subspaces: logits_bc = sum_t w_ct cos(features_bt, prototypes_ct).
+
+    One product of the normalised, weighted and flattened subspaces instead of T^2 small ones.
+
+    Args:
+        features: [B, T, D], float32, bfloat16, float16 or float64.
+        prototypes: [C, T, D].
+        weights: [C, T], from `own_other_weights` or one's own; kept in float32 (float64 with float64).
+
+    Returns:
+        [B, C], of the features' dtype. Differentiable in all three.
+
+    Raises:
+        ValueError: shapes or devices do not fit. TypeError: dtypes do not fit.
+
+    Source: EASE (`backbone/linears.py:EaseCosineLinear.forward_reweight`).
+    """
+    op = "subspace_logits"
+    if features.dim() != 3 or not features.is_floating_point():
+        raise ValueError(f"{op}: features must be floating point [B, T, D], got {features.dtype} {_shape(features)}")
+    dtype = None if torch.is_autocast_enabled(features.device.type) else features.dtype
+    _check(op, "prototypes", prototypes, ("C", *features.shape[1:]), features, dtype)
+    _check(op, "weights", weights, (prototypes.shape[0], features.shape[1]), features, None)
+    weights = weights.to(_wide(features))
+    if not _library.has_kernel(op, features.device.type):
+        return _register.run_reference(reference.subspace_logits, features, prototypes, weights)
+    return torch.ops.plora_ext.subspace_logits(features, prototypes, weights)

@@ -1,0 +1,63 @@
+"""How the operators' tests compare: against the plain-torch twin in float64, allowing twice the twin's own error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def widen(value: Any) -> Any:
+    """float64 copies of tensors that are floating point; leaves require gradients as before."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value
+
+
+def run(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], cotangent: Tensor | None
+) -> list[Any]:
+    """The output, then the gradient of every tensor that requires one, for this cotangent."""
+    y = function(*args, **kwargs)
+    leaves = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.requires_grad]
+    if cotangent is None or not leaves:
+        return [y]
+    if not y.requires_grad:  # nothing that y depends on asks, as with no adapters at all
+        return [y, *(None for _ in leaves)]
+    return [y, *torch.autograd.grad(y, leaves, cotangent.to(y.dtype), allow_unused=True)]
+
+
+def check(
+    function: Callable[..., Any],
+    twin: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    cotangent: Tensor | None = None,
+) -> None:
+    """Forward and every gradient of `function` within twice the error of `twin` in the same dtype, both against float64."""
+    kwargs = kwargs or {}
+    exact = run(twin, [widen(a) for a in args], {k: widen(v) for k, v in kwargs.items()}, widen(cotangent))
+    plain = run(twin, args, kwargs, cotangent)
+    ours = run(function, args, kwargs, cotangent)
+    assert len(exact) == len(ours)
+    for i, (e, p, o) in enumerate(zip(exact, plain, ours, strict=True)):
+        what = "output" if i == 0 else f"gradient {i - 1}"
+        assert (e is None) == (o is None) or not torch.count_nonzero(e if o is None else o), what
+        if e is None or o is None:
+            continue
+        assert o.shape == e.shape, (what, o.shape, e.shape)
+        assert o.dtype == p.dtype, (what, o.dtype, p.dtype)
+        if not e.numel():
+            continue
+        assert torch.isfinite(o).all(), f"{what} holds what nobody wrote"
+        eps = torch.finfo(o.dtype).eps if o.dtype != torch.float64 else 1e-13
+        scale = e.norm() / e.numel() ** 0.5
+        allowed = 2 * (p.double() - e).norm() + 4 * eps * (scale + e.abs().max()) * e.numel() ** 0.5
+        assert (o.double() - e).norm() <= allowed, (what, float((o.double() - e).norm()), float(allowed))
+
+
+def opcheck(op: Any, args: Sequence[Any]) -> None:
+    """torch's own checks of a custom operator: schema, autograd registration, fake kernel, AOT dispatch."""
+    torch.library.opcheck(op, tuple(args))

@@ -1,0 +1,168 @@
+"""Every method end to end on a small problem: tiny images of six classes in three tasks, a tiny ViT."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from plora_ext.cil import Images, Result, Settings, run
+from plora_ext.cil.engine import pick_device
+from plora_ext.cil.methods import METHODS, Method
+from plora_ext.cil.training import Progress, Trainer
+from plora_ext.data import Backbone
+
+CLASSES = 6
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    """A colour pattern for each class, under noise."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 255, (CLASSES, 4, 4, 3))
+
+    def draw(each: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.repeat(np.arange(CLASSES), each)
+        clean = np.kron(patterns[labels], np.ones((1, 4, 4, 1)))
+        return (clean + rng.normal(0, 40, clean.shape)).clip(0, 255).astype(np.uint8), labels
+
+    return Images(*draw(20), *draw(10))
+
+
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+    return Backbone(vit.eval(), 16, [0.5] * 3, [0.5] * 3)
+
+
+def learn(images: Images, progress: Progress | None = None, make=None, **settings) -> Result:
+    quick = {"increment": 2, "r": 4, "epochs": 4, "batch_size": 16, "lr": 5e-3, "device": "cpu", "augment": False}
+    return run(Settings(**{**quick, **settings}), data=images, backbone=backbone(), progress=progress, make=make)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(method: str, images: Images) -> None:
+    result = learn(images, method=method)
+    steps = 1 if method == "joint" else 3
+    assert len(result.curve) == len(result.matrix) == len(result.classes_seen) == steps
+    assert [len(row) for row in result.matrix] == ([3] if method == "joint" else [1, 2, 3])
+    assert result.classes_seen[-1] == CLASSES
+    for accuracy, row in zip(result.curve, result.matrix, strict=True):
+        assert accuracy == pytest.approx(np.mean(row))  # tasks of one size
+    assert result.curve[-1] > 1.5 * 100 / CLASSES
+    assert result.passes == (3 if method == "plora-ensemble" else 1)
+    assert {"prototypes", "eval"} <= set(result.seconds) == set(result.peak_mb)
+
+
+PAIRS = [
+    (f, o) for f in ("mean", "sum", "similarity", "learned") for o in ("base", "fused") if (f, o) != ("learned", "base")
+]
+
+
+@pytest.mark.parametrize(("fusion", "onto"), PAIRS)
+def test_fusion_rules(fusion: str, onto: str, images: Images) -> None:
+    assert learn(images, fusion=fusion, onto=onto, epochs=1).curve[-1] > 100 / CLASSES
+
+
+@pytest.mark.parametrize("alignment", ["none", "complement", "shift", "sdc", "ridge", "semantic"])
+def test_alignments_act_on_old_prototypes_only(alignment: str, images: Images) -> None:
+    made: list[Method] = []
+
+    def make(trainer: Trainer, settings: Settings) -> Method:
+        made.append(METHODS["plora"](trainer, settings))
+        return made[0]
+
+    result = learn(images, alignment=alignment, make=make)
+    assert result.curve[0] == learn(images, alignment="none", epochs=4).curve[0]
+    assert made[0].prototypes is not None and made[0].prototypes.shape == (CLASSES, 32)
+
+
+def test_plora_remembers_more_than_training_on_and_on(images: Images) -> None:
+    assert learn(images).curve[-1] > learn(images, method="lora-sequential").curve[-1] + 10
+
+
+def test_same_settings_same_bits(images: Images) -> None:
+    settings = {"augment": True, "lora_dropout": 0.1, "target_modules": ["q", "v"], "epochs": 2}
+    kept: list[Method] = []
+
+    def make(trainer: Trainer, s: Settings) -> Method:
+        kept.append(METHODS["plora"](trainer, s))
+        return kept[-1]
+
+    first, second = learn(images, make=make, **settings), learn(images, make=make, **settings)
+    assert first.matrix == second.matrix
+    a, b = (method.prototypes for method in kept)
+    assert a is not None and b is not None and torch.equal(a, b)
+
+
+def test_evaluation_keeps_features_only_while_they_hold(images: Images) -> None:
+    seen: list[int] = []
+
+    class Counting(METHODS["lora-first"]):  # type: ignore[misc,name-defined]
+        def features(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(len(images))
+            return super().features(images)
+
+    learn(images, method="lora-first", make=Counting)
+    assert seen == [40, 20] * 3  # a task's training images, then its own test images: never an old one again
+
+
+def test_ragged_last_task(images: Images) -> None:
+    for method in METHODS:
+        result = learn(images, method=method, increment=4, epochs=1)
+        assert result.classes_seen == ([6] if method == "joint" else [4, 6])
+
+
+def test_one_task_only(images: Images) -> None:
+    result = learn(images, increment=6, epochs=1)
+    assert result.summary()["forgetting"] is None
+
+
+def test_a_loss_that_is_not_finite_names_its_place(images: Images) -> None:
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is (nan|inf) at task 0, epoch \d, step \d; try a smaller lr"
+    ):
+        learn(images, optimizer="sgd", lr=1e30)
+
+
+def test_progress_hears_every_step(images: Images) -> None:
+    heard: list[tuple] = []
+
+    class Ear(Progress):
+        def begin(self, method: str, num_tasks: int) -> None:
+            heard.append(("begin", method, num_tasks))
+
+        def fit(self, task: int, steps: int) -> None:
+            heard.append(("fit", task, steps))
+
+        def step(self) -> None:
+            heard.append(("step",))
+
+        def task(self, task: int, accuracy: float) -> None:
+            heard.append(("task", task))
+
+    learn(images, progress=Ear(), epochs=2)
+    assert heard[0] == ("begin", "plora", 3)
+    assert heard[1:8] == [("fit", 0, 6), *[("step",)] * 6]
+    assert [event for event in heard if event[0] == "task"] == [("task", 0), ("task", 1), ("task", 2)]
+
+
+def test_bad_layers_ranks_and_devices(images: Images) -> None:
+    with pytest.raises(ValueError, match="r must be an integer in"):
+        learn(images, r=64)
+    with pytest.raises(ValueError, match="target_modules must match linear layers"):
+        learn(images, target_modules=["qvk"])
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used"):
+        pick_device("gpu")
+    wrong = Images(images.train_images, images.train_labels, images.test_images, images.test_labels + 1)
+    with pytest.raises(ValueError, match=r"test_labels must lie in 0 \.\.\. 5, got unknown class 6"):
+        learn(wrong)
+
+
+@pytest.mark.cuda
+def test_on_cuda(images: Images) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for method in METHODS:
+        assert learn(images, method=method, device="cuda").curve[-1] > 100 / CLASSES

@@ -1,0 +1,225 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import plora_ext.cil.engine
+from plora_ext.cil import Settings
+from plora_ext.cil.report import labels, load_results
+from plora_ext.cli import main
+
+FILES = ["accuracy.png", "metrics.json", "settings.yaml", "task_matrix.png"]
+TINY = """
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from plora_ext.data import Backbone
+
+def create(name, weights=None):
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+    return Backbone(vit.eval(), 16, [0.5] * 3, [0.5] * 3)
+"""
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny ViT in place of the embedded backbone."""
+    made: dict = {}
+    exec(TINY, made)
+    monkeypatch.setattr(plora_ext.cil.engine, "create_backbone", made["create"])
+
+
+@pytest.fixture
+def problem(tmp_path: Path) -> list[str]:
+    """Options for a small problem of six classes."""
+    rng = np.random.default_rng(0)
+    labels = np.tile(np.arange(6), 8)
+    images = rng.integers(0, 60, (48, 16, 16, 3)) + 30 * labels[:, None, None, None]
+    arrays = {"train_images": images.astype(np.uint8), "train_labels": labels}
+    np.savez(tmp_path / "toy.npz", **arrays, test_images=images.astype(np.uint8)[:24], test_labels=labels[:24])
+    return ["--data", str(tmp_path / "toy.npz"), "--increment", "2", "--r", "2", "--epochs", "1", "--device", "cpu"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_demo_writes_a_folder(problem: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "demo"
+    assert main(["demo", *problem, "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    results = load_results(out)
+    assert [r.method for r in results] == ["simplecil", "lora-sequential", "plora"]
+    runs = json.loads((out / "metrics.json").read_text())["runs"]
+    for run in runs:
+        assert run["average_accuracy"] == pytest.approx(np.mean(run["curve"]))
+        assert run["last_accuracy"] == run["curve"][-1]
+        assert run["class_order"] == runs[0]["class_order"] and run["classes_seen"] == [2, 4, 6]
+        assert run["peak_mb"]["eval"] > 0 and run["total_seconds"] > 0
+    for picture in ("accuracy.png", "task_matrix.png"):
+        with Image.open(out / picture) as image:
+            assert image.format == "PNG" and image.width > 600
+    assert Settings.load(out / "settings.yaml").epochs == 1
+    printed = capsys.readouterr().out
+    assert "task  3 of 3" in printed and "Forgetting" in printed and str(out) in printed.replace("\n", "")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_train_takes_a_file_and_overrides_and_report_compares(
+    problem: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("method: lora-first\nlr: 5e-3\nbatch_size: 9\n")
+    for seed in ("1", "2"):
+        arguments = ["--seed", seed, "--batch_size=8", "--target-modules", "q,v", "--out", str(tmp_path / seed)]
+        assert main(["train", "-c", str(config), *problem, *arguments]) == 0
+    settings = yaml.safe_load((tmp_path / "1" / "settings.yaml").read_text())
+    assert (settings["method"], settings["lr"], settings["batch_size"]) == ("lora-first", 5e-3, 8)
+    assert settings["target_modules"] == ["q", "v"]
+    assert main(["train", "-c", str(tmp_path / "1" / "settings.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert load_results(tmp_path / "again")[0].matrix == load_results(tmp_path / "1")[0].matrix
+
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "1"), str(tmp_path / "2"), "--out", str(tmp_path / "both")]) == 0
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == [f for f in FILES if f != "settings.yaml"]
+    assert labels(load_results(tmp_path / "both")) == ["lora-first (seed 1)", "lora-first (seed 2)"]
+    assert "lora-first (seed 2)" in capsys.readouterr().out
+
+
+def test_joint_is_drawn_beside_the_others(tmp_path: Path, problem: list[str], tiny: None) -> None:
+    for method in ("joint", "plora-ensemble"):
+        assert main(["train", *problem, "--method", method, "--out", str(tmp_path / method)]) == 0
+    assert (
+        main(["report", str(tmp_path / "joint"), str(tmp_path / "plora-ensemble"), "--out", str(tmp_path / "r")]) == 0
+    )
+
+
+@pytest.mark.slow
+def test_the_embedded_backbone_and_data(tmp_path: Path) -> None:
+    data = plora_ext.cil.engine.load_images("icon100")
+    few = {name: getattr(data, name) for name in ("train_images", "train_labels", "test_images", "test_labels")}
+    for split in ("train", "test"):
+        keep = few[f"{split}_labels"] < 4
+        few |= {f"{split}_{kind}": few[f"{split}_{kind}"][keep][::3] for kind in ("images", "labels")}
+    np.savez(tmp_path / "few.npz", **few)
+    given = ["--data", str(tmp_path / "few.npz"), "--increment", "2", "--epochs", "1"]
+    assert main(["demo", *given, "--out", str(tmp_path / "demo")]) == 0
+    assert all(r.curve[-1] > 30 for r in load_results(tmp_path / "demo"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--method", "plroa"], "unknown method 'plroa'; did you mean 'plora'?"),
+        (["train", "--alignment", "semantik"], "unknown alignment 'semantik'; did you mean 'semantic'?"),
+        (["train", "--epoch", "3"], "unknown argument '--epoch'; did you mean '--epochs'?"),
+        (["train", "--epochs"], "expected one argument"),
+        (["train", "--lr", "fast"], "lr must be float, got 'fast'"),
+        (["train", "-c", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--data", "icon10"], "unknown data 'icon10'; did you mean 'icon100'?"),
+        (["train", "--data", "nowhere.npz"], "nowhere.npz"),
+        (["train", "--tasks", "[[0, 1], [1, 2]]"], "tasks must name each of the 6 classes exactly once"),
+        (["train", "--r", "33"], "r must be an integer in [1, 32]"),
+        (["train", "--device", "tpu"], "device 'tpu' cannot be used"),
+        (["report", "nowhere"], "nowhere"),
+        (["dmeo"], "invalid choice: 'dmeo'"),
+        ([], "required"),
+    ],
+)
+@pytest.mark.usefixtures("tiny")
+def test_errors_of_one_line(
+    arguments: list[str], message: str, problem: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments[1:2]
+    if arguments[:1] == ["train"]:
+        at = problem.index(given[0]) if given[0] in problem else len(problem)
+        arguments = ["train", *problem[:at], *problem[at + 2 :], *arguments[1:], "--out", str(tmp_path / "out")]
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    printed = capsys.readouterr()
+    assert code == 2 and message in printed.err
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_debug_shows_where(problem: list[str]) -> None:
+    with pytest.raises(ValueError, match="unknown method"):
+        main(["train", *problem, "--method", "x", "--debug"])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_folder_that_cannot_be_written_costs_no_work(
+    problem: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(plora_ext.cil.engine, "load_images", lambda data: pytest.fail("worked before checking"))
+    for command in (["demo", *problem], ["train", *problem]):
+        assert main([*command, "--out", str(tmp_path / "file" / "out")]) == 2
+        assert "cannot write to the output folder" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_loss_that_is_not_finite_writes_nothing(
+    problem: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *problem, "--lr", "1e30", "--optimizer", "sgd", "--out", str(tmp_path / "out")]) == 2
+    assert "not finite after the last step of task 0" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_interrupt_keeps_whole_files(problem: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = (
+        f"{TINY}\nimport sys, torch\nimport plora_ext.cil.engine as engine\nfrom plora_ext.cli import main\n"
+        "torch.set_num_threads(1)\nengine.create_backbone = create\nsys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "demo", *problem, "--epochs", "100000", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.json").exists() or any(out.glob(".plora-*")):  # simplecil is done, the next is not
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert error.startswith("interrupted") and error.count("\n") == 1
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert [r.method for r in load_results(out)] == ["simplecil"]
+
+
+def test_a_file_that_is_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.json").write_text('{"runs": [{}]}')
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "r")]) == 2
+    assert "is not a metrics.json of plora-ext" in capsys.readouterr().err
+
+
+def test_info_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert "torch" in capsys.readouterr().out
+    for arguments, said in (
+        (["--version"], "plora-ext"),
+        (["train", "--help"], "--weight-decay"),
+        (["--help"], "demo"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert not stop.value.code and said in capsys.readouterr().out

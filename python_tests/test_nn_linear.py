@@ -1,0 +1,355 @@
+"""MultiLoRALinear: its outputs and gradients are those of the plain formula, its caches are never stale."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plora_ext import ops
+from plora_ext.nn import Adapters, MultiLoRALinear, inject
+
+IN, OUT, SCALE = 12, 18, 1.5
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.2}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(IN, OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.qkv(x)
+
+
+def make(
+    targets: tuple[str, ...] = ("qkv",),
+    ranks: tuple[int, ...] = (4, 4, 4),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    dropout: float = 0.0,
+) -> Adapters:
+    """Adapters t0, t1, ... of random factors, frozen, none active, scale 1.5."""
+    adapters = inject(Model().to(device, dtype), targets, r=4, lora_dropout=dropout)
+    for i, r in enumerate(ranks):
+        adapters.add_adapter(f"t{i}", r=r, lora_alpha=SCALE * r)
+    for parameter in adapters.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    adapters.set_adapter(None)
+    adapters.train_adapter(None)
+    return adapters
+
+
+def delta(adapters: Adapters, name: str) -> Tensor:
+    """s B A of one adapter as a full matrix, from the parameters of its slices."""
+    layer = adapters.layers["qkv"]
+    rows = [(0, OUT)] if layer.slices is None else layer.slices.values()
+    parts = [F.pad(B @ A, (0, 0, a, OUT - z)) for (A, B), (a, z) in zip(layer.pairs(name), rows, strict=True)]
+    return SCALE * torch.stack(parts).sum(0)
+
+
+def formula(adapters: Adapters, x: Tensor, names: list[str], c: Tensor | list[float] | None = None) -> Tensor:
+    base = adapters.layers["qkv"].base_layer
+    weights = [1.0] * len(names) if c is None else c
+    return F.linear(
+        x, base.weight + sum(w * delta(adapters, n) for w, n in zip(weights, names, strict=True)), base.bias
+    )
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+TARGETS = pytest.mark.parametrize("targets", [("qkv",), ("q", "v"), ("k",)], ids="-".join)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+RANKS = pytest.mark.parametrize("ranks", [(4, 4, 4), (1, 5, 3)], ids=["even", "ragged"])
+
+
+@TARGETS
+@RANKS
+@DTYPES
+def test_sum_and_its_gradients_are_those_of_the_formula(targets, ranks, dtype, device) -> None:
+    adapters = make(targets, ranks, dtype, device)
+    x = torch.randn(5, 7, IN, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.randn(5, 7, OUT, dtype=dtype, device=device)
+    coeff = torch.tensor([0.5, -2.0, 0.25], device=device)
+    names = adapters.names
+    for train in ([], ["t1"], ["t0", "t2"], names):
+        adapters.train_adapter(train)
+        for c in (None, coeff, coeff.clone().requires_grad_()):
+            wrt = [x, *[p for n in train for p in adapters.parameters(n)]]
+            wrt += [c] if c is not None and c.requires_grad else []
+            adapters.set_adapter(names, c)
+            y, expected = adapters.model(x), formula(adapters, x, names, c)
+            close(y, expected)
+            actual = torch.autograd.grad((y * weight).sum(), wrt)
+            wanted = torch.autograd.grad((expected * weight).sum(), wrt)
+            for a, b in zip(actual, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4 if dtype == torch.float32 else 1e-6, atol=1e-4)
+    assert all(p.grad is None for p in adapters.layers["qkv"].base_layer.parameters())
+
+
+@TARGETS
+@RANKS
+@DTYPES
+def test_every_sample_has_its_own_adapter(targets, ranks, dtype, device) -> None:
+    adapters = make(targets, ranks, dtype, device)
+    x = torch.randn(6, 7, IN, dtype=dtype, device=device)
+    names = ["t2", "__base__", "t0", "t0", "t1", "t2"]
+    expected = torch.cat([formula(adapters, x[i : i + 1], [n][: n != "__base__"]) for i, n in enumerate(names)])
+    ids = torch.tensor([2, -1, 0, 0, 1, 2])
+    for batch in (names, ids, ids.tolist(), ids.to(device), ops.AdapterBatch(ids, 3)):
+        with adapters.batch(batch), torch.no_grad():
+            close(adapters.model(x), expected)
+    close(adapters.model(x), formula(adapters, x, []))  # the set before is back
+
+    adapters.train_adapter(["t0", "t2"])
+    trained = adapters.parameters("t0") + adapters.parameters("t2")
+    with adapters.batch(ids):
+        actual = torch.autograd.grad(adapters.model(x).square().sum(), trained)
+    expected = torch.cat([formula(adapters, x[i : i + 1], [n][: n != "__base__"]) for i, n in enumerate(names)])
+    for a, b in zip(actual, torch.autograd.grad(expected.square().sum(), trained), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_slices_equal_separate_linear_layers() -> None:
+    adapters = make(("q", "v"), (4,))
+    base, x = adapters.layers["qkv"].base_layer, torch.randn(3, IN)
+    adapters.set_adapter("t0")
+    (A_q, B_q), (A_v, B_v) = adapters.layers["qkv"].pairs("t0")
+    q, k, v = base(x).chunk(3, dim=-1)
+    expected = torch.cat([q + SCALE * x @ A_q.T @ B_q.T, k, v + SCALE * x @ A_v.T @ B_v.T], dim=-1)
+    for train in ("t0", None):
+        adapters.train_adapter(train)
+        close(adapters.model(x), expected)
+
+
+def test_only_what_trains_gets_gradients() -> None:
+    adapters = make()
+    adapters.set_adapter(["t0", "t1"], [0.5, 0.5])
+    adapters.train_adapter("t1")
+    adapters.model(torch.randn(3, IN)).sum().backward()
+    assert all(p.grad is not None for p in adapters.parameters("t1"))
+    assert all(p.grad is None for n in ("t0", "t2") for p in adapters.parameters(n))
+
+
+def test_dropout_is_before_the_adapters_alone_and_off_in_eval() -> None:
+    adapters = make(dropout=0.5)
+    x = torch.randn(400, IN)
+    adapters.train_adapter("t0")
+    adapters.set_adapter("t0")
+    layer = adapters.layers["qkv"]
+    torch.manual_seed(3)
+    y = adapters.model(x)
+    torch.manual_seed(3)
+    close(y, layer.base_layer(x) + F.dropout(x, 0.5) @ delta(adapters, "t0").T)
+    adapters.model.eval()
+    close(adapters.model(x), formula(adapters, x, ["t0"]))
+    adapters.model.train()
+    with adapters.batch(torch.zeros(400, dtype=torch.int64)):
+        torch.manual_seed(3)
+        close(adapters.model(x), y)
+
+
+@pytest.mark.parametrize("train", ["t1", None])
+def test_autocast(train) -> None:
+    adapters, x = make(), torch.randn(8, IN)
+    adapters.set_adapter(["t0", "t1"])
+    adapters.train_adapter(train)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = adapters.model(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), formula(adapters, x, ["t0", "t1"]), rtol=5e-2, atol=1e-1)
+    if train:
+        y.float().sum().backward()
+        assert all(p.grad.dtype == torch.float32 for p in adapters.parameters("t1"))
+
+
+# ---------------------------------------------------------------------- caches
+
+
+def check_now(adapters: Adapters, names: list[str], c: Tensor | list[float] | None = None, **kwargs) -> None:
+    """The cached forms agree with the formula of this moment: merged sum, frozen part beside a trained one, batch."""
+    layer = adapters.layers["qkv"]
+    x = torch.randn(4, IN).to(layer.base_layer.weight)
+    for _ in range(2):  # the second call is served by the cache
+        with torch.no_grad():
+            close(adapters.model(x), formula(adapters, x, names, c))
+            with adapters.batch([0, 1, 2, -1]):
+                y = adapters.model(x)
+            for i, name in enumerate(adapters.names):
+                close(y[i], formula(adapters, x[i], [name]))
+        close(adapters.model(x), formula(adapters, x, names, c))
+
+
+@TARGETS
+@pytest.mark.parametrize("train", [[], ["t1"]], ids=["frozen", "training"])
+def test_caches_follow_every_change(targets, train) -> None:
+    adapters = make(targets)
+    names = ["t0", "t1"]
+    coeff = torch.tensor([0.5, 0.5])
+    adapters.set_adapter(names, coeff)
+    adapters.train_adapter(train)
+    layer = adapters.layers["qkv"]
+
+    def check() -> None:
+        check_now(adapters, adapters.active, coeff if adapters.active == names else None)
+
+    check()
+    for parameter in adapters.parameters():  # an optimizer's step
+        parameter.requires_grad_()
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(adapters.parameters(), lr=0.1).step()
+    adapters.train_adapter(train)
+    check()
+    torch.optim.AdamW([{"params": adapters.parameters("t0")}], foreach=True).step()
+    check()
+    coeff.mul_(3)
+    check()
+    state = {key: torch.randn_like(value) for key, value in adapters.model.state_dict().items()}
+    adapters.model.load_state_dict(state)
+    check()
+    adapters.model.load_state_dict({k: torch.randn_like(v) for k, v in state.items()}, assign=True)
+    adapters.train_adapter(train)
+    check()
+    with torch.no_grad():
+        layer.base_layer.weight.add_(1)
+        check()
+        adapters.parameters("t0")[0].zero_()
+        check()
+    adapters.parameters("t1")[0].data = torch.randn_like(adapters.parameters("t1")[0])
+    check()
+    adapters.parameters("t0")[0].data.mul_(2)  # not counted by torch: seen with the next eval() or train()
+    adapters.model.eval()
+    check()
+    adapters.set_adapter(["t1", "t2"])
+    check()
+    adapters.model.double()
+    check()
+    adapters.model.bfloat16()
+    check()
+
+
+def test_cache_made_in_inference_mode_serves_training() -> None:
+    adapters, x = make(), torch.randn(4, IN)
+    adapters.set_adapter(["t0", "t1"])
+    with torch.inference_mode():
+        adapters.model(x)
+    adapters.train_adapter("t1")
+    adapters.model(x.requires_grad_()).sum().backward()
+    with torch.inference_mode():  # parameters made here carry no version
+        inside = make()
+        inside.set_adapter(["t0", "t1"])
+        for _ in range(2):
+            close(inside.model(x), formula(inside, x, ["t0", "t1"]))
+            for parameter in inside.parameters():
+                parameter.mul_(2)
+
+
+def test_caches_are_kept_while_nothing_changes() -> None:
+    adapters, x = make(), torch.randn(4, IN)
+    adapters.set_adapter(["t0", "t1"])
+    layer = adapters.layers["qkv"]
+    adapters.model(x)
+    first = layer._cache["weight"][2]
+    adapters.model(x)
+    assert layer._cache["weight"][2] is first
+    assert first.dtype == layer.base_layer.weight.dtype and not first.requires_grad
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_are_independent_and_carry_no_cache(how) -> None:
+    adapters, x = make(("q", "v"), (4, 2)), torch.randn(4, IN)
+    coeff = torch.softmax(torch.randn(2, requires_grad=True), 0)  # not a leaf: torch would refuse to copy it
+    adapters.set_adapter(["t0", "t1"], coeff)
+    with torch.no_grad():
+        y = adapters.model(x)
+    if how == "deepcopy":
+        model = copy.deepcopy(adapters.model)
+    else:
+        file = io.BytesIO()
+        torch.save(adapters.model, file)
+        file.seek(0)
+        model = torch.load(file, weights_only=False)
+    assert model.qkv._cache == {}
+    assert Adapters(model).active == ["t0", "t1"]
+    with torch.no_grad():
+        assert torch.equal(model(x), y)
+        for parameter in Adapters(model).parameters():
+            parameter.zero_()
+        close(model(x), model.qkv.base_layer(x))
+        assert torch.equal(adapters.model(x), y)
+
+
+# ---------------------------------------------------------------------- merge
+
+
+@TARGETS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merge_changes_the_weight_and_unmerge_restores_its_bits(targets, dtype) -> None:
+    adapters, x = make(targets, dtype=dtype), torch.randn(4, IN, dtype=dtype)
+    weight = adapters.layers["qkv"].base_layer.weight
+    before, names = weight.clone(), ["t0", "t2"]
+    adapters.set_adapter(names, [0.3, 0.7])
+    y = adapters.model(x)
+    adapters.merge()
+    assert weight is adapters.layers["qkv"].base_layer.weight and not torch.equal(weight, before)
+    assert torch.equal(adapters.model(x), y)
+    for change in (adapters.merge, lambda: adapters.set_adapter("t1"), lambda: adapters.add_adapter("new")):
+        with pytest.raises(RuntimeError, match=r"merged into the base weight: call unmerge\(\) first"):
+            change()
+    for context in (adapters.batch([0]), adapters.disabled()):
+        with pytest.raises(RuntimeError, match=r"call unmerge\(\) first"), context:
+            pass
+    adapters.unmerge()
+    assert torch.equal(weight, before)
+    assert torch.equal(adapters.model(x), y)
+    with pytest.raises(RuntimeError, match="call merge first"):
+        adapters.unmerge()
+
+
+def test_effective_weight_for_models_that_do_not_call_the_layer() -> None:
+    adapters, x = make(), torch.randn(4, IN)
+    layer = adapters.layers["qkv"]
+    assert layer.weight is layer.base_layer.weight
+    adapters.set_adapter(["t0", "t1"], [2.0, 1.0])
+    adapters.train_adapter("t1")
+    y = F.linear(x, layer.weight, layer.bias)
+    close(y, formula(adapters, x, ["t0", "t1"], [2.0, 1.0]))
+    y.sum().backward()
+    assert all(p.grad is not None for p in adapters.parameters("t1"))
+    with adapters.batch([0]), pytest.raises(RuntimeError, match=r"reads layer\.weight"):
+        layer.weight  # noqa: B018
+
+
+# ---------------------------------------------------------------------- edges
+
+
+def test_empty_batches_and_no_adapters() -> None:
+    adapters = make(ranks=())
+    x = torch.randn(4, IN)
+    with adapters.batch([-1] * 4):
+        close(adapters.model(x), formula(adapters, x, []))
+    adapters = make()
+    for train in (None, "t0"):
+        adapters.train_adapter(train)
+        adapters.set_adapter(["t0", "t1"])
+        assert adapters.model(torch.randn(0, 3, IN)).shape == (0, 3, OUT)
+        with adapters.batch([]):
+            assert adapters.model(torch.randn(0, 3, IN)).shape == (0, 3, OUT)
+
+
+def test_refuses_what_is_not_a_plain_linear() -> None:
+    with pytest.raises(TypeError, match=r"plain torch\.nn\.Linear, got torch.*NonDynamicallyQuantizableLinear"):
+        MultiLoRALinear(nn.MultiheadAttention(8, 2).out_proj)
+    with pytest.raises(TypeError, match="plain"):
+        MultiLoRALinear(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match=r"slice 'q' must be rows within \[0, 6\), got \(4, 7\)"):
+        MultiLoRALinear(nn.Linear(4, 6), {"q": (4, 7)})
+    with pytest.raises(ValueError, match=r"lora_dropout must lie in \[0, 1\), got 1"):
+        MultiLoRALinear(nn.Linear(4, 6), lora_dropout=1)

@@ -1,0 +1,403 @@
+"""lora_indexed, lora_sum, lora_all, their in-place forms and lora_merge against their plain-torch twins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import check, opcheck
+from torch import Tensor
+
+from plora_ext import _library, ops, reference
+from plora_ext.ops import AdapterBatch
+
+FAMILIES = ("lora_indexed", "lora_sum", "lora_all")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+native = pytest.mark.skipif(_library.backend() != "native", reason="about the compiled operators")
+
+
+def problem(
+    family: str,
+    *,
+    T: int = 3,
+    M: int = 5,
+    n_in: int = 16,
+    out: int = 24,
+    r: int = 4,
+    lead: tuple[int, ...] = (),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    grad: bool = True,
+    options: str = "",
+) -> tuple[list[Any], dict[str, Any], Tensor]:
+    """Arguments, keyword arguments and a cotangent. `options` names any of base weight bias bias_A bias_B relu ranks."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape).to(device=device, dtype=dtype).requires_grad_(grad)
+
+    x = draw(*lead, M, n_in)
+    wide = torch.promote_types(dtype, torch.float32)
+    scaling = (torch.rand(T) + 0.5).to(device, wide).requires_grad_(grad)
+    args: list[Any] = [x, draw(T, r, n_in), draw(T, out, r), scaling]
+    if family == "lora_indexed":
+        args.insert(1, torch.randint(-1, max(T, 1), (*lead, M)).to(device) if T else torch.full((*lead, M), -1))
+    kwargs: dict[str, Any] = {}
+    for name, shape in (
+        ("base", (*lead, M, out)), ("weight", (out, n_in)), ("bias", (out,)), ("bias_A", (T, r)), ("bias_B", (T, out)),
+    ):  # fmt: skip
+        if name in options.split():
+            kwargs[name] = draw(*shape)
+    if "relu" in options.split():
+        kwargs["activation"] = "relu"
+    if "ranks" in options.split():
+        kwargs["ranks"] = torch.randint(0, r + 1, (T,)).to(device)
+    y_shape = (T, *lead, M, out) if family == "lora_all" else (*lead, M, out)
+    return args, kwargs, torch.randn(y_shape).to(device=device, dtype=dtype)
+
+
+def verify(family: str, args: list[Any], kwargs: dict[str, Any], cotangent: Tensor) -> None:
+    check(getattr(ops, family), getattr(reference, family), args, kwargs, cotangent)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    ["", "base", "weight", "weight bias", "base weight bias", "bias_A bias_B relu base", "ranks bias_A bias_B weight",
+     "relu ranks weight bias"],
+)  # fmt: skip
+def test_matches_twin(family: str, dtype: torch.dtype, options: str, device: torch.device) -> None:
+    verify(family, *problem(family, dtype=dtype, device=device, options=options))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("T", "M", "n_in", "out", "r"),
+    [
+        (1, 1, 8, 8, 1), (1, 197, 64, 64, 16), (2, 33, 7, 13, 3), (100, 65, 12, 20, 2), (3, 0, 8, 8, 4), (5, 1, 1, 1, 1),
+        (4, 130, 129, 31, 17), (2, 40, 136, 140, 128), (0, 6, 8, 10, 4), (3, 64, 96, 288, 33), (1, 2, 300, 5, 5),
+    ],
+)  # fmt: skip
+def test_sizes(family: str, T: int, M: int, n_in: int, out: int, r: int, device: torch.device) -> None:
+    for options in ("", "weight bias base"):
+        verify(family, *problem(family, T=T, M=M, n_in=n_in, out=out, r=r, device=device, options=options))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leading_dimensions_and_ids_by_sample(family: str, device: torch.device) -> None:
+    args, kwargs, cotangent = problem(family, lead=(2, 3), M=5, device=device, options="base weight bias")
+    if family == "lora_indexed":
+        for shape in ((2,), (2, 3), (2, 3, 5)):
+            args[1] = torch.randint(-1, 3, shape, device=device)
+            verify(family, args, kwargs, cotangent)
+        args[1] = AdapterBatch(torch.tensor([2, -1]), 3, device)
+        y = ops.lora_indexed(*args, **kwargs)
+        args[1] = args[1].ids
+        torch.testing.assert_close(y, ops.lora_indexed(*args, **kwargs))
+    else:
+        verify(family, args, kwargs, cotangent)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_segments(family: str, device: torch.device) -> None:
+    """Ids all -1, all the same, in sorted segments with some of them empty, and one row each."""
+    if family != "lora_indexed":
+        pytest.skip("ids belong to lora_indexed")
+    for ids in ([-1] * 9, [4] * 9, [0, 0, 0, 2, 2, 2, 2, 5, 5], [3, 1, 4, 1, 5, 0, 2, -1, 3]):
+        args, kwargs, cotangent = problem(family, T=6, M=9, device=device, options="weight bias base")
+        args[1] = torch.tensor(ids, device=device)
+        verify(family, args, kwargs, cotangent)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_non_contiguous(family: str, dtype: torch.dtype, device: torch.device) -> None:
+    args, kwargs, cotangent = problem(family, M=7, dtype=dtype, device=device, options="weight base", grad=False)
+
+    def strided(t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() < 2:
+            return t
+        wide = torch.empty(*t.shape[:-1], 2 * t.shape[-1], dtype=t.dtype, device=t.device)[..., ::2]
+        return wide.copy_(t).requires_grad_()
+
+    verify(family, [strided(a) for a in args], {k: strided(v) for k, v in kwargs.items()}, strided(cotangent).detach())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expanded_gradient(family: str, device: torch.device) -> None:
+    args, kwargs, cotangent = problem(family, device=device, options="weight bias base")
+    verify(family, args, kwargs, torch.ones((), device=device).expand_as(cotangent))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_what_asks_gets_a_gradient(family: str, device: torch.device) -> None:
+    """Each argument alone, and the factors of one adapter alone."""
+    args, kwargs, cotangent = problem(family, device=device, options="base weight bias bias_A bias_B relu", grad=False)
+    leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+        verify(family, args, kwargs, cotangent)
+        leaf.requires_grad_(False)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    for trainable in ([], [1], [0, 2]):
+        verify(family, args, {**kwargs, "trainable": trainable}, cotangent)
+
+
+def test_sum_coefficients(device: torch.device) -> None:
+    args, kwargs, cotangent = problem("lora_sum", device=device)
+    verify("lora_sum", args, {**kwargs, "coeff": torch.rand(3, device=device).requires_grad_()}, cotangent)
+    y = ops.lora_sum(*args, coeff=torch.tensor([1.0, 0.0, 0.0], device=device))
+    torch.testing.assert_close(y, ops.lora_sum(args[0], *(a[:1] for a in args[1:])))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_place(family: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Also into a slice of a wider y, whose other columns stay as they were."""
+    args, kwargs, y0 = problem(family, lead=(2,), dtype=dtype, device=device, options="bias_A bias_B relu", grad=False)
+    wide = torch.randn(*y0.shape[:-1], 3 * y0.shape[-1], device=device).to(dtype)
+    before, target = wide.clone(), wide[..., 24:48]
+    returned = getattr(ops, family + "_")(target, *args, **kwargs)
+    assert returned is target
+    if family == "lora_all":
+        expected = before[..., 24:48].double() + getattr(reference, family)(*args, **kwargs).double()
+    else:
+        expected = getattr(reference, family)(*args, base=before[..., 24:48], **kwargs).double()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(target.double(), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(wide[..., :24], before[..., :24]) and torch.equal(wide[..., 48:], before[..., 48:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_place_keeps_gradients(family: str, device: torch.device) -> None:
+    args, kwargs, cotangent = problem(family, device=device)
+    start = torch.randn_like(cotangent).requires_grad_()
+
+    def added(start: Tensor, *args: Any) -> Tensor:
+        return getattr(ops, family + "_")(start.clone(), *args)
+
+    check(added, lambda start, *args: start + getattr(reference, family)(*args), [start, *args], kwargs, cotangent)
+
+
+@native
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", ["", "base weight bias bias_A bias_B relu ranks"])
+def test_gradcheck(family: str, options: str) -> None:
+    args, kwargs, _ = problem(family, T=2, M=4, n_in=5, out=6, r=3, dtype=torch.float64, options=options)
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]
+
+    def function(*values: Tensor) -> Tensor:
+        new = iter(values)
+        swap = lambda v: next(new) if isinstance(v, Tensor) and v.requires_grad else v  # noqa: E731
+        return getattr(ops, family)(*[swap(a) for a in args], **{k: swap(v) for k, v in kwargs.items()})
+
+    assert torch.autograd.gradcheck(function, tensors)
+
+
+def native_args(family: str, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments as the compiled operator takes them, by position."""
+    names = ("base", "weight", "bias", "bias_A", "bias_B", "ranks")
+    return [*args, *(kwargs.get(n) for n in names), kwargs.get("activation") == "relu", kwargs.get("trainable")]
+
+
+@native
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", ["", "base weight bias bias_A bias_B relu ranks"])
+def test_opcheck(family: str, options: str) -> None:
+    args, kwargs, cotangent = problem(family, options=options)
+    op = getattr(torch.ops.plora_ext, family).default
+    opcheck(op, native_args(family, args, kwargs))
+    opcheck(op, native_args(family, args, {**kwargs, "trainable": [1]}))
+    with torch.no_grad():
+        detached = [a.detach() if isinstance(a, Tensor) else a for a in native_args(family, args, kwargs)]
+        i = 5 if family == "lora_indexed" else 4
+        factors, (_, weight, _, bias_A, bias_B, ranks, relu, _) = detached[:i], detached[i:]
+        in_place = getattr(torch.ops.plora_ext, family + "_").default
+        opcheck(in_place, [cotangent, *factors, bias_A, bias_B, ranks, relu])
+        backward = getattr(torch.ops.plora_ext, family + "_backward").default
+        opcheck(backward, [cotangent, *factors, weight, bias_A, bias_B, ranks, relu, None, 0b001011])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compile_fullgraph(family: str, device: torch.device) -> None:
+    args, kwargs, cotangent = problem(family, lead=(2,), device=device, options="weight bias base")
+    compiled = torch.compile(getattr(ops, family), fullgraph=True)
+    check(compiled, getattr(reference, family), args, kwargs, cotangent)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast(family: str, device: torch.device) -> None:
+    """float32 arguments give a bfloat16 y, with float32 gradients, close to the float32 result."""
+    args, kwargs, _ = problem(family, device=device, options="weight bias base")
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = getattr(ops, family)(*args, **kwargs)
+    assert y.dtype == torch.bfloat16
+    exact = getattr(reference, family)(*args, **kwargs)
+    assert (y - exact).norm() < 0.02 * exact.norm()
+    y.float().sum().backward()
+    assert args[0].grad.dtype == torch.float32 and args[-1].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vmap(family: str, device: torch.device) -> None:
+    """Over x alone (folded into the rows), over x and A, and over cotangents."""
+    args, kwargs, _ = problem(family, device=device, options="weight bias", grad=False)
+    function, n = getattr(ops, family), 4
+    xs = torch.randn(n, *args[0].shape, device=device)
+    mapped = torch.vmap(lambda x: function(x, *args[1:], **kwargs))(xs)
+    torch.testing.assert_close(mapped, torch.stack([function(x, *args[1:], **kwargs) for x in xs]))
+
+    As = torch.randn(n, *args[-3].shape, device=device)
+    mapped = torch.vmap(lambda x, A: function(x, *args[1:-3], A, *args[-2:], **kwargs))(xs, As)
+    single = [function(x, *args[1:-3], A, *args[-2:], **kwargs) for x, A in zip(xs, As, strict=True)]
+    torch.testing.assert_close(mapped, torch.stack(single))
+
+    # a vectorised Jacobian maps the backward operator
+    args[-2].requires_grad_()
+    y = function(*args, **kwargs)
+    cotangents = torch.randn(n, *y.shape, device=device)
+    (jacobian,) = torch.autograd.grad(y, args[-2], cotangents, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(y, args[-2], g, retain_graph=True)[0] for g in cotangents]
+    torch.testing.assert_close(jacobian, torch.stack(single), rtol=1e-4, atol=1e-4)
+
+
+@native
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_bits_for_any_number_of_threads(family: str) -> None:
+    args, kwargs, cotangent = problem(family, M=150, T=4, options="weight bias bias_A bias_B")
+
+    def bits() -> list[Tensor]:
+        leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]
+        y = getattr(ops, family)(*args, **kwargs)
+        # without the frozen layer's own products: those are torch's
+        low = getattr(ops, family)(*args, bias_A=kwargs["bias_A"], bias_B=kwargs["bias_B"])
+        return [low, *torch.autograd.grad(y, leaves, cotangent)[1:5]]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = bits()
+        torch.set_num_threads(2)
+        two = bits()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("T", "r", "out", "n_in"), [(1, 1, 8, 8), (3, 4, 24, 16), (10, 16, 70, 130), (2, 128, 65, 33), (0, 4, 8, 8)]
+)
+def test_merge(dtype: torch.dtype, T: int, r: int, out: int, n_in: int, device: torch.device) -> None:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape).to(device=device, dtype=dtype).requires_grad_()
+
+    scaling = torch.rand(T).to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
+    args = [draw(out, n_in), draw(T, r, n_in), draw(T, out, r), scaling]
+    cotangent = torch.randn(out, n_in).to(device=device, dtype=dtype)
+    for kwargs in (
+        {},
+        {"ranks": torch.randint(0, r + 1, (T,)).to(device)},
+        {"coeff": torch.rand(T).to(scaling).requires_grad_()},
+    ):
+        check(ops.lora_merge, reference.lora_merge, args, kwargs, cotangent)
+
+
+def test_merged_weight_is_the_sum(device: torch.device) -> None:
+    (x, A, B, s), kwargs, _ = problem("lora_sum", dtype=torch.float64, device=device, options="weight bias", grad=False)
+    merged = ops.lora_merge(kwargs["weight"], A, B, s)
+    y = torch.nn.functional.linear(x, merged, kwargs["bias"])
+    torch.testing.assert_close(y, ops.lora_sum(x, A, B, s, **kwargs))
+
+
+def test_merge_gradcheck_opcheck_compile_vmap(device: torch.device) -> None:
+    draw = lambda *shape: torch.randn(shape, dtype=torch.float64, device=device).requires_grad_()  # noqa: E731
+    args = [draw(6, 5), draw(2, 3, 5), draw(2, 6, 3), draw(2)]
+    assert torch.autograd.gradcheck(ops.lora_merge, args)
+    if _library.has_kernel("lora_merge", device.type):
+        opcheck(torch.ops.plora_ext.lora_merge.default, [*args, None])
+        opcheck(torch.ops.plora_ext.lora_merge.default, [*args, torch.tensor([1, 3], device=device)])
+    check(
+        torch.compile(ops.lora_merge, fullgraph=True), reference.lora_merge, args, {}, torch.randn(6, 5, device=device)
+    )
+    weights = torch.randn(4, 6, 5, dtype=torch.float64, device=device)
+    mapped = torch.vmap(lambda w: ops.lora_merge(w, *args[1:]))(weights)
+    torch.testing.assert_close(mapped, torch.stack([ops.lora_merge(w, *args[1:]) for w in weights]))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_merge_under_a_graph_and_on_another_stream() -> None:
+    (_, A, B, s), kwargs, _ = problem(
+        "lora_sum", T=10, r=16, n_in=768, out=768, device="cuda", options="weight", grad=False
+    )
+    expected = ops.lora_merge(kwargs["weight"], A, B, s)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        other = ops.lora_merge(kwargs["weight"], A, B, s)
+    torch.cuda.synchronize()
+    assert torch.equal(other, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.lora_merge(kwargs["weight"], A, B, s)
+    captured.fill_(float("nan"))
+    A.mul_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, ops.lora_merge(kwargs["weight"], A, B, s))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bad_input(family: str) -> None:
+    args, kwargs, _ = problem(family, grad=False, options="weight bias")
+    function = getattr(ops, family)
+
+    def call(**changes: Any) -> Tensor:
+        names = (
+            ["x", "ids", "lora_A", "lora_B", "scaling"]
+            if family == "lora_indexed"
+            else ["x", "lora_A", "lora_B", "scaling"]
+        )
+        values = {**dict(zip(names, args, strict=True)), **kwargs, **changes}
+        return function(**values)
+
+    with pytest.raises(ValueError, match=rf"{family}: lora_A must have the shape \[3, 4, 16\], got \[3, 4, 17\]"):
+        call(lora_A=torch.randn(3, 4, 17))
+    with pytest.raises(ValueError, match=rf"{family}: lora_B must have the shape \[3, 24, 4\], got \[2, 24, 4\]"):
+        call(lora_B=torch.randn(2, 24, 4))
+    with pytest.raises(TypeError, match=rf"{family}: lora_A must be torch.float32.*got torch.bfloat16"):
+        call(lora_A=args[-3].bfloat16())
+    with pytest.raises(ValueError, match=f"{family}: base must have the shape"):
+        call(base=torch.randn(5, 23))
+    with pytest.raises(ValueError, match="bias belongs to the frozen layer"):
+        call(weight=None)
+    with pytest.raises(ValueError, match="activation must be one of"):
+        call(activation="gelu")
+    with pytest.raises(ValueError, match="must be on cpu.*got meta"):
+        call(scaling=torch.ones(3, device="meta"))
+    with pytest.raises(IndexError, match="trainable must hold adapters between 0 and 2"):
+        call(trainable=[3])
+    with pytest.raises(TypeError, match="x must be floating point"):
+        call(x=torch.ones(5, 16, dtype=torch.int64))
+    if family == "lora_indexed":
+        with pytest.raises(ValueError, match="ids must have the shape of the first dimensions of x"):
+            call(ids=torch.zeros(4, dtype=torch.int64))
+        with pytest.raises(TypeError, match="ids must be integers"):
+            call(ids=torch.zeros(5))
+        if _library.backend() == "native":
+            for bad in (3, -2):
+                with pytest.raises((RuntimeError, IndexError), match=f"ids must be between -1 and 2, got {bad}"):
+                    call(ids=torch.tensor([0, 1, bad, 0, 0]))
+
+
+def test_adapter_batch() -> None:
+    batch = AdapterBatch([0, 2, -1], 3)
+    assert batch.ids.tolist() == [0, 2, -1] and batch.to("cpu").num_adapters == 3
+    assert AdapterBatch([], 0).ids.numel() == 0
+    with pytest.raises(IndexError, match=r"between -1 \(base only\) and 2, got 3"):
+        AdapterBatch(torch.tensor([0, 3]), 3)
+    with pytest.raises(IndexError, match="got -2"):
+        AdapterBatch([-2], 3)
+    with pytest.raises(TypeError, match="ids must be integers, got torch.float32"):
+        AdapterBatch([0.5], 3)

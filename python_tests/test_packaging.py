@@ -1,0 +1,337 @@
+"""What a user gets: sdist and wheel contents, the import, its errors, and how the build decides."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import plora_ext
+from plora_ext import _library
+
+SOURCES = ["benchmarks", "build_backend", "cmake", "configs", "csrc", "docs", "plora_ext", "python_tests", "tools"]
+INSTALLED = Path(plora_ext.__file__).parent
+NATIVE = pytest.mark.skipif(_library.backend() == "reference", reason="PLORA_BACKEND=reference loads no library")
+
+
+def run(*command: str | Path, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    """Runs a command outside the source folder; a None in the environment removes the variable."""
+    env = {**os.environ, **{name: value for name, value in environment.items() if value is not None}}
+    env = {name: value for name, value in env.items() if environment.get(name, "") is not None}
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=env, cwd=os.path.sep)
+
+
+def python(code: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-c", code, **environment)
+
+
+# --- sdist and wheel --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Distributions:
+    sdist: Path
+    wheel: Path
+    log: str
+    """What pip printed while it built the wheel from the sdist."""
+
+    def sdist_names(self) -> set[str]:
+        with tarfile.open(self.sdist) as archive:
+            return {name.partition("/")[2] for name in archive.getnames()}
+
+    def wheel_names(self) -> set[str]:
+        with zipfile.ZipFile(self.wheel) as archive:
+            return set(archive.namelist())
+
+
+@pytest.fixture(scope="session")
+def distributions(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Distributions:
+    """An sdist of a copy of the sources, and the wheel that pip builds from that sdist, isolated and without CUDA."""
+    folder = tmp_path_factory.mktemp("dist")
+    source = folder / "source"
+    hidden = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(repository, source, ignore=hidden)
+    result = run(sys.executable, "-m", "build", "--sdist", "--outdir", folder, source)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    wheel_command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--wheel-dir", folder, unpacked]
+    result = run(*wheel_command, PLORA_FORCE_CPU="1", FORCE_CUDA=None, PLORA_TORCH_DIR=None)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = folder.glob("*.whl")
+    return Distributions(sdist, wheel, result.stdout + result.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+class TestDistributions:
+    def test_sdist_holds_every_source(self, distributions: Distributions, repository: Path) -> None:
+        names = distributions.sdist_names()
+        for folder in SOURCES:
+            paths = [path for path in (repository / folder).rglob("*") if path.is_file()]
+            paths = [path for path in paths if path.suffix not in (".so", ".pyc")]
+            assert {path.relative_to(repository).as_posix() for path in paths} <= names
+        assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+        assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+    def test_wheel_holds_the_package_and_nothing_else(self, distributions: Distributions) -> None:
+        names = distributions.wheel_names()
+        tops = {name.partition("/")[0] for name in names}
+        assert tops == {"plora_ext", f"plora_ext-{plora_ext.__version__}.dist-info"}
+        assert {"plora_ext/lib/libplora_cpu.so", "plora_ext/py.typed", "plora_ext/data/icon100.npz"} <= names
+        assert "plora_ext/lib/libplora_cuda.so" not in names  # switched off for this build
+        assert len([name for name in names if name.startswith("plora_ext/_C.") and name.endswith(".so")]) == 1
+        assert not [name for name in names if "test" in name or name.endswith((".cpp", ".cu", ".h", ".in"))]
+
+    def test_wheel_and_source_have_the_same_modules(self, distributions: Distributions, repository: Path) -> None:
+        modules = {path.relative_to(repository).as_posix() for path in (repository / "plora_ext").rglob("*.py")}
+        assert modules == {name for name in distributions.wheel_names() if name.endswith(".py")}
+
+    def test_wheel_metadata(self, distributions: Distributions) -> None:
+        with zipfile.ZipFile(distributions.wheel) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+            metadata = archive.read(name).decode()
+        assert f"\nVersion: {plora_ext.__version__}\n" in metadata
+        assert "\nLicense-Expression: Apache-2.0\n" in metadata
+        assert "\nRequires-Python: >=3.10\n" in metadata
+        assert "\nRequires-Dist: torch>=2.10\n" in metadata
+
+    def test_build_says_what_and_why_and_fetches_no_second_torch(self, distributions: Distributions) -> None:
+        (line,) = re.findall(r"-- (plora_ext .*: building .*)", distributions.log)
+        assert "the CPU library" in line and f"torch {torch.__version__}" in line
+        assert line.endswith("no CUDA because PLORA_FORCE_CPU=1")
+        assert not re.search(r"(Collecting|Downloading|Using cached) torch\b", distributions.log)
+
+
+# --- the import -------------------------------------------------------------------------------------------------------
+
+IMPORT = """
+import sys, time, torch
+start = time.perf_counter()
+import plora_ext
+seconds = time.perf_counter() - start
+assert not torch.cuda.is_initialized(), "import initialised CUDA"
+late = {"timm", "torchvision", "matplotlib", "rich", "yaml", "peft", "transformers"} & set(sys.modules)
+assert not late, f"import loaded {sorted(late)}"
+print(seconds)
+"""
+
+
+def test_import_is_quick_and_does_not_initialise_cuda() -> None:
+    seconds = []
+    for _ in range(5):  # the quickest counts: another process may have had the cores
+        result = python(IMPORT)
+        assert result.returncode == 0, result.stderr
+        seconds.append(float(result.stdout))
+        if seconds[-1] < 0.3:
+            break
+        time.sleep(1)
+    assert min(seconds) < 0.3, f"import plora_ext took {seconds} s beyond torch"
+
+
+def test_subpackages_load_when_named() -> None:
+    result = python("import plora_ext; print(plora_ext.nn.__name__, plora_ext.cil.__name__, 'ops' in dir(plora_ext))")
+    assert result.stdout.split() == ["plora_ext.nn", "plora_ext.cil", "True"], result.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = plora_ext.nothing
+
+
+@NATIVE
+def test_has_kernel() -> None:
+    assert _library.has_kernel("class_sums", "cpu")
+    assert _library.has_kernel("class_sums", "cuda") == ("cuda" in _library.loaded)
+    assert not _library.has_kernel("class_sums", "privateuseone")
+    assert not _library.has_kernel("no_such_operator", "cpu")
+
+
+def test_every_library_is_loaded_or_explained() -> None:
+    assert set(_library.loaded) | set(_library.missing) == {"cpu", "cuda"}
+    assert not set(_library.loaded) & set(_library.missing)
+    assert all(_library.missing.values())
+
+
+def test_reference_backend_loads_no_library_and_computes() -> None:
+    code = (
+        "import torch, plora_ext; from plora_ext import _library, ops\n"
+        "assert _library.backend() == 'reference' and not _library.loaded\n"
+        "sums, counts = ops.class_sums(torch.ones(3, 2), torch.tensor([0, 2, 2]), 3)\n"
+        "print(sums.tolist(), counts.tolist())"
+    )
+    result = python(code, PLORA_BACKEND="reference")
+    assert result.stdout.strip() == "[[1.0, 1.0], [0.0, 0.0], [2.0, 2.0]] [1, 0, 2]", result.stderr
+
+
+def test_unknown_backend_is_an_error() -> None:
+    result = python("import plora_ext", PLORA_BACKEND="fast")
+    assert result.stderr.strip().endswith("PLORA_BACKEND must be 'native' or 'reference', got 'fast'")
+
+
+@pytest.fixture
+def copied_package(tmp_path: Path) -> Path:
+    """The installed package without its data, in a folder that can be broken."""
+    package = tmp_path / "plora_ext"
+    shutil.copytree(INSTALLED, package, ignore=shutil.ignore_patterns("data", "__pycache__", "*.npz"))
+    return package
+
+
+@NATIVE
+def test_library_that_does_not_load_is_one_clear_error(copied_package: Path) -> None:
+    library = copied_package / "lib" / "libplora_cpu.so"
+    library.unlink()
+    library.write_bytes(b"not a library")
+    result = python("import plora_ext", PYTHONPATH=str(copied_package.parent), PLORA_BACKEND=None)
+    error = result.stderr.strip().splitlines()[-1]
+    built = _library.build_info()
+    assert built is not None
+    assert error.startswith(f"ImportError: {library} does not load")
+    assert f"built with torch {built['torch']}" in error
+    assert f"running are torch {torch.__version__}" in error
+    assert _library.REINSTALL in error and "PLORA_BACKEND=reference" in error
+
+    result = python(
+        "import plora_ext; print('works')", PYTHONPATH=str(copied_package.parent), PLORA_BACKEND="reference"
+    )
+    assert result.stdout.strip() == "works", result.stderr
+
+
+@NATIVE
+def test_source_folder_without_libraries_is_one_clear_error(copied_package: Path) -> None:
+    shutil.rmtree(copied_package / "lib")
+    result = python("import plora_ext", PYTHONPATH=str(copied_package.parent), PLORA_BACKEND=None)
+    error = result.stderr.strip().splitlines()[-1]
+    assert error.startswith(f"ImportError: plora_ext at {copied_package} has no compiled library libplora_cpu.so")
+    assert "pip install" in error
+
+
+# --- the libraries ----------------------------------------------------------------------------------------------------
+
+
+@NATIVE
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_library_names_torch_and_carries_no_path(name: str) -> None:
+    library = INSTALLED / "lib" / f"libplora_{name}.so"
+    if not library.is_file():
+        pytest.skip(_library.missing[name])
+    text = run("readelf", "-d", library).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.+?)\]", text))
+    assert {"libtorch_cpu.so", "libc10.so"} <= needed
+    assert ("libtorch_cuda.so" in needed) == (name == "cuda")
+    assert not [entry for entry in needed if entry.startswith(("libtorch_python", "libpython", "libcudart"))]
+    assert "RPATH" not in text and "RUNPATH" not in text
+
+
+@NATIVE
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_library_uses_only_the_stable_interface(name: str) -> None:
+    """Torch's C++ symbols change from release to release; the stable interface is a set of C functions."""
+    library = INSTALLED / "lib" / f"libplora_{name}.so"
+    if not library.is_file():
+        pytest.skip(_library.missing[name])
+    undefined = run("nm", "-D", "--undefined-only", library).stdout.split()
+    unstable = [symbol for symbol in undefined if re.match(r"_ZNK?(2at|3c10|5torch)", symbol)]
+    assert not unstable
+
+
+def test_info_names_versions_libraries_and_processor() -> None:
+    result = run(sys.executable, "-m", "plora_ext.info")
+    assert result.returncode == 0, result.stderr
+    facts = dict(re.findall(r"^(.{15}\S?)\s+(.*)$", result.stdout, re.M))
+    facts = {name.strip(): text for name, text in facts.items()}
+    assert facts["plora_ext"] == plora_ext.__version__
+    assert facts["torch"] == torch.__version__
+    assert facts["backend"] == _library.backend()
+    for name in ("cpu", "cuda"):
+        assert facts[f"{name} library"] == (_library.loaded.get(name) or f"not loaded: {_library.missing[name]}")
+    assert {"python", "timm", "numpy", "built", "cpu features", "cpu kernels", "gpu kernels"} <= set(facts)
+
+
+# --- the build's decisions --------------------------------------------------------------------------------------------
+
+
+def configure(repository: Path, folder: Path, *settings: str, **environment: str | None) -> str:
+    """CMake's output for a configuration with these settings."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("needs cmake")
+    torch_folder = f"-DPLORA_TORCH_DIR={Path(torch.__file__).parent}"
+    clean = {"FORCE_CUDA": None, "PLORA_FORCE_CPU": None, "TORCH_CUDA_ARCH_LIST": None, "CUDA_HOME": None}
+    result = run(cmake, "-S", repository, "-B", folder, torch_folder, *settings, **{**clean, **environment})
+    return re.sub(r"\s+", " ", result.stdout + result.stderr)  # CMake wraps its messages
+
+
+@pytest.fixture
+def no_nvcc() -> str:
+    """A CMake setting that hides the folders in which nvcc lies on this machine."""
+    folders = [*os.environ["PATH"].split(os.pathsep), "/usr/local/cuda/bin"]
+    return "-DCMAKE_IGNORE_PATH=" + ";".join(folder for folder in folders if Path(folder, "nvcc").exists())
+
+
+def test_without_nvcc_the_cpu_library_is_built(repository: Path, tmp_path: Path, no_nvcc: str) -> None:
+    text = configure(repository, tmp_path, no_nvcc)
+    assert "no CUDA because nvcc was not found" in text
+
+
+def test_force_cuda_without_nvcc_is_one_clear_error(repository: Path, tmp_path: Path, no_nvcc: str) -> None:
+    text = configure(repository, tmp_path, no_nvcc, FORCE_CUDA="1")
+    assert "FORCE_CUDA=1 asks for the CUDA library, but nvcc was not found" in text
+    assert "set PLORA_FORCE_CPU=1" in text
+
+
+@pytest.mark.parametrize("name, value", [("FORCE_CUDA", "0"), ("PLORA_FORCE_CPU", "1")])
+def test_cuda_can_be_switched_off(repository: Path, tmp_path: Path, name: str, value: str) -> None:
+    assert f"no CUDA because {name}={value}" in configure(repository, tmp_path, **{name: value})
+
+
+def test_missing_torch_folder_is_one_clear_error(repository: Path, tmp_path: Path) -> None:
+    text = configure(repository, tmp_path, "-DPLORA_TORCH_DIR=/nowhere")
+    assert "PLORA_TORCH_DIR must be the folder of an installed torch 2.10 or newer" in text
+    assert "got '/nowhere'" in text
+
+
+@pytest.fixture
+def toolchain(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(repository / "build_backend"))
+    import plora_toolchain
+
+    return plora_toolchain
+
+
+def test_build_requires_torch_only_where_it_is_missing(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import plora_build
+
+    assert not [name for name in plora_build._requirements() if name.startswith("torch")]
+    monkeypatch.setattr(toolchain, "torch_folders", lambda: [])
+    assert "torch>=2.10" in plora_build._requirements()
+
+
+def test_old_torch_does_not_count(toolchain: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLORA_TORCH_DIR", str(tmp_path))
+    (tmp_path / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
+    assert toolchain.find_torch() is None
+    (tmp_path / "version.py").write_text("__version__ = '2.10.0'\n")
+    assert toolchain.find_torch() == tmp_path
+
+
+def test_jobs(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert toolchain.jobs() == 3
+    monkeypatch.setenv("MAX_JOBS", "many")
+    with pytest.raises(SystemExit, match="MAX_JOBS must be a positive number, got 'many'"):
+        toolchain.jobs()
+    monkeypatch.delenv("MAX_JOBS")
+    assert 1 <= toolchain.jobs() <= (os.cpu_count() or 1)
