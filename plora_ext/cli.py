@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import NoReturn, get_args, get_type_hints
 
+from torch import OutOfMemoryError
+
 from plora_ext.cil.settings import MethodName, Settings, closest, parse
 
 DEMO_METHODS: tuple[MethodName, ...] = ("simplecil", "lora-sequential", "plora")
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: results of finished methods are kept, nothing else was written", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, OutOfMemoryError) as error:
         if args.debug:
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
@@ -76,10 +78,15 @@ def info(args: argparse.Namespace) -> None:
 def _run(jobs: Sequence[Settings], shown: Settings) -> None:
     from plora_ext.cil import report as reports
     from plora_ext.cil.console import ConsoleProgress
-    from plora_ext.cil.engine import Result, load_images, run
+    from plora_ext.cil.engine import Result, load_images, make_stream, run
 
     folder = reports.prepare_folder(shown.out)
     data = load_images(shown.data)
+    stream = make_stream(shown, data)
+    print(
+        f"{shown.data}: {len(data.train_images)} training and {len(data.test_images)} test images, "
+        f"{stream.num_classes} classes in {len(stream)} tasks"
+    )
     results: list[Result] = []
     with ConsoleProgress() as progress:
         for job in jobs:

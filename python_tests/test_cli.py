@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -204,6 +206,37 @@ def test_interrupt_keeps_whole_files(problem: list[str], tmp_path: Path) -> None
     assert error.startswith("interrupted") and error.count("\n") == 1
     assert sorted(path.name for path in out.iterdir()) == FILES
     assert [r.method for r in load_results(out)] == ["simplecil"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_accuracy_benchmark_agrees_with_single_runs(
+    problem: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
+    benchmark = runpy.run_path(str(repository / "benchmarks" / "accuracy.py"))
+    problem += ["--lr", "0.02"]
+
+    def measure(*arguments: str) -> list[dict[str, str]]:
+        monkeypatch.setattr("sys.argv", ["accuracy.py", *arguments])
+        benchmark["main"]()
+        with (tmp_path / f"{arguments[-1]}.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    rows = measure(*problem, "--seeds", "1", "--methods", "plora", "simplecil", "--out", str(tmp_path / "a"))
+    by_method = {row["method"]: row for row in rows}
+    for name, method in (
+        ("plora, semantic", "plora"),
+        ("plora-ensemble", "plora-ensemble"),
+        ("simplecil", "simplecil"),
+    ):
+        assert main(["train", *problem, "--seed", "1", "--method", method, "--out", str(tmp_path / method)]) == 0
+        alone = load_results(tmp_path / method)[0].summary()
+        assert {key: float(by_method[name][key]) for key in alone} == pytest.approx(alone)
+    assert {"plora, none", "plora, oracle"} < set(by_method)
+
+    measure(*problem, "--seeds", "2", "--methods", "simplecil", "--out", str(tmp_path / "b"))
+    merged = measure("--merge", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--out", str(tmp_path / "m"))
+    assert len(merged) == len(rows) + 1
+    assert "| simplecil |" in (tmp_path / "m.md").read_text() and " ± " in (tmp_path / "m.md").read_text()
 
 
 def test_a_file_that_is_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

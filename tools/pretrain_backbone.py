@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -195,7 +195,7 @@ def plain(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def command_line(arguments: argparse.Namespace) -> str:
     options = (f"--{key.replace('_', '-')} {value}" for key, value in plain(arguments).items() if value is not None)
-    return "python tools/pretrain_backbone.py pretraining.npz " + " ".join(options)
+    return "python tools/pretrain_backbone.py pretraining.npz --out plora_ext/data " + " ".join(options)
 
 
 def write(out: Path, model: nn.Module, architecture: dict[str, Any], metrics: dict[str, Any]) -> None:
@@ -203,7 +203,7 @@ def write(out: Path, model: nn.Module, architecture: dict[str, Any], metrics: di
     out.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().float().cpu().contiguous() for key, value in model.state_dict().items()}
     description = {"architecture": architecture, "mean": MEAN, "std": STD}
-    save_file(state, out / "backbone.safetensors.tmp")
+    (out / "backbone.safetensors.tmp").write_bytes(save(state))
     (out / "backbone_metrics.json.tmp").write_text(json.dumps(metrics, indent=1) + "\n")
     (out / "MODEL_CARD.md.tmp").write_text(model_card(architecture, metrics))
     (out / "backbone.json.tmp").write_text(json.dumps(description, indent=1) + "\n")

@@ -60,10 +60,10 @@ class ConsoleProgress(Progress):
     def _render(self) -> Group:
         longest = max((len(curve) for curve in self._curves.values()), default=0)
         first = max(0, longest - SHOWN)
-        table = Table(title="Accuracy (%) over all classes seen, after task", title_justify="left", **COMPACT)
+        table = Table(title="Accuracy (%) after task", title_justify="left", **COMPACT)
         table.add_column("method", no_wrap=True)
         for task in range(first, first + SHOWN if longest > SHOWN else max(longest, 1)):
             table.add_column(str(task + 1), justify="right")
-        for method, curve in self._curves.items():
+        for method, curve in list(self._curves.items()):  # drawn by a thread of its own
             table.add_row(method, *(f"{accuracy:.1f}" for accuracy in curve[first:]))
         return Group(table, self._bar)

@@ -59,12 +59,11 @@ class Method:
         """Logits [n, classes seen] of images."""
         return self.logits(self.features(images))
 
-    def _append(self, old: Tensor | None, new: Tensor) -> None:
-        self.prototypes = new if old is None else torch.cat([old, new])
-
     def _append_means(self, task: Task, images: Tensor, labels: Tensor) -> None:
+        """Appends the means of the task's classes to the prototypes."""
         with self.trainer.phases("prototypes"):
-            self._append(self.prototypes, class_means(self.features(images), labels, len(task.classes)))
+            new = class_means(self.features(images), labels, len(task.classes))
+        self.prototypes = new if self.prototypes is None else torch.cat([self.prototypes, new])
 
 
 class SimpleCIL(Method):
@@ -88,6 +87,7 @@ class _Adapted(Method):
             self.trainer.fit(task.index, parameters, images, labels, len(task.classes))
 
     def _add_adapter(self, task: Task) -> str:
+        """A new adapter; it alone is active and trains."""
         name = f"task{task.index}"
         self.adapters.add_adapter(name, init_from="task0" if task.index and self.settings.init == "first" else None)
         return name
@@ -98,7 +98,7 @@ class LoRASequential(_Adapted):
 
     def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
         if task.index == 0:
-            self.adapters.set_adapter(self._add_adapter(task))
+            self._add_adapter(task)
         self._fit(task, images, labels)
         self.space = task.index
         self._append_means(task, images, labels)
@@ -109,7 +109,7 @@ class LoRAFirst(_Adapted):
 
     def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
         if task.index == 0:
-            self.adapters.set_adapter(self._add_adapter(task))
+            self._add_adapter(task)
             self._fit(task, images, labels)
         self._append_means(task, images, labels)
 
@@ -135,16 +135,13 @@ class PLoRA(_Adapted):
         with self.trainer.phases("prototypes"):
             after = self.features(images)
             new = class_means(after, labels, len(task.classes))
-        old = self.prototypes
-        if old is not None and before is not None:
-            with self.trainer.phases("align"):
-                old = self.align(old, before, after, labels)
-        self._append(old, new)
-
-    def align(self, old: Tensor, before: Tensor, after: Tensor, labels: Tensor) -> Tensor:
-        """Old prototypes in the new fused space, from the new task's features before and after."""
-        s = self.settings
-        return align(s.alignment, old, before, after, labels, tau=s.tau, ridge=s.ridge)
+        if self.prototypes is None or before is None:
+            self.prototypes = new
+            return
+        with self.trainer.phases("align"):
+            s = self.settings
+            old = align(s.alignment, self.prototypes, before, after, labels, tau=s.tau, ridge=s.ridge)
+        self.prototypes = torch.cat([old, new])
 
     def train_and_fuse(self, task: Task, images: Tensor, labels: Tensor) -> None:
         """Trains the task's adapter, alone or beside the others, and fuses all of them."""
@@ -165,9 +162,7 @@ class PLoRA(_Adapted):
         else:
             means = torch.stack(self.task_means) if self.task_means else None
             self.coefficients = fusion.coefficients(s.fusion, len(older) + 1, task_means=means, tau=s.fusion_tau)
-            if s.onto == "base":
-                self.adapters.set_adapter(name)
-            else:
+            if s.onto == "fused":
                 self.adapters.set_adapter([*older, name], self.coefficients)
             self._fit(task, images, labels)
         self.space = task.index
@@ -189,7 +184,7 @@ class PLoRAEnsemble(_Adapted):
         self.subspaces = SubspaceHead(settings.ensemble_alpha).to(trainer.device)
 
     def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
-        self.adapters.set_adapter(self._add_adapter(task))
+        self._add_adapter(task)
         self._fit(task, images, labels)
         self.add_prototypes(task, images, labels)
 

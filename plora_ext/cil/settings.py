@@ -67,10 +67,10 @@ class Settings:
     ensemble_tau: float = _setting(0.1, "temperature of plora-ensemble's completion of prototypes")
     ensemble_alpha: float = _setting(1.0, "weight of the other tasks' subspaces in plora-ensemble")
 
-    epochs: int = _setting(3, "passes over the images of a task")
+    epochs: int = _setting(5, "passes over the images of a task")
     batch_size: int = _setting(32, "images per step")
     optimizer: Literal["sgd", "adamw"] = _setting("adamw", "SGD with momentum 0.9, or AdamW")
-    lr: float = _setting(2e-3, "learning rate at the start; it falls to zero along a cosine")
+    lr: float = _setting(5e-3, "learning rate at the start; it falls to zero along a cosine")
     weight_decay: float = _setting(0.0, "weight decay of the adapters")
     scale: float = _setting(16.0, "scale of the cosine logits while training")
     augment: bool = _setting(True, "augment training images")

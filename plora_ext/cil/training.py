@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plora_ext.cil.alignment import class_means
 from plora_ext.cil.settings import Settings
 from plora_ext.data import random_affine
 
@@ -95,7 +96,8 @@ class Trainer:
     def fit(self, task: int, parameters: Sequence[Tensor], images: Tensor, labels: Tensor, num_classes: int) -> None:
         """Trains `parameters` by cross-entropy of a cosine classifier over the task's own classes.
 
-        The classifier, a direction per class, lives for this call only. Its logits are scale * cos(feature, direction).
+        The classifier, a direction per class, lives for this call only. Its logits are scale * cos(feature, direction),
+        and it starts as the nearest-class-mean classifier.
 
         Args:
             images: Normalised float32 [n, 3, H, W] on the device.
@@ -105,7 +107,8 @@ class Trainer:
             FloatingPointError: The loss is not finite (names task, epoch and step), or the last step left such weights.
         """
         s = self.settings
-        directions = nn.Parameter(torch.randn(num_classes, self.features(images[:1]).shape[1], device=self.device))
+        # Started from the class means: random directions would first pull the features of every class elsewhere.
+        directions = nn.Parameter(F.normalize(class_means(self.features(images), labels, num_classes)))
         groups = [
             {"params": list(parameters), "weight_decay": s.weight_decay},
             {"params": [directions], "weight_decay": 0.0},

