@@ -8,6 +8,7 @@ them. Shapes: x [..., in], lora_A [T, r, in], lora_B [T, out, r], scaling [T], i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,17 +142,19 @@ def lora_all(
     return y + (s[:, None, None] * (h @ B.transpose(1, 2) + b[:, None])).reshape(T, *y.shape)
 
 
-def lora_indexed_(y: Tensor, x: Tensor, ids: Tensor, lora_A: Tensor, lora_B: Tensor, *args, **kwargs) -> Tensor:
+def lora_indexed_(
+    y: Tensor, x: Tensor, ids: Tensor, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     """Twin of `plora_ext.ops.lora_indexed_`."""
     return y.copy_(lora_indexed(x, ids, lora_A, lora_B, *args, base=y, **kwargs))
 
 
-def lora_sum_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *args, **kwargs) -> Tensor:
+def lora_sum_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Twin of `plora_ext.ops.lora_sum_`."""
     return y.copy_(lora_sum(x, lora_A, lora_B, *args, base=y, **kwargs))
 
 
-def lora_all_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *args, **kwargs) -> Tensor:
+def lora_all_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Twin of `plora_ext.ops.lora_all_`."""
     return y.add_(lora_all(x, lora_A, lora_B, *args, **kwargs))
 

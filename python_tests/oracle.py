@@ -36,7 +36,7 @@ def check(
     kwargs: dict[str, Any] | None = None,
     cotangent: Tensor | None = None,
 ) -> None:
-    """Forward and every gradient of `function` within twice the error of `twin` in the same dtype, both against float64."""
+    """Forward and every gradient within twice the error of the twin in the same dtype, both against float64."""
     kwargs = kwargs or {}
     exact = run(twin, [widen(a) for a in args], {k: widen(v) for k, v in kwargs.items()}, widen(cotangent))
     plain = run(twin, args, kwargs, cotangent)

@@ -31,7 +31,7 @@ def problem(
     grad: bool = True,
     options: str = "",
 ) -> tuple[list[Any], dict[str, Any], Tensor]:
-    """Arguments, keyword arguments and a cotangent. `options` names any of base weight bias bias_A bias_B relu ranks."""
+    """Arguments, keyword arguments, a cotangent; `options` names any of base weight bias bias_A bias_B relu ranks."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape).to(device=device, dtype=dtype).requires_grad_(grad)
@@ -75,8 +75,9 @@ def test_matches_twin(family: str, dtype: torch.dtype, options: str, device: tor
 @pytest.mark.parametrize(
     ("T", "M", "n_in", "out", "r"),
     [
-        (1, 1, 8, 8, 1), (1, 197, 64, 64, 16), (2, 33, 7, 13, 3), (100, 65, 12, 20, 2), (3, 0, 8, 8, 4), (5, 1, 1, 1, 1),
-        (4, 130, 129, 31, 17), (2, 40, 136, 140, 128), (0, 6, 8, 10, 4), (3, 64, 96, 288, 33), (1, 2, 300, 5, 5),
+        (1, 1, 8, 8, 1), (1, 197, 64, 64, 16), (2, 33, 7, 13, 3), (100, 65, 12, 20, 2), (3, 0, 8, 8, 4),
+        (5, 1, 1, 1, 1), (4, 130, 129, 31, 17), (2, 40, 136, 140, 128), (0, 6, 8, 10, 4),
+        (3, 64, 96, 288, 33), (1, 2, 300, 5, 5),
     ],
 )  # fmt: skip
 def test_sizes(family: str, T: int, M: int, n_in: int, out: int, r: int, device: torch.device) -> None:

@@ -50,7 +50,9 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t, Scala
 }
 
 // The type that sums are kept in: float64 for float64, else float32.
-inline ScalarType wide(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType wide(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 // For calls of the C shim; the macro that torch offers for this has another name in every version.
 inline void check_call(AOTITorchError error, const char* what) {

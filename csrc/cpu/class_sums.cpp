@@ -1,5 +1,5 @@
-// class_sums on the CPU: every class's total grows row by row in the order of the rows, a slab of columns per thread, so
-// the bits depend neither on the number of threads nor on how the rows are cut into batches.
+// class_sums on the CPU: every class's total grows row by row in the order of the rows, a slab of columns per thread,
+// so the bits depend neither on the number of threads nor on how the rows are cut into batches.
 
 #include <torch/csrc/stable/library.h>
 
@@ -41,8 +41,7 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
 std::tuple<Tensor, Tensor> class_sums(const Tensor& features, const Tensor& labels, int64_t num_classes) {
   STD_TORCH_CHECK(features.dim() == 2, "class_sums: features must be [N, D], got ", shape_of(features));
   STD_TORCH_CHECK(num_classes >= 0, "class_sums: num_classes must not be negative, got ", num_classes);
-  const Tensor sums =
-      torch::stable::new_zeros(features, {num_classes, features.size(1)}, wide(features.scalar_type()));
+  const Tensor sums = torch::stable::new_zeros(features, {num_classes, features.size(1)}, wide(features.scalar_type()));
   const Tensor counts = torch::stable::new_zeros(features, {num_classes}, ScalarType::Long);
   class_sums_(sums, counts, features, labels);
   return {sums, counts};

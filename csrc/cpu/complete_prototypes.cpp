@@ -19,8 +19,8 @@ struct Pair {
 template <typename acc>
 struct Sorted {
   int64_t C, T, D;
-  std::vector<int64_t> order, start;     // sorted class -> class; task t is [start[t], start[t + 1])
-  std::vector<acc> values;               // [T, C, D]
+  std::vector<int64_t> order, start;      // sorted class -> class; task t is [start[t], start[t + 1])
+  std::vector<acc> values;                // [T, C, D]
   std::vector<Normalised<acc>> subspace;  // per subspace, all classes normalised
   std::vector<Pair> pairs;
 

@@ -17,10 +17,14 @@ using acc_type = std::conditional_t<std::is_same_v<scalar, double>, double, floa
 template <typename F>
 void dispatch(const char* op, ScalarType dtype, const F& f) {
   switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
-    case ScalarType::Half: return f(torch::headeronly::Half{});
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16{});
+    case ScalarType::Half:
+      return f(torch::headeronly::Half{});
     default:
       STD_TORCH_CHECK(false, op, ": the dtype must be float32, bfloat16, float16 or float64, got ",
                       torch::headeronly::toString(dtype));

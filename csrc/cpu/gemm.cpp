@@ -1,8 +1,7 @@
-// Picks the instruction set at run time; PLORA_CPU_ISA=default|avx2|avx512 lowers the choice, for tests.
+// Picks the products compiled for this machine's instruction set, once (see csrc/common/cpu_features.h).
 #include "gemm.h"
 
-#include <cstdlib>
-#include <cstring>
+#include "../common/cpu_features.h"
 
 namespace plora::cpu {
 
@@ -15,47 +14,27 @@ PLORA_DECLARE(isa_default)
 #if defined(__x86_64__)
 PLORA_DECLARE(isa_avx2)
 PLORA_DECLARE(isa_avx512)
+#define PLORA_CHOOSE(table)      \
+  switch (chosen_isa()) {        \
+    case Isa::kAvx512:           \
+      return isa_avx512::table;  \
+    case Isa::kAvx2:             \
+      return isa_avx2::table;    \
+    default:                     \
+      return isa_default::table; \
+  }
+#else
+#define PLORA_CHOOSE(table) return isa_default::table;
 #endif
-
-namespace {
-
-struct Choice {
-  const Gemm<float>* f32;
-  const Gemm<double>* f64;
-};
-
-Choice choose() {
-#if defined(__x86_64__)
-  const char* wish = std::getenv("PLORA_CPU_ISA");
-  const auto allowed = [&](const char* name) {  // a wish forbids whatever is wider than it
-    if (!wish) return true;
-    if (!std::strcmp(wish, "default")) return false;
-    return std::strcmp(wish, "avx2") != 0 || !std::strcmp(name, "avx2");
-  };
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return {&isa_avx512::gemm_f32, &isa_avx512::gemm_f64};
-  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {&isa_avx2::gemm_f32, &isa_avx2::gemm_f64};
-#endif
-  return {&isa_default::gemm_f32, &isa_default::gemm_f64};
-}
-
-const Choice& choice() {
-  static const Choice chosen = choose();
-  return chosen;
-}
-
-}  // namespace
 
 template <>
 const Gemm<float>& gemm<float>() {
-  return *choice().f32;
+  PLORA_CHOOSE(gemm_f32)
 }
 
 template <>
 const Gemm<double>& gemm<double>() {
-  return *choice().f64;
+  PLORA_CHOOSE(gemm_f64)
 }
 
 }  // namespace plora::cpu

@@ -4,9 +4,9 @@
 //   indexed: the rows of one id, gathered        -> one adapter, one output row per row of x
 //   sum:     consecutive rows, all T adapters concatenated to one of rank T * r
 //   all:     consecutive rows                    -> T adapters, T output rows per row of x
-// A chunk's x stays in cache through h = act(x A^T + a) and y += s h B^T. The bias of the up projection is one more rank
-// whose h is the constant 1. Backward stores s h and dh per row, then sums dA and dB over the rows in order, a slab of
-// columns per thread: the same bits for any number of threads.
+// A chunk's x stays in cache through h = act(x A^T + a) and y += s h B^T. The bias of the up projection is one more
+// rank whose h is the constant 1. Backward stores s h and dh per row, then sums dA and dB over the rows in order, a
+// slab of columns per thread: the same bits for any number of threads.
 
 #include <torch/csrc/stable/library.h>
 
@@ -359,8 +359,7 @@ void backward(const Inputs& p, const Tensor& grad, const OptInts& trainable, int
           gemm<acc>().nn(R, n, last - i, &left[position(run.adapter, i) * W + run.begin], 1, W, values, ld, sum.data(),
                          n, true);
         }
-        for (int64_t j = 0; j < R; ++j)
-          put(work.adapters[run.adapter].rows[run.begin + j], column, n, &sum[j * n]);
+        for (int64_t j = 0; j < R; ++j) put(work.adapters[run.adapter].rows[run.begin + j], column, n, &sum[j * n]);
       }
     });
   };
@@ -395,8 +394,7 @@ void backward(const Inputs& p, const Tensor& grad, const OptInts& trainable, int
   if (needs & kNeedScaling) {
     std::vector<double> total(p.T, 0);
     for (int64_t a = 0; a < static_cast<int64_t>(work.adapters.size()); ++a)
-      for (int64_t i = 0; i < work.adapters[a].rank(); ++i)
-        total[work.adapters[a].rows[i].t] += column_sum(ds, a, i);
+      for (int64_t i = 0; i < work.adapters[a].rank(); ++i) total[work.adapters[a].rows[i].t] += column_sum(ds, a, i);
     std::copy(total.begin(), total.end(), mutable_data<acc>(g.scaling));
   }
 }
@@ -417,13 +415,14 @@ Tensor run_forward(const Inputs& p, const OptTensor& base) {
   OptTensor layer;
   if (p.weight) layer = linear(p.x, *p.weight, p.bias);
   const bool in_place = layer && p.family != Family::all;  // one output per row: the layer's output becomes y
-  const Tensor y = in_place                   ? *layer
+  const Tensor y = in_place                  ? *layer
                    : p.family == Family::all ? torch::stable::new_empty(p.x, {p.T, p.M, p.out})
                                              : torch::stable::new_empty(p.x, {p.M, p.out});
   dispatch(p.op, p.x.scalar_type(), [&](auto tag) {
     using scalar = decltype(tag);
-    forward<scalar>(p, {mutable_data<scalar>(y), p.out, p.M * p.out, layer && !in_place ? data<scalar>(*layer) : nullptr,
-                        given ? data<scalar>(*given) : nullptr, in_place});
+    forward<scalar>(p,
+                    {mutable_data<scalar>(y), p.out, p.M * p.out, layer && !in_place ? data<scalar>(*layer) : nullptr,
+                     given ? data<scalar>(*given) : nullptr, in_place});
   });
   return y;
 }
@@ -465,9 +464,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(const In
   if (needs & kNeedX) {
     if (p.weight) {  // the frozen layer's part first, the low-rank part is added to it
       std::vector<int64_t> slabs{0};
-      const Tensor total = p.family == Family::all
-                               ? torch::stable::sum(dy, torch::headeronly::IntHeaderOnlyArrayRef(slabs), false)
-                               : dy;
+      const Tensor total =
+          p.family == Family::all ? torch::stable::sum(dy, torch::headeronly::IntHeaderOnlyArrayRef(slabs), false) : dy;
       g.x = compact(torch::stable::matmul(total, *p.weight));
     } else {
       g.x = torch::stable::new_zeros(p.x, p.x.sizes());
@@ -482,8 +480,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(const In
 Tensor lora_indexed(const Tensor& x, const Tensor& ids, const Tensor& A, const Tensor& B, const Tensor& scaling,
                     const OptTensor& base, const OptTensor& weight, const OptTensor& bias, const OptTensor& bias_A,
                     const OptTensor& bias_B, const OptTensor& ranks, bool relu, const OptInts&) {
-  return run_forward({"lora_indexed", Family::indexed, x, ids, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu},
-                     base);
+  return run_forward(
+      {"lora_indexed", Family::indexed, x, ids, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu}, base);
 }
 
 Tensor lora_sum(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling, const OptTensor& base,

@@ -43,8 +43,7 @@ Tensor lora_merge(const Tensor& weight, const Tensor& A, const Tensor& B, const 
   check_merge(weight, A, B, scaling, ranks);
   const Tensor merged = torch::stable::new_empty(weight, weight.sizes());
   dispatch("lora_merge", weight.scalar_type(), [&](auto tag) {
-    merge<decltype(tag)>(compact(weight), compact(A), compact(B), compact(scaling), compact(ranks),
-                         merged);
+    merge<decltype(tag)>(compact(weight), compact(A), compact(B), compact(scaling), compact(ranks), merged);
   });
   return merged;
 }

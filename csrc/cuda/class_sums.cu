@@ -15,10 +15,10 @@ namespace {
 constexpr int kThreads = 256;
 
 template <typename scalar, typename acc>
-__global__ void __launch_bounds__(kThreads) class_sums_kernel(const scalar* __restrict__ features,
-                                                              const int64_t* __restrict__ labels, acc* sums,
-                                                              int64_t* counts, int64_t N, int64_t D, int64_t C) {
-  __shared__ int rows[kThreads];           // this class's rows among the current kThreads labels
+__global__ void __launch_bounds__(kThreads)
+    class_sums_kernel(const scalar* __restrict__ features, const int64_t* __restrict__ labels, acc* sums,
+                      int64_t* counts, int64_t N, int64_t D, int64_t C) {
+  __shared__ int rows[kThreads];  // this class's rows among the current kThreads labels
   __shared__ int warp_start[kThreads / 32 + 1];
   const int64_t c = blockIdx.x;
   const int64_t d = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
@@ -64,9 +64,8 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
   dispatch("class_sums", features.scalar_type(), [&](auto tag) {
     using scalar = decltype(tag);
     using acc = acc_type<scalar>;
-    class_sums_kernel<<<grid, kThreads, 0, stream_of(features)>>>(data<scalar>(rows), data<int64_t>(classes),
-                                                                  mutable_data<acc>(sums),
-                                                                  mutable_data<int64_t>(counts), N, D, C);
+    class_sums_kernel<<<grid, kThreads, 0, stream_of(features)>>>(
+        data<scalar>(rows), data<int64_t>(classes), mutable_data<acc>(sums), mutable_data<int64_t>(counts), N, D, C);
   });
   check_launch("class_sums");
 }
@@ -74,8 +73,7 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
 std::tuple<Tensor, Tensor> class_sums(const Tensor& features, const Tensor& labels, int64_t num_classes) {
   STD_TORCH_CHECK(features.dim() == 2, "class_sums: features must be [N, D], got ", shape_of(features));
   STD_TORCH_CHECK(num_classes >= 0, "class_sums: num_classes must not be negative, got ", num_classes);
-  const Tensor sums =
-      torch::stable::new_zeros(features, {num_classes, features.size(1)}, wide(features.scalar_type()));
+  const Tensor sums = torch::stable::new_zeros(features, {num_classes, features.size(1)}, wide(features.scalar_type()));
   const Tensor counts = torch::stable::new_zeros(features, {num_classes}, ScalarType::Long);
   class_sums_(sums, counts, features, labels);
   return {sums, counts};

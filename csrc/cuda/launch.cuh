@@ -20,10 +20,14 @@ using acc_type = std::conditional_t<std::is_same_v<scalar, double>, double, floa
 template <typename F>
 void dispatch(const char* op, ScalarType dtype, const F& f) {
   switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(__nv_bfloat16{});
-    case ScalarType::Half: return f(__half{});
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(__nv_bfloat16{});
+    case ScalarType::Half:
+      return f(__half{});
     default:
       STD_TORCH_CHECK(false, op, ": the dtype must be float32, bfloat16, float16 or float64, got ",
                       torch::headeronly::toString(dtype));

@@ -70,7 +70,7 @@ class Settings:
     epochs: int = _setting(5, "passes over the images of a task")
     batch_size: int = _setting(32, "images per step")
     optimizer: Literal["sgd", "adamw"] = _setting("adamw", "SGD with momentum 0.9, or AdamW")
-    lr: float = _setting(5e-3, "learning rate at the start; it falls to zero along a cosine")
+    lr: float = _setting(3e-3, "learning rate at the start; it falls to zero along a cosine")
     weight_decay: float = _setting(0.0, "weight decay of the adapters")
     scale: float = _setting(16.0, "scale of the cosine logits while training")
     augment: bool = _setting(True, "augment training images")

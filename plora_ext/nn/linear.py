@@ -196,7 +196,8 @@ class MultiLoRALinear(nn.Module):
 
     def set_adapter(self, names: Sequence[str], coefficients: Tensor | None = None) -> None:
         """Make `names` the active set, with coefficients `[len(names)]` (ones where `None`)."""
-        self._active, self._coefficients = tuple(names), coefficients
+        self._active = tuple(names)
+        self.__dict__["_coefficients"] = coefficients  # an nn.Parameter stays its owner's, it is not registered here
         self._cache.clear()
 
     # ------------------------------------------------------------------ forward

@@ -264,7 +264,7 @@ def lora_all(
 
 
 def _in_place(op: str, y: Tensor, rows: tuple[int, ...], out: int, like: Tensor, asks: Sequence[Any]) -> Tensor | None:
-    """y as rows where the kernel can write them in place; None where torch has to (gradients, odd strides, autocast)."""
+    """y as rows where the kernel can write in place; None where torch must (gradients, odd strides, autocast)."""
     _check(op, "y", y, (*rows, out), like, None)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in asks):
         return None

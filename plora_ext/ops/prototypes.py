@@ -1,4 +1,4 @@
-"""The prototype operators: class sums, reconstruction through semantic relations, completion, and the ensemble's head."""
+"""The prototype operators: class sums, reconstruction through semantic relations, completion, the ensemble's head."""
 
 from __future__ import annotations
 

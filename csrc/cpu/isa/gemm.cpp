@@ -4,10 +4,10 @@
 // They serve the thin products of LoRA (one side is the rank) and the similarity products of the prototypes. Every
 // element is summed in one fixed order, so that results do not depend on the number of threads.
 
+#include "../gemm.h"
+
 #include <cstdint>
 #include <cstring>
-
-#include "../gemm.h"
 
 namespace plora::cpu::PLORA_ISA {
 namespace {
@@ -65,8 +65,7 @@ inline void strip_nn(int64_t M, int64_t K, const T* A, int64_t a_row, int64_t a_
                      int64_t ldc, bool accumulate) {
   constexpr int MR = 6;
   int64_t i = 0;
-  for (; i + MR <= M; i += MR)
-    tile_nn<T, MR, NV>(K, A + i * a_row, a_row, a_col, B, ldb, C + i * ldc, ldc, accumulate);
+  for (; i + MR <= M; i += MR) tile_nn<T, MR, NV>(K, A + i * a_row, a_row, a_col, B, ldb, C + i * ldc, ldc, accumulate);
   for (; i < M; ++i) tile_nn<T, 1, NV>(K, A + i * a_row, a_row, a_col, B, ldb, C + i * ldc, ldc, accumulate);
 }
 
