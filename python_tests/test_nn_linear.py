@@ -138,6 +138,20 @@ def test_only_what_trains_gets_gradients() -> None:
     assert all(p.grad is None for n in ("t0", "t2") for p in adapters.parameters(n))
 
 
+def test_coefficients_may_be_a_parameter_and_stay_their_owners() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    adapters = inject(model, ["0"], r=2)
+    for name in ("a", "b"):
+        adapters.add_adapter(name)
+        nn.init.normal_(model[0].lora_B[name])
+    coefficients = nn.Parameter(torch.tensor([0.5, 2.0]))
+    for _ in range(2):
+        adapters.set_adapter(["a", "b"], coefficients)
+    model(torch.randn(3, 8)).sum().backward()
+    assert coefficients.grad is not None and bool((coefficients.grad != 0).all())
+    assert not any("coefficients" in name for name, _ in model.named_parameters())
+
+
 def test_dropout_is_before_the_adapters_alone_and_off_in_eval() -> None:
     adapters = make(dropout=0.5)
     x = torch.randn(400, IN)
