@@ -41,7 +41,9 @@ def problem(
     scaling = (torch.rand(T) + 0.5).to(device, wide).requires_grad_(grad)
     args: list[Any] = [x, draw(T, r, n_in), draw(T, out, r), scaling]
     if family == "lora_indexed":
-        args.insert(1, torch.randint(-1, max(T, 1), (*lead, M)).to(device) if T else torch.full((*lead, M), -1).to(device))
+        args.insert(
+            1, torch.randint(-1, max(T, 1), (*lead, M)).to(device) if T else torch.full((*lead, M), -1).to(device)
+        )
     kwargs: dict[str, Any] = {}
     for name, shape in (
         ("base", (*lead, M, out)), ("weight", (out, n_in)), ("bias", (out,)), ("bias_A", (T, r)), ("bias_B", (T, out)),
