@@ -47,6 +47,15 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 @pytest.fixture
+def poisoned() -> Iterator[None]:
+    """torch fills memory that nobody has written yet with NaN: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     """A CPU generator with a fixed seed: draw on the CPU, then move, so that every device sees the same numbers."""
     return torch.Generator().manual_seed(0)

@@ -14,6 +14,10 @@ from plora_ext.ops import AdapterBatch
 
 FAMILIES = ("lora_indexed", "lora_sum", "lora_all")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:.*deterministic.*:UserWarning"),
+]
 native = pytest.mark.skipif(_library.backend() != "native", reason="about the compiled operators")
 
 

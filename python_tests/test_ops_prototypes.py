@@ -13,6 +13,10 @@ from torch import Tensor
 from plora_ext import _library, ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:.*deterministic.*:UserWarning"),
+]
 native = pytest.mark.skipif(_library.backend() != "native", reason="about the compiled operators")
 
 
