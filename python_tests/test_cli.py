@@ -188,6 +188,7 @@ def test_interrupt_keeps_whole_files(problem: list[str], tmp_path: Path) -> None
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, "demo", *problem, "--epochs", "100000", "--out", str(out)],
+        cwd=tmp_path,  # not the source folder, which Python would import in place of the installed package
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies
 from oracle import check, opcheck
 from torch import Tensor
 
@@ -89,6 +90,21 @@ def test_matches_twin(family: str, dtype: torch.dtype, options: str, device: tor
 def test_sizes(family: str, T: int, M: int, n_in: int, out: int, r: int, device: torch.device) -> None:
     for options in ("", "weight bias base"):
         verify(family, *problem(family, T=T, M=M, n_in=n_in, out=out, r=r, device=device, options=options))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    family=strategies.sampled_from(FAMILIES),
+    sizes=strategies.tuples(
+        *(strategies.integers(low, high) for low, high in ((0, 12), (0, 70), (1, 80), (1, 80), (1, 40)))
+    ),
+    options=strategies.sets(strategies.sampled_from("base weight bias_A bias_B relu ranks".split())),
+    seed=strategies.integers(0, 2**31),
+)
+def test_any_sizes(family: str, sizes: tuple[int, ...], options: set[str], seed: int) -> None:
+    torch.manual_seed(seed)
+    T, M, n_in, out, r = sizes
+    verify(family, *problem(family, T=T, M=M, n_in=n_in, out=out, r=r, options=" ".join(options)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
