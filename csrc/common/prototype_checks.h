@@ -1,6 +1,8 @@
 // What the prototype operators check on every device.
 #pragma once
 
+#include <tuple>
+
 #include "checks.h"
 
 namespace plora {
@@ -16,6 +18,14 @@ inline void check_class_sums(const Tensor& sums, const Tensor& counts, const Ten
   check_shape(op, "counts", counts, {sums.size(0)}, features);
   check_dtype(op, "counts", counts, ScalarType::Long);
   STD_TORCH_CHECK(sums.is_contiguous() && counts.is_contiguous(), op, ": sums and counts must be contiguous");
+}
+
+// The totals of no rows at all.
+inline std::tuple<Tensor, Tensor> zero_totals(const Tensor& features, int64_t num_classes) {
+  STD_TORCH_CHECK(features.dim() == 2, "class_sums: features must be [N, D], got ", shape_of(features));
+  STD_TORCH_CHECK(num_classes >= 0, "class_sums: num_classes must not be negative, got ", num_classes);
+  return {torch::stable::new_zeros(features, {num_classes, features.size(1)}, wide(features.scalar_type())),
+          torch::stable::new_zeros(features, {num_classes}, ScalarType::Long)};
 }
 
 }  // namespace plora

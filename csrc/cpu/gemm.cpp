@@ -5,15 +5,7 @@
 
 namespace plora::cpu {
 
-#define PLORA_DECLARE(isa)            \
-  namespace isa {                     \
-  extern const Gemm<float> gemm_f32;  \
-  extern const Gemm<double> gemm_f64; \
-  }
-PLORA_DECLARE(isa_default)
 #if defined(__x86_64__)
-PLORA_DECLARE(isa_avx2)
-PLORA_DECLARE(isa_avx512)
 #define PLORA_CHOOSE(table)      \
   switch (chosen_isa()) {        \
     case Isa::kAvx512:           \

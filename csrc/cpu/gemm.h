@@ -18,4 +18,17 @@ struct Gemm {
 template <typename T>
 const Gemm<T>& gemm();  // T is float or double
 
+// One table for each instruction set that csrc/cpu/isa is compiled for.
+#define PLORA_DECLARE_ISA(isa)        \
+  namespace isa {                     \
+  extern const Gemm<float> gemm_f32;  \
+  extern const Gemm<double> gemm_f64; \
+  }
+PLORA_DECLARE_ISA(isa_default)
+#if defined(__x86_64__)
+PLORA_DECLARE_ISA(isa_avx2)
+PLORA_DECLARE_ISA(isa_avx512)
+#endif
+#undef PLORA_DECLARE_ISA
+
 }  // namespace plora::cpu

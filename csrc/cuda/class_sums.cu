@@ -71,10 +71,7 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
 }
 
 std::tuple<Tensor, Tensor> class_sums(const Tensor& features, const Tensor& labels, int64_t num_classes) {
-  STD_TORCH_CHECK(features.dim() == 2, "class_sums: features must be [N, D], got ", shape_of(features));
-  STD_TORCH_CHECK(num_classes >= 0, "class_sums: num_classes must not be negative, got ", num_classes);
-  const Tensor sums = torch::stable::new_zeros(features, {num_classes, features.size(1)}, wide(features.scalar_type()));
-  const Tensor counts = torch::stable::new_zeros(features, {num_classes}, ScalarType::Long);
+  const auto [sums, counts] = zero_totals(features, num_classes);
   class_sums_(sums, counts, features, labels);
   return {sums, counts};
 }

@@ -9,19 +9,6 @@
 
 #include "common/cpu_features.h"
 
-namespace plora::cpu {
-#define PLORA_DECLARE(isa)            \
-  namespace isa {                     \
-  extern const Gemm<float> gemm_f32;  \
-  extern const Gemm<double> gemm_f64; \
-  }
-PLORA_DECLARE(isa_default)
-#if defined(__x86_64__)
-PLORA_DECLARE(isa_avx2)
-PLORA_DECLARE(isa_avx512)
-#endif
-}  // namespace plora::cpu
-
 namespace {
 
 int failures = 0;

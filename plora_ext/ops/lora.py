@@ -8,7 +8,6 @@ al., NeurIPS 2022), which EASE, MOS and ACMap use.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,10 +97,86 @@ def _ids(op: str, ids: Tensor | AdapterBatch, x: Tensor) -> Tensor:
     return ids.to(torch.int64)
 
 
-def _base(op: str, base: Tensor | None, x: Tensor, out: int) -> None:
+def _run(
+    op: str,
+    x: Tensor,
+    ids: Tensor | AdapterBatch | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor | None,
+    coeff: Tensor | None,
+    base: Tensor | None,
+    layer: tuple[Tensor | None, Tensor | None],
+    biases: tuple[Tensor | None, Tensor | None],
+    activation: str,
+    ranks: Tensor | None,
+    trainable: Sequence[int] | None,
+) -> Tensor:
+    """The operator `op` of one family, by its kernel or its twin."""
+    optional = dict(zip(("weight", "bias", "bias_A", "bias_B"), (*layer, *biases), strict=True))
+    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
+    rows = () if ids is None else (_ids(op, ids, x),)
+    out = lora_B.shape[1]
     if base is not None:
         dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
         _check(op, "base", base, (*x.shape[:-1], out), x, dtype)
+    if not _library.has_kernel(op, x.device.type):
+        keywords = dict(base=base, **optional, activation=activation, ranks=ranks, trainable=trainable)
+        return _register.run_reference(getattr(reference, op), x, *rows, lora_A, lora_B, scale, **keywords)
+    y = getattr(torch.ops.plora_ext, op)(
+        x.reshape(-1, x.shape[-1]), *(t.reshape(-1) for t in rows), lora_A, lora_B, scale,
+        None if base is None else base.reshape(-1, out), *layer, *biases, ranks, activation == "relu",
+        None if trainable is None else list(trainable),
+    )  # fmt: skip
+    return y.view(*y.shape[:-2], *x.shape[:-1], out)
+
+
+def _run_in_place(
+    op: str,
+    y: Tensor,
+    x: Tensor,
+    ids: Tensor | AdapterBatch | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor | None,
+    coeff: Tensor | None,
+    biases: tuple[Tensor | None, Tensor | None],
+    activation: str,
+    ranks: Tensor | None,
+    trainable: Sequence[int] | None,
+) -> Tensor:
+    """y += the low-rank part: by the kernel where nothing needs a gradient, else by torch's own addition."""
+    named = {"bias_A": biases[0], "bias_B": biases[1]}
+    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, named, activation, ranks, trainable)
+    rows = () if ids is None else (_ids(op, ids, x),)
+    shape = (*lora_A.shape[:1], *x.shape[:-1]) if op == "lora_all_" else x.shape[:-1]
+    _check(op, "y", y, (*shape, lora_B.shape[1]), x, None)
+    target = _writable(op, y, x, (y, x, lora_A, lora_B, scale, *biases))
+    if target is None:
+        delta = _run(
+            op.removesuffix("_"), x, ids, lora_A, lora_B, scale, None, None, (None, None), biases, activation, ranks,
+            trainable,
+        )  # fmt: skip
+        return y.add_(delta)
+    getattr(torch.ops.plora_ext, op)(
+        target, x.reshape(-1, x.shape[-1]), *(t.reshape(-1) for t in rows), lora_A, lora_B, scale, *biases, ranks,
+        activation == "relu",
+    )  # fmt: skip
+    return y
+
+
+def _writable(op: str, y: Tensor, x: Tensor, asks: Sequence[Tensor | None]) -> Tensor | None:
+    """y as rows where the kernel can write in place; None where torch must (gradients, odd strides, autocast)."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asks):
+        return None
+    if y.dtype != x.dtype or torch.is_autocast_enabled(x.device.type) or y.stride(-1) != 1:
+        return None
+    if not _library.has_kernel(op, x.device.type):
+        return None
+    try:
+        return y.view(*(y.shape[:1] if op == "lora_all_" else ()), -1, y.shape[-1])
+    except RuntimeError:  # rows that no single stride reaches
+        return None
 
 
 def lora_indexed(
@@ -150,21 +225,10 @@ def lora_indexed(
 
     Source: Punica's SGMV (Chen et al., MLSys 2024; punica/ops), PEFT's mixed batches (`_mixed_batch_forward`).
     """
-    op = "lora_indexed"
-    optional = {"weight": weight, "bias": bias, "bias_A": bias_A, "bias_B": bias_B}
-    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, None, optional, activation, ranks, trainable)
-    ids = _ids(op, ids, x)
-    out = lora_B.shape[1]
-    _base(op, base, x, out)
-    if not _library.has_kernel(op, x.device.type):
-        keywords = dict(base=base, **optional, activation=activation, ranks=ranks, trainable=trainable)
-        return _register.run_reference(reference.lora_indexed, x, ids, lora_A, lora_B, scale, **keywords)
-    y = torch.ops.plora_ext.lora_indexed(
-        x.reshape(-1, x.shape[-1]), ids.reshape(-1), lora_A, lora_B, scale,
-        None if base is None else base.reshape(-1, out), weight, bias, bias_A, bias_B, ranks, activation == "relu",
-        None if trainable is None else list(trainable),
+    return _run(
+        "lora_indexed", x, ids, lora_A, lora_B, scaling, None, base, (weight, bias), (bias_A, bias_B), activation,
+        ranks, trainable,
     )  # fmt: skip
-    return y.view(*x.shape[:-1], out)
 
 
 def lora_sum(
@@ -201,19 +265,10 @@ def lora_sum(
     Source: the exact fusion of InfLoRA (Liang and Li, CVPR 2024; `models/vit_inflora.py`) and SD-LoRA (Wu et al., ICLR
     2025; `backbone/lora.py`), as one product of the concatenated factors.
     """
-    op = "lora_sum"
-    optional = {"weight": weight, "bias": bias, "bias_A": bias_A, "bias_B": bias_B}
-    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
-    out = lora_B.shape[1]
-    _base(op, base, x, out)
-    if not _library.has_kernel(op, x.device.type):
-        keywords = dict(base=base, **optional, activation=activation, ranks=ranks, trainable=trainable)
-        return _register.run_reference(reference.lora_sum, x, lora_A, lora_B, scale, **keywords)
-    y = torch.ops.plora_ext.lora_sum(
-        x.reshape(-1, x.shape[-1]), lora_A, lora_B, scale, None if base is None else base.reshape(-1, out), weight,
-        bias, bias_A, bias_B, ranks, activation == "relu", None if trainable is None else list(trainable),
+    return _run(
+        "lora_sum", x, None, lora_A, lora_B, scaling, coeff, base, (weight, bias), (bias_A, bias_B), activation, ranks,
+        trainable,
     )  # fmt: skip
-    return y.view(*x.shape[:-1], out)
 
 
 def lora_all(
@@ -248,34 +303,10 @@ def lora_all(
 
     Source: the T forward passes of EASE (Zhou et al., CVPR 2024; `backbone/vit_ease.py:forward_test`).
     """
-    op = "lora_all"
-    optional = {"weight": weight, "bias": bias, "bias_A": bias_A, "bias_B": bias_B}
-    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, None, optional, activation, ranks, trainable)
-    out = lora_B.shape[1]
-    _base(op, base, x, out)
-    if not _library.has_kernel(op, x.device.type):
-        keywords = dict(base=base, **optional, activation=activation, ranks=ranks, trainable=trainable)
-        return _register.run_reference(reference.lora_all, x, lora_A, lora_B, scale, **keywords)
-    y = torch.ops.plora_ext.lora_all(
-        x.reshape(-1, x.shape[-1]), lora_A, lora_B, scale, None if base is None else base.reshape(-1, out), weight,
-        bias, bias_A, bias_B, ranks, activation == "relu", None if trainable is None else list(trainable),
+    return _run(
+        "lora_all", x, None, lora_A, lora_B, scaling, None, base, (weight, bias), (bias_A, bias_B), activation, ranks,
+        trainable,
     )  # fmt: skip
-    return y.view(lora_A.shape[0], *x.shape[:-1], out)
-
-
-def _in_place(op: str, y: Tensor, rows: tuple[int, ...], out: int, like: Tensor, asks: Sequence[Any]) -> Tensor | None:
-    """y as rows where the kernel can write in place; None where torch must (gradients, odd strides, autocast)."""
-    _check(op, "y", y, (*rows, out), like, None)
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in asks):
-        return None
-    if y.dtype != like.dtype or torch.is_autocast_enabled(like.device.type) or y.stride(-1) != 1:
-        return None
-    if not _library.has_kernel(op, like.device.type):
-        return None
-    try:
-        return y.view(*(rows[:1] if op == "lora_all_" else ()), -1, out)
-    except RuntimeError:  # rows that no single stride reaches
-        return None
 
 
 def lora_indexed_(
@@ -297,20 +328,9 @@ def lora_indexed_(
     Where something requires gradients the sum is torch's own in-place addition, so that autograd sees it. Arguments
     and errors as in `lora_indexed`. Returns y.
     """
-    op = "lora_indexed_"
-    biases = {"bias_A": bias_A, "bias_B": bias_B}
-    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, None, biases, activation, ranks, trainable)
-    ids = _ids(op, ids, x)
-    out = lora_B.shape[1]
-    target = _in_place(op, y, x.shape[:-1], out, x, (y, x, lora_A, lora_B, scale, bias_A, bias_B))
-    if target is None:
-        keywords = dict(bias_A=bias_A, bias_B=bias_B, activation=activation, ranks=ranks, trainable=trainable)
-        return y.add_(lora_indexed(x, ids, lora_A, lora_B, scale, **keywords))  # type: ignore[arg-type]
-    torch.ops.plora_ext.lora_indexed_(
-        target, x.reshape(-1, x.shape[-1]), ids.reshape(-1), lora_A, lora_B, scale, bias_A, bias_B, ranks,
-        activation == "relu",
-    )  # fmt: skip
-    return y
+    return _run_in_place(
+        "lora_indexed_", y, x, ids, lora_A, lora_B, scaling, None, (bias_A, bias_B), activation, ranks, trainable
+    )
 
 
 def lora_sum_(
@@ -332,18 +352,9 @@ def lora_sum_(
     Where something requires gradients the sum is torch's own in-place addition, so that autograd sees it. Arguments
     and errors as in `lora_sum`. Returns y.
     """
-    op = "lora_sum_"
-    biases = {"bias_A": bias_A, "bias_B": bias_B}
-    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, biases, activation, ranks, trainable)
-    out = lora_B.shape[1]
-    target = _in_place(op, y, x.shape[:-1], out, x, (y, x, lora_A, lora_B, scale, bias_A, bias_B))
-    if target is None:
-        keywords = dict(bias_A=bias_A, bias_B=bias_B, activation=activation, ranks=ranks, trainable=trainable)
-        return y.add_(lora_sum(x, lora_A, lora_B, scale, **keywords))  # type: ignore[arg-type]
-    torch.ops.plora_ext.lora_sum_(
-        target, x.reshape(-1, x.shape[-1]), lora_A, lora_B, scale, bias_A, bias_B, ranks, activation == "relu"
+    return _run_in_place(
+        "lora_sum_", y, x, None, lora_A, lora_B, scaling, coeff, (bias_A, bias_B), activation, ranks, trainable
     )
-    return y
 
 
 def lora_all_(
@@ -364,19 +375,9 @@ def lora_all_(
     Where something requires gradients the sum is torch's own in-place addition, so that autograd sees it. Arguments
     and errors as in `lora_all`. Returns y.
     """
-    op = "lora_all_"
-    biases = {"bias_A": bias_A, "bias_B": bias_B}
-    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, None, biases, activation, ranks, trainable)
-    out = lora_B.shape[1]
-    rows = (lora_A.shape[0], *x.shape[:-1])
-    target = _in_place(op, y, rows, out, x, (y, x, lora_A, lora_B, scale, bias_A, bias_B))
-    if target is None:
-        keywords = dict(bias_A=bias_A, bias_B=bias_B, activation=activation, ranks=ranks, trainable=trainable)
-        return y.add_(lora_all(x, lora_A, lora_B, scale, **keywords))  # type: ignore[arg-type]
-    torch.ops.plora_ext.lora_all_(
-        target, x.reshape(-1, x.shape[-1]), lora_A, lora_B, scale, bias_A, bias_B, ranks, activation == "relu"
+    return _run_in_place(
+        "lora_all_", y, x, None, lora_A, lora_B, scaling, None, (bias_A, bias_B), activation, ranks, trainable
     )
-    return y
 
 
 def lora_merge(

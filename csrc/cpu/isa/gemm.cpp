@@ -133,8 +133,6 @@ void gemm_nt(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* 
 
 }  // namespace
 
-extern const Gemm<float> gemm_f32;
-extern const Gemm<double> gemm_f64;
 const Gemm<float> gemm_f32 = {gemm_nn<float>, gemm_nt<float>};
 const Gemm<double> gemm_f64 = {gemm_nn<double>, gemm_nt<double>};
 
