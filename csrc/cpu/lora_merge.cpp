@@ -12,27 +12,30 @@
 namespace plora::cpu {
 namespace {
 
-constexpr int64_t kRows = 16;
+constexpr int64_t kRows = 24;  // a multiple of the product's tile
 
 template <typename scalar, typename acc = acc_type<scalar>>
 void merge(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scaling, const OptTensor& ranks,
            const Tensor& merged) {
   const int64_t out = weight.size(0), in = weight.size(1), T = A.size(0), r = A.size(1);
-  std::vector<acc> wide_A(T * r * in);
-  std::copy_n(data<scalar>(A), T * r * in, wide_A.data());
+  std::vector<int64_t> real;  // the ranks t * r + j that are not padding
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t j = 0; j < (ranks ? std::clamp<int64_t>(data<int64_t>(*ranks)[t], 0, r) : r); ++j)
+      real.push_back(t * r + j);
+  const int64_t R = static_cast<int64_t>(real.size());
+  std::vector<acc> wide_A(R * in);
+  for (int64_t i = 0; i < R; ++i) std::copy_n(data<scalar>(A) + real[i] * in, in, &wide_A[i * in]);
   torch::stable::parallel_for(0, (out + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-    std::vector<acc> sum(kRows * in), scaled_B(kRows * r);
+    std::vector<acc> sum(kRows * in), scaled_B(kRows * R);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t row = block * kRows, n = std::min(kRows, out - row);
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t k = 0; k < R; ++k) {
+          const int64_t t = real[k] / r, j = real[k] % r;
+          scaled_B[i * R + k] = data<acc>(scaling)[t] * static_cast<acc>(data<scalar>(B)[(t * out + row + i) * r + j]);
+        }
       std::copy_n(data<scalar>(weight) + row * in, n * in, sum.data());
-      for (int64_t t = 0; t < T; ++t) {
-        const int64_t rank = ranks ? std::clamp<int64_t>(data<int64_t>(*ranks)[t], 0, r) : r;
-        for (int64_t i = 0; i < n; ++i)
-          for (int64_t j = 0; j < rank; ++j)
-            scaled_B[i * r + j] =
-                data<acc>(scaling)[t] * static_cast<acc>(data<scalar>(B)[(t * out + row + i) * r + j]);
-        gemm<acc>().nn(n, in, rank, scaled_B.data(), r, 1, &wide_A[t * r * in], in, sum.data(), in, true);
-      }
+      gemm<acc>().nn(n, in, R, scaled_B.data(), R, 1, wide_A.data(), in, sum.data(), in, true);
       std::copy_n(sum.data(), n * in, mutable_data<scalar>(merged) + row * in);
     }
   });

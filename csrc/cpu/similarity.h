@@ -4,6 +4,8 @@
 // successive key blocks just add up, in order. The Q x K matrix is never held. Q and K come with rows normalised.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -22,15 +24,16 @@ struct Normalised {
 
   template <typename scalar>
   Normalised(const scalar* source, int64_t count, int64_t stride, int64_t D) : rows(count * D), norms(count), D(D) {
-    for (int64_t i = 0; i < count; ++i) {
-      double square = 0;
-      for (int64_t d = 0; d < D; ++d) {
-        rows[i * D + d] = static_cast<acc>(source[i * stride + d]);
-        square += static_cast<double>(rows[i * D + d]) * rows[i * D + d];
+    torch::stable::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        acc* row = &rows[i * D];
+        std::copy_n(source + i * stride, D, row);
+        acc square = 0;
+        gemm<acc>().nt(1, 1, D, row, D, row, D, &square, 1, false);
+        norms[i] = std::max(std::sqrt(square), static_cast<acc>(1e-12));
+        for (int64_t d = 0; d < D; ++d) row[d] /= norms[i];
       }
-      norms[i] = std::max(static_cast<acc>(std::sqrt(square)), static_cast<acc>(1e-12));
-      for (int64_t d = 0; d < D; ++d) rows[i * D + d] /= norms[i];
-    }
+    });
   }
 
   // Gradient of the rows before normalisation: (g - (g . x) x) / |x|; below eps the norm is a constant.

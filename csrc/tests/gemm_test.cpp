@@ -27,7 +27,7 @@ void test(const char* isa, const plora::cpu::Gemm<T>& gemm) {
   constexpr T poison = 12345;
   for (int64_t M : {1, 3, 4, 6, 7, 32})
     for (int64_t N : {1, 2, 4, 5, 8, 15, 16, 17, 31, 32, 33, 70})
-      for (int64_t K : {0, 1, 3, 8, 16, 17, 65})
+      for (int64_t K : {0, 1, 3, 8, 16, 17, 65, 2100})
         for (int transposed : {0, 1})  // nn with A read by columns, and nt
           for (bool accumulate : {false, true}) {
             const int64_t ldc = N + 3;

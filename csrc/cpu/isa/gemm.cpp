@@ -106,8 +106,11 @@ inline void tile_nt(int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb,
   }
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < NR; ++j) {
-      T sum = 0;
-      for (int v = 0; v < VL; ++v) sum += c[i][j][v];
+      T part[VL];
+      store(part, c[i][j]);
+      for (int width = VL / 2; width > 0; width /= 2)
+        for (int v = 0; v < width; ++v) part[v] += part[v + width];
+      T sum = part[0];
       for (int64_t rest = k; rest < K; ++rest) sum += A[i * lda + rest] * B[j * ldb + rest];
       C[i * ldc + j] = accumulate ? C[i * ldc + j] + sum : sum;
     }
@@ -125,6 +128,9 @@ inline void strip_nt(int64_t M, int64_t K, const T* A, int64_t lda, const T* B, 
 template <typename T>
 void gemm_nt(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc,
              bool accumulate) {
+  constexpr int64_t kDepth = 8192 / sizeof(T);  // of a block: a tile's rows of A and B fit into the first-level cache
+  for (; K > kDepth; K -= kDepth, A += kDepth, B += kDepth, accumulate = true)
+    gemm_nt(M, N, kDepth, A, lda, B, ldb, C, ldc, accumulate);
   constexpr int NR = kBytes >= 64 ? 4 : 2;  // 16 accumulators of 32 registers, 8 of 16
   int64_t j = 0;
   for (; j + NR <= N; j += NR) strip_nt<T, NR>(M, K, A, lda, B + j * ldb, ldb, C + j, ldc, accumulate);
