@@ -48,7 +48,8 @@ def main() -> None:
     lines = [", ".join(f"{k} {v}" for k, v in where.items()), ""]
     lines += ["| case | form | median ms | its time / ours |", "|---|---|---:|---:|"]
     for c in cases:
-        lines.append(f"| {c['case']} | {c['rival']} | {c['median_ms']:.3f} | {c['median_ms'] / ours[c['case']]:.2f} |")
+        ratio = f"{c['median_ms'] / ours[c['case']]:.2f}" if c["case"] in ours else "–"
+        lines.append(f"| {c['case']} | {c['rival']} | {c['median_ms']:.3f} | {ratio} |")
     for suffix in (".csv", ".md"):
         part = args.out.with_name(f".{args.out.name}{suffix}.part")
         with part.open("w", encoding="utf-8", newline="") as file:

@@ -23,6 +23,8 @@ void merge(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor&
     for (int64_t j = 0; j < (ranks ? std::clamp<int64_t>(data<int64_t>(*ranks)[t], 0, r) : r); ++j)
       real.push_back(t * r + j);
   const int64_t R = static_cast<int64_t>(real.size());
+  const scalar* up = data<scalar>(B);
+  const acc* scale = data<acc>(scaling);
   std::vector<acc> wide_A(R * in);
   for (int64_t i = 0; i < R; ++i) std::copy_n(data<scalar>(A) + real[i] * in, in, &wide_A[i * in]);
   torch::stable::parallel_for(0, (out + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
@@ -32,7 +34,7 @@ void merge(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor&
       for (int64_t i = 0; i < n; ++i)
         for (int64_t k = 0; k < R; ++k) {
           const int64_t t = real[k] / r, j = real[k] % r;
-          scaled_B[i * R + k] = data<acc>(scaling)[t] * static_cast<acc>(data<scalar>(B)[(t * out + row + i) * r + j]);
+          scaled_B[i * R + k] = scale[t] * static_cast<acc>(up[(t * out + row + i) * r + j]);
         }
       std::copy_n(data<scalar>(weight) + row * in, n * in, sum.data());
       gemm<acc>().nn(n, in, R, scaled_B.data(), R, 1, wide_A.data(), in, sum.data(), in, true);

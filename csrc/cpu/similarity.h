@@ -31,7 +31,8 @@ struct Normalised {
         acc square = 0;
         gemm<acc>().nt(1, 1, D, row, D, row, D, &square, 1, false);
         norms[i] = std::max(std::sqrt(square), static_cast<acc>(1e-12));
-        for (int64_t d = 0; d < D; ++d) row[d] /= norms[i];
+        const acc inverse = 1 / norms[i];
+        for (int64_t d = 0; d < D; ++d) row[d] *= inverse;
       }
     });
   }

@@ -26,8 +26,9 @@ Tensor subspace_logits(const Tensor& features_, const Tensor& prototypes_, const
     using scalar = decltype(tag);
     using acc = acc_type<scalar>;
     Normalised<acc> p(data<scalar>(prototypes), C * T, D, D);
+    const acc* weight = data<acc>(weights);
     for (int64_t i = 0; i < C * T; ++i)
-      for (int64_t d = 0; d < D; ++d) p.rows[i * D + d] *= data<acc>(weights)[i];
+      for (acc *row = &p.rows[i * D], *end = row + D; row != end; ++row) *row *= weight[i];
     torch::stable::parallel_for(0, (B + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
       std::vector<acc> block(kRows * C);
       for (int64_t b = begin; b < end; ++b) {
