@@ -98,33 +98,21 @@ MERGE = {
 }
 
 
-@pytest.mark.parametrize("rival", INDEXED)
-@pytest.mark.benchmark(group="lora_indexed, T=10")
-def test_indexed(benchmark: Any, rival: str) -> None:
-    problem = Problem(10)
-    timed(benchmark, problem, lambda x: INDEXED[rival](problem, x))
+CASES = {
+    "lora_indexed, T=10": (INDEXED, 10),
+    "lora_sum, T=1": (SUM, 1),
+    "lora_sum, T=10": (SUM, 10),
+    "lora_all, T=10": (ALL, 10),
+    "lora_merge, T=10": (MERGE, 10),
+}
 
 
-@pytest.mark.parametrize("rival", SUM)
-@pytest.mark.parametrize("T", [1, 10])
-def test_sum(benchmark: Any, rival: str, T: int) -> None:
-    benchmark.group = f"lora_sum, T={T}"
+@pytest.mark.parametrize(("case", "rival"), [(case, rival) for case, (forms, _) in CASES.items() for rival in forms])
+def test_forward(benchmark: Any, case: str, rival: str) -> None:
+    forms, T = CASES[case]
+    benchmark.group = case
     problem = Problem(T)
-    timed(benchmark, problem, lambda x: SUM[rival](problem, x))
-
-
-@pytest.mark.parametrize("rival", ALL)
-@pytest.mark.benchmark(group="lora_all, T=10")
-def test_all(benchmark: Any, rival: str) -> None:
-    problem = Problem(10)
-    timed(benchmark, problem, lambda x: ALL[rival](problem, x))
-
-
-@pytest.mark.parametrize("rival", MERGE)
-@pytest.mark.benchmark(group="lora_merge, T=10")
-def test_merge(benchmark: Any, rival: str) -> None:
-    problem = Problem(10)
-    timed(benchmark, problem, lambda x: MERGE[rival](problem, x))
+    timed(benchmark, problem, lambda x: forms[rival](problem, x))
 
 
 @pytest.mark.parametrize("rival", SUM)

@@ -76,7 +76,7 @@ struct Inputs {
     return rank;
   }
 
-  // Output rows of one row of x, and where the t-th of them begins.
+  // Output rows of one row of x.
   int64_t outputs() const { return family == Family::all ? T : 1; }
 };
 

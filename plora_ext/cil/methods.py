@@ -6,6 +6,7 @@ the methods are about: which adapters exist, which are active, and what becomes 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -21,7 +22,7 @@ from plora_ext.cil.training import Trainer
 from plora_ext.nn import Adapters, CosineHead, SubspaceHead, inject
 
 
-class Method:
+class Method(ABC):
     """Frozen features and nearest class means: what every method here starts from.
 
     Attributes:
@@ -37,6 +38,7 @@ class Method:
         self.space = 0
         self.passes = 1
 
+    @abstractmethod
     def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
         """Learns a task.
 
@@ -44,7 +46,6 @@ class Method:
             images: Its training images, normalised float32 [n, 3, H, W].
             labels: int64 [n], counted from 0 within the task.
         """
-        raise NotImplementedError
 
     def features(self, images: Tensor) -> Tensor:
         """Features of images [n, 3, H, W] in the current space; [n, D], or [n, T, D] for an ensemble."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from plora_ext import _library
+from plora_ext.ops._checks import wide
 from plora_ext.reference import EPS
 
 LORA = ("lora_indexed", "lora_sum", "lora_all")
@@ -70,10 +71,6 @@ def _register_autocast(name: str, device_type: str) -> None:
 # --- fake implementations: shapes only --------------------------------------------------------------------------------
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
-
-
 def _lora_fake(name: str) -> Callable[..., Tensor]:
     def fake(x: Tensor, *rest: Any) -> Tensor:
         lora_A, lora_B = rest[1:3] if name == "lora_indexed" else rest[:2]
@@ -98,7 +95,7 @@ def _lora_backward_fake(name: str) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _class_sums_fake(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    sums = features.new_empty((num_classes, features.shape[1]), dtype=_wide(features))
+    sums = features.new_empty((num_classes, features.shape[1]), dtype=wide(features))
     return sums, features.new_empty(num_classes, dtype=torch.int64)
 
 
@@ -148,8 +145,8 @@ def _register_lora_autograd(name: str) -> None:
 
 def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     lora_A, lora_B, scaling, ranks = ctx.saved_tensors
-    wide = scaling.dtype
-    g, A, B = grad.to(wide), lora_A.to(wide), lora_B.to(wide)
+    kept = scaling.dtype
+    g, A, B = grad.to(kept), lora_A.to(kept), lora_B.to(kept)
     real = None if ranks is None else torch.arange(A.shape[1], device=A.device) < ranks[:, None]
     if real is not None:
         A, B = A.masked_fill(~real[..., None], 0), B.masked_fill(~real[:, None], 0)
@@ -161,12 +158,12 @@ def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _subspace_logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     features, prototypes, weights = ctx.saved_tensors
-    wide = weights.dtype
-    g = grad.to(wide)
+    kept = weights.dtype
+    g = grad.to(kept)
 
     def unit(x: Tensor) -> tuple[Tensor, Tensor]:
-        norm = x.to(wide).norm(dim=-1, keepdim=True).clamp_min(EPS)
-        return x.to(wide) / norm, norm
+        norm = x.to(kept).norm(dim=-1, keepdim=True).clamp_min(EPS)
+        return x.to(kept) / norm, norm
 
     def through(d: Tensor, u: Tensor, norm: Tensor) -> Tensor:  # the gradient before normalisation
         return torch.where(norm > EPS, d - (d * u).sum(-1, keepdim=True) * u, d) / norm

@@ -14,25 +14,10 @@ from torch import Tensor
 
 from plora_ext import _library, reference
 from plora_ext.ops import _register
+from plora_ext.ops._checks import check, shape, wide
 from plora_ext.ops.adapter_batch import AdapterBatch
 
 _ACTIVATIONS = ("none", "relu")
-
-
-def _shape(t: Tensor) -> list[int]:
-    return list(t.shape)
-
-
-def _check(
-    op: str, name: str, t: Tensor, shape: tuple[int | str, ...], like: Tensor, dtype: torch.dtype | None
-) -> None:
-    """One clear error where `t` does not fit; `dtype` None accepts any."""
-    if t.dim() != len(shape) or any(isinstance(n, int) and n != m for n, m in zip(shape, t.shape, strict=False)):
-        raise ValueError(f"{op}: {name} must have the shape [{', '.join(map(str, shape))}], got {_shape(t)}")
-    if t.device != like.device:
-        raise ValueError(f"{op}: {name} must be on {like.device}, as the first argument, got {t.device}")
-    if dtype is not None and t.dtype != dtype:
-        raise TypeError(f"{op}: {name} must be {dtype}, as the first argument, got {t.dtype}")
 
 
 def _prepare(
@@ -52,32 +37,32 @@ def _prepare(
         raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
     if x.dim() < 1 or lora_A.dim() != 3 or lora_B.dim() != 3:
         raise ValueError(
-            f"{op}: x must be [..., in], lora_A [T, r, in] and lora_B [T, out, r], got {_shape(x)}, "
-            f"{_shape(lora_A)} and {_shape(lora_B)}"
+            f"{op}: x must be [..., in], lora_A [T, r, in] and lora_B [T, out, r], got {shape(x)}, "
+            f"{shape(lora_A)} and {shape(lora_B)}"
         )
     T, r, n_in, out = *lora_A.shape[:2], x.shape[-1], lora_B.shape[1]
     dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
-    _check(op, "lora_A", lora_A, (T, r, n_in), x, dtype)
-    _check(op, "lora_B", lora_B, (T, out, r), x, dtype)
+    check(op, "lora_A", lora_A, (T, r, n_in), x, dtype)
+    check(op, "lora_B", lora_B, (T, out, r), x, dtype)
     shapes = {"weight": (out, n_in), "bias": (out,), "bias_A": (T, r), "bias_B": (T, out)}
     for name, t in optional.items():
         if t is not None:
-            _check(op, name, t, shapes[name], x, dtype)
+            check(op, name, t, shapes[name], x, dtype)
     if optional.get("bias") is not None and optional.get("weight") is None:
         raise ValueError(f"{op}: bias belongs to the frozen layer and needs weight; an adapter's own bias is bias_B")
     for name, t in (("scaling", scaling), ("coeff", coeff)):
         if t is not None:
-            _check(op, name, t, (T,), x, None)
+            check(op, name, t, (T,), x, None)
     if activation not in _ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {_ACTIVATIONS}, got {activation!r}")
     if trainable is not None and any(not 0 <= t < T for t in trainable):
         raise IndexError(f"{op}: trainable must hold adapters between 0 and {T - 1}, got {list(trainable)}")
-    wide = torch.promote_types(x.dtype, torch.float32)
-    scale = x.new_ones(T, dtype=wide) if scaling is None else scaling.to(wide)
+    kept = wide(x)
+    scale = x.new_ones(T, dtype=kept) if scaling is None else scaling.to(kept)
     if coeff is not None:
-        scale = scale * coeff.to(wide)
+        scale = scale * coeff.to(kept)
     if ranks is not None:
-        _check(op, "ranks", ranks, (T,), x, None)
+        check(op, "ranks", ranks, (T,), x, None)
         ranks = ranks.to(torch.int64)
     return scale, ranks
 
@@ -89,8 +74,8 @@ def _ids(op: str, ids: Tensor | AdapterBatch, x: Tensor) -> Tensor:
         raise TypeError(f"{op}: ids must be integers, got {ids.dtype}")
     if not 1 <= ids.dim() < x.dim() or ids.shape != x.shape[: ids.dim()]:
         raise ValueError(
-            f"{op}: ids must have the shape of the first dimensions of x, such as {_shape(x)[:1]} (one id per sample) "
-            f"or {_shape(x)[:-1]} (one per row), got {_shape(ids)}"
+            f"{op}: ids must have the shape of the first dimensions of x, such as {shape(x)[:1]} (one id per sample) "
+            f"or {shape(x)[:-1]} (one per row), got {shape(ids)}"
         )
     if ids.device != x.device:
         raise ValueError(f"{op}: ids must be on {x.device}, as x, got {ids.device}")
@@ -119,7 +104,7 @@ def _run(
     out = lora_B.shape[1]
     if base is not None:
         dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
-        _check(op, "base", base, (*x.shape[:-1], out), x, dtype)
+        check(op, "base", base, (*x.shape[:-1], out), x, dtype)
     if not _library.has_kernel(op, x.device.type):
         keywords = dict(base=base, **optional, activation=activation, ranks=ranks, trainable=trainable)
         return _register.run_reference(getattr(reference, op), x, *rows, lora_A, lora_B, scale, **keywords)
@@ -149,8 +134,8 @@ def _run_in_place(
     named = {"bias_A": biases[0], "bias_B": biases[1]}
     scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, named, activation, ranks, trainable)
     rows = () if ids is None else (_ids(op, ids, x),)
-    shape = (*lora_A.shape[:1], *x.shape[:-1]) if op == "lora_all_" else x.shape[:-1]
-    _check(op, "y", y, (*shape, lora_B.shape[1]), x, None)
+    slabs = lora_A.shape[:1] if op == "lora_all_" else ()
+    check(op, "y", y, (*slabs, *x.shape[:-1], lora_B.shape[1]), x, None)
     target = _writable(op, y, x, (y, x, lora_A, lora_B, scale, *biases))
     if target is None:
         delta = _run(
@@ -411,9 +396,9 @@ def lora_merge(
     """
     op = "lora_merge"
     if weight.dim() != 2:
-        raise ValueError(f"{op}: weight must be [out, in], got {_shape(weight)}")
+        raise ValueError(f"{op}: weight must be [out, in], got {shape(weight)}")
     if lora_B.dim() == 3 and lora_B.shape[1] != weight.shape[0]:
-        raise ValueError(f"{op}: lora_B must be [T, {weight.shape[0]}, r] for this weight, got {_shape(lora_B)}")
+        raise ValueError(f"{op}: lora_B must be [T, {weight.shape[0]}, r] for this weight, got {shape(lora_B)}")
     with torch.autocast(weight.device.type, enabled=False):  # weights are merged in their own dtype
         scale, ranks = _prepare(op, weight, lora_A, lora_B, scaling, coeff, {}, "none", ranks, None)
         if not _library.has_kernel(op, weight.device.type):

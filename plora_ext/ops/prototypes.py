@@ -7,11 +7,7 @@ from torch import Tensor
 
 from plora_ext import _library, reference
 from plora_ext.ops import _register
-from plora_ext.ops.lora import _check, _shape
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
+from plora_ext.ops._checks import check, shape, wide
 
 
 def class_sums(
@@ -45,10 +41,10 @@ def class_sums(
     """
     op = "class_sums"
     if features.dim() != 2 or not features.is_floating_point():
-        raise ValueError(f"{op}: features must be floating point [N, D], got {features.dtype} {_shape(features)}")
+        raise ValueError(f"{op}: features must be floating point [N, D], got {features.dtype} {shape(features)}")
     if labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise TypeError(f"{op}: labels must be integers, got {labels.dtype}")
-    _check(op, "labels", labels, (features.shape[0],), features, None)
+    check(op, "labels", labels, (features.shape[0],), features, None)
     if num_classes < 0:
         raise ValueError(f"{op}: num_classes must not be negative, got {num_classes}")
     if (sums is None) != (counts is None):
@@ -58,11 +54,11 @@ def class_sums(
         if not _library.has_kernel(op, features.device.type):
             return reference.class_sums(features, labels, num_classes)
         return torch.ops.plora_ext.class_sums(features, labels, num_classes)
-    for name, total, shape, dtype in (
-        ("sums", sums, (num_classes, features.shape[1]), _wide(features)),
+    for name, total, expected, dtype in (
+        ("sums", sums, (num_classes, features.shape[1]), wide(features)),
         ("counts", counts, (num_classes,), torch.int64),
     ):
-        _check(op, name, total, shape, features, None)
+        check(op, name, total, expected, features, None)
         if total.dtype != dtype or not total.is_contiguous():
             raise TypeError(f"{op}: {name} must be contiguous {dtype}, got {total.dtype}, strides {total.stride()}")
     with torch.no_grad():
@@ -103,15 +99,15 @@ def reconstruct_prototypes(
     if mode not in ("complement", "shift"):
         raise ValueError(f"{op}: mode must be 'complement' or 'shift', got {mode!r}")
     if old.dim() != 2 or not old.is_floating_point():
-        raise ValueError(f"{op}: old must be floating point [Co, D], got {old.dtype} {_shape(old)}")
+        raise ValueError(f"{op}: old must be floating point [Co, D], got {old.dtype} {shape(old)}")
     if not tau > 0:
         raise ValueError(f"{op}: tau must be positive, got {tau}")
     D = old.shape[1]
     dtype = None if torch.is_autocast_enabled(old.device.type) else old.dtype
-    _check(op, "new", new, ("Cn", D), old, dtype)
-    _check(op, "values", values, (new.shape[0], D if mode == "shift" else "Dv"), old, dtype)
+    check(op, "new", new, ("Cn", D), old, dtype)
+    check(op, "values", values, (new.shape[0], D if mode == "shift" else "Dv"), old, dtype)
     if new.shape[0] == 0 and old.shape[0] > 0:
-        raise ValueError(f"{op}: new must hold at least one class to reconstruct from, got {_shape(new)}")
+        raise ValueError(f"{op}: new must hold at least one class to reconstruct from, got {shape(new)}")
     if not _library.has_kernel(op, old.device.type):
         return _register.run_reference(reference.reconstruct_prototypes, old, new, values, tau=tau, mode=mode)
     if mode == "shift":
@@ -145,11 +141,11 @@ def complete_prototypes(prototypes: Tensor, task_of_class: Tensor, *, tau: float
         raise ValueError(f"{op}: mode must be 'reset' or 'last', got {mode!r}")
     if prototypes.dim() != 3 or not prototypes.is_floating_point():
         raise ValueError(
-            f"{op}: prototypes must be floating point [C, T, D], got {prototypes.dtype} {_shape(prototypes)}"
+            f"{op}: prototypes must be floating point [C, T, D], got {prototypes.dtype} {shape(prototypes)}"
         )
     if task_of_class.dtype.is_floating_point or task_of_class.dtype == torch.bool:
         raise TypeError(f"{op}: task_of_class must be integers, got {task_of_class.dtype}")
-    _check(op, "task_of_class", task_of_class, (prototypes.shape[0],), prototypes, None)
+    check(op, "task_of_class", task_of_class, (prototypes.shape[0],), prototypes, None)
     if not tau > 0:
         raise ValueError(f"{op}: tau must be positive, got {tau}")
     task_of_class = task_of_class.to(torch.int64)
@@ -194,11 +190,11 @@ def subspace_logits(features: Tensor, prototypes: Tensor, weights: Tensor) -> Te
     """
     op = "subspace_logits"
     if features.dim() != 3 or not features.is_floating_point():
-        raise ValueError(f"{op}: features must be floating point [B, T, D], got {features.dtype} {_shape(features)}")
+        raise ValueError(f"{op}: features must be floating point [B, T, D], got {features.dtype} {shape(features)}")
     dtype = None if torch.is_autocast_enabled(features.device.type) else features.dtype
-    _check(op, "prototypes", prototypes, ("C", *features.shape[1:]), features, dtype)
-    _check(op, "weights", weights, (prototypes.shape[0], features.shape[1]), features, None)
-    weights = weights.to(_wide(features))
+    check(op, "prototypes", prototypes, ("C", *features.shape[1:]), features, dtype)
+    check(op, "weights", weights, (prototypes.shape[0], features.shape[1]), features, None)
+    weights = weights.to(wide(features))
     if not _library.has_kernel(op, features.device.type):
         return _register.run_reference(reference.subspace_logits, features, prototypes, weights)
     return torch.ops.plora_ext.subspace_logits(features, prototypes, weights)

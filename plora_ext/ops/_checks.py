@@ -1,0 +1,28 @@
+"""What the public operators share in looking at their arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shape(t: Tensor) -> list[int]:
+    """The shape as an error message shows it."""
+    return list(t.shape)
+
+
+def wide(t: Tensor) -> torch.dtype:
+    """The dtype that sums are kept in: float64 for float64, else float32."""
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def check(
+    op: str, name: str, t: Tensor, expected: tuple[int | str, ...], like: Tensor, dtype: torch.dtype | None
+) -> None:
+    """One clear error where `t` does not fit; a name in `expected` accepts any size, `dtype` None any dtype."""
+    if t.dim() != len(expected) or any(isinstance(n, int) and n != m for n, m in zip(expected, t.shape, strict=False)):
+        raise ValueError(f"{op}: {name} must have the shape [{', '.join(map(str, expected))}], got {shape(t)}")
+    if t.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}, as the first argument, got {t.device}")
+    if dtype is not None and t.dtype != dtype:
+        raise TypeError(f"{op}: {name} must be {dtype}, as the first argument, got {t.dtype}")
