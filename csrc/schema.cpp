@@ -3,6 +3,9 @@
 //
 // Shapes: x [M, in], ids [G] with M a multiple of G, lora_A [T, r, in], lora_B [T, out, r], scaling [T] in the
 // accumulation type, base [M, out], weight [out, in], bias [out], bias_A [T, r], bias_B [T, out], ranks [T] int64.
+// The forward operators return y and `kept`, which the backward ones take to save work: on CUDA, where `keep` asks, h
+// or the merged weight (csrc/common/lora_plan.h says which), else an empty tensor. `slices` is a promise, for speed
+// alone: the ranks are equal blocks, and block i of lora_B is zero outside of its rows [slices[2 i], slices[2 i + 1]).
 // `trainable` lists the adapters whose factors get gradients (all where it is absent). The backward operators take
 // `needs`, a bit each for x, lora_A, lora_B, scaling, bias_A, bias_B, and return an empty tensor for what nobody needs.
 
@@ -11,13 +14,16 @@
 STABLE_TORCH_LIBRARY(plora_ext, m) {
   m.def(
       "lora_indexed(Tensor x, Tensor ids, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? base, Tensor? weight, "
-      "Tensor? bias, Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable) -> Tensor");
+      "Tensor? bias, Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable, int[]? slices, "
+      "bool keep) -> (Tensor, Tensor)");
   m.def(
       "lora_sum(Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? base, Tensor? weight, Tensor? bias, "
-      "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable) -> Tensor");
+      "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable, int[]? slices, bool keep) "
+      "-> (Tensor, Tensor)");
   m.def(
       "lora_all(Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? base, Tensor? weight, Tensor? bias, "
-      "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable) -> Tensor");
+      "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable, int[]? slices, bool keep) "
+      "-> (Tensor, Tensor)");
 
   m.def(
       "lora_indexed_(Tensor(a!) y, Tensor x, Tensor ids, Tensor lora_A, Tensor lora_B, Tensor scaling, "
@@ -31,15 +37,15 @@ STABLE_TORCH_LIBRARY(plora_ext, m) {
 
   m.def(
       "lora_indexed_backward(Tensor grad, Tensor x, Tensor ids, Tensor lora_A, Tensor lora_B, Tensor scaling, "
-      "Tensor? weight, Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable, int needs) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? weight, Tensor? bias_A, Tensor? bias_B, Tensor? ranks, Tensor? kept, bool relu, int[]? trainable, "
+      "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "lora_sum_backward(Tensor grad, Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight, "
-      "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable, int needs) "
+      "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, Tensor? kept, bool relu, int[]? trainable, int needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "lora_all_backward(Tensor grad, Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight, "
-      "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable, int needs) "
+      "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, Tensor? kept, bool relu, int[]? trainable, int needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   m.def("lora_merge(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? ranks) -> Tensor");

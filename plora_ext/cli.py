@@ -69,10 +69,14 @@ def report(args: argparse.Namespace) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    """What is installed, and why whatever is missing is missing."""
-    from plora_ext.info import main as print_info
+    """What is installed, and why whatever is missing is missing; with --plan, how CUDA computes adapted layers."""
+    from plora_ext import info as facts
 
-    print_info()
+    if args.plan is None:
+        facts.main()
+    else:
+        keywords = ("family", "adapters", "rank", "dtype", "rows_per_id", "capability")
+        print(facts.plans(args.plan, **{name: getattr(args, name) for name in keywords}))
 
 
 def _run(jobs: Sequence[Settings], shown: Settings) -> None:
@@ -132,8 +136,29 @@ def _parser() -> argparse.ArgumentParser:
     reporter = command(report)
     reporter.add_argument("runs", nargs="+", metavar="RUN", help="a folder that demo or train wrote")
     reporter.add_argument("--out", default="plora-report", help="folder for the comparison (default: plora-report)")
-    command(info)
+    add_plan(command(info))
     return parser
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `info --plan`."""
+    group = parser.add_argument_group("launch plans of the low-rank operators")
+    group.add_argument(
+        "--plan", nargs="*", metavar="SHAPE", help="rows x in x out, such as 12608x768x768 (default: ViT-B's layers)"
+    )
+    for name, default, text in (
+        ("family", "indexed", "indexed, sum or all"),
+        ("adapters", 10, "how many"),
+        ("rank", 16, "their rank"),
+        ("dtype", "bfloat16", "bfloat16, float16 or float32"),
+        ("rows-per-id", 197, "rows of a sample, which share their adapter"),
+    ):
+        group.add_argument(
+            f"--{name}", type=type(default), default=default, metavar="VALUE", help=f"{text} (default: {default})"
+        )
+    group.add_argument(
+        "--device-capability", dest="capability", metavar="VALUE", help="such as 9.0 (default: this GPU's, or 9.0)"
+    )
 
 
 def add_settings(parser: argparse.ArgumentParser, skip: Sequence[str] = ()) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+import re
+from collections.abc import Sequence
 
 import torch
 
@@ -67,6 +70,61 @@ def _gpu() -> list[tuple[str, str]]:
         size = f"{device.total_memory / 2**30:.0f} GiB"
         lines.append((f"gpu {index}", f"{device.name}, compute capability {device.major}.{device.minor}, {size}"))
     return lines
+
+
+# rows x in x out: the layers of ViT-B/16 on 64 images of 224 pixels
+VIT_B = ("12608x768x2304", "12608x768x768", "12608x768x3072", "12608x3072x768")
+
+
+def plans(
+    shapes: Sequence[str],
+    family: str = "indexed",
+    adapters: int = 10,
+    rank: int = 16,
+    dtype: str = "bfloat16",
+    rows_per_id: int = 197,
+    capability: str | None = None,
+) -> str:
+    """How CUDA computes adapted layers of these shapes ("rows x in x out", default ViT-B's): a table, one line a pass.
+
+    Args:
+        shapes: such as "12608x768x768".
+        family: "indexed", "sum" or "all".
+        adapters: T.
+        rank: r.
+        dtype: "bfloat16", "float16" or "float32".
+        rows_per_id: rows of a sample, which share their adapter.
+        capability: compute capability of the GPU, such as "9.0"; default: this one's, or 9.0 where there is none.
+
+    Raises:
+        ValueError: a shape, the family, the dtype or the capability is none. ImportError: nothing is compiled.
+    """
+    import plora_ext._C as _C
+
+    present = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    if capability is None:
+        capability = f"{present.major}.{present.minor}" if present else "9.0"
+    if not (digits := re.fullmatch(r"(\d+)\.(\d)", capability)):
+        raise ValueError(f"a compute capability is such as 9.0, got {capability!r}")
+    lines = [("rows x in x out", "pass", "path", "algorithm", "tile", "waves", "because")]
+    for text in shapes or VIT_B:
+        if not (sizes := re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)):
+            raise ValueError(f"a shape is rows x in x out, such as {VIT_B[1]}, got {text!r}")
+        M, n_in, out = map(int, sizes.groups())
+        for name in ("inference", "forward", "backward"):
+            plan = _C.lora_plan(
+                family, M, n_in, out, adapters, rank, dtype, rows_per_id=rows_per_id,
+                capability=10 * int(digits[1]) + int(digits[2]),
+                num_sms=present.multi_processor_count if present else 132,
+                path=os.environ.get("PLORA_CUDA_PATH") or "auto",
+                keep=name == "forward", backward=name == "backward",
+            )  # fmt: skip
+            tile = "x".join(map(str, plan["tile"] or ())) or "-"
+            lines.append((text, name, plan["path"], plan["algorithm"], tile, str(plan["waves"] or "-"), plan["reason"]))
+    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
+    head = f"{family}, {adapters} adapters of rank {rank}, {dtype}, compute capability {capability}"
+    rows = ("".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join((head, *rows))
 
 
 def main() -> None:

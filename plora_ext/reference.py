@@ -2,7 +2,8 @@
 
 Same names and arguments as in `plora_ext.ops`, where each operator is documented. Nothing here is compiled, every
 formula is written out once, and gradients are torch's own. The functions trust their arguments; `plora_ext.ops` checks
-them. Shapes: x [..., in], lora_A [T, r, in], lora_B [T, out, r], scaling [T], ids of shape x.shape[:k].
+them, and `slices`, a hint to the kernels, is not read here. Shapes: x [..., in], lora_A [T, r, in], lora_B [T, out, r],
+scaling [T], ids of shape x.shape[:k].
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def lora_indexed(
     activation: str = "none",
     ranks: Tensor | None = None,
     trainable: Sequence[int] | None = None,
+    slices: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Twin of `plora_ext.ops.lora_indexed`: every row through the adapter of its id; -1 leaves the base alone."""
     y = _base(x, lora_B.shape[1], base, weight, bias)
@@ -105,6 +107,7 @@ def lora_sum(
     activation: str = "none",
     ranks: Tensor | None = None,
     trainable: Sequence[int] | None = None,
+    slices: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Twin of `plora_ext.ops.lora_sum`: one product of the concatenated factors, rank T * r."""
     y = _base(x, lora_B.shape[1], base, weight, bias)
@@ -131,6 +134,7 @@ def lora_all(
     activation: str = "none",
     ranks: Tensor | None = None,
     trainable: Sequence[int] | None = None,
+    slices: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Twin of `plora_ext.ops.lora_all`: the T outputs of the T adapters, stacked in front."""
     T = lora_A.shape[0]

@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 import plora_ext.cil.engine
+from plora_ext import _library
 from plora_ext.cil import Settings
 from plora_ext.cil.report import labels, load_results
 from plora_ext.cli import main
@@ -244,6 +245,33 @@ def test_a_file_that_is_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "metrics.json").write_text('{"runs": [{}]}')
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "r")]) == 2
     assert "is not a metrics.json of plora-ext" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(_library.build_info() is None, reason="about the compiled module")
+def test_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--plan", "--device-capability", "9.0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "indexed, 10 adapters of rank 16, bfloat16, compute capability 9.0"
+    assert len(lines) == 2 + 3 * 4 and lines[1].split()[-5:] == ["path", "algorithm", "tile", "waves", "because"]
+    assert [line.split()[1] for line in lines[2:5]] == ["inference", "forward", "backward"]
+    assert all("hopper" in line for line in lines[2:])
+
+    command = "info --plan 640x96x48 7x8x8 --family sum --adapters 4 --rank=64 --dtype float32 --device_capability 8.0"
+    assert main(command.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in lines[2:5]] == [
+        ["640x96x48", "inference", "mma", "merge"],
+        ["640x96x48", "forward", "mma", "dense"],
+        ["640x96x48", "backward", "mma", "dense"],
+    ]
+    for wrong, said in (
+        ("--plan 12x8", "a shape is rows x in x out, such as 12608x768x768, got '12x8'"),
+        ("--plan --family any", "family must be indexed, sum or all, got 'any'"),
+        ("--plan --dtype int8", "dtype must be bfloat16, float16 or float32, got 'int8'"),
+        ("--plan --device-capability sm90", "a compute capability is such as 9.0, got 'sm90'"),
+    ):
+        assert main(["info", *wrong.split()]) == 2
+        assert capsys.readouterr().err == f"error: {said}\n"
 
 
 def test_info_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,6 +129,41 @@ def test_slices_equal_separate_linear_layers() -> None:
         close(adapters.model(x), expected)
 
 
+def test_operators_get_views_of_one_adapter_and_the_rows_of_its_slices(monkeypatch) -> None:
+    seen = {}
+    monkeypatch.setattr(ops, "lora_sum", lambda x, *args, **kwargs: seen.update(args=args, **kwargs) or x)
+    adapters = make()
+    adapters.train_adapter("t1")
+    adapters.set_adapter(["t0", "t1"])
+    adapters.model(torch.randn(3, IN))
+    for factor, parameter in zip(seen["args"], adapters.parameters("t1"), strict=False):
+        assert factor.data_ptr() == parameter.data_ptr() and factor.shape == (1, *parameter.shape)
+    assert seen["slices"] is None
+    for ranks in ((4, 4), (1, 5)):
+        adapters = make(("q", "v"), ranks)
+        adapters.train_adapter(adapters.names)
+        adapters.set_adapter(adapters.names)
+        adapters.model(torch.randn(3, IN))
+        assert seen["slices"] == [(0, 6), (12, 18)] and not torch.count_nonzero(seen["args"][1][:, 6:12])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_slices_where_functions_are_transformed() -> None:
+    """Several models with an A and a B of their own, mapped over."""
+    adapters, n = make(("q", "v"), (4, 2)), 3
+    adapters.set_adapter(["t0", "t1"])
+    adapters.train_adapter(["t0", "t1"])
+    stacked = {name: torch.randn(n, *p.shape) for name, p in adapters.model.named_parameters() if "lora" in name}
+    x = torch.randn(5, IN)
+
+    def call(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(adapters.model, parameters, x)
+
+    mapped = torch.vmap(call)(stacked)
+    for i in range(n):
+        close(mapped[i], call({name: value[i] for name, value in stacked.items()}))
+
+
 def test_only_what_trains_gets_gradients() -> None:
     adapters = make()
     adapters.set_adapter(["t0", "t1"], [0.5, 0.5])
@@ -274,6 +309,24 @@ def test_caches_are_kept_while_nothing_changes() -> None:
     adapters.model(x)
     assert layer._cache["weight"][2] is first
     assert first.dtype == layer.base_layer.weight.dtype and not first.requires_grad
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_captured_graph_follows_the_parameters() -> None:
+    adapters, x = make(device="cuda"), torch.randn(4, IN, device="cuda")
+    adapters.set_adapter(["t0", "t1"])
+    with torch.no_grad():
+        adapters.model(x)  # the graph must not read the cache of this call, which does not live as long
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = adapters.model(x)
+        for parameter in adapters.parameters():
+            parameter.mul_(2)
+        adapters.model.eval()
+        graph.replay()
+        torch.cuda.synchronize()
+        close(y, formula(adapters, x, ["t0", "t1"]))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

@@ -11,7 +11,7 @@ from oracle import check, opcheck
 from torch import Tensor
 
 from plora_ext import _library, ops, reference
-from plora_ext.ops import AdapterBatch
+from plora_ext.ops import AdapterBatch, _register
 
 FAMILIES = ("lora_indexed", "lora_sum", "lora_all")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -222,7 +222,8 @@ def test_gradcheck(family: str, options: str) -> None:
 def native_args(family: str, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
     """The arguments as the compiled operator takes them, by position."""
     names = ("base", "weight", "bias", "bias_A", "bias_B", "ranks")
-    return [*args, *(kwargs.get(n) for n in names), kwargs.get("activation") == "relu", kwargs.get("trainable")]
+    relu, trainable, slices = kwargs.get("activation") == "relu", kwargs.get("trainable"), kwargs.get("slices")
+    return [*args, *(kwargs.get(n) for n in names), relu, trainable, slices, kwargs.get("keep", True)]
 
 
 @native
@@ -232,15 +233,120 @@ def test_opcheck(family: str, options: str) -> None:
     args, kwargs, cotangent = problem(family, options=options)
     op = getattr(torch.ops.plora_ext, family).default
     opcheck(op, native_args(family, args, kwargs))
-    opcheck(op, native_args(family, args, {**kwargs, "trainable": [1]}))
+    opcheck(op, native_args(family, args, {**kwargs, "trainable": [1], "slices": [0, 8, 16, 24], "keep": False}))
     with torch.no_grad():
         detached = [a.detach() if isinstance(a, Tensor) else a for a in native_args(family, args, kwargs)]
         i = 5 if family == "lora_indexed" else 4
-        factors, (_, weight, _, bias_A, bias_B, ranks, relu, _) = detached[:i], detached[i:]
+        factors, (_, weight, _, bias_A, bias_B, ranks, relu, *_) = detached[:i], detached[i:]
         in_place = getattr(torch.ops.plora_ext, family + "_").default
         opcheck(in_place, [cotangent, *factors, bias_A, bias_B, ranks, relu])
         backward = getattr(torch.ops.plora_ext, family + "_backward").default
-        opcheck(backward, [cotangent, *factors, weight, bias_A, bias_B, ranks, relu, None, 0b001011])
+        opcheck(backward, [cotangent, *factors, weight, bias_A, bias_B, ranks, None, relu, None, 0b001011])
+
+
+@native
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("options", ["", "base weight bias bias_A bias_B relu ranks"])
+def test_eager_shortcut_agrees_with_the_registered_path(
+    family: str, options: str, autocast: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits, forward and backward, whatever asks for gradients."""
+    args, kwargs, cotangent = problem(family, device=device, options=options, grad=False)
+    leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
+
+    def bits(asking: list[Tensor], shortcut: bool) -> list[Tensor]:
+        for leaf in leaves:
+            leaf.requires_grad_(any(leaf is a for a in asking))
+        with monkeypatch.context() as patch, torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            if not shortcut:
+                patch.setattr(_register, "is_plain", lambda *args: False)
+            y = getattr(ops, family)(*args, **kwargs)
+        if not asking:
+            return [y]
+        assert ("Generated" in y.grad_fn.name()) != shortcut
+        return [y, *torch.autograd.grad(y, asking, cotangent.to(y.dtype))]
+
+    for asking in ([], leaves, *([leaf] for leaf in leaves)):
+        pairs = zip(bits(asking, True), bits(asking, False), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@native
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeps_what_a_gradient_needs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    operator = _register.op[family]
+
+    def spy(*args: Any) -> Any:
+        asked.append(args[-1])
+        return operator(*args)
+
+    monkeypatch.setitem(_register.op, family, spy)
+
+    def keeps(options: str, asking: str, r: int = 4) -> bool:
+        args, kwargs, _ = problem(family, r=r, options=options, grad=False)
+        x, lora_A, lora_B, scaling = (a for a in args if a.is_floating_point())
+        named = {"x": x, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling, **kwargs}
+        for name in asking.split():
+            named[name].requires_grad_()
+        getattr(ops, family)(*args, **kwargs)
+        return asked.pop()
+
+    assert keeps("", "lora_B") and keeps("", "scaling") and keeps("weight bias bias_A", "lora_B x")
+    assert not keeps("", "") and not keeps("weight bias base", "x lora_A weight bias base")
+    for name in ("x", "lora_A", "bias_A"):
+        assert keeps("bias_A relu", name) and not keeps("bias_A", name)
+    assert not keeps("bias_B relu base", "bias_B base")
+    assert keeps("weight", "x", r=65) == (family == "lora_sum")  # the merged weight, which serves dx alone
+    assert keeps("weight", "lora_B", r=65) != (family == "lora_sum")
+    with torch.no_grad():
+        assert not keeps("", "x lora_A lora_B scaling")
+
+
+@native
+def test_dense_rule_is_that_of_the_kernels() -> None:
+    import plora_ext._C as _C
+
+    for family in FAMILIES:
+        for T, r in ((1, 16), (12, 16), (13, 16), (1, 192), (1, 193), (0, 8), (193, 1)):
+            for options in ("", "weight", "weight relu", "weight bias_A", "weight bias_B", "weight bias base ranks"):
+                args, kwargs, _ = problem(family, T=T, r=r, M=1, n_in=1, out=1, options=options, grad=False)
+                weight, bias_A, bias_B = (kwargs.get(name) for name in ("weight", "bias_A", "bias_B"))
+                relu, bias = "relu" in options, bias_A is not None or bias_B is not None
+                plan = _C.lora_plan(
+                    family.removeprefix("lora_"), 1, 1, 1, T, r, weight=weight is not None, relu=relu, bias=bias
+                )
+                assert _register.dense(family, args[-3], weight, bias_A, bias_B, relu) == plan["dense"], (T, r, options)
+
+
+@native
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_of_what_cuda_keeps(family: str) -> None:
+    """Rank 5 has 8 columns; the sum of many ranks keeps the merged weight."""
+    fake = _register._lora_fake(family)
+    for r, options, expected in (
+        (5, "weight bias", [7, 8 if family == "lora_indexed" else 24]),
+        (80, "weight", [24, 16] if family == "lora_sum" else [7, 80 if family == "lora_indexed" else 240]),
+        (80, "weight relu", [7, 80 if family == "lora_indexed" else 240]),
+    ):
+        for device, shape in (("meta", expected), ("cpu", [0])):
+            args, kwargs, y = problem(family, M=7, r=r, options=options, device=device)
+            for keep in (True, False):
+                result, kept = fake(*native_args(family, args, {**kwargs, "keep": keep}))
+                assert result.shape == y.shape and kept.dtype == args[0].dtype
+                assert list(kept.shape) == (shape if keep else [0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slices_change_nothing(family: str, dtype: torch.dtype, device: torch.device) -> None:
+    for slices in ([(0, 8), (16, 24)], [(0, 24)], [(3, 7), (5, 6), (0, 1), (23, 24)]):
+        args, kwargs, cotangent = problem(family, M=33, r=8, dtype=dtype, device=device, options="weight bias")
+        for lora_B in args[-2].detach():
+            for i, block in enumerate(lora_B.chunk(len(slices), dim=1)):
+                block[: slices[i][0]] = block[slices[i][1] :] = 0
+        verify(family, args, {**kwargs, "slices": slices}, cotangent)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -401,6 +507,13 @@ def test_bad_input(family: str) -> None:
         call(scaling=torch.ones(3, device="meta"))
     with pytest.raises(IndexError, match="trainable must hold adapters between 0 and 2"):
         call(trainable=[3])
+    for slices, said in (
+        ([(0, 8)] * 3, "slices must be as many as divide the rank 4 into equal blocks, got 3"),
+        ([], "slices must be as many as divide the rank 4 into equal blocks, got 0"),
+        ([(0, 8), (16, 25)], r"slices must be rows within \[0, 24\), got \(16, 25\)"),
+    ):
+        with pytest.raises(ValueError, match=f"{family}: {said}"):
+            call(slices=slices)
     with pytest.raises(TypeError, match="x must be floating point"):
         call(x=torch.ones(5, 16, dtype=torch.int64))
     if family == "lora_indexed":

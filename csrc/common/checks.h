@@ -26,20 +26,29 @@ inline std::string shape_of(const Tensor& t) {
   return text.str();
 }
 
-// Sizes must match; -1 accepts any. Also the same device type and index as `like`.
+inline std::string shape_text(std::initializer_list<int64_t> sizes) {
+  std::ostringstream text;
+  text << "[";
+  const char* comma = "";
+  for (int64_t size : sizes) {
+    text << comma << (size < 0 ? std::string("any") : std::to_string(size));
+    comma = ", ";
+  }
+  text << "]";
+  return text.str();
+}
+
+// Sizes must match; -1 accepts any. Also the same device type and index as `like`. No text is made where all is well:
+// a stream costs as much as a small launch.
 inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
                         const Tensor& like) {
   bool same = t.dim() == static_cast<int64_t>(sizes.size());
   int64_t d = 0;
-  std::ostringstream expected;
-  expected << "[";
   for (int64_t size : sizes) {
     if (same && size >= 0 && t.size(d) != size) same = false;
-    expected << (d ? ", " : "") << (size < 0 ? std::string("any") : std::to_string(size));
     ++d;
   }
-  expected << "]";
-  STD_TORCH_CHECK(same, op, ": ", name, " must have the shape ", expected.str(), ", got ", shape_of(t));
+  STD_TORCH_CHECK(same, op, ": ", name, " must have the shape ", shape_text(sizes), ", got ", shape_of(t));
   STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
                   " must be on the device of the first argument");
 }

@@ -11,74 +11,25 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
 #include <memory>
 
+#include "../common/lora_inputs.h"
 #include "dispatch.h"
 #include "gemm.h"
 
 namespace plora::cpu {
 namespace {
 
-enum class Family { indexed, sum, all };
-
 constexpr int64_t kRows = 32;   // rows of a chunk: x and y of 768 float32 columns take 200 kB of L2
 constexpr int64_t kSlab = 128;  // columns of dA and dB that one thread sums at a time
-constexpr int kNeedX = 1, kNeedA = 2, kNeedB = 4, kNeedScaling = 8, kNeedBiasA = 16, kNeedBiasB = 32;
 
-struct Inputs {
-  const char* op;
-  Family family;
-  Tensor x, lora_A, lora_B, scaling;
-  OptTensor ids, weight, bias, bias_A, bias_B, ranks;
-  bool relu;
-  int64_t M, T, r, in, out;
-
-  Inputs(const char* op, Family family, const Tensor& x_, const OptTensor& ids_, const Tensor& A, const Tensor& B,
-         const Tensor& scaling_, const OptTensor& weight_, const OptTensor& bias_, const OptTensor& bias_A_,
-         const OptTensor& bias_B_, const OptTensor& ranks_, bool relu)
-      : op(op), family(family), relu(relu) {
-    STD_TORCH_CHECK(x_.dim() == 2, op, ": x must be [M, in], got ", shape_of(x_));
-    STD_TORCH_CHECK(A.dim() == 3, op, ": lora_A must be [T, r, in], got ", shape_of(A));
-    STD_TORCH_CHECK(B.dim() == 3, op, ": lora_B must be [T, out, r], got ", shape_of(B));
-    M = x_.size(0), in = x_.size(1), T = A.size(0), r = A.size(1), out = B.size(1);
-    const ScalarType dtype = x_.scalar_type();
-    check_shape(op, "lora_A", A, {T, r, in}, x_);
-    check_shape(op, "lora_B", B, {T, out, r}, x_);
-    check_shape(op, "scaling", scaling_, {T}, x_);
-    check_dtype(op, "lora_A", A, dtype);
-    check_dtype(op, "lora_B", B, dtype);
-    check_dtype(op, "scaling", scaling_, wide(dtype));
-    const auto optional = [&](const char* name, const OptTensor& t, std::initializer_list<int64_t> sizes,
-                              ScalarType type) {
-      if (!t) return;
-      check_shape(op, name, *t, sizes, x_);
-      check_dtype(op, name, *t, type);
-    };
-    optional("weight", weight_, {out, in}, dtype);
-    optional("bias", bias_, {out}, dtype);
-    optional("bias_A", bias_A_, {T, r}, dtype);
-    optional("bias_B", bias_B_, {T, out}, dtype);
-    optional("ranks", ranks_, {T}, ScalarType::Long);
-    optional("ids", ids_, {-1}, ScalarType::Long);
-    if (ids_)
-      STD_TORCH_CHECK(ids_->size(0) == 0 ? M == 0 : M % ids_->size(0) == 0, op,
-                      ": the rows of x must be a multiple of the ids, got ", M, " rows and ", ids_->size(0), " ids");
-    x = compact(x_), lora_A = compact(A), lora_B = compact(B), scaling = compact(scaling_);
-    ids = compact(ids_), weight = compact(weight_), bias = compact(bias_), bias_A = compact(bias_A_);
-    bias_B = compact(bias_B_), ranks = compact(ranks_);
-  }
-
-  int64_t rank_of(int64_t t) const {
-    if (!ranks) return r;
-    const int64_t rank = data<int64_t>(*ranks)[t];
-    STD_TORCH_CHECK(rank >= 0 && rank <= r, op, ": ranks[", t, "] must be between 0 and ", r, ", got ", rank);
-    return rank;
-  }
-
-  // Output rows of one row of x.
-  int64_t outputs() const { return family == Family::all ? T : 1; }
-};
+// The number of ranks of adapter t that are not padding.
+int64_t rank_of(const Inputs& p, int64_t t) {
+  if (!p.ranks) return p.r;
+  const int64_t rank = data<int64_t>(*p.ranks)[t];
+  STD_TORCH_CHECK(rank >= 0 && rank <= p.r, p.op, ": ranks[", t, "] must be between 0 and ", p.r, ", got ", rank);
+  return rank;
+}
 
 // One adapter, or the concatenation of several, in the accumulation type.
 template <typename acc>
@@ -96,7 +47,7 @@ template <typename scalar, typename acc = acc_type<scalar>>
 Adapter<acc> pack(const Inputs& p, int64_t first, int64_t last) {
   Adapter<acc> packed;
   for (int64_t t = first; t < last; ++t) {
-    for (int64_t j = 0; j < p.rank_of(t); ++j) packed.rows.push_back({t, j});
+    for (int64_t j = 0; j < rank_of(p, t); ++j) packed.rows.push_back({t, j});
     if (p.bias_B) packed.rows.push_back({t, -1});
   }
   const int64_t R = packed.rank();
@@ -223,7 +174,7 @@ struct Output {
 };
 
 template <typename scalar, typename acc = acc_type<scalar>>
-void forward(const Inputs& p, const Output<scalar>& o) {
+void add_low_rank(const Inputs& p, const Output<scalar>& o) {
   const Work<acc> work = plan<scalar>(p);
   torch::stable::parallel_for(0, static_cast<int64_t>(work.chunks.size()), 1, [&](int64_t begin, int64_t end) {
     std::vector<acc> h(kRows * work.width), low(kRows * p.out);
@@ -264,10 +215,6 @@ void forward(const Inputs& p, const Output<scalar>& o) {
   });
 }
 
-struct Gradients {
-  Tensor x, lora_A, lora_B, scaling, bias_A, bias_B;
-};
-
 // Rows [begin, end) of a packed adapter whose factors get gradients.
 struct Run {
   int64_t adapter, begin, end;
@@ -293,9 +240,9 @@ std::vector<Run> runs(const Work<acc>& work, int64_t T, const OptInts& trainable
 }
 
 template <typename scalar, typename acc = acc_type<scalar>>
-void backward(const Inputs& p, const Tensor& grad, const OptInts& trainable, int64_t needs, const Gradients& g) {
+void add_gradients(const Inputs& p, const Tensor& grad, const OptInts& trainable, int64_t needs, const Gradients& g) {
   const Work<acc> work = plan<scalar>(p);
-  const int64_t W = work.width, positions = p.outputs() * p.M;
+  const int64_t W = work.width, positions = (p.family == Family::all ? p.T : 1) * p.M;
   const bool wants_A = needs & (kNeedA | kNeedBiasA), wants_B = needs & (kNeedB | kNeedBiasB);
   const bool wants_h = wants_B || (needs & kNeedScaling) || p.relu;
   const auto position = [&](int64_t t, int64_t i) { return (p.family == Family::all ? t * p.M : 0) + i; };
@@ -399,156 +346,56 @@ void backward(const Inputs& p, const Tensor& grad, const OptInts& trainable, int
   }
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const OptTensor& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  check_call(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION), "aten::linear");
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor run_forward(const Inputs& p, const OptTensor& base) {
-  if (base) {
-    check_shape(p.op, "base", *base, {p.M, p.out}, p.x);
-    check_dtype(p.op, "base", *base, p.x.scalar_type());
+struct Cpu {
+  static std::tuple<Tensor, Tensor> forward(const Inputs& p, const OptTensor& base, const OptInts&, bool) {
+    OptTensor layer;
+    if (p.weight) layer = linear(p.x, *p.weight, p.bias);
+    const bool in_place = layer && p.family != Family::all;  // one output per row: the layer's output becomes y
+    const Tensor y = in_place                  ? *layer
+                     : p.family == Family::all ? torch::stable::new_empty(p.x, {p.T, p.M, p.out})
+                                               : torch::stable::new_empty(p.x, {p.M, p.out});
+    dispatch(p.op, p.x.scalar_type(), [&](auto tag) {
+      using scalar = decltype(tag);
+      add_low_rank<scalar>(
+          p, {mutable_data<scalar>(y), p.out, p.M * p.out, layer && !in_place ? data<scalar>(*layer) : nullptr,
+              base ? data<scalar>(*base) : nullptr, in_place});
+    });
+    return {y, none_like(p.x)};
   }
-  const OptTensor given = compact(base);
-  OptTensor layer;
-  if (p.weight) layer = linear(p.x, *p.weight, p.bias);
-  const bool in_place = layer && p.family != Family::all;  // one output per row: the layer's output becomes y
-  const Tensor y = in_place                  ? *layer
-                   : p.family == Family::all ? torch::stable::new_empty(p.x, {p.T, p.M, p.out})
-                                             : torch::stable::new_empty(p.x, {p.M, p.out});
-  dispatch(p.op, p.x.scalar_type(), [&](auto tag) {
-    using scalar = decltype(tag);
-    forward<scalar>(p,
-                    {mutable_data<scalar>(y), p.out, p.M * p.out, layer && !in_place ? data<scalar>(*layer) : nullptr,
-                     given ? data<scalar>(*given) : nullptr, in_place});
-  });
-  return y;
-}
 
-void run_in_place(const Inputs& p, const Tensor& y) {
-  if (p.family == Family::all)
-    check_shape(p.op, "y", y, {p.T, p.M, p.out}, p.x);
-  else
-    check_shape(p.op, "y", y, {p.M, p.out}, p.x);
-  check_dtype(p.op, "y", y, p.x.scalar_type());
-  const int64_t d = y.dim();
-  STD_TORCH_CHECK(y.stride(d - 1) == 1 || p.out <= 1, p.op, ": the last dimension of y must be contiguous");
-  dispatch(p.op, p.x.scalar_type(), [&](auto tag) {
-    using scalar = decltype(tag);
-    forward<scalar>(p, {mutable_data<scalar>(y), y.stride(d - 2), d == 3 ? y.stride(0) : 0, nullptr, nullptr, true});
-  });
-}
+  static void in_place(const Inputs& p, const Tensor& y) {
+    const int64_t d = y.dim();
+    dispatch(p.op, p.x.scalar_type(), [&](auto tag) {
+      using scalar = decltype(tag);
+      add_low_rank<scalar>(
+          p, {mutable_data<scalar>(y), y.stride(d - 2), d == 3 ? y.stride(0) : 0, nullptr, nullptr, true});
+    });
+  }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(const Inputs& p, const Tensor& grad,
-                                                                        const OptInts& trainable, int64_t needs) {
-  if (p.family == Family::all)
-    check_shape(p.op, "grad", grad, {p.T, p.M, p.out}, p.x);
-  else
-    check_shape(p.op, "grad", grad, {p.M, p.out}, p.x);
-  check_dtype(p.op, "grad", grad, p.x.scalar_type());
-  if (trainable)
-    for (int64_t t : *trainable)
-      STD_TORCH_CHECK(t >= 0 && t < p.T, p.op, ": trainable must be between 0 and ", p.T - 1, ", got ", t);
-  const Tensor dy = compact(grad);
-  const auto zeros = [&](int bit, const Tensor& like) {
-    return needs & bit ? torch::stable::new_zeros(like, like.sizes()) : none_like(like);
-  };
-  Gradients g{none_like(p.x),
-              zeros(kNeedA, p.lora_A),
-              zeros(kNeedB, p.lora_B),
-              zeros(kNeedScaling, p.scaling),
-              p.bias_A ? zeros(kNeedBiasA, *p.bias_A) : none_like(p.x),
-              p.bias_B ? zeros(kNeedBiasB, *p.bias_B) : none_like(p.x)};
-  if (needs & kNeedX) {
-    if (p.weight) {  // the frozen layer's part first, the low-rank part is added to it
-      std::vector<int64_t> slabs{0};
-      const Tensor total =
-          p.family == Family::all ? torch::stable::sum(dy, torch::headeronly::IntHeaderOnlyArrayRef(slabs), false) : dy;
-      g.x = compact(torch::stable::matmul(total, *p.weight));
-    } else {
-      g.x = torch::stable::new_zeros(p.x, p.x.sizes());
+  static Gradients backward(const Inputs& p, const Tensor& dy, const OptTensor&, const OptInts& trainable,
+                            int64_t needs) {
+    const auto zeros = [&](int64_t bit, const Tensor& like) {
+      return needs & bit ? torch::stable::new_zeros(like, like.sizes()) : none_like(like);
+    };
+    Tensor dx = none_like(p.x);
+    if (needs & kNeedX) {
+      if (p.weight)  // the frozen layer's part first, the low-rank part is added to it
+        dx = compact(torch::stable::matmul(p.family == Family::all ? sum_slabs(dy) : dy, *p.weight));
+      else
+        dx = torch::stable::new_zeros(p.x, p.x.sizes());
     }
+    Gradients g{dx,
+                zeros(kNeedA, p.lora_A),
+                zeros(kNeedB, p.lora_B),
+                zeros(kNeedScaling, p.scaling),
+                p.bias_A ? zeros(kNeedBiasA, *p.bias_A) : none_like(p.x),
+                p.bias_B ? zeros(kNeedBiasB, *p.bias_B) : none_like(p.x)};
+    dispatch(p.op, p.x.scalar_type(), [&](auto tag) { add_gradients<decltype(tag)>(p, dy, trainable, needs, g); });
+    return g;
   }
-  dispatch(p.op, p.x.scalar_type(), [&](auto tag) { backward<decltype(tag)>(p, dy, trainable, needs, g); });
-  return {g.x, g.lora_A, g.lora_B, g.scaling, g.bias_A, g.bias_B};
-}
-
-// --- the operators ---------------------------------------------------------------------------------------------------
-
-Tensor lora_indexed(const Tensor& x, const Tensor& ids, const Tensor& A, const Tensor& B, const Tensor& scaling,
-                    const OptTensor& base, const OptTensor& weight, const OptTensor& bias, const OptTensor& bias_A,
-                    const OptTensor& bias_B, const OptTensor& ranks, bool relu, const OptInts&) {
-  return run_forward(
-      {"lora_indexed", Family::indexed, x, ids, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu}, base);
-}
-
-Tensor lora_sum(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling, const OptTensor& base,
-                const OptTensor& weight, const OptTensor& bias, const OptTensor& bias_A, const OptTensor& bias_B,
-                const OptTensor& ranks, bool relu, const OptInts&) {
-  return run_forward({"lora_sum", Family::sum, x, {}, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu}, base);
-}
-
-Tensor lora_all(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling, const OptTensor& base,
-                const OptTensor& weight, const OptTensor& bias, const OptTensor& bias_A, const OptTensor& bias_B,
-                const OptTensor& ranks, bool relu, const OptInts&) {
-  return run_forward({"lora_all", Family::all, x, {}, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu}, base);
-}
-
-void lora_indexed_(const Tensor& y, const Tensor& x, const Tensor& ids, const Tensor& A, const Tensor& B,
-                   const Tensor& scaling, const OptTensor& bias_A, const OptTensor& bias_B, const OptTensor& ranks,
-                   bool relu) {
-  run_in_place({"lora_indexed_", Family::indexed, x, ids, A, B, scaling, {}, {}, bias_A, bias_B, ranks, relu}, y);
-}
-
-void lora_sum_(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling,
-               const OptTensor& bias_A, const OptTensor& bias_B, const OptTensor& ranks, bool relu) {
-  run_in_place({"lora_sum_", Family::sum, x, {}, A, B, scaling, {}, {}, bias_A, bias_B, ranks, relu}, y);
-}
-
-void lora_all_(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling,
-               const OptTensor& bias_A, const OptTensor& bias_B, const OptTensor& ranks, bool relu) {
-  run_in_place({"lora_all_", Family::all, x, {}, A, B, scaling, {}, {}, bias_A, bias_B, ranks, relu}, y);
-}
-
-using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Six lora_indexed_backward(const Tensor& grad, const Tensor& x, const Tensor& ids, const Tensor& A, const Tensor& B,
-                          const Tensor& scaling, const OptTensor& weight, const OptTensor& bias_A,
-                          const OptTensor& bias_B, const OptTensor& ranks, bool relu, const OptInts& trainable,
-                          int64_t needs) {
-  return run_backward(
-      {"lora_indexed_backward", Family::indexed, x, ids, A, B, scaling, weight, {}, bias_A, bias_B, ranks, relu}, grad,
-      trainable, needs);
-}
-
-Six lora_sum_backward(const Tensor& grad, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling,
-                      const OptTensor& weight, const OptTensor& bias_A, const OptTensor& bias_B, const OptTensor& ranks,
-                      bool relu, const OptInts& trainable, int64_t needs) {
-  return run_backward({"lora_sum_backward", Family::sum, x, {}, A, B, scaling, weight, {}, bias_A, bias_B, ranks, relu},
-                      grad, trainable, needs);
-}
-
-Six lora_all_backward(const Tensor& grad, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling,
-                      const OptTensor& weight, const OptTensor& bias_A, const OptTensor& bias_B, const OptTensor& ranks,
-                      bool relu, const OptInts& trainable, int64_t needs) {
-  return run_backward({"lora_all_backward", Family::all, x, {}, A, B, scaling, weight, {}, bias_A, bias_B, ranks, relu},
-                      grad, trainable, needs);
-}
+};
 
 }  // namespace
 }  // namespace plora::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(plora_ext, CPU, m) {
-  using namespace plora::cpu;
-  m.impl("lora_indexed", TORCH_BOX(&lora_indexed));
-  m.impl("lora_sum", TORCH_BOX(&lora_sum));
-  m.impl("lora_all", TORCH_BOX(&lora_all));
-  m.impl("lora_indexed_", TORCH_BOX(&lora_indexed_));
-  m.impl("lora_sum_", TORCH_BOX(&lora_sum_));
-  m.impl("lora_all_", TORCH_BOX(&lora_all_));
-  m.impl("lora_indexed_backward", TORCH_BOX(&lora_indexed_backward));
-  m.impl("lora_sum_backward", TORCH_BOX(&lora_sum_backward));
-  m.impl("lora_all_backward", TORCH_BOX(&lora_all_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(plora_ext, CPU, m) { plora::LoraOperators<plora::cpu::Cpu>::add_to(m); }

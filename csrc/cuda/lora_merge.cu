@@ -1,24 +1,29 @@
-// lora_merge on CUDA: weight + sum_t s_t B_t A_t as one product over the concatenated ranks, in float32 (float64 for
-// float64), rounded once. A block owns a 64 x 64 tile of the weight, a thread 4 x 4 of it; the factors pass through
-// shared memory 16 ranks at a time, in a fixed order.
+// lora_merge on CUDA: weight + sum_t s_t B_t A_t, summed in float32 (float64 for float64), always in the same order,
+// rounded once. A block owns a 64 x 64 tile of the weight. 16-bit dtypes multiply on the tensor cores, one adapter
+// after the other; the others as one product over the concatenated ranks.
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+
 #include "../common/lora_checks.h"
 #include "launch.cuh"
+#include "mma_smem.cuh"
 
 namespace plora::cuda {
 namespace {
 
 constexpr int kTile = 64, kRanks = 16, kThreads = 256, kEach = 4;
 
+// A thread has 4 x 4 of the tile.
 template <typename scalar, typename acc>
 __global__ void __launch_bounds__(kThreads)
     lora_merge_kernel(const scalar* __restrict__ weight, const scalar* __restrict__ A, const scalar* __restrict__ B,
                       const acc* __restrict__ scaling, const int64_t* __restrict__ ranks, scalar* __restrict__ merged,
-                      int64_t out, int64_t in, int64_t T, int64_t r) {
+                      int64_t out, int64_t in, int T, int r) {
   __shared__ acc tile_B[kRanks][kTile + 1], tile_A[kRanks][kTile];
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kTile, column = static_cast<int64_t>(blockIdx.y) * kTile;
+  const int64_t columns = (in + kTile - 1) / kTile;
+  const int64_t row = blockIdx.x / columns * kTile, column = blockIdx.x % columns * kTile;
   const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
   acc sum[kEach][kEach];
   for (int i = 0; i < kEach; ++i)
@@ -26,14 +31,18 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t o = row + ty + 16 * i, k = column + tx + 16 * j;
       sum[i][j] = o < out && k < in ? static_cast<acc>(weight[o * in + k]) : acc(0);
     }
-  for (int64_t first = 0; first < T * r; first += kRanks) {
+  for (int first = 0; first < T * r; first += kRanks) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < kRanks * kTile; i += kThreads) {  // B: neighbouring threads read neighbouring ranks
-      const int64_t rank = first + i % kRanks, o = row + i / kRanks, t = rank / r, j = rank % r;
+      const int rank = first + i % kRanks, t = rank / r, j = rank % r;
+      const int64_t o = row + i / kRanks;
       const bool real = rank < T * r && o < out && (!ranks || j < ranks[t]);
       tile_B[i % kRanks][i / kRanks] = real ? scaling[t] * static_cast<acc>(B[(t * out + o) * r + j]) : acc(0);
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < kRanks * kTile; i += kThreads) {
-      const int64_t rank = first + i / kTile, k = column + i % kTile, t = rank / r, j = rank % r;
+      const int rank = first + i / kTile, t = rank / r, j = rank % r;
+      const int64_t k = column + i % kTile;
       const bool real = rank < T * r && k < in && (!ranks || j < ranks[t]);
       tile_A[i / kTile][i % kTile] = real ? static_cast<acc>(A[rank * in + k]) : acc(0);
     }
@@ -55,6 +64,98 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// 16 ranks of an adapter: a slice. A stage of the pipeline holds two; in a slice, half of the threads copy a vector of
+// B, the others one of A. A warp has 16 x 32 of the tile. The scale multiplies the finished product of an adapter, so
+// that neither it nor a factor is rounded.
+constexpr int kStages = 4, kSlices = 2, kLdB = kRanks + smem::kPad, kLdA = kTile + smem::kPad;
+
+template <typename scalar>
+struct Slice {
+  scalar B[kTile * kLdB], A[kRanks * kLdA];
+};
+
+template <typename scalar>
+__global__ void __launch_bounds__(kThreads)
+    lora_merge_mma_kernel(const scalar* __restrict__ weight, const scalar* __restrict__ A, const scalar* __restrict__ B,
+                          const float* __restrict__ scaling, const int64_t* __restrict__ ranks,
+                          scalar* __restrict__ merged, int64_t out, int64_t in, int T, int r, bool fast) {
+  using Step = smem::Step<scalar>;
+  __shared__ __align__(16) Slice<scalar> stages[kStages][kSlices];
+  const int64_t columns = (in + kTile - 1) / kTile;
+  const int64_t row = blockIdx.x / columns * kTile, column = blockIdx.x % columns * kTile;
+  const int per_adapter = (r + kRanks - 1) / kRanks, slices = T * per_adapter;
+
+  // the vector that this thread copies: where it is in a slice, and which row of B or column of A it is of
+  const bool of_B = threadIdx.x < kThreads / 2;
+  const int mine = threadIdx.x % (kThreads / 2);
+  const int j_mine = of_B ? mine % 2 * 8 : mine / 8;
+  const int64_t at_mine = of_B ? row + mine / 2 : column + mine % 8 * 8;
+  const int64_t room = of_B ? (at_mine < out ? r : 0) : std::max<int64_t>(in - at_mine, 0);
+  const auto load = [&](int stage) {
+    for (int s = 0; s < kSlices; ++s) {
+      const int slice = stage * kSlices + s;
+      if (slice >= slices) break;
+      Slice<scalar>& to = stages[stage % kStages][s];
+      scalar* const cell = of_B ? to.B + mine / 2 * kLdB + j_mine : to.A + j_mine * kLdA + mine % 8 * 8;
+      const int t = slice / per_adapter, j = slice % per_adapter * kRanks + j_mine;
+      const int rank = ranks ? static_cast<int>(std::min<int64_t>(ranks[t], r)) : r;
+      const int64_t left = of_B ? std::min<int64_t>(rank, room) - j : j < rank ? room : 0;
+      const int valid = static_cast<int>(std::clamp<int64_t>(left, 0, 8));
+      const scalar* const from = valid == 0 ? A
+                                 : of_B     ? B + (t * out + at_mine) * r + j
+                                            : A + (static_cast<int64_t>(t) * r + j) * in + at_mine;
+      if (fast) {
+        smem::copy16(cell, from, valid * 2);
+      } else {
+        for (int i = 0; i < 8; ++i) cell[i] = i < valid ? from[i] : from_float<scalar>(0);
+      }
+    }
+    smem::commit();
+  };
+  for (int i = 0; i < kStages - 1; ++i) load(i);
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_row = warp / 2 * 16, warp_column = warp % 2 * 32;
+  const auto each = [&](const auto& f) {  // f(n, i, place in the weight), of this thread's elements
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t o = row + warp_row + lane / 4 + i / 2 * 8,
+                      k = column + warp_column + n * 8 + lane % 4 * 2 + i % 2;
+        if (o < out && k < in) f(n, i, o * in + k);
+      }
+  };
+  scalar frozen[4][4];  // read early: it comes while the products run
+  each([&](int n, int i, int64_t at) { frozen[n][i] = weight[at]; });
+
+  float sum[4][4] = {}, product[4][4] = {};
+  for (int stage = 0; stage * kSlices < slices; ++stage) {
+    smem::wait<kStages - 2>();
+    __syncthreads();
+    load(stage + kStages - 1);
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      const int slice = stage * kSlices + s;
+      if (slice >= slices) break;
+      const Slice<scalar>& from = stages[stage % kStages][s];
+      typename Step::Left left;
+      typename Step::Right right[2];
+      left.load(from.B + warp_row * kLdB, kLdB);
+      for (int n = 0; n < 2; ++n) right[n].load_transposed(from.A + warp_column + n * 16, kLdA);
+      for (int n = 0; n < 4; ++n) Step::add(product[n], left, right[n / 2], n % 2, false);
+      if ((slice + 1) % per_adapter > 0) continue;
+      const float scale = scaling[slice / per_adapter];
+      for (int n = 0; n < 4; ++n)
+        for (int i = 0; i < 4; ++i) {
+          sum[n][i] += scale * product[n][i];
+          product[n][i] = 0;
+        }
+    }
+  }
+  each([&](int n, int i, int64_t at) { merged[at] = from_float<scalar>(to_float(frozen[n][i]) + sum[n][i]); });
+}
+
 Tensor lora_merge(const Tensor& weight_, const Tensor& A_, const Tensor& B_, const Tensor& scaling_,
                   const OptTensor& ranks_) {
   check_merge(weight_, A_, B_, scaling_, ranks_);
@@ -64,13 +165,21 @@ Tensor lora_merge(const Tensor& weight_, const Tensor& A_, const Tensor& B_, con
   const int64_t out = weight.size(0), in = weight.size(1), T = A.size(0), r = A.size(1);
   const Tensor merged = torch::stable::new_empty(weight, weight.sizes());
   if (out == 0 || in == 0) return merged;
-  const dim3 grid(static_cast<unsigned>((out + kTile - 1) / kTile), static_cast<unsigned>((in + kTile - 1) / kTile));
+  const auto grid = static_cast<unsigned>(((out + kTile - 1) / kTile) * ((in + kTile - 1) / kTile));
   dispatch("lora_merge", weight.scalar_type(), [&](auto tag) {
     using scalar = decltype(tag);
     using acc = acc_type<scalar>;
-    lora_merge_kernel<<<grid, kThreads, 0, stream_of(weight)>>>(
-        data<scalar>(weight), data<scalar>(A), data<scalar>(B), data<acc>(scaling),
-        ranks ? data<int64_t>(*ranks) : nullptr, mutable_data<scalar>(merged), out, in, T, r);
+    const int64_t* real = ranks ? data<int64_t>(*ranks) : nullptr;
+    const auto aligned = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(data<scalar>(t)) % 16 == 0; };
+    if constexpr (sizeof(scalar) == 2)
+      lora_merge_mma_kernel<<<grid, kThreads, 0, stream_of(weight)>>>(
+          data<scalar>(weight), data<scalar>(A), data<scalar>(B), data<float>(scaling), real,
+          mutable_data<scalar>(merged), out, in, static_cast<int>(T), static_cast<int>(r),
+          in % 8 == 0 && r % 8 == 0 && aligned(A) && aligned(B));
+    else
+      lora_merge_kernel<<<grid, kThreads, 0, stream_of(weight)>>>(
+          data<scalar>(weight), data<scalar>(A), data<scalar>(B), data<acc>(scaling), real,
+          mutable_data<scalar>(merged), out, in, static_cast<int>(T), static_cast<int>(r));
   });
   check_launch("lora_merge");
   return merged;

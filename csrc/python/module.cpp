@@ -1,12 +1,16 @@
 // plora_ext._C: what is not an operator. It knows nothing of torch, so it loads whatever torch is installed and can say
 // what the operator libraries were built against when they do not load.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "build_facts.h"
 #include "common/cpu_features.h"
+#include "common/lora_plan.h"
 
 namespace py = pybind11;
 
@@ -60,10 +64,48 @@ py::dict cpu_features() {
   return features;
 }
 
+plora::Family family_named(const std::string& name) {
+  if (name == "indexed") return plora::Family::indexed;
+  if (name == "sum") return plora::Family::sum;
+  if (name == "all") return plora::Family::all;
+  throw py::value_error("family must be indexed, sum or all, got '" + name + "'");
+}
+
+bool is_half(const std::string& dtype) {
+  if (dtype == "bfloat16" || dtype == "float16") return true;
+  if (dtype == "float32") return false;
+  throw py::value_error("dtype must be bfloat16, float16 or float32, got '" + dtype + "'");
+}
+
+py::dict lora_plan(const std::string& family, int64_t M, int64_t in_features, int64_t out_features, int64_t T,
+                   int64_t r, const std::string& dtype, bool weight, bool relu, bool bias, bool backward, bool keep,
+                   int64_t rows_per_id, const std::vector<int64_t>& slices, int capability, int num_sms,
+                   const std::string& path) {
+  if (std::min({M, in_features, out_features, T, r}) < 0) throw py::value_error("sizes must not be negative");
+  if (slices.size() % 2 != 0 || (!slices.empty() && (r == 0 || r % (slices.size() / 2) != 0)))
+    throw py::value_error("slices must be pairs of start and stop, as many as divide r");
+  plora::LoraShape s{family_named(family), M, in_features, out_features, T, r};
+  s.half = is_half(dtype), s.weight = weight, s.relu = relu, s.bias = bias, s.backward = backward, s.keep = keep;
+  s.rows_per_id = rows_per_id, s.slices = slices, s.capability = capability, s.sms = num_sms;
+  s.mma_only = plora::mma_only(path.c_str());
+  const plora::LoraPlan plan = plora::plan_lora(s);
+  py::dict result;
+  result["path"] = plan.hopper ? "hopper" : "mma";
+  result["algorithm"] = plora::algorithm_name(plan.algorithm);
+  result["dense"] = plora::lora_dense(s.family, T, r, weight, relu, bias);
+  result["slots"] = plan.slots;
+  result["ctas"] = plan.ctas;
+  result["waves"] = plan.waves;
+  result["tile"] = plan.hopper ? py::object(py::make_tuple(plora::lora_plan::kTileRows, plora::lora_plan::kTileColumns))
+                               : py::object(py::none());
+  result["reason"] = plan.reason;
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build facts and CPU features of plora_ext.";
+  m.doc() = "Build facts, CPU features and launch plans of plora_ext.";
   m.def(
       "build_info", &build_info,
       "How plora_ext was built: version, torch and its CUDA, nvcc, GPU and CPU targets, compiler, and the build line.");
@@ -71,4 +113,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_isa", [] { return plora::isa_name(plora::chosen_isa()); },
       "The instruction set the CPU kernels use: 'default', 'avx2' or 'avx512' (PLORA_CPU_ISA lowers it).");
+  m.def("lora_plan", &lora_plan, py::arg("family"), py::arg("M"), py::arg("in_features"), py::arg("out_features"),
+        py::arg("T"), py::arg("r"), py::arg("dtype") = "bfloat16", py::kw_only(), py::arg("weight") = true,
+        py::arg("relu") = false, py::arg("bias") = false, py::arg("backward") = false, py::arg("keep") = false,
+        py::arg("rows_per_id") = 1, py::arg("slices") = std::vector<int64_t>(), py::arg("capability") = 90,
+        py::arg("num_sms") = 132, py::arg("path") = "auto",
+        "How CUDA would compute a low-rank layer of this shape: path, algorithm and why; no GPU is needed.");
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext import ops
+from plora_ext.ops._register import is_plain
 
 __all__ = ["MultiLoRALinear"]
 
@@ -29,6 +31,10 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
+# lora_A [T, r, in], lora_B [T, out, r], scaling [T]; where they differ, ranks [T]; where there are slices, their rows
+_Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, list[tuple[int, int]] | None]
+
+
 class MultiLoRALinear(nn.Module):
     """A frozen `nn.Linear` with any number of named LoRA adapters.
 
@@ -44,7 +50,8 @@ class MultiLoRALinear(nn.Module):
     * per-sample adapters go through `plora_ext.ops.lora_indexed`.
 
     Writes that torch does not count (`parameter.data.add_()`, the replay of a CUDA graph) become visible to the
-    caches with the next call of `train()`, `eval()` or `set_adapter`.
+    caches with the next call of `train()`, `eval()` or `set_adapter`. A CUDA graph that is being captured, like a
+    compiled one, merges anew each time it runs, so that it follows the parameters; `Adapters.merge` spares it that.
 
     Args:
         base: the linear layer to adapt; kept as `base_layer` (PEFT's name) and frozen.
@@ -94,10 +101,15 @@ class MultiLoRALinear(nn.Module):
             return nn.ParameterDict()
         return nn.ModuleDict({key: nn.ParameterDict() for key in self.slices})
 
-    def _dicts(self) -> list[tuple[nn.ParameterDict, nn.ParameterDict]]:
-        if self.slices is None:
-            return [(self.lora_A, self.lora_B)]
-        return [(self.lora_A[key], self.lora_B[key]) for key in self.slices]
+    def _dicts(self) -> list[nn.ParameterDict]:
+        """The A and the B by adapter, slice after slice; on the path of every forward, so not through attributes."""
+        pair: Any = self._modules["lora_A"], self._modules["lora_B"]
+        return list(pair) if self.slices is None else [both._modules[key] for key in self.slices for both in pair]
+
+    def _factors_of(self, names: Sequence[str]) -> list[Tensor]:
+        """The A and B of every slice of every adapter."""
+        tables: list[Any] = [container._parameters for container in self._dicts()]
+        return [table[name] for name in names for table in tables]
 
     # ------------------------------------------------------------------ what it looks like from outside
 
@@ -159,7 +171,8 @@ class MultiLoRALinear(nn.Module):
 
     def pairs(self, name: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """The (A, B) parameters of adapter `name`: one pair, or one for each slice in the order of `slices`."""
-        return [(dict_A[name], dict_B[name]) for dict_A, dict_B in self._dicts()]
+        factors: list[Any] = self._factors_of((name,))
+        return list(zip(factors[::2], factors[1::2], strict=True))
 
     def add_adapter(self, name: str, pairs: Sequence[tuple[Tensor, Tensor]], lora_alpha: float) -> None:
         """Add an adapter with the given factors, frozen and inactive.
@@ -170,12 +183,11 @@ class MultiLoRALinear(nn.Module):
             lora_alpha: the scale is `lora_alpha / r`.
         """
         weight, r = self.base_layer.weight, pairs[0][0].shape[0]
-        for (dict_A, dict_B), (A, B) in zip(self._dicts(), pairs, strict=True):
-            for target, value in ((dict_A, A), (dict_B, B)):
-                value = value.detach().to(weight, copy=True, memory_format=torch.contiguous_format)
-                target[name] = nn.Parameter(value, requires_grad=False)
+        for container, value in zip(self._dicts(), itertools.chain(*pairs), strict=True):
+            value = value.detach().to(weight, copy=True, memory_format=torch.contiguous_format)
+            container[name] = nn.Parameter(value, requires_grad=False)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
-        self._refresh_constants()
+        self._set_constants(name)
 
     def init_factors(self, r: int) -> list[tuple[Tensor, Tensor]]:
         """Fresh factors of rank `r`: A from Kaiming's uniform distribution with a = sqrt(5), B zero (as PEFT)."""
@@ -188,9 +200,8 @@ class MultiLoRALinear(nn.Module):
 
     def delete_adapter(self, name: str) -> None:
         """Remove adapter `name`, which must not be active."""
-        for dict_A, dict_B in self._dicts():
-            del dict_A[name], dict_B[name]
-        for record in (self.r, self.lora_alpha, self._scaling, self._ranks):
+        records: list[Any] = [*self._dicts(), self.r, self.lora_alpha, self._scaling, self._ranks]
+        for record in records:
             del record[name]
         self._cache.clear()
 
@@ -203,12 +214,11 @@ class MultiLoRALinear(nn.Module):
     # ------------------------------------------------------------------ forward
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.base_layer.weight, self.base_layer.bias
+        base = self.base_layer
+        weight, bias = base.weight, base.bias
         if self._batch is not None:
             names = tuple(self.r)
-            train = self._training_of(names)
-            operands = self._operands(names) if train else self._cached("operands", names, self._operands)
-            return self._low_rank(ops.lora_indexed, x, weight, operands, names, train, self._batch)
+            return self._low_rank(ops.lora_indexed, x, weight, bias, names, self._training_of(names), self._batch)
         if not self._active or self.merged:
             return F.linear(x, weight, bias)
 
@@ -216,46 +226,40 @@ class MultiLoRALinear(nn.Module):
         train = self._training_of(names)
         if not self._coefficients_train():
             # The frozen part of the sum costs nothing once it is in the weight.
-            if frozen := tuple(name for name in names if name not in train):
-                weight = self._cached("weight", frozen, self._merge)
+            if len(train) < len(names):
+                weight = self._cached("weight", tuple(name for name in names if name not in train), self._merge)
             if not train:
                 return F.linear(x, weight, bias)
             coeff, names = self._coefficients_of(train), train
-        operands = self._operands(names)
-        return self._low_rank(ops.lora_sum, x, weight, operands, names, train, coeff=coeff)
+        return self._low_rank(ops.lora_sum, x, weight, bias, names, train, coeff=coeff)
 
     def _low_rank(
         self,
         op: Callable[..., Tensor],
         x: Tensor,
         weight: Tensor,
-        operands: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        bias: Tensor | None,
         names: tuple[str, ...],
         train: tuple[str, ...],
         *ids: ops.AdapterBatch,
         **keywords: Any,
     ) -> Tensor:
-        lora_A, lora_B, scaling, ranks = operands
+        operands = self._operands(names) if train else self._cached("operands", names, self._operands)
+        lora_A, lora_B, scaling, ranks, keywords["slices"] = operands
         if self.training and self.lora_dropout:  # the base layer sees x itself
-            keywords["base"] = F.linear(x, weight, self.base_layer.bias)
+            keywords["base"] = F.linear(x, weight, bias)
             x = F.dropout(x, self.lora_dropout)
         else:
-            keywords.update(weight=weight, bias=self.base_layer.bias)
-        # Of adapters that train beside frozen ones, only the former get (and pay for) gradients.
-        partly = 0 < len(train) < len(names)
-        trainable = [i for i, name in enumerate(names) if name in train] if partly else None
-        return op(x, *ids, lora_A, lora_B, scaling, ranks=ranks, trainable=trainable, **keywords)
+            keywords["weight"], keywords["bias"] = weight, bias
+        if 0 < len(train) < len(names):  # only those that train get (and pay for) gradients
+            keywords["trainable"] = [i for i, name in enumerate(names) if name in train]
+        return op(x, *ids, lora_A, lora_B, scaling, ranks=ranks, **keywords)
 
     def _training_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Those of `names` that receive gradients in this forward."""
         if not torch.is_grad_enabled():
             return ()
-        return tuple(n for n, factors in self._parameters_of(names) if any(p.requires_grad for p in factors))
-
-    def _parameters_of(self, names: tuple[str, ...]) -> list[tuple[str, list[nn.Parameter]]]:
-        # On the path of every forward: reading _parameters is many times faster than asking a ParameterDict.
-        dicts: list[Any] = [container._parameters for pair in self._dicts() for container in pair]
-        return [(name, [parameters[name] for parameters in dicts]) for name in names]
+        return tuple(name for name in names if any([p.requires_grad for p in self._factors_of((name,))]))
 
     def _coefficients_train(self) -> bool:
         return self._coefficients is not None and self._coefficients.requires_grad and torch.is_grad_enabled()
@@ -266,36 +270,35 @@ class MultiLoRALinear(nn.Module):
             return coefficients
         return torch.cat([c for name, c in zip(self._active, coefficients.split(1), strict=True) if name in names])
 
-    def _operands(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """`lora_A [T, r, in]`, `lora_B [T, out, r]`, `scaling [T]` and, where they differ, `ranks [T]`."""
+    def _operands(self, names: tuple[str, ...]) -> _Operands:
+        factors, out = self._factors_of(names), self.out_features
+        if self.slices is None and len(names) == 1:
+            return factors[0][None], factors[1][None], self._scaling[names[0]], None, None
         if not names:
             weight = self.base_layer.weight
-            empty = weight.new_zeros(0, self.out_features, 1), weight.new_zeros(0, dtype=torch.float32)
-            return weight.new_zeros(0, 1, self.in_features), *empty, None
-        factors = [self.factors(name) for name in names]
-        scaling = torch.cat([self._scaling[name] for name in names])
-        if len(factors) == 1:
-            (A, B) = factors[0]
-            return A[None], B[None], scaling, None
-        ranks = {A.shape[0] for A, _ in factors}
-        if len(ranks) == 1:
-            return torch.stack([A for A, _ in factors]), torch.stack([B for _, B in factors]), scaling, None
-        r = max(ranks)
-        lora_A = torch.stack([F.pad(A, (0, 0, 0, r - A.shape[0])) for A, _ in factors])
-        lora_B = torch.stack([F.pad(B, (0, r - B.shape[1])) for _, B in factors])
-        return lora_A, lora_B, scaling, torch.cat([self._ranks[name] for name in names])
+            empty = weight.new_zeros(0, out, 1), weight.new_zeros(0, dtype=torch.float32)
+            return weight.new_zeros(0, 1, self.in_features), *empty, None, None
+        scaling = self._scaling[names[0]] if len(names) == 1 else torch.cat([self._scaling[name] for name in names])
+        lora_A, lora_B = factors[::2], factors[1::2]
+        r, ranks = max(self.r[name] for name in names), None
+        if any(self.r[name] < r for name in names):
+            lora_A = [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in lora_A]
+            lora_B = [F.pad(B, (0, r - B.shape[1])) for B in lora_B]
+            ranks = torch.cat([self._ranks[name] for name in names])
+        if self.slices is None:
+            return torch.stack(lora_A), torch.stack(lora_B), scaling, ranks, None
+        # B's blocks: rows of r numbers, and where they belong among the out * slices rows of r that are all of B.
+        T, n, blocks = len(names), len(self.slices), torch.cat(lora_B).view(len(names), -1, r)
+        whole = blocks.new_zeros(T, out * n, r).index_copy_(1, self._block_rows, blocks).view(T, out, n * r)
+        return torch.cat(lora_A).view(T, n * r, -1), whole, scaling, None, list(self.slices.values())
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A `[R, in]` and B `[out, R]` that act on all rows; with slices R = len(slices) * r, B block-wise."""
-        pairs = self.pairs(name)
-        if self.slices is None:
-            return pairs[0]
-        rows = self.slices.values()
-        blocks = [F.pad(B, (0, 0, a, self.out_features - z)) for (_, B), (a, z) in zip(pairs, rows, strict=True)]
-        return torch.cat([A for A, _ in pairs]), torch.cat(blocks, dim=1)
+        lora_A, lora_B, *_ = self._operands((name,))
+        return lora_A[0], lora_B[0]
 
     def _merge(self, names: tuple[str, ...]) -> Tensor:
-        lora_A, lora_B, scaling, ranks = self._operands(names)
+        lora_A, lora_B, scaling, ranks, _ = self._operands(names)
         coeff = self._coefficients_of(names)
         return ops.lora_merge(self.base_layer.weight, lora_A, lora_B, scaling, coeff=coeff, ranks=ranks)
 
@@ -303,13 +306,12 @@ class MultiLoRALinear(nn.Module):
 
     def _cached(self, slot: str, names: tuple[str, ...], compute: Callable[[tuple[str, ...]], Any]) -> Any:
         """`compute(names)` without gradients, kept until one of the tensors that it reads changes."""
-        if torch.compiler.is_compiling():
-            return compute(names)  # a graph has no memory of its own; it computes the few products each time
-        sources: list[Tensor] = [self.base_layer.weight]
-        for _, factors in self._parameters_of(names):
-            sources += factors
+        weight = self.base_layer.weight
+        sources: list[Tensor] = [weight, *self._factors_of(names)]
         if self._coefficients is not None:
             sources.append(self._coefficients)
+        if not is_plain(*sources) or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return compute(names)  # a graph has no memory of its own; it computes the few products each time
         countable = not any(t.is_inference() for t in sources)  # inference tensors carry no version
         stamp = [(id(t), t._version, t.data_ptr()) for t in sources] if countable else []
         kept = self._cache.get(slot)
@@ -361,21 +363,23 @@ class MultiLoRALinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
         super()._apply(fn, recurse)
         self._cache.clear()
-        self._refresh_constants()
+        self._set_constants(*self.r)
         if self._coefficients is not None and not self._coefficients.requires_grad:
             self._coefficients = self._coefficients.to(self.base_layer.weight.device)
         return self
 
-    def _refresh_constants(self) -> None:
+    def _set_constants(self, *names: str) -> None:
         """Scale and rank of each adapter as one-element tensors beside the weight, scales in float32 or wider."""
-        weight, slices = self.base_layer.weight, len(self.slices or [0])
+        weight, slices = self.base_layer.weight, list((self.slices or {}).values())
         wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.inference_mode(False):
-            self._scaling = {
-                name: torch.tensor([self.lora_alpha[name] / r], dtype=wide, device=weight.device)
-                for name, r in self.r.items()
-            }
-            self._ranks = {name: torch.tensor([r * slices], device=weight.device) for name, r in self.r.items()}
+            if slices:  # where row o of block i of B is in [out * slices, r]
+                rows = [torch.arange(start, stop) * len(slices) + i for i, (start, stop) in enumerate(slices)]
+                self._block_rows = torch.cat(rows).to(weight.device)
+            for name in names:
+                r = self.r[name]
+                self._scaling[name] = torch.tensor([self.lora_alpha[name] / r], dtype=wide, device=weight.device)
+                self._ranks[name] = torch.tensor([r], device=weight.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles carry no cache and no graph: coefficients that are a result of other tensors are detached.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plora_ext import _library
 from plora_ext.ops._checks import wide
@@ -18,16 +18,20 @@ from plora_ext.reference import EPS
 
 LORA = ("lora_indexed", "lora_sum", "lora_all")
 PROTOTYPES = ("reconstruct_prototypes", "complete_prototypes", "subspace_logits")
+_BACKWARD = tuple(f"{name}_backward" for name in (*LORA, "reconstruct_prototypes", "complete_prototypes"))
+_IN_PLACE = (*(f"{name}_" for name in LORA), "class_sums_")
 _lib = torch.library.Library("plora_ext", "IMPL") if _library.backend() == "native" else None
 
-
-def _op(name: str) -> Any:
-    return getattr(torch.ops.plora_ext, name)
+op: dict[str, Any] = {}
+"""The compiled operators by name, looked up once."""
+if _lib is not None:
+    for _name in (*LORA, *PROTOTYPES, "lora_merge", "class_sums", *_BACKWARD, *_IN_PLACE):
+        op[_name] = getattr(torch.ops.plora_ext, _name).default
 
 
 # --- autocast: the low-rank products in the autocast dtype, everything about prototypes in float32 ------------------
 
-_KEEP = {"scaling", "weights"}  # small, and kept in float32
+_AS_IT_IS = {"scaling", "weights", "y", "sums", "counts"}  # small and kept in float32, or written to
 
 
 def _autocast_dtype(name: str, device_type: str) -> torch.dtype | None:
@@ -53,16 +57,28 @@ def run_reference(function: Callable[..., Tensor], *args: Any, **kwargs: Any) ->
         return function(*cast, **{name: _cast(a, dtype) for name, a in kwargs.items()})
 
 
+def _names(name: str) -> list[str]:
+    return [argument.name for argument in op[name]._schema.arguments]
+
+
+def _caster(name: str) -> Callable[[str, tuple[Any, ...]], list[Any]]:
+    """What autocast on a type of device makes of the arguments of an operator."""
+    casts = [n not in _AS_IT_IS for n in _names(name)]
+
+    def cast(device_type: str, args: tuple[Any, ...]) -> list[Any]:
+        dtype = _autocast_dtype(name, device_type)
+        return [_cast(a, dtype) if casts_it else a for a, casts_it in zip(args, casts, strict=False)]
+
+    return cast
+
+
 def _register_autocast(name: str, device_type: str) -> None:
     key = "Autocast" + device_type.upper()
-    names = [argument.name for argument in _op(name).default._schema.arguments]
-    mutated = {"y", "sums", "counts"}
+    cast = _caster(name)
 
     def kernel(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            dtype = _autocast_dtype(name, device_type)
-            cast = (a if n in _KEEP or n in mutated else _cast(a, dtype) for n, a in zip(names, args, strict=False))
-            return _op(name)(*cast)
+            return op[name](*cast(device_type, args))
 
     assert _lib is not None
     _lib.impl(name, kernel, key)
@@ -71,23 +87,53 @@ def _register_autocast(name: str, device_type: str) -> None:
 # --- fake implementations: shapes only --------------------------------------------------------------------------------
 
 
-def _lora_fake(name: str) -> Callable[..., Tensor]:
-    def fake(x: Tensor, *rest: Any) -> Tensor:
-        lora_A, lora_B = rest[1:3] if name == "lora_indexed" else rest[:2]
-        shape = (x.shape[0], lora_B.shape[1])
-        return x.new_empty((lora_A.shape[0], *shape) if name == "lora_all" else shape)
+def dense(family: str, lora_A: Tensor, weight: Any, bias_A: Any, bias_B: Any, relu: bool) -> bool:
+    """Whether CUDA computes with the merged weight W + sum s B A, and keeps that: `lora_dense` of lora_plan.h."""
+    linear = weight is not None and bias_A is None and bias_B is None and not relu
+    return family == "lora_sum" and linear and lora_A.shape[0] * lora_A.shape[1] > 192
+
+
+def keeps(
+    family: str,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    weight: Tensor | None,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
+    relu: bool,
+) -> bool:
+    """Whether a gradient that is asked for needs what the forward can keep: the merged weight, or else h."""
+    if dense(family, lora_A, weight, bias_A, bias_B, relu):
+        return x.requires_grad
+    if lora_B.requires_grad or scaling.requires_grad:
+        return True
+    return relu and (x.requires_grad or lora_A.requires_grad or (bias_A is not None and bias_A.requires_grad))
+
+
+def _lora_fake(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        lora_A, lora_B, _, _, weight, _, bias_A, bias_B, _, relu, _, _, keep = rest[name == "lora_indexed" :]
+        (T, r, _), M, out = lora_A.shape, x.shape[0], lora_B.shape[1]
+        y = x.new_empty((T, M, out) if name == "lora_all" else (M, out))
+        if not keep or x.device.type == "cpu":
+            return y, x.new_empty(0)
+        if dense(name, lora_A, weight, bias_A, bias_B, relu):
+            return y, x.new_empty(weight.shape)
+        padded = 8 * max(1, -(-r // 8))  # `padded_rank` of lora_plan.h
+        return y, x.new_empty(M, padded if name == "lora_indexed" else T * padded)
 
     return fake
 
 
 def _lora_backward_fake(name: str) -> Callable[..., tuple[Tensor, ...]]:
     def fake(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        factors = rest[1:] if name == "lora_indexed" else rest
-        lora_A, lora_B, scaling, _, bias_A, bias_B, *_, needs = factors
+        lora_A, lora_B, scaling, _, bias_A, bias_B, *_, needs = rest[name == "lora_indexed" :]
         return tuple(
             torch.empty(t.shape, dtype=t.dtype, device=t.device)
             if t is not None and needs >> bit & 1
-            else x.new_empty(0)
+            else (x if t is None else t).new_empty(0)
             for bit, t in enumerate((x, lora_A, lora_B, scaling, bias_A, bias_B))
         )
 
@@ -106,41 +152,81 @@ def _nothing(*args: Any) -> None:
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-def _register_lora_autograd(name: str) -> None:
-    indexed = name == "lora_indexed"
+def _lora_autograd(name: str) -> type[torch.autograd.Function]:
+    """Registers the gradients of a family; returns them as a Function too, which costs eager code far less time."""
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *rest = inputs
-        ids = rest.pop(0) if indexed else None
-        lora_A, lora_B, scaling, _, weight, _, bias_A, bias_B, ranks, ctx.relu, ctx.trainable = rest
-        ctx.save_for_backward(x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, ranks)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, *ids, lora_A, lora_B, scaling, _, weight, _, bias_A, bias_B, ranks, ctx.relu, ctx.trainable, _, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, *ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, ranks, output[1])
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, ranks = ctx.saved_tensors
-        asks = list(ctx.needs_input_grad)
-        if indexed:
-            asks.pop(1)
-        x_, A, B, s, base, W, bias, a, b = asks[:9]
-        needs = sum(bit << i for i, bit in enumerate((x_, A, B, s, a, b)))
-        parts: list[Tensor | None] = [None] * 6
-        if needs:
-            id_args = (ids,) if indexed else ()
-            gradients = _op(name + "_backward")(
-                grad, x, *id_args, lora_A, lora_B, scaling, weight, bias_A, bias_B, ranks, ctx.relu, ctx.trainable,
-                needs,
-            )  # fmt: skip
-            parts = [g if needs >> i & 1 else None for i, g in enumerate(gradients)]
-        dx, dA, dB, ds, da, db = parts
+    def backward(ctx: Any, grad: Tensor, of_kept: Tensor | None = None) -> tuple[Any, ...]:
+        X, *ids, A, B, s, base, W, bias, a, b, _, _, _, _, _ = ctx.needs_input_grad
+        dx = dA = dB = ds = da = db = None
+        if needs := X | A << 1 | B << 2 | s << 3 | a << 4 | b << 5:
+            dx, dA, dB, ds, da, db = op[f"{name}_backward"](grad, *ctx.saved_tensors, ctx.relu, ctx.trainable, needs)
         total = grad.sum(0) if name == "lora_all" and (base or W or bias) else grad
-        result = [
-            dx, dA, dB, ds, total if base else None, total.T @ x if W else None, total.sum(0) if bias else None,
-            da, db, None, None, None,
-        ]  # fmt: skip
-        if indexed:
-            result.insert(1, None)
-        return tuple(result)
+        return (
+            dx if X else None,
+            *[None] * len(ids),
+            dA if A else None,
+            dB if B else None,
+            ds if s else None,
+            total if base else None,
+            total.T @ ctx.saved_tensors[0] if W else None,
+            total.sum(0) if bias else None,
+            da if a else None,
+            db if b else None,
+            *[None] * 5,
+        )
+
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _below(name, inputs)
+        setup_context(ctx, inputs, output)
+        return output[0]
 
     torch.library.register_autograd(f"plora_ext::{name}", backward, setup_context=setup_context)
+    namespace = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{name}_function", (torch.autograd.Function,), namespace)
+
+
+_functions: dict[str, type[torch.autograd.Function]] = {}
+_casters: dict[str, Callable[[str, tuple[Any, ...]], list[Any]]] = {}
+_PLAIN = {Tensor, nn.Parameter, type(None), bool, list}  # the types of the arguments of the low-rank operators
+_ABOVE = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+for _key in ("AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastCUDA"):
+    _ABOVE |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
+
+
+def _below(name: str, args: tuple[Any, ...]) -> Any:
+    """The kernel itself, past autograd and autocast."""
+    with torch._C._ExcludeDispatchKeyGuard(_ABOVE):
+        return op[name](*args)
+
+
+def is_plain(*args: Any) -> bool:
+    """Whether this is eager code on plain tensors: nothing traces it, transforms it or looks on."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._get_tracing_state() is None
+        and _PLAIN.issuperset(map(type, args))
+    )
+
+
+def run_lora(name: str, *args: Any) -> Tensor:
+    """y of a low-rank operator: through the dispatcher's rules where something needs them, else past them."""
+    if not is_plain(*args):
+        y: Tensor = op[name](*args)[0]
+        return y
+    device_type = args[0].device.type
+    if torch.is_autocast_enabled(device_type):
+        args = tuple(_casters[name](device_type, args))
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _functions[name].apply(*args)
+    return _below(name, args)[0]
 
 
 def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -188,11 +274,11 @@ def _class_sums_backward(ctx: Any, d_sums: Tensor | None, d_counts: Tensor | Non
 
 
 def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_op("reconstruct_prototypes_backward")(grad, *ctx.saved_tensors, ctx.tau), None
+    return *op["reconstruct_prototypes_backward"](grad, *ctx.saved_tensors, ctx.tau), None
 
 
 def _complete_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _op("complete_prototypes_backward")(grad, *ctx.saved_tensors, ctx.tau, ctx.last), None, None, None
+    return op["complete_prototypes_backward"](grad, *ctx.saved_tensors, ctx.tau, ctx.last), None, None, None
 
 
 def _save(*names: str) -> Callable[..., None]:
@@ -219,8 +305,7 @@ def _class_sums_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _vmap(name: str) -> Callable[..., Any]:
-    op = _op(name)
-    arguments = [argument.name for argument in op.default._schema.arguments]
+    arguments = _names(name)
     row_like = {"x", "ids", "base"} if name in LORA else set()
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -233,13 +318,18 @@ def _vmap(name: str) -> Callable[..., Any]:
                     t = values[key]
                     t = t.movedim(d, 0) if d is not None else t.expand(n, *t.shape)
                     values[key] = t.reshape(n * t.shape[1], *t.shape[2:])
-            y = op(*values.values())
-            return y.unflatten(-2, (n, y.shape[-2] // n)), y.dim() - 2
+            y, _ = op[name](*values.values())
+            # what is kept belongs to the autograd of this call; there is none above vmap
+            return (y.unflatten(-2, (n, y.shape[-2] // n)), y.new_empty(0)), (y.dim() - 2, None)
         slices = [
-            op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(n)
+            op[name](*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(n)
         ]
         if name.endswith("_"):
             return None, None
+        if name in LORA:
+            y = torch.stack([y for y, _ in slices])
+            return (y, y.new_empty(0)), (0, None)
         if isinstance(slices[0], Tensor):
             return torch.stack(slices), 0
         return tuple(torch.stack(parts) for parts in zip(*slices, strict=True)), (0,) * len(slices[0])
@@ -254,7 +344,7 @@ def _register_all() -> None:
         register_fake(f"plora_ext::{name}", _lora_fake(name))
         register_fake(f"plora_ext::{name}_", _nothing)
         register_fake(f"plora_ext::{name}_backward", _lora_backward_fake(name))
-        _register_lora_autograd(name)
+        _functions[name], _casters[name] = _lora_autograd(name), _caster(name)
     register_fake("plora_ext::lora_merge", lambda weight, *rest: torch.empty_like(weight).contiguous())
     register_fake("plora_ext::class_sums", _class_sums_fake)
     register_fake("plora_ext::class_sums_", _nothing)
@@ -281,9 +371,7 @@ def _register_all() -> None:
     ):
         register_autograd(f"plora_ext::{name}", backward, setup_context=setup)
 
-    backwards = [f"{name}_backward" for name in (*LORA, "reconstruct_prototypes", "complete_prototypes")]
-    in_place = [f"{name}_" for name in LORA] + ["class_sums_"]
-    for name in (*LORA, *PROTOTYPES, "lora_merge", "class_sums", *backwards, *in_place):
+    for name in op:
         torch.library.register_vmap(f"plora_ext::{name}", _vmap(name))
         for device_type in ("cpu", "cuda"):
             _register_autocast(name, device_type)

@@ -18,6 +18,8 @@ from plora_ext.ops._checks import check, shape, wide
 from plora_ext.ops.adapter_batch import AdapterBatch
 
 _ACTIVATIONS = ("none", "relu")
+_OPERANDS = ("lora_A", "lora_B", "base", "weight", "bias", "bias_A", "bias_B")
+_Optional = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _prepare(
@@ -27,7 +29,7 @@ def _prepare(
     lora_B: Tensor,
     scaling: Tensor | None,
     coeff: Tensor | None,
-    optional: dict[str, Tensor | None],
+    optional: _Optional,
     activation: str,
     ranks: Tensor | None,
     trainable: Sequence[int] | None,
@@ -40,31 +42,52 @@ def _prepare(
             f"{op}: x must be [..., in], lora_A [T, r, in] and lora_B [T, out, r], got {shape(x)}, "
             f"{shape(lora_A)} and {shape(lora_B)}"
         )
-    T, r, n_in, out = *lora_A.shape[:2], x.shape[-1], lora_B.shape[1]
-    dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
-    check(op, "lora_A", lora_A, (T, r, n_in), x, dtype)
-    check(op, "lora_B", lora_B, (T, out, r), x, dtype)
-    shapes = {"weight": (out, n_in), "bias": (out,), "bias_A": (T, r), "bias_B": (T, out)}
-    for name, t in optional.items():
-        if t is not None:
-            check(op, name, t, shapes[name], x, dtype)
-    if optional.get("bias") is not None and optional.get("weight") is None:
+    (T, r, _), (*lead, n_in), out = lora_A.shape, x.shape, lora_B.shape[1]
+    device, dtype = x.device, x.dtype
+    shapes = ((T, r, n_in), (T, out, r), (*lead, out), (out, n_in), (out,), (T, r), (T, out))
+    for name, t, expected in zip(_OPERANDS, (lora_A, lora_B, *optional), shapes, strict=True):
+        if t is not None and (t.shape != expected or t.dtype != dtype or t.device != device):
+            check(op, name, t, expected, x, None if torch.is_autocast_enabled(device.type) else dtype)
+    if optional[2] is not None and optional[1] is None:
         raise ValueError(f"{op}: bias belongs to the frozen layer and needs weight; an adapter's own bias is bias_B")
-    for name, t in (("scaling", scaling), ("coeff", coeff)):
-        if t is not None:
-            check(op, name, t, (T,), x, None)
     if activation not in _ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {_ACTIVATIONS}, got {activation!r}")
     if trainable is not None and any(not 0 <= t < T for t in trainable):
         raise IndexError(f"{op}: trainable must hold adapters between 0 and {T - 1}, got {list(trainable)}")
-    kept = wide(x)
-    scale = x.new_ones(T, dtype=kept) if scaling is None else scaling.to(kept)
+    scale = _scale(op, "scaling", scaling, T, x)
     if coeff is not None:
-        scale = scale * coeff.to(kept)
+        scale = scale * _scale(op, "coeff", coeff, T, x)
     if ranks is not None:
         check(op, "ranks", ranks, (T,), x, None)
         ranks = ranks.to(torch.int64)
     return scale, ranks
+
+
+def _scale(op: str, name: str, scale: Tensor | None, T: int, x: Tensor) -> Tensor:
+    if scale is None:
+        return x.new_ones(T, dtype=wide(x))
+    if scale.shape != (T,) or scale.device != x.device:
+        check(op, name, scale, (T,), x, None)
+    return scale.to(wide(x))
+
+
+def _flat(op: str, slices: Sequence[tuple[int, int]], r: int, out: int) -> list[int]:
+    """The row ranges one after another, as the kernels take them."""
+    if not slices or r % len(slices):
+        raise ValueError(f"{op}: slices must be as many as divide the rank {r} into equal blocks, got {len(slices)}")
+    for start, stop in slices:
+        if not 0 <= start < stop <= out:
+            raise ValueError(f"{op}: slices must be rows within [0, {out}), got ({start}, {stop})")
+    return [row for pair in slices for row in pair]
+
+
+def _native(op: str, x: Tensor) -> bool:
+    """Whether the compiled operator takes this x; CUDA's low-rank kernels know no float64."""
+    return _library.has_kernel(op, x.device.type) and not (x.is_cuda and x.dtype == torch.float64)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
 def _ids(op: str, ids: Tensor | AdapterBatch, x: Tensor) -> Tensor:
@@ -90,30 +113,29 @@ def _run(
     lora_B: Tensor,
     scaling: Tensor | None,
     coeff: Tensor | None,
-    base: Tensor | None,
-    layer: tuple[Tensor | None, Tensor | None],
-    biases: tuple[Tensor | None, Tensor | None],
+    optional: _Optional,
     activation: str,
     ranks: Tensor | None,
     trainable: Sequence[int] | None,
+    slices: Sequence[tuple[int, int]] | None,
 ) -> Tensor:
     """The operator `op` of one family, by its kernel or its twin."""
-    optional = dict(zip(("weight", "bias", "bias_A", "bias_B"), (*layer, *biases), strict=True))
     scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
     rows = () if ids is None else (_ids(op, ids, x),)
-    out = lora_B.shape[1]
-    if base is not None:
-        dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
-        check(op, "base", base, (*x.shape[:-1], out), x, dtype)
-    if not _library.has_kernel(op, x.device.type):
-        keywords = dict(base=base, **optional, activation=activation, ranks=ranks, trainable=trainable)
-        return _register.run_reference(getattr(reference, op), x, *rows, lora_A, lora_B, scale, **keywords)
-    y = getattr(torch.ops.plora_ext, op)(
-        x.reshape(-1, x.shape[-1]), *(t.reshape(-1) for t in rows), lora_A, lora_B, scale,
-        None if base is None else base.reshape(-1, out), *layer, *biases, ranks, activation == "relu",
-        None if trainable is None else list(trainable),
+    flat = None if slices is None else _flat(op, slices, lora_A.shape[1], lora_B.shape[1])
+    if not _native(op, x):
+        return _register.run_reference(
+            getattr(reference, op), x, *rows, lora_A, lora_B, scale, activation=activation, ranks=ranks,
+            trainable=trainable, **dict(zip(_OPERANDS[2:], optional, strict=True)),
+        )  # fmt: skip
+    base, weight, bias, bias_A, bias_B = optional
+    relu = activation == "relu"
+    y = _register.run_lora(
+        op, _rows(x), *(t.reshape(-1) for t in rows), lora_A, lora_B, scale, None if base is None else _rows(base),
+        weight, bias, bias_A, bias_B, ranks, relu, None if trainable is None else list(trainable), flat,
+        torch.is_grad_enabled() and _register.keeps(op, x, lora_A, lora_B, scale, weight, bias_A, bias_B, relu),
     )  # fmt: skip
-    return y.view(*y.shape[:-2], *x.shape[:-1], out)
+    return y if x.dim() == 2 else y.view(*y.shape[:-2], *x.shape[:-1], y.shape[-1])
 
 
 def _run_in_place(
@@ -131,22 +153,18 @@ def _run_in_place(
     trainable: Sequence[int] | None,
 ) -> Tensor:
     """y += the low-rank part: by the kernel where nothing needs a gradient, else by torch's own addition."""
-    named = {"bias_A": biases[0], "bias_B": biases[1]}
-    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, named, activation, ranks, trainable)
+    optional = (None, None, None, *biases)
+    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
     rows = () if ids is None else (_ids(op, ids, x),)
     slabs = lora_A.shape[:1] if op == "lora_all_" else ()
     check(op, "y", y, (*slabs, *x.shape[:-1], lora_B.shape[1]), x, None)
     target = _writable(op, y, x, (y, x, lora_A, lora_B, scale, *biases))
     if target is None:
-        delta = _run(
-            op.removesuffix("_"), x, ids, lora_A, lora_B, scale, None, None, (None, None), biases, activation, ranks,
-            trainable,
-        )  # fmt: skip
-        return y.add_(delta)
-    getattr(torch.ops.plora_ext, op)(
-        target, x.reshape(-1, x.shape[-1]), *(t.reshape(-1) for t in rows), lora_A, lora_B, scale, *biases, ranks,
-        activation == "relu",
-    )  # fmt: skip
+        family = op.removesuffix("_")
+        return y.add_(_run(family, x, ids, lora_A, lora_B, scale, None, optional, activation, ranks, trainable, None))
+    _register.op[op](
+        target, _rows(x), *(t.reshape(-1) for t in rows), lora_A, lora_B, scale, *biases, ranks, activation == "relu"
+    )
     return y
 
 
@@ -156,7 +174,7 @@ def _writable(op: str, y: Tensor, x: Tensor, asks: Sequence[Tensor | None]) -> T
         return None
     if y.dtype != x.dtype or torch.is_autocast_enabled(x.device.type) or y.stride(-1) != 1:
         return None
-    if not _library.has_kernel(op, x.device.type):
+    if not _native(op, x):
         return None
     try:
         return y.view(*(y.shape[:1] if op == "lora_all_" else ()), -1, y.shape[-1])
@@ -179,6 +197,7 @@ def lora_indexed(
     activation: str = "none",
     ranks: Tensor | None = None,
     trainable: Sequence[int] | None = None,
+    slices: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Every row (or sample) through an adapter of its own.
 
@@ -200,6 +219,10 @@ def lora_indexed(
         activation: "none" or "relu", between the projections.
         ranks: [T] integers where adapters have fewer ranks than r; what lies beyond is ignored and gets no gradient.
         trainable: the adapters whose factors and biases get gradients; all that require them if not given.
+        slices: row ranges (start, stop) of y, for speed alone: the promise that the rank is as many equal blocks and
+            that B_t is zero outside of rows start to stop in the columns of a block, so that the sum over the ranks,
+            y[m, o] = y0[m, o] + s_t sum_j h[m, j] B_t[o, j], may leave out the blocks that do not reach row o. The
+            gradients are those of all of B_t, without the promise.
 
     Returns:
         y [..., out]. Differentiable in everything but ids and ranks.
@@ -211,8 +234,8 @@ def lora_indexed(
     Source: Punica's SGMV (Chen et al., MLSys 2024; punica/ops), PEFT's mixed batches (`_mixed_batch_forward`).
     """
     return _run(
-        "lora_indexed", x, ids, lora_A, lora_B, scaling, None, base, (weight, bias), (bias_A, bias_B), activation,
-        ranks, trainable,
+        "lora_indexed", x, ids, lora_A, lora_B, scaling, None, (base, weight, bias, bias_A, bias_B), activation, ranks,
+        trainable, slices,
     )  # fmt: skip
 
 
@@ -231,6 +254,7 @@ def lora_sum(
     activation: str = "none",
     ranks: Tensor | None = None,
     trainable: Sequence[int] | None = None,
+    slices: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """All adapters on every row, weighted and summed: LoRA fusion.
 
@@ -238,8 +262,8 @@ def lora_sum(
 
     Args:
         coeff: [T], the weights c; ones if not given. They may require gradients, like everything else.
-        x, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B, activation, ranks, trainable: as in
-            `lora_indexed`. The newest adapter alone is trained with trainable=[T - 1].
+        x, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B, activation, ranks, trainable, slices: as
+            in `lora_indexed`. The newest adapter alone is trained with trainable=[T - 1].
 
     Returns:
         y [..., out].
@@ -251,8 +275,8 @@ def lora_sum(
     2025; `backbone/lora.py`), as one product of the concatenated factors.
     """
     return _run(
-        "lora_sum", x, None, lora_A, lora_B, scaling, coeff, base, (weight, bias), (bias_A, bias_B), activation, ranks,
-        trainable,
+        "lora_sum", x, None, lora_A, lora_B, scaling, coeff, (base, weight, bias, bias_A, bias_B), activation, ranks,
+        trainable, slices,
     )  # fmt: skip
 
 
@@ -270,6 +294,7 @@ def lora_all(
     activation: str = "none",
     ranks: Tensor | None = None,
     trainable: Sequence[int] | None = None,
+    slices: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Every adapter on every row, each with an output of its own: the first adapted layer of an ensemble.
 
@@ -277,8 +302,8 @@ def lora_all(
     shared by all t.
 
     Args:
-        x, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B, activation, ranks, trainable: as in
-            `lora_indexed`.
+        x, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B, activation, ranks, trainable, slices: as
+            in `lora_indexed`.
 
     Returns:
         y [T, ..., out].
@@ -289,8 +314,8 @@ def lora_all(
     Source: the T forward passes of EASE (Zhou et al., CVPR 2024; `backbone/vit_ease.py:forward_test`).
     """
     return _run(
-        "lora_all", x, None, lora_A, lora_B, scaling, None, base, (weight, bias), (bias_A, bias_B), activation, ranks,
-        trainable,
+        "lora_all", x, None, lora_A, lora_B, scaling, None, (base, weight, bias, bias_A, bias_B), activation, ranks,
+        trainable, slices,
     )  # fmt: skip
 
 
@@ -400,7 +425,7 @@ def lora_merge(
     if lora_B.dim() == 3 and lora_B.shape[1] != weight.shape[0]:
         raise ValueError(f"{op}: lora_B must be [T, {weight.shape[0]}, r] for this weight, got {shape(lora_B)}")
     with torch.autocast(weight.device.type, enabled=False):  # weights are merged in their own dtype
-        scale, ranks = _prepare(op, weight, lora_A, lora_B, scaling, coeff, {}, "none", ranks, None)
+        scale, ranks = _prepare(op, weight, lora_A, lora_B, scaling, coeff, (None,) * 5, "none", ranks, None)
         if not _library.has_kernel(op, weight.device.type):
             return reference.lora_merge(weight, lora_A, lora_B, scale, ranks=ranks)
         return torch.ops.plora_ext.lora_merge(weight, lora_A, lora_B, scale, ranks)

@@ -1,0 +1,224 @@
+// The arguments of the low-rank operators, checked and contiguous, on every device.
+#pragma once
+
+#include <array>
+#include <tuple>
+
+#include "checks.h"
+#include "lora_plan.h"
+
+namespace plora {
+
+// The bits of `needs`: which gradients the backward operators are asked for.
+constexpr int64_t kNeedX = 1, kNeedA = 2, kNeedB = 4, kNeedScaling = 8, kNeedBiasA = 16, kNeedBiasB = 32;
+
+struct Inputs {
+  const char* op;
+  Family family;
+  Tensor x, lora_A, lora_B, scaling;
+  OptTensor ids, weight, bias, bias_A, bias_B, ranks;
+  bool relu;
+  int64_t M, T, r, in, out;
+
+  Inputs(const char* op, Family family, const Tensor& x_, const OptTensor& ids_, const Tensor& A, const Tensor& B,
+         const Tensor& scaling_, const OptTensor& weight_, const OptTensor& bias_, const OptTensor& bias_A_,
+         const OptTensor& bias_B_, const OptTensor& ranks_, bool relu)
+      : op(op), family(family), relu(relu) {
+    STD_TORCH_CHECK(x_.dim() == 2, op, ": x must be [M, in], got ", shape_of(x_));
+    STD_TORCH_CHECK(A.dim() == 3, op, ": lora_A must be [T, r, in], got ", shape_of(A));
+    STD_TORCH_CHECK(B.dim() == 3, op, ": lora_B must be [T, out, r], got ", shape_of(B));
+    M = x_.size(0), in = x_.size(1), T = A.size(0), r = A.size(1), out = B.size(1);
+    const ScalarType dtype = x_.scalar_type();
+    check_shape(op, "lora_A", A, {T, r, in}, x_);
+    check_shape(op, "lora_B", B, {T, out, r}, x_);
+    check_shape(op, "scaling", scaling_, {T}, x_);
+    check_dtype(op, "lora_A", A, dtype);
+    check_dtype(op, "lora_B", B, dtype);
+    check_dtype(op, "scaling", scaling_, wide(dtype));
+    const auto optional = [&](const char* name, const OptTensor& t, std::initializer_list<int64_t> sizes,
+                              ScalarType type) {
+      if (!t) return;
+      check_shape(op, name, *t, sizes, x_);
+      check_dtype(op, name, *t, type);
+    };
+    optional("weight", weight_, {out, in}, dtype);
+    optional("bias", bias_, {out}, dtype);
+    optional("bias_A", bias_A_, {T, r}, dtype);
+    optional("bias_B", bias_B_, {T, out}, dtype);
+    optional("ranks", ranks_, {T}, ScalarType::Long);
+    optional("ids", ids_, {-1}, ScalarType::Long);
+    if (ids_)
+      STD_TORCH_CHECK(ids_->size(0) == 0 ? M == 0 : M % ids_->size(0) == 0, op,
+                      ": the rows of x must be a multiple of the ids, got ", M, " rows and ", ids_->size(0), " ids");
+    x = compact(x_), lora_A = compact(A), lora_B = compact(B), scaling = compact(scaling_);
+    ids = compact(ids_), weight = compact(weight_), bias = compact(bias_), bias_A = compact(bias_A_);
+    bias_B = compact(bias_B_), ranks = compact(ranks_);
+  }
+
+  // A tensor of the shape of the output: y of the in-place forms, grad, base.
+  void check_output(const char* name, const Tensor& t, bool per_adapter) const {
+    if (per_adapter)
+      check_shape(op, name, t, {T, M, out}, x);
+    else
+      check_shape(op, name, t, {M, out}, x);
+    check_dtype(op, name, t, x.scalar_type());
+  }
+};
+
+// Of the arguments with these names; empty where `needs` does not ask.
+struct Gradients {
+  Tensor x, lora_A, lora_B, scaling, bias_A, bias_B;
+};
+
+// x weight^T + bias, by torch.
+inline Tensor linear(const Tensor& x, const Tensor& weight, const OptTensor& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  check_call(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION), "aten::linear");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The sum over the first dimension.
+inline Tensor sum_slabs(const Tensor& t) {
+  std::vector<int64_t> slabs{0};
+  return torch::stable::sum(t, torch::headeronly::IntHeaderOnlyArrayRef(slabs), false);
+}
+
+// Autograd is above these operators: what they call of torch's own records nothing.
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
+
+// The nine operators of a device, as csrc/schema.cpp declares them. Device says how they are computed:
+//   forward(Inputs, base, slices, keep) -> (y, kept)     in_place(Inputs, y)
+//   backward(Inputs, grad, kept, trainable, needs) -> Gradients
+template <typename Device>
+struct LoraOperators {
+  using Pair = std::tuple<Tensor, Tensor>;
+  using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+  static Pair indexed(const Tensor& x, const Tensor& ids, const Tensor& A, const Tensor& B, const Tensor& scaling,
+                      const OptTensor& base, const OptTensor& weight, const OptTensor& bias, const OptTensor& bias_A,
+                      const OptTensor& bias_B, const OptTensor& ranks, bool relu, const OptInts&, const OptInts& slices,
+                      bool keep) {
+    return forward({"lora_indexed", Family::indexed, x, ids, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu},
+                   base, slices, keep);
+  }
+
+  static Pair sum(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling, const OptTensor& base,
+                  const OptTensor& weight, const OptTensor& bias, const OptTensor& bias_A, const OptTensor& bias_B,
+                  const OptTensor& ranks, bool relu, const OptInts&, const OptInts& slices, bool keep) {
+    return forward({"lora_sum", Family::sum, x, {}, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu}, base,
+                   slices, keep);
+  }
+
+  static Pair all(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling, const OptTensor& base,
+                  const OptTensor& weight, const OptTensor& bias, const OptTensor& bias_A, const OptTensor& bias_B,
+                  const OptTensor& ranks, bool relu, const OptInts&, const OptInts& slices, bool keep) {
+    return forward({"lora_all", Family::all, x, {}, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu}, base,
+                   slices, keep);
+  }
+
+  static void indexed_(const Tensor& y, const Tensor& x, const Tensor& ids, const Tensor& A, const Tensor& B,
+                       const Tensor& scaling, const OptTensor& bias_A, const OptTensor& bias_B, const OptTensor& ranks,
+                       bool relu) {
+    in_place({"lora_indexed_", Family::indexed, x, ids, A, B, scaling, {}, {}, bias_A, bias_B, ranks, relu}, y);
+  }
+
+  static void sum_(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling,
+                   const OptTensor& bias_A, const OptTensor& bias_B, const OptTensor& ranks, bool relu) {
+    in_place({"lora_sum_", Family::sum, x, {}, A, B, scaling, {}, {}, bias_A, bias_B, ranks, relu}, y);
+  }
+
+  static void all_(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling,
+                   const OptTensor& bias_A, const OptTensor& bias_B, const OptTensor& ranks, bool relu) {
+    in_place({"lora_all_", Family::all, x, {}, A, B, scaling, {}, {}, bias_A, bias_B, ranks, relu}, y);
+  }
+
+  static Six indexed_backward(const Tensor& grad, const Tensor& x, const Tensor& ids, const Tensor& A, const Tensor& B,
+                              const Tensor& scaling, const OptTensor& weight, const OptTensor& bias_A,
+                              const OptTensor& bias_B, const OptTensor& ranks, const OptTensor& kept, bool relu,
+                              const OptInts& trainable, int64_t needs) {
+    return backward(
+        {"lora_indexed_backward", Family::indexed, x, ids, A, B, scaling, weight, {}, bias_A, bias_B, ranks, relu},
+        grad, kept, trainable, needs);
+  }
+
+  static Six sum_backward(const Tensor& grad, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling,
+                          const OptTensor& weight, const OptTensor& bias_A, const OptTensor& bias_B,
+                          const OptTensor& ranks, const OptTensor& kept, bool relu, const OptInts& trainable,
+                          int64_t needs) {
+    return backward({"lora_sum_backward", Family::sum, x, {}, A, B, scaling, weight, {}, bias_A, bias_B, ranks, relu},
+                    grad, kept, trainable, needs);
+  }
+
+  static Six all_backward(const Tensor& grad, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling,
+                          const OptTensor& weight, const OptTensor& bias_A, const OptTensor& bias_B,
+                          const OptTensor& ranks, const OptTensor& kept, bool relu, const OptInts& trainable,
+                          int64_t needs) {
+    return backward({"lora_all_backward", Family::all, x, {}, A, B, scaling, weight, {}, bias_A, bias_B, ranks, relu},
+                    grad, kept, trainable, needs);
+  }
+
+  template <typename Library>
+  static void add_to(Library& m) {
+    m.impl("lora_indexed", TORCH_BOX(&LoraOperators::indexed));
+    m.impl("lora_sum", TORCH_BOX(&LoraOperators::sum));
+    m.impl("lora_all", TORCH_BOX(&LoraOperators::all));
+    m.impl("lora_indexed_", TORCH_BOX(&LoraOperators::indexed_));
+    m.impl("lora_sum_", TORCH_BOX(&LoraOperators::sum_));
+    m.impl("lora_all_", TORCH_BOX(&LoraOperators::all_));
+    m.impl("lora_indexed_backward", TORCH_BOX(&LoraOperators::indexed_backward));
+    m.impl("lora_sum_backward", TORCH_BOX(&LoraOperators::sum_backward));
+    m.impl("lora_all_backward", TORCH_BOX(&LoraOperators::all_backward));
+  }
+
+ private:
+  static Pair forward(const Inputs& p, const OptTensor& base, const OptInts& slices, bool keep) {
+    if (base) p.check_output("base", *base, false);
+    if (slices) check_slices(p, *slices);
+    const NoGrad guard;
+    return Device::forward(p, compact(base), slices, keep);
+  }
+
+  static void in_place(const Inputs& p, const Tensor& y) {
+    p.check_output("y", y, p.family == Family::all);
+    STD_TORCH_CHECK(y.stride(y.dim() - 1) == 1 || p.out <= 1, p.op, ": the last dimension of y must be contiguous");
+    for (int64_t d = 0; d + 1 < y.dim(); ++d)
+      STD_TORCH_CHECK(y.size(d) <= 1 || y.stride(d) >= p.out, p.op, ": the rows of y must not overlap");
+    const NoGrad guard;
+    Device::in_place(p, y);
+  }
+
+  static Six backward(const Inputs& p, const Tensor& grad, const OptTensor& kept, const OptInts& trainable,
+                      int64_t needs) {
+    p.check_output("grad", grad, p.family == Family::all);
+    if (trainable)
+      for (int64_t t : *trainable)
+        STD_TORCH_CHECK(t >= 0 && t < p.T, p.op, ": trainable must be between 0 and ", p.T - 1, ", got ", t);
+    if (!p.bias_A) needs &= ~kNeedBiasA;
+    if (!p.bias_B) needs &= ~kNeedBiasB;
+    const NoGrad guard;
+    const Gradients g = Device::backward(p, compact(grad), kept, trainable, needs);
+    return {g.x, g.lora_A, g.lora_B, g.scaling, g.bias_A, g.bias_B};
+  }
+
+  static void check_slices(const Inputs& p, const std::vector<int64_t>& slices) {
+    const auto blocks = static_cast<int64_t>(slices.size() / 2);
+    STD_TORCH_CHECK(slices.size() % 2 == 0 && (blocks == 0 || p.r % blocks == 0), p.op,
+                    ": slices must be pairs of start and stop, as many as divide the rank ", p.r, ", got ",
+                    slices.size(), " numbers");
+    for (int64_t i = 0; i < blocks; ++i)
+      STD_TORCH_CHECK(0 <= slices[2 * i] && slices[2 * i] <= slices[2 * i + 1] && slices[2 * i + 1] <= p.out, p.op,
+                      ": slices must lie between 0 and ", p.out, ", got ", slices[2 * i], " to ", slices[2 * i + 1]);
+  }
+};
+
+}  // namespace plora

@@ -1,0 +1,171 @@
+// How CUDA computes the low-rank families: one pure function of the shape, so that it can be asked and tested without a
+// GPU (plora_ext._C.lora_plan).
+//
+// The fused product (cuda/fused_sm90.cu) makes tiles of 128 x 192. A `slot` is 16 ranks of one adapter: 16 more columns
+// in the main loop, which takes one, or 16 more of the depth where h was computed before.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace plora {
+
+enum class Family { indexed, sum, all };
+
+struct LoraShape {
+  Family family;
+  int64_t M, in, out, T, r;
+  bool half = true;                 // bfloat16 or float16
+  bool weight = true;               // with the frozen layer's product
+  bool relu = false, bias = false;  // bias: bias_A or bias_B
+  bool backward = false;            // dx from dy, else y from x
+  bool keep = false;                // backward will follow
+  int64_t rows_per_id = 1;
+  std::vector<int64_t> slices{};  // columns of y for equal blocks of ranks, as cuda/lora_kernels.h has them
+  int capability = 90;            // 10 * major + minor
+  int sms = 132;
+  bool aligned = true;    // every pointer to 16 bytes
+  bool mma_only = false;  // PLORA_CUDA_PATH=mma
+};
+
+enum class LoraAlgorithm {
+  low_rank,     // torch's own product, then the low-rank part on top
+  in_loop,      // one fused product, h made in its main loop
+  precomputed,  // h first, then the fused product
+  mixed,        // in_loop for the tiles that meet few adapters, precomputed for the others
+  merge,        // the factors folded into the weight, then torch's own product
+  dense,        // the same with gradients: backward goes through the gradient of the merged weight
+};
+
+struct LoraPlan {
+  bool hopper = false;
+  LoraAlgorithm algorithm = LoraAlgorithm::low_rank;
+  int64_t slots = 0;            // of a tile that the main loop takes; tiles with more take an h made before
+  int64_t ctas = 0, waves = 0;  // of the fused product
+  const char* reason = "";
+};
+
+inline const char* algorithm_name(LoraAlgorithm algorithm) {
+  static const char* const names[] = {"low_rank", "in_loop", "precomputed", "mixed", "merge", "dense"};
+  return names[static_cast<int>(algorithm)];
+}
+
+namespace lora_plan {
+
+constexpr int64_t kDenseRank = 192;   // above: a product with the merged weight is cheaper, backward included
+constexpr int64_t kMergeRank = 64;    // above: merging pays where nothing is kept ...
+constexpr int64_t kMergeRows = 256;   // ... from this many rows on
+constexpr int64_t kHopperRows = 512;  // fewer do not fill the GPU with tiles
+constexpr int64_t kTileRows = 128, kTileColumns = 192, kSlot = 16;
+// As measured on an H200: operations per second and multiprocessor, bytes per second, seconds. Of a slot in the main
+// loop: its share of the product, and seconds per wave; of a given slot: seconds per wave.
+constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kLaunch = 2.5e-6;
+constexpr double kInLoopShare = 0.1, kInLoopWave = 0.9e-6, kGivenWave = 0.6e-6;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many adapters a tile's rows meet at most.
+inline int64_t adapters_of_tile(const LoraShape& s) {
+  if (s.family != Family::indexed) return s.T;
+  const int64_t n = std::max<int64_t>(s.rows_per_id, 1);
+  const int64_t samples = n % kTileRows == 0 ? 1 : kTileRows % n == 0 ? kTileRows / n : (kTileRows - 2) / n + 2;
+  return std::min(s.T, samples);
+}
+
+// How many slots of one adapter the columns of a tile need at most, of `slots` in all; `slices` may spare it some.
+inline int64_t slots_of_tile(const LoraShape& s, int64_t slots, int64_t column_tiles) {
+  const auto blocks = static_cast<int64_t>(s.slices.size() / 2);
+  if (blocks == 0) return slots;
+  const int64_t width = s.r / blocks;
+  int64_t most = 0;
+  for (int64_t tile = 0; tile < column_tiles; ++tile) {
+    int64_t met = 0;
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      bool meets = false;
+      for (int64_t b = slot * kSlot / width; b < blocks && b * width < (slot + 1) * kSlot; ++b)
+        meets |= s.slices[2 * b] < (tile + 1) * kTileColumns && s.slices[2 * b + 1] > tile * kTileColumns;
+      met += meets;
+    }
+    most = std::max(most, met);
+  }
+  return most;
+}
+
+}  // namespace lora_plan
+
+// The kernels take ranks in multiples of 8; `kept` holds as many columns per adapter.
+inline int64_t padded_rank(int64_t r) { return 8 * std::max<int64_t>(1, lora_plan::ceil_div(r, 8)); }
+
+// Whether the sum is computed through the merged weight, which is then what forward keeps for backward.
+inline bool lora_dense(Family family, int64_t T, int64_t r, bool weight, bool relu, bool bias) {
+  return family == Family::sum && weight && !relu && !bias && T * r > lora_plan::kDenseRank;
+}
+
+// Whether PLORA_CUDA_PATH (null: not set) asks for the path that every GPU has.
+inline bool mma_only(const char* path) {
+  if (path == nullptr || std::strcmp(path, "auto") == 0) return false;
+  if (std::strcmp(path, "mma") == 0) return true;
+  throw std::invalid_argument("PLORA_CUDA_PATH must be auto or mma, got '" + std::string(path) + "'");
+}
+
+inline LoraPlan plan_lora(const LoraShape& s) {
+  using namespace lora_plan;
+  LoraPlan plan;
+  const auto choose = [&](LoraAlgorithm algorithm, const char* reason) {
+    plan.algorithm = algorithm;
+    plan.reason = reason;
+    return plan;
+  };
+  if (lora_dense(s.family, s.T, s.r, s.weight, s.relu, s.bias) && (s.keep || s.backward))
+    return choose(LoraAlgorithm::dense, "the ranks add up to more than the merged weight costs");
+  if (s.family == Family::sum && s.weight && !s.relu && !s.bias && !s.keep && !s.backward && s.T * s.r > kMergeRank &&
+      s.M >= kMergeRows)
+    return choose(LoraAlgorithm::merge, "nothing is kept for backward, and merging costs less than the ranks");
+
+  if (!s.weight) return choose(LoraAlgorithm::low_rank, "no frozen layer to fuse with");
+  if (s.family == Family::all) return choose(LoraAlgorithm::low_rank, "one frozen product serves all adapters");
+  if (s.capability != 90) return choose(LoraAlgorithm::low_rank, "the fused product is for compute capability 9.0");
+  if (s.mma_only) return choose(LoraAlgorithm::low_rank, "PLORA_CUDA_PATH=mma");
+  if (!s.half) return choose(LoraAlgorithm::low_rank, "the fused product is for bfloat16 and float16");
+  if (s.in == 0 || s.in % 8 != 0 || s.out == 0 || s.out % 8 != 0 || !s.aligned)
+    return choose(LoraAlgorithm::low_rank, "the fused product needs rows of a multiple of 16 bytes");
+  if (s.M < kHopperRows) return choose(LoraAlgorithm::low_rank, "too few rows for the fused product");
+
+  // From K columns to N.
+  const int64_t K = s.backward ? s.out : s.in, N = s.backward ? s.in : s.out;
+  const int64_t column_tiles = ceil_div(N, kTileColumns), tiles = ceil_div(s.M, kTileRows) * column_tiles;
+  const int64_t at_once = std::max<int64_t>(1, s.sms), waves = ceil_div(tiles, at_once);
+
+  // A slot lengthens every wave of the product, in its main loop more than given; but a given one needs a pass over x
+  // of its own, and in backward a transposed copy of lora_B. Transposed, the loop would have to load B a few columns at
+  // a time, which costs more than the pass.
+  const int64_t each = ceil_div(padded_rank(s.r), kSlot), most = adapters_of_tile(s);
+  const double product = waves * (2.0 * kTileRows * kTileColumns * K / kFlops);
+  const double pass = 2.0 * s.M * K / kBytes + kLaunch * (s.backward ? 2 : 1);
+  const double loop = product * kInLoopShare + waves * kInLoopWave, given = waves * kGivenWave;
+  const int64_t adapters = !s.backward && slots_of_tile(s, each, column_tiles) <= 1 && loop < pass + given * each;
+  const double alone = 2.0 * s.M * (K + 2 * N) / kBytes + kLaunch * (s.backward ? 3 : 1);
+  const double mean = s.family == Family::indexed
+                          ? std::min<double>(s.T, 1 + (kTileRows - 1.0) / std::max<int64_t>(s.rows_per_id, 1))
+                          : s.T;
+  if (adapters < most && pass + given * mean * each > alone)
+    return choose(LoraAlgorithm::low_rank, "a tile may meet more ranks than a second pass over y costs");
+
+  plan.hopper = true;
+  plan.ctas = std::min(tiles, at_once), plan.waves = waves;
+  if (adapters >= most) {
+    plan.slots = most * each;
+    return choose(LoraAlgorithm::in_loop, "the ranks of every tile fit beside it");
+  }
+  if (adapters > 0 && s.family == Family::indexed) {
+    plan.slots = adapters * each;
+    return choose(LoraAlgorithm::mixed, "tiles that meet one adapter take its ranks along");
+  }
+  return choose(LoraAlgorithm::precomputed, "a pass over the rows costs less than the ranks beside every tile");
+}
+
+}  // namespace plora

@@ -1,0 +1,706 @@
+// The frozen layer and its adapters in one product, for Hopper: y = x W^T + bias + base + s h B^T, and transposed for
+// the gradient, dx = dy W + s g A.
+//
+// A persistent block makes tiles of 128 x 192: three full waves of 132 blocks at 12,608 rows and 768 columns. One
+// warpgroup feeds a ring of shared-memory stages; two multiply, a tile each in turn, so that one's way out is hidden
+// behind the other's products. Low-rank work rides along in units of 16 ranks of one adapter ("slots"):
+//   in the loop   one slot: the rows of A join those of W as 16 more columns of the same product, so that h costs no
+//   pass
+//                 over x; h is then masked to the rows of its adapter, scaled, written to shared memory, and multiplied
+//                 with B as one more k step of the tile's sum.
+//   given         any number: h was computed before (low_rank.cu); the feeding warpgroup writes it, masked and scaled,
+//   as
+//                 further k steps.
+// A tile's adapters are found from the ids of its rows here, so rows come in any order, and an id can never be out of
+// range.
+
+#include <algorithm>
+#include <cstdio>
+#include <mutex>
+
+#include "launch.cuh"
+#include "lora_kernels.h"
+#include "sm90.cuh"
+
+namespace plora::cuda {
+namespace {
+
+constexpr int kRows = 128, kColumns = 192, kDepth = 64;
+constexpr int kSlot = 16, kMaxGiven = 4;                      // given slots of a stage
+constexpr int kThreads = 384, kFeeders = 128, kWriters = 96;  // a warp of the feeders starts copies, the others write h
+
+// Sizes in bytes. A stage: x [128, 64], W [192, 64], A [16, 64], each row 128 bytes, swizzled; transposed, W is [64,
+// 192] in three boxes of 64 columns. At a tile's end the same memory holds given slots of h [128, 16] and B [192, 16].
+// A warp's way out: 16 rows of 32 columns of y, padded so that neither writing nor reading has bank conflicts; h of a
+// warpgroup passes through the same place.
+constexpr uint32_t kBytesX = kRows * kDepth * 2, kBytesW = kColumns * kDepth * 2;
+constexpr uint32_t kSlotH = kRows * kSlot * 2, kSlotB = kColumns * kSlot * 2;
+constexpr int kOutColumns = 32;
+constexpr uint32_t kPitch = kOutColumns * 2 + 16, kOutWarp = 16 * kPitch;
+static_assert(4 * kOutWarp >= kSlotH, "h of a warpgroup");
+
+// What the feeding warpgroup tells the others about a tile.
+struct Tile {
+  uint32_t step;       // its first stage, counted from the block's first
+  int slots;           // made in the loop: 0 or 1, of
+  int adapter, block;  // this adapter, ranks 16 block and on
+  int given;           // slots of h that were computed before
+  int16_t all[kRows];  // the adapters of its rows, ascending
+  alignas(16) uint16_t bias[kColumns];
+};
+constexpr int kTiles = 8;  // more than the feeder can be ahead: a tile has a stage at least
+
+template <bool kTransposed, bool kInLoop>
+struct Shape {
+  static constexpr uint32_t kBytesDown = kInLoop ? kSlot * kDepth * 2 : 0;
+  static constexpr uint32_t kStage = kBytesX + kBytesW + kBytesDown;
+  static constexpr int kStages = kInLoop ? 4 : 5;
+  static constexpr uint32_t kUp = kInLoop ? 2 * kSlotB : 0;  // B of the slots made in the loop, one for each warpgroup
+};
+
+// A stage is full when its bytes have come and the writers have arrived, and may be written when it is ready. `passed`
+// tells that a tile's multipliers have seen all its stages full: only then may those of the next tile look at the same
+// barriers, which tell only odd from even uses.
+struct Shared {
+  uint64_t full[5], empty[5], ready[5], described[kTiles], passed, up_full[2], up_empty[2];
+  Tile tiles[kTiles];
+};
+
+template <bool kTransposed, bool kInLoop, typename S = Shape<kTransposed, kInLoop>>
+constexpr uint32_t kSharedBytes = S::kStages * S::kStage + S::kUp + 8 * kOutWarp + sizeof(Shared);
+static_assert(kSharedBytes<false, false> <= 232448 && kSharedBytes<false, true> <= 232448,
+              "more shared memory than a block can have");
+
+struct Maps {
+  CUtensorMap x, weight, down, up;
+};
+
+constexpr int kMaxSlices = 8;
+
+struct Arguments {
+  int M, N, K, T, r, R;
+  const int64_t* ids;
+  int rows_per_id;
+  const float* scaling;
+  const void *bias, *bias_down, *h;
+  void *y, *kept;
+  int64_t ldy;
+  int in_loop_slots;
+  bool relu;
+  int slices, slice_start[kMaxSlices], slice_stop[kMaxSlices];
+};
+
+__device__ inline int blocks_of(const Arguments& p) { return (p.r + kSlot - 1) / kSlot; }
+
+// The adapter of a row, or -1.
+__device__ int adapter_of(const Arguments& p, int row) {
+  if (row >= p.M) return -1;
+  const int64_t id = p.ids[row / p.rows_per_id];
+  return id >= 0 && id < p.T ? static_cast<int>(id) : -1;
+}
+
+// Whether ranks [16 block, 16 block + 16) of an adapter can be other than zero in `up` for these columns.
+__device__ bool meets(const Arguments& p, int block, int column) {
+  if (p.slices == 0) return true;
+  const int width = p.r / p.slices;
+  for (int s = block * kSlot / width; s < p.slices && s * width < (block + 1) * kSlot; ++s)
+    if (p.slice_start[s] < column + kColumns && p.slice_stop[s] > column) return true;
+  return false;
+}
+
+// The first column tile that makes this block of ranks: it is the one to keep h.
+__device__ bool keeps(const Arguments& p, int block, int column) {
+  for (int c = 0; c < column; c += kColumns)
+    if (meets(p, block, c)) return false;
+  return true;
+}
+
+// By one warp: the distinct adapters of a tile's rows in ascending order, and how their slots are made.
+__device__ void describe(const Arguments& p, int row, int column, Tile& tile) {
+  const int lane = threadIdx.x % 32, blocks = blocks_of(p);
+  if (lane < kColumns / 8) {
+    uint4 bias{0, 0, 0, 0};
+    if (p.bias != nullptr && column + 8 * lane < p.N)
+      bias = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.bias) + column) + lane);
+    reinterpret_cast<uint4*>(tile.bias)[lane] = bias;
+  }
+  int count = p.T;
+  if (p.ids != nullptr) {
+    constexpr int kNone = 0x7fffffff;
+    int id[kRows / 32];
+#pragma unroll
+    for (int i = 0; i < kRows / 32; ++i) {
+      id[i] = adapter_of(p, row + lane + 32 * i);
+      if (id[i] < 0) id[i] = kNone;
+    }
+    count = 0;
+    for (int last = -1;;) {
+      int next = kNone;
+#pragma unroll
+      for (int i = 0; i < kRows / 32; ++i)
+        if (id[i] > last) next = min(next, id[i]);
+      next = __reduce_min_sync(0xffffffffu, next);
+      if (next == kNone) break;
+      if (lane == 0) tile.all[count] = static_cast<int16_t>(next);
+      ++count;
+      last = next;
+    }
+  }
+  __syncwarp();
+  if (lane != 0) return;
+  tile.slots = tile.given = 0;
+  if (count * blocks > p.in_loop_slots) {
+    tile.given = count * blocks;
+  } else if (count != 0) {
+    int block = 0;  // with slices, the one of several blocks that these columns need
+    while (block < blocks && !meets(p, block, column)) ++block;
+    tile.slots = block < blocks;
+    tile.adapter = p.ids != nullptr ? tile.all[0] : 0;
+    tile.block = block;
+  }
+}
+
+template <typename scalar>
+__device__ uint32_t pair(float low, float high) {
+  if constexpr (std::is_same_v<scalar, __nv_bfloat16>) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(v);
+  } else {
+    const __half2 v = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(v);
+  }
+}
+
+template <typename scalar>
+__device__ float2 unpair(uint32_t v) {
+  if constexpr (std::is_same_v<scalar, __nv_bfloat16>)
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(v));
+  else
+    return __half22float2(reinterpret_cast<const __half2&>(v));
+}
+
+// Two neighbouring elements, of which the first has an even index.
+template <typename scalar>
+__device__ float2 two(const void* from, int64_t index) {
+  return unpair<scalar>(__ldg(reinterpret_cast<const uint32_t*>(static_cast<const scalar*>(from) + index)));
+}
+
+// 16 x 16 blocks of h in shared memory are core matrices of 8 rows x 16 bytes: two columns side by side, rows below.
+__device__ uint32_t place_in_h(int row, int column) {
+  return row / 8 * 256 + column / 8 * 128 + row % 8 * 16 + column % 8 * 2;
+}
+constexpr uint64_t kLayoutH = sm90::operand_layout(sm90::Swizzle::none, 128, 256);
+constexpr uint64_t kLayoutX = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
+
+// --- feeding
+// -----------------------------------------------------------------------------------------------------------
+
+__device__ inline int adapter_at(const Arguments& p, const Tile& tile, int entry) {
+  return p.ids != nullptr ? tile.all[entry / blocks_of(p)] : entry / blocks_of(p);
+}
+
+template <bool kTransposed>
+__device__ void load_up(const Maps& maps, uint64_t* barrier, uint32_t to, int t, int block, int column) {
+  if constexpr (kTransposed) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+      sm90::load_3d(&maps.up, barrier, to + i * (kSlotB / 3), column + 64 * i, block * kSlot, t);
+  } else {
+    sm90::load_3d(&maps.up, barrier, to, block * kSlot, column, t);
+  }
+}
+
+// One warp: descriptions and copies.
+template <bool kTransposed, bool kInLoop>
+__device__ void feed(const Maps& maps, const Arguments& p, Shared& shared, uint32_t stages, int column_tiles) {
+  using S = Shape<kTransposed, kInLoop>;
+  const int lane = threadIdx.x, tiles = (p.M + kRows - 1) / kRows * column_tiles;
+  const int k_steps = (p.K + kDepth - 1) / kDepth;
+  uint32_t step = 0;
+  for (int index = blockIdx.x, n = 0; index < tiles; index += gridDim.x, ++n) {
+    const int row = index / column_tiles * kRows, column = index % column_tiles * kColumns;
+    Tile& tile = shared.tiles[n % kTiles];
+    describe(p, row, column, tile);
+    if (lane == 0) tile.step = step;
+    __syncwarp();
+    const int slots = tile.slots, given = tile.given;
+    if (lane == 0) {
+      sm90::barrier_arrive(&shared.described[n % kTiles]);
+      const int adapter = tile.adapter, rank = tile.block * kSlot;
+#pragma unroll 1
+      for (int k = 0; k < k_steps; ++k) {
+        const uint32_t s = (step + k) % S::kStages, at = stages + s * S::kStage;
+        uint64_t* full = &shared.full[s];
+        sm90::barrier_wait(&shared.empty[s], ((step + k) / S::kStages & 1) ^ 1);
+        sm90::barrier_arrive_expect(full, kBytesX + kBytesW + slots * S::kBytesDown);
+        sm90::barrier_arrive(full, kWriters / 32);  // the writers have nothing to do here
+        sm90::load_2d(&maps.x, full, at, k * kDepth, row);
+        if constexpr (kTransposed) {
+#pragma unroll
+          for (int i = 0; i < 3; ++i)
+            sm90::load_2d(&maps.weight, full, at + kBytesX + i * (kBytesW / 3), column + 64 * i, k * kDepth);
+        } else {
+          sm90::load_2d(&maps.weight, full, at + kBytesX, k * kDepth, column);
+        }
+        if (slots) sm90::load_3d(&maps.down, full, at + kBytesX + kBytesW, k * kDepth, rank, adapter);
+      }
+      if (kInLoop) {
+        sm90::barrier_wait(&shared.up_empty[n % 2], (n / 2 & 1) ^ 1);
+        sm90::barrier_arrive_expect(&shared.up_full[n % 2], slots * kSlotB);
+        if (slots)
+          load_up<kTransposed>(maps, &shared.up_full[n % 2], stages + S::kStages * S::kStage + n % 2 * kSlotB, adapter,
+                               rank / kSlot, column);
+      }
+#pragma unroll 1
+      for (int entry = 0, k = k_steps; entry < given; entry += kMaxGiven, ++k) {
+        const uint32_t s = (step + k) % S::kStages, to = stages + s * S::kStage + kBytesX;
+        uint64_t* full = &shared.full[s];
+        const int count = min(given - entry, kMaxGiven);
+        sm90::barrier_wait(&shared.empty[s], ((step + k) / S::kStages & 1) ^ 1);
+        sm90::barrier_arrive(&shared.ready[s]);
+        sm90::barrier_arrive_expect(full, count * kSlotB);
+        for (int i = 0; i < count; ++i)
+          load_up<kTransposed>(maps, full, to + i * kSlotB, adapter_at(p, tile, entry + i), (entry + i) % blocks_of(p),
+                               column);
+      }
+    }
+    __syncwarp();
+    step += k_steps + (given + kMaxGiven - 1) / kMaxGiven;
+  }
+}
+
+// Three warps: given h, zero where a row belongs to another adapter. A stage's copies start before those of the last
+// have come.
+template <bool kTransposed, bool kInLoop>
+__device__ void write_given(const Arguments& p, Shared& shared, uint32_t stages, int column_tiles) {
+  using S = Shape<kTransposed, kInLoop>;
+  const int tiles = (p.M + kRows - 1) / kRows * column_tiles, k_steps = (p.K + kDepth - 1) / kDepth;
+  const int thread = threadIdx.x - (kFeeders - kWriters), blocks = blocks_of(p);
+  uint32_t phases = 0;  // of `ready`, a bit for each stage
+  const auto finish = [&](uint32_t s) {
+    sm90::fence_async();
+    __syncwarp();
+    if (thread % 32 == 0) sm90::barrier_arrive(&shared.full[s]);
+  };
+  for (int index = blockIdx.x, n = 0; index < tiles; index += gridDim.x, ++n) {
+    const int row = index / column_tiles * kRows;
+    const Tile& tile = shared.tiles[n % kTiles];
+    sm90::barrier_wait(&shared.described[n % kTiles], n / kTiles & 1);
+    const int given = tile.given;
+    uint32_t step = tile.step + k_steps;
+#pragma unroll 1
+    for (int entry = 0; entry < given; entry += kMaxGiven, ++step) {
+      const uint32_t s = step % S::kStages;
+      sm90::barrier_wait(&shared.ready[s], phases >> s & 1);
+      phases ^= 1u << s;
+#pragma unroll 1
+      for (int piece = thread; piece < 2 * kRows; piece += kWriters) {  // 8 ranks of a row in every slot
+        const int m = row + piece / 2, mine = p.ids != nullptr ? adapter_of(p, m) : 0;
+#pragma unroll 1
+        for (int i = 0; i < kMaxGiven && entry + i < given; ++i) {
+          const int t = adapter_at(p, tile, entry + i), rank = (entry + i) % blocks * kSlot + piece % 2 * 8;
+          const bool real = m < p.M && rank < p.r && (p.ids == nullptr || mine == t);
+          const int64_t at = static_cast<int64_t>(m) * p.R + (p.ids != nullptr ? 0 : t * p.r) + rank;
+          sm90::copy_16(stages + s * S::kStage + i * kSlotH + place_in_h(piece / 2, piece % 2 * 8),
+                        static_cast<const uint16_t*>(p.h) + (real ? at : 0), real);
+        }
+      }
+      sm90::copy_commit();
+      if (entry > 0) {
+        sm90::copy_wait<1>();
+        finish((step - 1) % S::kStages);
+      }
+    }
+    if (given == 0) continue;
+    sm90::copy_wait<0>();
+    finish((step - 1) % S::kStages);
+  }
+}
+
+// --- multiplying
+// -------------------------------------------------------------------------------------------------------
+
+// Accumulators of 64 rows: 192 columns of y, then 16 of h. Of 8 columns i, [4 i + {0, 1}] are row lane / 4, columns
+// 2 (lane % 4) + {0, 1}, and [4 i + {2, 3}] eight rows further down; warp w of the warpgroup has the rows 16 w.
+using Half = float[104];
+
+template <typename scalar, bool kTransposed, bool kInLoop>
+struct Multiplier {
+  using S = Shape<kTransposed, kInLoop>;
+  const Arguments& p;
+  Shared& shared;
+  const uint32_t stages, out;   // `out`: this warpgroup's part
+  const int group, warp, lane;  // warpgroup 0 or 1, warp 0 to 3 in it
+  uint32_t step = 0;
+
+  // In K-major order a k step of 16 is 32 bytes along a row; in N-major order it is 16 rows.
+  static constexpr uint64_t kLayoutW = kTransposed ? sm90::operand_layout(sm90::Swizzle::b128, kBytesW / 3, 1024)
+                                                   : sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
+  static constexpr uint64_t kStepW = (kTransposed ? 16 * 128 : 32) >> 4;
+  static constexpr uint64_t kLayoutUp = kTransposed ? sm90::operand_layout(sm90::Swizzle::b128, kSlotB / 3, 1024)
+                                                    : sm90::operand_layout(sm90::Swizzle::b32, 16, 256);
+
+  // Tells the compiler that a value is the same in all lanes.
+  __device__ static int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+  __device__ uint32_t stage() const { return stages + step % S::kStages * S::kStage; }
+
+  __device__ void wait() { sm90::barrier_wait(&shared.full[step % S::kStages], step / S::kStages & 1); }
+
+  __device__ void pass() {
+    __syncwarp();
+    if (lane == 0) sm90::barrier_arrive(&shared.passed);
+  }
+
+  // This warp is done with the stage that belongs to `which`.
+  __device__ void release(uint32_t which) {
+    __syncwarp();
+    if (lane == 0) sm90::barrier_arrive(&shared.empty[which % S::kStages]);
+  }
+
+  __device__ void main_loop(Half& upper, Half& lower, int k_steps) {
+#pragma unroll
+    for (int i = 0; i < 96 + 8 * kInLoop; ++i) upper[i] = lower[i] = 0;
+#pragma unroll 1
+    for (int k = 0; k < k_steps; ++k, ++step) {
+      wait();
+      const uint64_t a = sm90::operand(kLayoutX, stage()), b = sm90::operand(kLayoutW, stage() + kBytesX);
+      sm90::hold(upper), sm90::hold(lower);
+      sm90::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kDepth / 16; ++i) {
+        sm90::wgmma<kColumns + kSlot * kInLoop, scalar, kTransposed>(upper, a + i * 2, b + i * kStepW);
+        sm90::wgmma<kColumns + kSlot * kInLoop, scalar, kTransposed>(lower, a + (kBytesX / 2 >> 4) + i * 2,
+                                                                     b + i * kStepW);
+      }
+      sm90::wgmma_commit();
+      sm90::hold(upper), sm90::hold(lower);
+      sm90::wgmma_wait<1>();
+      if (k > 0) release(step - 1);
+    }
+    sm90::wgmma_wait<0>();
+    sm90::hold(upper), sm90::hold(lower);
+    release(step - 1);
+  }
+
+  // Adds `count` slots, whose h lies at `h` and whose B lies at `up`.
+  __device__ void add_slots(Half& upper, Half& lower, uint32_t h, uint32_t up, int count) {
+    sm90::hold(upper), sm90::hold(lower);
+    sm90::wgmma_fence();
+    for (int i = 0; i < count; ++i) {
+      const uint64_t a = sm90::operand(kLayoutH, h + i * kSlotH);
+      const uint64_t b = sm90::operand(kLayoutUp, up + i * kSlotB);
+      sm90::wgmma<kColumns, scalar, kTransposed>(upper, a, b);
+      sm90::wgmma<kColumns, scalar, kTransposed>(lower, a + (kSlotH / 2 >> 4), b);
+    }
+    sm90::wgmma_commit();
+    sm90::wgmma_wait<0>();
+    sm90::hold(upper), sm90::hold(lower);
+  }
+
+  // h of this warp's rows: activation, mask, and its two destinations. The rows take turns in h[0], to keep the code
+  // short: a tile's straight code should fit the instruction cache.
+  __device__ void finish_h(const Half& upper, const Half& lower, const Tile& tile, float s, int first_row, bool keep) {
+    const int t = tile.adapter, first = tile.block * kSlot;
+    float h[4][4];  // above and below in the upper half, then in the lower
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      h[0][i] = upper[96 + i + i / 2 * 2], h[1][i] = upper[98 + i + i / 2 * 2];
+      h[2][i] = lower[96 + i + i / 2 * 2], h[3][i] = lower[98 + i + i / 2 * 2];
+    }
+#pragma unroll 1
+    for (int q = 0; q < 4; ++q) {
+      const int row = warp * 16 + lane / 4 + 8 * (q % 2) + 64 * (q / 2), m = first_row + row;
+      const bool mine = m < p.M && (p.ids == nullptr || adapter_of(p, m) == t);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int column = 8 * half + lane % 4 * 2, j = first + column;
+        float x = h[0][2 * half], y = h[0][2 * half + 1];
+        if (mine && j < p.r) {
+          if (p.bias_down != nullptr) {
+            const float2 a = two<scalar>(p.bias_down, t * p.r + j);
+            x += a.x, y += a.y;
+          }
+          if (p.relu) x = fmaxf(x, 0.f), y = fmaxf(y, 0.f);
+          const int64_t at = static_cast<int64_t>(m) * p.R + j;
+          if (keep) *reinterpret_cast<uint32_t*>(static_cast<scalar*>(p.kept) + at) = pair<scalar>(x, y);
+        } else {
+          x = y = 0;
+        }
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(out + place_in_h(row, column)), "r"(pair<scalar>(s * x, s * y))
+                     : "memory");
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) h[0][i] = h[1][i], h[1][i] = h[2][i], h[2][i] = h[3][i];
+    }
+  }
+
+  // y of this warp's 16 rows, by way of shared memory so that whole sectors are written.
+  __device__ void write(const Half& d, const Tile& tile, int row, int column) const {
+    const uint32_t own = out + warp * kOutWarp;
+    const uint32_t to = own + (lane / 8 % 2 * 8 + lane % 8) * kPitch + lane / 16 * 16;
+    const uint32_t from = own + lane / 4 * kPitch + lane % 4 * 16;
+    const int m = row + lane / 4, n = column + lane % 4 * 8;
+    scalar* y = static_cast<scalar*>(p.y) + m * p.ldy + n;
+#pragma unroll
+    for (int part = 0; part < kColumns / kOutColumns; ++part) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float* v = &d[16 * part + 8 * i];  // 16 columns: left above, left below, right above, right below
+        const uint32_t* bias = reinterpret_cast<const uint32_t*>(tile.bias) + 16 * part + 8 * i + lane % 4;
+        const float2 b = unpair<scalar>(bias[0]), c = unpair<scalar>(bias[4]);
+        sm90::store_matrices(to + i * 32, pair<scalar>(v[0] + b.x, v[1] + b.y), pair<scalar>(v[2] + b.x, v[3] + b.y),
+                             pair<scalar>(v[4] + c.x, v[5] + c.y), pair<scalar>(v[6] + c.x, v[7] + c.y));
+      }
+      __syncwarp();
+#pragma unroll
+      for (int below = 0; below < 2; ++below) {
+        uint4 v;
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(from + below * 8 * kPitch)
+                     : "memory");
+        if (m + 8 * below < p.M && n + part * kOutColumns < p.N)
+          *reinterpret_cast<uint4*>(y + below * 8 * p.ldy + part * kOutColumns) = v;
+      }
+      __syncwarp();
+    }
+  }
+
+  __device__ void run(int column_tiles) {
+    const int k_steps = (p.K + kDepth - 1) / kDepth, tiles = (p.M + kRows - 1) / kRows * column_tiles;
+    const int barrier = 2 + group;
+    Half upper, lower;
+    for (int n = group, index; index = blockIdx.x + n * gridDim.x, index < tiles; n += 2) {
+      const int row = index / column_tiles * kRows, column = index % column_tiles * kColumns;
+      sm90::barrier_wait(&shared.described[n % kTiles], n / kTiles & 1);
+      const Tile& tile = shared.tiles[n % kTiles];
+      step = uniform(tile.step);
+      const int slots = uniform(tile.slots), given = uniform(tile.given);
+      const float s = slots != 0 ? p.scaling[tile.adapter] : 0.f;
+      if (n > 0) sm90::barrier_wait(&shared.passed, (n - 1) & 1);
+      main_loop(upper, lower, k_steps);
+      if (given == 0) pass();
+      if (kInLoop) {  // every tile waits, to keep count of the uses
+        if (slots != 0) {
+          const bool keep = p.kept != nullptr && keeps(p, tile.block, column);
+          finish_h(upper, lower, tile, s, row, keep);
+          sm90::fence_async();
+          sm90::named_barrier(barrier, 128);
+          sm90::barrier_wait(&shared.up_full[group], n / 2 & 1);
+          add_slots(upper, lower, out, stages + S::kStages * S::kStage + group * kSlotB, 1);
+        } else {
+          sm90::barrier_wait(&shared.up_full[group], n / 2 & 1);
+        }
+        __syncwarp();
+        if (lane == 0) sm90::barrier_arrive(&shared.up_empty[group]);
+      }
+#pragma unroll 1
+      for (int entry = 0; entry < given; entry += kMaxGiven) {
+        wait();
+        if (entry + kMaxGiven >= given) pass();
+        add_slots(upper, lower, stage(), stage() + kBytesX, min(given - entry, kMaxGiven));
+        release(step++);
+      }
+      sm90::named_barrier(barrier, 128);  // h is read
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        write(upper, tile, row + warp * 16 + half * 64, column);
+#pragma unroll
+        for (int i = 0; i < 96; ++i) upper[i] = lower[i];
+      }
+      sm90::named_barrier(barrier, 128);  // y is read: h of the next tile may come
+    }
+  }
+};
+
+template <typename scalar, bool kTransposed, bool kInLoop>
+__global__ void __launch_bounds__(kThreads, 1)
+    fused_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using S = Shape<kTransposed, kInLoop>;
+  extern __shared__ __align__(1024) uint8_t dynamic[];
+  const uint32_t stages = sm90::smem_address(dynamic), out = stages + S::kStages * S::kStage + S::kUp;
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic + S::kStages * S::kStage + S::kUp + 8 * kOutWarp);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::kStages; ++i) {
+      sm90::barrier_init(&shared.full[i], 1 + kWriters / 32);
+      sm90::barrier_init(&shared.empty[i], 4);
+      sm90::barrier_init(&shared.ready[i], 1);
+    }
+    for (int i = 0; i < kTiles; ++i) sm90::barrier_init(&shared.described[i], 1);
+    sm90::barrier_init(&shared.passed, 4);
+    for (int i = 0; i < 2; ++i) sm90::barrier_init(&shared.up_full[i], 1), sm90::barrier_init(&shared.up_empty[i], 4);
+    sm90::fence_barrier_init();
+    sm90::prefetch_map(&maps.x), sm90::prefetch_map(&maps.weight);
+    sm90::prefetch_map(&maps.down), sm90::prefetch_map(&maps.up);
+  }
+  __syncthreads();
+  const int column_tiles = (p.N + kColumns - 1) / kColumns, group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
+  if (group < 0) {
+    if constexpr (kInLoop)
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    else
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x < kFeeders - kWriters)
+      feed<kTransposed, kInLoop>(maps, p, shared, stages, column_tiles);
+    else if (p.T != 0)
+      write_given<kTransposed, kInLoop>(p, shared, stages, column_tiles);
+  } else {
+    if constexpr (kInLoop)  // 208 of them accumulators
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    else
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    Multiplier<scalar, kTransposed, kInLoop>{p, shared, stages, out + group * 4 * kOutWarp, group, warp, lane}.run(
+        column_tiles);
+  }
+#endif
+}
+
+// What else is added to y; rare, so it is a pass of its own. 8 columns a thread.
+template <typename scalar>
+__global__ void __launch_bounds__(256)
+    add_rest_kernel(const Arguments p, const scalar* base, int64_t ld_base, const scalar* bias_up) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int chunks = p.N / 8, m = static_cast<int>(index / chunks), n = static_cast<int>(index % chunks) * 8;
+  if (m >= p.M) return;
+  scalar* y = static_cast<scalar*>(p.y) + m * p.ldy + n;
+  float sum[8];
+  for (int i = 0; i < 8; ++i) sum[i] = static_cast<float>(y[i]);
+  if (base != nullptr)
+    for (int i = 0; i < 8; ++i) sum[i] += static_cast<float>(base[m * ld_base + n + i]);
+  if (bias_up != nullptr) {
+    const int own = p.ids != nullptr ? adapter_of(p, m) : 0, last = p.ids != nullptr ? own + 1 : p.T;
+    for (int t = own < 0 ? last : own; t < last; ++t)
+      for (int i = 0; i < 8; ++i)
+        sum[i] += p.scaling[t] * static_cast<float>(bias_up[static_cast<int64_t>(t) * p.N + n + i]);
+  }
+  for (int i = 0; i < 8; ++i) y[i] = static_cast<scalar>(sum[i]);
+}
+
+// --- host
+// --------------------------------------------------------------------------------------------------------------
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode encoder() {
+  static const Encode encode = [] {
+    void* f = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found);
+#endif
+    STD_TORCH_CHECK(error == cudaSuccess && f != nullptr,
+                    "the CUDA driver has no cuTensorMapEncodeTiled: it must be 12.0 or newer");
+    return reinterpret_cast<Encode>(f);
+  }();
+  return encode;
+}
+
+// A tensor of 16-bit elements with the innermost dimension first, loaded box by box; zero outside.
+template <int kDims>
+void describe(CUtensorMap& map, ScalarType dtype, const void* data, const int64_t (&sizes)[kDims],
+              const int64_t (&strides)[kDims - 1], const int (&box)[kDims], CUtensorMapSwizzle swizzle) {
+  cuuint64_t dims[kDims], bytes[kDims - 1];
+  cuuint32_t extent[kDims], ones[kDims];
+  for (int i = 0; i < kDims; ++i) dims[i] = sizes[i], extent[i] = box[i], ones[i] = 1;
+  for (int i = 0; i < kDims - 1; ++i) bytes[i] = strides[i] * 2;
+  const CUresult result = encoder()(
+      &map, dtype == ScalarType::BFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kDims,
+      const_cast<void*>(data), dims, bytes, extent, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  STD_TORCH_CHECK(result == CUDA_SUCCESS,
+                  "the fused LoRA product: a tensor could not be described to the copy engine (CUDA error ",
+                  static_cast<int>(result), ")");
+}
+
+Maps describe(const Fused& p) {
+  constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, k32 = CU_TENSOR_MAP_SWIZZLE_32B;
+  const int64_t T = p.rows.T, r = p.rows.r;
+  Maps maps;
+  describe<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, kRows}, k128);
+  if (p.transposed)
+    describe<2>(maps.weight, p.dtype, p.weight, {p.N, p.K}, {p.N}, {64, kDepth}, k128);
+  else
+    describe<2>(maps.weight, p.dtype, p.weight, {p.K, p.N}, {p.K}, {kDepth, kColumns}, k128);
+  if (T * r == 0) {
+    maps.down = maps.up = maps.x;  // never read
+  } else if (p.transposed) {
+    maps.down = maps.x;  // never read: h is given
+    describe<3>(maps.up, p.dtype, p.up, {p.N, r, T}, {p.N, r * p.N}, {64, kSlot, 1}, k128);
+  } else {
+    describe<3>(maps.down, p.dtype, p.down, {p.K, r, T}, {p.K, r * p.K}, {kDepth, kSlot, 1}, k128);
+    describe<3>(maps.up, p.dtype, p.up, {r, p.N, T}, {r, p.N * r}, {kSlot, kColumns, 1}, k32);
+  }
+  return maps;
+}
+
+template <typename scalar, bool kTransposed, bool kInLoop>
+void launch(const Maps& maps, const Arguments& p, int blocks, cudaStream_t stream) {
+  const auto kernel = &fused_kernel<scalar, kTransposed, kInLoop>;
+  static std::once_flag once[64];  // shared memory is a setting of each device
+  int device = 0;
+  cudaGetDevice(&device);
+  std::call_once(once[device % 64], [&] {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<kTransposed, kInLoop>);
+  });
+  kernel<<<blocks, kThreads, kSharedBytes<kTransposed, kInLoop>, stream>>>(maps, p);
+  check_launch("the fused LoRA product");
+}
+
+int multiprocessors() {
+  static int counts[64] = {};
+  int device = 0;
+  cudaGetDevice(&device);
+  int& count = counts[device % 64];
+  if (count == 0) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+}  // namespace
+
+void fused(const Fused& p, cudaStream_t stream) {
+  if (p.rows.M == 0 || p.N == 0) return;
+  Arguments a{};
+  a.M = static_cast<int>(p.rows.M), a.N = static_cast<int>(p.N), a.K = static_cast<int>(p.K);
+  a.T = p.rows.r == 0 ? 0 : static_cast<int>(p.rows.T), a.r = static_cast<int>(p.rows.r);
+  a.R = static_cast<int>(p.rows.R());
+  a.ids = p.rows.ids, a.rows_per_id = static_cast<int>(p.rows.rows_per_id);
+  a.scaling = p.scaling, a.bias = p.bias, a.bias_down = p.bias_down;
+  a.h = p.h, a.y = p.y, a.kept = p.kept, a.ldy = p.ldy;
+  a.in_loop_slots = p.in_loop_slots, a.relu = p.relu;
+  if (p.slices.size() <= 2 * kMaxSlices && !p.slices.empty() && p.rows.r % (p.slices.size() / 2) == 0) {
+    a.slices = static_cast<int>(p.slices.size() / 2);
+    for (int s = 0; s < a.slices; ++s) {
+      a.slice_start[s] = static_cast<int>(p.slices[2 * s]);
+      a.slice_stop[s] = static_cast<int>(p.slices[2 * s + 1]);
+    }
+  }
+  const Maps maps = describe(p);
+  const int tiles = (a.M + kRows - 1) / kRows * ((a.N + kColumns - 1) / kColumns);
+  const int blocks = std::min(tiles, multiprocessors());
+  dispatch("the fused LoRA product", p.dtype, [&](auto tag) {
+    using scalar = decltype(tag);
+    if constexpr (sizeof(scalar) == 2) {
+      if (p.transposed)
+        launch<scalar, true, false>(maps, a, blocks, stream);
+      else if (a.in_loop_slots)
+        launch<scalar, false, true>(maps, a, blocks, stream);
+      else
+        launch<scalar, false, false>(maps, a, blocks, stream);
+      if (p.base == nullptr && p.bias_up == nullptr) return;
+      const int64_t threads = p.rows.M * (p.N / 8);
+      add_rest_kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(
+          a, static_cast<const scalar*>(p.base), p.ld_base, static_cast<const scalar*>(p.bias_up));
+      check_launch("the fused LoRA product");
+    } else {
+      STD_TORCH_CHECK(false, "the fused LoRA product: the dtype must be bfloat16 or float16");
+    }
+  });
+}
+
+}  // namespace plora::cuda

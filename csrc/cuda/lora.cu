@@ -1,0 +1,456 @@
+// The low-rank families on CUDA: which kernels make the outputs and the gradients, as common/lora_plan.h plans it.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <numeric>
+
+#include "../common/lora_inputs.h"
+#include "../common/lora_plan.h"
+#include "launch.cuh"
+#include "lora_kernels.h"
+
+namespace plora::cuda {
+namespace {
+
+using Sizes = std::vector<int64_t>;
+
+const void* pointer(const Tensor& t) { return t.const_data_ptr(); }
+
+const void* pointer(const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+void* out_pointer(const OptTensor& t) { return t && t->numel() > 0 ? t->mutable_data_ptr() : nullptr; }
+
+// [first, first + count) of dimension d.
+Tensor part(Tensor t, int64_t d, int64_t first, int64_t count) { return torch::stable::narrow(t, d, first, count); }
+
+// --- what torch's own operators do -----------------------------------------------------------------------------------
+
+Tensor call(const char* op, const char* overload, std::initializer_list<Tensor> arguments) {
+  std::vector<StableIValue> stack;
+  for (const Tensor& t : arguments) stack.push_back(torch::stable::detail::from(t));
+  check_call(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION), op);
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor times(const Tensor& a, const Tensor& b) { return call("aten::mul", "Tensor", {a, b}); }
+
+// In float32, rounded once to the dtype of `to`.
+void times_into(const Tensor& to, const Tensor& a, const Tensor& float32) {
+  call("aten::mul", "out", {a, float32, to});
+}
+
+Tensor plus(const Tensor& a, const OptTensor& b) { return b ? torch::stable::subtract(a, *b, -1.0) : a; }
+
+Tensor merge(const Inputs& p) {
+  std::array<StableIValue, 5> stack{torch::stable::detail::from(*p.weight), torch::stable::detail::from(p.lora_A),
+                                    torch::stable::detail::from(p.lora_B), torch::stable::detail::from(p.scaling),
+                                    torch::stable::detail::from(p.ranks)};
+  check_call(torch_call_dispatcher("plora_ext::lora_merge", "", stack.data(), TORCH_ABI_VERSION), "lora_merge");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// --- the factors as the kernels take them ----------------------------------------------------------------------------
+
+// A copy of a factor [T, rows, columns] with the rank padded, and zero where an adapter has fewer ranks.
+Tensor packed(const Inputs& p, const Tensor& from, int64_t rows, int64_t columns, bool rank_is_rows, bool transpose) {
+  const int64_t rank = padded_rank(p.r), tall = rank_is_rows ? rank : rows, wide = rank_is_rows ? columns : rank;
+  const Tensor to = torch::stable::new_empty(from, transpose ? Sizes{p.T, wide, tall} : Sizes{p.T, tall, wide});
+  if (to.numel() == 0) return to;
+  pack(from.scalar_type(), pointer(from), to.mutable_data_ptr(), p.T, rows, columns, rank_is_rows, rank, transpose,
+       p.ranks ? data<int64_t>(*p.ranks) : nullptr, stream_of(from));
+  return to;
+}
+
+struct Factors {
+  Tensor A, B;
+  OptTensor bias_A;
+};
+
+Factors factors_of(const Inputs& p) {
+  if (!p.ranks && p.r == padded_rank(p.r)) return {p.lora_A, p.lora_B, p.bias_A};
+  return {packed(p, p.lora_A, p.r, p.in, true, false), packed(p, p.lora_B, p.out, p.r, false, false),
+          p.bias_A ? OptTensor(packed(p, *p.bias_A, p.r, 1, true, false)) : std::nullopt};
+}
+
+Tensor A_transposed(const Inputs& p) { return packed(p, p.lora_A, p.r, p.in, true, true); }  // [T, in, rank]
+
+Tensor B_transposed(const Inputs& p) { return packed(p, p.lora_B, p.out, p.r, false, true); }  // [T, rank, out]
+
+Rows rows_of(const Inputs& p, int64_t rank) {
+  Rows rows{p.M, p.T, rank};
+  if (p.family == Family::indexed) rows.ids = data<int64_t>(*p.ids), rows.rows_per_id = p.M / p.ids->size(0);
+  return rows;
+}
+
+// Whether so many ranks act on a row that low_rank needs memory for h between its halves.
+bool crowded(const Inputs& p) { return padded_rank(p.r) * (p.family == Family::indexed ? 1 : p.T) > 512; }
+
+// For h and g.
+Tensor new_ranks(const Inputs& p) {
+  return torch::stable::new_empty(p.x, {p.M, padded_rank(p.r) * (p.family == Family::indexed ? 1 : p.T)});
+}
+
+LowRank low_rank_of(const Inputs& p) {
+  LowRank l{};
+  l.dtype = p.x.scalar_type();
+  l.rows = rows_of(p, padded_rank(p.r));
+  l.scaling = data<float>(p.scaling);
+  return l;
+}
+
+// h = act(x A^T + a), into `h` where that is given.
+LowRank down_of(const Inputs& p, const Factors& f, const OptTensor& h) {
+  LowRank l = low_rank_of(p);
+  l.K = p.in;
+  l.x = p.in ? pointer(p.x) : pointer(p.scaling);  // no columns: any address, nothing is read
+  l.ldx = p.in;
+  l.down = pointer(f.A), l.bias_down = pointer(f.bias_A);
+  l.relu = p.relu;
+  l.h = out_pointer(h);
+  return l;
+}
+
+// --- plans -----------------------------------------------------------------------------------------------------------
+
+bool dense(const Inputs& p) {
+  return lora_dense(p.family, p.T, p.r, p.weight.has_value(), p.relu, p.bias_A || p.bias_B);
+}
+
+bool empty(const Inputs& p) { return p.M == 0 || p.T == 0 || p.out == 0; }
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
+  STD_TORCH_CHECK(error == cudaSuccess, "cudaDeviceGetAttribute failed: ", cudaGetErrorString(error));
+  return value;
+}
+
+// Ranks in slices that the fused product can tell apart: where the rank is not padded, and none is empty, or nobody
+// would make its h.
+Sizes usable(const Inputs& p, const OptInts& slices) {
+  if (!slices || p.r != padded_rank(p.r)) return {};
+  for (size_t i = 0; i < slices->size(); i += 2)
+    if ((*slices)[i] == (*slices)[i + 1]) return {};
+  return *slices;
+}
+
+LoraPlan plan_of(const Inputs& p, const Tensor& rows, const OptTensor& base, const Sizes& slices, bool backward,
+                 bool keep) {
+  LoraShape s{p.family, p.M, p.in, p.out, p.T, p.r};
+  s.half = p.x.scalar_type() != ScalarType::Float;
+  s.weight = p.weight.has_value();
+  s.relu = p.relu, s.bias = p.bias_A || p.bias_B;
+  s.backward = backward, s.keep = keep, s.slices = slices;
+  if (p.family == Family::indexed) s.rows_per_id = p.M / p.ids->size(0);
+#ifdef PLORA_NO_SM90
+  s.capability = 0;
+#else
+  const int device = p.x.get_device_index();
+  s.capability =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
+  s.sms = attribute(cudaDevAttrMultiProcessorCount, device);
+#endif
+  for (const void* q : {pointer(rows), pointer(p.lora_A), pointer(p.lora_B), pointer(p.weight), pointer(p.bias),
+                        pointer(p.bias_A), pointer(p.bias_B), pointer(base)})
+    s.aligned = s.aligned && reinterpret_cast<uintptr_t>(q) % 16 == 0;
+  s.mma_only = mma_only(std::getenv("PLORA_CUDA_PATH"));
+  return plan_lora(s);
+}
+
+void check_served(const Inputs& p) {
+  const ScalarType dtype = p.x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, p.op,
+                  ": x must be float32, bfloat16 or float16 on CUDA, got ", torch::headeronly::toString(dtype),
+                  dtype == ScalarType::Double ? "; the nearest is float32" : "");
+}
+
+// Fills in what both directions share. `h` is read for the rows that the main loop does not serve.
+void run_fused(const Inputs& p, const LoraPlan& plan, const OptTensor& h, Fused& f) {
+#ifndef PLORA_NO_SM90
+  f.dtype = p.x.scalar_type();
+  f.rows = rows_of(p, padded_rank(p.r));
+  f.scaling = data<float>(p.scaling);
+  f.weight = pointer(p.weight);
+  f.in_loop_slots = static_cast<int>(plan.slots);
+  if (plan.algorithm != LoraAlgorithm::in_loop) f.h = pointer(h);
+  fused(f, stream_of(p.x));
+#endif
+}
+
+// --- backward --------------------------------------------------------------------------------------------------------
+
+Tensor frozen_dx(const Inputs& p, const Tensor& dy) {
+  if (!p.weight) return torch::stable::new_zeros(p.x, p.x.sizes());
+  return compact(torch::stable::matmul(p.family == Family::all ? sum_slabs(dy) : dy, *p.weight));
+}
+
+Tensor h_of(const Inputs& p, const OptTensor& kept) {
+  const Tensor h = new_ranks(p);
+  if (kept && kept->numel() > 0) {
+    check_shape(p.op, "kept", *kept, {h.size(0), h.size(1)}, p.x);
+    check_dtype(p.op, "kept", *kept, p.x.scalar_type());
+    return compact(*kept);
+  }
+  low_rank(down_of(p, factors_of(p), h), stream_of(p.x));
+  return h;
+}
+
+// g = dy B, cut where act was, and dx = dy W + s g A, both only where they are asked for.
+void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, bool wants_g, bool wants_x, OptTensor& g,
+                   Tensor& dx) {
+  const LoraPlan plan = wants_x ? plan_of(p, dy, {}, {}, true, false) : LoraPlan{};
+  if (wants_g || (crowded(p) && !plan.hopper)) g = new_ranks(p);
+  const OptTensor scaled_g = plan.hopper ? OptTensor(new_ranks(p)) : std::nullopt;
+  if (wants_x) dx = p.weight && !plan.hopper ? frozen_dx(p, dy) : torch::stable::new_empty(p.x, p.x.sizes());
+  const Tensor down = B_transposed(p);
+  LowRank l = low_rank_of(p);
+  l.K = p.out, l.N = p.in;
+  l.x = pointer(dy), l.ldx = p.out, l.x_slab = p.family == Family::all ? p.M * p.out : 0;
+  l.down = pointer(down), l.gate = pointer(gate);
+  l.h = out_pointer(g), l.scaled_h = out_pointer(scaled_g);
+  OptTensor up;
+  if (wants_x && !plan.hopper) {
+    up = A_transposed(p);
+    l.up = pointer(up), l.y = out_pointer(dx), l.ldy = l.ldy0 = p.in;
+    if (p.weight) l.y0 = l.y;
+  }
+  low_rank(l, stream_of(p.x));
+  if (!plan.hopper) return;
+  const Factors factors = factors_of(p);
+  Fused f{};
+  f.transposed = true;
+  f.K = p.out, f.N = p.in;
+  f.x = pointer(dy), f.ldx = p.out;
+  f.y = dx.mutable_data_ptr(), f.ldy = p.in;
+  f.up = pointer(factors.A);
+  run_fused(p, plan, scaled_g, f);
+}
+
+// `needs` holds no bit of the factors where nobody in `asks` would get a gradient.
+Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor& kept, const Sizes& asks,
+                             int64_t needs) {
+  const auto fresh = [&](int64_t bit, const Tensor& like) {
+    return needs & bit ? torch::stable::new_empty(like, like.sizes()) : none_like(like);
+  };
+  Gradients result{none_like(p.x),
+                   fresh(kNeedA, p.lora_A),
+                   fresh(kNeedB, p.lora_B),
+                   fresh(kNeedScaling, p.scaling),
+                   p.bias_A ? fresh(kNeedBiasA, *p.bias_A) : none_like(p.x),
+                   p.bias_B ? fresh(kNeedBiasB, *p.bias_B) : none_like(p.x)};
+  const bool wants_g = needs & (kNeedA | kNeedBiasA | kNeedScaling), wants_rows = wants_g || (needs & kNeedX);
+  OptTensor h, g;
+  if ((needs & (kNeedB | kNeedScaling)) || (p.relu && wants_rows)) h = h_of(p, kept);
+  if (wants_rows) backward_rows(p, dy, p.relu ? h : std::nullopt, wants_g, needs & kNeedX, g, result.x);
+  if (!(needs & ~kNeedX)) return result;
+
+  LoraGrads q{};
+  q.dtype = p.x.scalar_type();
+  q.padded_r = padded_rank(p.r);
+  q.rows = rows_of(p, p.r ? p.r : q.padded_r);
+  q.scaling = data<float>(p.scaling);
+  q.in = q.ldx = p.in, q.out = q.lddy = p.out;
+  q.x = pointer(p.x), q.dy = pointer(dy);
+  if (p.family == Family::all) q.dy_slab = p.M * p.out;
+  q.h = pointer(h), q.g = pointer(g);
+  q.bias_B = pointer(p.bias_B);
+  if (p.ranks) q.ranks = data<int64_t>(*p.ranks);
+  q.adapters = asks;
+  q.dA = out_pointer(result.lora_A), q.dB = out_pointer(result.lora_B);
+  q.dbias_A = out_pointer(result.bias_A), q.dbias_B = out_pointer(result.bias_B);
+  q.dscaling = static_cast<float*>(out_pointer(result.scaling));
+  lora_grads(q, p.x, stream_of(p.x));
+  return result;
+}
+
+// Of the sum, by way of the merged weight's gradient dW: dA = s B^T dW, dB = s dW A^T, ds = sum of B^T dW and A.
+Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& kept, const Sizes& asks, int64_t needs) {
+  const bool all = static_cast<int64_t>(asks.size()) == p.T;
+  const auto fresh = [&](int64_t bit, const Tensor& like) {
+    return !(needs & bit) ? none_like(like)
+           : all          ? torch::stable::new_empty(like, like.sizes())
+                          : torch::stable::new_zeros(like, like.sizes());
+  };
+  Gradients result{none_like(p.x),       fresh(kNeedA, p.lora_A), fresh(kNeedB, p.lora_B),
+                   none_like(p.scaling), none_like(p.x),          none_like(p.x)};
+  if (needs & kNeedX) {
+    const bool given = kept && kept->numel() > 0;
+    if (given) {
+      check_shape(p.op, "kept", *kept, {p.out, p.in}, p.x);
+      check_dtype(p.op, "kept", *kept, p.x.scalar_type());
+    }
+    result.x = compact(torch::stable::matmul(dy, given ? *kept : merge(p)));
+  }
+  if (!(needs & ~kNeedX)) return result;
+
+  // few adapters that follow each other: their own ranks cost less than dW
+  const int64_t first = asks.empty() ? 0 : asks.front(), count = static_cast<int64_t>(asks.size());
+  if (!(needs & kNeedScaling) && asks.back() - first == count - 1 && count * p.r <= lora_plan::kDenseRank) {
+    Inputs few = p;
+    few.T = count;
+    few.lora_A = part(p.lora_A, 0, first, count), few.lora_B = part(p.lora_B, 0, first, count);
+    few.scaling = part(p.scaling, 0, first, count);
+    if (p.ranks) few.ranks = part(*p.ranks, 0, first, count);
+    few.weight.reset();
+    Sizes every(count);
+    std::iota(every.begin(), every.end(), 0);
+    const Gradients g = low_rank_gradients(few, dy, {}, every, needs & ~kNeedX);
+    const auto put = [&](int64_t bit, const Tensor& to, const Tensor& from) {
+      if (!(needs & bit)) return;
+      Tensor target = part(to, 0, first, count);
+      torch::stable::copy_(target, from);
+    };
+    put(kNeedA, result.lora_A, g.lora_A);
+    put(kNeedB, result.lora_B, g.lora_B);
+    return result;
+  }
+
+  const int64_t rank = padded_rank(p.r);
+  const Tensor dW = torch::stable::matmul(torch::stable::transpose(dy, 0, 1), p.x);
+  const Tensor scale = torch::stable::view(p.scaling, {p.T, 1, 1});
+  const auto scaled = [&](const Tensor& to, const Tensor& from) {  // run by run of adapters that ask
+    for (size_t i = 0, end = 0; i < asks.size(); i = end) {
+      for (end = i + 1; end < asks.size() && asks[end] == asks[end - 1] + 1;) ++end;
+      const auto n = static_cast<int64_t>(end - i);
+      times_into(part(to, 0, asks[i], n), part(from, 0, asks[i], n), part(scale, 0, asks[i], n));
+    }
+  };
+  const Tensor A = factors_of(p).A;
+  if (needs & (kNeedA | kNeedScaling)) {
+    const Tensor B = torch::stable::view(B_transposed(p), {p.T * rank, p.out});
+    const Tensor U = torch::stable::matmul(B, dW);
+    if (needs & kNeedA) scaled(result.lora_A, part(torch::stable::view(U, {p.T, rank, p.in}), 1, 0, p.r));
+    if (needs & kNeedScaling) {
+      Sizes ranks{1};
+      const Tensor products =
+          times(torch::stable::to(U, ScalarType::Float), torch::stable::view(A, {p.T * rank, p.in}));
+      result.scaling = torch::stable::sum(torch::stable::view(products, {p.T, rank * p.in}),
+                                          torch::headeronly::IntHeaderOnlyArrayRef(ranks), false);
+    }
+  }
+  if (needs & kNeedB) {
+    const Tensor V =
+        torch::stable::matmul(torch::stable::view(A, {p.T * rank, p.in}), torch::stable::transpose(dW, 0, 1));
+    scaled(result.lora_B, torch::stable::transpose(part(torch::stable::view(V, {p.T, rank, p.out}), 1, 0, p.r), 1, 2));
+  }
+  return result;
+}
+
+// --- the operators ---------------------------------------------------------------------------------------------------
+
+struct Cuda {
+  static std::tuple<Tensor, Tensor> forward(const Inputs& p, const OptTensor& base, const OptInts& given_slices,
+                                            bool keep) {
+    check_served(p);
+    const torch::stable::accelerator::DeviceGuard guard(p.x.get_device_index());
+    const bool slabs = p.family == Family::all;
+    const auto frozen = [&] { return p.weight ? plus(linear(p.x, *p.weight, p.bias), base) : *base; };
+    if (empty(p)) {
+      const Tensor y = slabs      ? torch::stable::new_zeros(p.x, {p.T, p.M, p.out})
+                       : p.weight ? frozen()
+                       : base     ? torch::stable::clone(*base)
+                                  : torch::stable::new_zeros(p.x, {p.M, p.out});
+      if (!keep) return {y, none_like(p.x)};
+      const Tensor like = dense(p) ? *p.weight : new_ranks(p);
+      return {y, torch::stable::new_zeros(like, like.sizes())};
+    }
+
+    const Sizes slices = usable(p, given_slices);
+    const LoraPlan plan = plan_of(p, p.x, base, slices, false, keep);
+    if (plan.algorithm == LoraAlgorithm::merge || plan.algorithm == LoraAlgorithm::dense) {
+      const Tensor merged = merge(p);
+      return {plus(linear(p.x, merged, p.bias), base), keep ? merged : none_like(p.x)};
+    }
+
+    const Factors factors = factors_of(p);
+    OptTensor h;
+    if (keep || (crowded(p) && !plan.hopper)) h = new_ranks(p);
+    OptTensor scaled_h;
+    // the fused product writes no h of rows without an adapter, and nobody reads it, but it leaves this operator
+    if (keep && plan.hopper && p.ids) torch::stable::zero_(*h);
+    LowRank l = down_of(p, factors, h);
+    if (plan.hopper) {
+      if (plan.algorithm != LoraAlgorithm::in_loop) {
+        scaled_h = new_ranks(p);
+        l.scaled_h = out_pointer(scaled_h), l.skip_slots = static_cast<int>(plan.slots);
+        low_rank(l, stream_of(p.x));
+      }
+      const Tensor y = torch::stable::new_empty(p.x, {p.M, p.out});
+      Fused f{};
+      f.K = p.in, f.N = p.out;
+      f.x = pointer(p.x), f.ldx = p.in;
+      f.bias = pointer(p.bias), f.base = pointer(base), f.ld_base = p.out;
+      f.y = y.mutable_data_ptr(), f.ldy = p.out;
+      f.down = pointer(factors.A), f.up = pointer(factors.B);
+      f.bias_down = pointer(factors.bias_A), f.bias_up = pointer(p.bias_B);
+      f.relu = p.relu;
+      if (keep) f.kept = out_pointer(h);
+      f.slices = slices;
+      run_fused(p, plan, scaled_h, f);
+      return {y, keep ? *h : none_like(p.x)};
+    }
+
+    OptTensor y0;
+    if (p.weight || base) y0 = frozen();
+    const Tensor y = slabs      ? torch::stable::new_empty(p.x, {p.T, p.M, p.out})
+                     : p.weight ? *y0
+                                : torch::stable::new_empty(p.x, {p.M, p.out});
+    l.N = p.out;
+    l.up = pointer(factors.B), l.bias_up = pointer(p.bias_B);
+    l.y = y.mutable_data_ptr(), l.ldy = p.out, l.y_slab = slabs ? p.M * p.out : 0;
+    l.y0 = pointer(y0), l.ldy0 = p.out;
+    low_rank(l, stream_of(p.x));
+    return {y, keep ? *h : none_like(p.x)};
+  }
+
+  static void in_place(const Inputs& p, const Tensor& y) {
+    check_served(p);
+    if (empty(p)) return;
+    const torch::stable::accelerator::DeviceGuard guard(p.x.get_device_index());
+    const Factors factors = factors_of(p);
+    const int64_t d = y.dim();
+    LowRank l = down_of(p, factors, crowded(p) ? OptTensor(new_ranks(p)) : std::nullopt);
+    l.N = p.out;
+    l.up = pointer(factors.B), l.bias_up = pointer(p.bias_B);
+    l.y = y.mutable_data_ptr(), l.ldy = p.M > 1 ? y.stride(d - 2) : p.out, l.y_slab = d == 3 ? y.stride(0) : 0;
+    l.y0 = l.y, l.ldy0 = l.ldy, l.y0_slab = l.y_slab;
+    low_rank(l, stream_of(p.x));
+  }
+
+  static Gradients backward(const Inputs& p, const Tensor& dy, const OptTensor& kept, const OptInts& trainable,
+                            int64_t needs) {
+    check_served(p);
+    const torch::stable::accelerator::DeviceGuard guard(p.x.get_device_index());
+    Sizes asks(p.T);
+    std::iota(asks.begin(), asks.end(), 0);
+    if (trainable) {
+      asks = *trainable;
+      std::sort(asks.begin(), asks.end());
+      asks.erase(std::unique(asks.begin(), asks.end()), asks.end());
+    }
+    int64_t compute = asks.empty() ? needs & (kNeedX | kNeedScaling) : needs;
+    Gradients g{none_like(p.x), none_like(p.x), none_like(p.x), none_like(p.scaling), none_like(p.x), none_like(p.x)};
+    if (empty(p)) {
+      if (needs & kNeedX) g.x = frozen_dx(p, dy);
+      compute = 0;
+    } else {
+      g = dense(p) ? dense_gradients(p, dy, kept, asks, compute) : low_rank_gradients(p, dy, kept, asks, compute);
+    }
+    const auto zeros = [&](int64_t bit, Tensor& t, const Tensor& like) {
+      if (needs & ~compute & bit) t = torch::stable::new_zeros(like, like.sizes());
+    };
+    zeros(kNeedA, g.lora_A, p.lora_A);
+    zeros(kNeedB, g.lora_B, p.lora_B);
+    zeros(kNeedScaling, g.scaling, p.scaling);
+    if (p.bias_A) zeros(kNeedBiasA, g.bias_A, *p.bias_A);
+    if (p.bias_B) zeros(kNeedBiasB, g.bias_B, *p.bias_B);
+    return g;
+  }
+};
+
+}  // namespace
+}  // namespace plora::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(plora_ext, CUDA, m) { plora::LoraOperators<plora::cuda::Cuda>::add_to(m); }

@@ -1,0 +1,121 @@
+// The CUDA kernels of the low-rank families, as their host code (lora.cu) calls them. Everything is enqueued on
+// `stream`; nothing waits, allocates or copies from the host. Pointers are 16-byte aligned where the fast paths of a
+// kernel need it, which each launcher looks at itself; rows may have any stride that is not smaller than their width.
+//
+// Ranks. R, the width of h and g, is r where rows choose an adapter (ids) and T r where every row meets all of them
+// (sum, all): then column t r + j belongs to rank j of adapter t. h and g are kept unscaled, in the dtype of x:
+//   forward   h = act(x A^T + a)             y  = y0 + s h B^T + s b
+//   backward  g = dy B, 0 where act cut      dx = dy W + s g A
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "../common/checks.h"
+
+namespace plora::cuda {
+
+// Which adapters act on which row. Ids outside of [0, T) count as -1, no adapter, whatever the tensor holds.
+struct Rows {
+  int64_t M;
+  int64_t T, r;
+  const int64_t* ids = nullptr;  // [M / rows_per_id]; null: every row meets all T adapters
+  int64_t rows_per_id = 1;
+  int64_t R() const { return ids ? r : T * r; }
+};
+
+// h = act(x down^T + bias), then y = y0 + s h up^T + s bias_up. Either half may be left out (low_rank.cu).
+struct LowRank {
+  ScalarType dtype;  // bf16, fp16 or fp32; fp32 in true float32 (three TF32 products), or TF32 where tf32 is set
+  bool tf32 = false;
+  Rows rows;
+  const float* scaling;  // [T]
+  int64_t K, N;          // width of x, width of y
+
+  const void* x = nullptr;  // null: h is read
+  int64_t ldx = 0;
+  int64_t x_slab = 0;          // elements from the x of adapter t to that of t + 1 (the dy of `all`); 0: one x for all
+  const void* down = nullptr;  // [T, r, K]
+  const void* bias_down = nullptr;  // [T, r]
+  bool relu = false;
+  const void* gate = nullptr;  // [M, R]: h becomes 0 where the gate is not > 0
+  void* h = nullptr;           // [M, R], written where x is given (if not null), else read
+  void* scaled_h = nullptr;    // [M, R], s h, written with h; not for rows without an adapter
+  // With ids: leave out rows whose aligned block of 128 rows holds so few adapters that adapters * ceil(r / 16) <=
+  // skip_slots; the fused product makes those itself.
+  int skip_slots = 0;
+
+  void* y = nullptr;              // null: no second half
+  const void* up = nullptr;       // [T, N, r]
+  const void* bias_up = nullptr;  // [T, N]
+  const void* y0 = nullptr;  // [M, N], one for all slabs of y, or null: zero. For y += ... give y and y_slab itself
+  int64_t ldy = 0, ldy0 = 0;
+  int64_t y_slab = 0, y0_slab = 0;  // elements from the y of adapter t to that of t + 1 (`all`); 0: they are summed
+};
+void low_rank(const LowRank& p, cudaStream_t stream);
+
+// A copy of the factors that low_rank and the fused product can take: from [T, rows, columns], of which one dimension
+// is the rank, to [T, rows', columns'] or, transposed, [T, columns', rows'], the rank padded with zeros to `padded` (a
+// multiple of 8) and zero from ranks[t] on (pack.cu).
+void pack(ScalarType dtype, const void* from, void* to, int64_t T, int64_t rows, int64_t columns, bool rank_is_rows,
+          int64_t padded, bool transpose, const int64_t* ranks, cudaStream_t stream);
+
+// The gradients of everything but x; null: not asked (lora_grads.cu). Sums over rows in a fixed order.
+//   dA[t, j] = s_t sum g[m, j] x[m]     dB[t, :, j] = s_t sum dy[m] h[m, j]     over the rows m of adapter t
+//   dbias_A[t, j] = s_t sum g[m, j]     dbias_B[t] = s_t sum dy[m]
+//   dscaling[t] = sum_m (sum_j g'[m, j] h[m, j] + dy[m] bias_B[t])     (g' = g: h is 0 where act cut)
+struct LoraGrads {
+  ScalarType dtype;
+  bool tf32 = false;
+  Rows rows;
+  const float* scaling;  // [T]
+  int64_t in, out;
+  const void *x = nullptr, *dy = nullptr;
+  int64_t ldx = 0, lddy = 0;
+  int64_t dy_slab = 0;                    // `all`: elements from the dy of adapter t to that of t + 1
+  const void *h = nullptr, *g = nullptr;  // [M, ld_rank], of which the first columns are the R
+  int64_t padded_r = 0;                   // h and g hold padded_r (>= r) columns per adapter instead of r
+  const void* bias_B = nullptr;           // [T, out], for dscaling
+  const int64_t* ranks = nullptr;         // [T]: gradients of ranks from there on are 0
+  std::vector<int64_t> adapters;          // those whose factors and biases ask; the others' entries are written as 0
+  void *dA = nullptr, *dB = nullptr, *dbias_A = nullptr,
+       *dbias_B = nullptr;    // [T, r, in], [T, out, r], [T, r], [T, out]
+  float* dscaling = nullptr;  // [T], for all adapters
+};
+// `like` tells where workspace is allocated (torch's caching allocator).
+void lora_grads(const LoraGrads& p, const Tensor& like, cudaStream_t stream);
+
+// The frozen layer and the low-rank part in one persistent product, for Hopper (fused_sm90.cu):
+//   forward     y = x W^T + bias + base + s h up^T + s bias_up       weight [N, K], down [T, r, K], up [T, N, r]
+//   transposed  y = x W + base + s h up                               weight [K, N], up [T, r, N]; h is given
+// (dx from dy: h is g, up is A). 16-bit dtypes, K, N and r multiples of 8, pointers 16-byte aligned.
+struct Fused {
+  ScalarType dtype;
+  bool transposed = false;
+  Rows rows;  // without ids: all T adapters on every row
+  const float* scaling;
+  int64_t K, N;
+  const void* x;
+  int64_t ldx;
+  const void *weight, *bias = nullptr, *base = nullptr;
+  int64_t ld_base = 0;
+  void* y;
+  int64_t ldy;
+  const void *down = nullptr, *up = nullptr;
+  const void *bias_down = nullptr, *bias_up = nullptr;  // [T, r], [T, N]
+  bool relu = false;
+  // 0: h of all rows is given. Else the main loop makes the h of 128-row blocks of one adapter, from `down`, and writes
+  // it to `kept`; of an adapter's slots of 16 ranks, in_loop_slots in all, no tile of 192 columns may need more than
+  // one (there is one, or `slices` leaves one). Blocks of more adapters take the h that is given.
+  int in_loop_slots = 0;
+  const void* h = nullptr;  // [M, R], scaled: s h
+  void* kept = nullptr;     // [M, R] or null
+  // Column ranges of y, one for each equal block of ranks of an adapter; ranks outside of theirs are known to be zero
+  // in `up` and are left out of the main loop. Empty: none is known.
+  std::vector<int64_t> slices;
+};
+void fused(const Fused& p, cudaStream_t stream);
+
+}  // namespace plora::cuda

@@ -1,0 +1,66 @@
+// Copies the low-rank factors into the shape that the products want: ranks padded with zeros, rows and columns swapped
+// where asked. A block moves tiles of 32 x 32 through shared memory, so that it reads and writes along the rows.
+
+#include <algorithm>
+
+#include "launch.cuh"
+#include "lora_kernels.h"
+
+namespace plora::cuda {
+namespace {
+
+constexpr int kTile = 32, kThreadRows = 8;
+
+struct Shape {
+  int64_t T, rows, columns;     // of what is read
+  int64_t to_rows, to_columns;  // of what is written, before it is transposed
+  bool rank_is_rows, transpose;
+};
+
+template <typename bits>
+__global__ void pack_kernel(const bits* __restrict__ from, bits* __restrict__ to, const __grid_constant__ Shape s,
+                            const int64_t* __restrict__ ranks) {
+  __shared__ bits tile[kTile][kTile + 1];
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
+  const int tx = threadIdx.x, ty = threadIdx.y;
+  for (int64_t t = blockIdx.z; t < s.T; t += gridDim.z)
+    for (int64_t first_column = static_cast<int64_t>(blockIdx.y) * kTile; first_column < s.to_columns;
+         first_column += static_cast<int64_t>(gridDim.y) * kTile) {
+      const int64_t limit = ranks ? ranks[t] : s.rank_is_rows ? s.rows : s.columns;
+      for (int i = ty; i < kTile; i += kThreadRows) {
+        const int64_t row = first_row + i, column = first_column + tx;
+        const bool real = row < s.rows && column < s.columns && (s.rank_is_rows ? row : column) < limit;
+        tile[i][tx] = real ? from[(t * s.rows + row) * s.columns + column] : bits(0);
+      }
+      __syncthreads();
+      for (int i = ty; i < kTile; i += kThreadRows) {
+        const int64_t row = first_row + (s.transpose ? tx : i), column = first_column + (s.transpose ? i : tx);
+        if (row < s.to_rows && column < s.to_columns)
+          to[t * s.to_rows * s.to_columns + (s.transpose ? column * s.to_rows + row : row * s.to_columns + column)] =
+              s.transpose ? tile[tx][i] : tile[i][tx];
+      }
+      __syncthreads();
+    }
+}
+
+}  // namespace
+
+void pack(ScalarType dtype, const void* from, void* to, int64_t T, int64_t rows, int64_t columns, bool rank_is_rows,
+          int64_t padded, bool transpose, const int64_t* ranks, cudaStream_t stream) {
+  const Shape s{T,        rows, columns, rank_is_rows ? padded : rows, rank_is_rows ? columns : padded, rank_is_rows,
+                transpose};
+  if (T * s.to_rows * s.to_columns == 0) return;
+  const auto tiles = [](int64_t n) { return (n + kTile - 1) / kTile; };
+  const dim3 grid(static_cast<unsigned>(tiles(s.to_rows)),
+                  static_cast<unsigned>(std::min<int64_t>(tiles(s.to_columns), 65535)),
+                  static_cast<unsigned>(std::min<int64_t>(T, 65535)));
+  const dim3 block(kTile, kThreadRows);
+  dispatch("pack", dtype, [&](auto like) {
+    using bits =
+        std::conditional_t<sizeof(like) == 2, uint16_t, std::conditional_t<sizeof(like) == 4, uint32_t, uint64_t>>;
+    pack_kernel<<<grid, block, 0, stream>>>(static_cast<const bits*>(from), static_cast<bits*>(to), s, ranks);
+  });
+  check_launch("pack");
+}
+
+}  // namespace plora::cuda

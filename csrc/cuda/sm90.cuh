@@ -1,0 +1,151 @@
+// Hopper's own instructions, as thin functions: mbarriers, bulk tensor copies, asynchronous matrix products of a
+// warpgroup. Names and operand order follow the PTX manual.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace plora::cuda::sm90 {
+
+__device__ inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// --- mbarriers
+// ---------------------------------------------------------------------------------------------------------
+
+__device__ inline void barrier_init(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
+}
+
+__device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over;\nbra again;\nover:\n}" ::"r"(smem_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+__device__ inline void barrier_arrive(uint64_t* barrier, int count = 1) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
+}
+
+__device__ inline void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+__device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// Ordinary stores to shared memory become visible to the copy engine and the matrix units.
+__device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ inline void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// --- bulk tensor copies
+// ------------------------------------------------------------------------------------------------
+
+__device__ inline void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+__device__ inline void load_2d(const CUtensorMap* map, uint64_t* barrier, uint32_t to, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          to),
+      "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1)
+      : "memory");
+}
+
+__device__ inline void load_3d(const CUtensorMap* map, uint64_t* barrier, uint32_t to, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+      "[%2];" ::"r"(to),
+      "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
+// 16 bytes, or as many zeros, without passing through registers.
+__device__ inline void copy_16(uint32_t to, const void* from, bool real) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ inline void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// --- warpgroup products
+// ------------------------------------------------------------------------------------------------
+
+enum class Swizzle : uint64_t { none = 0, b128 = 1, b64 = 2, b32 = 3 };
+
+// Where an operand lies in shared memory: address and strides in bytes.
+__device__ constexpr uint64_t operand_layout(Swizzle swizzle, uint32_t leading, uint32_t stride) {
+  return static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32 |
+         static_cast<uint64_t>(swizzle) << 62;
+}
+__device__ inline uint64_t operand(uint64_t layout, uint32_t address) {
+  return layout | static_cast<uint64_t>((address & 0x3ffff) >> 4);
+}
+
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Tells the compiler that the accumulators change behind its back.
+template <int kCount>
+__device__ inline void hold(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// d[64, N] += a[64, 16] b[N, 16]^T, a in K-major order, b in K-major (kTransB = 0) or N-major order; of d the first
+// N / 2 registers.
+#define PLORA_OPS8(i)                                                                                         \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
+#define PLORA_OPS32(i) PLORA_OPS8(i), PLORA_OPS8(i + 8), PLORA_OPS8(i + 16), PLORA_OPS8(i + 24)
+#define PLORA_OPS96 PLORA_OPS32(0), PLORA_OPS32(32), PLORA_OPS32(64)
+#define PLORA_OPS104 PLORA_OPS96, PLORA_OPS8(96)
+#define PLORA_REGS96                                                                                                 \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"   \
+  "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57," \
+  "%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85," \
+  "%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define PLORA_REGS104 PLORA_REGS96 ",%96,%97,%98,%99,%100,%101,%102,%103"
+#define PLORA_WGMMA(N, type, regs, ops, a_, b_, t_)                                                           \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" regs "}, %" #a_ ", %" #b_ \
+               ", 1, 1, 1, 0, %" #t_ ";"                                                                      \
+               : ops                                                                                          \
+               : "l"(a), "l"(b), "n"(kTransB))
+
+template <int kN, typename scalar, int kTransB>
+__device__ inline void wgmma(float (&d)[104], uint64_t a, uint64_t b) {
+#define PLORA_WGMMA_TYPED(type)                                                           \
+  if constexpr (kN == 192) PLORA_WGMMA(192, type, PLORA_REGS96, PLORA_OPS96, 96, 97, 98); \
+  if constexpr (kN == 208) PLORA_WGMMA(208, type, PLORA_REGS104, PLORA_OPS104, 104, 105, 106)
+  if constexpr (std::is_same_v<scalar, __nv_bfloat16>) {
+    PLORA_WGMMA_TYPED("bf16");
+  } else {
+    PLORA_WGMMA_TYPED("f16");
+  }
+#undef PLORA_WGMMA_TYPED
+}  // namespace plora::cuda::sm90
+
+// Four 8 x 8 matrices of 16-bit elements to shared memory; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ inline void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
+}  // namespace plora::cuda::sm90

@@ -1,0 +1,112 @@
+// Which way CUDA takes for a shape: the borders of the rules of common/lora_plan.h.
+#include "common/lora_plan.h"
+
+#include <cstdio>
+
+namespace {
+
+using plora::Family;
+using plora::LoraAlgorithm;
+using plora::LoraPlan;
+using plora::LoraShape;
+
+int failures = 0;
+
+void expect(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "FAILED: %s\n", what);
+  ++failures;
+}
+
+template <typename Change>
+LoraPlan plan(Family family, int64_t T, int64_t r, const Change& change) {
+  LoraShape s{family, 128 * 197, 768, 768, T, r};  // ViT-B, 128 images
+  if (family == Family::indexed) s.rows_per_id = 197;
+  s.keep = true;
+  change(s);
+  return plora::plan_lora(s);
+}
+
+LoraPlan plan(Family family, int64_t T, int64_t r) {
+  return plan(family, T, r, [](LoraShape&) {});
+}
+
+bool takes(const LoraPlan& p, LoraAlgorithm algorithm) { return p.algorithm == algorithm; }
+
+bool refuses(const char* path) {
+  try {
+    plora::mma_only(path);
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+int main() {
+  using A = LoraAlgorithm;
+
+  expect(plan(Family::sum, 1, 16).hopper, "the fused product for the common case");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.capability = 80; }).hopper, "not on Ampere");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.capability = 100; }).hopper, "nor on Blackwell");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.half = false; }).hopper, "not in float32");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.weight = false; }).hopper, "not without a frozen layer");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.mma_only = true; }).hopper, "not when told otherwise");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.aligned = false; }).hopper, "not with odd addresses");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.in = 764; }).hopper, "nor odd widths");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.out = 764; }).hopper, "of either side");
+  expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 512; }).hopper, "512 rows are enough");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 511; }).hopper, "511 are not");
+  expect(!plan(Family::all, 4, 16).hopper, "`all` shares one frozen product");
+
+  expect(takes(plan(Family::sum, 1, 16), A::in_loop) && plan(Family::sum, 1, 16).slots == 1, "one slot in the loop");
+  expect(takes(plan(Family::sum, 1, 8), A::in_loop), "a smaller rank too");
+  expect(takes(plan(Family::sum, 1, 17), A::precomputed) && plan(Family::sum, 1, 17).slots == 0, "a larger never");
+  expect(takes(plan(Family::sum, 2, 16), A::precomputed), "nor two adapters on every row");
+  const auto out = [](int64_t n) { return [n](LoraShape& s) { s.M = 12608, s.out = n; }; };
+  expect(takes(plan(Family::sum, 1, 16, out(768)), A::in_loop), "a pass costs more than the loop's slot");
+  expect(takes(plan(Family::sum, 1, 16, out(3072)), A::precomputed), "less where the product is long");
+  expect(takes(plan(Family::sum, 1, 16, [](LoraShape& s) { s.in = 3072; }), A::in_loop), "not where x is what is long");
+
+  expect(takes(plan(Family::indexed, 20, 16), A::mixed), "a tile may meet two images of 197 rows");
+  expect(plan(Family::indexed, 20, 16).slots == 1, "then its h is given");
+  expect(takes(plan(Family::indexed, 1, 16), A::in_loop), "but there may be one adapter only");
+  const auto rows = [](int64_t n) { return [n](LoraShape& s) { s.M = 128 * 192, s.rows_per_id = n; }; };
+  expect(takes(plan(Family::indexed, 20, 16, rows(128)), A::in_loop), "128 rows of an image are one tile");
+  expect(takes(plan(Family::indexed, 20, 16, rows(64)), A::mixed), "64 are half a tile");
+  expect(takes(plan(Family::indexed, 20, 64), A::precomputed), "a large rank is given");
+  expect(takes(plan(Family::indexed, 100, 16, rows(1)), A::low_rank), "a hundred adapters in a tile cost more than y");
+
+  const auto backward = [](LoraShape& s) { s.backward = true; };
+  expect(takes(plan(Family::indexed, 20, 16, backward), A::precomputed), "transposed, h is given");
+  expect(takes(plan(Family::sum, 1, 16, backward), A::precomputed), "always");
+
+  const auto qv = [](LoraShape& s) { s.M = 2048, s.out = 2304, s.slices = {0, 768, 1536, 2304}; };
+  expect(takes(plan(Family::sum, 1, 32, qv), A::in_loop), "slices leave one slot to a tile");
+  expect(plan(Family::sum, 1, 32, qv).slots == 2, "of the adapter's two");
+  const auto odd = [](LoraShape& s) { s.M = 2048, s.out = 2304, s.slices = {0, 800, 800, 1600}; };
+  expect(takes(plan(Family::sum, 1, 32, odd), A::precomputed), "unless a tile meets both");
+
+  const auto inference = [](LoraShape& s) { s.keep = false; };
+  expect(!takes(plan(Family::sum, 12, 16), A::dense), "192 ranks are not dense");
+  expect(takes(plan(Family::sum, 13, 16), A::dense), "208 are");
+  expect(takes(plan(Family::sum, 13, 16, backward), A::dense), "in backward too");
+  expect(!takes(plan(Family::sum, 13, 16, [](LoraShape& s) { s.relu = true; }), A::dense), "not past an activation");
+  expect(!takes(plan(Family::sum, 13, 16, [](LoraShape& s) { s.bias = true; }), A::dense), "nor with a bias");
+  expect(!takes(plan(Family::indexed, 13, 16), A::dense), "nor where rows choose");
+  expect(takes(plan(Family::sum, 5, 16, inference), A::merge), "80 ranks are merged without gradients");
+  expect(!takes(plan(Family::sum, 4, 16, inference), A::merge), "64 are not");
+  const auto few = [](LoraShape& s) { s.keep = false, s.M = 255; };
+  expect(takes(plan(Family::sum, 20, 16, few), A::low_rank), "nor for few rows");
+
+  expect(plan(Family::sum, 1, 16).ctas == 132 && plan(Family::sum, 1, 16).waves == 6, "197 x 4 tiles on 132");
+  expect(plora::padded_rank(0) == 8 && plora::padded_rank(8) == 8 && plora::padded_rank(9) == 16,
+         "ranks come in eights");
+  expect(plan(Family::sum, 3, 0).slots >= 0 && plan(Family::indexed, 3, 0).slots >= 0, "no rank at all");
+  expect(!plora::mma_only(nullptr) && !plora::mma_only("auto") && plora::mma_only("mma"), "PLORA_CUDA_PATH");
+  expect(refuses("hopper") && refuses(""), "and nothing else");
+
+  if (failures == 0) std::puts("lora_plan: all passed");
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,690 @@
+"""The CUDA kernels of the low-rank operators at the sizes where their paths part: a grid for one GPU and two minutes.
+
+Everything runs on both paths, the one that the plan chooses and the one for other GPUs (`PLORA_CUDA_PATH`), in memory
+filled with NaN, against the float64 twin (`oracle.check`). test_ops_lora.py holds what is so on every device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import check, opcheck, run
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from plora_ext import _library, ops, reference
+from plora_ext.nn import Adapters, MultiLoRALinear, inject
+
+DEVICE = torch.device("cuda")
+FAMILIES = ("lora_indexed", "lora_sum", "lora_all")
+PATHS = ("auto", "mma")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif("cuda" not in _library.loaded, reason="no compiled CUDA operators"),
+    pytest.mark.usefixtures("poisoned", "float32_is_float32"),
+    pytest.mark.filterwarnings("ignore:.*(deterministic|Synchronization debug mode).*:UserWarning"),
+]
+families = pytest.mark.parametrize("family", FAMILIES)
+both_paths = pytest.mark.usefixtures("path")
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLORA_CUDA_PATH", request.param)
+
+
+@pytest.fixture
+def float32_is_float32() -> Iterator[None]:
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, allowed in zip(switches, before):
+        switch.allow_tf32 = allowed
+
+
+# ---------------------------------------------------------------------- problems
+
+
+def row_ids(kind: str, M: int, T: int) -> Tensor:
+    """-1 or an adapter for each of M rows."""
+    m = torch.arange(M)
+    if kind == "none":
+        return torch.full((M,), -1)
+    if kind == "one":
+        return torch.full((M,), T - 1)
+    if kind == "segments":  # sorted, of any length; the first holds one row and the second none
+        cuts = torch.randint(0, M + 1, (T - 1,))
+        cuts[:2] = min(1, M)
+        return (cuts <= m[:, None]).sum(1)
+    if kind == "tiles":  # in each block of 128 rows as many adapters as the list says
+        block, counts = m // 128, torch.tensor([1, 2, 3, 4, 5, 0, 10, 128])
+        count = counts[block % len(counts)]
+        return torch.where(count > 0, (m % count.clamp(min=1) + 3 * block) % T, -1)
+    assert kind == "random", kind
+    return torch.randint(-1, T, (M,))
+
+
+def problem(
+    family: str,
+    M: int | tuple[int, ...] = 520,
+    n_in: int = 72,
+    out: int = 136,
+    r: int = 16,
+    T: int = 5,
+    *,
+    options: str = "weight bias",
+    ids: str = "random",
+    dtype: torch.dtype = BF16,
+    device: torch.device | str = DEVICE,
+    grad: bool = True,
+) -> tuple[list[Any], dict[str, Any], Tensor]:
+    """Arguments, keyword arguments, a cotangent; `options` names any of base weight bias bias_A bias_B relu ranks.
+
+    The frozen and the low-rank part of y are of size one. Scales are short binary fractions, which no dtype rounds. The
+    cotangent leans on y, as that of a loss does: the gradient of a scale, one sum over all of y, would otherwise cancel
+    down to what rounding leaves, of which no run is twice as good as another.
+    """
+    rows, chosen = (M,) if isinstance(M, int) else M, options.split()
+    terms = T * r if family == "lora_sum" else r
+    x, A = torch.randn(*rows, n_in, device=device), torch.randn(T, r, n_in, device=device) / n_in**0.5
+    bias_A = torch.randn(T, r, device=device) / 2
+    if "relu" in chosen:
+        # h is a multiple of 1/512 that every dtype and order of summation gets right, so that all cut the same elements
+        x, A, bias_A = (x * 4).round() / 4, (A * 64).round() / 64, bias_A.sign() * 129 / 512
+    named = {
+        "base": torch.randn(*rows, out, device=device),
+        "weight": torch.randn(out, n_in, device=device) / n_in**0.5,
+        "bias": torch.randn(out, device=device),
+        "bias_A": bias_A,
+        "bias_B": torch.randn(T, out, device=device) / terms**0.5,
+    }
+    B = torch.randn(T, out, r, device=device) / terms**0.5
+    scaling = torch.randint(2, 12, (T,), device=device) / 8
+
+    def leaf(t: Tensor, to: torch.dtype) -> Tensor:
+        return t.to(to).requires_grad_(grad)
+
+    args: list[Any] = [leaf(x, dtype), leaf(A, dtype), leaf(B, dtype), leaf(scaling, torch.promote_types(dtype, FP32))]
+    if family == "lora_indexed":
+        args.insert(1, row_ids(ids, args[0][..., 0].numel(), T).reshape(rows).to(device))
+    kwargs: dict[str, Any] = {name: leaf(t, dtype) for name, t in named.items() if name in chosen}
+    if "relu" in chosen:
+        kwargs["activation"] = "relu"
+    if "ranks" in chosen:
+        kwargs["ranks"] = torch.randint(0, r + 1, (T,)).to(device)
+    with torch.no_grad():
+        y = getattr(reference, family)(*args, **kwargs)
+    return args, kwargs, (y + torch.randn_like(y)) / 8
+
+
+def verify(family: str, args: list[Any], kwargs: dict[str, Any], cotangent: Tensor) -> None:
+    """With gradients, and without, where other plans apply and nothing is kept for backward."""
+    check(getattr(ops, family), getattr(reference, family), args, kwargs, cotangent)
+    with torch.no_grad():
+        check(getattr(ops, family), getattr(reference, family), args, kwargs)
+
+
+def bits(family: str, args: list[Any], kwargs: dict[str, Any], cotangent: Tensor | None) -> list[Tensor]:
+    """The output and every gradient."""
+    return [t for t in run(getattr(ops, family), args, kwargs, cotangent) if t is not None]
+
+
+def same(ours: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def leaves(args: list[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    return [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+# ---------------------------------------------------------------------- sizes
+
+
+def test_the_kernels_are_there() -> None:
+    """Without them the operators would quietly run as their own twins."""
+    names = [family + form for family in FAMILIES for form in ("", "_", "_backward")]
+    assert all(_library.has_kernel(name, "cuda") for name in (*names, "lora_merge"))
+
+
+@both_paths
+@families
+@pytest.mark.parametrize(("n_in", "out"), [(768, 768), (768, 2304), (768, 3072), (3072, 768)])
+def test_layers(family: str, n_in: int, out: int) -> None:
+    for T in (1, 10):
+        verify(family, *problem(family, 1027, n_in, out, T=T, ids="segments"))
+
+
+@both_paths
+@pytest.mark.parametrize(
+    ("family", "T", "r"),
+    [("lora_indexed", 10, 16), ("lora_sum", 1, 16), ("lora_sum", 1, 64), ("lora_sum", 10, 16), ("lora_all", 10, 16)],
+)
+def test_full_size(family: str, T: int, r: int) -> None:
+    verify(family, *problem(family, 12608, 768, 768, r, T))
+
+
+@both_paths
+@families
+@pytest.mark.parametrize(
+    ("n_in", "out"),
+    [(72, 200), (200, 72), (1032, 264), (264, 1032), (8, 8), (136, 1000), (7, 13), (13, 33), (33, 7), (72, 33)],
+)
+def test_widths(family: str, n_in: int, out: int) -> None:
+    verify(family, *problem(family, 600, n_in, out))
+
+
+@both_paths
+@families
+@pytest.mark.parametrize("M", [0, 1, 127, 128, 129, 512, 513])
+def test_rows(family: str, M: int) -> None:
+    verify(family, *problem(family, M, r=24))
+
+
+@both_paths
+@families
+@pytest.mark.parametrize("r", [1, 3, 8, 16, 17, 24, 32, 48, 64, 100, 128, 272])
+def test_ranks(family: str, r: int) -> None:
+    """Fused adapters have the ranks of all that were fused."""
+    for options in ("weight", "weight ranks"):
+        verify(family, *problem(family, 600, 136, 200, r, options=options))
+
+
+@both_paths
+@families
+@pytest.mark.parametrize("T", [1, 2, 10, 100, 1000])
+def test_adapters(family: str, T: int) -> None:
+    """With 1,000 most are selected by few rows or none."""
+    verify(family, *problem(family, 600, r=8, T=T))
+
+
+@both_paths
+@pytest.mark.parametrize("r", [16, 32, 64])
+@pytest.mark.parametrize("kind", ["none", "one", "segments", "tiles"])
+def test_ids(kind: str, r: int) -> None:
+    verify("lora_indexed", *problem("lora_indexed", 9 * 128 + 5, 136, 200, r, T=150, ids=kind))
+
+
+@both_paths
+@families
+def test_samples(family: str) -> None:
+    verify(family, *problem(family, (8, 197), 768, 768, options="weight bias base"))
+
+
+@both_paths
+@pytest.mark.parametrize("lead", [(8, 197), (5, 128), (3, 256), (20, 32), (7, 100)])
+def test_an_id_for_each_sample(lead: tuple[int, int]) -> None:
+    """Of any integer dtype."""
+    args, kwargs, cotangent = problem("lora_indexed", lead, 192, 200, options="weight bias base")
+    args[1] = row_ids("random", lead[0], 5).to(DEVICE, torch.int32)
+    verify("lora_indexed", args, kwargs, cotangent)
+
+
+# ---------------------------------------------------------------------- options and dtypes
+
+
+@both_paths
+@families
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    ["", "base", "weight", "weight bias base", "weight bias bias_A bias_B", "weight bias bias_A bias_B relu",
+     "base bias_A bias_B relu ranks", "weight relu"],
+)  # fmt: skip
+def test_options(family: str, dtype: torch.dtype, options: str) -> None:
+    verify(family, *problem(family, dtype=dtype, options=options, ids="tiles"))
+
+
+@families
+@pytest.mark.parametrize(("n_in", "out", "r"), [(768, 768, 16), (200, 33, 100), (13, 72, 3)])
+def test_float32(family: str, n_in: int, out: int, r: int) -> None:
+    verify(family, *problem(family, 1027, n_in, out, r, dtype=FP32, options="weight bias base ranks"))
+
+
+@families
+def test_tf32_where_torch_allows_it(family: str) -> None:
+    """Ten bits instead of 23 in every product, so three digits in the output and in every gradient."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    args, kwargs, cotangent = problem(family, 1027, 768, 768, dtype=FP32)
+    exact = run(
+        getattr(reference, family),
+        [a.detach().double().requires_grad_() if a.is_floating_point() else a for a in args],
+        {k: v.detach().double().requires_grad_() for k, v in kwargs.items()},
+        cotangent.double(),
+    )
+    for ours, e in zip(bits(family, args, kwargs, cotangent), exact, strict=True):
+        assert (ours - e).norm() < 3e-3 * e.norm()
+
+
+@families
+def test_float64(family: str) -> None:
+    verify(family, *problem(family, 130, dtype=torch.float64, options="weight bias base bias_A bias_B relu ranks"))
+
+
+@both_paths
+@families
+@pytest.mark.parametrize("options", ["base weight bias", "weight bias bias_A bias_B relu"])
+def test_only_what_asks_gets_a_gradient(family: str, options: str) -> None:
+    """Each argument alone, the usual pairs, and the factors of some adapters alone."""
+    args, kwargs, cotangent = problem(family, options=options, grad=False)
+    tensors = leaves(args, kwargs)
+    x, A, B, s = tensors[:4]
+    for asking in (*([t] for t in tensors), [A, B], [x, A, B], [x, s]):
+        for t in asking:
+            t.requires_grad_()
+        verify(family, args, kwargs, cotangent)
+        for t in asking:
+            t.requires_grad_(False)
+    for t in tensors:
+        t.requires_grad_()
+    for trainable in ([], [4], [0, 2]):
+        verify(family, args, {**kwargs, "trainable": trainable}, cotangent)
+
+
+@both_paths
+@families
+@pytest.mark.parametrize("options", ["weight bias", "weight bias_A bias_B relu"])
+@pytest.mark.parametrize("width", [5, 8, 12, 16, 32])
+def test_slices(family: str, width: int, options: str) -> None:
+    """The rows of v and q in a fused qkv, in this order; a block of ranks may end within a slot of the kernels."""
+    slices = [(384, 576), (0, 192)]
+    args, kwargs, cotangent = problem(family, 1027, 192, 576, 2 * width, T=3, options=options)
+    blocks = args[-2].detach().unflatten(-1, (2, width))  # of lora_B
+    for block, (start, stop) in zip(blocks.unbind(-2), slices):
+        block[:, :start] = 0
+        block[:, stop:] = 0
+    verify(family, args, {**kwargs, "slices": slices}, cotangent)
+
+
+# ---------------------------------------------------------------------- layouts
+
+
+def every_other(t: Tensor) -> Tensor:
+    return t.new_empty(*t.shape[:-1], 2 * t.shape[-1])[..., ::2].copy_(t)
+
+
+def in_wider_rows(t: Tensor) -> Tensor:
+    return t.new_empty(*t.shape[:-1], t.shape[-1] + 8)[..., :-8].copy_(t)
+
+
+def off_by_one(t: Tensor) -> Tensor:
+    """Neither the pointer nor the rows are aligned."""
+    return t.new_empty(*t.shape[:-1], t.shape[-1] + 1)[..., 1:].copy_(t)
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.mT.contiguous().mT
+
+
+@both_paths
+@families
+@pytest.mark.parametrize("layout", [every_other, in_wider_rows, off_by_one, transposed])
+def test_layouts(family: str, layout: Callable[[Tensor], Tensor]) -> None:
+    args, kwargs, cotangent = problem(family, options="weight bias base bias_A bias_B", grad=False)
+
+    def strided(v: Any) -> Any:
+        return layout(v).requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1 else v
+
+    verify(family, [strided(a) for a in args], {k: strided(v) for k, v in kwargs.items()}, layout(cotangent))
+
+
+@both_paths
+@families
+def test_expanded_gradients(family: str) -> None:
+    args, kwargs, cotangent = problem(family)
+    args[-1].requires_grad_(False)
+    verify(family, args, kwargs, cotangent.new_ones(()).expand_as(cotangent))
+    verify(family, args, kwargs, cotangent[..., :1, :].expand_as(cotangent))
+
+
+# ---------------------------------------------------------------------- sums and merges
+
+
+@both_paths
+@pytest.mark.parametrize(
+    ("T", "r"), [(7, 8), (8, 8), (9, 8), (1, 65), (23, 8), (24, 8), (25, 8), (1, 128), (2, 128), (193, 1), (50, 16)]
+)
+def test_sum_on_both_sides_of_its_rules(T: int, r: int) -> None:
+    """T r around 64 and 192, M around 256: concatenation, the merged weight and the dense gradient take turns."""
+    args, kwargs, cotangent = problem("lora_sum", 600, 136, 200, r, T)
+    coeff = (torch.randint(2, 12, (T,), device=DEVICE) / 8).requires_grad_()
+    verify("lora_sum", args, {**kwargs, "coeff": coeff}, cotangent)
+    verify("lora_sum", args, {**kwargs, "coeff": coeff, "trainable": [T - 1]}, cotangent)
+    for options in ("base", "weight ranks", "weight bias_A bias_B relu"):
+        verify("lora_sum", *problem("lora_sum", 600, 136, 200, r, T, options=options))
+    for M in (255, 256):
+        verify("lora_sum", *problem("lora_sum", M, 136, 200, r, T))
+
+
+@both_paths
+def test_sum_trains_its_newest_adapter_and_the_coefficients() -> None:
+    """The other scales, the frozen layer and x ask for nothing."""
+    for M, T in ((600, 10), (1027, 50)):
+        args, kwargs, cotangent = problem("lora_sum", M, 768, 768, T=T, grad=False)
+        for factor in args[1:3]:
+            factor.requires_grad_()
+        coeff = (torch.randint(2, 12, (T,), device=DEVICE) / 8).requires_grad_()
+        verify("lora_sum", args, {**kwargs, "coeff": coeff, "trainable": [T - 1]}, cotangent)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize(
+    ("n_in", "out", "r", "T"), [(768, 2304, 16, 10), (3072, 768, 16, 50), (72, 200, 128, 3), (33, 13, 5, 7)]
+)
+def test_merge(dtype: torch.dtype, n_in: int, out: int, r: int, T: int) -> None:
+    (_, *factors), kwargs, _ = problem("lora_sum", 1, n_in, out, r, T, dtype=dtype, options="weight ranks")
+    args, cotangent = [kwargs.pop("weight"), *factors], torch.randn(out, n_in, device=DEVICE).to(dtype)
+    check(ops.lora_merge, reference.lora_merge, args, kwargs, cotangent)
+    coeff = (torch.randint(2, 12, (T,), device=DEVICE) / 8).requires_grad_()
+    check(ops.lora_merge, reference.lora_merge, args, {"coeff": coeff}, cotangent)
+
+
+# ---------------------------------------------------------------------- in place
+
+
+def inside(y: Tensor, left: int) -> tuple[Tensor, Tensor]:
+    """A copy of y as a slice, `left` columns in, of a larger tensor of NaN; and that tensor."""
+    wide = y.new_full((*y.shape[:-2], y.shape[-2] + 2, y.shape[-1] + left + 8), float("nan"))
+    target = wide[..., 1:-1, left : left + y.shape[-1]]
+    return target.copy_(y), wide
+
+
+@both_paths
+@families
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(("n_in", "out", "left"), [(72, 136, 8), (136, 72, 3), (33, 13, 5)])
+def test_in_place(family: str, dtype: torch.dtype, n_in: int, out: int, left: int) -> None:
+    for options in ("", "ranks bias_A bias_B relu"):
+        args, kwargs, y0 = problem(family, 600, n_in, out, dtype=dtype, options=options, grad=False, ids="tiles")
+
+        def added(y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            target, wide = inside(y, left)
+            assert getattr(ops, family + "_")(target, *args, **kwargs) is target
+            assert wide.isnan().sum() == wide.numel() - y.numel()
+            return target
+
+        def twin(y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return getattr(reference, family + "_")(y.clone(), *args, **kwargs)
+
+        check(added, twin, [y0, *args], kwargs)
+
+
+@both_paths
+@families
+def test_in_place_on_contiguous_samples(family: str) -> None:
+    args, kwargs, y0 = problem(family, (4, 197), 768, 768, options="", grad=False)
+
+    def added(y: Tensor, *args: Any) -> Tensor:
+        return getattr(ops, family + "_")(y.clone(), *args)
+
+    def twin(y: Tensor, *args: Any) -> Tensor:
+        return getattr(reference, family + "_")(y.clone(), *args)
+
+    check(added, twin, [y0, *args], kwargs)
+
+
+# ---------------------------------------------------------------------- corrupted ids
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("options", ["weight bias base", "bias_A bias_B relu"])
+@pytest.mark.parametrize(("n_in", "out", "r"), [(72, 136, 16), (33, 13, 5)])
+def test_corrupted_ids_count_as_none(dtype: torch.dtype, options: str, n_in: int, out: int, r: int) -> None:
+    """NaN lies before and behind everything that is read: a read or write out of bounds shows."""
+    T = 5
+    args, kwargs, cotangent = problem("lora_indexed", 600, n_in, out, r, T, dtype=dtype, options=options, grad=False)
+
+    def guarded(v: Any) -> Any:
+        if not isinstance(v, Tensor) or not v.is_floating_point():
+            return v
+        large = v.new_full((v.shape[0] + 2, *v.shape[1:]), float("nan"))
+        return large[1:-1].copy_(v).requires_grad_()
+
+    args, kwargs = [guarded(a) for a in args], {k: guarded(v) for k, v in kwargs.items()}
+    bad = torch.tensor([10**12, -7, T, T + 5, 2**31, 2**32, 2**32 + 1, -(2**63), 2**63 - 1], device=DEVICE)
+    where = torch.rand(600, device=DEVICE) < 0.3
+    where[:128] = True  # a whole tile of them
+    clean, corrupted = args[1].clone(), args[1].clone()
+    clean[where] = -1
+    corrupted[where] = bad[torch.arange(600, device=DEVICE) % len(bad)][where]
+
+    args[1] = clean
+    verify("lora_indexed", args, kwargs, cotangent)
+    expected = bits("lora_indexed", args, kwargs, cotangent)
+    args[1] = corrupted
+    assert same(bits("lora_indexed", args, kwargs, cotangent), expected)
+
+    low_rank = {k: v for k, v in kwargs.items() if k not in ("base", "weight", "bias")}
+    results = []
+    with torch.no_grad():
+        for args[1] in (clean, corrupted):
+            target, wide = inside(cotangent, 8)
+            ops.lora_indexed_(target, *args, **low_rank)
+            assert wide.isnan().sum() == wide.numel() - target.numel()
+            results.append(target)
+    assert torch.equal(*results)
+
+
+# ---------------------------------------------------------------------- bits, streams, graphs
+
+
+def moderate(family: str, dtype: torch.dtype = BF16, **keywords: Any) -> tuple[list[Any], dict[str, Any], Tensor]:
+    """The plan takes the sum through the merged weight."""
+    return problem(family, 1027, 768, 768, 24, 10, dtype=dtype, **keywords)
+
+
+@both_paths
+@families
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_same_bits_from_run_to_run_and_on_any_stream(family: str, dtype: torch.dtype) -> None:
+    arguments = moderate(family, dtype)
+    expected = bits(family, *arguments)
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream(priority=-1)):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            again = bits(family, *arguments)
+        torch.cuda.synchronize()
+        assert same(again, expected)
+
+
+@both_paths
+@families
+def test_kernels_follow_the_current_stream(family: str) -> None:
+    """x arrives late on a stream of its own: a kernel on any other would meet NaN."""
+    args, kwargs, cotangent = moderate(family)
+    expected, x, stream = bits(family, args, kwargs, cotangent), args[0].detach(), torch.cuda.Stream()
+    late = torch.full_like(x, float("nan"))
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        bits(family, args, kwargs, cotangent)  # for memory that the next run can take without waiting
+        torch.cuda._sleep(50_000_000)
+        args[0] = late.copy_(x).requires_grad_()
+        ours = bits(family, args, kwargs, cotangent)
+    torch.cuda.synchronize()
+    assert same(ours, expected)
+
+
+@both_paths
+@families
+@pytest.mark.parametrize("form", ["forward", "forward and backward", "in place"])
+def test_graph(family: str, form: str) -> None:
+    """Captured once, then replayed on other inputs."""
+    args, kwargs, cotangent = moderate(family, grad=form == "forward and backward")
+
+    def step() -> list[Tensor]:
+        if form == "in place":
+            return [getattr(ops, family + "_")(cotangent.clone(), *args)]
+        return bits(family, args, kwargs, cotangent)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        with torch.no_grad():
+            for t in (*args, *kwargs.values(), cotangent):
+                t.copy_(t.roll(1, 0))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same(captured, step())
+
+
+@both_paths
+@families
+def test_no_host_synchronisation(family: str) -> None:
+    args, kwargs, cotangent = moderate(family)
+    kwargs["ranks"] = torch.full((10,), 9, device=DEVICE)
+    arguments = args, {**kwargs, "trainable": [3, 9]}, cotangent
+    expected = bits(family, *arguments)  # libraries load on their first use
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = bits(family, *arguments)
+        with torch.no_grad():
+            getattr(ops, family + "_")(cotangent.clone(), *args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert same(again, expected)
+
+
+@both_paths
+@families
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_second_device(family: str) -> None:
+    assert torch.cuda.current_device() == 0
+    verify(family, *problem(family, 1027, 768, 768, device="cuda:1"))
+
+
+# ---------------------------------------------------------------------- torch's own machinery
+
+
+@families
+def test_compile_fullgraph(family: str) -> None:
+    torch._dynamo.reset()
+    args, kwargs, cotangent = problem(family, (4, 197), 192, 576)
+    check(torch.compile(getattr(ops, family), fullgraph=True), getattr(reference, family), args, kwargs, cotangent)
+
+
+@families
+@pytest.mark.parametrize(
+    ("M", "r", "options", "trainable"),
+    [(520, 48, "weight bias base", None), (40, 6, "bias_A bias_B relu ranks base", [1])],
+)
+def test_opcheck(family: str, M: int, r: int, options: str, trainable: list[int] | None) -> None:
+    names = ["x", *(["ids"] if family == "lora_indexed" else []), "lora_A", "lora_B", "scaling"]
+    args, kwargs, cotangent = problem(family, M, r=r, options=options)
+    relu = kwargs.pop("activation", "none") == "relu"
+    values = {**dict(zip(names, args, strict=True)), **kwargs, "relu": relu, "trainable": trainable, "keep": True}
+
+    def arguments(op: Any, **more: Any) -> list[Any]:
+        return [{**values, **more}.get(a.name) for a in op._schema.arguments]
+
+    forward, in_place, backward = (getattr(torch.ops.plora_ext, family + f).default for f in ("", "_", "_backward"))
+    opcheck(forward, arguments(forward))
+    values = {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
+    opcheck(in_place, arguments(in_place, y=cotangent))
+    opcheck(backward, arguments(backward, grad=cotangent, needs=0b001111))
+    kept = forward(*arguments(forward))[1]
+    opcheck(backward, arguments(backward, grad=cotangent, needs=0b000110, kept=kept))
+
+
+def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    args, _, _ = problem("lora_sum", dtype=torch.float64, grad=False, options="")
+    op = torch.ops.plora_ext.lora_sum.default
+    with pytest.raises(RuntimeError, match="x must be float32, bfloat16 or float16 on CUDA, got Double; the nearest"):
+        op(*args, *[None] * 6, False, None, None, False)
+    monkeypatch.setenv("PLORA_CUDA_PATH", "hopper")
+    with pytest.raises((RuntimeError, ValueError), match="PLORA_CUDA_PATH must be auto or mma, got 'hopper'"):
+        ops.lora_sum(*problem("lora_sum", grad=False, options="")[0])
+
+
+# ---------------------------------------------------------------------- modules
+
+
+class PlainLoRA(nn.Module):
+    """What a `MultiLoRALinear` computes, written out in plain torch: every adapter on its own, on its rows of y."""
+
+    def __init__(self, layer: MultiLoRALinear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.coefficients: Tensor | None = None
+        self.ids: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        y = F.linear(x, layer.base_layer.weight, layer.base_layer.bias)
+        out = y.shape[-1]
+        names = layer.active_adapters if self.ids is None else layer.adapter_names
+        for i, name in enumerate(names):
+            weight = x.new_ones(()) if self.coefficients is None else self.coefficients[i].to(x.dtype)
+            if self.ids is not None:
+                weight = (self.ids == i).to(x.dtype)[:, None, None]
+            for (A, B), (start, stop) in zip(layer.pairs(name), (layer.slices or {"": (0, out)}).values(), strict=True):
+                delta = layer.lora_alpha[name] / layer.r[name] * F.linear(F.linear(x, A), B)
+                y = y + F.pad(weight * delta, (start, out - stop))
+        return y
+
+
+@pytest.fixture(scope="module")
+def adapted_vit() -> Adapters:
+    """Three adapters of different ranks on q and v, proj, fc1 and fc2."""
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0)
+    adapters = inject(model.to(DEVICE), ["q", "v", "proj", "fc1", "fc2"], lora_alpha=8)
+    for i, r in enumerate((16, 4, 8)):
+        adapters.add_adapter(f"t{i}", r=r)
+    for p in adapters.parameters():
+        nn.init.normal_(p, std=0.05)
+    return adapters
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("form", ["one", "newest of three", "all three", "coefficients", "batch"])
+def test_a_vit_and_its_gradients(adapted_vit: Adapters, form: str, dtype: torch.dtype) -> None:
+    adapters = copy.deepcopy(adapted_vit)
+    names, trained = adapters.names, ["t2"] if form in ("one", "newest of three", "coefficients") else adapters.names
+    theta = torch.tensor([0.5, 1.25, -0.75], device=DEVICE, requires_grad=True) if form == "coefficients" else None
+    ids = torch.randint(-1, 3, (64,)).to(DEVICE) if form == "batch" else None
+    adapters.model.to(dtype)
+    adapters.set_adapter("t2" if form == "one" else names, theta)
+    adapters.train_adapter(trained)
+
+    plain = copy.deepcopy(adapters.model)
+    for name, layer in list(plain.named_modules()):
+        if isinstance(layer, MultiLoRALinear):
+            plain.set_submodule(name, PlainLoRA(layer))
+    asking = [name for name, p in plain.named_parameters() if p.requires_grad]
+    parameters = [p for p in adapters.model.parameters() if p.requires_grad]
+    assert len(asking) == len(parameters) == 10 * 2 * len(trained)
+
+    def ours(x: Tensor, *_: Tensor) -> Tensor:
+        with adapters.batch(ids) if ids is not None else nullcontext():
+            return adapters.model(x)
+
+    def twin(x: Tensor, *values: Tensor) -> Tensor:
+        for module in plain.modules():
+            if isinstance(module, PlainLoRA):
+                module.coefficients, module.ids = values[-1] if len(values) > len(asking) else theta, ids
+        state = {name: t.to(x.dtype) for name, t in plain.state_dict().items()}
+        return torch.func.functional_call(plain, {**state, **dict(zip(asking, values))}, (x,))
+
+    x = torch.randn(64, 3, 32, 32, device=DEVICE).to(dtype)
+    cotangent = torch.randn(64, 192, device=DEVICE).to(dtype)
+    few = [theta] if theta is not None and dtype == FP32 else []  # three numbers: too few for the rule in 16 bits
+    check(ours, twin, [x, *parameters, *few], {}, cotangent)
