@@ -56,7 +56,9 @@ inline const char* algorithm_name(LoraAlgorithm algorithm) {
 
 namespace lora_plan {
 
-constexpr int64_t kDenseRank = 192;   // above: a product with the merged weight is cheaper, backward included
+// Above: products with the merged weight are cheaper, backward included. One adapter is kept apart for longer, since
+// the merged weight rounds away what is small beside W.
+constexpr int64_t kDenseRank = 64, kDenseAlone = 192;
 constexpr int64_t kMergeRank = 64;    // above: merging pays where nothing is kept ...
 constexpr int64_t kMergeRows = 256;   // ... from this many rows on
 constexpr int64_t kHopperRows = 512;  // fewer do not fill the GPU with tiles
@@ -102,7 +104,8 @@ inline int64_t padded_rank(int64_t r) { return 8 * std::max<int64_t>(1, lora_pla
 
 // Whether the sum is computed through the merged weight, which is then what forward keeps for backward.
 inline bool lora_dense(Family family, int64_t T, int64_t r, bool weight, bool relu, bool bias) {
-  return family == Family::sum && weight && !relu && !bias && T * r > lora_plan::kDenseRank;
+  return family == Family::sum && weight && !relu && !bias &&
+         T * r > (T > 1 ? lora_plan::kDenseRank : lora_plan::kDenseAlone);
 }
 
 // Whether PLORA_CUDA_PATH (null: not set) asks for the path that every GPU has.
@@ -149,9 +152,11 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   const double loop = product * kInLoopShare + waves * kInLoopWave, given = waves * kGivenWave;
   const int64_t adapters = !s.backward && slots_of_tile(s, each, column_tiles) <= 1 && loop < pass + given * each;
   const double alone = 2.0 * s.M * (K + 2 * N) / kBytes + kLaunch * (s.backward ? 3 : 1);
-  const double mean = s.family == Family::indexed
-                          ? std::min<double>(s.T, 1 + (kTileRows - 1.0) / std::max<int64_t>(s.rows_per_id, 1))
-                          : s.T;
+  // Ids of single rows may be anything; what is met in practice are segments.
+  const double mean =
+      s.family != Family::indexed
+          ? s.T
+          : std::min<double>(s.T, 1 + (kTileRows - 1.0) / std::max<int64_t>(s.rows_per_id, kTileRows / 2));
   if (adapters < most && pass + given * mean * each > alone)
     return choose(LoraAlgorithm::low_rank, "a tile may meet more ranks than a second pass over y costs");
 

@@ -43,14 +43,6 @@ void times_into(const Tensor& to, const Tensor& a, const Tensor& float32) {
 
 Tensor plus(const Tensor& a, const OptTensor& b) { return b ? torch::stable::subtract(a, *b, -1.0) : a; }
 
-Tensor merge(const Inputs& p) {
-  std::array<StableIValue, 5> stack{torch::stable::detail::from(*p.weight), torch::stable::detail::from(p.lora_A),
-                                    torch::stable::detail::from(p.lora_B), torch::stable::detail::from(p.scaling),
-                                    torch::stable::detail::from(p.ranks)};
-  check_call(torch_call_dispatcher("plora_ext::lora_merge", "", stack.data(), TORCH_ABI_VERSION), "lora_merge");
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // --- the factors as the kernels take them ----------------------------------------------------------------------------
 
 // A copy of a factor [T, rows, columns] with the rank padded, and zero where an adapter has fewer ranks.
@@ -84,12 +76,43 @@ Rows rows_of(const Inputs& p, int64_t rank) {
   return rows;
 }
 
+// W + sum s B A. Of many ranks torch's own product is faster than lora_merge.
+Tensor merge(const Inputs& p) {
+  if (p.x.scalar_type() != ScalarType::Float && p.T * p.r > 256) {
+    const Tensor B = B_transposed(p), scaled_B = torch::stable::new_empty(B, B.sizes());
+    times_into(scaled_B, B, torch::stable::view(p.scaling, {p.T, 1, 1}));
+    const int64_t ranks = p.T * padded_rank(p.r);
+    const Tensor A = torch::stable::view(factors_of(p).A, {ranks, p.in});
+    const Tensor up = torch::stable::transpose(torch::stable::view(scaled_B, {ranks, p.out}), 0, 1);
+    return plus(*p.weight, torch::stable::matmul(up, A));
+  }
+  std::array<StableIValue, 5> stack{torch::stable::detail::from(*p.weight), torch::stable::detail::from(p.lora_A),
+                                    torch::stable::detail::from(p.lora_B), torch::stable::detail::from(p.scaling),
+                                    torch::stable::detail::from(p.ranks)};
+  check_call(torch_call_dispatcher("plora_ext::lora_merge", "", stack.data(), TORCH_ABI_VERSION), "lora_merge");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // Whether so many ranks act on a row that low_rank needs memory for h between its halves.
 bool crowded(const Inputs& p) { return padded_rank(p.r) * (p.family == Family::indexed ? 1 : p.T) > 512; }
 
 // For h and g.
 Tensor new_ranks(const Inputs& p) {
   return torch::stable::new_empty(p.x, {p.M, padded_rank(p.r) * (p.family == Family::indexed ? 1 : p.T)});
+}
+
+// s h of the sum, as the fused product takes it.
+Tensor scaled(const Inputs& p, const Tensor& h) {
+  const Tensor to = new_ranks(p);
+  const Sizes by_adapter{p.M, p.T, padded_rank(p.r)};
+  times_into(torch::stable::view(to, by_adapter), torch::stable::view(h, by_adapter),
+             torch::stable::view(p.scaling, {1, p.T, 1}));
+  return to;
+}
+
+// Whether torch's own product makes the h of a sum: from this many ranks on it is faster than low_rank.
+bool wide_sum(const Inputs& p) {
+  return p.family == Family::sum && p.x.scalar_type() != ScalarType::Float && padded_rank(p.r) * p.T > 16;
 }
 
 LowRank low_rank_of(const Inputs& p) {
@@ -110,6 +133,12 @@ LowRank down_of(const Inputs& p, const Factors& f, const OptTensor& h) {
   l.relu = p.relu;
   l.h = out_pointer(h);
   return l;
+}
+
+// x A^T for all adapters side by side.
+Tensor x_times(const Inputs& p, const Tensor& A) {
+  return torch::stable::matmul(p.x,
+                               torch::stable::transpose(torch::stable::view(A, {A.size(0) * A.size(1), p.in}), 0, 1));
 }
 
 // --- plans -----------------------------------------------------------------------------------------------------------
@@ -193,7 +222,9 @@ Tensor h_of(const Inputs& p, const OptTensor& kept) {
     check_dtype(p.op, "kept", *kept, p.x.scalar_type());
     return compact(*kept);
   }
-  low_rank(down_of(p, factors_of(p), h), stream_of(p.x));
+  const Factors factors = factors_of(p);
+  if (wide_sum(p) && !p.relu && !p.bias_A && p.in > 0) return x_times(p, factors.A);
+  low_rank(down_of(p, factors, h), stream_of(p.x));
   return h;
 }
 
@@ -201,9 +232,27 @@ Tensor h_of(const Inputs& p, const OptTensor& kept) {
 void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, bool wants_g, bool wants_x, OptTensor& g,
                    Tensor& dx) {
   const LoraPlan plan = wants_x ? plan_of(p, dy, {}, {}, true, false) : LoraPlan{};
+  if (wants_x) dx = p.weight && !plan.hopper ? frozen_dx(p, dy) : torch::stable::new_empty(p.x, p.x.sizes());
+  const Factors factors = factors_of(p);
+  const auto add_fused = [&](const Tensor& scaled_g) {
+    Fused f{};
+    f.transposed = true;
+    f.K = p.out, f.N = p.in;
+    f.x = pointer(dy), f.ldx = p.out;
+    f.y = dx.mutable_data_ptr(), f.ldy = p.in;
+    f.up = pointer(factors.A);
+    run_fused(p, plan, scaled_g, f);
+  };
+  if (plan.hopper && wide_sum(p) && !gate) {
+    const int64_t rank = padded_rank(p.r);
+    const Tensor B = p.T == 1
+                         ? torch::stable::view(factors.B, {p.out, rank})
+                         : torch::stable::transpose(torch::stable::view(B_transposed(p), {p.T * rank, p.out}), 0, 1);
+    g = torch::stable::matmul(dy, B);
+    return add_fused(scaled(p, *g));
+  }
   if (wants_g || (crowded(p) && !plan.hopper)) g = new_ranks(p);
   const OptTensor scaled_g = plan.hopper ? OptTensor(new_ranks(p)) : std::nullopt;
-  if (wants_x) dx = p.weight && !plan.hopper ? frozen_dx(p, dy) : torch::stable::new_empty(p.x, p.x.sizes());
   const Tensor down = B_transposed(p);
   LowRank l = low_rank_of(p);
   l.K = p.out, l.N = p.in;
@@ -217,15 +266,7 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
     if (p.weight) l.y0 = l.y;
   }
   low_rank(l, stream_of(p.x));
-  if (!plan.hopper) return;
-  const Factors factors = factors_of(p);
-  Fused f{};
-  f.transposed = true;
-  f.K = p.out, f.N = p.in;
-  f.x = pointer(dy), f.ldx = p.out;
-  f.y = dx.mutable_data_ptr(), f.ldy = p.in;
-  f.up = pointer(factors.A);
-  run_fused(p, plan, scaled_g, f);
+  if (plan.hopper) add_fused(*scaled_g);
 }
 
 // `needs` holds no bit of the factors where nobody in `asks` would get a gradient.
@@ -372,9 +413,12 @@ struct Cuda {
     if (keep && plan.hopper && p.ids) torch::stable::zero_(*h);
     LowRank l = down_of(p, factors, h);
     if (plan.hopper) {
-      if (plan.algorithm != LoraAlgorithm::in_loop) {
+      if (plan.algorithm == LoraAlgorithm::precomputed && wide_sum(p) && !p.relu && !p.bias_A) {
+        h = x_times(p, factors.A);
+        scaled_h = scaled(p, *h);
+      } else if (plan.algorithm != LoraAlgorithm::in_loop) {
         scaled_h = new_ranks(p);
-        l.scaled_h = out_pointer(scaled_h), l.skip_slots = static_cast<int>(plan.slots);
+        l.scaled_h = out_pointer(scaled_h), l.skip_uniform = plan.slots > 0;
         low_rank(l, stream_of(p.x));
       }
       const Tensor y = torch::stable::new_empty(p.x, {p.M, p.out});
@@ -386,7 +430,7 @@ struct Cuda {
       f.down = pointer(factors.A), f.up = pointer(factors.B);
       f.bias_down = pointer(factors.bias_A), f.bias_up = pointer(p.bias_B);
       f.relu = p.relu;
-      if (keep) f.kept = out_pointer(h);
+      if (keep && plan.slots > 0) f.kept = out_pointer(h);
       f.slices = slices;
       run_fused(p, plan, scaled_h, f);
       return {y, keep ? *h : none_like(p.x)};

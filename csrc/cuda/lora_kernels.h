@@ -43,9 +43,7 @@ struct LowRank {
   const void* gate = nullptr;  // [M, R]: h becomes 0 where the gate is not > 0
   void* h = nullptr;           // [M, R], written where x is given (if not null), else read
   void* scaled_h = nullptr;    // [M, R], s h, written with h; not for rows without an adapter
-  // With ids: leave out rows whose aligned block of 128 rows holds so few adapters that adapters * ceil(r / 16) <=
-  // skip_slots; the fused product makes those itself.
-  int skip_slots = 0;
+  bool skip_uniform = false;   // leave out rows whose aligned block of 128 meets one adapter at most
 
   void* y = nullptr;              // null: no second half
   const void* up = nullptr;       // [T, N, r]

@@ -96,15 +96,15 @@ __device__ inline int choice(const Rows& rows, int64_t row) {
   return id >= 0 && id < rows.T ? static_cast<int>(id) : kNone;
 }
 
-// Whether the fused product makes the h of these rows.
+// Whether the aligned block of 128 rows around these meets one adapter at most: the fused product makes its h.
 __device__ inline bool made_elsewhere(const LowRank& p, int64_t first_row) {
-  __shared__ int choices[kFusedRows];
-  const int i = threadIdx.x;
-  if (i < kFusedRows) choices[i] = choice(p.rows, first_row / kFusedRows * kFusedRows + i);
+  __shared__ int any;  // one of the adapters, no matter which
+  const int i = threadIdx.x, mine = i < kFusedRows ? choice(p.rows, first_row / kFusedRows * kFusedRows + i) : kNone;
+  if (i == 0) any = kNone;
   __syncthreads();
-  bool counts = i < kFusedRows && choices[i] >= 0;
-  for (int j = 0; counts && j < i; ++j) counts = choices[j] != choices[i];
-  return __syncthreads_count(counts) * ((p.rows.r + 15) / 16) <= p.skip_slots;
+  if (mine >= 0) any = mine;
+  __syncthreads();
+  return __syncthreads_and(mine < 0 || mine == any);
 }
 
 // Sets a row on its way from memory to L2; not more of it than L2 can hold of all blocks.
@@ -119,7 +119,7 @@ __device__ inline void prefetch(const void* row, int64_t bytes) {
 template <typename scalar, int NT, int W, bool VECTORS>
 __device__ inline void multiply_down(const LowRank& p, int64_t first_row, const scalar* x, const scalar* down,
                                      int ranks, float (&acc)[W][NT][4]) {
-  constexpr int kStep = kShares<W> * kColumns<scalar>, kUnroll = NT == 2 ? 2 : 1;
+  constexpr int kStep = kShares<W> * kColumns<scalar>, kUnroll = NT == 2 ? 3 : 1;
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, K = static_cast<int>(p.K);
   const scalar* rows[2 * W];
 #pragma unroll
@@ -128,20 +128,22 @@ __device__ inline void multiply_down(const LowRank& p, int64_t first_row, const 
   const int own = g * K, clipped = std::min(g, (ranks - 1) % 8) * K;  // in a tile of 8 ranks, in a last one of fewer
 
   const auto step = [&](int k0, auto whole) {
-    Vector<scalar> a[kUnroll][2 * W], b[kUnroll][NT];
+    Vector<scalar> a[kUnroll][2 * W];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int k = k0 + u * kStep + q * kVector<scalar>, left = whole ? kVector<scalar> : K - k;
 #pragma unroll
       for (int i = 0; i < 2 * W; ++i) a[u][i] = load<VECTORS, whole>(rows[i] + k, left);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int k = k0 + u * kStep + q * kVector<scalar>, left = whole ? kVector<scalar> : K - k;
+      Vector<scalar> b[NT];
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
         const int rank = 8 * j + 8 <= ranks ? own : clipped;
-        b[u][j] = 8 * j < ranks ? load<VECTORS, whole>(down + (8 * j * K + rank + k), left) : Vector<scalar>{};
+        b[j] = 8 * j < ranks ? load<VECTORS, whole>(down + (8 * j * K + rank + k), left) : Vector<scalar>{};
       }
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
       for (int f = 0; f < kVector<scalar> / 4; ++f) {
         Operand<scalar> row[2 * W];
@@ -150,11 +152,12 @@ __device__ inline void multiply_down(const LowRank& p, int64_t first_row, const 
 #pragma unroll
         for (int j = 0; j < NT; ++j)
           if (8 * j < ranks) {
-            const Operand<scalar> factor(b[u][j].four(f));
+            const Operand<scalar> factor(b[j].four(f));
 #pragma unroll
             for (int i = 0; i < W; ++i) multiply(acc[i][j], row[2 * i], row[2 * i + 1], factor, p.tf32);
           }
       }
+    }
   };
   int k0 = share<W>() * kColumns<scalar>;
   if constexpr (VECTORS)
@@ -342,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, W == 1 && sizeof(scalar) == 2 ? 3 : 
   __shared__ int owner[kRows], chosen[kRows], choices;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows, row = first_row + lane;
-  if (p.skip_slots > 0 && p.rows.ids && made_elsewhere(p, first_row)) return;
+  if (p.skip_uniform && p.rows.ids && made_elsewhere(p, first_row)) return;
 
   if (VECTORS && NT && warp == 1 && row < p.rows.M)
     prefetch(static_cast<const scalar*>(p.x) + row * p.ldx, p.K * sizeof(scalar));

@@ -75,8 +75,8 @@ int main() {
   const auto rows = [](int64_t n) { return [n](LoraShape& s) { s.M = 128 * 192, s.rows_per_id = n; }; };
   expect(takes(plan(Family::indexed, 20, 16, rows(128)), A::in_loop), "128 rows of an image are one tile");
   expect(takes(plan(Family::indexed, 20, 16, rows(64)), A::mixed), "64 are half a tile");
-  expect(takes(plan(Family::indexed, 20, 64), A::precomputed), "a large rank is given");
-  expect(takes(plan(Family::indexed, 100, 16, rows(1)), A::low_rank), "a hundred adapters in a tile cost more than y");
+  expect(takes(plan(Family::indexed, 1, 64), A::precomputed), "a large rank is given");
+  expect(takes(plan(Family::indexed, 100, 16, rows(1)), A::mixed), "single rows are taken for segments");
 
   const auto backward = [](LoraShape& s) { s.backward = true; };
   expect(takes(plan(Family::indexed, 20, 16, backward), A::precomputed), "transposed, h is given");
@@ -89,8 +89,10 @@ int main() {
   expect(takes(plan(Family::sum, 1, 32, odd), A::precomputed), "unless a tile meets both");
 
   const auto inference = [](LoraShape& s) { s.keep = false; };
-  expect(!takes(plan(Family::sum, 12, 16), A::dense), "192 ranks are not dense");
-  expect(takes(plan(Family::sum, 13, 16), A::dense), "208 are");
+  expect(!takes(plan(Family::sum, 4, 16), A::dense), "64 ranks are not dense");
+  expect(takes(plan(Family::sum, 5, 16), A::dense), "80 are");
+  expect(!takes(plan(Family::sum, 1, 192), A::dense), "one adapter may have 192");
+  expect(takes(plan(Family::sum, 1, 193), A::dense), "but not more");
   expect(takes(plan(Family::sum, 13, 16, backward), A::dense), "in backward too");
   expect(!takes(plan(Family::sum, 13, 16, [](LoraShape& s) { s.relu = true; }), A::dense), "not past an activation");
   expect(!takes(plan(Family::sum, 13, 16, [](LoraShape& s) { s.bias = true; }), A::dense), "nor with a bias");

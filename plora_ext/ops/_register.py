@@ -90,7 +90,8 @@ def _register_autocast(name: str, device_type: str) -> None:
 def dense(family: str, lora_A: Tensor, weight: Any, bias_A: Any, bias_B: Any, relu: bool) -> bool:
     """Whether CUDA computes with the merged weight W + sum s B A, and keeps that: `lora_dense` of lora_plan.h."""
     linear = weight is not None and bias_A is None and bias_B is None and not relu
-    return family == "lora_sum" and linear and lora_A.shape[0] * lora_A.shape[1] > 192
+    T, r, _ = lora_A.shape
+    return family == "lora_sum" and linear and T * r > (64 if T > 1 else 192)
 
 
 def keeps(
