@@ -479,7 +479,7 @@ def vit(T: int, train: bool, compiled: bool, r: int = 16, batch: int = 128, **go
 
     def form(model: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> Form:
         """A forward, or where it trains a step with the gradients of x and of all that requires them."""
-        forward = call or model
+        forward = model if call is None else call
         if not train:
             return lambda p: forward(p.x)
         return Step(lambda p: forward(p.x), lambda p: [p.x, *(w for w in model.parameters() if w.requires_grad)])
