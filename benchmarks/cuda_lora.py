@@ -197,7 +197,7 @@ def measure(case: Case, rounds: int, compiled: bool, more: Callable[[Case], dict
 
 
 def ceilings() -> tuple[float, float]:
-    """Bytes a second of a copy by a kernel, read and written; floating-point operations a second of a product in bf16."""
+    """Bytes a second of a copying kernel, read and written; floating-point operations a second of a bf16 product."""
     source, target = (torch.empty(1 << 29, device=DEVICE, dtype=DTYPE) for _ in range(2))
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE) for _ in range(2))
     runs = {"copy": prepare(lambda _: torch.neg(source, out=target), [0]), "product": prepare(lambda _: a @ b, [0])}
