@@ -136,6 +136,7 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   if (!s.half) return choose(LoraAlgorithm::low_rank, "the fused product is for bfloat16 and float16");
   if (s.in == 0 || s.in % 8 != 0 || s.out == 0 || s.out % 8 != 0 || !s.aligned)
     return choose(LoraAlgorithm::low_rank, "the fused product needs rows of a multiple of 16 bytes");
+  if (s.T > INT16_MAX) return choose(LoraAlgorithm::low_rank, "the fused product numbers adapters in 16 bits");
   if (s.M < kHopperRows) return choose(LoraAlgorithm::low_rank, "too few rows for the fused product");
 
   // From K columns to N.

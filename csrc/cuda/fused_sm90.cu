@@ -4,15 +4,11 @@
 // A persistent block makes tiles of 128 x 192: three full waves of 132 blocks at 12,608 rows and 768 columns. One
 // warpgroup feeds a ring of shared-memory stages; two multiply, a tile each in turn, so that one's way out is hidden
 // behind the other's products. Low-rank work rides along in units of 16 ranks of one adapter ("slots"):
-//   in the loop   one slot: the rows of A join those of W as 16 more columns of the same product, so that h costs no
-//   pass
-//                 over x; h is then masked to the rows of its adapter, scaled, written to shared memory, and multiplied
-//                 with B as one more k step of the tile's sum.
-//   given         any number: h was computed before (low_rank.cu); the feeding warpgroup writes it, masked and scaled,
-//   as
-//                 further k steps.
-// A tile's adapters are found from the ids of its rows here, so rows come in any order, and an id can never be out of
-// range.
+// - in the loop, one slot: the rows of A join those of W as 16 more columns of the same product, so that h costs no
+//   pass over x; h is then masked to the rows of its adapter, scaled, written to shared memory, and multiplied with B
+//   as one more k step of the tile's sum.
+// - given, any number: s h was computed before (low_rank.cu); the feeding warpgroup copies it, masked, as more k steps.
+// A tile's adapters are found from the ids of its rows here, so rows come in any order, and no id can be out of range.
 
 #include <algorithm>
 #include <cstdio>
@@ -26,13 +22,13 @@ namespace plora::cuda {
 namespace {
 
 constexpr int kRows = 128, kColumns = 192, kDepth = 64;
-constexpr int kSlot = 16, kMaxGiven = 4;                      // given slots of a stage
-constexpr int kThreads = 384, kFeeders = 128, kWriters = 96;  // a warp of the feeders starts copies, the others write h
+// Ranks of a slot; given slots of a stage; of the feeding warps one starts the copies, the others write given h.
+constexpr int kSlot = 16, kMaxGiven = 4, kThreads = 384, kFeeders = 128, kWriters = 96;
 
-// Sizes in bytes. A stage: x [128, 64], W [192, 64], A [16, 64], each row 128 bytes, swizzled; transposed, W is [64,
-// 192] in three boxes of 64 columns. At a tile's end the same memory holds given slots of h [128, 16] and B [192, 16].
-// A warp's way out: 16 rows of 32 columns of y, padded so that neither writing nor reading has bank conflicts; h of a
-// warpgroup passes through the same place.
+// Sizes in bytes. A stage: x [128, 64], W [192, 64], A [16, 64], each row 128 bytes, swizzled; transposed, W is
+// [64, 192] in three boxes of 64 columns. At a tile's end the same memory holds given slots of h [128, 16] and B [192,
+// 16]. A warp's way out: 16 rows of 32 columns of y, padded so that neither writing nor reading has bank conflicts; h
+// of a warpgroup passes through the same place.
 constexpr uint32_t kBytesX = kRows * kDepth * 2, kBytesW = kColumns * kDepth * 2;
 constexpr uint32_t kSlotH = kRows * kSlot * 2, kSlotB = kColumns * kSlot * 2;
 constexpr int kOutColumns = 32;
@@ -192,8 +188,7 @@ __device__ uint32_t place_in_h(int row, int column) {
 constexpr uint64_t kLayoutH = sm90::operand_layout(sm90::Swizzle::none, 128, 256);
 constexpr uint64_t kLayoutX = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
 
-// --- feeding
-// -----------------------------------------------------------------------------------------------------------
+// --- feeding --------------------------------------------------------------------------------------------------------
 
 __device__ inline int adapter_at(const Arguments& p, const Tile& tile, int entry) {
   return p.ids != nullptr ? tile.all[entry / blocks_of(p)] : entry / blocks_of(p);
@@ -317,8 +312,7 @@ __device__ void write_given(const Arguments& p, Shared& shared, uint32_t stages,
   }
 }
 
-// --- multiplying
-// -------------------------------------------------------------------------------------------------------
+// --- multiplying ---------------------------------------------------------------------------------------------------
 
 // Accumulators of 64 rows: 192 columns of y, then 16 of h. Of 8 columns i, [4 i + {0, 1}] are row lane / 4, columns
 // 2 (lane % 4) + {0, 1}, and [4 i + {2, 3}] eight rows further down; warp w of the warpgroup has the rows 16 w.
@@ -579,8 +573,7 @@ __global__ void __launch_bounds__(256)
   for (int i = 0; i < 8; ++i) y[i] = static_cast<scalar>(sum[i]);
 }
 
-// --- host
-// --------------------------------------------------------------------------------------------------------------
+// --- host -----------------------------------------------------------------------------------------------------------
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 

@@ -15,7 +15,7 @@ namespace plora::cuda {
 namespace {
 
 constexpr int kThreads = 256, kRows = 32;  // a lane of a warp for each row
-constexpr int kFusedRows = 128;            // the rows that skip_slots speaks about
+constexpr int kFusedRows = 128;            // the rows that skip_uniform speaks about
 constexpr int kNone = -1, kOutside = -2;   // instead of an adapter: the row has none; there is no such row
 constexpr int kBlocks = 512;               // where rows give fewer blocks than this, they are split further
 

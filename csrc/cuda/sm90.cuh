@@ -13,8 +13,7 @@ namespace plora::cuda::sm90 {
 
 __device__ inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// --- mbarriers
-// ---------------------------------------------------------------------------------------------------------
+// --- mbarriers ------------------------------------------------------------------------------------------------------
 
 __device__ inline void barrier_init(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
@@ -47,8 +46,7 @@ __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// --- bulk tensor copies
-// ------------------------------------------------------------------------------------------------
+// --- bulk tensor copies ---------------------------------------------------------------------------------------------
 
 __device__ inline void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -80,8 +78,7 @@ __device__ inline void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// --- warpgroup products
-// ------------------------------------------------------------------------------------------------
+// --- warpgroup products ---------------------------------------------------------------------------------------------
 
 enum class Swizzle : uint64_t { none = 0, b128 = 1, b64 = 2, b32 = 3 };
 
