@@ -306,6 +306,19 @@ def test_slices(family: str, width: int, options: str) -> None:
     verify(family, args, {**kwargs, "slices": slices}, cotangent)
 
 
+@both_paths
+@pytest.mark.parametrize("count", [2, 8, 9])
+def test_slices_of_one_adapter(count: int) -> None:
+    """A slice for every 192 columns, which is a tile of the fused product; it tells up to eight apart."""
+    slices = [(192 * i, 192 * (i + 1)) for i in range(count)]
+    args, kwargs, cotangent = problem("lora_sum", 1027, 192, 192 * count, 16 * count, T=1, options="weight bias")
+    blocks = args[-2].detach().unflatten(-1, (count, 16))  # of lora_B
+    for block, (start, stop) in zip(blocks.unbind(-2), slices):
+        block[:, :start] = 0
+        block[:, stop:] = 0
+    verify("lora_sum", args, {**kwargs, "slices": slices}, cotangent)
+
+
 # ---------------------------------------------------------------------- layouts
 
 

@@ -63,6 +63,7 @@ constexpr int64_t kMergeRank = 64;    // above: merging pays where nothing is ke
 constexpr int64_t kMergeRows = 256;   // ... from this many rows on
 constexpr int64_t kHopperRows = 512;  // fewer do not fill the GPU with tiles
 constexpr int64_t kTileRows = 128, kTileColumns = 192, kSlot = 16;
+constexpr int64_t kMaxSlices = 8;  // that the fused product tells apart
 // As measured on an H200: operations per second and multiprocessor, bytes per second, seconds. Of a slot in the main
 // loop: its share of the product, and seconds per wave; of a given slot: seconds per wave.
 constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kLaunch = 2.5e-6;
@@ -81,7 +82,7 @@ inline int64_t adapters_of_tile(const LoraShape& s) {
 // How many slots of one adapter the columns of a tile need at most, of `slots` in all; `slices` may spare it some.
 inline int64_t slots_of_tile(const LoraShape& s, int64_t slots, int64_t column_tiles) {
   const auto blocks = static_cast<int64_t>(s.slices.size() / 2);
-  if (blocks == 0) return slots;
+  if (blocks == 0 || blocks > kMaxSlices) return slots;
   const int64_t width = s.r / blocks;
   int64_t most = 0;
   for (int64_t tile = 0; tile < column_tiles; ++tile) {

@@ -11,9 +11,9 @@
 // A tile's adapters are found from the ids of its rows here, so rows come in any order, and no id can be out of range.
 
 #include <algorithm>
-#include <cstdio>
 #include <mutex>
 
+#include "../common/lora_plan.h"
 #include "launch.cuh"
 #include "lora_kernels.h"
 #include "sm90.cuh"
@@ -71,7 +71,7 @@ struct Maps {
   CUtensorMap x, weight, down, up;
 };
 
-constexpr int kMaxSlices = 8;
+constexpr int kMaxSlices = lora_plan::kMaxSlices;
 
 struct Arguments {
   int M, N, K, T, r, R;

@@ -216,14 +216,14 @@ Tensor frozen_dx(const Inputs& p, const Tensor& dy) {
 }
 
 Tensor h_of(const Inputs& p, const OptTensor& kept) {
-  const Tensor h = new_ranks(p);
   if (kept && kept->numel() > 0) {
-    check_shape(p.op, "kept", *kept, {h.size(0), h.size(1)}, p.x);
+    check_shape(p.op, "kept", *kept, {p.M, padded_rank(p.r) * (p.family == Family::indexed ? 1 : p.T)}, p.x);
     check_dtype(p.op, "kept", *kept, p.x.scalar_type());
     return compact(*kept);
   }
   const Factors factors = factors_of(p);
   if (wide_sum(p) && !p.relu && !p.bias_A && p.in > 0) return x_times(p, factors.A);
+  const Tensor h = new_ranks(p);
   low_rank(down_of(p, factors, h), stream_of(p.x));
   return h;
 }

@@ -87,6 +87,11 @@ int main() {
   expect(plan(Family::sum, 1, 32, qv).slots == 2, "of the adapter's two");
   const auto odd = [](LoraShape& s) { s.M = 2048, s.out = 2304, s.slices = {0, 800, 800, 1600}; };
   expect(takes(plan(Family::sum, 1, 32, odd), A::precomputed), "unless a tile meets both");
+  const auto nine = [](LoraShape& s) {
+    s.M = 2048, s.out = 9 * 192;
+    for (int64_t i = 0; i < 9; ++i) s.slices.insert(s.slices.end(), {i * 192, (i + 1) * 192});
+  };
+  expect(!takes(plan(Family::sum, 1, 144, nine), A::in_loop), "or there are more slices than it can tell apart");
 
   const auto inference = [](LoraShape& s) { s.keep = false; };
   expect(!takes(plan(Family::sum, 4, 16), A::dense), "64 ranks are not dense");
