@@ -28,7 +28,7 @@ from plora_ext import _library, ops, reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests"))
 
-from oracle import run, widen
+from oracle import rounding, run, widen
 from test_cuda_lora import FAMILIES, PATHS, problem
 
 IN_FLIGHT = 4
@@ -101,12 +101,9 @@ def worst_error(case: Case) -> float:
             continue
         assert torch.equal(ours, again), f"result {i} differs between two streams"
         if (n := e.numel()) and e.abs().max() <= torch.finfo(ours.dtype).max:  # float16 has no larger numbers
-            floor = 0.0
-            if cotangent is not None:
-                size = cotangent.double().norm() * (exact[0].norm() if i and e.dim() == 1 else 10)
-                floor = 1e-7 * size.item()
-            rounding = 4 * torch.finfo(ours.dtype).eps * (e.norm() + e.abs().max() * n**0.5)
-            allowed = floor + (2 + 32 / n) * (p.double() - e).norm() + rounding
+            allowed = (2 + 32 / n) * (p.double() - e).norm() + rounding(
+                i, e, ours.dtype, exact[0], plain[0].dtype, cotangent
+            )
             share = ((ours.double() - e).norm() / allowed.clamp(min=1e-30)).item()
             assert share <= 1, f"the error of result {i} is {share:.2f} of what is allowed"  # NaN is not <= 1
             worst = max(worst, share)

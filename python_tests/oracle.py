@@ -29,6 +29,23 @@ def run(
     return [y, *torch.autograd.grad(y, leaves, cotangent.to(y.dtype), allow_unused=True)]
 
 
+def rounding(
+    i: int, exact: Tensor, dtype: torch.dtype, y: Tensor, y_dtype: torch.dtype, cotangent: Tensor | None
+) -> Tensor:
+    """What rounding may leave in the norm of result i (0: the output y) whatever the twin's own error is."""
+    wide = dtype == torch.float64
+    n, eps = max(exact.numel(), 1), 1e-13 if wide else torch.finfo(dtype).eps
+    allowed = 4 * eps * (exact.norm() + exact.abs().max() * n**0.5)
+    if cotangent is not None:
+        # what is left of sums that cancel; a gradient of one number per adapter sums over all of y
+        total = i > 0 and exact.dim() == 1
+        size = cotangent.double().norm() * (y.norm() if total else 10)
+        allowed = allowed + (1e-15 if wide else 1e-7) * size
+        if total:  # of terms that were rounded to the dtype of y, one by one
+            allowed = allowed + torch.finfo(y_dtype).eps / max(y.numel(), 1) ** 0.5 * size
+    return allowed
+
+
 def check(
     function: Callable[..., Any],
     twin: Callable[..., Any],
@@ -52,17 +69,7 @@ def check(
         if not e.numel():
             continue
         assert torch.isfinite(o).all(), f"{what} holds what nobody wrote"
-        eps = torch.finfo(o.dtype).eps if o.dtype != torch.float64 else 1e-13
-        scale = e.norm() / e.numel() ** 0.5
-        # what is left of sums that cancel; a gradient of one number per adapter sums over all of y
-        floor = torch.zeros((), dtype=torch.float64)
-        if cotangent is not None:
-            total = i > 0 and e.dim() == 1
-            size = cotangent.double().norm() * (exact[0].norm() if total else 10)
-            floor = (1e-7 if o.dtype != torch.float64 else 1e-15) * size
-            if total:  # of terms that were rounded to the dtype of y, one by one
-                floor = floor + torch.finfo(plain[0].dtype).eps / max(exact[0].numel(), 1) ** 0.5 * size
-        allowed = floor + 2 * (p.double() - e).norm() + 4 * eps * (scale + e.abs().max()) * e.numel() ** 0.5
+        allowed = 2 * (p.double() - e).norm() + rounding(i, e, o.dtype, exact[0], plain[0].dtype, cotangent)
         assert (o.double() - e).norm() <= allowed, (what, float((o.double() - e).norm()), float(allowed))
 
 
