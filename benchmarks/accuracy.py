@@ -28,7 +28,7 @@ from torch import Tensor
 from plora_ext.cil import metrics
 from plora_ext.cil.alignment import ALIGNMENTS, align, class_means
 from plora_ext.cil.console import ConsoleProgress
-from plora_ext.cil.engine import Images, Result, load_images, make_stream, pick_device, run
+from plora_ext.cil.engine import Images, Result, load_data, make_stream, pick_device, run
 from plora_ext.cil.methods import PLoRA, PLoRAEnsemble
 from plora_ext.cil.report import markdown_table, prepare_folder
 from plora_ext.cil.settings import MethodName, Settings
@@ -166,7 +166,7 @@ def main() -> None:
         return
     del args.out
     settings = settings_from(args)
-    data, rows = load_images(settings.data), []
+    data, rows = load_data(settings), []
     with ConsoleProgress() as progress:
         for seed in args.seeds:
             for method in args.methods:

@@ -82,10 +82,10 @@ def info(args: argparse.Namespace) -> None:
 def _run(jobs: Sequence[Settings], shown: Settings) -> None:
     from plora_ext.cil import report as reports
     from plora_ext.cil.console import ConsoleProgress
-    from plora_ext.cil.engine import Result, load_images, make_stream, run
+    from plora_ext.cil.engine import Result, load_data, make_stream, run
 
     folder = reports.prepare_folder(shown.out)
-    data = load_images(shown.data)
+    data = load_data(shown)
     stream = make_stream(shown, data)
     print(
         f"{shown.data}: {len(data.train_images)} training and {len(data.test_images)} test images, "

@@ -59,6 +59,7 @@ def test_given_orders_and_tasks() -> None:
         ({"tasks": [[0, 1], [1, 2]]}, "tasks must name each of the 4 classes exactly once; missing: 3; repeated: 1"),
         ({"tasks": [[0, 1], [2, 3, 9]]}, "unknown: 9"),
         ({"tasks": [[0, 1, 2, 3], []]}, "an empty task"),
+        ({"tasks": [[0], [1], [2], [3], [0]]}, "tasks names 5 tasks, but the data has 4 classes"),
         ({"class_order": [0, 1, 2]}, "class_order must name each of the 4 classes exactly once; missing: 3"),
         ({"class_order": "random"}, "class_order must be a list of classes"),
         ({"increment": 0}, "increment must be at least 1"),

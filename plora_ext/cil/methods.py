@@ -19,6 +19,7 @@ from plora_ext.cil.alignment import align, class_means
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer
+from plora_ext.data import View
 from plora_ext.nn import Adapters, CosineHead, SubspaceHead, inject
 
 
@@ -39,16 +40,16 @@ class Method(ABC):
         self.passes = 1
 
     @abstractmethod
-    def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
+    def learn(self, task: Task, images: View, labels: Tensor) -> None:
         """Learns a task.
 
         Args:
-            images: Its training images, normalised float32 [n, 3, H, W].
+            images: Its n training images.
             labels: int64 [n], counted from 0 within the task.
         """
 
-    def features(self, images: Tensor) -> Tensor:
-        """Features of images [n, 3, H, W] in the current space; [n, D], or [n, T, D] for an ensemble."""
+    def features(self, images: View) -> Tensor:
+        """Features of n images in the current space; [n, D], or [n, T, D] for an ensemble."""
         return self.trainer.features(images)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -56,11 +57,11 @@ class Method(ABC):
         assert self.prototypes is not None, "learn a task first"
         return self.head(features, self.prototypes)
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: View) -> Tensor:
         """Logits [n, classes seen] of images."""
         return self.logits(self.features(images))
 
-    def _append_means(self, task: Task, images: Tensor, labels: Tensor) -> None:
+    def _append_means(self, task: Task, images: View, labels: Tensor) -> None:
         """Appends the means of the task's classes to the prototypes."""
         with self.trainer.phases("prototypes"):
             new = class_means(self.features(images), labels, len(task.classes))
@@ -70,7 +71,7 @@ class Method(ABC):
 class SimpleCIL(Method):
     """`simplecil`: the frozen backbone's class means."""
 
-    def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
+    def learn(self, task: Task, images: View, labels: Tensor) -> None:
         self._append_means(task, images, labels)
 
 
@@ -82,7 +83,7 @@ class _Adapted(Method):
         s = settings
         self.adapters = adapters or inject(trainer.model, s.target_modules, s.r, s.lora_alpha, s.lora_dropout)
 
-    def _fit(self, task: Task, images: Tensor, labels: Tensor, extra: tuple[Tensor, ...] = ()) -> None:
+    def _fit(self, task: Task, images: View, labels: Tensor, extra: tuple[Tensor, ...] = ()) -> None:
         parameters = [*self.adapters.parameters(self.adapters.names[-1]), *extra]
         with self.trainer.phases("train"):
             self.trainer.fit(task.index, parameters, images, labels, len(task.classes))
@@ -97,7 +98,7 @@ class _Adapted(Method):
 class LoRASequential(_Adapted):
     """`lora-sequential`: one adapter, trained on and on; prototypes stay as they were when their class was new."""
 
-    def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
+    def learn(self, task: Task, images: View, labels: Tensor) -> None:
         if task.index == 0:
             self._add_adapter(task)
         self._fit(task, images, labels)
@@ -108,7 +109,7 @@ class LoRASequential(_Adapted):
 class LoRAFirst(_Adapted):
     """`lora-first`: an adapter trained on the first task only, class means from then on (APER with LoRA)."""
 
-    def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
+    def learn(self, task: Task, images: View, labels: Tensor) -> None:
         if task.index == 0:
             self._add_adapter(task)
             self._fit(task, images, labels)
@@ -127,7 +128,7 @@ class PLoRA(_Adapted):
         self.task_means: list[Tensor] = []  # of fusion: similarity
         self.coefficients = torch.empty(0)
 
-    def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
+    def learn(self, task: Task, images: View, labels: Tensor) -> None:
         before = None
         if task.index:
             with self.trainer.phases("prototypes"):
@@ -144,7 +145,7 @@ class PLoRA(_Adapted):
             old = align(s.alignment, self.prototypes, before, after, labels, tau=s.tau, ridge=s.ridge)
         self.prototypes = torch.cat([old, new])
 
-    def train_and_fuse(self, task: Task, images: Tensor, labels: Tensor) -> None:
+    def train_and_fuse(self, task: Task, images: View, labels: Tensor) -> None:
         """Trains the task's adapter, alone or beside the others, and fuses all of them."""
         s = self.settings
         if s.fusion == "similarity":
@@ -184,12 +185,12 @@ class PLoRAEnsemble(_Adapted):
         super().__init__(trainer, settings, adapters)
         self.subspaces = SubspaceHead(settings.ensemble_alpha).to(trainer.device)
 
-    def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
+    def learn(self, task: Task, images: View, labels: Tensor) -> None:
         self._add_adapter(task)
         self._fit(task, images, labels)
         self.add_prototypes(task, images, labels)
 
-    def add_prototypes(self, task: Task, images: Tensor, labels: Tensor) -> None:
+    def add_prototypes(self, task: Task, images: View, labels: Tensor) -> None:
         """Means of the task's classes in every space, then what the older classes lack in the newest one."""
         with self.trainer.phases("prototypes"):
             spaces = self.features(images).unbind(1)
@@ -203,7 +204,7 @@ class PLoRAEnsemble(_Adapted):
             )
         self.space, self.passes = task.index, task.index + 1
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: View) -> Tensor:
         spaces = []
         for name in self.adapters.names:
             self.adapters.set_adapter(name)

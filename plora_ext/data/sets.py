@@ -1,0 +1,273 @@
+"""Data sets by name or by path, as labelled images with a training and a test side.
+
+Named sets lie under one folder, as LAMDA-PILOT lays them out; arrays, IDX files and class folders may lie anywhere.
+Images of one small size are held in memory, files are decoded when they are needed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .icon100 import load_icon100
+
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+# Where LAMDA-PILOT keeps the sets that come as class folders, relative to the common root.
+FOLDERS = {
+    "cub": "cub",
+    "imagenet-r": "imagenet-r",
+    "imagenet-a": "imagenet-a",
+    "objectnet": "objectnet",
+    "omnibenchmark": "omnibenchmark",
+    "vtab": "vtab-cil/vtab",
+}
+NAMES = ("icon100", "cifar100", "fashion-mnist", *FOLDERS)
+_IDX = {split: [f"{stem}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+        for split, stem in (("train", "train"), ("test", "t10k"))}  # fmt: skip
+_FASHION = "t-shirt/top trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
+
+
+class ImageFiles:
+    """Image files as a sequence of uint8 arrays [H, W, 3], each decoded when it is asked for.
+
+    Args:
+        paths: The files.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Raises ValueError naming the file when it is no whole image."""
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                return np.array(image.convert("RGB"))
+        except Exception as error:  # decoders raise all kinds
+            raise ValueError(
+                f"{path} is no image that can be decoded ({error}); mend or remove it, or set corrupt to skip"
+            ) from error
+
+
+@dataclass
+class Images:
+    """A labelled data set.
+
+    Attributes:
+        train_images, test_images: uint8 [N, H, W, 3], or files.
+        train_labels, test_labels: int64 [N], from 0.
+        class_names: A name for each label, where there are names.
+    """
+
+    train_images: np.ndarray | ImageFiles
+    train_labels: np.ndarray
+    test_images: np.ndarray | ImageFiles
+    test_labels: np.ndarray
+    class_names: list[str] | None = None
+
+    def digest(self) -> str:
+        """A fingerprint of labels and images (of files: their names and sizes), 16 hexadecimal digits."""
+        seen = hashlib.sha256()
+        for labels in (self.train_labels, self.test_labels):
+            seen.update(np.asarray(labels, dtype=np.int64).tobytes())
+        for images in (self.train_images, self.test_images):
+            if isinstance(images, ImageFiles):
+                for path in images.paths:
+                    seen.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+            else:
+                seen.update(np.ascontiguousarray(images).data)
+        return seen.hexdigest()[:16]
+
+
+def load_images(data: str, root: str | Path = "data", *, download: bool = False, corrupt: str = "error") -> Images:
+    """The data set `data`.
+
+    - `icon100` is part of the package.
+    - `cifar100` and `fashion-mnist` are looked for under `root` and, if `download`, fetched by torchvision.
+    - `cub`, `imagenet-r`, `imagenet-a`, `objectnet`, `omnibenchmark` and `vtab` are class folders under `root`,
+      `<root>/<name>/{train,test}/<class>/<image>` (vtab: `<root>/vtab-cil/vtab/...`), as LAMDA-PILOT distributes them.
+    - A folder of `train` and `test` with one folder per class, or a folder of four IDX files (gzipped or not).
+    - An `.npz` file of train_images, train_labels, test_images and test_labels.
+
+    Labels of class folders follow the sorted names of the folders.
+
+    Args:
+        data: Name or path.
+        root: Where named sets lie.
+        download: Let torchvision download a set that is not there.
+        corrupt: "error": an image that cannot be decoded is an error, when it is met; "skip": every image file is
+            decoded once at the start, and those that cannot be are left out with a warning that names them.
+
+    Raises:
+        ValueError: An unknown name, arrays that do not fit together, class folders that differ between train and
+            test, or an IDX file that is cut short.
+        OSError: Files are not where they were looked for; the message says where, and the layout expected.
+    """
+    if data == "icon100":
+        icons = load_icon100()
+        return Images(icons.train_images, icons.train_labels, icons.test_images, icons.test_labels, icons.class_names)
+    if data == "cifar100":
+        return _cifar100(Path(root), download)
+    if data == "fashion-mnist":
+        return _fashion_mnist(Path(root), download)
+    if data in FOLDERS:
+        return _class_folders(Path(root) / FOLDERS[data], corrupt)
+    if data.endswith(".npz"):
+        return _npz(Path(data))
+    if Path(data).is_dir():
+        idx = any((Path(data) / (_IDX["train"][0] + end)).is_file() for end in ("", ".gz"))
+        return _idx(Path(data)) if idx else _class_folders(Path(data), corrupt)
+    if "/" in data:
+        raise FileNotFoundError(f"data {data!r} is no folder, looked for at {Path(data).absolute()}")
+    near = difflib.get_close_matches(data, NAMES, n=1, cutoff=0.4)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"unknown data {data!r}; {guess}(one of: {', '.join(NAMES)}, a folder, FILE.npz)")
+
+
+# ---------------------------------------------------------------------- arrays
+
+
+def _npz(path: Path) -> Images:
+    with np.load(path, allow_pickle=False) as file:
+        missing = [name for name in ARRAYS if name not in file.files]
+        if missing:
+            raise ValueError(f"{str(path)!r} must hold {', '.join(ARRAYS)}, but lacks {', '.join(missing)}")
+        return checked(Images(*(file[name] for name in ARRAYS)))
+
+
+def checked(images: Images) -> Images:
+    """`images`, whose arrays fit together.
+
+    Raises:
+        ValueError: They do not; names the array.
+    """
+    for split in ("train", "test"):
+        pixels, labels = getattr(images, f"{split}_images"), getattr(images, f"{split}_labels")
+        if isinstance(pixels, np.ndarray) and (pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3):
+            raise ValueError(f"{split}_images must be uint8 [N, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
+        if labels.shape != (len(pixels),) or not np.issubdtype(labels.dtype, np.integer):
+            wanted = f"integers of shape [{len(pixels)}], one an image"
+            raise ValueError(f"{split}_labels must be {wanted}, got {labels.dtype} {list(labels.shape)}")
+    return images
+
+
+def _cifar100(root: Path, download: bool) -> Images:
+    from torchvision.datasets import CIFAR100
+
+    try:
+        train, test = CIFAR100(str(root), True, download=download), CIFAR100(str(root), False)
+    except RuntimeError as error:  # torchvision looks at the checksums before it opens the files
+        raise FileNotFoundError(
+            f"cifar100 is not whole: looked for {(root / CIFAR100.base_folder).absolute()} with the files train, test "
+            f"and meta of {CIFAR100.filename}; unpack it there, set data_root, or set download to true"
+        ) from error
+    labels = (np.asarray(side.targets, dtype=np.int64) for side in (train, test))
+    return Images(train.data, next(labels), test.data, next(labels), list(train.classes))
+
+
+# ---------------------------------------------------------------------- IDX files
+
+
+def _fashion_mnist(root: Path, download: bool) -> Images:
+    places = [root / "fashion-mnist", root / "FashionMNIST" / "raw"]
+    found = [place for place in places if place.is_dir()]
+    if not found and download:
+        from torchvision.datasets import FashionMNIST
+
+        FashionMNIST(str(root), download=True)
+        found = places[1:]
+    images = _idx((found or places)[0])
+    images.class_names = list(_FASHION)
+    return images
+
+
+def _idx(folder: Path) -> Images:
+    arrays: list[Any] = []
+    for split in ("train", "test"):
+        pixels, labels = (_read_idx(folder, name) for name in _IDX[split])
+        if pixels.ndim != 3 or labels.ndim != 1:
+            raise ValueError(f"{folder}: the {split} files must hold images [N, H, W] and labels [N]")
+        arrays += [np.repeat(pixels[..., None], 3, axis=3), labels.astype(np.int64)]
+    return checked(Images(*arrays))
+
+
+def _read_idx(folder: Path, name: str) -> np.ndarray:
+    """The array in an IDX file of unsigned bytes: 0, 0, 8, the number of dimensions, each in 4 bytes, the values."""
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{name} (or {name}.gz) is missing: looked for it in {folder.absolute()}")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is cut short or no gzip file: {error}") from error
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} is no IDX file of unsigned bytes, it begins {content[:4].hex(' ')}")
+    head = 4 + 4 * content[3]
+    shape = np.frombuffer(content[4:head], dtype=">u4").astype(int).tolist()
+    if len(content) - head != int(np.prod(shape)):
+        raise ValueError(
+            f"{path} must hold {int(np.prod(shape))} bytes for its shape {shape}, got {len(content) - head}"
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=head).reshape(shape)
+
+
+# ---------------------------------------------------------------------- class folders
+
+
+def _class_folders(root: Path, corrupt: str) -> Images:
+    from torchvision.datasets import ImageFolder
+
+    for split in ("train", "test"):
+        if not (root / split).is_dir():
+            raise FileNotFoundError(
+                f"no data at {root.absolute()}: expected {root / 'train'}/<class>/<image> and "
+                f"{root / 'test'}/<class>/<image>; move it there, or set data_root"
+            )
+    train, test = ImageFolder(str(root / "train")), ImageFolder(str(root / "test"))
+    if train.classes != test.classes:
+        only = {"train": set(train.classes) - set(test.classes), "test": set(test.classes) - set(train.classes)}
+        said = "; ".join(f"only in {side}: {_some(sorted(names))}" for side, names in only.items() if names)
+        raise ValueError(f"{root}: train and test must hold the same class folders; {said}")
+    arrays: list[Any] = []
+    for side in (train, test):
+        samples = [(Path(path), label) for path, label in side.samples]
+        if corrupt == "skip":
+            samples = _whole(samples)
+        arrays += [ImageFiles([path for path, _ in samples]), np.array([label for _, label in samples], dtype=np.int64)]
+    arrays.append(list(train.classes))
+    return Images(*arrays)
+
+
+def _whole(samples: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
+    """The samples whose image can be decoded; a warning names the others."""
+    files = ImageFiles([path for path, _ in samples])
+
+    def fault(index: int) -> bool:
+        try:
+            files[index]
+        except ValueError:
+            return True
+        return False
+
+    with ThreadPoolExecutor() as pool:  # decoders leave Python's lock
+        faults = list(pool.map(fault, range(len(samples))))
+    bad = [str(path) for (path, _), broken in zip(samples, faults) if broken]
+    if bad:
+        warnings.warn(f"left out {len(bad)} images that cannot be decoded: {_some(bad)}", stacklevel=2)
+    return [sample for sample, broken in zip(samples, faults) if not broken]
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,244 @@
+"""Data sets in every format, written small by the tests, and how stored images become batches."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR100
+
+from plora_ext.cil import Settings
+from plora_ext.cil.engine import load_data
+from plora_ext.data import ImageFiles, Preparation, View, load_images
+from plora_ext.data import view as views
+from plora_ext.data.sets import FOLDERS
+
+SPLITS = ("train", "test")
+
+
+def pixels(number: int, size: int = 12, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (number, size, size, 3), dtype=np.uint8)
+
+
+def write_folders(root: Path, classes: tuple[str, ...] = ("ant", "bee", "cat"), each: int = 2) -> Path:
+    for s, split in enumerate(SPLITS):
+        for c, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            for i, image in enumerate(pixels(each, seed=10 * s + c)):
+                Image.fromarray(image).save(root / split / name / f"{i}.png")
+    return root
+
+
+def write_idx(folder: Path, zipped: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    folder.mkdir(parents=True, exist_ok=True)
+    images, labels = pixels(6)[..., 0], np.array([0, 1, 2, 0, 1, 2], dtype=np.uint8)
+    for stem in ("train", "t10k"):
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            content = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+            path = folder / f"{stem}-{kind}-ubyte{'.gz' if zipped else ''}"
+            path.write_bytes(gzip.compress(content) if zipped else content)
+    return images, labels
+
+
+def prepared(images: np.ndarray | ImageFiles, **changes) -> View:
+    return View(images, Preparation(**{"image_size": 8, "mean": [0.5] * 3, "std": [0.25] * 3, **changes}))
+
+
+def whole(view: View, batch_size: int = 4) -> torch.Tensor:
+    return torch.cat(list(view.split(batch_size)))
+
+
+def epoch(view: View, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    rows, batches = zip(*view.epoch(torch.randperm(len(view)), 4))
+    return torch.cat(rows), torch.cat(batches)
+
+
+# ---------------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, None])
+def test_class_folders(name: str | None, tmp_path: Path) -> None:
+    folder = write_folders(tmp_path / (FOLDERS[name] if name else "mine"))
+    data = load_images(name, tmp_path) if name else load_images(str(folder))
+    assert data.class_names == ["ant", "bee", "cat"]
+    assert data.train_labels.tolist() == data.test_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    np.testing.assert_array_equal(data.test_images[3], pixels(2, seed=11)[1])
+
+
+def test_idx_files(tmp_path: Path) -> None:
+    images, labels = write_idx(tmp_path / "fashion-mnist")
+    data = load_images("fashion-mnist", tmp_path)
+    np.testing.assert_array_equal(data.train_images, np.stack([images] * 3, -1))
+    np.testing.assert_array_equal(data.test_labels, labels)
+    assert data.class_names is not None and len(data.class_names) == 10
+    write_idx(tmp_path / "FashionMNIST" / "raw", zipped=False)  # torchvision's layout, and any folder by its path
+    for again in (load_images(str(tmp_path / "FashionMNIST" / "raw")), load_images("fashion-mnist", tmp_path)):
+        np.testing.assert_array_equal(again.train_images, data.train_images)
+
+
+def test_cifar100_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / CIFAR100.base_folder
+    folder.mkdir()
+    flat = pixels(4, 32).transpose(0, 3, 1, 2).reshape(4, -1)
+    contents = {name: {"data": flat, "fine_labels": [0, 1, 2, 2]} for name in SPLITS}
+    sums = {}
+    for name, content in {**contents, "meta": {"fine_label_names": ["a", "b", "c"]}}.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    with pytest.raises(FileNotFoundError, match=r"cifar100 is not whole: looked for .*cifar-100-python .*data_root"):
+        load_images("cifar100", tmp_path)  # the checksums of the real set: nothing is unpickled
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
+    data = load_images("cifar100", tmp_path)
+    np.testing.assert_array_equal(data.train_images, pixels(4, 32))
+    assert data.test_labels.tolist() == [0, 1, 2, 2] and data.class_names == ["a", "b", "c"]
+
+
+def test_settings_name_the_data(tmp_path: Path) -> None:
+    write_folders(tmp_path / "cub")
+    data = load_data(Settings(data="cub", data_root=str(tmp_path)))
+    assert len(data.train_images) == 6
+    digest = data.digest()
+    assert digest == load_images(str(tmp_path / "cub")).digest()
+    (tmp_path / "cub" / "test" / "cat" / "new.png").write_bytes((tmp_path / "cub/test/cat/0.png").read_bytes())
+    assert load_images("cub", tmp_path).digest() != digest
+
+
+# ---------------------------------------------------------------------- what is wrong with data
+
+
+def test_missing_folders_say_where_and_how(tmp_path: Path) -> None:
+    expected = rf"no data at {tmp_path}/imagenet-r: expected .*train/<class>/<image> and .*test/<class>.*set data_root"
+    with pytest.raises(FileNotFoundError, match=expected):
+        load_images("imagenet-r", tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match="train-images-idx3-ubyte .* is missing: looked for it in .*fashion-mnist"
+    ):
+        load_images("fashion-mnist", tmp_path)
+    with pytest.raises(FileNotFoundError, match="'some/folder' is no folder, looked for at /"):
+        load_images("some/folder")
+    with pytest.raises(ValueError, match="unknown data 'imagenet-s'; did you mean 'imagenet-r'?"):
+        load_images("imagenet-s")
+
+
+def test_class_folders_that_differ(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    (tmp_path / "test" / "cat").rename(tmp_path / "test" / "dog")
+    with pytest.raises(ValueError, match="same class folders; only in train: cat; only in test: dog"):
+        load_images(str(tmp_path))
+
+
+def test_idx_files_cut_short(tmp_path: Path) -> None:
+    write_idx(tmp_path, zipped=False)
+    labels = tmp_path / "train-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte must hold 6 bytes for its shape \[6\], got 5"):
+        load_images(str(tmp_path))
+    labels.write_bytes(b"PK\3\4")
+    with pytest.raises(ValueError, match="is no IDX file of unsigned bytes, it begins 50 4b"):
+        load_images(str(tmp_path))
+    labels.unlink()
+    labels.with_suffix(".gz").write_bytes(gzip.compress(b"much")[:-4])
+    with pytest.raises(ValueError, match="cut short or no gzip file"):
+        load_images(str(tmp_path))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_image_is_named_or_left_out(tmp_path: Path, workers: int) -> None:
+    write_folders(tmp_path)
+    bad = tmp_path / "train" / "bee" / "0.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    view = prepared(load_images(str(tmp_path)).train_images, workers=workers)
+    with pytest.raises(ValueError, match=rf"^{bad} is no image that can be decoded .*set corrupt to skip$"):
+        whole(view)
+    with pytest.warns(UserWarning, match=f"left out 1 images that cannot be decoded: {bad}"):
+        data = load_images(str(tmp_path), corrupt="skip")
+    assert data.train_labels.tolist() == [0, 0, 1, 2, 2]
+    assert len(whole(prepared(data.train_images, workers=workers))) == 5
+
+
+class _Deadly(ImageFiles):
+    def __getitem__(self, index: int) -> np.ndarray:
+        os._exit(3)
+
+
+def test_a_dead_worker_names_the_setting() -> None:
+    view = prepared(_Deadly([Path("a")] * 4), workers=1)
+    with pytest.raises(ChildProcessError, match="a data worker died .* lower workers, or set it to 0"):
+        whole(view)
+
+
+# ---------------------------------------------------------------------- batches
+
+
+def test_files_give_the_pixels_of_arrays(tmp_path: Path) -> None:
+    files = load_images(str(write_folders(tmp_path))).train_images
+    arrays = np.stack([files[i] for i in range(len(files))])
+    expected = whole(prepared(arrays))
+    for workers in (0, 2):
+        assert torch.equal(whole(prepared(files, workers=workers)), expected)
+        assert torch.equal(epoch(prepared(files, workers=workers))[1], epoch(prepared(arrays))[1])
+
+
+def test_arrays_are_resized_once_or_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = prepared(pixels(7))
+    monkeypatch.setattr(views, "READY_BYTES", 0)
+    lazy = prepared(pixels(7))
+    assert kept._ready is not None and lazy._ready is None
+    assert torch.equal(whole(kept), whole(lazy)) and torch.equal(epoch(kept)[1], epoch(lazy)[1])
+
+
+@pytest.mark.parametrize("transform", ["resize", "pilot"])
+def test_selections(transform: str) -> None:
+    view = prepared(pixels(9), transform=transform)
+    everything, rows = whole(view), torch.tensor([7, 2, 2, 0])
+    chosen = view[rows]
+    assert len(chosen) == 4 and len(view) == 9
+    assert torch.equal(whole(chosen), everything[rows])
+    assert torch.equal(whole(chosen[torch.tensor([1, 3])]), everything[[2, 0]])
+    plain = prepared(pixels(9), transform=transform, augment=False)
+    order, batches = epoch(plain)
+    assert torch.equal(batches, everything[order])
+
+
+def test_pilot_transforms_are_those_of_pilot() -> None:
+    """Against torchvision's first-generation transforms, as LAMDA-PILOT composes them, under the same seeds."""
+    from torchvision import transforms as v1
+
+    images = pixels(5, 40)
+    view = prepared(images, image_size=28, transform="pilot", mean=[0.0] * 3, std=[1.0] * 3)
+    test = v1.Compose([v1.Resize(32, v1.InterpolationMode.BICUBIC), v1.CenterCrop(28), v1.ToTensor()])
+    assert torch.equal(whole(view), torch.stack([test(Image.fromarray(image)) for image in images]))
+
+    train = v1.Compose(
+        [v1.RandomResizedCrop(28, (0.05, 1.0), (3 / 4, 4 / 3)), v1.RandomHorizontalFlip(), v1.ToTensor()]
+    )
+    order, batches = epoch(view, seed=3)
+    torch.manual_seed(3)
+    assert torch.equal(torch.randperm(5), order)
+    for row, seed, batch in zip(order, torch.randint(2**62, (5,)).tolist(), batches):
+        torch.manual_seed(seed)
+        assert torch.equal(train(Image.fromarray(images[row])), batch)
+
+
+def test_pilot_batches_do_not_depend_on_workers() -> None:
+    views_ = [prepared(pixels(9), transform="pilot", workers=workers) for workers in (0, 1, 2)]
+    first, *others = [epoch(view, seed=1) for view in views_]
+    state = torch.get_rng_state()
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other))
+    assert torch.equal(epoch(views_[0], seed=1)[1], first[1]) and torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(epoch(views_[0], seed=2)[1], first[1])
+    order = torch.arange(9)
+    one, two = (torch.cat([b for _, b in views_[0].epoch(order, 4)]) for _ in range(2))
+    assert not torch.equal(one, two)  # another epoch, other crops
