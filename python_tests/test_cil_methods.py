@@ -9,9 +9,12 @@ from timm.models.vision_transformer import VisionTransformer
 
 from plora_ext.cil import Images, Result, Settings, run
 from plora_ext.cil.engine import pick_device
+from plora_ext.cil.heads import HEADS
+from plora_ext.cil.inflora import Subspaces, share_after
 from plora_ext.cil.methods import METHODS, Method
 from plora_ext.cil.training import Progress, Trainer
 from plora_ext.data import Backbone
+from plora_ext.nn import MultiLoRALinear
 
 CLASSES = 6
 
@@ -63,6 +66,76 @@ PAIRS = [
 @pytest.mark.parametrize(("fusion", "onto"), PAIRS)
 def test_fusion_rules(fusion: str, onto: str, images: Images) -> None:
     assert learn(images, fusion=fusion, onto=onto, epochs=1).curve[-1] > 100 / CLASSES
+
+
+@pytest.mark.parametrize("method", ["plora", "lora-first", "joint"])
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_in_the_loop(head: str, method: str, images: Images) -> None:
+    result = learn(images, method=method, head=head, projections=100, replay_epochs=5, epochs=1)
+    assert result.curve[-1] > 2 * 100 / CLASSES and "head" in result.seconds
+
+
+def adapted(kept: list[Method], images: Images, **settings) -> dict[str, MultiLoRALinear]:
+    """The adapted layers after a run of plora."""
+
+    def make(trainer: Trainer, s: Settings) -> Method:
+        kept.append(METHODS["plora"](trainer, s))
+        return kept[-1]
+
+    learn(images, make=make, **settings)
+    return kept[-1].adapters.layers  # type: ignore[attr-defined]
+
+
+def test_sd_lora_is_its_formula(images: Images) -> None:
+    """Delta W = a_t B_t A_t + sum over i < t of a_i B_i A_i / (|B_i| |A_i|), one learned a_i for all layers."""
+    kept: list[Method] = []
+    layers = adapted(kept, images, fusion="learned", target_modules=["q", "v"], epochs=2)
+    magnitudes = kept[0].coefficients.tolist()  # type: ignore[attr-defined]
+    assert len(magnitudes) == 3 and all(a != 0.8 for a in magnitudes)
+    for layer in layers.values():
+        expected = layer.base_layer.weight.clone()
+        for i, name in enumerate(layer.adapter_names):
+            for (start, stop), (A, B) in zip(layer.slices.values(), layer.pairs(name)):
+                norms = 1 if i == 2 else A.norm() * B.norm()
+                expected[start:stop] += magnitudes[i] * (B @ A) / norms
+        torch.testing.assert_close(layer.weight, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_inflora_is_its_formula_and_spares_old_inputs(images: Images) -> None:
+    kept: list[Method] = []
+    settings = {"fusion": "sum", "onto": "fused", "init": "inflora", "target_modules": ["k", "v"], "subspace": 0.8}
+    layers = adapted(kept, images, **settings)
+    for key, layer in layers.items():
+        basis = kept[0].subspaces.bases[key]  # type: ignore[attr-defined]
+        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-4, rtol=0)
+        expected = layer.base_layer.weight.clone()
+        for i, name in enumerate(layer.adapter_names):
+            (A, _), (A_v, _) = layer.pairs(name)
+            torch.testing.assert_close(A @ A.T, torch.eye(4) / 3, atol=1e-4, rtol=0)
+            assert torch.equal(A, A_v)
+            if i:  # what M held after the first task, its first columns, the later ones are orthogonal to
+                assert (A @ basis[:, :1]).abs().max() < 1e-4
+            for (start, stop), (A, B) in zip(layer.slices.values(), layer.pairs(name)):
+                assert B.abs().max() > 0
+                expected[start:stop] += B @ A
+        torch.testing.assert_close(layer.weight, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_subspace_grows_to_its_share() -> None:
+    def gram(*values: float) -> torch.Tensor:
+        rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1)))[0]
+        return rotation @ torch.diag(torch.tensor(values).float()) @ rotation.T
+
+    spaces = Subspaces()
+    spaces.grow({"a": gram(3, 2, 1, 0)}, 0.95)  # squares 9, 4, 1: shares 0.64, 0.93, 1; the authors stop before it
+    assert spaces.bases["a"].shape == (4, 2)
+    spaces.grow({"a": gram(3, 2, 1, 0)}, 0.92)
+    assert spaces.bases["a"].shape == (4, 2)  # 0.93 is enough
+    spaces.grow({"a": gram(3, 2, 1, 0.5)}, 0.95)
+    assert spaces.bases["a"].shape == (4, 3)
+    spaces.grow({"a": gram(1, 1, 1, 1)}, 1.0)
+    assert spaces.bases["a"].shape == (4, 4)
+    assert [share_after(t, 10, 0.9) for t in (0, 5)] == [0.9, 0.95]
 
 
 @pytest.mark.parametrize("alignment", ["none", "complement", "shift", "sdc", "ridge", "semantic"])

@@ -85,6 +85,10 @@ def test_words_of_the_command_line(name: str, text: str, value: object) -> None:
         ({"tasks": [0, 1]}, r"tasks must be list\[int\], got 0"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
         ({"fusion": "learned", "onto": "base"}, "needs onto 'fused'"),
+        ({"init": "inflora", "fusion": "sum"}, "init inflora needs fusion sum and onto fused, got sum and base"),
+        ({"workers": -1}, "workers must be at least 0, got -1"),
+        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"shrinkage": 2}, r"shrinkage must be in \[0, 1\], got 2"),
     ],
 )
 def test_what_is_refused(values: dict, message: str) -> None:

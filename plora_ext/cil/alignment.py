@@ -38,15 +38,18 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def drift_map(before: Tensor, after: Tensor, ridge: float) -> Tensor:
-    """R [D, D], float64: argmin over R of |F R - (F' - F)|^2 + l |R|^2, with l = ridge * mean(diag(F'F)).
-
-    Solved in float64 by Cholesky. Without a ridge, when fewer images than features leave no sound Cholesky factor, the
-    solution of least norm is taken.
-    """
+    """R [D, D], float64: argmin over R of |F R - (F' - F)|^2 + l |R|^2, with l = ridge * mean(diag(F'F))."""
     before, after = before.double(), after.double()
     gram = before.T @ before
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    right = before.T @ (after - before)
+    return solve_ridge(gram, before.T @ (after - before), ridge * gram.diagonal().mean())
+
+
+def solve_ridge(gram: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
+    """(gram + ridge I)^-1 right in float64, by Cholesky; `gram` symmetric, changed in place.
+
+    Without a ridge, when fewer images than features leave no sound Cholesky factor, the solution of least norm.
+    """
+    gram.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)
     if failed or ridge == 0:
         return torch.linalg.pinv(gram, hermitian=True) @ right

@@ -163,6 +163,7 @@ def run(
     look = prepare(settings, backbone, device)
     train, test = View(data.train_images, look), View(data.test_images, look)
     tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
+    trainer.num_tasks = len(tasks)
     evaluator = Evaluator(method, tasks, test, stream.task_of_class())
 
     start, curve, matrix = time.perf_counter(), [], []

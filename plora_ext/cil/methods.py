@@ -16,6 +16,8 @@ from torch import Tensor
 from plora_ext import ops
 from plora_ext.cil import fusion
 from plora_ext.cil.alignment import align, class_means
+from plora_ext.cil.heads import create_head
+from plora_ext.cil.inflora import InputGrams, Subspaces, share_after
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer
@@ -36,6 +38,7 @@ class Method(ABC):
         self.trainer, self.settings = trainer, settings
         self.prototypes: Tensor | None = None
         self.head = CosineHead(settings.scale).to(trainer.device)
+        self.classifier = None if settings.head == "cosine" else create_head(settings.head, settings, trainer.device)
         self.space = 0
         self.passes = 1
 
@@ -55,6 +58,8 @@ class Method(ABC):
     def logits(self, features: Tensor) -> Tensor:
         """Logits [n, classes seen] of features in the current space."""
         assert self.prototypes is not None, "learn a task first"
+        if self.classifier is not None:
+            return self.classifier(features)
         return self.head(features, self.prototypes)
 
     def predict(self, images: View) -> Tensor:
@@ -64,8 +69,17 @@ class Method(ABC):
     def _append_means(self, task: Task, images: View, labels: Tensor) -> None:
         """Appends the means of the task's classes to the prototypes."""
         with self.trainer.phases("prototypes"):
-            new = class_means(self.features(images), labels, len(task.classes))
+            features = self.features(images)
+            new = class_means(features, labels, len(task.classes))
         self.prototypes = new if self.prototypes is None else torch.cat([self.prototypes, new])
+        self._teach(None, features, labels)
+
+    def _teach(self, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
+        """Hands a task to the head that learns from features, where there is one (plora_ext.cil.heads)."""
+        if self.classifier is not None:
+            assert self.prototypes is not None
+            with self.trainer.phases("head"):
+                self.classifier.learn(self.prototypes, before, after, labels)
 
 
 class SimpleCIL(Method):
@@ -84,7 +98,8 @@ class _Adapted(Method):
         self.adapters = adapters or inject(trainer.model, s.target_modules, s.r, s.lora_alpha, s.lora_dropout)
 
     def _fit(self, task: Task, images: View, labels: Tensor, extra: tuple[Tensor, ...] = ()) -> None:
-        parameters = [*self.adapters.parameters(self.adapters.names[-1]), *extra]
+        newest = self.adapters.parameters(self.adapters.names[-1])
+        parameters = [*(p for p in newest if p.requires_grad), *extra]
         with self.trainer.phases("train"):
             self.trainer.fit(task.index, parameters, images, labels, len(task.classes))
 
@@ -127,6 +142,7 @@ class PLoRA(_Adapted):
         super().__init__(trainer, settings, adapters)
         self.task_means: list[Tensor] = []  # of fusion: similarity
         self.coefficients = torch.empty(0)
+        self.subspaces = Subspaces()  # of init: inflora
 
     def learn(self, task: Task, images: View, labels: Tensor) -> None:
         before = None
@@ -139,11 +155,12 @@ class PLoRA(_Adapted):
             new = class_means(after, labels, len(task.classes))
         if self.prototypes is None or before is None:
             self.prototypes = new
-            return
-        with self.trainer.phases("align"):
-            s = self.settings
-            old = align(s.alignment, self.prototypes, before, after, labels, tau=s.tau, ridge=s.ridge)
-        self.prototypes = torch.cat([old, new])
+        else:
+            with self.trainer.phases("align"):
+                s = self.settings
+                old = align(s.alignment, self.prototypes, before, after, labels, tau=s.tau, ridge=s.ridge)
+            self.prototypes = torch.cat([old, new])
+        self._teach(before, after, labels)
 
     def train_and_fuse(self, task: Task, images: View, labels: Tensor) -> None:
         """Trains the task's adapter, alone or beside the others, and fuses all of them."""
@@ -166,9 +183,19 @@ class PLoRA(_Adapted):
             self.coefficients = fusion.coefficients(s.fusion, len(older) + 1, task_means=means, tau=s.fusion_tau)
             if s.onto == "fused":
                 self.adapters.set_adapter([*older, name], self.coefficients)
+            if s.init == "inflora":  # the new B is zero: these are the inputs of the model before the task
+                self.subspaces.design(self.adapters, name, self._input_grams(images))
             self._fit(task, images, labels)
+            if s.init == "inflora":
+                share = share_after(task.index, self.trainer.num_tasks, s.subspace)
+                self.subspaces.grow(self._input_grams(images), share)
         self.space = task.index
         self.activate()
+
+    def _input_grams(self, images: View) -> dict[str, Tensor]:
+        with self.trainer.phases("subspace"), InputGrams(self.adapters) as grams:
+            self.trainer.features(images)
+        return grams.means()
 
     def activate(self) -> None:
         """Makes the fused model the active one."""

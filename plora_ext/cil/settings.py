@@ -60,9 +60,10 @@ class Settings:
     onto: Literal["base", "fused"] | None = _setting(
         None, "train a new adapter on the frozen backbone or on the fused model (null: base, or what fusion needs)"
     )
-    init: Literal["first", "fresh"] | None = _setting(
-        None, "start a new adapter from task 0's or from nothing (null: first on base, fresh on fused)"
+    init: Literal["first", "fresh", "inflora"] | None = _setting(
+        None, "start a new adapter from task 0's, from nothing, or as InfLoRA does (null: first on base, else fresh)"
     )
+    subspace: float = _setting(0.95, "init inflora: share of a layer's inputs to protect, after the first task")
 
     fusion: Literal["mean", "sum", "similarity", "learned"] = _setting("mean", "rule of the adapters' coefficients")
     fusion_tau: float = _setting(0.1, "temperature of fusion: similarity")
@@ -71,6 +72,12 @@ class Settings:
     )
     tau: float = _setting(0.05, "temperature of the similarities between prototypes in the alignment")
     ridge: float = _setting(0.1, "ridge strength of the drift map, relative to the mean of diag(F'F)")
+    head: Literal["cosine", "gaussian", "ranpac", "replay"] = _setting(
+        "cosine", "classifier: cosine to the prototypes, or one that learns from features"
+    )
+    shrinkage: float = _setting(0.7, "head gaussian: how far a class's covariance is drawn to the mean of all")
+    projections: int = _setting(2000, "head ranpac: random projections (the authors': 10000)")
+    replay_epochs: int = _setting(20, "head replay: draws from the classes' Gaussians after each task")
     ensemble_tau: float = _setting(0.1, "temperature of plora-ensemble's completion of prototypes")
     ensemble_alpha: float = _setting(1.0, "weight of the other tasks' subspaces in plora-ensemble")
 
@@ -89,18 +96,35 @@ class Settings:
     def __post_init__(self) -> None:
         for name, kind in _types().items():
             setattr(self, name, _checked(name, getattr(self, name), kind))
-        for name in ("increment", "r", "epochs", "batch_size", "eval_batch_size", "image_size"):
+        for name in (
+            "increment",
+            "r",
+            "epochs",
+            "batch_size",
+            "eval_batch_size",
+            "image_size",
+            "projections",
+            "replay_epochs",
+        ):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("fusion_tau", "tau", "ensemble_tau", "lr", "scale"):
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         for name in ("init_cls", "ridge", "ensemble_alpha", "weight_decay", "seed"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _require(self.workers is None or self.workers >= 0, "workers", "at least 0", self.workers)
+        _require(0 < self.subspace <= 1, "subspace", "in (0, 1]", self.subspace)
+        _require(0 <= self.shrinkage <= 1, "shrinkage", "in [0, 1]", self.shrinkage)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
+        if self.head != "cosine" and self.method == "plora-ensemble":
+            raise ValueError(
+                f"head {self.head!r} works in one feature space, plora-ensemble has one a task: use cosine"
+            )
         if self.onto is None:
             self.onto = "fused" if self.fusion == "learned" else "base"
         if self.init is None:
             self.init = "first" if self.onto == "base" else "fresh"
+        if self.init == "inflora" and (self.fusion, self.onto) != ("sum", "fused"):
+            raise ValueError(f"init inflora needs fusion sum and onto fused, got {self.fusion} and {self.onto}")
         if self.fusion == "learned" and self.onto == "base":
             raise ValueError("fusion 'learned' trains its coefficients beside the new adapter: it needs onto 'fused'")
 

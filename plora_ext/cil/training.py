@@ -85,6 +85,7 @@ class Trainer:
     def __init__(self, model: nn.Module, settings: Settings, device: torch.device, progress: Progress | None = None):
         self.model, self.settings, self.device = model, settings, device
         self.progress = progress or Progress()
+        self.num_tasks = 1
         self.phases = Phases(device)
 
     def _forward(self, images: Tensor) -> Tensor:

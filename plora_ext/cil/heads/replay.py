@@ -1,0 +1,54 @@
+"""`replay`: classifier alignment, a linear classifier trained on samples of every class's Gaussian (SLCA, ICCV 2023).
+
+After each task all classes seen so far give features drawn from N(p_c, S_c), equally many, and a linear layer is
+trained from zero on them by cross-entropy. Here p_c and S_c follow the drift of the fused model; features are
+standardised by the mean and the total variance of the Gaussians.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plora_ext.cil.heads.base import CovarianceHead
+
+_SAMPLES, _BATCH, _LR, _DECAY = 64, 256, 1e-2, 5e-4  # a class and epoch; a step; AdamW's
+
+
+class Replay(CovarianceHead):
+    """See above; `replay_epochs` draws of all classes.
+
+    Attributes:
+        weight, bias: float32 [C, D] and [C], for features as they are.
+    """
+
+    def learn(self, prototypes: Tensor, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
+        self.take_in(before, after, labels)
+        means, number = prototypes.float(), len(prototypes)
+        shared = self.covariances.mean(0).diag()
+        floor = 1e-3 * shared.mean().clamp_min(1e-12) * torch.eye(means.shape[1], device=means.device)
+        factors = torch.linalg.cholesky(self.covariances.double() + floor).float()
+        centre, spread = means.mean(0), (shared + means.var(0, correction=0)).sqrt().clamp_min(1e-6)
+
+        weight = torch.zeros_like(means, requires_grad=True)
+        bias = torch.zeros(number, device=means.device, requires_grad=True)
+        optimizer = torch.optim.AdamW([weight, bias], _LR, weight_decay=_DECAY)
+        labels = torch.arange(number).repeat_interleave(_SAMPLES).to(means.device)
+        epochs, steps = self.settings.replay_epochs, math.ceil(len(labels) / _BATCH)
+        for epoch in range(epochs):
+            noise = torch.randn(number, _SAMPLES, means.shape[1]).to(means.device)
+            drawn = (means[:, None] + noise @ factors.mT).flatten(0, 1)
+            for step, rows in enumerate(torch.randperm(len(drawn)).to(means.device).split(_BATCH)):
+                optimizer.param_groups[0]["lr"] = _LR * (1 + math.cos(math.pi * (epoch + step / steps) / epochs)) / 2
+                logits = F.linear((drawn[rows] - centre) / spread, weight, bias)
+                optimizer.zero_grad()
+                F.cross_entropy(logits, labels[rows]).backward()
+                optimizer.step()
+        self.weight = weight.detach() / spread
+        self.bias = bias.detach() - self.weight @ centre
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return F.linear(features.float(), self.weight, self.bias)

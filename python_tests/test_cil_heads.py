@@ -1,0 +1,140 @@
+"""The heads on given features, against their formulas, and in the loop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plora_ext.cil import Settings
+from plora_ext.cil.alignment import align, class_means, drift_map
+from plora_ext.cil.heads import HEADS, create_head
+from plora_ext.cil.heads.ranpac import RIDGES, best_ridge
+
+CPU = torch.device("cpu")
+D = 6
+
+
+def blobs(classes: range, each: int = 40) -> tuple[Tensor, Tensor]:
+    """Features of classes with covariances of their own, and labels from 0."""
+    parts = []
+    for c in classes:
+        generator = torch.Generator().manual_seed(c)
+        factor = torch.randn(D, D, generator=generator)
+        parts.append(torch.randn(each, D, generator=generator) @ factor + 2 * torch.randn(D, generator=generator))
+    return torch.cat(parts), torch.arange(len(classes)).repeat_interleave(each)
+
+
+def taught(name: str, moves: Tensor | None = None, **settings) -> tuple:
+    """A head after two tasks of three and two classes; the space moves by `moves` before the second."""
+    s = Settings(**{"projections": 50, "replay_epochs": 5, "alignment": "ridge", "ridge": 1e-9, **settings})
+    head = create_head(name, s, CPU)
+    x, y = blobs(range(3))
+    prototypes = class_means(x, y, 3)
+    head.learn(prototypes, None, x, y)
+    after, y2 = blobs(range(3, 5))
+    before = None if moves is None else after @ torch.linalg.inv(moves)
+    if before is not None:
+        prototypes = align("ridge", prototypes, before, after, y2, ridge=s.ridge)
+        x = x @ moves
+    prototypes = torch.cat([prototypes, class_means(after, y2, 2)])
+    head.learn(prototypes, before, after, y2)
+    return head, torch.cat([x, after]), torch.cat([y, y2 + 3]), s
+
+
+def moving() -> Tensor:
+    return torch.eye(D) + 0.3 * torch.randn(D, D, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("moves", [None, moving()])
+def test_gaussian_is_the_discriminant_of_the_formula(moves: Tensor | None) -> None:
+    """Old classes too, after a linear move of the space: means and covariances are those of the moved features."""
+    head, x, y, s = taught("gaussian", moves)
+    own = torch.stack([torch.cov(x[y == c].T.double()) for c in range(5)])
+    shared, identity = own.mean(0), torch.eye(D, dtype=torch.float64)
+    expected = []
+    for c in range(5):
+        mixed = (1 - s.shrinkage) * own[c] + s.shrinkage * shared + 0.03 * shared.diag().mean() * identity
+        expected.append(torch.distributions.MultivariateNormal(x[y == c].double().mean(0), mixed).log_prob(x.double()))
+    given = head(x).double()
+    torch.testing.assert_close(given.log_softmax(1), torch.stack(expected, 1).log_softmax(1), atol=2e-3, rtol=1e-3)
+
+
+def test_covariances_stay_where_the_alignment_has_no_map() -> None:
+    still, moved = (taught("gaussian", moving(), alignment=name)[0].covariances for name in ("shift", "ridge"))
+    first = taught("gaussian")[0].covariances
+    assert torch.equal(still[:3], first[:3]) and not torch.equal(moved[:3], first[:3])
+    assert torch.equal(still[3:], moved[3:])
+
+
+def test_ranpac_over_tasks_is_ridge_regression_on_all_of_them() -> None:
+    head, x, y, s = taught("ranpac")
+    hidden = torch.relu(x @ head.weights).double()
+    second = slice(120, 200)
+    generator = torch.Generator().manual_seed(s.seed)
+    ridge = best_ridge(hidden[second].float(), F.one_hot(y[second] - 3).float(), generator)
+    expected = torch.linalg.solve(hidden.T @ hidden + ridge * torch.eye(50), hidden.T @ F.one_hot(y).double())
+    torch.testing.assert_close(head(x).double(), hidden @ expected, atol=2e-3, rtol=2e-3)
+
+
+def test_the_ridge_with_the_least_error_on_held_out_rows() -> None:
+    hidden, targets = torch.relu(torch.randn(60, 30)), F.one_hot(torch.arange(60) % 3).float()
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(4))
+    held, fitted = order[:12], order[12:]
+    errors = []
+    for ridge in RIDGES:
+        h = hidden[fitted].double()
+        w = torch.linalg.solve(h.T @ h + ridge * torch.eye(30), h.T @ targets[fitted].double())
+        errors.append((hidden[held].double() @ w - targets[held]).square().mean().item())
+    assert best_ridge(hidden, targets, torch.Generator().manual_seed(4)) == RIDGES[int(np.argmin(errors))]
+    assert best_ridge(hidden[:1], targets[:1], torch.Generator()) > 0  # nothing to hold out
+
+
+def test_ranpac_follows_the_drift_map_of_its_projections() -> None:
+    s = Settings(projections=20, alignment="semantic", ridge=0.1)
+    head = create_head("ranpac", s, CPU)
+    x, y = blobs(range(3))
+    head.learn(class_means(x, y, 3), None, x, y)
+    gram, target = head.gram.double(), head.target.double()
+    before, y2 = blobs(range(3, 5))
+    after = before @ moving()
+    head.learn(torch.zeros(5, D), before, after, y2)
+    h, k = (torch.relu(f @ head.weights) for f in (before, after))
+    moved = torch.eye(20) + drift_map(h, k, s.ridge)
+    new = F.one_hot(y2).double()
+    torch.testing.assert_close(
+        head.gram.double(), moved.T @ gram @ moved + k.T.double() @ k.double(), rtol=1e-3, atol=1
+    )
+    torch.testing.assert_close(head.target[:, :3].double(), moved.T @ target, rtol=1e-3, atol=0.1)
+    torch.testing.assert_close(head.target[:, 3:].double(), k.T.double() @ new, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_beat_the_cosine_where_covariances_matter(name: str) -> None:
+    head, x, y, _ = taught(name)
+    means = torch.stack([x[y == c].mean(0) for c in range(5)])
+    cosine = (F.normalize(x) @ F.normalize(means).T).argmax(1)
+    assert (head(x).argmax(1) == y).float().mean() > (cosine == y).float().mean()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_state_brings_a_head_back(name: str) -> None:
+    head, x, _, s = taught(name)
+    again = create_head(name, s, CPU)
+    again.restore(head.state())
+    assert torch.equal(again(x), head(x))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_one_image_of_a_class(name: str) -> None:
+    s = Settings(projections=20, replay_epochs=1)
+    head, (x, y) = create_head(name, s, CPU), blobs(range(2), each=1)
+    head.learn(class_means(x, y, 2), None, x, y)
+    assert head(x).isfinite().all()
+
+
+def test_an_ensemble_has_no_one_space() -> None:
+    with pytest.raises(ValueError, match="head 'ranpac' works in one feature space, plora-ensemble has one a task"):
+        Settings(method="plora-ensemble", head="ranpac")
