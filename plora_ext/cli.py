@@ -1,12 +1,14 @@
-"""The command line: `plora-ext demo | train | report | info`."""
+"""The command line: `plora-ext demo | train | eval | predict | report | info`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import NoReturn, get_args, get_type_hints
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from torch import OutOfMemoryError
 
@@ -33,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"unknown argument {unknown[0]!r}{known}")
         args.command(args)
     except KeyboardInterrupt:
-        print("interrupted: results of finished methods are kept, nothing else was written", file=sys.stderr)
+        resume = "; go on with --resume" if args.command is train else ""
+        print(f"interrupted: what was finished is kept, nothing else was written{resume}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, FloatingPointError, OutOfMemoryError) as error:
         if args.debug:
@@ -52,7 +55,41 @@ def demo(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     """One method, as the settings say."""
     settings = settings_from(args)
-    _run([settings], settings)
+    if args.resume and not args.config:  # what is not said is as it was
+        from plora_ext.cil.checkpoint import Checkpoint
+
+        before = Checkpoint(Path(settings.out), resume=True)
+        if before.manifest:
+            settings = settings_from(args, **before.settings)
+    _run([settings], settings, resume=args.resume)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Accuracy of a run's last checkpoint on its own test images."""
+    from plora_ext.cil.checkpoint import write_whole
+    from plora_ext.cil.trained import Trained
+
+    figures = Trained(args.run, **_given(args, ("device", "workers", "data_root"))).evaluate()
+    print(
+        f"{args.run}: {figures['accuracy']:.2f} % over {figures['classes_seen']} classes, "
+        f"after {figures['tasks_learned']} of {figures['tasks']} tasks"
+    )
+    print("on each task:", " ".join(f"{accuracy:.1f}" for accuracy in figures["task_accuracies"]))
+    if args.out:
+        write_whole(Path(args.out), (json.dumps(figures, indent=1) + "\n").encode())
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Classes of images, by a run's last checkpoint."""
+    from plora_ext.cil import trained
+    from plora_ext.data import ImageFiles
+
+    if Path(args.out).suffix not in (".csv", ".json"):
+        raise ValueError(f"out must end in .csv or .json, got {args.out!r}")
+    paths = trained.image_paths(args.images)
+    predictions = trained.Trained(args.run, **_given(args, ("device", "workers"))).predict(ImageFiles(paths))
+    trained.write_predictions(Path(args.out), paths, predictions)
+    print(f"written to {args.out}: {len(paths)} predictions")
 
 
 def report(args: argparse.Namespace) -> None:
@@ -79,31 +116,40 @@ def info(args: argparse.Namespace) -> None:
         print(facts.plans(args.plan, **{name: getattr(args, name) for name in keywords}))
 
 
-def _run(jobs: Sequence[Settings], shown: Settings) -> None:
+def _run(jobs: Sequence[Settings], shown: Settings, resume: bool | None = None) -> None:
+    """Runs jobs into one folder; with `resume` not None, a single job with a checkpoint."""
     from plora_ext.cil import report as reports
+    from plora_ext.cil.checkpoint import Checkpoint, exclusive
     from plora_ext.cil.console import ConsoleProgress
     from plora_ext.cil.engine import Result, load_data, make_stream, run
 
     folder = reports.prepare_folder(shown.out)
-    data = load_data(shown)
-    stream = make_stream(shown, data)
-    print(
-        f"{shown.data}: {len(data.train_images)} training and {len(data.test_images)} test images, "
-        f"{stream.num_classes} classes in {len(stream)} tasks"
-    )
-    results: list[Result] = []
-    with ConsoleProgress() as progress:
-        for job in jobs:
-            results.append(run(job, data=data, progress=progress))
-            reports.write_folder(folder, results, shown.to_yaml())
+    with exclusive(folder):
+        checkpoint = None if resume is None else Checkpoint(folder, resume)
+        data = load_data(shown)
+        stream = make_stream(shown, data)
+        print(
+            f"{shown.data}: {len(data.train_images)} training and {len(data.test_images)} test images, "
+            f"{stream.num_classes} classes in {len(stream)} tasks"
+        )
+        results: list[Result] = []
+        with ConsoleProgress() as progress:
+            for job in jobs:
+                results.append(run(job, data=data, progress=progress, checkpoint=checkpoint))
+                reports.write_folder(folder, results, shown.to_yaml())
     progress.console.print(reports.comparison_table(results))
     print(f"written to {folder}: metrics.json, accuracy.png, task_matrix.png, settings.yaml")
 
 
-def settings_from(args: argparse.Namespace, **defaults: str) -> Settings:
+def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The settings among `names` that were given as options."""
+    given = {name: getattr(args, name, None) for name in names}
+    return {name: parse(name, text) for name, text in given.items() if text is not None}
+
+
+def settings_from(args: argparse.Namespace, **defaults: Any) -> Settings:
     """The settings that a parser with `add_settings` has read: defaults, then the file, then the options."""
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
-    overrides = {name: parse(name, text) for name, text in given.items()}
+    overrides = _given(args, [f.name for f in fields(Settings)])
     config = getattr(args, "config", None)
     return Settings.load(config, {**({} if config else defaults), **overrides})
 
@@ -119,11 +165,17 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(prog="plora-ext", description=__doc__)
     parser.add_argument("--version", action="version", version=f"plora-ext {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="demo | train | report | info", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        required=True, metavar="demo | train | eval | predict | report | info", parser_class=_Parser
+    )
 
-    def command(function, **keywords) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    def command(function, name="", **keywords) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
         added = commands.add_parser(
-            function.__name__, help=function.__doc__, description=function.__doc__, allow_abbrev=False, **keywords
+            name or function.__name__,
+            help=function.__doc__,
+            description=function.__doc__,
+            allow_abbrev=False,
+            **keywords,
         )
         added.add_argument("--debug", action="store_true", help="show the traceback of an error")
         added.set_defaults(command=function, options=added._option_string_actions)
@@ -132,7 +184,21 @@ def _parser() -> argparse.ArgumentParser:
     add_settings(command(demo), skip=("method",))
     trainer = command(train)
     trainer.add_argument("-c", "--config", metavar="FILE", help="YAML file of settings; options override it")
+    trainer.add_argument("--resume", action="store_true", help="continue the run that the output folder holds")
     add_settings(trainer)
+    evaluator = command(evaluate, "eval")
+    evaluator.add_argument("run", metavar="RUN", help="a folder that train wrote")
+    evaluator.add_argument("--out", metavar="FILE", help="JSON file for the figures")
+    predictor = command(predict)
+    predictor.add_argument("run", metavar="RUN", help="a folder that train wrote")
+    predictor.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    predictor.add_argument(
+        "--out", default="predictions.csv", metavar="FILE", help=".csv or .json (default: %(default)s)"
+    )
+    for added in (evaluator, predictor):
+        added.add_argument("--device", metavar="VALUE", help="as in train (default: the run's)")
+        added.add_argument("--workers", metavar="VALUE", help="as in train (default: the run's)")
+    evaluator.add_argument("--data-root", metavar="VALUE", help="as in train (default: the run's)")
     reporter = command(report)
     reporter.add_argument("runs", nargs="+", metavar="RUN", help="a folder that demo or train wrote")
     reporter.add_argument("--out", default="plora-report", help="folder for the comparison (default: plora-report)")

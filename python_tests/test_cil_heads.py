@@ -113,7 +113,7 @@ def test_ranpac_follows_the_drift_map_of_its_projections() -> None:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_beat_the_cosine_where_covariances_matter(name: str) -> None:
-    head, x, y, _ = taught(name)
+    head, x, y, _ = taught(name, replay_epochs=100)
     means = torch.stack([x[y == c].mean(0) for c in range(5)])
     cosine = (F.normalize(x) @ F.normalize(means).T).argmax(1)
     assert (head(x).argmax(1) == y).float().mean() > (cosine == y).float().mean()

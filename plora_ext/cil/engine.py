@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from plora_ext.cil import metrics
+from plora_ext.cil.checkpoint import Checkpoint, fingerprint_of, set_rng_state
 from plora_ext.cil.methods import METHODS, Method
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task, TaskStream
@@ -139,8 +140,9 @@ def run(
     backbone: Backbone | None = None,
     progress: Progress | None = None,
     make: Callable[[Trainer, Settings], Method] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Result:
-    """Runs one method over the task stream; writes nothing.
+    """Runs one method over the task stream; writes nothing but the checkpoint.
 
     Args:
         settings: What to run.
@@ -148,9 +150,11 @@ def run(
         backbone: The backbone to use instead of the one that settings name; its model is changed in place.
         progress: Told of every step and task.
         make: Builds the method from (trainer, settings), instead of the one that settings name.
+        checkpoint: Saved after every epoch and task; a run that it holds is continued.
 
     Raises:
-        ValueError: Settings, labels or layers that do not fit.
+        ValueError: Settings, labels or layers that do not fit, or a checkpoint of another run.
+        OSError: The checkpoint cannot be written.
         FloatingPointError: A loss that is not finite.
     """
     device = pick_device(settings.device)
@@ -158,34 +162,49 @@ def run(
     stream = make_stream(settings, data)
     seed_everything(settings.seed)
     backbone = backbone or load_backbone(settings)
+    saved = checkpoint and checkpoint.begin(fingerprint_of(settings, data, backbone.model), settings.as_dict())
     trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, progress)
     method = (make or METHODS[settings.method])(trainer, settings)
     look = prepare(settings, backbone, device)
     train, test = View(data.train_images, look), View(data.test_images, look)
     tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
-    trainer.num_tasks = len(tasks)
+    trainer.num_tasks, trainer.checkpoint = len(tasks), checkpoint
     evaluator = Evaluator(method, tasks, test, stream.task_of_class())
 
-    start, curve, matrix = time.perf_counter(), [], []
+    record: dict[str, Any] = {"curve": [], "matrix": [], "seconds": {}, "peak_mb": {}, "total_seconds": 0.0}
     trainer.progress.begin(settings.method, len(tasks))
-    for task in tasks:
+    if saved:
+        record.update(saved["run"])
+        method.restore(saved["state"])
+        set_rng_state(saved["state"]["rng"])
+        trainer.phases.seconds, trainer.phases.peak_mb = dict(record["seconds"]), dict(record["peak_mb"])
+        for done, accuracy in enumerate(record["curve"]):
+            trainer.progress.task(done, accuracy)
+    start = time.perf_counter() - record["total_seconds"]
+    for task in tasks[len(record["curve"]) :]:
         labels = torch.from_numpy(task.train_labels - task.classes.start).to(device)
         method.learn(task, train[torch.from_numpy(task.train)], labels)
         with trainer.phases("eval"):
             accuracy, row = evaluator.after(task.index)
-        curve.append(accuracy)
-        matrix.append(row)
+        record["curve"].append(accuracy)
+        record["matrix"].append(row)
+        record["total_seconds"] = time.perf_counter() - start
+        if checkpoint:
+            costs = {"seconds": trainer.phases.seconds, "peak_mb": trainer.phases.peak_mb}
+            names = None if data.class_names is None else [data.class_names[c] for c in stream.class_order]
+            facts = {"tasks": len(tasks), "class_order": stream.class_order, "class_names": names}
+            checkpoint.save_task({**record, **costs, **facts}, method.state())
         trainer.progress.task(task.index, accuracy)
     return Result(
         settings=settings.as_dict(),
         classes_seen=[task.classes.stop for task in tasks],
         class_order=stream.class_order,
-        curve=curve,
-        matrix=matrix,
+        curve=record["curve"],
+        matrix=record["matrix"],
         passes=method.passes,
         seconds=trainer.phases.seconds,
         peak_mb=trainer.phases.peak_mb,
-        total_seconds=time.perf_counter() - start,
+        total_seconds=record["total_seconds"],
         num_train=len(train),
         num_test=len(test),
     )

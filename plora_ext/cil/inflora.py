@@ -14,7 +14,6 @@ orthogonal complement, is the same projection). Formulas and constants follow th
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,14 +93,6 @@ class Subspaces:
     def _outside(self, key: str, gram: Tensor) -> Tensor:
         basis = self.bases.get(key)
         return gram if basis is None else gram - basis @ (basis.T @ gram)
-
-    def state(self) -> dict[str, Any]:
-        """The bases by layer name."""
-        return self.bases
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` returned."""
-        self.bases = dict(state)
 
 
 def share_after(task: int, num_tasks: int, first: float) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,12 @@ from torch import Tensor
 from plora_ext import ops
 from plora_ext.cil import fusion
 from plora_ext.cil.alignment import align, class_means
+from plora_ext.cil.checkpoint import adapters_state, restore_adapters, to_device
 from plora_ext.cil.heads import create_head
 from plora_ext.cil.inflora import InputGrams, Subspaces, share_after
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task
-from plora_ext.cil.training import Trainer
+from plora_ext.cil.training import Trainer, lower_on_exhaustion
 from plora_ext.data import View
 from plora_ext.nn import Adapters, CosineHead, SubspaceHead, inject
 
@@ -33,6 +35,8 @@ class Method(ABC):
         space: Changes whenever the features of an image do, so that features can be kept while it does not.
         passes: Forward passes of the backbone that one prediction takes.
     """
+
+    STATE: tuple[str, ...] = ("prototypes", "passes")  # attributes that a checkpoint holds
 
     def __init__(self, trainer: Trainer, settings: Settings):
         self.trainer, self.settings = trainer, settings
@@ -66,6 +70,18 @@ class Method(ABC):
         """Logits [n, classes seen] of images."""
         return self.logits(self.features(images))
 
+    def state(self) -> dict[str, Any]:
+        """What the method has learned so far, for a checkpoint: tensors and plain values."""
+        state: dict[str, Any] = {"method": {name: getattr(self, name) for name in self.STATE}}
+        return state if self.classifier is None else {**state, "head": self.classifier.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` returned, in a method that has learned nothing yet."""
+        for name, value in to_device(state["method"], self.trainer.device).items():
+            setattr(self, name, value)
+        if self.classifier is not None:
+            self.classifier.restore(to_device(state["head"], self.trainer.device))
+
     def _append_means(self, task: Task, images: View, labels: Tensor) -> None:
         """Appends the means of the task's classes to the prototypes."""
         with self.trainer.phases("prototypes"):
@@ -97,10 +113,17 @@ class _Adapted(Method):
         s = settings
         self.adapters = adapters or inject(trainer.model, s.target_modules, s.r, s.lora_alpha, s.lora_dropout)
 
+    def state(self) -> dict[str, Any]:
+        return {**adapters_state(self.adapters), **super().state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        restore_adapters(self.adapters, state)
+        super().restore(state)
+
     def _fit(self, task: Task, images: View, labels: Tensor, extra: tuple[Tensor, ...] = ()) -> None:
         newest = self.adapters.parameters(self.adapters.names[-1])
         parameters = [*(p for p in newest if p.requires_grad), *extra]
-        with self.trainer.phases("train"):
+        with self.trainer.phases("train"), lower_on_exhaustion("batch_size"):
             self.trainer.fit(task.index, parameters, images, labels, len(task.classes))
 
     def _add_adapter(self, task: Task) -> str:
@@ -138,6 +161,8 @@ class Joint(LoRAFirst):
 class PLoRA(_Adapted):
     """`plora`: an adapter per task, fused into one model, and old prototypes aligned to every new fusion."""
 
+    STATE = (*Method.STATE, "task_means", "coefficients")
+
     def __init__(self, trainer: Trainer, settings: Settings, adapters: Adapters | None = None):
         super().__init__(trainer, settings, adapters)
         self.task_means: list[Tensor] = []  # of fusion: similarity
@@ -161,6 +186,14 @@ class PLoRA(_Adapted):
                 old = align(s.alignment, self.prototypes, before, after, labels, tau=s.tau, ridge=s.ridge)
             self.prototypes = torch.cat([old, new])
         self._teach(before, after, labels)
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "subspaces": self.subspaces.bases}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.subspaces.bases = to_device(state["subspaces"], self.trainer.device)
+        self.activate()
 
     def train_and_fuse(self, task: Task, images: View, labels: Tensor) -> None:
         """Trains the task's adapter, alone or beside the others, and fuses all of them."""
@@ -211,6 +244,13 @@ class PLoRAEnsemble(_Adapted):
     def __init__(self, trainer: Trainer, settings: Settings, adapters: Adapters | None = None):
         super().__init__(trainer, settings, adapters)
         self.subspaces = SubspaceHead(settings.ensemble_alpha).to(trainer.device)
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "task_of_class": self.subspaces.task_of_class}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.subspaces.assign(state["task_of_class"])
 
     def learn(self, task: Task, images: View, labels: Tensor) -> None:
         self._add_adapter(task)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext.cil.alignment import class_means
+from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.settings import Settings
 from plora_ext.data import View
 
@@ -72,6 +73,19 @@ def _resident_peak_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+@contextmanager
+def lower_on_exhaustion(setting: str) -> Iterator[None]:
+    """Where a GPU's memory is exhausted inside, the error names the setting to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if "lower " in str(error):  # an inner one has said it
+            raise
+        raise torch.OutOfMemoryError(
+            f"{str(error).splitlines()[0]}; lower {setting}, or set amp to bfloat16"
+        ) from error
+
+
 class Trainer:
     """Fits adapters of one model to one task at a time and extracts features with it.
 
@@ -86,6 +100,7 @@ class Trainer:
         self.model, self.settings, self.device = model, settings, device
         self.progress = progress or Progress()
         self.num_tasks = 1
+        self.checkpoint: Checkpoint | None = None
         self.phases = Phases(device)
 
     def _forward(self, images: Tensor) -> Tensor:
@@ -117,9 +132,11 @@ class Trainer:
         optimizer = torch.optim.AdamW(groups, s.lr) if s.optimizer == "adamw" else torch.optim.SGD(groups, s.lr, 0.9)
         steps = math.ceil(len(images) / s.batch_size)
         losses = torch.zeros(steps, device=self.device)
-        self.progress.fit(task, steps * s.epochs)
+        learned = [*parameters, directions]
+        first = self.checkpoint.enter_fit(task, learned, optimizer) if self.checkpoint else 0
+        self.progress.fit(task, steps * (s.epochs - first))
         self.model.train()
-        for epoch in range(s.epochs):
+        for epoch in range(first, s.epochs):
             order = torch.randperm(len(images))
             for step, (rows, batch) in enumerate(images.epoch(order, s.batch_size)):
                 done = (epoch * steps + step) / (steps * s.epochs)
@@ -137,6 +154,8 @@ class Trainer:
             if len(bad):
                 where = f"task {task}, epoch {epoch}, step {int(bad[0])}"
                 raise FloatingPointError(f"the loss is {losses[bad[0]].item()} at {where}; try a smaller lr")
+            if self.checkpoint:
+                self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks)
         if not torch.stack([p.detach().norm() for p in parameters]).isfinite().all():
             raise FloatingPointError(f"the weights are not finite after the last step of task {task}; try a smaller lr")
         self.model.eval()
@@ -145,4 +164,5 @@ class Trainer:
     def features(self, images: View) -> Tensor:
         """Features float32 [n, D] of n images, by the test transform."""
         self.model.eval()
-        return torch.cat([self._forward(batch) for batch in images.split(self.settings.eval_batch_size)])
+        with lower_on_exhaustion("eval_batch_size"):
+            return torch.cat([self._forward(batch) for batch in images.split(self.settings.eval_batch_size)])

@@ -1,0 +1,384 @@
+"""A run on disk, so that one that was killed goes on as if it had not been.
+
+`OUT/checkpoint/` holds `checkpoint.json` and the safetensors files that it names. A file is named by the hash of its
+content, so files never change: what is new is written beside them, the JSON is renamed into place last, and only then
+go the files that it no longer names. Whatever happens in between, the folder holds a whole checkpoint, the old or the
+new one.
+
+After every task it holds what the method has learned and the state of the random generators; after every epoch, in
+addition, what training on the current task has reached. A resumed run starts the task anew from the former, which
+brings back whatever training needs around it, and continues the epochs from the latter. The frozen backbone and the
+images are not stored; a fingerprint makes sure that they and the settings are the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+import plora_ext
+from plora_ext.cil.settings import Settings
+from plora_ext.data import Images
+from plora_ext.nn import Adapters
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+# Settings under which a run may continue that began with others: they say where things are, not what is computed.
+ELSEWHERE = ("out", "data_root", "download", "workers", "device", "feature_cache", "ensemble_memory")
+
+
+class Checkpoint:
+    """The checkpoint of one run.
+
+    Args:
+        folder: The run's folder.
+        resume: Continue what is there. Otherwise a finished run is replaced, and an unfinished one refused.
+
+    Attributes:
+        manifest: What `checkpoint.json` says; empty where there is none.
+
+    Raises:
+        ValueError: An unfinished run without `resume`, or a checkpoint that is damaged.
+        OSError: It cannot be read.
+    """
+
+    def __init__(self, folder: Path, resume: bool = False):
+        self.folder = folder / "checkpoint"
+        self.manifest: dict[str, Any] = _read_manifest(self.folder)
+        if self.manifest and not resume:  # a finished run stays until the first save
+            done, of = len(self.manifest["run"]["curve"]), self.manifest["run"]["tasks"]
+            if done < of:
+                raise ValueError(
+                    f"{folder} holds a run that has learned {done} of {of} tasks: continue it with --resume, "
+                    f"choose another folder, or remove {self.folder}"
+                )
+            self.manifest = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the saved run."""
+        return dict(self.manifest["settings"])
+
+    # ------------------------------------------------------------------ tasks
+
+    def begin(self, fingerprint: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Says which run this is; returns what `save_task` was last given, or None.
+
+        Raises:
+            ValueError: The checkpoint is of another run (names every difference), or damaged.
+        """
+        saved = self.manifest
+        if saved:
+            refuse_other(saved["fingerprint"], fingerprint, self.folder)
+            self._sweep()
+        self.manifest = {
+            "format": FORMAT,
+            "plora_ext": plora_ext.__version__,
+            "torch": str(torch.__version__),
+            "fingerprint": dict(fingerprint),
+            "settings": dict(settings),
+            "run": saved.get("run", {}),
+            "parts": saved.get("parts", {}),
+        }
+        return self.load() if saved and saved["run"]["curve"] else None
+
+    def load(self) -> dict[str, Any]:
+        """What `save_task` was given: `run` and `state`; in it, as "rng", what `set_rng_state` takes.
+
+        Raises:
+            ValueError: A file is missing, cut short or altered.
+        """
+        state = {name: self._read(name) for name in self.manifest["parts"] if name != "fit"}
+        return {"run": self.manifest["run"], "state": state}
+
+    def save_task(self, run: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Saves the run after a task: `run` is JSON, `state` nested dicts and lists of tensors and plain values.
+
+        Each entry of `state` is a file of its own, which is written only when it has changed.
+
+        Raises:
+            OSError: It cannot be written; the checkpoint of before is whole.
+        """
+        self._save(run, {**state, "rng": rng_state()}, keep=())
+
+    # ------------------------------------------------------------------ epochs
+
+    def enter_fit(self, task: int, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
+        """The epoch to begin with: 0, or the one after the last saved, with everything set as it was after that."""
+        if "fit" not in self.manifest["parts"]:
+            return 0
+        fit = self._read("fit")
+        if fit["task"] != task:
+            return 0
+        with torch.no_grad():
+            for tensor, value in zip(tensors, fit["tensors"], strict=True):
+                tensor.copy_(value)
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": {int(i): s for i, s in fit["optimizer"].items()}, "param_groups": groups})
+        set_rng_state(fit["rng"])
+        return fit["epochs"]
+
+    def save_epoch(
+        self, task: int, epoch: int, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer, tasks: int
+    ) -> None:
+        """Saves where training on a task stands after `epoch`.
+
+        Raises:
+            OSError: It cannot be written; the checkpoint of before is whole.
+        """
+        state = optimizer.state_dict()["state"]
+        fit = {"task": task, "epochs": epoch + 1, "tensors": list(tensors), "rng": rng_state()}
+        fit["optimizer"] = {str(i): s for i, s in state.items()}
+        self._save({"curve": [], "tasks": tasks, **self.manifest["run"]}, {"fit": fit}, keep=self.manifest["parts"])
+
+    # ------------------------------------------------------------------ files
+
+    def _save(self, run: Mapping[str, Any], state: Mapping[str, Any], keep: Mapping[str, Any] | Sequence[str]) -> None:
+        parts = dict(keep) if isinstance(keep, Mapping) else {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name, value in state.items():
+                tensors: dict[str, Tensor] = {}
+                tree = _pack(value, "", tensors)
+                parts[name] = {"tree": tree, **(self._write(name, save(tensors)) if tensors else {})}
+            manifest = {**self.manifest, "run": dict(run), "parts": parts}
+            text = json.dumps(manifest, indent=1, allow_nan=False)
+            sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": manifest}
+            write_whole(self.folder / MANIFEST, (json.dumps(sealed, indent=1) + "\n").encode())
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise OSError(
+                f"cannot write the checkpoint in {self.folder} ({why}); what it held before is whole: make room, then "
+                "continue with --resume"
+            ) from error
+        self.manifest = manifest
+        self._sweep()
+
+    def _write(self, name: str, content: bytes) -> dict[str, Any]:
+        digest = hashlib.sha256(content).hexdigest()
+        path = self.folder / f"{name.replace(':', '-')}-{digest[:16]}.safetensors"
+        if not (path.is_file() and path.stat().st_size == len(content)):
+            write_whole(path, content)
+        return {"file": path.name, "bytes": len(content), "sha256": digest}
+
+    def _read(self, name: str) -> Any:
+        part = self.manifest["parts"][name]
+        if "file" not in part:
+            return _unpack(part["tree"], {})
+        path = self.folder / part["file"]
+        content = path.read_bytes() if path.is_file() else b""
+        if len(content) != part["bytes"]:
+            raise ValueError(f"{path} is cut short: it must hold {part['bytes']} bytes, got {len(content)}")
+        if hashlib.sha256(content).hexdigest() != part["sha256"]:
+            raise ValueError(f"{path} has been altered: its hash is not the one in {MANIFEST}")
+        return _unpack(part["tree"], load(content))
+
+    def _sweep(self) -> None:
+        """Removes what the manifest does not name: files of before, and of a write that was cut short."""
+        named = {MANIFEST, *(part.get("file") for part in self.manifest.get("parts", {}).values())}
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path.name not in named:
+                path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that it appears whole or not at all, also when the machine stops."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        sealed = json.loads(path.read_text("utf-8"))
+        manifest = sealed["manifest"]
+        whole = hashlib.sha256(json.dumps(manifest, indent=1, allow_nan=False).encode()).hexdigest() == sealed["sha256"]
+    except (ValueError, KeyError, TypeError):
+        whole, manifest = False, {}
+    if not whole:
+        raise ValueError(f"{path} is damaged: it is no checkpoint that plora-ext wrote whole")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{path} has format {manifest['format']}, this version of plora-ext reads {FORMAT}")
+    return manifest
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keeps other runs from writing to `folder`; what a killed one left half-written there is removed.
+
+    The lock is on the folder itself and ends with the process, however that ends.
+
+    Raises:
+        OSError: Another run is writing there.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    _locks.add(lock)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise OSError(f"another run is writing to {folder}: choose another folder, or wait for it") from error
+            # a file system without such locks: nothing to be done
+        for left in folder.glob(".plora-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        _locks.discard(lock)
+        os.close(lock)
+
+
+_locks: set[int] = set()
+
+
+def _let_go() -> None:
+    """A data worker must not hold the lock of the run that it outlives."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+# ---------------------------------------------------------------------- what a run is
+
+
+def fingerprint_of(settings: Settings, data: Images, model: nn.Module) -> dict[str, Any]:
+    """What must be the same for a run to continue: settings, data, the backbone's weights."""
+    kept = {name: value for name, value in settings.as_dict().items() if name not in ELSEWHERE}
+    return {"settings": kept, "data": data.digest(), "backbone": weights_digest(model)}
+
+
+def weights_digest(model: nn.Module) -> str:
+    """16 hexadecimal digits that stand for the weights and buffers of a model."""
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return weights.hexdigest()[:16]
+
+
+def refuse_other(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
+    """Raises ValueError with every difference between two fingerprints, if there is one."""
+    there, now = saved["settings"], json.loads(json.dumps(here["settings"]))
+    differences = [
+        f"{name} is {there.get(name)!r} there and {now.get(name)!r} here"
+        for name in {**there, **now}
+        if there.get(name) != now.get(name)
+    ]
+    if not differences:
+        differences += ["the images or labels differ"] if saved["data"] != here["data"] else []
+        differences += ["the backbone's weights differ"] if saved["backbone"] != here["backbone"] else []
+    if differences:
+        raise ValueError(f"{folder} is the checkpoint of another run: {'; '.join(differences)}")
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random generator."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Sets every global random generator."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    with suppress(RuntimeError):  # fewer GPUs than before
+        torch.cuda.set_rng_state_all(state["cuda"] if torch.cuda.is_available() else [])
+
+
+# ---------------------------------------------------------------------- adapters
+
+
+def adapters_state(adapters: Adapters) -> dict[str, Any]:
+    """An entry for each adapter, in their order: rank, alpha and the factors of every layer."""
+    return {
+        f"adapter:{name}": {
+            "alpha": {key: layer.lora_alpha[name] for key, layer in adapters.layers.items()},
+            "factors": {key: [p for pair in layer.pairs(name) for p in pair] for key, layer in adapters.layers.items()},
+        }
+        for name in adapters.names
+    }
+
+
+def restore_adapters(adapters: Adapters, state: Mapping[str, Any]) -> None:
+    """Adds the adapters of `adapters_state`; the last one is active and trains."""
+    for entry, value in state.items():
+        if entry.startswith("adapter:"):
+            name = entry.removeprefix("adapter:")
+            for key, layer in adapters.layers.items():
+                factors = value["factors"][key]
+                layer.add_adapter(name, list(zip(factors[::2], factors[1::2])), value["alpha"][key])
+    if adapters.names:
+        adapters.set_adapter(adapters.names[-1])
+        adapters.train_adapter(adapters.names[-1])
+
+
+# ---------------------------------------------------------------------- nested values
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """`value`, nested dicts and lists, with its tensors on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {k: to_device(v, device) for k, v in value.items()}
+    if isinstance(value, list):
+        return [to_device(v, device) for v in value]
+    return value
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON, with its tensors moved to `tensors`."""
+    if isinstance(value, Tensor):
+        key = path or "value"
+        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": key}
+    if isinstance(value, Mapping):
+        return {"dict": {str(k): _pack(v, f"{path}/{k}", tensors) for k, v in value.items()}}
+    if isinstance(value, list | tuple):
+        return {"list": [_pack(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
+    return {"value": value}
+
+
+def _unpack(tree: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {k: _unpack(v, tensors) for k, v in content.items()}
+    if kind == "list":
+        return [_unpack(v, tensors) for v in content]
+    return content

@@ -1,0 +1,140 @@
+"""A method brought back from a run's checkpoint: evaluation and prediction."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, refuse_other, weights_digest, write_whole
+from plora_ext.cil.engine import (
+    Evaluator,
+    load_backbone,
+    load_data,
+    make_stream,
+    pick_device,
+    prepare,
+    seed_everything,
+)
+from plora_ext.cil.methods import METHODS
+from plora_ext.cil.settings import Settings
+from plora_ext.cil.training import Trainer
+from plora_ext.data import ImageFiles, View
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class Trained:
+    """The method of a run as it was after the last task learned.
+
+    Args:
+        run: The run's folder, which holds its checkpoint.
+        elsewhere: Settings that say where things are: device, workers, data_root.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint, or none of a learned task.
+        ValueError: The checkpoint is damaged, or the backbone's weights are others.
+    """
+
+    def __init__(self, run: str | Path, **elsewhere: Any):
+        checkpoint = Checkpoint(Path(run), resume=True)
+        if not checkpoint.manifest or not checkpoint.manifest["run"]["curve"]:
+            raise FileNotFoundError(
+                f"{checkpoint.folder / MANIFEST} holds no learned task: RUN must be a folder of `plora-ext train`"
+            )
+        self.settings = Settings(**{**checkpoint.settings, **elsewhere})
+        self.fingerprint = checkpoint.manifest["fingerprint"]
+        device = pick_device(self.settings.device)
+        seed_everything(self.settings.seed)
+        backbone = load_backbone(self.settings)
+        refuse_other(
+            self.fingerprint, {**self.fingerprint, "backbone": weights_digest(backbone.model)}, checkpoint.folder
+        )
+        trainer = Trainer(backbone.model.to(device).requires_grad_(False), self.settings, device)
+        saved = checkpoint.load()
+        self.run: dict[str, Any] = saved["run"]
+        self.method = METHODS[self.settings.method](trainer, self.settings)
+        self.method.restore(saved["state"])
+        self.look = prepare(self.settings, backbone, device)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Accuracy over all classes seen and on each task, on the run's own test images.
+
+        Raises:
+            ValueError: They are not the images of the run.
+        """
+        data = load_data(self.settings)
+        refuse_other(self.fingerprint, {**self.fingerprint, "data": data.digest()}, Path(self.settings.data))
+        stream = make_stream(self.settings, data)
+        tasks = [stream.joined()] if self.settings.method == "joint" else stream.tasks
+        evaluator = Evaluator(self.method, tasks, View(data.test_images, self.look), stream.task_of_class())
+        last = len(self.run["curve"]) - 1
+        accuracy, row = evaluator.after(last)
+        return {
+            "tasks_learned": last + 1,
+            "tasks": len(tasks),
+            "classes_seen": tasks[last].classes.stop,
+            "accuracy": accuracy,
+            "task_accuracies": row,
+        }
+
+    def predict(self, images: np.ndarray | ImageFiles) -> list[dict[str, Any]]:
+        """For each image its class among those seen: `class` (its label in the data set), `name`, and the `score`.
+
+        The score is the head's own: a scaled cosine, a log-likelihood, or a regression value; it orders the classes of
+        one image.
+        """
+        logits: Tensor = torch.cat([self.method.predict(batch) for batch in self._batches(images)])
+        best = logits.max(1)
+        order, names = self.run["class_order"], self.run["class_names"]
+        return [
+            {"class": order[c], "name": names[c] if names else str(order[c]), "score": score}
+            for c, score in zip(best.indices.tolist(), best.values.tolist())
+        ]
+
+    def _batches(self, images: np.ndarray | ImageFiles) -> list[View]:
+        view = View(images, self.look)
+        return [view[rows] for rows in torch.arange(len(view)).split(4096)]
+
+
+def image_paths(given: Sequence[str | Path]) -> list[Path]:
+    """The image files among `given`: files as they are, folders searched, sorted by name.
+
+    Raises:
+        FileNotFoundError: A path that does not exist, or no image at all.
+    """
+    paths: list[Path] = []
+    for path in map(Path, given):
+        if path.is_dir():
+            paths += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise FileNotFoundError(f"{path} is no file and no folder")
+    if not paths:
+        raise FileNotFoundError(f"no image ({' '.join(IMAGE_SUFFIXES)}) in {', '.join(map(str, given))}")
+    return paths
+
+
+def write_predictions(out: Path, paths: Sequence[Path], predictions: Sequence[dict[str, Any]]) -> None:
+    """Writes a row for each image, as JSON or CSV by the suffix of `out`; the file appears whole or not at all."""
+    rows = [{"image": str(path), **prediction} for path, prediction in zip(paths, predictions)]
+    if out.suffix == ".json":
+        text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    elif out.suffix == ".csv":
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        text = table.getvalue()
+    else:
+        raise ValueError(f"out must end in .csv or .json, got {str(out)!r}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, text.encode("utf-8"))

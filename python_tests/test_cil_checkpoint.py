@@ -1,0 +1,356 @@
+"""Resume: a run cut short anywhere ends as an undisturbed one; damaged or foreign checkpoints are refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+import plora_ext.cil.engine
+from plora_ext.cil import Images, Result, Settings, run
+from plora_ext.cil import checkpoint as checkpoints
+from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, exclusive
+from plora_ext.cil.methods import METHODS, Method
+from plora_ext.cil.report import load_results
+from plora_ext.cil.trained import Trained
+from plora_ext.cil.training import Trainer
+from plora_ext.cli import main
+from plora_ext.data import Backbone
+
+CLASSES = 6
+TINY = """
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from plora_ext.data import Backbone
+
+def create(*_, **__):
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+    return Backbone(vit.eval(), 16, [0.5] * 3, [0.5] * 3)
+"""
+
+
+def arrays() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    labels = np.tile(np.arange(CLASSES), 8)
+    images = (rng.integers(0, 60, (48, 16, 16, 3)) + 30 * labels[:, None, None, None]).astype(np.uint8)
+    return {
+        "train_images": images,
+        "train_labels": labels,
+        "test_images": images[:24],
+        "test_labels": labels[:24],
+    }
+
+
+@pytest.fixture
+def data() -> Images:
+    return Images(**arrays(), class_names=["ant", "bee", "cat", "dog", "eel", "fox"])
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict = {}
+    exec(TINY, made)
+    monkeypatch.setattr(plora_ext.cil.engine, "create_backbone", made["create"])
+
+
+@pytest.fixture
+def problem(tmp_path: Path) -> list[str]:
+    np.savez(tmp_path / "toy.npz", **arrays())
+    return ["--data", str(tmp_path / "toy.npz"), "--increment", "2", "--r", "2", "--epochs", "2", "--device", "cpu"]
+
+
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=0)
+    return Backbone(vit.eval(), 16, [0.5] * 3, [0.5] * 3)
+
+
+def settings(**changes) -> Settings:
+    quick = {"increment": 2, "r": 2, "epochs": 2, "batch_size": 8, "lr": 5e-3, "device": "cpu", "workers": 0}
+    return Settings(**{**quick, "projections": 30, "replay_epochs": 2, **changes})
+
+
+class Cut(Exception):
+    """The run ends here."""
+
+
+def learn(data: Images, checkpoint: Checkpoint | None, **changes) -> tuple[Result, Method]:
+    made: list[Method] = []
+
+    def make(trainer: Trainer, s: Settings) -> Method:
+        made.append(METHODS[s.method](trainer, s))
+        return made[0]
+
+    return run(settings(**changes), data=data, backbone=backbone(), make=make, checkpoint=checkpoint), made[0]
+
+
+VARIANTS = [
+    {"method": "plora", "lora_dropout": 0.2},
+    {"method": "plora", "fusion": "learned", "optimizer": "sgd", "target_modules": ["q", "v"]},
+    {"method": "plora", "fusion": "similarity", "head": "replay", "transform": "pilot"},
+    {"method": "plora", "fusion": "sum", "onto": "fused", "init": "inflora", "head": "gaussian"},
+    {"method": "lora-first", "head": "ranpac"},
+    *({"method": name} for name in METHODS if name != "plora"),
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: "-".join(map(str, c.values())))
+def test_cut_after_every_save(changes: dict, data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process after another gets as far as one save; each leaves the random state in a mess."""
+    whole, method = learn(data, None, **changes)
+    save, saves = Checkpoint._save, 0
+
+    def save_and_cut(self: Checkpoint, *args, **keywords) -> None:
+        save(self, *args, **keywords)
+        raise Cut
+
+    monkeypatch.setattr(Checkpoint, "_save", save_and_cut)
+    for saves in range(20):
+        torch.manual_seed(saves)
+        random.seed(saves)
+        try:
+            result, resumed = learn(data, Checkpoint(tmp_path, resume=True), **changes)
+            break
+        except Cut:
+            assert all(path.name == MANIFEST or path.suffix == ".safetensors" for path in _files(tmp_path))
+    trains = {"simplecil": 0, "joint": 1, "lora-first": 1}.get(changes["method"], 3)
+    assert saves == (1 if changes["method"] == "joint" else 3) + 2 * trains  # a task each, two epochs where it trains
+    assert (result.curve, result.matrix, result.passes) == (whole.curve, whole.matrix, whole.passes)
+    assert method.prototypes is not None and torch.equal(method.prototypes, resumed.prototypes)
+    images = torch.rand(4, 3, 16, 16)
+    assert torch.equal(method.predict(images), resumed.predict(images))  # type: ignore[arg-type]
+    again, _ = learn(data, Checkpoint(tmp_path, resume=True), **changes)  # nothing is left to do
+    assert again.curve == whole.curve
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoint").iterdir())
+
+
+def test_files_are_named_by_content_and_swept(data: Images, tmp_path: Path) -> None:
+    learn(data, Checkpoint(tmp_path))
+    (tmp_path / "checkpoint" / ".left.part").write_text("half")
+    (tmp_path / "checkpoint" / "old-0123456789abcdef.safetensors").write_text("old")
+    names = {path.name.rpartition("-")[0] for path in _files(tmp_path)} - {""}
+    assert names >= {"adapter-task0", "adapter-task1", "adapter-task2", "method", "rng"}
+    learn(data, Checkpoint(tmp_path, resume=True))
+    assert {path.name.rpartition("-")[0] for path in _files(tmp_path)} - {""} == names - {"old"}
+    assert not list((tmp_path / "checkpoint").glob(".*"))
+
+
+def test_checkpoints_are_small(data: Images, tmp_path: Path) -> None:
+    """What a task adds: its adapter and prototypes, not the backbone."""
+    learn(data, Checkpoint(tmp_path))
+    adapter = 4 * 2 * ((32 + 96) + (32 + 32))  # float32, r = 2, qkv and proj of one block
+    sizes = {path.name.rpartition("-")[0]: path.stat().st_size for path in _files(tmp_path)}
+    assert adapter < sizes["adapter-task2"] < adapter + 1000
+    assert sum(sizes.values()) < 60_000
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def test_another_run_is_refused_with_every_difference(data: Images, tmp_path: Path) -> None:
+    learn(data, Checkpoint(tmp_path), epochs=1)
+    with pytest.raises(ValueError, match=r"of another run: r is 2 there and 4 here; lr is 0.005 there and 0.1 here"):
+        learn(data, Checkpoint(tmp_path, resume=True), epochs=1, lr=0.1, r=4)
+    other = Images(**{**arrays(), "test_labels": arrays()["test_labels"][::-1].copy()})
+    with pytest.raises(ValueError, match="of another run: the images or labels differ"):
+        learn(other, Checkpoint(tmp_path, resume=True), epochs=1)
+    frozen = backbone()
+    torch.nn.init.zeros_(frozen.model.blocks[0].mlp.fc1.weight)
+    with pytest.raises(ValueError, match="of another run: the backbone's weights differ"):
+        run(settings(epochs=1), data=data, backbone=frozen, checkpoint=Checkpoint(tmp_path, resume=True))
+    learn(data, Checkpoint(tmp_path, resume=True), epochs=1, out="moved", workers=1)  # not what is computed
+
+
+def test_damaged_checkpoints_are_refused(data: Images, tmp_path: Path) -> None:
+    learn(data, Checkpoint(tmp_path), epochs=1)
+    file = next(path for path in _files(tmp_path) if path.name.startswith("adapter-task1"))
+    content, manifest = file.read_bytes(), tmp_path / "checkpoint" / MANIFEST
+    text = manifest.read_text()
+    for damage, message in (
+        (content[:-3], rf"{file.name} is cut short: it must hold {len(content)} bytes, got {len(content) - 3}"),
+        (content[:-1] + bytes([content[-1] ^ 1]), f"{file.name} has been altered"),
+    ):
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match=message):
+            learn(data, Checkpoint(tmp_path, resume=True), epochs=1)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{file.name} is cut short: .* got 0"):
+        learn(data, Checkpoint(tmp_path, resume=True), epochs=1)
+    for damage in (text[:-20], text.replace('"epochs": 1', '"epochs": 2'), "[]"):
+        manifest.write_text(damage)
+        with pytest.raises(ValueError, match=f"{MANIFEST} is damaged"):
+            Checkpoint(tmp_path, resume=True)
+
+
+def test_an_unfinished_run_is_not_overwritten(data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = Checkpoint.save_task
+
+    def save_and_cut(self: Checkpoint, *args) -> None:
+        done(self, *args)
+        raise Cut
+
+    monkeypatch.setattr(Checkpoint, "save_task", save_and_cut)
+    with pytest.raises(Cut):
+        learn(data, Checkpoint(tmp_path))
+    with pytest.raises(ValueError, match=r"has learned 1 of 3 tasks: continue it with --resume, choose another folder"):
+        Checkpoint(tmp_path)
+    monkeypatch.undo()
+    learn(data, Checkpoint(tmp_path, resume=True))
+    learn(data, Checkpoint(tmp_path), r=1)  # a finished one is
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = learn(data, None)
+    calls, sync = [0], os.fsync
+
+    def full(file: int) -> None:
+        calls[0] += 1
+        if calls[0] > 12:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file)
+
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    with pytest.raises(OSError, match=r"cannot write the checkpoint .*No space left.* what it held before is whole"):
+        learn(data, Checkpoint(tmp_path))
+    assert not list((tmp_path / "checkpoint").glob(".*"))
+    monkeypatch.undo()
+    manifest = Checkpoint(tmp_path, resume=True).manifest
+    assert manifest["run"]["curve"] == whole.curve[: len(manifest["run"]["curve"])]
+    assert learn(data, Checkpoint(tmp_path, resume=True))[0].curve == whole.curve
+
+
+def test_one_run_a_folder(tmp_path: Path) -> None:
+    held = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import os, sys, time\nfrom pathlib import Path\nfrom plora_ext.cil.checkpoint import exclusive\n"
+            "with exclusive(Path(sys.argv[1])):\n    child = os.fork()\n    print(child or '', flush=True)\n"
+            "    time.sleep(99)",
+            str(tmp_path),
+        ],
+        cwd="/",
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert held.stdout is not None
+    child = int(next(line for line in held.stdout if line.strip()))
+    try:
+        with pytest.raises(OSError, match=f"another run is writing to {tmp_path}"), exclusive(tmp_path):
+            pass
+        held.kill()
+        held.wait()
+        (tmp_path / ".plora-left").mkdir()
+        with exclusive(tmp_path):  # a data worker that outlives its run holds no lock
+            assert not list(tmp_path.iterdir())
+    finally:
+        held.kill()
+        os.kill(child, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+@pytest.mark.usefixtures("tiny")
+def test_resume_needs_no_other_option(problem: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "run")
+    assert main(["train", *problem, "--resume", "--out", out]) == 0  # nothing there yet: from the beginning
+    before = load_results(out)[0]
+    assert main(["train", "--resume", "--out", out, "--device", "cpu"]) == 0
+    assert load_results(out)[0].matrix == before.matrix
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", out, "--lr", "1"]) == 2
+    assert "of another run: lr is 0.003 there and 1.0 here" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny")
+def test_eval_and_predict(problem: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, pictures = tmp_path / "run", tmp_path / "pictures"
+    pictures.mkdir()
+    for i, image in enumerate(arrays()["test_images"]):
+        Image.fromarray(image).save(pictures / f"{i:02}.png")
+    assert main(["train", *problem, "--epochs", "4", "--out", str(out), "--head", "gaussian"]) == 0
+    expected = load_results(out)[0]
+    assert main(["eval", str(out), "--out", str(tmp_path / "eval.json")]) == 0
+    figures = json.loads((tmp_path / "eval.json").read_text())
+    assert (figures["accuracy"], figures["task_accuracies"]) == (expected.curve[-1], expected.matrix[-1])
+
+    for name in ("p.json", "p.csv"):
+        assert main(["predict", str(out), str(pictures), "--out", str(tmp_path / name)]) == 0
+    rows = json.loads((tmp_path / "p.json").read_text())
+    assert [Path(row["image"]).name for row in rows] == [f"{i:02}.png" for i in range(24)]
+    right = np.mean([row["class"] == label for row, label in zip(rows, arrays()["test_labels"])])
+    assert 100 * right == pytest.approx(expected.curve[-1])
+    assert (tmp_path / "p.csv").read_text().splitlines()[0] == "image,class,name,score"
+
+    capsys.readouterr()
+    (pictures / "00.png").write_bytes(b"no picture")
+    for arguments, message in (
+        (["predict", str(out), str(pictures)], "00.png is no image that can be decoded"),
+        (["predict", str(out), str(tmp_path / "nowhere")], "nowhere is no file and no folder"),
+        (["predict", str(out), str(pictures), "--out", "p.txt"], "out must end in .csv or .json, got 'p.txt'"),
+        (["predict", str(tmp_path), str(pictures)], "holds no learned task: RUN must be a folder of `plora-ext train`"),
+        (["eval", str(out / "nowhere")], "holds no learned task"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    np.savez(tmp_path / "toy.npz", **{**arrays(), "test_labels": arrays()["test_labels"][::-1]})
+    assert main(["eval", str(out)]) == 2
+    assert "the images or labels differ" in capsys.readouterr().err
+
+
+def test_names_of_classes_and_several_batches(data: Images, tmp_path: Path, tiny: None) -> None:
+    checkpoint = Checkpoint(tmp_path)
+    result = run(settings(method="plora-ensemble"), data=data, checkpoint=checkpoint)
+    trained = Trained(tmp_path)
+    rows = trained.predict(np.concatenate([data.test_images] * 2))
+    assert rows[:24] == rows[24:]
+    assert all(row["name"] == data.class_names[row["class"]] for row in rows)  # type: ignore[index]
+    right = np.mean([row["class"] == label for row, label in zip(rows, data.test_labels)])
+    assert 100 * right == pytest.approx(result.curve[-1])
+
+
+def test_killed_at_random_moments(problem: list[str], tmp_path: Path) -> None:
+    """SIGKILL, which no process can catch, and --resume; benchmarks/resume.py does it twenty times on real data."""
+    script = (
+        f"{TINY}\nimport sys, torch\nimport plora_ext.cil.engine as engine\nfrom plora_ext.cli import main\n"
+        "torch.set_num_threads(1)\nengine.create_backbone = create\nsys.exit(main(sys.argv[1:]))"
+    )
+
+    def start(out: Path) -> subprocess.Popen:
+        command = [sys.executable, "-c", script, "train", *problem, "--epochs", "30", "--resume", "--out", str(out)]
+        return subprocess.Popen(command, cwd="/", stdout=subprocess.PIPE, text=True)
+
+    assert start(tmp_path / "whole").wait() == 0
+    delays = random.Random(0)
+    for _ in range(2):
+        process = start(tmp_path / "cut")
+        assert process.stdout is not None and "3 tasks" in process.stdout.readline()  # it has begun
+        time.sleep(delays.uniform(0, 1.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(tmp_path / "cut").wait() == 0
+    whole, cut = (load_results(tmp_path / name)[0] for name in ("whole", "cut"))
+    assert (whole.curve, whole.matrix) == (cut.curve, cut.matrix)
+    listed = [
+        sorted(p.relative_to(tmp_path / name).as_posix() for p in (tmp_path / name).rglob("*"))
+        for name in ("whole", "cut")
+    ]
+    assert [n.rpartition("-")[0] for n in listed[0]] == [n.rpartition("-")[0] for n in listed[1]]
+    assert listed[0] == listed[1]  # the same content: nothing half-written, nothing left behind
