@@ -1,12 +1,12 @@
-"""Accuracy of every method and every alignment of prototypes, over seeds.
+"""Accuracy of every method, every alignment of prototypes and every head, over seeds.
 
     python benchmarks/accuracy.py -c configs/icon100_b0_inc10.yaml --out benchmarks/results/accuracy_embedded
     python benchmarks/accuracy.py ... --seeds 1993 --out a    # seeds side by side, then joined:
     python benchmarks/accuracy.py --merge a.csv b.csv --out benchmarks/results/accuracy_embedded
 
-Writes OUT.csv, a row for each method and seed, and OUT.md, their mean ± standard deviation over seeds. The alignments
-differ only in prototypes, so they are all computed from the same adapters, trained once per seed; so is the ensemble,
-where adapters are trained on the frozen backbone.
+Writes OUT.csv, a row for each method and seed, and OUT.md, their mean ± standard deviation over seeds. Alignments and
+heads only read features, so they are all computed from the same adapters, trained once per method and seed; so is the
+ensemble, where adapters are trained on the frozen backbone. "METHOD + HEAD" is the method with `--head HEAD`.
 """
 
 from __future__ import annotations
@@ -29,29 +29,68 @@ from plora_ext.cil import metrics
 from plora_ext.cil.alignment import ALIGNMENTS, align, class_means
 from plora_ext.cil.console import ConsoleProgress
 from plora_ext.cil.engine import Images, Result, load_data, make_stream, pick_device, run
-from plora_ext.cil.methods import PLoRA, PLoRAEnsemble
+from plora_ext.cil.heads import HEADS, create_head
+from plora_ext.cil.methods import METHODS, Method, PLoRA, PLoRAEnsemble
 from plora_ext.cil.report import markdown_table, prepare_folder
 from plora_ext.cil.settings import MethodName, Settings
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer
 from plora_ext.cli import add_settings, settings_from
+from plora_ext.data import View
 
 BASELINES = tuple(m for m in get_args(MethodName) if not m.startswith("plora"))
 FIGURES = ("average_accuracy", "last_accuracy", "forgetting", "backward_transfer")
-FIELDS = ("method", "seed", *FIGURES, "passes", "data", "backbone", "epochs", "lr", "r", "device", "torch")
+FIELDS = (
+    "method",
+    "seed",
+    *FIGURES,
+    "passes",
+    "data",
+    "init_cls",
+    "increment",
+    "backbone",
+    "epochs",
+    "lr",
+    "r",
+    "device",
+    "torch",
+)
 
 
-class Ablation(PLoRA):
-    """PLoRA under every alignment, the oracle (true means of old classes) and the ensemble, from the same adapters."""
+class Recording(Method):
+    """A method that, beside its own classifier, teaches every head, and takes down what each predicts."""
+
+    def __init__(self, trainer: Trainer, settings: Settings):
+        super().__init__(trainer, settings)
+        self.heads = {name: create_head(name, settings, trainer.device) for name in HEADS}
+        self.predictions: list[dict[str, np.ndarray]] = []
+
+    def _teach(self, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
+        assert self.prototypes is not None
+        for head in self.heads.values():
+            head.learn(self.prototypes, before, after, labels)
+
+    def logits(self, features: Tensor) -> Tensor:
+        own = super().logits(features)
+        self.record({self.settings.method: own}, features)
+        return own
+
+    def record(self, logits: dict[str, Tensor], features: Tensor) -> None:
+        logits = {**logits, **{f"{self.settings.method} + {name}": head(features) for name, head in self.heads.items()}}
+        self.predictions.append({name: values.argmax(-1).cpu().numpy() for name, values in logits.items()})
+
+
+class Ablation(Recording, PLoRA):
+    """PLoRA under every alignment, the oracle (true means of old classes), every head on the alignment of the settings,
+    and the ensemble, all from the same adapters."""
 
     def __init__(self, trainer: Trainer, settings: Settings):
         super().__init__(trainer, settings)
         self.ensemble = PLoRAEnsemble(trainer, settings, self.adapters) if settings.onto == "base" else None
         self.variants: dict[str, Tensor] = {}
-        self.seen: tuple[Tensor, Tensor] | None = None
-        self.predictions: list[dict[str, np.ndarray]] = []
+        self.seen: list[tuple[View, Tensor]] = []
 
-    def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
+    def learn(self, task: Task, images: View, labels: Tensor) -> None:
         before = self.trainer.features(images)
         self.train_and_fuse(task, images, labels)
         after = self.trainer.features(images)
@@ -61,16 +100,16 @@ class Ablation(PLoRA):
             if task.index:
                 old = align(name, old, before, after, labels, tau=s.tau, ridge=s.ridge)
             self.variants[name] = torch.cat([old, new])
-        here = images, labels + task.classes.start
-        self.seen = (
-            here if self.seen is None else (torch.cat([self.seen[0], here[0]]), torch.cat([self.seen[1], here[1]]))
-        )
-        self.variants["oracle"] = class_means(self.trainer.features(self.seen[0]), self.seen[1], task.classes.stop)
+        self.prototypes = self.variants[s.alignment]
+        self._teach(before if task.index else None, after, labels)
+        self.seen.append((images, labels + task.classes.start))
+        true, of = torch.cat([self.trainer.features(seen) for seen, _ in self.seen]), [label for _, label in self.seen]
+        self.variants["oracle"] = class_means(true, torch.cat(of), task.classes.stop)
         if self.ensemble:
             self.ensemble.add_prototypes(task, images, labels)
             self.activate()
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: View) -> Tensor:
         """[n, 1 + T, D]: the fused space, then the spaces of the adapters (without an ensemble only the first)."""
         spaces = self.trainer.features(images)[:, None]
         if self.ensemble:
@@ -82,25 +121,27 @@ class Ablation(PLoRA):
         logits = {f"plora, {name}": self.head(features[:, 0], means) for name, means in self.variants.items()}
         if self.ensemble:
             logits["plora-ensemble"] = self.ensemble.logits(features[:, 1:])
-        self.predictions.append({name: values.argmax(-1).cpu().numpy() for name, values in logits.items()})
+        self.record(logits, features[:, 0])
         return logits[f"plora, {self.settings.alignment}"]
 
 
-def ablation(settings: Settings, data: Images, progress: ConsoleProgress) -> list[dict[str, object]]:
-    """A row for each alignment and for the ensemble."""
-    made: list[Ablation] = []
+def measure(settings: Settings, data: Images, progress: ConsoleProgress) -> list[dict[str, object]]:
+    """A row for the method with each classifier; for plora also one for each alignment and for the ensemble."""
+    made: list[Recording] = []
+    kind = Ablation if settings.method == "plora" else type("Recorded", (Recording, METHODS[settings.method]), {})
 
-    def make(trainer: Trainer, settings: Settings) -> Ablation:
-        made.append(Ablation(trainer, settings))
+    def make(trainer: Trainer, settings: Settings) -> Method:
+        made.append(kind(trainer, settings))
         return made[0]
 
     result = run(settings, data=data, progress=progress, make=make)
     stream, predictions = make_stream(settings, data), made[0].predictions
+    tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
     rows = []
     for name in predictions[0]:
         curve, matrix = [], []
         for t, predicted in enumerate(predictions):
-            labels = np.concatenate([task.test_labels for task in stream.tasks[: t + 1]])
+            labels = np.concatenate([task.test_labels for task in tasks[: t + 1]])
             correct = (predicted[name] == labels).astype(np.float64)
             curve.append(100 * float(correct.mean()))
             matrix.append(metrics.task_accuracies(correct, stream.task_of_class()[labels]))
@@ -171,10 +212,7 @@ def main() -> None:
         for seed in args.seeds:
             for method in args.methods:
                 job = replace(settings, method=method, seed=seed)
-                if method == "plora":
-                    rows += ablation(job, data, progress)
-                else:
-                    rows.append(row(method, run(job, data=data, progress=progress)))
+                rows += measure(job, data, progress)
                 write(out, rows)
     print(table(rows))
 

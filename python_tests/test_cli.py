@@ -19,6 +19,7 @@ from PIL import Image
 import plora_ext.cil.engine
 from plora_ext import _library
 from plora_ext.cil import Settings
+from plora_ext.cil.heads import HEADS
 from plora_ext.cil.report import labels, load_results
 from plora_ext.cli import main
 
@@ -215,7 +216,7 @@ def test_the_accuracy_benchmark_agrees_with_single_runs(
     problem: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path
 ) -> None:
     benchmark = runpy.run_path(str(repository / "benchmarks" / "accuracy.py"))
-    problem += ["--lr", "0.02"]
+    problem += ["--lr", "0.02", "--projections", "100"]
 
     def measure(*arguments: str) -> list[dict[str, str]]:
         monkeypatch.setattr("sys.argv", ["accuracy.py", *arguments])
@@ -229,11 +230,13 @@ def test_the_accuracy_benchmark_agrees_with_single_runs(
         ("plora, semantic", "plora"),
         ("plora-ensemble", "plora-ensemble"),
         ("simplecil", "simplecil"),
+        *((f"plora + {head}", f"plora --head {head}") for head in HEADS),
     ):
-        assert main(["train", *problem, "--seed", "1", "--method", method, "--out", str(tmp_path / method)]) == 0
-        alone = load_results(tmp_path / method)[0].summary()
+        out = tmp_path / name
+        assert main(["train", *problem, "--seed", "1", "--method", *method.split(), "--out", str(out)]) == 0
+        alone = load_results(out)[0].summary()
         assert {key: float(by_method[name][key]) for key in alone} == pytest.approx(alone)
-    assert {"plora, none", "plora, oracle"} < set(by_method)
+    assert {"plora, none", "plora, oracle", "simplecil + ranpac"} < set(by_method)
 
     measure(*problem, "--seeds", "2", "--methods", "simplecil", "--out", str(tmp_path / "b"))
     merged = measure("--merge", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--out", str(tmp_path / "m"))

@@ -120,7 +120,7 @@ class Trainer:
             labels: int64 [n] in 0 ... num_classes - 1.
 
         Raises:
-            FloatingPointError: The loss is not finite (names task, epoch and step), or the last step left such weights.
+            FloatingPointError: The loss is not finite (names task, epoch and step), or the weights are after an epoch.
         """
         s = self.settings
         # Started from the class means: random directions would first pull the features of every class elsewhere.
@@ -154,15 +154,16 @@ class Trainer:
             if len(bad):
                 where = f"task {task}, epoch {epoch}, step {int(bad[0])}"
                 raise FloatingPointError(f"the loss is {losses[bad[0]].item()} at {where}; try a smaller lr")
+            if not torch.stack([p.detach().norm() for p in parameters]).isfinite().all():
+                where = f"task {task}, epoch {epoch}"
+                raise FloatingPointError(f"the weights are not finite after the last step of {where}; try a smaller lr")
             if self.checkpoint:
                 self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks)
-        if not torch.stack([p.detach().norm() for p in parameters]).isfinite().all():
-            raise FloatingPointError(f"the weights are not finite after the last step of task {task}; try a smaller lr")
         self.model.eval()
 
     @torch.no_grad()
-    def features(self, images: View) -> Tensor:
-        """Features float32 [n, D] of n images, by the test transform."""
+    def features(self, images: View | Tensor) -> Tensor:
+        """Features float32 [n, D] of n images, by the test transform, or of batches already made [n, 3, S, S]."""
         self.model.eval()
         with lower_on_exhaustion("eval_batch_size"):
             return torch.cat([self._forward(batch) for batch in images.split(self.settings.eval_batch_size)])

@@ -68,6 +68,11 @@ class View:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the batches are."""
+        return self.preparation.device
+
     def __getitem__(self, rows: Tensor) -> View:
         """The images of `rows`, int64, within this selection."""
         chosen = object.__new__(View)

@@ -37,11 +37,12 @@ class Replay(CovarianceHead):
         bias = torch.zeros(number, device=means.device, requires_grad=True)
         optimizer = torch.optim.AdamW([weight, bias], _LR, weight_decay=_DECAY)
         labels = torch.arange(number).repeat_interleave(_SAMPLES).to(means.device)
+        generator = torch.Generator().manual_seed(self.settings.seed)  # its own: training is the same under any head
         epochs, steps = self.settings.replay_epochs, math.ceil(len(labels) / _BATCH)
         for epoch in range(epochs):
-            noise = torch.randn(number, _SAMPLES, means.shape[1]).to(means.device)
+            noise = torch.randn(number, _SAMPLES, means.shape[1], generator=generator).to(means.device)
             drawn = (means[:, None] + noise @ factors.mT).flatten(0, 1)
-            for step, rows in enumerate(torch.randperm(len(drawn)).to(means.device).split(_BATCH)):
+            for step, rows in enumerate(torch.randperm(len(drawn), generator=generator).to(means.device).split(_BATCH)):
                 optimizer.param_groups[0]["lr"] = _LR * (1 + math.cos(math.pi * (epoch + step / steps) / epochs)) / 2
                 logits = F.linear((drawn[rows] - centre) / spread, weight, bias)
                 optimizer.zero_grad()
