@@ -199,6 +199,22 @@ def test_a_loss_that_is_not_finite_names_its_place(images: Images) -> None:
         learn(images, optimizer="sgd", lr=1e30)
 
 
+@pytest.mark.parametrize(("training", "setting"), [(True, "batch_size"), (False, "eval_batch_size")])
+def test_exhausted_memory_names_the_setting(
+    training: bool, setting: str, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Trainer._forward
+
+    def full(self: Trainer, *args) -> torch.Tensor:
+        if torch.is_grad_enabled() == training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nand more")
+        return forward(self, *args)
+
+    monkeypatch.setattr(Trainer, "_forward", full)
+    with pytest.raises(torch.OutOfMemoryError, match=rf"allocate 1 GiB.; lower {setting}, or set amp to bfloat16$"):
+        learn(images)
+
+
 def test_progress_hears_every_step(images: Images) -> None:
     heard: list[tuple] = []
 

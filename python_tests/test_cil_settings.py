@@ -9,6 +9,7 @@ import pytest
 
 from plora_ext.cil.methods import METHODS
 from plora_ext.cil.settings import Settings, parse
+from plora_ext.data.backbone import PILOT_NAMES
 
 
 def test_defaults_resolve() -> None:
@@ -43,6 +44,18 @@ def test_the_configs_of_the_repository_load(repository: Path) -> None:
     for config in configs:
         Settings.load(config)
     assert Settings.load(repository / "configs" / "icon100_b0_inc10.yaml") == Settings()  # as the demo runs it
+
+
+def test_configs_are_what_their_names_say(repository: Path) -> None:
+    listed = (repository / "configs" / "README.md").read_text()
+    for config in (repository / "configs").glob("*.yaml"):
+        data, base, increment, *method = config.stem.split("_")
+        settings = Settings.load(config)
+        assert (settings.data, f"b{settings.init_cls}", f"inc{settings.increment}") == (data, base, increment)
+        if data != "icon100":
+            assert "_".join(method) in listed and f"{data} {increment}" in listed
+            assert (settings.transform, settings.normalize, settings.image_size) == ("pilot", "none", None)
+            assert settings.backbone in (*PILOT_NAMES.values(), "vit_base_patch16_224.augreg2_in21k_ft_in1k")
 
 
 @pytest.mark.parametrize(
