@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ class Ensemble:
     What comes before the first adapted layer is the same for all adapters and runs once. That layer's T outputs are one
     `plora_ext.ops.lora_all`; from there on the model runs on T * B samples, adapter after adapter, and every adapted
     layer is one `plora_ext.ops.lora_indexed` with T segments. Where the batch is repeated is found by trying, once for
-    each shape of image: the innermost module around the first adapted layer at whose first argument it can be. A
-    model where that is nowhere gets plain repetition, or one adapter after the other, and one warning that says why.
+    each shape of image: at the innermost module around the first adapted layer whose first argument can be repeated.
+    A model where that is nowhere gets plain repetition, or one adapter after the other, and a warning that says why.
 
-    Passes are cut so that their intermediate results stay within `memory`, over images and, where one image is too much,
-    over adapters. The cut does not enter the computation: results differ between cuts only where torch's own operators
-    give a sample other bits in a batch of another size. In float32 on a CPU they do not (the tests compare bits) as long
-    as a layer sees 16 rows or more; in 16 bits and on a GPU, where the library picks a kernel by the size of the
-    product, they agree to rounding.
+    Passes are cut so that their intermediate results stay within `memory`, over images and, where one image is too
+    much, over adapters. A cut changes what is in a batch and nothing else, so results differ between cuts only as far
+    as torch's own operators give a sample other bits in a batch of another size. For a ViT in float32 on a CPU they
+    do not, as long as layers see 16 rows or more; in 16 bits and on a GPU, where the library picks a kernel by the size
+    of the product, cuts agree to rounding.
 
     The adapted layers must see the batch first in their input, as in `Adapters.batch`. There are no gradients here.
     Nothing waits for the device but the first call with a shape of image.
@@ -320,7 +321,7 @@ def _even(n: int, most: int) -> list[slice]:
     """0 ... n in as few ranges of at most `most` as there can be, all about as long."""
     number = math.ceil(n / min(most, n))
     marks = [n * i // number for i in range(number + 1)]
-    return [slice(a, b) for a, b in zip(marks, marks[1:])]
+    return [slice(a, b) for a, b in pairwise(marks)]
 
 
 def _tensor(output: Any, samples: int) -> Tensor:
