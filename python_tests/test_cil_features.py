@@ -214,6 +214,35 @@ def test_bad_input() -> None:
         cache(torch.randn(2, 3), {"a": "f"}, lambda images, names: images)
 
 
+class Files:
+    """Images by name, loaded when they are asked for."""
+
+    def __init__(self, names: list[int], loaded: list[int]) -> None:
+        self.names, self.loaded = names, loaded
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, rows: Tensor) -> Files:
+        return Files([self.names[i] for i in rows], self.loaded)
+
+    def digests(self) -> Tensor:
+        return torch.tensor([[name, -name] for name in self.names])
+
+    def load(self) -> Tensor:
+        self.loaded.extend(self.names)
+        return torch.tensor(self.names, dtype=torch.float32)
+
+
+def test_images_that_are_not_in_memory_are_loaded_once() -> None:
+    loaded: list[int] = []
+    cache = FeatureCache()
+    for names in ([3, 1], [1, 2, 3], [2, 2]):
+        features = cache(Files(names, loaded), {"a": "f", "b": "g"}, lambda x, n: torch.stack([x.load()] * len(n), 1))
+        assert features[:, 0].tolist() == features[:, 1].tolist() == names
+    assert loaded == [3, 1, 2]
+
+
 # ---------------------------------------------------------------------- where it is kept
 
 

@@ -127,12 +127,12 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def make_cache(settings: Settings, progress: Progress) -> FeatureCache | None:
+def make_cache(settings: Settings, trainer: Trainer) -> FeatureCache | None:
     """What the setting `feature_cache` asks for."""
     if settings.feature_cache == "none":
         return None
     folder = None if settings.feature_cache == "auto" else settings.feature_cache
-    return FeatureCache(folder, say=progress.note)
+    return FeatureCache(folder, device=trainer.device, say=trainer.progress.note)
 
 
 def seed_everything(seed: int) -> None:
@@ -159,20 +159,19 @@ class Evaluator:
     def after(self, task: int) -> tuple[float, list[float]]:
         """A_b and the row of the task matrix after `task`."""
         seen = self.tasks[: task + 1]
-        images = self.images[torch.from_numpy(np.concatenate([t.test for t in seen])).to(self.images.device)]
-        predicted = self._logits(images).argmax(-1).cpu().numpy()
+        predicted = self._logits(torch.from_numpy(np.concatenate([t.test for t in seen]))).argmax(-1).cpu().numpy()
         labels = np.concatenate([t.test_labels for t in seen])
         correct = (predicted == labels).astype(np.float64)
         return 100.0 * float(correct.mean()), metrics.task_accuracies(correct, self.task_of_class[labels])
 
-    def _logits(self, images: Tensor) -> Tensor:
+    def _logits(self, rows: Tensor) -> Tensor:
         method, cache = self.method, self.cache
         spaces = method.spaces() if cache else None
         if cache is None or spaces is None:
-            return method.logits(method.features(images))
+            return method.logits(method.features(self.images[rows]))
         # Part by part, for the features of all images under all adapters may be more than the device can hold.
-        parts = images.split(AT_ONCE)
-        return torch.cat([method.logits(cache(part, spaces, method.features_in)) for part in parts])
+        kept = (cache(self.images[part], spaces, method.features_in) for part in rows.split(AT_ONCE))
+        return torch.cat([method.logits(features) for features in kept])
 
 
 def run(
@@ -206,7 +205,7 @@ def run(
     look = (backbone.image_size, backbone.mean, backbone.std, device)
     train, test = to_tensor(data.train_images, *look), to_tensor(data.test_images, *look)
     tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
-    evaluator = Evaluator(method, tasks, test, stream.task_of_class(), make_cache(settings, trainer.progress))
+    evaluator = Evaluator(method, tasks, test, stream.task_of_class(), make_cache(settings, trainer))
 
     start, curve, matrix = time.perf_counter(), [], []
     trainer.progress.begin(settings.method, len(tasks))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,7 +38,16 @@ SHARE = 1 / 4  # of the free memory of a device, or of the host, that kept featu
 _WORDS = 4096  # in a row of a long tensor's digest
 _FILE = re.compile(r"features-[0-9a-f]{16}-[0-9a-f]{16}\.safetensors")
 
-Compute = Callable[[Tensor, list[str]], Tensor]
+
+class Selection(Protocol):
+    """Images that are perhaps not in memory: their number, some of them, a digest `[n, 2]` of each as `row_digests` has."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Tensor) -> Any: ...
+    def digests(self) -> Tensor: ...
+
+
+Compute = Callable[[Any, list[str]], Tensor]
 
 
 class FeatureCache:
@@ -56,6 +65,7 @@ class FeatureCache:
         folder: where the files go; made if missing. Files in it by other names are left alone.
         device_memory: bytes on the device at most, instead of a fourth of what is free.
         host_memory: the same on the host.
+        device: where the features that it gives are; default: where the images are.
         say: takes the line about a file that could not be used; default: print to stderr.
 
     Attributes:
@@ -68,9 +78,10 @@ class FeatureCache:
         folder: str | os.PathLike[str] | None = None,
         device_memory: int | None = None,
         host_memory: int | None = None,
+        device: torch.device | None = None,
         say: Callable[[str], object] | None = None,
     ) -> None:
-        self.device_memory, self.host_memory = device_memory, host_memory
+        self.device_memory, self.host_memory, self.device = device_memory, host_memory, device
         self.computed = self.found = 0
         self._say = say or (lambda line: print(line, file=sys.stderr))
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -83,11 +94,11 @@ class FeatureCache:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._look_around()
 
-    def __call__(self, images: Tensor, spaces: Mapping[str, str], compute: Compute) -> Tensor:
-        """Features `[n, len(spaces), ...]` of images `[n, ...]`, on their device.
+    def __call__(self, images: Tensor | Selection, spaces: Mapping[str, str], compute: Compute) -> Tensor:
+        """Features `[n, len(spaces), ...]` of n images.
 
         Args:
-            images: what `compute` takes.
+            images: what `compute` takes: a tensor `[n, ...]`, or anything that has digests of its images.
             spaces: for each adapter its name and the fingerprint of what its features depend on.
             compute: `compute(images, names)` gives `[n, len(names), ...]` for what is missing: some of the images, some
                 of the names. It must not look at the other images of its batch.
@@ -110,7 +121,7 @@ class FeatureCache:
             if pattern.any():
                 names = [name for name, asks in zip(of, pattern) if asks]
                 rows = first[(missing == pattern).all(1)]
-                features = compute(images[torch.from_numpy(rows).to(images.device)], names)
+                features = compute(images[torch.from_numpy(rows)], names)
                 if features.shape[:2] != (len(rows), len(names)):
                     raise ValueError(
                         f"compute must return [{len(rows)}, {len(names)}, ...], got {list(features.shape)}"
@@ -119,17 +130,21 @@ class FeatureCache:
                     self._keep(name, numbers[rows], column)
         space = next(iter(of.values()))
         like = space.blocks[space.block[numbers[0]]].features
-        result = torch.empty(len(images), len(of), *like.shape[1:], dtype=like.dtype, device=images.device)
+        device = self.device or (images.device if isinstance(images, Tensor) else like.device)
+        result = torch.empty(len(images), len(of), *like.shape[1:], dtype=like.dtype, device=device)
         for i, space in enumerate(of.values()):
             space.gather(numbers, result[:, i])
         return result
 
     # ------------------------------------------------------------------ what is known
 
-    def _numbers(self, images: Tensor) -> np.ndarray:
+    def _numbers(self, images: Tensor | Selection) -> np.ndarray:
         """A number for each image, the same for the same pixels."""
-        shape = hashlib.sha256(f"{tuple(images.shape[1:])} {images.dtype}".encode()).digest()
-        digests = row_digests(images) + int.from_bytes(shape[:7], "little")
+        if isinstance(images, Tensor):
+            shape = hashlib.sha256(f"{tuple(images.shape[1:])} {images.dtype}".encode()).digest()
+            digests = row_digests(images) + int.from_bytes(shape[:7], "little")
+        else:
+            digests = images.digests()
         known = self._images
         numbers = np.array([known.setdefault(digest, len(known)) for digest in _as_bytes(digests)])
         for space in self._spaces.values():

@@ -37,6 +37,7 @@ class Ensemble:
     layer is one `plora_ext.ops.lora_indexed` with T segments. Where the batch is repeated is found by trying, once for
     each shape of image: at the innermost module around the first adapted layer whose first argument can be repeated.
     A model where that is nowhere gets plain repetition, or one adapter after the other, and a warning that says why.
+    A single adapter has nothing to share: it runs as `set_adapter` has it, merged into the weight.
 
     Passes are cut so that their intermediate results stay within `memory`, over images and, where one image is too
     much, over adapters. A cut changes what is in a batch and nothing else, so results differ between cuts only as far
@@ -91,7 +92,7 @@ class Ensemble:
         T, B = len(ids), len(images)
         result: Tensor | None = None
         for t, b in _cuts(T, B, self._slabs_at_once(plan, images.device)):
-            part = self._run(plan, images[b], ids[t], chosen[t])
+            part = self._run(plan, images[b], ids[t], chosen[t], alone=T == 1)
             if part.shape[:2] == (T, B):
                 return part
             if result is None:
@@ -102,11 +103,11 @@ class Ensemble:
 
     # ------------------------------------------------------------------ one pass
 
-    def _run(self, plan: _Plan, images: Tensor, ids: list[int], names: list[str]) -> Tensor:
-        if plan.split is not None:
+    def _run(self, plan: _Plan, images: Tensor, ids: list[int], names: list[str], alone: bool) -> Tensor:
+        if plan.split is not None and not alone:
             return self._pass(_Slabs(self._on_device(ids, images.device), ids, len(images), plan.split), images)
         features = []
-        for name in names:  # one adapter after the other
+        for name in names:  # one adapter after the other, each merged into the weight
             with self.adapters._temporarily(_active=() if name == BASE else (name,), _coefficients=None, _batch=None):
                 features.append(_tensor(self.adapters.model(images), len(images)))
         return torch.stack(features)
