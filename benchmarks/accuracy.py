@@ -65,6 +65,9 @@ class Recording(Method):
         self.heads = {name: create_head(name, settings, trainer.device) for name in HEADS}
         self.predictions: list[dict[str, np.ndarray]] = []
 
+    def spaces(self) -> None:
+        """Every prediction is for all images at once."""
+
     def _teach(self, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
         assert self.prototypes is not None
         for head in self.heads.values():

@@ -326,6 +326,7 @@ def test_names_of_classes_and_several_batches(data: Images, tmp_path: Path, tiny
     assert 100 * right == pytest.approx(result.curve[-1])
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(problem: list[str], tmp_path: Path) -> None:
     """SIGKILL, which no process can catch, and --resume; benchmarks/resume.py does it twenty times on real data."""
     script = (

@@ -242,3 +242,18 @@ def test_pilot_batches_do_not_depend_on_workers() -> None:
     order = torch.arange(9)
     one, two = (torch.cat([b for _, b in views_[0].epoch(order, 4)]) for _ in range(2))
     assert not torch.equal(one, two)  # another epoch, other crops
+
+
+def test_digests_tell_images_and_preparations_apart(tmp_path: Path) -> None:
+    view, rows = prepared(pixels(5)), torch.tensor([3, 1])
+    digests = view.digests()
+    assert digests.shape == (5, 2) and len(digests.unique(dim=0)) == 5
+    assert torch.equal(view[rows].digests(), digests[rows])
+    assert torch.equal(prepared(pixels(5), workers=2, augment=False).digests(), digests)
+    for other in (prepared(pixels(5), image_size=7), prepared(pixels(5), transform="pilot")):
+        assert not (other.digests() == digests).all(1).any()
+    files = prepared(load_images(str(write_folders(tmp_path))).test_images)
+    before = files.digests()
+    (tmp_path / "test" / "ant" / "1.png").write_bytes((tmp_path / "test" / "bee" / "0.png").read_bytes())
+    after = prepared(load_images(str(tmp_path)).test_images).digests()
+    assert (before != after).any(1).tolist() == [False, True, False, False, False, False]

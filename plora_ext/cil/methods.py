@@ -7,7 +7,7 @@ the methods are about: which adapters exist, which are active, and what becomes 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,15 @@ from plora_ext import ops
 from plora_ext.cil import fusion
 from plora_ext.cil.alignment import align, class_means
 from plora_ext.cil.checkpoint import adapters_state, restore_adapters, to_device
+from plora_ext.cil.features import space_fingerprints
 from plora_ext.cil.heads import create_head
 from plora_ext.cil.inflora import InputGrams, Subspaces, share_after
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer, lower_on_exhaustion
 from plora_ext.data import View
-from plora_ext.nn import Adapters, CosineHead, SubspaceHead, inject
+from plora_ext.nn import Adapters, CosineHead, Ensemble, SubspaceHead, inject
+from plora_ext.nn.inject import BASE
 
 
 class Method(ABC):
@@ -32,7 +34,6 @@ class Method(ABC):
 
     Attributes:
         prototypes: One row per class seen, in the class order.
-        space: Changes whenever the features of an image do, so that features can be kept while it does not.
         passes: Forward passes of the backbone that one prediction takes.
     """
 
@@ -43,7 +44,6 @@ class Method(ABC):
         self.prototypes: Tensor | None = None
         self.head = CosineHead(settings.scale).to(trainer.device)
         self.classifier = None if settings.head == "cosine" else create_head(settings.head, settings, trainer.device)
-        self.space = 0
         self.passes = 1
 
     @abstractmethod
@@ -59,9 +59,21 @@ class Method(ABC):
         """Features of n images in the current space; [n, D], or [n, T, D] for an ensemble."""
         return self.trainer.features(images)
 
+    def spaces(self) -> dict[str, str] | None:
+        """The adapters whose spaces the features are in, each with a fingerprint of all that these depend on.
+
+        None where the features of an image change with every task, so that there is no use in keeping them.
+        """
+        return None
+
+    def features_in(self, images: View, names: Sequence[str]) -> Tensor:
+        """Features [n, len(names), D] of images in some of the `spaces`."""
+        return self.features(images)[:, None]
+
     def logits(self, features: Tensor) -> Tensor:
-        """Logits [n, classes seen] of features in the current space."""
+        """Logits [n, classes seen] of features in the current space, [n, D] or [n, 1, D]."""
         assert self.prototypes is not None, "learn a task first"
+        features = features.flatten(1)
         if self.classifier is not None:
             return self.classifier(features)
         return self.head(features, self.prototypes)
@@ -100,6 +112,9 @@ class Method(ABC):
 
 class SimpleCIL(Method):
     """`simplecil`: the frozen backbone's class means."""
+
+    def spaces(self) -> dict[str, str]:
+        return space_fingerprints(self.trainer.model, [BASE], self.settings.amp)
 
     def learn(self, task: Task, images: View, labels: Tensor) -> None:
         self._append_means(task, images, labels)
@@ -140,7 +155,6 @@ class LoRASequential(_Adapted):
         if task.index == 0:
             self._add_adapter(task)
         self._fit(task, images, labels)
-        self.space = task.index
         self._append_means(task, images, labels)
 
 
@@ -152,6 +166,9 @@ class LoRAFirst(_Adapted):
             self._add_adapter(task)
             self._fit(task, images, labels)
         self._append_means(task, images, labels)
+
+    def spaces(self) -> dict[str, str]:
+        return space_fingerprints(self.adapters, self.adapters.names, self.settings.amp)
 
 
 class Joint(LoRAFirst):
@@ -222,7 +239,6 @@ class PLoRA(_Adapted):
             if s.init == "inflora":
                 share = share_after(task.index, self.trainer.num_tasks, s.subspace)
                 self.subspaces.grow(self._input_grams(images), share)
-        self.space = task.index
         self.activate()
 
     def _input_grams(self, images: View) -> dict[str, Tensor]:
@@ -236,14 +252,17 @@ class PLoRA(_Adapted):
 
 
 class PLoRAEnsemble(_Adapted):
-    """`plora-ensemble`: every adapter keeps its own feature space (EASE, CVPR 2024, with LoRA); T forward passes.
+    """`plora-ensemble`: every adapter keeps its own feature space (EASE, CVPR 2024, with LoRA).
 
+    T forward passes, made as one (`plora_ext.nn.Ensemble`); old adapters stay as they are, so their features are kept.
     Prototypes are [C, T, D]. Those of a class in the spaces of later tasks' adapters are completed from later classes.
     """
 
     def __init__(self, trainer: Trainer, settings: Settings, adapters: Adapters | None = None):
         super().__init__(trainer, settings, adapters)
         self.subspaces = SubspaceHead(settings.ensemble_alpha).to(trainer.device)
+        memory = settings.ensemble_memory
+        self.ensemble = Ensemble(self.adapters, None if memory is None else int(memory * 2**20))
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "task_of_class": self.subspaces.task_of_class}
@@ -269,14 +288,16 @@ class PLoRAEnsemble(_Adapted):
             self.prototypes = ops.complete_prototypes(
                 torch.cat([old, new]), self.subspaces.task_of_class, tau=self.settings.ensemble_tau, mode="reset"
             )
-        self.space, self.passes = task.index, task.index + 1
+        self.passes = task.index + 1
 
     def features(self, images: View) -> Tensor:
-        spaces = []
-        for name in self.adapters.names:
-            self.adapters.set_adapter(name)
-            spaces.append(self.trainer.features(images))
-        return torch.stack(spaces, 1)
+        return self.features_in(images, self.adapters.names)
+
+    def features_in(self, images: View, names: Sequence[str]) -> Tensor:
+        return self.trainer.features(images, lambda batch: self.ensemble(batch, names).movedim(0, 1))
+
+    def spaces(self) -> dict[str, str]:
+        return space_fingerprints(self.adapters, self.adapters.names, self.settings.amp)
 
     def logits(self, features: Tensor) -> Tensor:
         assert self.prototypes is not None, "learn a task first"

@@ -90,6 +90,14 @@ class Settings:
     augment: bool = _setting(True, "augment training images")
 
     eval_batch_size: int = _setting(256, "images per pass when no gradient is needed")
+    ensemble_memory: float | None = _setting(
+        None, "MiB that a pass of plora-ensemble may take for intermediate results (null: from the free memory)"
+    )
+    feature_cache: str = _setting(
+        "auto",
+        "features of test images under adapters that stay as they are: auto (kept on the device, the host or in "
+        "temporary files, by size), none, or a folder for files that a later run can use",
+    )
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1, ...")
     amp: Literal["none", "bfloat16"] = _setting("none", "autocast to this dtype")
 
@@ -114,6 +122,8 @@ class Settings:
         _require(self.workers is None or self.workers >= 0, "workers", "at least 0", self.workers)
         _require(0 < self.subspace <= 1, "subspace", "in (0, 1]", self.subspace)
         _require(0 <= self.shrinkage <= 1, "shrinkage", "in [0, 1]", self.shrinkage)
+        memory = self.ensemble_memory
+        _require(memory is None or memory > 0, "ensemble_memory", "above 0 or null", memory)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
         if self.head != "cosine" and self.method == "plora-ensemble":
             raise ValueError(

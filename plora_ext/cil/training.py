@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,6 +34,10 @@ class Progress:
 
     def task(self, task: int, accuracy: float) -> None:
         """A task is learned; accuracy is over all classes seen, in percent."""
+
+    def note(self, line: str) -> None:
+        """Something that the user should know; not silent here either."""
+        print(line, file=sys.stderr)
 
 
 class Phases:
@@ -103,10 +107,10 @@ class Trainer:
         self.checkpoint: Checkpoint | None = None
         self.phases = Phases(device)
 
-    def _forward(self, images: Tensor) -> Tensor:
+    def _forward(self, images: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
         amp = self.settings.amp != "none"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
-            features = self.model(images)
+            features = model(images)
         return features.float()
 
     def fit(self, task: int, parameters: Sequence[Tensor], images: View, labels: Tensor, num_classes: int) -> None:
@@ -142,7 +146,7 @@ class Trainer:
                 done = (epoch * steps + step) / (steps * s.epochs)
                 for group in optimizer.param_groups:
                     group["lr"] = s.lr * (1 + math.cos(math.pi * done)) / 2
-                cosines = F.linear(F.normalize(self._forward(batch)), F.normalize(directions))
+                cosines = F.linear(F.normalize(self._forward(batch, self.model)), F.normalize(directions))
                 loss = F.cross_entropy(s.scale * cosines, labels[rows.to(self.device)])
                 optimizer.zero_grad()
                 loss.backward()
@@ -162,8 +166,13 @@ class Trainer:
         self.model.eval()
 
     @torch.no_grad()
-    def features(self, images: View | Tensor) -> Tensor:
-        """Features float32 [n, D] of n images, by the test transform, or of batches already made [n, 3, S, S]."""
+    def features(self, images: View, model: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Features float32 [n, D] of n images, by the test transform.
+
+        Args:
+            model: what to call instead of the model itself, an ensemble of it for [n, T, D].
+        """
         self.model.eval()
+        model = model or self.model
         with lower_on_exhaustion("eval_batch_size"):
-            return torch.cat([self._forward(batch) for batch in images.split(self.settings.eval_batch_size)])
+            return torch.cat([self._forward(batch, model) for batch in images.split(self.settings.eval_batch_size)])

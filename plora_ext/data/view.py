@@ -12,6 +12,7 @@ the same state of it gives the same batches for any number of workers.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -60,6 +61,7 @@ class View:
         self.images, self.preparation = images, preparation
         self.rows = torch.arange(len(images))
         p = preparation
+        self._digests: list[Tensor] = []  # of all images, shared by every selection
         self._one_by_one = isinstance(images, ImageFiles) or p.transform == "pilot"
         self._ready: Tensor | None = None
         if not self._one_by_one and 12 * len(images) * p.image_size**2 <= READY_BYTES:
@@ -68,10 +70,26 @@ class View:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the batches are."""
-        return self.preparation.device
+    def digests(self) -> Tensor:
+        """Two 64-bit numbers [n, 2] that stand for each image by the test transform.
+
+        From the stored pixels, or of a file from its path, size and time, and from what becomes of them.
+        """
+        if not self._digests:
+            p = self.preparation
+            about = repr((p.image_size, list(p.mean), list(p.std), p.transform)).encode()
+            parts = [hashlib.blake2b(about + content, digest_size=16).digest() for content in self._contents()]
+            self._digests.append(torch.from_numpy(np.frombuffer(b"".join(parts), dtype=np.int64).reshape(-1, 2).copy()))
+        return self._digests[0][self.rows]
+
+    def _contents(self) -> Iterator[bytes]:
+        if isinstance(self.images, ImageFiles):
+            for path in self.images.paths:
+                facts = path.stat()
+                yield f"{path.absolute()} {facts.st_size} {facts.st_mtime_ns}".encode()
+        else:
+            for image in self.images:
+                yield repr(image.shape).encode() + image.tobytes()
 
     def __getitem__(self, rows: Tensor) -> View:
         """The images of `rows`, int64, within this selection."""
