@@ -36,11 +36,12 @@ __all__ = ["FeatureCache", "fingerprint", "space_fingerprints"]
 
 SHARE = 1 / 4  # of the free memory of a device, or of the host, that kept features may take
 _WORDS = 4096  # in a row of a long tensor's digest
+_SMALL = 2**20  # bytes
 _FILE = re.compile(r"features-[0-9a-f]{16}-[0-9a-f]{16}\.safetensors")
 
 
 class Selection(Protocol):
-    """Images that are perhaps not in memory: their number, some of them, a digest `[n, 2]` of each as `row_digests` has."""
+    """Images that are perhaps not in memory: how many, some of them, digests `[n, 2]` of them."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, rows: Tensor) -> Any: ...
@@ -284,14 +285,18 @@ def fingerprint(*parts: Tensor | str) -> str:
 
     Tensors are read where they are, at about the speed of their memory on a GPU; the host waits once.
     """
+    tensors = [part.detach() for part in parts if isinstance(part, Tensor)]
     seal = hashlib.sha256()
-    digests = [_digest(part) for part in parts if isinstance(part, Tensor)]
-    numbers = iter(torch.stack([d.to(digests[0].device) for d in digests]).cpu().numpy() if digests else ())
     for part in parts:
         text = f"{tuple(part.shape)} {part.dtype}" if isinstance(part, Tensor) else part
-        seal.update(f"{len(text.encode())} {text}".encode())
-        if isinstance(part, Tensor):
-            seal.update(next(numbers).tobytes())
+        seal.update(f"{isinstance(part, Tensor)} {len(text.encode())} {text}".encode())
+    if tensors:
+        device = tensors[0].device
+        flat = [t.reshape(-1).contiguous().view(torch.uint8) for t in tensors]
+        blocks = [t for t in flat if len(t) >= _SMALL]
+        if small := [t.to(device) for t in flat if len(t) < _SMALL]:
+            blocks.append(torch.cat(small))  # one digest for all: fewer launches
+        seal.update(torch.stack([_digest(t).to(device) for t in blocks]).cpu().numpy().tobytes())
     return seal.hexdigest()
 
 
@@ -330,9 +335,8 @@ def _keys(number: int, device: torch.device) -> Tensor:
     return (keys | 1).to(device)
 
 
-def _digest(t: Tensor) -> Tensor:
-    """Two numbers for a whole tensor: digests of its rows, then of these, until one is left."""
-    flat = t.detach().reshape(-1).contiguous().view(torch.uint8)
+def _digest(flat: Tensor) -> Tensor:
+    """Two numbers for all bytes `[n]`: digests of rows, then of these, until one is left."""
     while len(flat) > 8 * _WORDS:
         whole = len(flat) - len(flat) % (8 * _WORDS)
         rows = row_digests(flat[:whole].view(-1, 8 * _WORDS))
