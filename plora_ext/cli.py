@@ -69,7 +69,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from plora_ext.cil.checkpoint import write_whole
     from plora_ext.cil.trained import Trained
 
-    figures = Trained(args.run, **_given(args, ("device", "workers", "data_root"))).evaluate()
+    figures = Trained(args.run, **_given(args, ("device", "workers", "data", "data_root"))).evaluate()
     print(
         f"{args.run}: {figures['accuracy']:.2f} % over {figures['classes_seen']} classes, "
         f"after {figures['tasks_learned']} of {figures['tasks']} tasks"
@@ -210,7 +210,8 @@ def _parser() -> argparse.ArgumentParser:
     for added in (evaluator, predictor):
         added.add_argument("--device", metavar="VALUE", help="as in train (default: the run's)")
         added.add_argument("--workers", metavar="VALUE", help="as in train (default: the run's)")
-    evaluator.add_argument("--data-root", metavar="VALUE", help="as in train (default: the run's)")
+    for name in ("--data", "--data-root"):
+        evaluator.add_argument(name, metavar="VALUE", help="where the run's data are now (default: where they were)")
     reporter = command(report)
     reporter.add_argument("runs", nargs="+", metavar="RUN", help="a folder that demo or train wrote")
     reporter.add_argument("--out", default="plora-report", help="folder for the comparison (default: plora-report)")

@@ -310,6 +310,8 @@ def test_eval_and_predict(problem: list[str], tmp_path: Path, capsys: pytest.Cap
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+    (tmp_path / "toy.npz").rename(tmp_path / "moved.npz")
+    assert main(["eval", str(out), "--data", str(tmp_path / "moved.npz")]) == 0
     np.savez(tmp_path / "toy.npz", **{**arrays(), "test_labels": arrays()["test_labels"][::-1]})
     assert main(["eval", str(out)]) == 2
     assert "the images or labels differ" in capsys.readouterr().err

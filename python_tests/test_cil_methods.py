@@ -247,6 +247,9 @@ def test_bad_layers_ranks_and_devices(images: Images) -> None:
     wrong = Images(images.train_images, images.train_labels, images.test_images, images.test_labels + 1)
     with pytest.raises(ValueError, match=r"test_labels must lie in 0 \.\.\. 5, got unknown class 6"):
         learn(wrong)
+    floats = Images(images.train_images / 255, images.train_labels, images.test_images, images.test_labels)
+    with pytest.raises(ValueError, match=r"train_images must be uint8 \[N, H, W, 3\], got float64"):
+        learn(floats)
 
 
 @pytest.mark.cuda

@@ -37,8 +37,10 @@ from plora_ext.nn import Adapters
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
-# Settings under which a run may continue that began with others: they say where things are, not what is computed.
-ELSEWHERE = ("out", "data_root", "download", "workers", "device", "feature_cache", "ensemble_memory")
+# Settings under which a run may continue that began with others: they say where things are, not what is computed (what
+# the data and the weights are, their hashes say).
+ELSEWHERE = ("out", "data", "data_root", "download", "corrupt", "weights", "workers", "device", "feature_cache",
+             "ensemble_memory")  # fmt: skip
 
 
 class Checkpoint:

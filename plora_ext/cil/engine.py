@@ -21,6 +21,7 @@ from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task, TaskStream
 from plora_ext.cil.training import Progress, Trainer
 from plora_ext.data import Backbone, Images, Preparation, View, create_backbone, load_images
+from plora_ext.data.sets import checked
 
 AT_ONCE = 4096  # images whose kept features are put together at a time
 
@@ -181,7 +182,7 @@ def run(
         FloatingPointError: A loss that is not finite.
     """
     device = pick_device(settings.device)
-    data = data or load_data(settings)
+    data = checked(data) if data else load_data(settings)
     stream = make_stream(settings, data)
     seed_everything(settings.seed)
     backbone = backbone or load_backbone(settings)
