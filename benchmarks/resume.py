@@ -76,8 +76,8 @@ def main() -> None:
             assert process.stdout is not None
             process.stdout.readline()
             try:
-                # The even share on average: what is done again stretches the run, so that all kills land in it.
-                process.communicate(timeout=moments.uniform(0, 2 * seconds / args.kills))
+                # More than the even share on average, for what was not saved is done again.
+                process.communicate(timeout=moments.uniform(0, 3 * seconds / args.kills))
                 print(f"the run was over after {landed} kills: choose a longer one")
                 break
             except subprocess.TimeoutExpired:

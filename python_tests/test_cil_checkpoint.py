@@ -143,12 +143,13 @@ def _files(folder: Path) -> list[Path]:
 def test_files_are_named_by_content_and_swept(data: Images, tmp_path: Path) -> None:
     learn(data, Checkpoint(tmp_path))
     (tmp_path / "checkpoint" / ".left.part").write_text("half")
+    (tmp_path / "checkpoint" / "notes.txt").write_text("not ours")
     (tmp_path / "checkpoint" / "old-0123456789abcdef.safetensors").write_text("old")
     names = {path.name.rpartition("-")[0] for path in _files(tmp_path)} - {""}
     assert names >= {"adapter-task0", "adapter-task1", "adapter-task2", "method", "rng"}
     learn(data, Checkpoint(tmp_path, resume=True))
     assert {path.name.rpartition("-")[0] for path in _files(tmp_path)} - {""} == names - {"old"}
-    assert not list((tmp_path / "checkpoint").glob(".*"))
+    assert not list((tmp_path / "checkpoint").glob(".*")) and (tmp_path / "checkpoint" / "notes.txt").exists()
 
 
 def test_checkpoints_are_small(data: Images, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -41,6 +42,9 @@ MANIFEST = "checkpoint.json"
 # the data and the weights are, their hashes say).
 ELSEWHERE = ("out", "data", "data_root", "download", "corrupt", "weights", "workers", "device", "feature_cache",
              "ensemble_memory")  # fmt: skip
+
+
+_OURS = re.compile(r".+-[0-9a-f]{16}\.safetensors|\..+\.part")
 
 
 class Checkpoint:
@@ -115,7 +119,7 @@ class Checkpoint:
         Raises:
             OSError: It cannot be written; the checkpoint of before is whole.
         """
-        self._save(run, {**state, "rng": rng_state()}, keep=())
+        self._save(run, {**state, "rng": rng_state()}, keep={})
 
     # ------------------------------------------------------------------ epochs
 
@@ -149,8 +153,9 @@ class Checkpoint:
 
     # ------------------------------------------------------------------ files
 
-    def _save(self, run: Mapping[str, Any], state: Mapping[str, Any], keep: Mapping[str, Any] | Sequence[str]) -> None:
-        parts = dict(keep) if isinstance(keep, Mapping) else {}
+    def _save(self, run: Mapping[str, Any], state: Mapping[str, Any], keep: Mapping[str, Any]) -> None:
+        """Writes `state` beside the parts to keep, then the manifest; each entry of `state` is a part."""
+        parts = dict(keep)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name, value in state.items():
@@ -193,7 +198,7 @@ class Checkpoint:
         """Removes what the manifest does not name: files of before, and of a write that was cut short."""
         named = {MANIFEST, *(part.get("file") for part in self.manifest.get("parts", {}).values())}
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.name not in named:
+            if _OURS.fullmatch(path.name) and path.name not in named:
                 path.unlink(missing_ok=True)
 
 
