@@ -143,10 +143,13 @@ class Ensemble:
         split, reason = None, ""
         try:
             first, expected = self._one_by_one(two)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # layers whose weight is read instead; whatever else it is, the loop will raise it
             reason = _line(error)
         else:
             eps = torch.finfo(autocast or first.base_layer.weight.dtype).eps
+            # A sample in the place of another is off by about all of the difference; the rest is rounding.
             allowed = (expected[1] - expected[0]).norm() / 20 + 8 * eps * expected.norm()
             for module in self._around(first):
                 try:
@@ -157,7 +160,7 @@ class Ensemble:
                 except Exception as error:
                     reason = _line(error)
                     continue
-                if off <= allowed:  # a sample in the place of another is off by about all of the difference
+                if off <= allowed:
                     split = module
                     break
                 reason = "samples do not stay in their place"
