@@ -42,15 +42,16 @@ def files(out: Path) -> list[str]:
     return sorted(path.relative_to(out).as_posix() for path in out.rglob("*"))
 
 
-def where(out: Path) -> str:
-    """How far the checkpoint has come, for the log."""
+def progress(out: Path) -> tuple[float, str]:
+    """How far the checkpoint has come: its share of the run, and in words."""
     try:
         manifest = json.loads((out / "checkpoint" / "checkpoint.json").read_text("utf-8"))["manifest"]
     except FileNotFoundError:
-        return "nothing saved yet"
-    fit = manifest["parts"].get("fit")
-    epochs = f", {fit['tree']['dict']['epochs']['value']} epochs of the next" if fit else ""
-    return f"{len(manifest['run']['curve'])} tasks{epochs} saved"
+        return 0.0, "nothing saved yet"
+    fit, run = manifest["parts"].get("fit"), manifest["run"]
+    epochs = fit["tree"]["dict"]["epochs"]["value"] if fit else 0
+    share = (len(run["curve"]) + epochs / manifest["settings"]["epochs"]) / run["tasks"]
+    return share, f"{len(run['curve'])} of {run['tasks']} tasks and {epochs} epochs of the next saved"
 
 
 def main() -> None:
@@ -75,9 +76,10 @@ def main() -> None:
             process = start(work / "cut", args.options)
             assert process.stdout is not None
             process.stdout.readline()
-            try:
-                # More than the even share on average, for what was not saved is done again.
-                process.communicate(timeout=moments.uniform(0, 3 * seconds / args.kills))
+            remaining = (1 - progress(work / "cut")[0]) * seconds
+            try:  # the even share of what remains, on average
+                span = min(2 / (args.kills - landed), 0.8) * remaining
+                process.communicate(timeout=moments.uniform(0, span))
                 print(f"the run was over after {landed} kills: choose a longer one")
                 break
             except subprocess.TimeoutExpired:
@@ -85,7 +87,10 @@ def main() -> None:
                 process.communicate()
                 landed += 1
                 left = [name for name in files(work / "cut") if Path(name).name.startswith(".")]
-                print(f"kill {landed}: {where(work / 'cut')}" + (f"; half-written: {', '.join(left)}" if left else ""))
+                print(
+                    f"kill {landed}: {progress(work / 'cut')[1]}"
+                    + (f"; half-written: {', '.join(left)}" if left else "")
+                )
         wait(start(work / "cut", args.options))
         same = metrics(work / "whole") == metrics(work / "cut"), files(work / "whole") == files(work / "cut")
         print(
