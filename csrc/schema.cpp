@@ -55,7 +55,7 @@ STABLE_TORCH_LIBRARY(plora_ext, m) {
   m.def("class_sums(Tensor features, Tensor labels, int num_classes) -> (Tensor, Tensor)");
   m.def("class_sums_(Tensor(a!) sums, Tensor(b!) counts, Tensor features, Tensor labels) -> ()");
   m.def(
-      "reconstruct_prototypes(Tensor old, Tensor new, Tensor values, float tau, bool add_old=False, bool tf32=False) "
+      "reconstruct_prototypes(Tensor old, Tensor new, Tensor values, float tau, bool add_old, bool tf32) "
       "-> Tensor");
   m.def(
       "reconstruct_prototypes_backward(Tensor grad, Tensor old, Tensor new, Tensor values, float tau) "
@@ -64,5 +64,5 @@ STABLE_TORCH_LIBRARY(plora_ext, m) {
   m.def(
       "complete_prototypes_backward(Tensor grad, Tensor prototypes, Tensor task_of_class, float tau, bool last) "
       "-> Tensor");
-  m.def("subspace_logits(Tensor features, Tensor prototypes, Tensor weights, bool tf32=False) -> Tensor");
+  m.def("subspace_logits(Tensor features, Tensor prototypes, Tensor weights, bool tf32) -> Tensor");
 }
