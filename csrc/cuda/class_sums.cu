@@ -180,7 +180,7 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
     };
     sort_kernel<<<static_cast<unsigned>(chunks), kChunk, 0, stream>>>(
         data<int64_t>(classes), N, static_cast<int>(C), mutable_data<int>(order), mutable_data<uint32_t>(bounds),
-        reinterpret_cast<const char*>(from), aligned(16) ? row_bytes : kAhead + 1);
+        reinterpret_cast<const char*>(from), aligned(16) && D > 0 ? row_bytes : kAhead + 1);
     check_launch(op);
     if (C == 0) return;
     const auto sum = [&](auto kernel, int64_t width) {
