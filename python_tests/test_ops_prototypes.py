@@ -138,6 +138,17 @@ def test_reconstruct_other_width_scale_and_zero_rows(device: torch.device) -> No
     torch.testing.assert_close(ops.reconstruct_prototypes(zero, new, values), values.mean(0).expand(2, 20))
 
 
+@pytest.mark.parametrize("tau", [0.02, 1e-3])
+def test_low_temperatures_give_no_nan(tau: float, device: torch.device) -> None:
+    """Where the largest cosine is far below 1, every exp((cos - 1) / tau) is zero in float32."""
+    args = [draw(n, 40, device=device) for n in (9, 6, 6)]
+    cotangent = draw(9, 40, device=device, grad=False)
+    check(ops.reconstruct_prototypes, reference.reconstruct_prototypes, args, {"tau": tau, "mode": "shift"}, cotangent)
+    bank, tasks = draw(12, 3, 40, device=device, grad=False), torch.arange(12, device=device) // 4
+    expected = reference.complete_prototypes(bank, tasks, tau=tau)
+    torch.testing.assert_close(ops.complete_prototypes(bank, tasks, tau=tau), expected, rtol=1e-2, atol=1e-3)
+
+
 def test_reconstruct_is_ease_by_hand() -> None:
     """EASE's own formula, element by element."""
     old, new, values = draw(3, 4, grad=False), draw(2, 4, grad=False), draw(2, 4, grad=False)
