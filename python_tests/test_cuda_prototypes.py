@@ -123,10 +123,10 @@ def test_sanitize(name: str) -> None:
         for N, D, C in ((300, 33, 5), (520, 128, 400)):
             verify(name, [draw(N, D), torch.randint(-1, C, (N,), device=DEVICE), C])
     elif name == "reconstruct_prototypes":
-        for Co, Cn, D, tau in ((17, 130, 36, 0.5), (5, 1100, 33, 0.004)):
+        for Co, Cn, D, tau in ((17, 130, 36, 0.5), (5, 1100, 33, 0.02)):
             verify(name, [draw(Co, D), draw(Cn, D), draw(Cn, D)], {"tau": tau, "mode": "shift"})
     elif name == "complete_prototypes":
-        for D, tau in ((36, 0.5), (33, 0.004)):
+        for D, tau in ((36, 0.5), (33, 0.02)):
             verify(name, [draw(40, 4, D), torch.randint(0, 4, (40,), device=DEVICE)], {"tau": tau})
     else:
         for D in (36, 33):

@@ -128,14 +128,14 @@ __device__ void make_cosines(const Arguments& p, const Sorted& sorted, Partial* 
   float sum[2][4] = {}, squares[4] = {};
 #pragma unroll 6
   for (int d = warp * 16; d < p.D; d += kWarps * 16) {
-    Operand<float> operands[4];
+    cosine::Split<false> operands[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Four<float> v = load(rows[i] + d, p.D - d - 4 * q, p.vectors);
       squares[i] += cosine::dot(v);
-      operands[i] = Operand<float>(v);
+      operands[i] = cosine::Split<false>(v);
     }
-    for (int n = 0; n < 2; ++n) multiply(sum[n], operands[0], operands[1], operands[2 + n], false);
+    for (int n = 0; n < 2; ++n) cosine::add_product(sum[n], operands[0], operands[1], operands[2 + n]);
   }
   Partial& mine = partial[warp];
 #pragma unroll

@@ -34,15 +34,16 @@ __device__ inline void fetch_rows(float* to, const float* from, int64_t ld, int 
   const int c = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
   to += c / 4 * (kCount * 16) + first * 16 + c % 4 * 4;
   const float* row = from + first * ld + 4 * c;
+  if (vectors) {
+    const int real = 4 * c < left ? rows : 0;
 #pragma unroll
-  for (int r = first; r < kCount; r += kEach, to += kEach * 16, row += kEach * ld) {
-    if (vectors) {
-      const bool real = r < rows && 4 * c < left;
-      smem::copy16(to, real ? row : from, real ? 16 : 0);
-    } else {
+    for (int r = first; r < kCount; r += kEach, to += kEach * 16, row += kEach * ld)
+      smem::copy16(to, r < real ? row : from, r < real ? 16 : 0);
+  } else {
+#pragma unroll 1
+    for (int r = first; r < kCount; r += kEach, to += kEach * 16, row += kEach * ld)
 #pragma unroll 1
       for (int i = 0; i < 4; ++i) to[i] = r < rows && 4 * c + i < left ? row[i] : 0.f;
-    }
   }
 }
 
@@ -51,29 +52,59 @@ template <typename Tile, typename Row>
 __device__ inline void fetch_columns(float* to, const Row& row, int rows, int left, bool vectors) {
   constexpr int kChunks = Tile::kColumns / 4, kEach = kThreads / kChunks;
   const int c = threadIdx.x % kChunks;
+  int r = threadIdx.x / kChunks;
+  to += r * Tile::kLd + 4 * c;
+  if (vectors) {
+    const int real = 4 * c < left ? rows : 0;
 #pragma unroll
-  for (int r = threadIdx.x / kChunks; r < Tile::kDepth; r += kEach) {
-    float* const cell = to + r * Tile::kLd + 4 * c;
-    const float* const from = row(r < rows ? r : 0);
-    if (vectors) {
-      const bool real = r < rows && 4 * c < left;
-      smem::copy16(cell, real ? from + 4 * c : from, real ? 16 : 0);
-    } else {
+    for (; r < Tile::kDepth; r += kEach, to += kEach * Tile::kLd)
+      smem::copy16(to, row(r < real ? r : 0) + (r < real ? 4 * c : 0), r < real ? 16 : 0);
+  } else {
 #pragma unroll 1
-      for (int i = 0; i < 4; ++i) cell[i] = r < rows && 4 * c + i < left ? from[4 * c + i] : 0.f;
-    }
+    for (; r < Tile::kDepth; r += kEach, to += kEach * Tile::kLd)
+#pragma unroll 1
+      for (int i = 0; i < 4; ++i) to[i] = r < rows && 4 * c + i < left ? row(r)[4 * c + i] : 0.f;
   }
 }
 
-// d += a b over 16 k.
-template <bool kTf32>
-__device__ inline void add_product(float (&d)[4], const Operand<float>& a, const Operand<float>& a8,
-                                   const Operand<float>& b) {
-  if constexpr (kTf32) {
+// A lane's four k of a row or column: to the nearest TF32, and for true float32 what is left of each. Half a last place
+// is added and the matrix units leave out the rest of the bits: a few operations, as there are many of these. A NaN of
+// all ones would become zero by it. Then `lo` is NaN; in TF32 the NaN must show elsewhere, or kSafe be set.
+template <bool kTf32, bool kSafe = false>
+struct Split {
+  uint32_t hi[4], lo[kTf32 ? 1 : 4];
+  Split() = default;
+  __device__ explicit Split(const Four<float>& v) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      hi[i] = __float_as_uint(v[i]) + 0x1000u;
+      if constexpr (!kTf32) {
+        hi[i] &= 0xffffe000u;
+        lo[i] = __float_as_uint(v[i] - __uint_as_float(hi[i]));
+      } else if constexpr (kSafe) {
+        hi[i] = to_tf32(v[i]);
+      }
+    }
+  }
+};
+
+// d += a b over 16 k. True float32 takes three products (lo lo is below the rounding), the small ones first. The matrix
+// units cut their sums short instead of rounding them, so these are added up by ordinary additions.
+template <typename Left, typename Right>
+__device__ inline void add_product(float (&d)[4], const Left& a, const Left& a8, const Right& b) {
+  if constexpr (sizeof(a.lo) == sizeof(a.hi)) {
+    float sum[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      mma_m16n8k8(sum, a.lo[i], a8.lo[i], a.lo[i + 1], a8.lo[i + 1], b.hi[i], b.hi[i + 1]);
+      mma_m16n8k8(sum, a.hi[i], a8.hi[i], a.hi[i + 1], a8.hi[i + 1], b.lo[i], b.lo[i + 1]);
+      mma_m16n8k8(sum, a.hi[i], a8.hi[i], a.hi[i + 1], a8.hi[i + 1], b.hi[i], b.hi[i + 1]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += sum[i];
+  } else {
     mma_m16n8k8(d, a.hi[0], a8.hi[0], a.hi[1], a8.hi[1], b.hi[0], b.hi[1]);
     mma_m16n8k8(d, a.hi[2], a8.hi[2], a.hi[3], a8.hi[3], b.hi[2], b.hi[3]);
-  } else {
-    multiply(d, a, a8, b, false);
   }
 }
 
@@ -90,7 +121,10 @@ __device__ inline float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-__device__ inline float inverse_norm(float square) { return 1.f / fmaxf(sqrtf(square), kEps); }
+__device__ inline float inverse_norm(float square) {
+  const float norm = sqrtf(square);
+  return 1.f / (norm < kEps ? kEps : norm);  // NaN stays
+}
 
 // A warp's part of a tile of products: of rows 16 m + g and 16 m + 8 + g, columns 8 n + 2 q and 8 n + 2 q + 1.
 template <typename T, bool kTf32>
@@ -120,32 +154,33 @@ struct Products {
 
   // += the product of kBlocks blocks of k: `rows` [block][16 MT][16], and right(block, n) the lane's four of column
   // 8 n + g. seen(m, a, a8) sees the lane's own elements of the rows.
-  template <typename Right, typename Seen>
+  template <bool kSafe, typename Right, typename Seen>
   __device__ void add(const float* rows, const Right& right, const Seen& seen) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
 #pragma unroll
     for (int block = 0; block < T::kBlocks; ++block) {
-      Operand<float> b[T::NT];
+      Split<kTf32, kSafe> b[T::NT];
 #pragma unroll
-      for (int n = 0; n < T::NT; ++n) b[n] = Operand<float>(right(block, n));
+      for (int n = 0; n < T::NT; ++n) b[n] = Split<kTf32, kSafe>(right(block, n));
       const float* const at = rows + block * (T::kRows * 16) + g * 16 + q * 4;
 #pragma unroll
       for (int m = 0; m < T::MT; ++m) {
         const Four<float> a = four(at + m * 256), a8 = four(at + m * 256 + 128);
         seen(m, a, a8);
-        const Operand<float> left(a), left8(a8);
+        const Split<kTf32> left(a), left8(a8);
 #pragma unroll
-        for (int n = 0; n < T::NT; ++n) add_product<kTf32>(sum[m][n], left, left8, b[n]);
+        for (int n = 0; n < T::NT; ++n) add_product(sum[m][n], left, left8, b[n]);
       }
     }
   }
 
-  // Rows with rows; the squares of the lane's part of the columns' and, if asked, of the rows' vectors are added up.
+  // Rows with rows; the squares of the lane's part of the columns' and, if asked, of the rows' vectors are added up,
+  // and show a NaN.
   template <bool kRowSquares>
   __device__ void add_rows(const float* stage, float (&squares)[T::NT], float (&row_squares)[2 * T::MT]) {
     const int lane = threadIdx.x % 32;
     const float* const columns = stage + T::kDepth * T::kRows + threadIdx.x / 32 * (8 * T::NT * 16) + lane * 4;
-    add(
+    add<false>(
         stage,
         [&](int block, int n) {
           const Four<float> v = four(columns + block * (T::kColumns * 16) + n * 128);
@@ -157,12 +192,12 @@ struct Products {
         });
   }
 
-  // Rows, their k in the order of place(), with columns [kDepth][kLd].
+  // Rows, their k in the order of place(), with columns [kDepth][kLd]. A NaN in the rows must show elsewhere.
   template <typename Seen>
   __device__ void add_columns(const float* rows, const float* stage, const Seen& seen) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const float* const columns = stage + q * T::kLd + threadIdx.x / 32 * 8 * T::NT + g;
-    add(
+    add<true>(
         rows,
         [&](int block, int n) {
           Four<float> v;
