@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(32, 1)
   const int slab = blockIdx.x % slabs, lane = threadIdx.x;
   const int64_t column = (static_cast<int64_t>(slab) * 32 + lane) * kWidth;
   const bool mine = column < D;
-  const scalar* const from = features + (mine ? column : 0);
+  const scalar* const from = features + column;
   acc sum[kWidth];
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) sum[k] = mine ? sums[c * D + column + k] : acc(0);
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(32, 1)
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int64_t row = __shfl_sync(0xffffffffu, rows, i);
-        if (p + i < total) batch[i] = *reinterpret_cast<const Vec*>(from + row * D);
+        if (mine && p + i < total) batch[i] = *reinterpret_cast<const Vec*>(from + row * D);
       }
     };
     const auto add = [&](const Vec(&batch)[kBatch], int p) {
