@@ -1,4 +1,4 @@
-"""The command line: `plora-ext demo | train | report | info`."""
+"""The command line: `plora-ext demo | train | report | bench | info`."""
 
 from __future__ import annotations
 
@@ -68,6 +68,18 @@ def report(args: argparse.Namespace) -> None:
     print(f"written to {folder}: metrics.json, accuracy.png, task_matrix.png")
 
 
+def bench(args: argparse.Namespace) -> None:
+    """Times a part of this package beside its rivals, on this machine."""
+    from plora_ext import bench as benchmarks
+    from plora_ext.cil.engine import pick_device
+
+    device = pick_device(args.device)
+    lines: list[benchmarks.Line] = []
+    for case in benchmarks.CASES[args.what](device, quick=args.quick):
+        lines += benchmarks.measure(case, device, 3 if args.quick else 11)
+    print(benchmarks.table(lines))
+
+
 def info(args: argparse.Namespace) -> None:
     """What is installed, and why whatever is missing is missing; with --plan, how CUDA computes adapted layers."""
     from plora_ext import info as facts
@@ -119,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(prog="plora-ext", description=__doc__)
     parser.add_argument("--version", action="version", version=f"plora-ext {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="demo | train | report | info", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        required=True, metavar="demo | train | report | bench | info", parser_class=_Parser
+    )
 
     def command(function, **keywords) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
         added = commands.add_parser(
@@ -136,6 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     reporter = command(report)
     reporter.add_argument("runs", nargs="+", metavar="RUN", help="a folder that demo or train wrote")
     reporter.add_argument("--out", default="plora-report", help="folder for the comparison (default: plora-report)")
+    bencher = command(bench)
+    bencher.add_argument("what", choices=("ensemble", "prototypes"), help="what to time")
+    bencher.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds")
+    bencher.add_argument("--device", default="auto", metavar="VALUE", help="auto, cpu, cuda, cuda:1, ...")
     add_plan(command(info))
     return parser
 

@@ -57,6 +57,9 @@ class ConsoleProgress(Progress):
             where = f"{self._method:<16} task {task + 1:>2} of {self._tasks}"
             self.console.print(f"{where}   accuracy {accuracy:5.1f} %   {seconds:4.0f} s", highlight=False)
 
+    def note(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False)
+
     def _render(self) -> Group:
         longest = max((len(curve) for curve in self._curves.values()), default=0)
         first = max(0, longest - SHOWN)

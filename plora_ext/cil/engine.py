@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from plora_ext.cil import metrics
+from plora_ext.cil.features import FeatureCache
 from plora_ext.cil.methods import METHODS, Method
 from plora_ext.cil.settings import Settings, closest
 from plora_ext.cil.stream import Task, TaskStream
 from plora_ext.cil.training import Progress, Trainer
 from plora_ext.data import Backbone, create_backbone, load_icon100, to_tensor
 
+AT_ONCE = 4096  # images whose kept features are put together at a time
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -125,6 +127,14 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def make_cache(settings: Settings, trainer: Trainer) -> FeatureCache | None:
+    """What the setting `feature_cache` asks for."""
+    if settings.feature_cache == "none":
+        return None
+    folder = None if settings.feature_cache == "auto" else settings.feature_cache
+    return FeatureCache(folder, device=trainer.device, say=trainer.progress.note)
+
+
 def seed_everything(seed: int) -> None:
     """Seeds Python, numpy and torch: on a CPU, a run with the same settings then repeats bit for bit."""
     random.seed(seed)
@@ -133,23 +143,35 @@ def seed_everything(seed: int) -> None:
 
 
 class Evaluator:
-    """Accuracy over all classes seen, keeping the features of test images while the method's space stays the same."""
+    """Accuracy over all classes seen; `cache` keeps features of test images where old adapters stay as they are."""
 
-    def __init__(self, method: Method, tasks: list[Task], images: Tensor, task_of_class: np.ndarray):
+    def __init__(
+        self,
+        method: Method,
+        tasks: list[Task],
+        images: Tensor,
+        task_of_class: np.ndarray,
+        cache: FeatureCache | None = None,
+    ):
         self.method, self.tasks, self.images, self.task_of_class = method, tasks, images, task_of_class
-        self._kept: list[Tensor] = []
-        self._space: int | None = None
+        self.cache = cache
 
     def after(self, task: int) -> tuple[float, list[float]]:
         """A_b and the row of the task matrix after `task`."""
-        if self._space != self.method.space:
-            self._kept, self._space = [], self.method.space
-        for new in self.tasks[len(self._kept) : task + 1]:
-            self._kept.append(self.method.features(self.images[torch.from_numpy(new.test)]))
-        predicted = self.method.logits(torch.cat(self._kept)).argmax(-1).cpu().numpy()
-        labels = np.concatenate([seen.test_labels for seen in self.tasks[: task + 1]])
+        seen = self.tasks[: task + 1]
+        predicted = self._logits(torch.from_numpy(np.concatenate([t.test for t in seen]))).argmax(-1).cpu().numpy()
+        labels = np.concatenate([t.test_labels for t in seen])
         correct = (predicted == labels).astype(np.float64)
         return 100.0 * float(correct.mean()), metrics.task_accuracies(correct, self.task_of_class[labels])
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        method, cache = self.method, self.cache
+        spaces = method.spaces() if cache else None
+        if cache is None or spaces is None:
+            return method.logits(method.features(self.images[rows]))
+        # Part by part, for the features of all images under all adapters may be more than the device can hold.
+        kept = (cache(self.images[part], spaces, method.features_in) for part in rows.split(AT_ONCE))
+        return torch.cat([method.logits(features) for features in kept])
 
 
 def run(
@@ -183,7 +205,7 @@ def run(
     look = (backbone.image_size, backbone.mean, backbone.std, device)
     train, test = to_tensor(data.train_images, *look), to_tensor(data.test_images, *look)
     tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
-    evaluator = Evaluator(method, tasks, test, stream.task_of_class())
+    evaluator = Evaluator(method, tasks, test, stream.task_of_class(), make_cache(settings, trainer))
 
     start, curve, matrix = time.perf_counter(), [], []
     trainer.progress.begin(settings.method, len(tasks))

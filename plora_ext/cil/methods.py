@@ -7,7 +7,7 @@ the methods are about: which adapters exist, which are active, and what becomes 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,12 @@ from torch import Tensor
 from plora_ext import ops
 from plora_ext.cil import fusion
 from plora_ext.cil.alignment import align, class_means
+from plora_ext.cil.features import space_fingerprints
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer
-from plora_ext.nn import Adapters, CosineHead, SubspaceHead, inject
+from plora_ext.nn import Adapters, CosineHead, Ensemble, SubspaceHead, inject
+from plora_ext.nn.inject import BASE
 
 
 class Method(ABC):
@@ -27,7 +29,6 @@ class Method(ABC):
 
     Attributes:
         prototypes: One row per class seen, in the class order.
-        space: Changes whenever the features of an image do, so that features can be kept while it does not.
         passes: Forward passes of the backbone that one prediction takes.
     """
 
@@ -35,7 +36,6 @@ class Method(ABC):
         self.trainer, self.settings = trainer, settings
         self.prototypes: Tensor | None = None
         self.head = CosineHead(settings.scale).to(trainer.device)
-        self.space = 0
         self.passes = 1
 
     @abstractmethod
@@ -51,10 +51,21 @@ class Method(ABC):
         """Features of images [n, 3, H, W] in the current space; [n, D], or [n, T, D] for an ensemble."""
         return self.trainer.features(images)
 
+    def spaces(self) -> dict[str, str] | None:
+        """The adapters whose spaces the features are in, each with a fingerprint of all that these depend on.
+
+        None where the features of an image change with every task, so that there is no use in keeping them.
+        """
+        return None
+
+    def features_in(self, images: Tensor, names: Sequence[str]) -> Tensor:
+        """Features [n, len(names), D] of images in some of the `spaces`."""
+        return self.features(images)[:, None]
+
     def logits(self, features: Tensor) -> Tensor:
-        """Logits [n, classes seen] of features in the current space."""
+        """Logits [n, classes seen] of features in the current space, [n, D] or [n, 1, D]."""
         assert self.prototypes is not None, "learn a task first"
-        return self.head(features, self.prototypes)
+        return self.head(features.flatten(1), self.prototypes)
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits [n, classes seen] of images."""
@@ -69,6 +80,9 @@ class Method(ABC):
 
 class SimpleCIL(Method):
     """`simplecil`: the frozen backbone's class means."""
+
+    def spaces(self) -> dict[str, str]:
+        return space_fingerprints(self.trainer.model, [BASE], self.settings.amp)
 
     def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
         self._append_means(task, images, labels)
@@ -101,7 +115,6 @@ class LoRASequential(_Adapted):
         if task.index == 0:
             self._add_adapter(task)
         self._fit(task, images, labels)
-        self.space = task.index
         self._append_means(task, images, labels)
 
 
@@ -113,6 +126,9 @@ class LoRAFirst(_Adapted):
             self._add_adapter(task)
             self._fit(task, images, labels)
         self._append_means(task, images, labels)
+
+    def spaces(self) -> dict[str, str]:
+        return space_fingerprints(self.adapters, self.adapters.names, self.settings.amp)
 
 
 class Joint(LoRAFirst):
@@ -166,7 +182,6 @@ class PLoRA(_Adapted):
             if s.onto == "fused":
                 self.adapters.set_adapter([*older, name], self.coefficients)
             self._fit(task, images, labels)
-        self.space = task.index
         self.activate()
 
     def activate(self) -> None:
@@ -175,14 +190,17 @@ class PLoRA(_Adapted):
 
 
 class PLoRAEnsemble(_Adapted):
-    """`plora-ensemble`: every adapter keeps its own feature space (EASE, CVPR 2024, with LoRA); T forward passes.
+    """`plora-ensemble`: every adapter keeps its own feature space (EASE, CVPR 2024, with LoRA).
 
+    T forward passes, made as one (`plora_ext.nn.Ensemble`); old adapters stay as they are, so their features are kept.
     Prototypes are [C, T, D]. Those of a class in the spaces of later tasks' adapters are completed from later classes.
     """
 
     def __init__(self, trainer: Trainer, settings: Settings, adapters: Adapters | None = None):
         super().__init__(trainer, settings, adapters)
         self.subspaces = SubspaceHead(settings.ensemble_alpha).to(trainer.device)
+        memory = settings.ensemble_memory
+        self.ensemble = Ensemble(self.adapters, None if memory is None else int(memory * 2**20))
 
     def learn(self, task: Task, images: Tensor, labels: Tensor) -> None:
         self._add_adapter(task)
@@ -201,14 +219,16 @@ class PLoRAEnsemble(_Adapted):
             self.prototypes = ops.complete_prototypes(
                 torch.cat([old, new]), self.subspaces.task_of_class, tau=self.settings.ensemble_tau, mode="reset"
             )
-        self.space, self.passes = task.index, task.index + 1
+        self.passes = task.index + 1
 
     def features(self, images: Tensor) -> Tensor:
-        spaces = []
-        for name in self.adapters.names:
-            self.adapters.set_adapter(name)
-            spaces.append(self.trainer.features(images))
-        return torch.stack(spaces, 1)
+        return self.features_in(images, self.adapters.names)
+
+    def features_in(self, images: Tensor, names: Sequence[str]) -> Tensor:
+        return self.trainer.features(images, lambda batch: self.ensemble(batch, names).movedim(0, 1))
+
+    def spaces(self) -> dict[str, str]:
+        return space_fingerprints(self.adapters, self.adapters.names, self.settings.amp)
 
     def logits(self, features: Tensor) -> Tensor:
         assert self.prototypes is not None, "learn a task first"

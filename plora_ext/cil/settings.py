@@ -76,6 +76,14 @@ class Settings:
     augment: bool = _setting(True, "augment training images")
 
     eval_batch_size: int = _setting(256, "images per pass when no gradient is needed")
+    ensemble_memory: float | None = _setting(
+        None, "MiB that a pass of plora-ensemble may take for intermediate results (null: from the free memory)"
+    )
+    feature_cache: str = _setting(
+        "auto",
+        "features of test images under adapters that stay as they are: auto (kept on the device, the host or in "
+        "temporary files, by size), none, or a folder for files that a later run can use",
+    )
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1, ...")
     amp: Literal["none", "bfloat16"] = _setting("none", "autocast to this dtype")
 
@@ -88,6 +96,8 @@ class Settings:
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         for name in ("init_cls", "ridge", "ensemble_alpha", "weight_decay", "seed"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        memory = self.ensemble_memory
+        _require(memory is None or memory > 0, "ensemble_memory", "above 0 or null", memory)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
         if self.onto is None:
             self.onto = "fused" if self.fusion == "learned" else "base"

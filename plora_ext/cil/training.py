@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,6 +33,10 @@ class Progress:
 
     def task(self, task: int, accuracy: float) -> None:
         """A task is learned; accuracy is over all classes seen, in percent."""
+
+    def note(self, line: str) -> None:
+        """Something that the user should know; not silent here either."""
+        print(line, file=sys.stderr)
 
 
 class Phases:
@@ -87,10 +91,10 @@ class Trainer:
         self.progress = progress or Progress()
         self.phases = Phases(device)
 
-    def _forward(self, images: Tensor) -> Tensor:
+    def _forward(self, images: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
         amp = self.settings.amp != "none"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
-            features = self.model(images)
+            features = model(images)
         return features.float()
 
     def fit(self, task: int, parameters: Sequence[Tensor], images: Tensor, labels: Tensor, num_classes: int) -> None:
@@ -125,7 +129,7 @@ class Trainer:
                 for group in optimizer.param_groups:
                     group["lr"] = s.lr * (1 + math.cos(math.pi * done)) / 2
                 batch = random_affine(images[rows]) if s.augment else images[rows]
-                cosines = F.linear(F.normalize(self._forward(batch)), F.normalize(directions))
+                cosines = F.linear(F.normalize(self._forward(batch, self.model)), F.normalize(directions))
                 loss = F.cross_entropy(s.scale * cosines, labels[rows])
                 optimizer.zero_grad()
                 loss.backward()
@@ -142,7 +146,12 @@ class Trainer:
         self.model.eval()
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """Features float32 [n, D] of normalised images [n, 3, H, W], without augmentation."""
+    def features(self, images: Tensor, model: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Features float32 [n, D] of normalised images [n, 3, H, W], without augmentation.
+
+        Args:
+            model: what to call instead of the model itself, an ensemble of it for [n, T, D].
+        """
         self.model.eval()
-        return torch.cat([self._forward(batch) for batch in images.split(self.settings.eval_batch_size)])
+        model = model or self.model
+        return torch.cat([self._forward(batch, model) for batch in images.split(self.settings.eval_batch_size)])

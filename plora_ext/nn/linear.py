@@ -94,6 +94,7 @@ class MultiLoRALinear(nn.Module):
         self._active: tuple[str, ...] = ()
         self._coefficients: Tensor | None = None
         self._batch: ops.AdapterBatch | None = None
+        self._ensemble: Callable[[MultiLoRALinear, Tensor], Tensor] | None = None  # takes over inside of nn.Ensemble
         self._cache: dict[str, tuple[list[Tensor], list[tuple[int, int, int]], Any]] = {}
 
     def _containers(self) -> Any:
@@ -138,7 +139,7 @@ class MultiLoRALinear(nn.Module):
         Raises:
             RuntimeError: inside `Adapters.batch`, where no single weight exists.
         """
-        if self._batch is not None:
+        if self._batch is not None or self._ensemble is not None:
             raise RuntimeError(
                 "this model reads layer.weight instead of calling the layer: per-sample adapters cannot work here, "
                 "use set_adapter"
@@ -214,6 +215,8 @@ class MultiLoRALinear(nn.Module):
     # ------------------------------------------------------------------ forward
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._ensemble is not None:
+            return self._ensemble(self, x)
         base = self.base_layer
         weight, bias = base.weight, base.bias
         if self._batch is not None:
@@ -383,7 +386,7 @@ class MultiLoRALinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles carry no cache and no graph: coefficients that are a result of other tensors are detached.
-        state = {**self.__dict__, "_cache": {}, "_batch": None}
+        state = {**self.__dict__, "_cache": {}, "_batch": None, "_ensemble": None}
         if self._coefficients is not None and not self._coefficients.is_leaf:
             state["_coefficients"] = self._coefficients.detach()
         return state

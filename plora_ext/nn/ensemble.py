@@ -1,0 +1,390 @@
+"""The forward of an ensemble: every adapter of a model on the same images, in one pass."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from plora_ext import ops
+from plora_ext.nn.inject import BASE, Adapters
+from plora_ext.nn.linear import MultiLoRALinear
+
+__all__ = ["Ensemble", "free_memory"]
+
+SHARE = {"cuda": 1 / 2, "cpu": 1 / 4}  # of the free memory that a pass may take by default
+CPU_LIMIT = 2**30  # on a CPU, larger passes only leave the caches
+
+
+class Ensemble:
+    """Features of the same images under every adapter: what `set_adapter(name); model(images)` gives for each name.
+
+        features = Ensemble(adapters)(images)                 # [T, B, ...], features[t] of adapter names[t]
+
+    What comes before the first adapted layer is the same for all adapters and runs once. That layer's T outputs are one
+    `plora_ext.ops.lora_all`; from there on the model runs on T * B samples, adapter after adapter, and every adapted
+    layer is one `plora_ext.ops.lora_indexed` with T segments. Where the batch is repeated is found by trying, once for
+    each shape of image: at the innermost module around the first adapted layer whose first argument can be repeated.
+    A model where that is nowhere gets plain repetition, or one adapter after the other, and a warning that says why.
+    A single adapter has nothing to share: it runs as `set_adapter` has it, merged into the weight.
+
+    Passes are cut so that their intermediate results stay within `memory`, over images and, where one image is too
+    much, over adapters. A cut changes what is in a batch and nothing else, so results differ between cuts only as far
+    as torch's own operators give a sample other bits in a batch of another size. For a ViT in float32 on a CPU they
+    do not, as long as layers see 16 rows or more; in 16 bits and on a GPU, where the library picks a kernel by the size
+    of the product, cuts agree to rounding.
+
+    The adapted layers must see the batch first in their input, as in `Adapters.batch`. There are no gradients here.
+    Nothing waits for the device but the first call with a shape of image.
+
+    Args:
+        adapters: handle on the model, which must be in eval mode when called.
+        memory: bytes that the intermediate results of a pass may take, the returned features not counted. `None`: half
+            of the free memory of a GPU, and up to 1 GiB of a CPU's.
+    """
+
+    def __init__(self, adapters: Adapters, memory: int | None = None) -> None:
+        if memory is not None and memory < 1:
+            raise ValueError(f"memory must be a positive number of bytes, got {memory}")
+        self.adapters, self.memory = adapters, memory
+        self._plans: dict[tuple[Any, ...], _Plan] = {}
+        self._ids: dict[tuple[Any, ...], Tensor] = {}
+        self._warned = False
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, names: Sequence[str] | None = None) -> Tensor:
+        """Features `[T, B, ...]` of images `[B, ...]` under the adapters `names`, by default all.
+
+        Args:
+            images: the model's input.
+            names: adapters, in any order; `"__base__"` is the model without one.
+
+        Raises:
+            KeyError: a name is unknown.
+            ValueError: there are no names, or `memory` is too small for one image under one adapter.
+            RuntimeError: the model is in training mode, or its adapters are merged.
+            TypeError: the model does not return one tensor.
+        """
+        adapters, model = self.adapters, self.adapters.model
+        adapters._require_unmerged()
+        if model.training:
+            raise RuntimeError("an ensemble needs the model in eval mode: call model.eval() first")
+        chosen = list(adapters.names if names is None else names)
+        ids = [adapters._id_of(name) for name in chosen]
+        if not ids:
+            raise ValueError("names must hold at least one adapter, got none")
+        if not len(images):
+            with adapters.disabled():
+                y = _tensor(model(images), 0)
+            return y.expand(len(ids), *y.shape)
+        plan = self._plan(images)
+        T, B = len(ids), len(images)
+        result: Tensor | None = None
+        for t, b in _cuts(T, B, self._slabs_at_once(plan, images.device)):
+            part = self._run(plan, images[b], ids[t], chosen[t], alone=T == 1)
+            if part.shape[:2] == (T, B):
+                return part
+            if result is None:
+                result = part.new_empty(T, B, *part.shape[2:])
+            result[t, b] = part
+        assert result is not None
+        return result
+
+    # ------------------------------------------------------------------ one pass
+
+    def _run(self, plan: _Plan, images: Tensor, ids: list[int], names: list[str], alone: bool) -> Tensor:
+        if plan.split is not None and not alone:
+            return self._pass(_Slabs(self._on_device(ids, images.device), ids, len(images), plan.split), images)
+        features = []
+        for name in names:  # one adapter after the other, each merged into the weight
+            with self.adapters._temporarily(_active=() if name == BASE else (name,), _coefficients=None, _batch=None):
+                features.append(_tensor(self.adapters.model(images), len(images)))
+        return torch.stack(features)
+
+    def _pass(self, slabs: _Slabs, images: Tensor) -> Tensor:
+        hook = slabs.split.register_forward_pre_hook(slabs.repeat, prepend=True)
+        try:
+            with self.adapters._temporarily(_ensemble=slabs):
+                y = _tensor(self.adapters.model(images), slabs.T * len(images))
+        finally:
+            hook.remove()
+        return y.view(slabs.T, len(images), *y.shape[1:])
+
+    def _on_device(self, ids: list[int], device: torch.device) -> Tensor:
+        key = (*ids, device)
+        if key not in self._ids:
+            self._ids[key] = torch.tensor(ids, device=device)
+        return self._ids[key]
+
+    # ------------------------------------------------------------------ where the batch is repeated
+
+    def _plan(self, images: Tensor) -> _Plan:
+        device = images.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        key = images.shape[1:], images.dtype, images.device, autocast
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(images, autocast)
+        return self._plans[key]
+
+    def _make_plan(self, images: Tensor, autocast: torch.dtype | None) -> _Plan:
+        """Tries on two images and two stand-ins for adapters, which multiply what adapted layers give by 1 and by 2."""
+        two = images[:2] if len(images) > 1 else images.repeat(2, *[1] * (images.dim() - 1))
+        split, reason = None, ""
+        try:
+            first, expected = self._one_by_one(two)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # layers whose weight is read instead; whatever else it is, the loop will raise it
+            reason = _line(error)
+        else:
+            eps = torch.finfo(autocast or first.base_layer.weight.dtype).eps
+            # A sample in the place of another is off by about all of the difference; the rest is rounding.
+            allowed = (expected[1] - expected[0]).norm() / 20 + 8 * eps * expected.norm()
+            for module in self._around(first):
+                try:
+                    got = self._pass(_Probe(two, module), two).float()
+                    off = (got - expected).norm()
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    reason = _line(error)
+                    continue
+                if off <= allowed:
+                    split = module
+                    break
+                reason = "samples do not stay in their place"
+        if (split is None or split is self.adapters.model) and not self._warned:
+            self._warned = True
+            what = "one adapter after the other" if split is None else "plain repetition of the images"
+            warnings.warn(
+                f"nothing is shared by the adapters of this ensemble, it runs by {what}: {reason}", stacklevel=5
+            )
+        fixed, slab = self._measure(split, two)
+        return _Plan(split, fixed, slab)
+
+    def _one_by_one(self, two: Tensor) -> tuple[MultiLoRALinear, Tensor]:
+        """The adapted layer that is called first, and the features under each stand-in."""
+        calls = [_Probe(two, None, factor) for factor in (1, 2)]
+        features = []
+        for probe in calls:
+            with self.adapters._temporarily(_ensemble=probe):
+                features.append(_tensor(self.adapters.model(two), 2).float())
+        if calls[0].first is None:
+            raise RuntimeError("the model calls none of its adapted layers")
+        return calls[0].first, torch.stack(features)
+
+    def _around(self, layer: MultiLoRALinear) -> Iterator[nn.Module]:
+        """The layer and the modules around it, from the inside."""
+        path = next(key for key, other in self.adapters.layers.items() if other is layer)
+        while path:
+            yield self.adapters.model.get_submodule(path)
+            path = path.rpartition(".")[0]
+        yield self.adapters.model
+
+    # ------------------------------------------------------------------ how much at once
+
+    def _measure(self, split: nn.Module | None, two: Tensor) -> tuple[int, int]:
+        """Bytes of a pass: those that do not grow with it, and those of every slab, one image under one adapter."""
+        peaks = []
+        for n in (1, 2):
+            with _PeakMemory() as memory:
+                if split is None:
+                    with self.adapters.disabled():
+                        self.adapters.model(two[:n].repeat(2, *[1] * (two.dim() - 1)))
+                else:
+                    self._pass(_Probe(two[:n], split), two[:n])
+            peaks.append(memory.peak)
+        slab = max((peaks[1] - peaks[0]) // 2, 1)
+        return max(peaks[0] - 2 * slab, 0), slab
+
+    def _slabs_at_once(self, plan: _Plan, device: torch.device) -> int:
+        if self.memory is None:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return 2**62
+            return max(1, (_default_limit(device) - plan.fixed) // plan.slab)
+        slabs = (self.memory - plan.fixed) // plan.slab
+        if slabs < 1:
+            raise ValueError(
+                f"memory must be at least {plan.fixed + plan.slab} bytes, what one image under one adapter takes, "
+                f"got {self.memory}"
+            )
+        return slabs
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where the batch is repeated (`None`: nowhere, adapters take turns), and bytes: fixed and for every slab."""
+
+    split: nn.Module | None
+    fixed: int
+    slab: int
+
+
+class _Slabs:
+    """What the adapted layers do in one pass: they call this instead of their own forward.
+
+    Args:
+        ids: the adapters, -1 for the base, on the device.
+        numbers: the same on the host.
+        B: images.
+        split: the module that repeats its input T times, adapter after adapter; an adapted layer has no need to.
+    """
+
+    def __init__(self, ids: Tensor, numbers: Sequence[int], B: int, split: nn.Module) -> None:
+        self.ids, self.numbers, self.T, self.B, self.split = ids, numbers, len(numbers), B, split
+        self.first: MultiLoRALinear | None = None
+        self._shared: Tensor | None = None  # the first layer's input, alike for all adapters
+        self._version: int | None = None
+        self._repeated = False
+
+    def repeat(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._repeated or isinstance(module, MultiLoRALinear):
+            return None  # a module that is called again has T * B samples by now
+        if not args:
+            raise RuntimeError(f"{type(module).__name__} is called without positional arguments")
+        self._repeated = True
+        return tree_map_only(Tensor, lambda t: t.repeat(self.T, *[1] * (t.dim() - 1)), args[0]), *args[1:]
+
+    def __call__(self, layer: MultiLoRALinear, x: Tensor) -> Tensor:
+        if self.first is None:
+            self.first = layer
+            self._shared, self._version = x, None if x.is_inference() else x._version
+        elif self._shared is not x or self._version is None or self._version != x._version:
+            if x.dim() < 2 or not x.shape[0] or x.shape[0] % (self.T * self.B):
+                raise RuntimeError(f"a layer sees {list(x.shape)} where it should see {self.T * self.B} samples")
+            return self.each(layer, x.reshape(self.T, -1, x.shape[-1])).view(*x.shape[:-1], -1)
+        rows = x[: x.shape[0] // self.T] if self._repeated else x
+        return self.all(layer, rows).flatten(0, 1)
+
+    def all(self, layer: MultiLoRALinear, x: Tensor) -> Tensor:
+        """[T, B, ..., out] of x [B, ..., in], the same for all adapters."""
+        if -1 in self.numbers:
+            return self.each(layer, x.expand(self.T, *x.shape))
+        lora_A, lora_B, scaling, ranks, slices = self._operands(layer)
+        if self.numbers != list(range(len(layer.r))):
+            lora_A, lora_B, scaling = lora_A[self.ids], lora_B[self.ids], scaling[self.ids]
+            ranks = None if ranks is None else ranks[self.ids]
+        base = layer.base_layer
+        return ops.lora_all(x, lora_A, lora_B, scaling, weight=base.weight, bias=base.bias, ranks=ranks, slices=slices)
+
+    def each(self, layer: MultiLoRALinear, x: Tensor) -> Tensor:
+        """[T, ..., out] of x [T, ..., in], a slab for each adapter."""
+        lora_A, lora_B, scaling, ranks, slices = self._operands(layer)
+        base = layer.base_layer
+        return ops.lora_indexed(
+            x, self.ids, lora_A, lora_B, scaling, weight=base.weight, bias=base.bias, ranks=ranks, slices=slices
+        )
+
+    @staticmethod
+    def _operands(layer: MultiLoRALinear) -> Any:
+        return layer._cached("operands", tuple(layer.r), layer._operands)
+
+
+class _Probe(_Slabs):
+    """A pass with stand-ins for adapters: the base layer's output, times 1, times 2, ...
+
+    Args:
+        images: what goes in.
+        split: as in `_Slabs`; `None`: nothing is repeated, and there is but one stand-in, `factor`.
+        factor: of the only stand-in.
+    """
+
+    def __init__(self, images: Tensor, split: nn.Module | None, factor: int = 0) -> None:
+        factors = [1, 2] if split is not None else [factor]
+        ids = torch.tensor(factors, device=images.device)
+        super().__init__(ids, factors, len(images), split if split is not None else nn.Module())
+
+    def all(self, layer: MultiLoRALinear, x: Tensor) -> Tensor:
+        y = layer.base_layer(x)
+        return y * self.ids.to(y.dtype).view(-1, *[1] * y.dim())
+
+    def each(self, layer: MultiLoRALinear, x: Tensor) -> Tensor:
+        y = layer.base_layer(x)
+        return y.mul_(self.ids.to(y.dtype).view(-1, *[1] * (y.dim() - 1)))
+
+
+def _cuts(T: int, B: int, slabs: int) -> Iterator[tuple[slice, slice]]:
+    """Ranges of adapters and of images, of at most `slabs` slabs: all adapters together where that is possible."""
+    for b in _even(B, max(1, slabs // T)):
+        for t in _even(T, slabs):
+            yield t, b
+
+
+def _even(n: int, most: int) -> list[slice]:
+    """0 ... n in as few ranges of at most `most` as there can be, all about as long."""
+    number = math.ceil(n / min(most, n))
+    marks = [n * i // number for i in range(number + 1)]
+    return [slice(a, b) for a, b in pairwise(marks)]
+
+
+def _tensor(output: Any, samples: int) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model of an ensemble must return one tensor, got {type(output).__name__}")
+    if not output.dim() or len(output) != samples:
+        raise RuntimeError(f"the model returns {list(output.shape)} for {samples} samples")
+    return output
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device: of a GPU with what torch's allocator holds in reserve, else of the host."""
+    if device.type == "cuda":
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file, word in (("/proc/meminfo", "MemAvailable:"), ("/sys/fs/cgroup/memory.max", "")):
+        try:
+            text = Path(file).read_text()
+            if word:  # what the kernel could free at once
+                free = 1024 * int(text.split(word)[1].split()[0])
+            else:  # a container's limit
+                free = min(free, int(text) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+        except (OSError, ValueError, IndexError):
+            continue
+    return max(free, 0)
+
+
+def _default_limit(device: torch.device) -> int:
+    limit = int(SHARE.get(device.type, 1 / 4) * free_memory(device))
+    return limit if device.type == "cuda" else min(limit, CPU_LIMIT)
+
+
+class _PeakMemory(TorchDispatchMode):
+    """The most bytes that results of operators took at a time, on any device; `peak` after the `with` block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and (key := t.untyped_storage()._cdata) not in given | self._known:
+                self._known.add(key)
+                self.live += t.untyped_storage().nbytes()
+                weakref.finalize(t.untyped_storage(), self._free, key, t.untyped_storage().nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
