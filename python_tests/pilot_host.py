@@ -1,10 +1,9 @@
-"""A small EASE and MOS in a real checkout of LAMDA-PILOT: a tiny ViT, 12 classes of coloured noise, four tasks."""
+"""A small EASE and MOS in a real checkout of LAMDA-PILOT: a tiny ViT, 9 classes of coloured noise, three tasks."""
 
 from __future__ import annotations
 
 import os
 import random
-import sys
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -39,16 +38,16 @@ class Noise:
     use_path = False
     class_order = None
 
-    def __init__(self, classes: int, per_class: int) -> None:
+    def __init__(self, classes: int, per_class: int, size: int) -> None:
         from torchvision import transforms
 
         rng = np.random.default_rng(0)
-        self.train_trsf, self.test_trsf = [transforms.RandomHorizontalFlip()], [transforms.Resize(32)]
-        self.common_trsf = [transforms.ToTensor()]
-        colours = rng.integers(40, 215, (classes, 1, 1, 1, 3))
+        self.train_trsf, self.test_trsf = [transforms.RandomHorizontalFlip()], [transforms.CenterCrop(32)]
+        self.common_trsf = [transforms.Resize(size), transforms.ToTensor()]
+        colours = rng.integers(80, 175, (classes, 1, 1, 1, 3))
 
         def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
-            images = colours + rng.integers(-40, 40, (classes, n, 32, 32, 3))
+            images = colours + rng.integers(-40, 40, (classes, n, 1, 1, 3)) + rng.integers(-40, 40, (1, 1, 32, 32, 3))
             return images.reshape(-1, 32, 32, 3).astype(np.uint8), np.repeat(np.arange(classes), n)
 
         self.train_data, self.train_targets = draw(per_class)
@@ -58,12 +57,9 @@ class Noise:
         """There is nothing to download."""
 
 
-def enter(monkeypatch: Any, classes: int = 12, per_class: int = 8) -> None:
+def enter(monkeypatch: Any, classes: int = 9, per_class: int = 8, size: int = 32) -> None:
     """Make the checkout importable, with the tiny network and data in the place of the large ones."""
     monkeypatch.syspath_prepend(CHECKOUT)
-    for name in [n for n in sys.modules if n.split(".")[0] in ("models", "utils", "backbone", "trainer", "main")]:
-        if CHECKOUT not in str(getattr(sys.modules[name], "__file__", CHECKOUT)):
-            monkeypatch.delitem(sys.modules, name)
     pilot._old_timm_names()
     import backbone.vit_ease
     import backbone.vit_mos
@@ -80,23 +76,27 @@ def enter(monkeypatch: Any, classes: int = 12, per_class: int = 8) -> None:
         )  # fmt: skip
         module, mos = (backbone.vit_mos, True) if args["model_name"] == "mos" else (backbone.vit_ease, False)
         vit = module.VisionTransformer(
-            img_size=32, patch_size=16, embed_dim=768, depth=3, num_heads=12, mlp_ratio=0.25, norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            img_size=32, patch_size=16, embed_dim=768, depth=2, num_heads=12, mlp_ratio=0.25, norm_layer=partial(nn.LayerNorm, eps=1e-6),
             num_classes=args["nb_classes"] if mos else 0, tuning_config=config,
         )  # fmt: skip
-        nn.init.normal_(vit.pos_embed)
+        nn.init.normal_(vit.patch_embed.proj.weight, std=0.5)  # features that differ from image to image
         for name, parameter in vit.named_parameters():
             parameter.requires_grad_("adapter" in name or "head" in name)
         vit.out_dim = 768
         return vit
 
     monkeypatch.setattr(utils.inc_net, "get_backbone", get_backbone)
-    monkeypatch.setattr(utils.data_manager, "_get_idata", lambda name, args=None: Noise(classes, per_class))
+    monkeypatch.setattr(utils.data_manager, "_get_idata", lambda name, args=None: Noise(classes, per_class, size))
     for module in (models.ease, models.mos):
         monkeypatch.setattr(module, "num_workers", 0)
 
 
-def learn(settings: dict[str, Any], tasks: int | None = None, after: Any = None, checkpoint: Any = None) -> Any:
-    """PILOT's own loop over the tasks; returns the learner, with `curve` and `predictions` of every task."""
+def learn(settings: dict[str, Any], tasks: int | None = None, after: Any = None) -> Any:
+    """PILOT's own loop over the tasks; returns the learner, with what it predicted after every task.
+
+    `after(learner, task)` is called between the evaluation and `after_task`. The learner gets `predictions`, the best
+    two classes of every test image, `curve`, accuracies in percent, and `weights`, those of the classifier.
+    """
     import utils.data_manager
     from utils import factory
 
@@ -106,12 +106,14 @@ def learn(settings: dict[str, Any], tasks: int | None = None, after: Any = None,
     data = utils.data_manager.DataManager("noise", True, 1, args["init_cls"], args["increment"], args)
     args["nb_classes"], args["nb_tasks"] = data.nb_classes, data.nb_tasks
     learner = factory.get_model(args["model_name"], args)
-    learner.topk, learner.predictions, learner.curve = 2, [], []
+    learner.topk, learner.predictions, learner.curve, learner.weights = 2, [], [], []
     for task in range(tasks or data.nb_tasks):
         learner.incremental_train(data)
         predicted, targets = learner._eval_cnn(learner.test_loader)
         learner.predictions.append(predicted)
         learner.curve.append(100 * float((predicted[:, 0] == targets).mean()))
+        if args["model_name"] != "plora":
+            learner.weights.append(learner._network.fc.weight.detach().clone())
         if after is not None:
             after(learner, task)
         learner.after_task()

@@ -429,7 +429,7 @@ def _features_of(learner: Any, loader: Any, cache: bool) -> Any:
                     features[rows, i] = part[:, 0].to(features)
         yield features[start:stop].flatten(1), labels
         start = stop
-    _kept[learner] = ((dataset.images, look), sums, features)
+    _kept[learner] = ((np.array(dataset.images), look), sums, features)  # a copy: images may be changed in place
 
 
 def _checksums(vit: Any, subspaces: list[Any], device: torch.device) -> list[tuple[float, ...]]:
