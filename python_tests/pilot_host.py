@@ -76,7 +76,8 @@ def enter(monkeypatch: Any, classes: int = 9, per_class: int = 8, size: int = 32
         )  # fmt: skip
         module, mos = (backbone.vit_mos, True) if args["model_name"] == "mos" else (backbone.vit_ease, False)
         vit = module.VisionTransformer(
-            img_size=32, patch_size=16, embed_dim=768, depth=2, num_heads=12, mlp_ratio=0.25, norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            img_size=32, patch_size=16, embed_dim=768, depth=2, num_heads=12, mlp_ratio=0.25,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
             num_classes=args["nb_classes"] if mos else 0, tuning_config=config,
         )  # fmt: skip
         nn.init.normal_(vit.patch_embed.proj.weight, std=0.5)  # features that differ from image to image

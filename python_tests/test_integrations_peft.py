@@ -67,13 +67,16 @@ def same(theirs: list[Tensor], ours: list[Tensor], tolerance: float = 1e-5) -> N
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each operator ran: a test that the host's own forward would pass as well shows nothing."""
     calls = {"lora_sum": 0, "lora_indexed": 0}
+
+    def counting(name: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            calls[name] += 1
+            return op(*args, **kwargs)
+
+        return call
+
     for name in calls:
-
-        def count(*args: Any, _name: str = name, _op: Any = getattr(ops, name), **kwargs: Any) -> Tensor:
-            calls[_name] += 1
-            return _op(*args, **kwargs)
-
-        monkeypatch.setattr(ops, name, count)
+        monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
     return calls
 
 
@@ -176,8 +179,10 @@ def test_dtypes(
 
     def call(model: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y: Tensor = model(images(6, 5, 24).to(weights), adapter_names=MIXED) if mixed else model(
-                images(6, 5, 24).to(weights)
+            y: Tensor = (
+                model(images(6, 5, 24).to(weights), adapter_names=MIXED)
+                if mixed
+                else model(images(6, 5, 24).to(weights))
             )
         return y
 

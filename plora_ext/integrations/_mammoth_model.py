@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ def make_model() -> type:
         """One adapter per task, fused, with prototypes that follow the fused model."""
 
         NAME = "plora"
-        COMPATIBILITY = ["class-il", "task-il"]
+        COMPATIBILITY: ClassVar = ["class-il", "task-il"]
 
         @staticmethod
         def get_parser(parser: ArgumentParser) -> ArgumentParser:

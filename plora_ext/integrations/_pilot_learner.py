@@ -50,6 +50,7 @@ def make_learner() -> type:
 
         def __init__(self, args: dict[str, Any]) -> None:
             super().__init__(args)
+            self._known_classes = 0
             s = {name: args.get(name, default) for name, default in DEFAULTS.items()}
             self.settings, self.batch_size = s, args["batch_size"]
             backbone = timm.create_model(args["backbone_type"], pretrained=args.get("pretrained", True), num_classes=0)

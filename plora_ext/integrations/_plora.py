@@ -22,9 +22,9 @@ UNSEEN = -1000.0  # the logit of a class that has no prototype: as good as none,
 class PLoRANet(nn.Module):
     """A frozen backbone with a LoRA adapter per task, fused into one, and prototypes that follow the fused model.
 
-    For every task: `add_task` and `start`, train `parameters_to_train()` with the cross-entropy of `forward` in training
-    mode, then `end_task`. In evaluation mode `forward` classifies among all classes seen, in one pass. Loading a
-    `state_dict` gives a fresh network the tasks and classes of the saved one.
+    For every task: `add_task` and `start`, train `parameters_to_train()` with the cross-entropy of `forward` in
+    training mode, then `end_task`. In evaluation mode `forward` classifies among all classes seen, in one pass. Loading
+    a `state_dict` gives a fresh network the tasks and classes of the saved one.
 
     Args:
         backbone: maps images to features [B, D]; changed in place.

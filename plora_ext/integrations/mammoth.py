@@ -58,8 +58,8 @@ def unpatch() -> None:
 
 def _make_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor, AB: Any = None) -> Tensor:
-        B = AB.get("B") if isinstance(AB, dict) else AB
-        A = AB.get("A") if isinstance(AB, dict) else None
+        B: Any = AB.get("B") if isinstance(AB, dict) else AB
+        A: Any = AB.get("A") if isinstance(AB, dict) else None
         weight, bias = self.weight, self.bias
         served = (
             isinstance(B, Tensor)

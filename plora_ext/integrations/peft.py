@@ -171,9 +171,9 @@ def _run(
     base = layer.base_layer
     autocast = torch.is_autocast_enabled(x.device.type)
     # The frozen layer belongs to the product if nobody looks at it, and all is of one dtype.
-    if is_called_plainly(base) and dropped is x and is_plain(base.weight, base.bias):
-        if autocast or x.dtype == dtype == base.weight.dtype:
-            return op(x, *ids, lora_A, lora_B, scaling, weight=base.weight, bias=base.bias, **keywords)
+    fused = is_called_plainly(base) and dropped is x and is_plain(base.weight, base.bias)
+    if fused and (autocast or x.dtype == dtype == base.weight.dtype):
+        return op(x, *ids, lora_A, lora_B, scaling, weight=base.weight, bias=base.bias, **keywords)
     if not autocast and dropped.dtype != dtype and not getattr(layer, "cast_input_dtype_enabled", True):
         return None
     y = base(x)

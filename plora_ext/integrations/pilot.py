@@ -100,9 +100,7 @@ def unpatch() -> None:
 # ---------------------------------------------------------------------- one forward for all adapters
 
 
-def adapter_features(
-    vit: nn.Module, images: Tensor, adapters: Sequence[Any], class_token_only: bool = True
-) -> list[Tensor]:
+def adapter_features(vit: Any, images: Tensor, adapters: Sequence[Any], class_token_only: bool = True) -> list[Tensor]:
     """Features of a batch in the subspace of every adapter: the T forward passes of EASE as one.
 
     Args:
@@ -128,7 +126,7 @@ def adapter_features(
     return result
 
 
-def _run_blocks(vit: nn.Module, x: Tensor, adapters: list[Any], class_token_only: bool) -> Sequence[Tensor]:
+def _run_blocks(vit: Any, x: Tensor, adapters: list[Any], class_token_only: bool) -> Sequence[Tensor]:
     real = [adapter for adapter in adapters if adapter is not None]
     frozen = len(adapters) - len(real)
     ids = torch.arange(-frozen, len(real), device=x.device).clamp_(min=-1).repeat_interleave(len(x))
@@ -160,7 +158,7 @@ def _adapt(op: Callable[..., Tensor], x: Tensor, base: Tensor, adapters: list[An
 
 def _attention(attention: Any, x: Tensor, class_token_only: bool = False) -> Tensor:
     """PILOT's attention without the matrix of weights in memory."""
-    (B, N, C), heads = x.shape, attention.num_heads
+    B, C, heads = len(x), x.shape[-1], attention.num_heads
     q = attention.q_proj(x[:, :1] if class_token_only else x)
     q, k, v = (t.view(B, -1, heads, C // heads).transpose(1, 2) for t in (q, attention.k_proj(x), attention.v_proj(x)))
     y = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
@@ -511,7 +509,7 @@ class _Factor:
 def _mos_adapters(backbone: Any, count: int, as_shipped: bool) -> list[Any]:
     """The adapters of one test batch; as shipped, block l sees them moved l + 1 times, and all are moved at the end.
 
-    Moving w k times towards the mean m of its predecessors, w <- (1 - a) w + a m, gives (1 - a)^k w + (1 - (1 - a)^k) m.
+    w <- (1 - a) w + a m, towards the mean m of its predecessors, k times, gives (1 - a)^k w + (1 - (1 - a)^k) m.
     """
     a = backbone.config.adapter_momentum
     if not as_shipped or a == 0:
