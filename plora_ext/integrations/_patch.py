@@ -48,9 +48,9 @@ class Patch:
             for part in owners:
                 owner = getattr(owner, part)
             original = getattr(owner, name)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # a module of the host may fail in any way while it is imported
             self._missing.append(path)
-            self.report.left[path] = f"this version has no such hook ({error})"
+            self.report.left[path] = f"this version has no such hook ({type(error).__name__}: {error})"
             return
         # What the class itself holds: an inherited function comes back by deleting ours.
         self._originals.append((owner, name, vars(owner).get(name, _ABSENT)))

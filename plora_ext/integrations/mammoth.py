@@ -26,15 +26,19 @@ from plora_ext.ops._register import is_plain
 __all__ = ["patch", "unpatch"]
 
 
-def patch() -> Patch:
+def patch(model: bool = True) -> Patch:
     """Replace `LoRALinear.forward` and register the model `plora`.
 
     y = x W^T + b + sum_t B_t A_t x for A [T, r, in] and B [T, out, r], or sum_t B_t x for dense B [T, out, in]. Mammoth
     forms the T outputs [batch, T, out, tokens] before it adds them; here they are never in memory.
 
+    Args:
+        model: register `plora` for `--model`. Imports Mammoth's models and data sets; where that fails (they need
+            kornia and more, and one of them a download), the layer is patched and the model is left out, with the
+            reason.
+
     Returns:
-        What was replaced and what was left; also a context manager. Without what Mammoth's models import (kornia and
-        more), the layer is patched and the model is left out, with the reason.
+        What was replaced and what was left; also a context manager.
 
     Raises:
         ImportError: no checkout of Mammoth is on `sys.path`.
@@ -44,7 +48,8 @@ def patch() -> Patch:
 
     def build(patch: Patch) -> None:
         patch.replace("backbone.utils.lora_utils:LoRALinear.forward", _make_forward)
-        patch.replace("models:REGISTERED_MODELS", _with_plora)
+        if model:
+            patch.replace("models:REGISTERED_MODELS", _with_plora)
         patch.leave("LoRALinear with fan_in_fan_out, or 4-dimensional A and B", "Mammoth's own forward runs them")
         patch.leave("LoRATuner", "it hands its factors to LoRALinear, which is patched")
 
