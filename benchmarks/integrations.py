@@ -7,7 +7,8 @@ without it a row says so and is left out. Weights are random: only time is measu
 
 Rounds visit every form in turn (A B C A B C ...), so that all see the same clocks; figures are medians over rounds.
 GPU time is CUDA events around the call, wall time the same call to the end of its last kernel. `error` is the largest
-difference of the result from the host's own, relative to its largest entry; `equal` the share of equal predictions.
+difference of the result from the host's own (for EASE from the host's own in fp32), relative to its largest entry;
+`equal` the share of equal predictions.
 Writes NAME.csv, a line for each form, and NAME.md.
 """
 
@@ -65,6 +66,7 @@ class Case:
     name: str
     forms: list[Form]
     torch_form: str = ""  # the one that is plain torch
+    truth: Callable[[], Any] | None = None  # what results are compared with, if not those of the host in this dtype
     note: str = ""
     lines: list[dict[str, Any]] = field(default_factory=list)
 
@@ -121,7 +123,7 @@ def measure(case: Case, seconds: float) -> None:
     """Fills the lines of a case."""
     times: dict[str, list[tuple[float, float, float]]] = {}
     results: dict[str, tuple[float, float]] = {}
-    first: Any = None
+    first = copy.deepcopy([t.cpu() for t in flat(case.truth())]) if case.truth else None
     for form in case.forms:
         try:
             with form.inside():
@@ -275,13 +277,21 @@ def peft_cases(quick: bool, compiled: bool) -> Iterator[Case]:
 class Images:
     """A data set in memory, as PILOT's loaders want it."""
 
-    def __init__(self, tasks: int, per_task: int, inc: int, size: int) -> None:
+    def __init__(self, n: int, per_class: int, size: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        n = tasks * per_task
-        self.labels = np.repeat(np.arange(tasks * inc), per_task // inc)
+        self.labels = np.arange(n) // per_class
         self.images = np.arange(n)
         self.trsf, self.use_path = None, False
-        self.pixels = torch.rand(n, 3, size, size, generator=generator).to(DEVICE)
+        # A coarse pattern for each class, and noise: what is classified has a margin.
+        coarse = torch.rand(n // per_class, 3, 4, 4, generator=generator)
+        patterns = F.interpolate(coarse, size=(size, size), mode="bilinear")[torch.from_numpy(self.labels)]
+        self.pixels = (patterns + 0.2 * torch.rand(n, 3, size, size, generator=generator)).to(DEVICE)
+
+    def first(self, n: int) -> Images:
+        """A data set of the first n images."""
+        part = copy.copy(self)
+        part.images, part.labels = self.images[:n], self.labels[:n]
+        return part
 
     def __len__(self) -> int:
         return len(self.images)
@@ -328,7 +338,6 @@ def learner(T: int, quick: bool, inc: int) -> Any:
         network.eval()  # before adapters join the list, where PILOT does not reach them
         if task < T - 1:
             network.backbone.add_adapter_to_list()
-    nn.init.normal_(network.fc.weight)
     self = object.__new__(ease.Learner)
     self.__dict__.update(
         _network=network.to(DEVICE).eval(), _device=DEVICE, _cur_task=T - 1, _total_classes=T * inc, args=args,
@@ -336,6 +345,20 @@ def learner(T: int, quick: bool, inc: int) -> Any:
         use_exemplars=False, recalc_sim=True, moni_adam=False, alpha=0.1, beta=0.0, adapter_num=-1,
     )  # fmt: skip
     return self
+
+
+@torch.no_grad()
+def fill_prototypes(ease: Any, loader: Any) -> None:
+    """Every class's mean in every subspace."""
+    from plora_ext.integrations import pilot
+
+    vit = ease._network.backbone
+    sums, counts = torch.zeros_like(ease._network.fc.weight), torch.zeros(ease._total_classes, device=DEVICE)
+    for _, images, labels in loader:
+        features = torch.cat(pilot.adapter_features(vit, images, pilot._subspaces(vit, False)), 2)[:, 0]
+        sums.index_add_(0, labels.to(DEVICE), features)
+        counts += torch.bincount(labels, minlength=len(counts)).to(DEVICE)
+    ease._network.fc.weight.copy_(sums / counts[:, None])
 
 
 @contextmanager
@@ -360,10 +383,11 @@ def pilot_cases(quick: bool, compiled: bool) -> Iterator[Case]:
     per_task = 10 if quick else 50
     for T in (3,) if quick else (10, 20):
         ease = learner(T, quick, inc)
-        network, images = ease._network, torch.rand(B, 3, size, size, device=DEVICE)
-        data = Images(T, per_task, inc, size)
+        data = Images(T * per_task, per_task // inc, size)
         loader = DataLoader(data, B)
-        new = Images(1, 2 * per_task, inc, size)
+        fill_prototypes(ease, loader)
+        network, images = ease._network, data.pixels[torch.randperm(len(data))[:B].to(DEVICE)]
+        new = Images(2 * per_task, 2 * per_task // inc, size)
         new.labels = new.labels + (T - 1) * inc
         ease.train_dataset_for_protonet = new
         new_loader = DataLoader(new, B)
@@ -382,6 +406,7 @@ def pilot_cases(quick: bool, compiled: bool) -> Iterator[Case]:
                 return [logits, logits.argmax(1)]
 
             own, patched = nullcontext, pilot.patch
+            exact = partial(within, autocast=False)
             yield Case(
                 "pilot", f"EASE, one test batch, T={T}, B={B}, {what}",
                 [
@@ -389,11 +414,12 @@ def pilot_cases(quick: bool, compiled: bool) -> Iterator[Case]:
                     Form("PILOT, torch's attention", within(batch), sdpa_only),
                 ],
                 "PILOT, torch's attention",
+                truth=exact(batch),
             )  # fmt: skip
 
             evaluate = within(lambda ease=ease, loader=loader: ease._eval_cnn(loader)[0])
             with torch.no_grad(), pilot.patch():
-                earlier = DataLoader(Images(T - 1, per_task, inc, size), B)
+                earlier = DataLoader(data.first((T - 1) * per_task), B)
                 last = network.backbone.cur_adapter  # as if the newest adapter had not been there
                 network.backbone.cur_adapter = network.backbone.adapter_list[-1] if T > 1 else last
                 with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
@@ -412,6 +438,7 @@ def pilot_cases(quick: bool, compiled: bool) -> Iterator[Case]:
                     Form("PILOT, torch's attention", evaluate, sdpa_only),
                 ],
                 "PILOT, torch's attention",
+                truth=exact(lambda ease=ease, loader=loader: ease._eval_cnn(loader)[0]),
                 note="the loader and the per-sample loop of the host are part of it",
             )  # fmt: skip
 
@@ -427,6 +454,7 @@ def pilot_cases(quick: bool, compiled: bool) -> Iterator[Case]:
                     Form("PILOT, torch's attention", within(prototypes), sdpa_only),
                 ],
                 "PILOT, torch's attention",
+                truth=exact(prototypes),
             )  # fmt: skip
 
         start_weights = network.fc.weight.data.clone()
