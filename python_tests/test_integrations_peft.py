@@ -135,15 +135,23 @@ def test_a_mixed_batch_trains_each_sample_its_own_adapter() -> None:
 
 
 def test_peft_s_own_errors() -> None:
-    model, x = net(), images(6, 24)
+    def errors() -> list[str]:
+        model, x, messages = net(), images(6, 24), []
+        for names, merged in ((["one"] * 5 + ["nine"], False), (["one"], False), (MIXED, True)):
+            if merged:
+                model.merge_adapter(["one"])
+            try:
+                model(x, adapter_names=names)
+            except ValueError as error:
+                messages.append(str(error))
+        return messages
+
+    theirs = errors()
     with integration.patch():
-        with pytest.raises(ValueError, match="non-existing adapter.*nine"):
-            model(x, adapter_names=["one"] * 5 + ["nine"])
-        with pytest.raises(ValueError, match="same as the number of inputs"):
-            model(x, adapter_names=["one"])
-        model.merge_adapter(["one"])
-        with pytest.raises(ValueError, match="merged adapters"):
-            model(x, adapter_names=MIXED)
+        assert errors() == theirs
+    assert "merged adapters" in theirs[-1] and "same as the number of inputs" in theirs[-2]
+    if len(theirs) == 3:  # PEFT before 0.14 takes an unknown name for the base model
+        assert "nine" in theirs[0]
 
 
 def test_dropout_drops_what_peft_drops() -> None:
@@ -191,6 +199,8 @@ def test_dtypes(
 
 
 def test_biases_and_scales() -> None:
+    if not hasattr(peft.LoraConfig(), "lora_bias"):
+        pytest.skip("this PEFT has no lora_bias")
     model = net(lora_bias=True, use_rslora=True, target_modules=["0"])
     for parameter in model.parameters():
         nn.init.normal_(parameter)
