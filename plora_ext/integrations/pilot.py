@@ -15,6 +15,7 @@ adapters from one evaluation to the next. Old adapters become part of `state_dic
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext import ops
-from plora_ext.integrations import _patch
+from plora_ext.integrations import _patch, _pilot_family
 from plora_ext.integrations._layers import constant
 from plora_ext.integrations._patch import Patch
 
@@ -40,6 +41,8 @@ IMAGES = 512
 
 def patch(mos: str = "as shipped", cache: bool = True) -> Patch:
     """Replace the slow parts of EASE and MOS, and register `plora` as a learner ("model_name": "plora").
+
+    In a checkout of InfLoRA, SD-LoRA or CL-LoRA, which have PILOT's skeleton, it replaces their LoRA layers instead.
 
     Args:
         mos: PILOT's MOS changes its adapters whenever it looks at them: every block of every forward pass, also while
@@ -58,31 +61,61 @@ def patch(mos: str = "as shipped", cache: bool = True) -> Patch:
     if mos not in ("as shipped", "fixed"):
         raise ValueError(f'mos must be "as shipped" or "fixed", got {mos!r}')
     _old_timm_names()
-    _patch.require("utils.factory", "run in a checkout of LAMDA-PILOT with its requirements, or put it on sys.path")
+    groups = {marker: hooks for marker, hooks in _hooks(mos, cache).items() if _is_here(marker)}
+    if not groups:
+        how = "run in a checkout of LAMDA-PILOT with its requirements, or put it on sys.path"
+        raise ImportError(f"none of {', '.join(_hooks(mos, cache))} can be imported: {how}")
 
     def build(patch: Patch) -> None:
-        vit, learner = "backbone.vit_ease:VisionTransformer", "models.ease:Learner"
-        patch.replace("backbone.vit_ease:Attention.forward", _make_attention)
-        patch.replace(f"{vit}.forward_test", _make_forward_test)
-        patch.replace(f"{vit}.forward_proto", _make_forward_proto)
-        patch.replace(f"{vit}.forward", _make_forward)
-        patch.replace(f"{vit}.add_adapter_to_list", _make_add_adapter)
-        patch.replace(f"{vit}._load_from_state_dict", _make_load)
-        patch.replace(f"{learner}.replace_fc", _make_replace_fc)
-        patch.replace(f"{learner}.solve_similarity", lambda original: _make_solve(original, "last"))
-        patch.replace(f"{learner}.solve_sim_reset", lambda original: _make_solve(original, "reset"))
-        patch.replace(f"{learner}._eval_cnn", lambda original: _make_eval(original, cache))
-        patch.replace("backbone.linears:EaseCosineLinear.forward_reweight", _make_reweight)
-        patch.replace("backbone.vit_mos:Attention.forward", _make_attention)
-        patch.replace("models.mos:Learner._eval_cnn", lambda original: _make_mos_eval(original, mos == "as shipped"))
-        if mos == "fixed":
-            patch.replace("backbone.vit_mos:VisionTransformer.forward_features", _make_mos_features)
-        patch.replace("utils.factory:get_model", _make_get_model)
-        patch.leave("adapters in training", "they drop activations between their projections, which no operator does")
-        patch.leave("EASE with moni_adam or use_old_data", "their prototypes are made otherwise")
-        patch.leave("nn.DataParallel, VPT, sequential adapters, layer norm in adapters", "not what EASE's settings use")
+        for hooks in groups.values():
+            for path, make in hooks.items():
+                patch.replace(path, make)
+        if "backbone.vit_ease" in groups:
+            patch.leave("adapters in training", "they drop activations between their projections")
+            patch.leave("EASE with moni_adam or use_old_data", "their prototypes are made otherwise")
+            patch.leave("nn.DataParallel, VPT, sequential adapters, layer norm in adapters", "EASE does not use them")
+        if "backbone.lora" in groups:
+            patch.leave("compute_ortho_loss of SD-LoRA", "it reads every old adapter from disk in each step")
 
     return _patch.apply("LAMDA-PILOT", build)
+
+
+def _hooks(mos: str, cache: bool) -> dict[str, dict[str, Callable[[Any], Any]]]:
+    """What is replaced by what, by the module that tells whether a checkout has the method."""
+    vit, learner = "backbone.vit_ease:VisionTransformer", "models.ease:Learner"
+    of_mos: dict[str, Callable[[Any], Any]] = {
+        "backbone.vit_mos:Attention.forward": _make_attention,
+        "models.mos:Learner._eval_cnn": lambda original: _make_mos_eval(original, mos == "as shipped"),
+    }
+    if mos == "fixed":
+        of_mos["backbone.vit_mos:VisionTransformer.forward_features"] = _make_mos_features
+    return {
+        "backbone.vit_ease": {
+            "backbone.vit_ease:Attention.forward": _make_attention,
+            f"{vit}.forward_test": _make_forward_test,
+            f"{vit}.forward_proto": _make_forward_proto,
+            f"{vit}.forward": _make_forward,
+            f"{vit}.add_adapter_to_list": _make_add_adapter,
+            f"{vit}._load_from_state_dict": _make_load,
+            f"{learner}.replace_fc": _make_replace_fc,
+            f"{learner}.solve_similarity": lambda original: _make_solve(original, "last"),
+            f"{learner}.solve_sim_reset": lambda original: _make_solve(original, "reset"),
+            f"{learner}._eval_cnn": lambda original: _make_eval(original, cache),
+            "backbone.linears:EaseCosineLinear.forward_reweight": _make_reweight,
+            "utils.factory:get_model": _make_get_model,
+        },
+        "backbone.vit_mos": of_mos,
+        "models.vit_inflora": {"models.vit_inflora:Attention_LoRA.forward": _pilot_family.make_inflora},
+        "backbone.lora": {"backbone.lora:_LoRA_qkv_timm_train.forward": _pilot_family.make_sd_lora},
+        "backbone.vit_cllora": {"backbone.vit_cllora:VisionTransformer.forward_test": _pilot_family.make_cl_lora},
+    }
+
+
+def _is_here(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _old_timm_names() -> None:
