@@ -170,8 +170,8 @@ def _run_blocks(vit: Any, x: Tensor, adapters: list[Any], class_token_only: bool
         if not real:
             x = base if number else base.repeat(frozen, 1, 1)
         elif number == 0:  # the same x for all of them
-            every = _adapt(ops.lora_all, x, base, [adapter[number] for adapter in real])
-            x = torch.cat([base.repeat(frozen, 1, 1), every.flatten(0, 1)])
+            x = _adapt(ops.lora_all, x, base, [adapter[number] for adapter in real]).flatten(0, 1)
+            x = torch.cat([base.repeat(frozen, 1, 1), x]) if frozen else x
         else:
             x = _adapt(ops.lora_indexed, x, base, [adapter[number] for adapter in real], ids)
     return vit.norm(x).view(len(adapters), -1, *x.shape[1:]).unbind(0)
