@@ -1,0 +1,655 @@
+"""Other codebases with and without this package's patch, and beside the best plain-torch form of the same work.
+
+    python benchmarks/integrations.py [--quick] [--rows peft pilot mammoth] [--no-compile] [--out FOLDER/NAME]
+
+PEFT rows need timm and peft. The others need a checkout each: PLORA_PILOT of LAMDA-PILOT, PLORA_MAMMOTH of Mammoth;
+without it a row says so and is left out. Weights are random: only time is measured, and that results agree.
+
+Rounds visit every form in turn (A B C A B C ...), so that all see the same clocks; figures are medians over rounds.
+GPU time is CUDA events around the call, wall time the same call to the end of its last kernel. `error` is the largest
+difference of the result from the host's own (for EASE from the host's own in fp32), relative to its largest entry;
+`equal` the share of equal predictions.
+Writes NAME.csv, a line for each form, and NAME.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import datetime
+import gc
+import io
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import plora_ext
+from plora_ext import _library, reference
+from plora_ext.integrations import _patch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FIELDS = ("row", "case", "form", "gpu_ms", "wall_ms", "peak_mb", "over_host", "over_torch", "error", "equal", "note")
+
+
+@dataclass
+class Form:
+    """One way to do the work: what to call, and what is patched while it is called."""
+
+    name: str
+    call: Callable[[], Any]
+    inside: Callable[[], Any] = nullcontext
+    before: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Case:
+    """The same work in several forms; the first is the host's own."""
+
+    row: str
+    name: str
+    forms: list[Form]
+    torch_form: str = ""  # the one that is plain torch
+    truth: Callable[[], Any] | None = None  # what results are compared with, if not those of the host in this dtype
+    note: str = ""
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def synchronise() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(form: Form) -> tuple[float, float, float]:
+    """GPU and wall milliseconds, and the peak of allocated memory in MB above what was there before."""
+    form.before()
+    synchronise()
+    start = time.perf_counter()
+    if DEVICE.type != "cuda":
+        form.call()
+        wall = 1e3 * (time.perf_counter() - start)
+        return float("nan"), wall, float("nan")
+    there = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    form.call()
+    end.record()
+    synchronise()
+    wall = 1e3 * (time.perf_counter() - start)
+    return begin.elapsed_time(end), wall, (torch.cuda.max_memory_allocated() - there) / 2**20
+
+
+def flat(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result.detach()]
+    if isinstance(result, np.ndarray):
+        return [torch.from_numpy(result)]
+    return [] if result is None else [t for part in result for t in flat(part)]
+
+
+def compare(theirs: Any, ours: Any) -> tuple[float, float]:
+    """Largest relative difference of floating-point results, and share of equal integer ones."""
+    error, equal = float("nan"), float("nan")
+    for a, b in zip(flat(theirs), flat(ours)):
+        if a.is_floating_point():
+            a, b = a.double(), b.double()
+            error = max(0.0 if error != error else error, float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)))
+        else:
+            equal = float((a == b).double().mean())
+    return error, equal
+
+
+def measure(case: Case, seconds: float) -> None:
+    """Fills the lines of a case."""
+    times: dict[str, list[tuple[float, float, float]]] = {}
+    results: dict[str, tuple[float, float]] = {}
+    first = copy.deepcopy([t.cpu() for t in flat(case.truth())]) if case.truth else None
+    for form in case.forms:
+        try:
+            with form.inside():
+                form.before()
+                result = form.call()
+                if first is None:
+                    first = copy.deepcopy([t.cpu() for t in flat(result)])
+                results[form.name] = compare(first, [t.cpu() for t in flat(result)])
+                timed(form)  # warm
+            times[form.name] = []
+        except Exception as error:
+            case.lines.append({"form": form.name, "note": f"failed: {type(error).__name__}: {str(error)[:120]}"})
+    forms, start = [form for form in case.forms if form.name in times], time.perf_counter()
+    while forms and (
+        len(times[forms[0].name]) < 5 or (time.perf_counter() - start < seconds and len(times[forms[0].name]) < 200)
+    ):
+        for form in forms:
+            with form.inside():
+                times[form.name].append(timed(form))
+        if time.perf_counter() - start > 6 * seconds and len(times[forms[0].name]) >= 3:
+            break
+    for form in forms:
+        gpu, wall, peak = (statistics.median(part) for part in zip(*times[form.name]))
+        error, equal = results[form.name]
+        case.lines.append(
+            {"form": form.name, "gpu_ms": gpu, "wall_ms": wall, "peak_mb": peak, "error": error, "equal": equal}
+        )
+    known = {line["form"]: line["gpu_ms"] if DEVICE.type == "cuda" else line["wall_ms"]
+             for line in case.lines if "wall_ms" in line}  # fmt: skip
+    for line in case.lines:
+        line.update(row=case.row, case=case.name, note=line.get("note") or case.note)
+        for key, other in (("over_host", case.forms[0].name), ("over_torch", case.torch_form)):
+            if line["form"] in known and other in known:
+                line[key] = known[other] / known[line["form"]]
+    del first
+    gc.collect()
+
+
+# ---------------------------------------------------------------------- PEFT
+
+
+def vit(quick: bool, **settings: Any) -> nn.Module:
+    import timm
+
+    sizes = {"img_size": 64, "embed_dim": 96, "depth": 2, "num_heads": 3} if quick else {}
+    return timm.create_model("vit_base_patch16_224", num_classes=0, **sizes, **settings).to(DEVICE)
+
+
+def peft_model(quick: bool, adapters: int, dtype: torch.dtype) -> Any:
+    import peft
+
+    config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=["qkv", "proj", "fc1", "fc2"],
+                             exclude_modules=["patch_embed.proj"], init_lora_weights=False)  # fmt: skip
+    model = peft.get_peft_model(vit(quick).to(dtype), config, adapter_name="a0", autocast_adapter_dtype=False)
+    for i in range(1, adapters):
+        model.add_adapter(f"a{i}", config)
+    return model.to(dtype).to(DEVICE)
+
+
+@contextmanager
+def torch_mixed_batches() -> Iterator[None]:
+    """PEFT's mixed batches as two batched products, each sample with its own factors: the best form torch has."""
+    import peft.tuners.lora as lora
+
+    original = lora.Linear.forward
+    indices: dict[tuple[str, ...], Tensor] = {}
+
+    def forward(self: Any, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
+        if adapter_names is None:
+            return original(self, x)
+        known = list(self.lora_A)
+        key = tuple(adapter_names)
+        if key not in indices:
+            indices[key] = torch.tensor([known.index(name) for name in key], device=x.device)
+        ids = indices[key]
+        A = torch.stack([self.lora_A[name].weight for name in known])[ids]
+        B = torch.stack([self.lora_B[name].weight for name in known])[ids] * self.scaling[known[0]]
+        y = self.base_layer(x)
+        return torch.baddbmm(y, x @ A.transpose(1, 2), B.transpose(1, 2))
+
+    lora.Linear.forward = forward
+    try:
+        yield
+    finally:
+        lora.Linear.forward = original
+
+
+def peft_cases(quick: bool, compiled: bool) -> Iterator[Case]:
+    from plora_ext.integrations import peft as integration
+
+    size = 64 if quick else 224
+    for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True), *(((torch.float32, False),) * quick)):
+        B = 4 if quick else 128
+        model = peft_model(quick, 1, dtype).train()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        images = torch.randn(B, 3, size, size, device=DEVICE, dtype=dtype)
+        labels = torch.randint(model.num_features, (B,), device=DEVICE)
+        optimizer = torch.optim.SGD(parameters, 0.0)
+
+        def step(
+            net: Any, images: Tensor = images, labels: Tensor = labels, optimizer: Any = optimizer,
+            autocast: bool = autocast, parameters: list[Any] = parameters,
+        ) -> list[Tensor]:  # fmt: skip
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+                loss = F.cross_entropy(net(images).float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            return [parameters[0].grad.clone()]
+
+        forms = [
+            Form("PEFT", partial(step, model)),
+            Form("PEFT, patched", partial(step, model), integration.patch),
+        ]
+        if compiled:
+            torch._dynamo.reset()
+            forms.append(Form("PEFT, torch.compile", partial(step, torch.compile(model))))
+        what = "autocast to bf16" if autocast else str(dtype).removeprefix("torch.")
+        yield Case("peft", f"training step, ViT-B/16, r=16 on all linears, B={B}, {what}", forms, "PEFT, torch.compile")
+
+    adapters, B = 10, 10 if quick else 64
+    for dtype in (torch.bfloat16, torch.float32):
+        model = peft_model(quick, adapters, dtype).eval()
+        images = torch.randn(B, 3, size, size, device=DEVICE, dtype=dtype)
+        for order in ("in segments", "shuffled"):
+            names = [f"a{i * adapters // B}" for i in range(B)]
+            if order == "shuffled":
+                names = [names[i] for i in np.random.default_rng(0).permutation(B)]
+
+            def infer(model: Any = model, images: Tensor = images, names: list[str] = names) -> Tensor:
+                with torch.no_grad():
+                    y: Tensor = model(images, adapter_names=names)
+                return y
+
+            rows = B * (size // 16) ** 2 + B
+            yield Case(
+                "peft",
+                f"mixed batch of {adapters} adapters {order}, ViT-B/16, M={rows}, {str(dtype).removeprefix('torch.')}",
+                [
+                    Form("PEFT", infer),
+                    Form("PEFT, patched", infer, integration.patch),
+                    Form("PEFT, two batched products", infer, torch_mixed_batches),
+                ],
+                "PEFT, two batched products",
+            )
+
+
+# ---------------------------------------------------------------------- LAMDA-PILOT
+
+
+class Images:
+    """A data set in memory, as PILOT's loaders want it."""
+
+    def __init__(self, n: int, per_class: int, size: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.labels = np.arange(n) // per_class
+        self.images = np.arange(n)
+        self.trsf, self.use_path = None, False
+        # A coarse pattern for each class, and noise: what is classified has a margin.
+        coarse = torch.rand(n // per_class, 3, 4, 4, generator=generator)
+        patterns = F.interpolate(coarse, size=(size, size), mode="bilinear")[torch.from_numpy(self.labels)]
+        self.pixels = (patterns + 0.2 * torch.rand(n, 3, size, size, generator=generator)).to(DEVICE)
+
+    def first(self, n: int) -> Images:
+        """A data set of the first n images."""
+        part = copy.copy(self)
+        part.images, part.labels = self.images[:n], self.labels[:n]
+        return part
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor, int]:
+        return i, self.pixels[i], int(self.labels[i])
+
+
+def learner(T: int, quick: bool, inc: int) -> Any:
+    """An EASE learner that has seen T tasks, with random adapters and prototypes."""
+    import backbone.vit_ease as vit_ease
+    import models.ease as ease
+    import utils.inc_net as inc_net
+
+    config = SimpleNamespace(
+        ffn_adapt=True, ffn_option="parallel", ffn_adapter_layernorm_option="none", ffn_adapter_init_option="lora",
+        ffn_adapter_scalar="0.1", ffn_num=64, d_model=768, vpt_on=False, vpt_num=0, _device=DEVICE,
+    )  # fmt: skip
+    size = {"img_size": 32, "depth": 2, "mlp_ratio": 0.25} if quick else {"depth": 12, "mlp_ratio": 4}
+    with redirect_stdout(io.StringIO()):
+        net = vit_ease.VisionTransformer(
+            patch_size=16, embed_dim=768, num_heads=12, norm_layer=partial(nn.LayerNorm, eps=1e-6), num_classes=0,
+            tuning_config=config, **size,
+        )  # fmt: skip
+    net.out_dim = 768
+    nn.init.normal_(net.patch_embed.proj.weight, std=0.2)
+    args = {
+        "increment": inc, "init_cls": inc, "use_init_ptm": False, "alpha": 0.1, "beta": 0.0, "backbone_type": "vit",
+        "device": [DEVICE], "moni_adam": False, "use_reweight": True,
+    }  # fmt: skip
+    get_backbone, inc_net.get_backbone = inc_net.get_backbone, lambda *_: net
+    try:
+        with redirect_stdout(io.StringIO()):
+            network = inc_net.EaseNet(args)
+    finally:
+        inc_net.get_backbone = get_backbone
+    for p in network.parameters():
+        p.requires_grad_(False)
+    network.to(DEVICE)
+    for task in range(T):
+        for parameter in network.backbone.cur_adapter.parameters():
+            nn.init.normal_(parameter, std=0.05)
+        network.update_fc((task + 1) * inc)
+        network.eval()  # before adapters join the list, where PILOT does not reach them
+        if task < T - 1:
+            network.backbone.add_adapter_to_list()
+    self = object.__new__(ease.Learner)
+    self.__dict__.update(
+        _network=network.to(DEVICE).eval(), _device=DEVICE, _cur_task=T - 1, _total_classes=T * inc, args=args,
+        _known_classes=(T - 1) * inc, init_cls=inc, inc=inc, use_init_ptm=False, use_diagonal=False, topk=5,
+        use_exemplars=False, recalc_sim=True, moni_adam=False, alpha=0.1, beta=0.0, adapter_num=-1,
+    )  # fmt: skip
+    return self
+
+
+@torch.no_grad()
+def fill_prototypes(ease: Any, loader: Any) -> None:
+    """Every class's mean in every subspace."""
+    from plora_ext.integrations import pilot
+
+    vit = ease._network.backbone
+    sums, counts = torch.zeros_like(ease._network.fc.weight), torch.zeros(ease._total_classes, device=DEVICE)
+    for _, images, labels in loader:
+        features = torch.cat(pilot.adapter_features(vit, images, pilot._subspaces(vit, False)), 2)[:, 0]
+        sums.index_add_(0, labels.to(DEVICE), features)
+        counts += torch.bincount(labels, minlength=len(counts)).to(DEVICE)
+    ease._network.fc.weight.copy_(sums / counts[:, None])
+
+
+@contextmanager
+def sdpa_only() -> Iterator[None]:
+    """PILOT's own loops with torch's fused attention: what one line of plain torch gives."""
+    from plora_ext.integrations import pilot
+
+    patch = _patch.Patch("attention")
+    patch.replace("backbone.vit_ease:Attention.forward", pilot._make_attention)
+    with patch:
+        yield
+
+
+def pilot_cases(quick: bool, compiled: bool) -> Iterator[Case]:
+    from torch.utils.data import DataLoader
+
+    from plora_ext.integrations import pilot
+
+    pilot._old_timm_names()
+    logging.disable(logging.INFO)
+    B, size, inc = (6, 32, 5) if quick else (48, 224, 5)
+    per_task = 10 if quick else 50
+    for T in (3,) if quick else (10, 20):
+        ease = learner(T, quick, inc)
+        data = Images(T * per_task, per_task // inc, size)
+        loader = DataLoader(data, B)
+        fill_prototypes(ease, loader)
+        network, images = ease._network, data.pixels[torch.randperm(len(data))[:B].to(DEVICE)]
+        new = Images(2 * per_task, 2 * per_task // inc, size)
+        new.labels = new.labels + (T - 1) * inc
+        ease.train_dataset_for_protonet = new
+        new_loader = DataLoader(new, B)
+        for autocast in (False, True):
+            what = "bf16 autocast" if autocast else "fp32"
+
+            def within(call: Callable[[], Any], autocast: bool = autocast) -> Callable[[], Any]:
+                def run() -> Any:
+                    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+                        return call()
+
+                return run
+
+            def batch(network: Any = network, images: Tensor = images) -> list[Tensor]:
+                logits = network(images, test=True)["logits"]
+                return [logits, logits.argmax(1)]
+
+            own, patched = nullcontext, pilot.patch
+            exact = partial(within, autocast=False)
+            yield Case(
+                "pilot", f"EASE, one test batch, T={T}, B={B}, {what}",
+                [
+                    Form("PILOT", within(batch), own), Form("PILOT, patched", within(batch), patched),
+                    Form("PILOT, torch's attention", within(batch), sdpa_only),
+                ],
+                "PILOT, torch's attention",
+                truth=exact(batch),
+            )  # fmt: skip
+
+            evaluate = within(lambda ease=ease, loader=loader: ease._eval_cnn(loader)[0])
+            with torch.no_grad(), pilot.patch():
+                earlier = DataLoader(data.first((T - 1) * per_task), B)
+                last = network.backbone.cur_adapter  # as if the newest adapter had not been there
+                network.backbone.cur_adapter = network.backbone.adapter_list[-1] if T > 1 else last
+                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+                    list(pilot._features_of(ease, earlier, True))
+                kept = pilot._kept.get(ease)
+                network.backbone.cur_adapter = last
+
+            def remember(ease: Any = ease, kept: Any = kept) -> None:
+                pilot._kept[ease] = kept
+
+            yield Case(
+                "pilot", f"EASE, _eval_cnn after task {T}, {len(data)} images, {what}",
+                [
+                    Form("PILOT", evaluate), Form("PILOT, patched, cache", evaluate, patched, remember),
+                    Form("PILOT, patched, no cache", evaluate, partial(patched, cache=False)),
+                    Form("PILOT, torch's attention", evaluate, sdpa_only),
+                ],
+                "PILOT, torch's attention",
+                truth=exact(lambda ease=ease, loader=loader: ease._eval_cnn(loader)[0]),
+                note="the loader and the per-sample loop of the host are part of it",
+            )  # fmt: skip
+
+            def prototypes(ease: Any = ease, loader: Any = new_loader) -> Tensor:
+                ease.solve_sim_reset = lambda: None
+                ease.replace_fc(loader)
+                return ease._network.fc.weight.data[-ease.inc :].clone()
+
+            yield Case(
+                "pilot", f"EASE, prototypes of a task, T={T}, {len(new)} images, {what}",
+                [
+                    Form("PILOT", within(prototypes)), Form("PILOT, patched", within(prototypes), patched),
+                    Form("PILOT, torch's attention", within(prototypes), sdpa_only),
+                ],
+                "PILOT, torch's attention",
+                truth=exact(prototypes),
+            )  # fmt: skip
+
+        start_weights = network.fc.weight.data.clone()
+        ease.__dict__.pop("solve_sim_reset", None)
+
+        def restore(network: Any = network, weights: Tensor = start_weights) -> None:
+            network.fc.weight.data.copy_(weights)
+
+        def solve(ease: Any = ease) -> Tensor:
+            ease.solve_sim_reset()
+            return ease._network.fc.weight.data.clone()
+
+        def vectorised(ease: Any = ease, T: int = T, inc: int = inc) -> Tensor:
+            weight = ease._network.fc.weight.data
+            blocks = weight.view(len(weight), T, -1)
+            tasks = torch.arange(len(weight), device=weight.device) // inc
+            blocks.copy_(reference.complete_prototypes(blocks, tasks))
+            return weight.clone()
+
+        yield Case(
+            "pilot", f"EASE, solve_sim_reset, T={T}, {T * inc} classes",
+            [
+                Form("PILOT", solve, before=restore), Form("PILOT, patched", solve, pilot.patch, restore),
+                Form("vectorised torch", vectorised, before=restore),
+            ],
+            "vectorised torch",
+        )  # fmt: skip
+        del ease, network, data, new
+        gc.collect()
+
+    trained = learner(1, quick, inc)
+    network = trained._network
+    network.backbone.cur_adapter.requires_grad_(True)
+    network.proxy_fc.requires_grad_(True)
+    images, labels = torch.rand(B, 3, size, size, device=DEVICE), torch.randint(inc, (B,), device=DEVICE)
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.0)
+    for autocast in (False, True):
+
+        def step(autocast: bool = autocast) -> None:
+            network.train()
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+                loss = F.cross_entropy(network(images, test=False)["logits"], labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+        yield Case(
+            "pilot", f"EASE, training step, B={B}, {'bf16 autocast' if autocast else 'fp32'}",
+            [Form("PILOT", step), Form("PILOT, patched", step, pilot.patch)],
+        )  # fmt: skip
+    logging.disable(logging.NOTSET)
+
+
+# ---------------------------------------------------------------------- Mammoth
+
+
+def mammoth_cases(quick: bool, compiled: bool) -> Iterator[Case]:
+    from backbone.utils.lora_utils import LoRALinear
+
+    from plora_ext.integrations import mammoth
+
+    B, N, d, out, T, r = (4, 17, 96, 288, 10, 16) if quick else (128, 197, 768, 2304, 10, 16)
+    layer = LoRALinear(d, out).to(DEVICE)
+    x = torch.randn(B, N, d, device=DEVICE)
+    A = (torch.randn(T, r, d, device=DEVICE) * 0.02).requires_grad_()
+    Bs = (torch.randn(T, out, r, device=DEVICE) * 0.02).requires_grad_()
+
+    @contextmanager
+    def concatenated() -> Iterator[None]:
+        original = LoRALinear.forward
+
+        def forward(self: Any, x: Tensor, AB: Any = None) -> Tensor:
+            wide = AB["B"].transpose(0, 1).reshape(self.out_features, -1)
+            return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, AB["A"].flatten(0, 1)), wide)
+
+        LoRALinear.forward = forward
+        try:
+            yield
+        finally:
+            LoRALinear.forward = original
+
+    for autocast in (False, True):
+        for train in (False, True):
+
+            def call(autocast: bool = autocast, train: bool = train) -> list[Tensor]:
+                with (
+                    torch.set_grad_enabled(train),
+                    torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast),
+                ):
+                    y = layer(x, {"A": A, "B": Bs})
+                if train:
+                    return [y.detach(), *torch.autograd.grad(y.float().sum(), [A, Bs])]
+                return [y]
+
+            yield Case(
+                "mammoth",
+                f"LoRALinear {d}→{out}, T={T}, r={r}, M={B * N}, {'forward and backward' if train else 'forward'}, "
+                f"{'bf16 autocast' if autocast else 'fp32'}",
+                [
+                    Form("Mammoth", call),
+                    Form("Mammoth, patched", call, partial(mammoth.patch, model=False)),
+                    Form("two products of concatenated factors", call, concatenated),
+                ],
+                "two products of concatenated factors",
+            )
+
+
+# ---------------------------------------------------------------------- the table
+
+ROWS: dict[str, tuple[Callable[[bool, bool], Iterator[Case]], str]] = {
+    "peft": (peft_cases, ""),
+    "pilot": (pilot_cases, "PLORA_PILOT"),
+    "mammoth": (mammoth_cases, "PLORA_MAMMOTH"),
+}
+
+
+def number(value: Any, digits: str) -> str:
+    return "" if value is None or value != value else format(value, digits)
+
+
+def report(cases: list[Case], skipped: list[str], arguments: list[str]) -> str:
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
+    lines = [
+        f"`python benchmarks/integrations.py {' '.join(arguments)}`".replace(" `", "`"),
+        f"{name}, torch {torch.__version__}, plora_ext {plora_ext.__version__} ({_library.backend()}), "
+        f"commit {commit or 'unknown'}, {datetime.date.today()}",
+        "",
+    ]
+    for case in cases:
+        lines += ["", f"**{case.row}: {case.name}**" + (f" ({case.note})" if case.note else ""), ""]
+        lines += ["| form | GPU ms | wall ms | peak MB | host's time / its | best torch's / its | error | equal |",
+                  "|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+        for line in case.lines:
+            if "wall_ms" not in line:
+                lines.append(f"| {line['form']} | {line['note']} | | | | | | |")
+                continue
+            cells = [number(line.get(k), d) for k, d in (
+                ("gpu_ms", ".3f"), ("wall_ms", ".3f"), ("peak_mb", ".0f"), ("over_host", ".2f"), ("over_torch", ".2f"),
+                ("error", ".1e"), ("equal", ".4f"))]  # fmt: skip
+            lines.append(f"| {line['form']} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *skipped]) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the forms under torch.compile")
+    parser.add_argument("--seconds", type=float, default=6.0, help="time for the rounds of a case")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "integrations")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore", FutureWarning)
+    torch.manual_seed(0)
+    cases: list[Case] = []
+    skipped: list[str] = []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for row in args.rows:
+        make, variable = ROWS[row]
+        if variable:
+            if not os.environ.get(variable):
+                skipped.append(f"{row}: left out, {variable} names no checkout")
+                print(skipped[-1])
+                continue
+            sys.path.insert(0, os.environ[variable])
+        for case in make(args.quick, not args.no_compile):
+            measure(case, 0.3 if args.quick else args.seconds)
+            cases.append(case)
+            for line in case.lines:
+                print(
+                    f"{case.row:8} {case.name:70.70} {line['form']:34} gpu {number(line.get('gpu_ms'), '.2f'):>9} wall "
+                    f"{number(line.get('wall_ms'), '.2f'):>9} x{number(line.get('over_host'), '.2f')} "
+                    f"error {number(line.get('error'), '.0e')} equal {number(line.get('equal'), '.3f')} {line['note']}",
+                    flush=True,
+                )
+            # After every case: a run that is stopped leaves what it measured.
+            write(args.out.with_suffix(".md"), report(cases, skipped, sys.argv[1:]))
+            table = io.StringIO()
+            writer = csv.DictWriter(table, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(line for one in cases for line in one.lines)
+            write(args.out.with_suffix(".csv"), table.getvalue())
+        if variable:  # PILOT's and Mammoth's modules have the same names
+            sys.path.remove(os.environ[variable])
+            for name in [n for n in sys.modules if n.split(".")[0] in ("models", "utils", "backbone", "datasets")]:
+                del sys.modules[name]
+
+
+if __name__ == "__main__":
+    main()

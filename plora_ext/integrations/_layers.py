@@ -1,0 +1,43 @@
+"""Adapters that are separate parameters, as the operands of the low-rank operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether calling `module` is `x W^T + b` and nothing else: a linear layer nobody has hooked or wrapped."""
+    return (
+        type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and "weight" in module._parameters
+        and not (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+        and not nn.modules.module._has_any_global_hook()
+    )
+
+
+@lru_cache(maxsize=4096)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor of numbers, copied to its device once. It must not be written to."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def stack(factors_A: Sequence[Tensor], factors_B: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """lora_A [T, r, in] and lora_B [T, out, r] of T pairs; where their ranks differ, padded, with the ranks [T]."""
+    if len(factors_A) == 1:
+        return factors_A[0][None], factors_B[0][None], None
+    own = tuple(A.shape[0] for A in factors_A)
+    if len(set(own)) == 1:
+        return torch.stack(list(factors_A)), torch.stack(list(factors_B)), None
+    r = max(own)
+    lora_A = torch.stack([F.pad(A, (0, 0, 0, r - A.shape[0])) for A in factors_A])
+    lora_B = torch.stack([F.pad(B, (0, r - B.shape[1])) for B in factors_B])
+    return lora_A, lora_B, constant(own, torch.int64, lora_A.device)

@@ -1,0 +1,164 @@
+"""PLoRA as one module that the hosts' own training loops drive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plora_ext.cil import fusion
+from plora_ext.cil.alignment import align, class_means
+from plora_ext.nn import CosineHead, PrototypeBank, inject
+
+__all__ = ["PLoRANet"]
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+UNSEEN = -1000.0  # the logit of a class that has no prototype: as good as none, and a loss stays finite
+
+
+class PLoRANet(nn.Module):
+    """A frozen backbone with a LoRA adapter per task, fused into one, and prototypes that follow the fused model.
+
+    For every task: `add_task` and `start`, train `parameters_to_train()` with the cross-entropy of `forward` in
+    training mode, then `end_task`. In evaluation mode `forward` classifies among all classes seen, in one pass. Loading
+    a `state_dict` gives a fresh network the tasks and classes of the saved one.
+
+    Args:
+        backbone: maps images to features [B, D]; changed in place.
+        target_modules, r, lora_alpha: as in `plora_ext.nn.inject`.
+        alignment, tau, ridge: as in `plora_ext.cil.alignment.align`.
+        scale: factor of the cosines.
+        num_features: D; default `backbone.num_features`, as timm's models have it.
+    """
+
+    task_classes: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        target_modules: str | Sequence[str] = ("qkv", "proj"),
+        r: int = 16,
+        lora_alpha: float | None = None,
+        alignment: str = "semantic",
+        tau: float = 0.05,
+        ridge: float = 0.1,
+        scale: float = 16.0,
+        num_features: int | None = None,
+    ) -> None:
+        super().__init__()
+        num_features = num_features or getattr(backbone, "num_features", None)
+        if not isinstance(num_features, int):
+            raise ValueError("num_features must be given for a backbone that has no attribute num_features")
+        self.backbone = backbone
+        self.adapters = inject(backbone, target_modules, r, lora_alpha)
+        self.alignment, self.tau, self.ridge = alignment, tau, ridge
+        self.bank, self.head = PrototypeBank(num_features), CosineHead(scale)
+        self.num_classes = 0  # width of the logits
+        self.directions = nn.Parameter(torch.zeros(0, num_features))  # one for each class of the task that is trained
+        self.register_buffer("task_classes", torch.zeros(0, dtype=torch.int64))
+        self.to(next(backbone.parameters()).device)
+
+    def parameters_to_train(self) -> list[nn.Parameter]:
+        """The newest adapter's, and the directions of the task's classes."""
+        return [*self.adapters.parameters(self.adapters.names[-1]), self.directions]
+
+    def add_task(self, classes: Iterable[int]) -> None:
+        """A new adapter, started from the first one's; it alone is active and trains.
+
+        Raises:
+            ValueError: no class is given.
+        """
+        chosen = sorted({int(c) for c in classes})
+        if not chosen:
+            raise ValueError("classes must hold at least one class to learn, got none")
+        self._add_adapter()
+        self.task_classes = torch.tensor(chosen, device=self.directions.device)
+        self.directions = nn.Parameter(self.directions.new_zeros(len(chosen), self.directions.shape[1]).normal_())
+        self.num_classes = max(self.num_classes, chosen[-1] + 1)
+
+    def _add_adapter(self) -> None:
+        names = self.adapters.names
+        self.adapters.add_adapter(f"task{len(names)}", init_from=names[0] if names else None)
+
+    @torch.no_grad()
+    def start(self, batches: Batches) -> None:
+        """Start the classifier that is trained with from the class means of these (images, labels) of the task.
+
+        Random directions would first pull the features of every class elsewhere.
+        """
+        self.eval()
+        pairs = [(self.backbone(images).float(), labels) for images, labels in batches]
+        features, labels = (torch.cat(part) for part in zip(*pairs))
+        local = torch.searchsorted(self.task_classes, labels)
+        self.directions.copy_(F.normalize(class_means(features, local, len(self.task_classes))))
+        self.train()
+
+    @torch.no_grad()
+    def end_task(self, batches: Batches) -> None:
+        """Fuse all adapters, align the old prototypes to the fused model and add the new ones.
+
+        Args:
+            batches: (images, labels) of the task on the network's device, in any order. The model before the fusion and
+                the model after it see the same images.
+        """
+        self.eval()
+        count = len(self.adapters.names)
+        old, new, all_labels = [], [], []
+        known = [c for c in self.bank.classes if c not in set(self.task_classes.tolist())]
+        for images, labels in batches:
+            if known:
+                self._fuse(count - 1)
+                old.append(self.backbone(images).float())
+            self._fuse(count)
+            new.append(self.backbone(images).float())
+            all_labels.append(labels)
+        self._fuse(count)
+        features, labels = torch.cat(new), torch.cat(all_labels)
+        if known:
+            local = torch.searchsorted(self.task_classes, labels)
+            moved = align(
+                self.alignment, self.bank.select(known), torch.cat(old), features, local, tau=self.tau, ridge=self.ridge
+            )
+            self.bank.set(known, moved)
+        self.bank.update(features, labels)
+        self.adapters.train_adapter(None)
+        self.task_classes = self.task_classes[:0]
+        self.directions = nn.Parameter(self.directions[:0].clone())
+
+    def _fuse(self, count: int) -> None:
+        self.adapters.set_adapter(self.adapters.names[:count], fusion.coefficients("mean", count))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, num_classes] among all classes seen; in training mode among those of the task that is trained."""
+        features = self.backbone(images).float()
+        if self.training and len(self.task_classes):
+            cosines = self.head.scale * F.linear(F.normalize(features), F.normalize(self.directions))
+            logits = cosines.new_full((len(images), self.num_classes), UNSEEN)
+            return logits.index_copy(1, self.task_classes, cosines)
+        logits = self.head(features, self.bank.prototypes).clamp(min=UNSEEN)
+        return F.pad(logits, (0, max(0, self.num_classes - logits.shape[1])), value=UNSEEN)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take over the number of tasks and of classes; in the midst of a task also what it trains."""
+        layer = next(iter(self.adapters.layers))
+        first = next(iter(self.adapters.layers.values()))
+        stem = f"{prefix}backbone.{layer}.lora_A." + (f"{next(iter(first.slices))}." if first.slices else "")
+        saved = sum(key.startswith(stem) for key in state_dict)
+        while len(self.adapters.names) < saved:
+            self._add_adapter()
+        device = self.directions.device
+        for name in ("task_classes", "directions"):
+            if isinstance(value := state_dict.get(prefix + name), Tensor):
+                value = value.detach().clone().to(device)
+                setattr(self, name, nn.Parameter(value) if name == "directions" else value)
+        counts = state_dict.get(f"{prefix}bank.counts")
+        if isinstance(counts, Tensor):
+            classes = [len(counts), *(int(c) + 1 for c in self.task_classes.tolist())]
+            self.num_classes = max(self.num_classes, *classes)
+        if saved and not len(self.task_classes):
+            self._fuse(saved)
+            self.adapters.train_adapter(None)
+        super()._load_from_state_dict(state_dict, prefix, *args)

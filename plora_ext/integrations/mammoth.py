@@ -1,0 +1,101 @@
+"""Mammoth (https://github.com/aimagelab/mammoth): its LoRA layer on this package's operators, and PLoRA as a model.
+
+In a checkout of Mammoth, `python -m plora_ext.integrations.mammoth --model plora --dataset seq-cifar100-224 ...` is its
+`python main.py ...`, patched. In code, with the checkout on `sys.path`:
+
+    from plora_ext.integrations import mammoth
+    print(mammoth.patch())
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plora_ext import ops
+from plora_ext.integrations import _patch
+from plora_ext.integrations._layers import constant
+from plora_ext.integrations._patch import Patch
+from plora_ext.ops._register import is_plain
+
+__all__ = ["patch", "unpatch"]
+
+
+def patch(model: bool = True) -> Patch:
+    """Replace `LoRALinear.forward` and register the model `plora`.
+
+    y = x W^T + b + sum_t B_t A_t x for A [T, r, in] and B [T, out, r], or sum_t B_t x for dense B [T, out, in]. Mammoth
+    forms the T outputs [batch, T, out, tokens] before it adds them; here they are never in memory.
+
+    Args:
+        model: register `plora` for `--model`. Imports Mammoth's models and data sets; where that fails (they need
+            kornia and more, and one of them a download), the layer is patched and the model is left out, with the
+            reason.
+
+    Returns:
+        What was replaced and what was left; also a context manager.
+
+    Raises:
+        ImportError: no checkout of Mammoth is on `sys.path`.
+    """
+    how = "run in a checkout of Mammoth with its requirements, or put it on sys.path"
+    _patch.require("backbone.utils.lora_utils", how)
+
+    def build(patch: Patch) -> None:
+        patch.replace("backbone.utils.lora_utils:LoRALinear.forward", _make_forward)
+        if model:
+            patch.replace("models:REGISTERED_MODELS", _with_plora)
+        patch.leave("LoRALinear with fan_in_fan_out, or 4-dimensional A and B", "Mammoth's own forward runs them")
+        patch.leave("LoRATuner", "it hands its factors to LoRALinear, which is patched")
+
+    return _patch.apply("Mammoth", build)
+
+
+def unpatch() -> None:
+    """Put Mammoth's own functions back."""
+    _patch.remove("Mammoth")
+
+
+def _make_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward(self: Any, x: Tensor, AB: Any = None) -> Tensor:
+        B: Any = AB.get("B") if isinstance(AB, dict) else AB
+        A: Any = AB.get("A") if isinstance(AB, dict) else None
+        weight, bias = self.weight, self.bias
+        served = (
+            isinstance(B, Tensor)
+            and not self.fan_in_fan_out
+            and x.dim() == B.dim() == 3
+            and (A is None or (A.dim() == 3 and len(A) == len(B)))
+            and is_plain(x, weight, bias, A, B)
+            and (torch.is_autocast_enabled(x.device.type) or x.dtype == weight.dtype == B.dtype)
+        )
+        if not served:
+            return original(self, x, AB)
+        if A is None:  # dense changes of the weight
+            return F.linear(x, weight + B.sum(0).to(weight.dtype), bias)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return ops.lora_sum(x, A, B, constant((1.0,) * len(A), wide, x.device), weight=weight, bias=bias)
+
+    return forward
+
+
+def _with_plora(models: dict[str, Any]) -> dict[str, Any]:
+    from plora_ext.integrations._mammoth_model import make_model
+
+    return {**models, "plora": {"class": make_model(), "parsable_args": {}}}
+
+
+def main() -> None:
+    """Mammoth's own main.py, patched; arguments are Mammoth's."""
+    sys.path.insert(0, "")
+    print(patch())
+    _patch.require("main", "run in a checkout of Mammoth").main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""PEFT (https://github.com/huggingface/peft): its LoRA linear layers on this package's operators.
+
+    from plora_ext.integrations import peft
+    print(peft.patch())
+
+Nothing else changes: models, configurations, `save_pretrained` files, `merge_adapter`, `disable_adapter`. On top of the
+same results, `adapter_names` may be given in training too, so that every sample of a batch trains its own adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plora_ext import ops
+from plora_ext.integrations import _patch
+from plora_ext.integrations._layers import constant, is_called_plainly, stack
+from plora_ext.integrations._patch import Patch, Report
+from plora_ext.ops._register import is_plain
+
+__all__ = ["patch", "report", "unpatch"]
+
+_LINEAR = "peft.tuners.lora.layer:Linear.forward"
+_BASE = "__base__"
+
+
+def patch(train_mixed_batches: bool = True) -> Patch:
+    """Run `peft.tuners.lora.Linear` on `plora_ext.ops.lora_sum` and `lora_indexed`, in every model there is.
+
+    y = W x + b + sum over the active i of s_i B_i A_i x; with `adapter_names`, sample m takes the one of its name.
+    Served are LoRA adapters without a variant, with any rank, bias (`lora_bias`), dropout and dtype, one active or
+    several. A layer or an adapter that is not served runs PEFT's own forward: `report(model)` says which and why.
+
+    Args:
+        train_mixed_batches: accept `adapter_names` in training mode, which PEFT refuses.
+
+    Returns:
+        What was replaced and what was left; also a context manager. Patching twice changes nothing more.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    host = _patch.require("peft", 'pip install "plora_ext[integrations]"')
+
+    def build(patch: Patch) -> None:
+        patch.report.host = f"peft {host.__version__}"
+        patch.replace(_LINEAR, _make_forward)
+        if train_mixed_batches:
+            patch.replace("peft.tuners.lora.model:LoraModel._enable_peft_forward_hooks", _make_hooks)
+        patch.leave("DoRA, aLoRA and the other variants", "they compute more than B A x; PEFT's forward runs them")
+        patch.leave("quantized layers, embeddings, convolutions", "they have layer classes of their own")
+        patch.leave("merge and unmerge", "they run once, not in every step")
+        patch.leave("torch.compile, torch.func, torch.export, tensor parallelism", "PEFT's forward is what they trace")
+
+    return _patch.apply("peft", build)
+
+
+def unpatch() -> None:
+    """Put PEFT's own functions back."""
+    _patch.remove("peft")
+
+
+def report(model: nn.Module) -> Report:
+    """Which LoRA layers of a model run on this package's operators, and which do not and why."""
+    host = _patch.require("peft.tuners.lora", 'pip install "plora_ext[integrations]"')
+    result = Report(type(model).__name__)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, host.LoraLayer):
+            continue
+        if type(layer).forward is not host.Linear.forward:
+            result.left[name] = f"a {type(layer).__name__} has a forward of its own"
+            continue
+        whys = {adapter: _why_left(layer, adapter) for adapter in layer.lora_A}
+        if left := {adapter: why for adapter, why in whys.items() if why}:
+            result.left[name] = "; ".join(f"adapter {adapter!r} {why}" for adapter, why in left.items())
+        else:
+            result.replaced.append(name)
+    return result
+
+
+def _why_left(layer: Any, adapter: str) -> str:
+    """Why PEFT's own forward has to run this adapter; empty if it has not."""
+    if adapter in getattr(layer, "lora_variant", ()) or layer.use_dora.get(adapter, False):
+        return "is a LoRA variant"
+    A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+    if not (is_called_plainly(A) and is_called_plainly(B)):
+        return "has factors that are not plain linear layers, or are hooked"
+    if type(layer.lora_dropout[adapter]) not in (nn.Identity, nn.Dropout):
+        return "has a dropout of another kind"
+    return ""
+
+
+def _make_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = kwargs.get("adapter_names")
+        if not args and not self.disable_adapters and (not kwargs or (names is not None and len(kwargs) == 1)):
+            if names is None:
+                y = None if self.merged else _sum(self, x)
+            else:
+                self._check_forward_args(x, adapter_names=names)  # PEFT's own errors
+                y = _indexed(self, x, names)
+            if y is not None:
+                return y
+        return original(self, x, *args, **kwargs)
+
+    return forward
+
+
+def _sum(layer: Any, x: Tensor) -> Tensor | None:
+    """The active adapters summed, or None where PEFT has to."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    factors = _factors(layer, x, names)
+    if factors is None:
+        return None
+    dropouts = [layer.lora_dropout[name] for name in names]
+    if not any(_drops(dropout) for dropout in dropouts):
+        return _run(layer, ops.lora_sum, x, x, names, factors)
+    if len(names) == 1:
+        return _run(layer, ops.lora_sum, x, dropouts[0](x.to(factors[0].dtype)), names, factors)
+    return None  # every adapter drops other inputs
+
+
+def _indexed(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor | None:
+    """Every sample through the adapter of its name, or None where PEFT has to."""
+    asked = set(adapter_names)
+    names = [name for name in layer.lora_A if name in asked]
+    factors = _factors(layer, x, names)
+    if factors is None:
+        return None
+    dropped = x
+    if any(_drops(layer.lora_dropout[name]) for name in names):
+        if len({getattr(layer.lora_dropout[name], "p", 0.0) for name in names}) > 1:
+            return None
+        dropped = layer.lora_dropout[names[0]](x.to(factors[0].dtype))
+    ids = _ids(tuple(adapter_names), tuple(names), x.device)
+    return _run(layer, ops.lora_indexed, x, dropped, names, factors, ids)
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
+
+def _factors(layer: Any, x: Tensor, names: Sequence[str]) -> list[Tensor] | None:
+    """A and B of the adapters in turn; None if one of them is not ours to compute."""
+    if not names or any(_why_left(layer, name) for name in names):
+        return None
+    factors = [container[name]._parameters["weight"] for name in names for container in (layer.lora_A, layer.lora_B)]
+    if not is_plain(x, *factors) or len({factor.dtype for factor in factors}) > 1:
+        return None
+    return factors
+
+
+def _run(
+    layer: Any,
+    op: Callable[..., Tensor],
+    x: Tensor,
+    dropped: Tensor,
+    names: Sequence[str],
+    factors: list[Tensor],
+    *ids: ops.AdapterBatch,
+) -> Tensor | None:
+    lora_A, lora_B, ranks = stack(factors[::2], factors[1::2])
+    dtype, wide = lora_A.dtype, torch.promote_types(lora_A.dtype, torch.float32)
+    scaling = constant(tuple(float(layer.scaling[name]) for name in names), wide, x.device)
+    keywords: dict[str, Any] = {"ranks": ranks, "bias_B": _biases(layer, names)}
+    base = layer.base_layer
+    autocast = torch.is_autocast_enabled(x.device.type)
+    # The frozen layer belongs to the product if nobody looks at it, and all is of one dtype.
+    fused = is_called_plainly(base) and dropped is x and is_plain(base.weight, base.bias)
+    if fused and (autocast or x.dtype == dtype == base.weight.dtype):
+        return op(x, *ids, lora_A, lora_B, scaling, weight=base.weight, bias=base.bias, **keywords)
+    if not autocast and dropped.dtype != dtype and not getattr(layer, "cast_input_dtype_enabled", True):
+        return None
+    y = base(x)
+    if autocast:
+        return op(dropped, *ids, lora_A, lora_B, scaling, base=y, **keywords).to(y.dtype)
+    return op(dropped.to(dtype), *ids, lora_A, lora_B, scaling, base=y.to(dtype), **keywords).to(y.dtype)
+
+
+def _biases(layer: Any, names: Sequence[str]) -> Tensor | None:
+    biases = [layer.lora_B[name]._parameters.get("bias") for name in names]
+    given = next((bias for bias in biases if bias is not None), None)
+    if given is None:
+        return None
+    return torch.stack([torch.zeros_like(given) if bias is None else bias for bias in biases])
+
+
+@lru_cache(maxsize=256)
+def _ids(adapter_names: tuple[str, ...], names: tuple[str, ...], device: torch.device) -> ops.AdapterBatch:
+    index = {name: i for i, name in enumerate(names)}  # others, such as __base__, take the frozen layer alone
+    with torch.inference_mode(False):
+        return ops.AdapterBatch([index.get(name, -1) for name in adapter_names], len(names), device)
+
+
+def _make_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _enable_peft_forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names = kwargs.get("adapter_names")
+        if names is None or not self.training or not _can_train(self, set(names) - {_BASE}):
+            return original(self, *args, **kwargs)
+        return _enter_in_training(self, original(self, *args, **kwargs))
+
+    return _enable_peft_forward_hooks
+
+
+def _can_train(model: nn.Module, names: set[str]) -> bool:
+    """Whether every layer that these adapters have is served; PEFT refuses the others."""
+    host = _patch.require("peft.tuners.lora", "")
+    layers = [layer for layer in model.modules() if isinstance(layer, host.LoraLayer)]
+    return all(
+        type(layer).forward is host.Linear.forward
+        and not any(_why_left(layer, name) for name in layer.lora_A if name in names)
+        for layer in layers
+    )
+
+
+@contextmanager
+def _enter_in_training(model: nn.Module, context: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        model.training = False  # the flag PEFT's refusal looks at; the layers keep their own
+        try:
+            stack.enter_context(context)
+        finally:
+            model.training = True
+        yield
