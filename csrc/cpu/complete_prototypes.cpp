@@ -75,7 +75,7 @@ Tensor complete_prototypes(const Tensor& prototypes_, const Tensor& task_of_clas
         const Pair& p = s.pairs[n];
         for (int64_t i = 0; i < s.queries(p); i += kQueries) {
           const int64_t q = std::min(kQueries, s.queries(p) - i);
-          attend(s.Q(p) + i * s.D, q, s.K(p), s.V(p), s.keys(p), s.D, s.D, static_cast<acc>(tau), block.data(),
+          attend(Queries<acc>(s.Q(p) + i * s.D, q, s.D), s.K(p), s.V(p), s.keys(p), s.D, s.D, static_cast<acc>(tau), block.data(),
                  total.data());
           for (int64_t c = 0; c < q; ++c)
             std::copy_n(&block[c * s.D], s.D, to + (s.order[s.start[p.i] + i + c] * s.T + p.j) * s.D);
@@ -113,7 +113,7 @@ Tensor complete_prototypes_backward(const Tensor& grad_, const Tensor& prototype
           std::copy_n(g + (s.order[s.start[p.i] + c] * s.T + p.j) * D, D, &dO[n][c * D]);
         for (int64_t i = 0; i < queries; i += kQueries) {
           const int64_t q = std::min(kQueries, queries - i);
-          attend(s.Q(p) + i * D, q, s.K(p), s.V(p), s.keys(p), D, D, tau, out.data(), &total[n][i]);
+          attend(Queries<acc>(s.Q(p) + i * D, q, D), s.K(p), s.V(p), s.keys(p), D, D, tau, out.data(), &total[n][i]);
           for (int64_t c = 0; c < q; ++c)
             for (int64_t d = 0; d < D; ++d) delta[n][i + c] += dO[n][(i + c) * D + d] * out[c * D + d];
         }
@@ -127,9 +127,11 @@ Tensor complete_prototypes_backward(const Tensor& grad_, const Tensor& prototype
         if (p.i >= begin && p.i < end) {
           acc* dQ = &d_hat[(p.i * s.C + s.start[p.i]) * D];
           acc* dK = &d_hat[(p.i * s.C + s.start[p.j]) * D];
-          for (int64_t i = 0; i < queries; i += kQueries)
-            query_gradient(s.Q(p) + i * D, &dO[n][i * D], &total[n][i], &delta[n][i], std::min(kQueries, queries - i),
-                           s.K(p), s.V(p), keys, D, D, tau, dQ + i * D);
+          for (int64_t i = 0; i < queries; i += kQueries) {
+            const int64_t q = std::min(kQueries, queries - i);
+            query_gradient(Queries<acc>(s.Q(p) + i * D, q, D), Queries<acc>(&dO[n][i * D], q, D), &total[n][i],
+                           &delta[n][i], s.K(p), s.V(p), keys, D, D, tau, dQ + i * D);
+          }
           for (int64_t k = 0; k < keys; k += kKeys)
             key_gradient<acc>(s.Q(p), dO[n].data(), total[n].data(), delta[n].data(), queries, s.K(p) + k * D,
                               s.V(p) + k * D, std::min(kKeys, keys - k), D, D, tau, dK + k * D, nullptr);

@@ -36,9 +36,15 @@ void merge(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor&
           const int64_t t = real[k] / r, j = real[k] % r;
           scaled_B[i * R + k] = scale[t] * static_cast<acc>(up[(t * out + row + i) * r + j]);
         }
-      std::copy_n(data<scalar>(weight) + row * in, n * in, sum.data());
-      gemm<acc>().nn(n, in, R, scaled_B.data(), R, 1, wide_A.data(), in, sum.data(), in, true);
-      std::copy_n(sum.data(), n * in, mutable_data<scalar>(merged) + row * in);
+      const scalar* from = data<scalar>(weight) + row * in;
+      scalar* to = mutable_data<scalar>(merged) + row * in;
+      if constexpr (std::is_same_v<scalar, acc>) {
+        gemm<acc>().nn(n, in, R, scaled_B.data(), R, 1, wide_A.data(), in, from, in, to, in);
+      } else {
+        std::copy_n(from, n * in, sum.data());
+        gemm<acc>().nn(n, in, R, scaled_B.data(), R, 1, wide_A.data(), in, sum.data(), in, sum.data(), in);
+        std::copy_n(sum.data(), n * in, to);
+      }
     }
   });
 }

@@ -40,7 +40,7 @@ Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tens
       std::vector<acc> block(kQueries * Dv), total(kQueries);
       for (int64_t b = begin; b < end; ++b) {
         const int64_t i = b * kQueries, q = std::min(kQueries, Co - i);
-        attend(&Q.rows[i * D], q, K.rows.data(), V.data(), Cn, D, Dv, tau, block.data(), total.data());
+        attend(Queries<acc>(&Q.rows[i * D], q, D), K.rows.data(), V.data(), Cn, D, Dv, tau, block.data(), total.data());
         std::copy_n(block.data(), q * Dv, mutable_data<scalar>(out) + i * Dv);
       }
     });
@@ -71,10 +71,11 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_prototypes_backward(const Tensor&
       std::vector<acc> out(kQueries * Dv);
       for (int64_t b = begin; b < end; ++b) {
         const int64_t i = b * kQueries, q = std::min(kQueries, Co - i);
-        attend(&Q.rows[i * D], q, K.rows.data(), V.data(), Cn, D, Dv, tau, out.data(), &total[i]);
+        const Queries<acc> queries(&Q.rows[i * D], q, D), grads(&dO[i * Dv], q, Dv);
+        attend(queries, K.rows.data(), V.data(), Cn, D, Dv, tau, out.data(), &total[i]);
         for (int64_t n = 0; n < q; ++n)
           for (int64_t d = 0; d < Dv; ++d) delta[i + n] += dO[(i + n) * Dv + d] * out[n * Dv + d];
-        query_gradient(&Q.rows[i * D], &dO[i * Dv], &total[i], &delta[i], q, K.rows.data(), V.data(), Cn, D, Dv, tau,
+        query_gradient(queries, grads, &total[i], &delta[i], K.rows.data(), V.data(), Cn, D, Dv, tau,
                        &dQ[i * D]);
         Q.unnormalise(dQ.data(), i, i + q, mutable_data<scalar>(d_old));
       }

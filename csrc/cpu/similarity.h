@@ -11,10 +11,20 @@
 #include <vector>
 
 #include "gemm.h"
+#include "scratch.h"
 
 namespace plora::cpu {
 
-constexpr int64_t kQueries = 32, kKeys = 128;
+constexpr int64_t kQueries = 96, kKeys = 128;
+
+// to = scale from / |from|, the norm no less than eps; returns the norm
+template <typename scalar, typename acc>
+acc normalise(const scalar* from, int64_t D, acc scale, acc* to) {
+  std::copy_n(from, D, to);
+  const acc norm = std::max(std::sqrt(gemm<acc>().dot(D, to, to)), static_cast<acc>(1e-12)), factor = scale / norm;
+  for (int64_t d = 0; d < D; ++d) to[d] *= factor;
+  return norm;
+}
 
 // Rows divided by their norm, no less than eps; norms are kept for the backward pass.
 template <typename acc>
@@ -25,15 +35,7 @@ struct Normalised {
   template <typename scalar>
   Normalised(const scalar* source, int64_t count, int64_t stride, int64_t D) : rows(count * D), norms(count), D(D) {
     torch::stable::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        acc* row = &rows[i * D];
-        std::copy_n(source + i * stride, D, row);
-        acc square = 0;
-        gemm<acc>().nt(1, 1, D, row, D, row, D, &square, 1, false);
-        norms[i] = std::max(std::sqrt(square), static_cast<acc>(1e-12));
-        const acc inverse = 1 / norms[i];
-        for (int64_t d = 0; d < D; ++d) row[d] *= inverse;
-      }
+      for (int64_t i = begin; i < end; ++i) norms[i] = normalise(source + i * stride, D, acc(1), &rows[i * D]);
     });
   }
 
@@ -51,53 +53,69 @@ struct Normalised {
   }
 };
 
-// e[q, k] = exp((Q_q . K_k - 1) / tau)
+// Up to kQueries queries, their columns side by side for the products: [D, q].
 template <typename acc>
-void weights(const acc* Q, int64_t q, const acc* K, int64_t k, int64_t D, acc tau, acc* e) {
-  gemm<acc>().nt(q, k, D, Q, D, K, D, e, k, false);
-  for (int64_t i = 0; i < q * k; ++i) e[i] = std::exp((e[i] - 1) / tau);
+struct Queries {
+  const acc* rows;  // [q, D]
+  int64_t q;
+  Scratch<acc> columns;
+
+  Queries(const acc* rows, int64_t q, int64_t D) : rows(rows), q(q), columns(q * D) {
+    gemm<acc>().transpose(q, D, rows, D, columns.data(), q);
+  }
+};
+
+// to[k, q] = rows[k, D] . queries[q, D]
+template <typename acc>
+void products(const acc* rows, int64_t k, const Queries<acc>& with, int64_t D, acc* to) {
+  const int64_t step = gemm<acc>().panel;
+  for (int64_t j = 0; j < with.q; j += step)
+    gemm<acc>().nn(k, std::min(step, with.q - j), D, rows, D, 1, with.columns.data() + j, with.q, nullptr, 0, to + j,
+                   with.q);
 }
 
-// One block of at most kQueries queries: out[q, Dv] = softmax V, total[q] = the denominators.
+// out[q, Dv] = softmax V, total[q] = the denominators.
 template <typename acc>
-void attend(const acc* Q, int64_t q, const acc* K, const acc* V, int64_t keys, int64_t D, int64_t Dv, acc tau, acc* out,
+void attend(const Queries<acc>& Q, const acc* K, const acc* V, int64_t keys, int64_t D, int64_t Dv, acc tau, acc* out,
             acc* total) {
-  acc e[kQueries * kKeys];
-  std::fill_n(out, q * Dv, acc(0));
-  std::fill_n(total, q, acc(0));
+  Scratch<acc> e(kKeys * Q.q);
+  std::fill_n(total, Q.q, acc(0));
+  if (keys == 0) std::fill_n(out, Q.q * Dv, acc(0));
   for (int64_t j = 0; j < keys; j += kKeys) {
     const int64_t k = std::min(kKeys, keys - j);
-    weights(Q, q, K + j * D, k, D, tau, e);
-    for (int64_t i = 0; i < q; ++i)
-      for (int64_t n = 0; n < k; ++n) total[i] += e[i * k + n];
-    gemm<acc>().nn(q, Dv, k, e, k, 1, V + j * Dv, Dv, out, Dv, true);
+    products(K + j * D, k, Q, D, e.data());
+    gemm<acc>().exp_rows(k, Q.q, e.data(), tau, total);
+    gemm<acc>().nn(Q.q, Dv, k, e.data(), 1, Q.q, V + j * Dv, Dv, j ? out : nullptr, Dv, out, Dv);
   }
-  for (int64_t i = 0; i < q; ++i)
+  for (int64_t i = 0; i < Q.q; ++i)
     for (int64_t d = 0; d < Dv; ++d) out[i * Dv + d] /= total[i];
 }
 
-// P and dS of one block of queries and keys, given each query's denominator and delta = dO . out.
+// P and dS, both [k, q], given each query's denominator and delta = dO . out.
 template <typename acc>
-void block_gradients(const acc* Q, const acc* dO, const acc* total, const acc* delta, int64_t q, const acc* K,
+void block_gradients(const Queries<acc>& Q, const Queries<acc>& dO, const acc* total, const acc* delta, const acc* K,
                      const acc* V, int64_t k, int64_t D, int64_t Dv, acc tau, acc* P, acc* dS) {
-  weights(Q, q, K, k, D, tau, P);
-  gemm<acc>().nt(q, k, Dv, dO, Dv, V, Dv, dS, k, false);
-  for (int64_t i = 0; i < q; ++i)
-    for (int64_t n = 0; n < k; ++n) {
-      P[i * k + n] /= total[i];
-      dS[i * k + n] = P[i * k + n] * (dS[i * k + n] - delta[i]) / tau;
+  acc sums[kQueries] = {};
+  products(K, k, Q, D, P);
+  gemm<acc>().exp_rows(k, Q.q, P, tau, sums);
+  products(V, k, dO, Dv, dS);
+  for (int64_t n = 0; n < k; ++n)
+    for (int64_t i = 0; i < Q.q; ++i) {
+      const int64_t at = n * Q.q + i;
+      P[at] /= total[i];
+      dS[at] = P[at] * (dS[at] - delta[i]) / tau;
     }
 }
 
 // dQ[q, D] += dS K over all keys.
 template <typename acc>
-void query_gradient(const acc* Q, const acc* dO, const acc* total, const acc* delta, int64_t q, const acc* K,
+void query_gradient(const Queries<acc>& Q, const Queries<acc>& dO, const acc* total, const acc* delta, const acc* K,
                     const acc* V, int64_t keys, int64_t D, int64_t Dv, acc tau, acc* dQ) {
-  acc P[kQueries * kKeys], dS[kQueries * kKeys];
+  Scratch<acc> P(kKeys * Q.q), dS(kKeys * Q.q);
   for (int64_t j = 0; j < keys; j += kKeys) {
     const int64_t k = std::min(kKeys, keys - j);
-    block_gradients(Q, dO, total, delta, q, K + j * D, V + j * Dv, k, D, Dv, tau, P, dS);
-    gemm<acc>().nn(q, D, k, dS, k, 1, K + j * D, D, dQ, D, true);
+    block_gradients(Q, dO, total, delta, K + j * D, V + j * Dv, k, D, Dv, tau, P.data(), dS.data());
+    gemm<acc>().nn(Q.q, D, k, dS.data(), 1, Q.q, K + j * D, D, dQ, D, dQ, D);
   }
 }
 
@@ -105,12 +123,13 @@ void query_gradient(const acc* Q, const acc* dO, const acc* total, const acc* de
 template <typename acc>
 void key_gradient(const acc* Q, const acc* dO, const acc* total, const acc* delta, int64_t queries, const acc* K,
                   const acc* V, int64_t k, int64_t D, int64_t Dv, acc tau, acc* dK, acc* dV) {
-  acc P[kQueries * kKeys], dS[kQueries * kKeys];
+  Scratch<acc> P(kKeys * kQueries), dS(kKeys * kQueries);
   for (int64_t i = 0; i < queries; i += kQueries) {
     const int64_t q = std::min(kQueries, queries - i);
-    block_gradients(Q + i * D, dO + i * Dv, total + i, delta + i, q, K, V, k, D, Dv, tau, P, dS);
-    if (dK) gemm<acc>().nn(k, D, q, dS, 1, k, Q + i * D, D, dK, D, true);
-    if (dV) gemm<acc>().nn(k, Dv, q, P, 1, k, dO + i * Dv, Dv, dV, Dv, true);
+    block_gradients(Queries<acc>(Q + i * D, q, D), Queries<acc>(dO + i * Dv, q, Dv), total + i, delta + i, K, V, k, D,
+                    Dv, tau, P.data(), dS.data());
+    if (dK) gemm<acc>().nn(k, D, q, dS.data(), q, 1, Q + i * D, D, dK, D, dK, D);
+    if (dV) gemm<acc>().nn(k, Dv, q, P.data(), q, 1, dO + i * Dv, Dv, dV, Dv, dV, Dv);
   }
 }
 

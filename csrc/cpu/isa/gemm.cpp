@@ -1,145 +1,170 @@
-// Two register-blocked products, compiled once per instruction set (PLORA_ISA is isa_default, isa_avx2 or isa_avx512):
-//   gemm_nn: C[M, N] (+)= A[M, K] B[K, N]   with any strides of A, rows of B and C contiguous
-//   gemm_nt: C[M, N] (+)= A[M, K] B[N, K]^T with rows of A and B contiguous
-// They serve the thin products of LoRA (one side is the rank) and the similarity products of the prototypes. Every
-// element is summed in one fixed order, so that results do not depend on the number of threads.
+// Register-blocked products, compiled once per instruction set (PLORA_ISA is isa_default, isa_avx2 or isa_avx512). Every
+// element is summed in one fixed order, whatever tile it falls into: results depend neither on how rows are cut into
+// calls nor on the number of threads.
 
 #include "../gemm.h"
 
-#include <cstdint>
-#include <cstring>
+#include <cmath>
+#include <utility>
+
+#include "vector.h"
+
+#define PLORA_UNROLL(n) _Pragma(PLORA_TEXT(GCC unroll n))
+#define PLORA_TEXT(x) #x
 
 namespace plora::cpu::PLORA_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kBytes = 32;
+// Rows of a tile of nn: with two vectors a row, 24 accumulators of 32 registers or 12 of 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTile = 12;
 #else
-constexpr int kBytes = 16;
+constexpr int kTile = 6;
 #endif
 
 template <typename T>
-struct Vec {
-  typedef T type __attribute__((vector_size(kBytes)));
-  static constexpr int size = kBytes / sizeof(T);
-};
+using Tile = void (*)(int64_t K, const T* A, int64_t a_row, int64_t a_col, const T* B, int64_t ldb, const T* C0,
+                      int64_t ld0, T* C, int64_t ldc, int last);
 
-template <typename T>
-inline typename Vec<T>::type load(const T* p) {
-  typename Vec<T>::type v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-template <typename T>
-inline void store(T* p, typename Vec<T>::type v) {
-  std::memcpy(p, &v, sizeof(v));
-}
-
-// An MR x (NV vectors) tile of C, all of K.
-template <typename T, int MR, int NV>
-inline void tile_nn(int64_t K, const T* A, int64_t a_row, int64_t a_col, const T* B, int64_t ldb, T* C, int64_t ldc,
-                    bool accumulate) {
+// An MR x (NV vectors) tile of C, all of K. With PART, the last vector has `last` elements.
+template <typename T, int MR, int NV, bool PART>
+void tile_nn(int64_t K, const T* A, int64_t a_row, int64_t a_col, const T* B, int64_t ldb, const T* C0, int64_t ld0, T* C,
+             int64_t ldc, int last) {
   using V = typename Vec<T>::type;
   constexpr int VL = Vec<T>::size;
-  V c[MR][NV];
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NV; ++j) c[i][j] = accumulate ? load(C + i * ldc + j * VL) : V{};
+  const auto get = [&](const T* p, int j) { return PART && j == NV - 1 ? load(p + j * VL, last) : load(p + j * VL); };
+  V c[MR][NV] = {};
+  if (C0) {
+    PLORA_UNROLL(16)
+    for (int i = 0; i < MR; ++i) {
+      PLORA_UNROLL(4)
+      for (int j = 0; j < NV; ++j) c[i][j] = get(C0 + i * ld0, j);
+    }
+  }
+  PLORA_UNROLL(4)
   for (int64_t k = 0; k < K; ++k) {
     V b[NV];
-    for (int j = 0; j < NV; ++j) b[j] = load(B + k * ldb + j * VL);
+    PLORA_UNROLL(4)
+    for (int j = 0; j < NV; ++j) b[j] = get(B, j);
+    PLORA_UNROLL(16)
     for (int i = 0; i < MR; ++i) {
-      const T a = A[i * a_row + k * a_col];
+      const T a = A[i * a_row];
+      PLORA_UNROLL(4)
       for (int j = 0; j < NV; ++j) c[i][j] += a * b[j];
     }
+    A += a_col, B += ldb;
   }
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NV; ++j) store(C + i * ldc + j * VL, c[i][j]);
+  PLORA_UNROLL(16)
+  for (int i = 0; i < MR; ++i) {
+    PLORA_UNROLL(4)
+    for (int j = 0; j < NV; ++j) {
+      T* to = C + i * ldc + j * VL;
+      PART&& j == NV - 1 ? store(to, c[i][j], last) : store(to, c[i][j]);
+    }
+  }
 }
 
-// One strip of columns for all rows: the rows in tiles of MR, the rest one by one.
-template <typename T, int NV>
-inline void strip_nn(int64_t M, int64_t K, const T* A, int64_t a_row, int64_t a_col, const T* B, int64_t ldb, T* C,
-                     int64_t ldc, bool accumulate) {
-  constexpr int MR = 6;
-  int64_t i = 0;
-  for (; i + MR <= M; i += MR) tile_nn<T, MR, NV>(K, A + i * a_row, a_row, a_col, B, ldb, C + i * ldc, ldc, accumulate);
-  for (; i < M; ++i) tile_nn<T, 1, NV>(K, A + i * a_row, a_row, a_col, B, ldb, C + i * ldc, ldc, accumulate);
+template <typename T, int NV, bool PART, int... I>
+Tile<T> tile_of(int rows, std::integer_sequence<int, I...>) {
+  static constexpr Tile<T> tiles[] = {tile_nn<T, I + 1, NV, PART>...};
+  return tiles[rows - 1];
+}
+
+// One strip of columns for all rows, cut into tiles as equal as can be.
+template <typename T, int NV, bool PART>
+void strip_nn(int64_t M, int64_t K, const T* A, int64_t a_row, int64_t a_col, const T* B, int64_t ldb, const T* C0, int64_t ld0, T* C,
+              int64_t ldc, int last = 0) {
+  const int64_t tiles = (M + kTile - 1) / kTile;
+  for (int64_t t = 0, i = 0; t < tiles; ++t) {
+    const int64_t rows = M / tiles + (t < M % tiles);
+    tile_of<T, NV, PART>(static_cast<int>(rows), std::make_integer_sequence<int, kTile>())(
+        K, A + i * a_row, a_row, a_col, B, ldb, C0 ? C0 + i * ld0 : nullptr, ld0, C + i * ldc, ldc, last);
+    i += rows;
+  }
 }
 
 template <typename T>
-void gemm_nn(int64_t M, int64_t N, int64_t K, const T* A, int64_t a_row, int64_t a_col, const T* B, int64_t ldb, T* C,
-             int64_t ldc, bool accumulate) {
+void gemm_nn(int64_t M, int64_t N, int64_t K, const T* A, int64_t a_row, int64_t a_col, const T* B, int64_t ldb,
+             const T* C0, int64_t ld0, T* C, int64_t ldc) {
   constexpr int VL = Vec<T>::size;
   int64_t j = 0;
-  for (; j + 2 * VL <= N; j += 2 * VL) strip_nn<T, 2>(M, K, A, a_row, a_col, B + j, ldb, C + j, ldc, accumulate);
-  for (; j + VL <= N; j += VL) strip_nn<T, 1>(M, K, A, a_row, a_col, B + j, ldb, C + j, ldc, accumulate);
-  if (j == N) return;
-  for (int64_t i = 0; i < M; ++i) {  // the last columns, fewer than a vector
-    T c[VL] = {};
-    if (accumulate)
-      for (int64_t n = j; n < N; ++n) c[n - j] = C[i * ldc + n];
-    for (int64_t k = 0; k < K; ++k) {
-      const T a = A[i * a_row + k * a_col];
-      for (int64_t n = j; n < N; ++n) c[n - j] += a * B[k * ldb + n];
-    }
-    for (int64_t n = j; n < N; ++n) C[i * ldc + n] = c[n - j];
+  for (; j + 2 * VL <= N; j += 2 * VL)
+    strip_nn<T, 2, false>(M, K, A, a_row, a_col, B + j, ldb, C0 ? C0 + j : nullptr, ld0, C + j, ldc);
+  if (j + VL <= N) {
+    strip_nn<T, 1, false>(M, K, A, a_row, a_col, B + j, ldb, C0 ? C0 + j : nullptr, ld0, C + j, ldc);
+    j += VL;
   }
+  if (j < N)
+    strip_nn<T, 1, true>(M, K, A, a_row, a_col, B + j, ldb, C0 ? C0 + j : nullptr, ld0, C + j, ldc, static_cast<int>(N - j));
 }
 
-// An MR x NR tile of dot products, vectorised along K.
-template <typename T, int MR, int NR>
-inline void tile_nt(int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc, bool accumulate) {
+template <typename T>
+void transpose(int64_t rows, int64_t columns, const T* from, int64_t ld_from, T* to, int64_t ld_to) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t c = 0; c < columns; c += kBlock)
+    for (int64_t r = 0; r < rows; r += kBlock) {
+      const int64_t last_c = c + kBlock < columns ? c + kBlock : columns, last_r = r + kBlock < rows ? r + kBlock : rows;
+      for (int64_t i = c; i < last_c; ++i)
+        for (int64_t j = r; j < last_r; ++j) to[i * ld_to + j] = from[j * ld_from + i];
+    }
+}
+
+template <typename T>
+T dot(int64_t n, const T* a, const T* b) {
   using V = typename Vec<T>::type;
   constexpr int VL = Vec<T>::size;
-  V c[MR][NR] = {};
-  int64_t k = 0;
-  for (; k + VL <= K; k += VL) {
-    V b[NR];
-    for (int j = 0; j < NR; ++j) b[j] = load(B + j * ldb + k);
-    for (int i = 0; i < MR; ++i) {
-      const V a = load(A + i * lda + k);
-      for (int j = 0; j < NR; ++j) c[i][j] += a * b[j];
-    }
-  }
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NR; ++j) {
-      T part[VL];
-      store(part, c[i][j]);
-      for (int width = VL / 2; width > 0; width /= 2)
-        for (int v = 0; v < width; ++v) part[v] += part[v + width];
-      T sum = part[0];
-      for (int64_t rest = k; rest < K; ++rest) sum += A[i * lda + rest] * B[j * ldb + rest];
-      C[i * ldc + j] = accumulate ? C[i * ldc + j] + sum : sum;
-    }
-}
-
-template <typename T, int NR>
-inline void strip_nt(int64_t M, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc,
-                     bool accumulate) {
-  constexpr int MR = 4;
+  V sum[4] = {};
   int64_t i = 0;
-  for (; i + MR <= M; i += MR) tile_nt<T, MR, NR>(K, A + i * lda, lda, B, ldb, C + i * ldc, ldc, accumulate);
-  for (; i < M; ++i) tile_nt<T, 1, NR>(K, A + i * lda, lda, B, ldb, C + i * ldc, ldc, accumulate);
+  for (; i + 4 * VL <= n; i += 4 * VL)
+    for (int v = 0; v < 4; ++v) sum[v] += load(a + i + v * VL) * load(b + i + v * VL);
+  for (; i + VL <= n; i += VL) sum[0] += load(a + i) * load(b + i);
+  if (i < n) sum[1] += load(a + i, static_cast<int>(n - i)) * load(b + i, static_cast<int>(n - i));
+  const V all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  T total = 0;
+  for (int v = 0; v < VL; ++v) total += all[v];
+  return total;
 }
 
-template <typename T>
-void gemm_nt(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc,
-             bool accumulate) {
-  constexpr int64_t kDepth = 8192 / sizeof(T);  // of a block: a tile's rows of A and B fit into the first-level cache
-  for (; K > kDepth; K -= kDepth, A += kDepth, B += kDepth, accumulate = true)
-    gemm_nt(M, N, kDepth, A, lda, B, ldb, C, ldc, accumulate);
-  constexpr int NR = kBytes >= 64 ? 4 : 2;  // 16 accumulators of 32 registers, 8 of 16
-  int64_t j = 0;
-  for (; j + NR <= N; j += NR) strip_nt<T, NR>(M, K, A, lda, B + j * ldb, ldb, C + j, ldc, accumulate);
-  for (; j < N; ++j) strip_nt<T, 1>(M, K, A, lda, B + j * ldb, ldb, C + j, ldc, accumulate);
+// exp of x <= 0, to 2 units in the last place; 0 below the smallest normal number.
+inline Vec<float>::type exp(Vec<float>::type x) {
+  typedef int32_t Int __attribute__((vector_size(kBytes)));
+  const Vec<float>::type shift = {}, rounded = x * 1.44269504f + (shift + 12582912.0f);  // 1.5 * 2^23: rounds
+  const Vec<float>::type n = rounded - 12582912.0f;
+  const Vec<float>::type r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vec<float>::type y = shift + 1.9875691500e-4f;
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    y = y * r + c;
+  y = y * r * r + r + 1.0f;
+  const Int exponent = __builtin_convertvector(n, Int) << 23;
+  Int bits;
+  std::memcpy(&bits, &y, sizeof(y));
+  bits = (bits + exponent) & (x > -87.33654f);
+  std::memcpy(&y, &bits, sizeof(y));
+  return y;
+}
+
+void exp_rows(int64_t rows, int64_t columns, float* x, float tau, float* total) {
+  constexpr int VL = Vec<float>::size;
+  for (int64_t j = 0; j < columns; j += VL) {
+    const int n = static_cast<int>(columns - j < VL ? columns - j : VL);
+    Vec<float>::type sum = load(total + j, n);
+    for (int64_t i = 0; i < rows; ++i) {
+      const Vec<float>::type e = exp((load(x + i * columns + j, n) - 1.0f) / tau);
+      store(x + i * columns + j, e, n);
+      sum += e;
+    }
+    store(total + j, sum, n);
+  }
+}
+
+void exp_rows(int64_t rows, int64_t columns, double* x, double tau, double* total) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) total[j] += x[i * columns + j] = std::exp((x[i * columns + j] - 1) / tau);
 }
 
 }  // namespace
 
-const Gemm<float> gemm_f32 = {gemm_nn<float>, gemm_nt<float>};
-const Gemm<double> gemm_f64 = {gemm_nn<double>, gemm_nt<double>};
+const Gemm<float> gemm_f32 = {gemm_nn, transpose, dot, exp_rows, 2 * Vec<float>::size};
+const Gemm<double> gemm_f64 = {gemm_nn, transpose, dot, exp_rows, 2 * Vec<double>::size};
 
 }  // namespace plora::cpu::PLORA_ISA
