@@ -7,11 +7,13 @@
 
 #include "../common/prototype_checks.h"
 #include "dispatch.h"
+#include "gemm.h"
+#include "scratch.h"
 
 namespace plora::cpu {
 namespace {
 
-constexpr int64_t kSlab = 64;  // columns: one 256-byte piece of a float32 row
+constexpr int64_t kSlab = 64;  // columns: 256 bytes of a float32 row, which threads share out
 
 void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& features, const Tensor& labels) {
   check_class_sums(sums, counts, features, labels);
@@ -30,10 +32,18 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
     const scalar* row = data<scalar>(rows);
     acc* sum = mutable_data<acc>(sums);
     torch::stable::parallel_for(0, (D + kSlab - 1) / kSlab, 1, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * kSlab, last = std::min(end * kSlab, D);
-      for (int64_t n = 0; n < N; ++n)
-        if (label[n] >= 0)
-          for (int64_t d = first; d < last; ++d) sum[label[n] * D + d] += static_cast<acc>(row[n * D + d]);
+      const int64_t first = begin * kSlab, width = std::min(end * kSlab, D) - first;
+      Scratch<acc> wide(width);
+      for (int64_t n = 0; n < N; ++n) {
+        if (label[n] < 0) continue;
+        const scalar* from = row + n * D + first;
+        if constexpr (std::is_same_v<scalar, acc>) {
+          gemm<acc>().add(width, from, sum + label[n] * D + first);
+        } else {
+          std::copy_n(from, width, wide.data());
+          gemm<acc>().add(width, wide.data(), sum + label[n] * D + first);
+        }
+      }
     });
   });
 }

@@ -57,8 +57,7 @@ class Panels {
   void each(const F& pack) {
     const int64_t step = gemm<acc>().panel;
     torch::stable::parallel_for(0, (N_ + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        pack(i * step, std::min(step, N_ - i * step), data_.data() + i * step * K_);
+      for (int64_t i = begin; i < end; ++i) pack(i * step, std::min(step, N_ - i * step), data_.data() + i * step * K_);
     });
   }
 };

@@ -15,8 +15,10 @@ struct Gemm {
   void (*transpose)(int64_t rows, int64_t columns, const T* from, int64_t ld_from, T* to, int64_t ld_to);
   // sum of a[i] b[i]
   T (*dot)(int64_t n, const T* a, const T* b);
-  // x[i, j] = exp((x[i, j] - 1) / tau), total[j] += x[i, j] in the order of i
-  void (*exp_rows)(int64_t rows, int64_t columns, T* x, T tau, T* total);
+  // x[i, j] = exp(scale x[i, j] - shift[j]), an exponent of at most 0; total[j] += x[i, j] in the order of i
+  void (*exp_rows)(int64_t rows, int64_t columns, T* x, T scale, const T* shift, T* total);
+  // y[i] += x[i]
+  void (*add)(int64_t n, const T* x, T* y);
   // the columns of B that nn takes at a time: B packed in panels of this width is read from one end to the other
   int64_t panel;
 };

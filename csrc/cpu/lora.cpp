@@ -89,8 +89,7 @@ class Forward {
         return {given + order_.row(c.begin) * p_.out, p_.out};
     }
     if (panels_) {
-      if constexpr (std::is_same_v<scalar, acc>)
-        panels_.product(n, x.data, x.ld, o_.bias, 0, to, ld);
+      if constexpr (std::is_same_v<scalar, acc>) panels_.product(n, x.data, x.ld, o_.bias, 0, to, ld);
     } else if (o_.base || o_.linear) {
       for (int64_t i = 0; i < n; ++i) std::fill_n(to + i * ld, p_.out, acc(0));
     } else {
@@ -117,7 +116,9 @@ class Forward {
     const int64_t ld_first = first == local.base.data() ? p_.out : o_.row_stride;
     const Block<acc> y0 = start(c, x, first, ld_first);
 
-    const Adapter<acc> a = !adapts ? Adapter<acc>{} : c.t > 0 || !order_.used.empty() ? factors_.one(c.t) : factors_.all();
+    const Adapter<acc> a = !adapts                           ? Adapter<acc>{}
+                           : c.t > 0 || !order_.used.empty() ? factors_.one(c.t)
+                                                             : factors_.all();
     const acc* h = adapts ? shrink(p_, a, x.data, x.ld, n, local.h) : nullptr;
     for (int64_t slab = 0; slab < (slabs ? p_.T : 1); ++slab) {
       const Adapter<acc> up = slabs && adapts ? factors_.one(slab) : a;
@@ -147,7 +148,7 @@ class Forward {
     if (up.R == 0 && y0.data == y) {
       // nothing to add
     } else {
-      expand(n, p_.out, up.R, h, ld_h, up.BT, y0.data, y0.ld, y, ld);
+      gemm<acc>().nn(n, p_.out, up.R, h, ld_h, 1, up.BT, p_.out, y0.data, y0.ld, y, ld);
     }
     if (!is_direct)
       for (int64_t i = 0; i < n; ++i) convert(y + i * ld, p_.out, y_row(slab, c.begin + i));

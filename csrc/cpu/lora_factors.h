@@ -6,7 +6,6 @@
 
 #include <algorithm>
 
-
 #include "../common/lora_inputs.h"
 #include "dispatch.h"
 #include "gemm.h"
@@ -22,13 +21,13 @@ void convert(const From* from, int64_t n, To* to) {
 // One adapter, or several whose ranks are concatenated.
 template <typename acc>
 struct Adapter {
-  int64_t first = 0, R = 0;     // its ranks are rows [first, first + R) of Factors
-  const acc* A = nullptr;       // [R, in]
-  const acc* AT = nullptr;      // [in, R], rows ld apart
-  const acc* B = nullptr;       // [out, R], rows ld apart
-  const acc* BT = nullptr;      // [R, out], times s
-  const acc* bias = nullptr;    // [R]
-  const acc* scale = nullptr;   // [R]
+  int64_t first = 0, R = 0;    // its ranks are rows [first, first + R) of Factors
+  const acc* A = nullptr;      // [R, in]
+  const acc* AT = nullptr;     // [in, R], rows ld apart
+  const acc* B = nullptr;      // [out, R], rows ld apart
+  const acc* BT = nullptr;     // [R, out], times s
+  const acc* bias = nullptr;   // [R]
+  const acc* scale = nullptr;  // [R]
   int64_t ld = 0;
 };
 

@@ -12,8 +12,8 @@
 namespace plora::cpu {
 namespace {
 
-constexpr int64_t kRows = 64;                    // worked on at a time: x and dy of 768 float32 columns take 400 kB
-constexpr int64_t kTaskRows = 128, kTasks = 64;  // a task has so many rows or more; there are about so many or fewer
+constexpr int64_t kRows = 64;                      // worked on at a time: x and dy of 768 float32 columns take 400 kB
+constexpr int64_t kTaskRows = 128, kTasks = 64;    // a task has so many rows or more; there are about so many or fewer
 constexpr int64_t kTaskBytes = int64_t{32} << 20;  // what the sums of all tasks may take
 constexpr int64_t kSlab = 64;                      // columns that a thread adds up over the tasks
 
@@ -210,7 +210,7 @@ class Backward {
       for (int64_t i = 0; i < n; ++i) convert(row(i), p_.in, to + i * p_.in);
     }
     const int64_t R = merged_ ? 0 : a.R;
-    if (R > 0 || !start) expand(n, p_.in, R, dh, R, a.A, start, p_.in, to, p_.in);
+    if (R > 0 || !start) gemm<acc>().nn(n, p_.in, R, dh, R, 1, a.A, p_.in, start, p_.in, to, p_.in);
     if (!is_direct)
       for (int64_t i = 0; i < n; ++i) convert(to + i * p_.in, p_.in, row(i));
   }
@@ -292,8 +292,7 @@ Gradients lora_gradients(const Inputs& p, const Tensor& dy, const OptInts& train
                     zeros(kNeedScaling, p.scaling),
                     p.bias_A ? zeros(kNeedBiasA, *p.bias_A) : none_like(p.x),
                     p.bias_B ? zeros(kNeedBiasB, *p.bias_B) : none_like(p.x)};
-  dispatch(p.op, p.x.scalar_type(),
-           [&](auto tag) { Backward<decltype(tag)>(p, dy, trainable, needs, g, own).run(); });
+  dispatch(p.op, p.x.scalar_type(), [&](auto tag) { Backward<decltype(tag)>(p, dy, trainable, needs, g, own).run(); });
   return g;
 }
 

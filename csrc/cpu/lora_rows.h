@@ -47,7 +47,8 @@ class Order {
   std::vector<Chunk> chunks(int64_t most) const {
     std::vector<Chunk> result;
     if (start_.empty()) cut(0, M_, 0, most, result);
-    for (size_t i = 0; i + 1 < start_.size(); ++i) cut(start_[i], start_[i + 1], static_cast<int64_t>(i) - 1, most, result);
+    for (size_t i = 0; i + 1 < start_.size(); ++i)
+      cut(start_[i], start_[i + 1], static_cast<int64_t>(i) - 1, most, result);
     return result;
   }
 

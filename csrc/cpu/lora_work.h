@@ -31,10 +31,10 @@ void convert(const From* from, int64_t n, To* to) {
 // Consecutive ranks of the adapters, each factor in both orders.
 template <typename acc>
 struct Adapter {
-  int64_t first = 0, R = 0;      // rows [first, first + R) of Factors
-  const acc* A = nullptr;        // [R, in]
-  const acc* AT = nullptr;       // [in, R], rows ld apart
-  const acc* B = nullptr;        // [out, R], rows ld apart
+  int64_t first = 0, R = 0;        // rows [first, first + R) of Factors
+  const acc* A = nullptr;          // [R, in]
+  const acc* AT = nullptr;         // [in, R], rows ld apart
+  const acc* B = nullptr;          // [out, R], rows ld apart
   const acc* scaled_BT = nullptr;  // [R, out], times s
   int64_t ld = 0;
   const acc* bias = nullptr;   // [R]
@@ -43,7 +43,14 @@ struct Adapter {
   // Its ranks [begin, end).
   Adapter part(const Inputs& p, int64_t begin, int64_t end) const {
     const auto at = [](const acc* data, int64_t offset) { return data ? data + offset : nullptr; };
-    return {first + begin,      end - begin, at(A, begin * p.in),  at(AT, begin), at(B, begin), at(scaled_BT, begin * p.out), ld, at(bias, begin),
+    return {first + begin,
+            end - begin,
+            at(A, begin * p.in),
+            at(AT, begin),
+            at(B, begin),
+            at(scaled_BT, begin * p.out),
+            ld,
+            at(bias, begin),
             at(scale, begin)};
   }
 };
@@ -57,7 +64,7 @@ struct Factors {
     int64_t t, j;  // adapter and rank of this row; j = -1: the row of the up projection's bias
   };
   std::vector<Row> rows;
-  std::vector<int64_t> start;  // the rows of adapter t are [start[t], start[t + 1])
+  std::vector<int64_t> start;          // the rows of adapter t are [start[t], start[t + 1])
   std::vector<Adapter<acc>> adapters;  // one, or for the family `indexed` one for each t
 
   template <typename scalar>
@@ -170,9 +177,9 @@ struct Chunk {
 
 // The rows by adapter; without ids, as they come.
 struct Order {
-  std::vector<int64_t> rows;             // empty: as they come
-  std::vector<int64_t> start;            // of id t at [t + 1, t + 2), of rows without an adapter at [0, 1)
-  std::vector<char> used;                // by adapter; empty without ids
+  std::vector<int64_t> rows;   // empty: as they come
+  std::vector<int64_t> start;  // of id t at [t + 1, t + 2), of rows without an adapter at [0, 1)
+  std::vector<char> used;      // by adapter; empty without ids
 
   explicit Order(const Inputs& p) {
     if (p.family != Family::indexed) return;

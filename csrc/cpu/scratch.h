@@ -88,7 +88,7 @@ inline void large_pages(void* data, size_t bytes) {
   constexpr uintptr_t kPage = 4096, kLarge = uintptr_t{2} << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  if (end > begin && end - begin >= 4 * kLarge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (end > begin && end - begin >= 16 * kLarge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
 #endif

@@ -1,6 +1,6 @@
-// Register-blocked products, compiled once per instruction set (PLORA_ISA is isa_default, isa_avx2 or isa_avx512). Every
-// element is summed in one fixed order, whatever tile it falls into: results depend neither on how rows are cut into
-// calls nor on the number of threads.
+// Register-blocked products, compiled once per instruction set (PLORA_ISA is isa_default, isa_avx2 or isa_avx512).
+// Every element is summed in one fixed order, whatever tile it falls into: results depend neither on how rows are cut
+// into calls nor on the number of threads.
 
 #include "../gemm.h"
 
@@ -23,79 +23,95 @@ constexpr int kTile = 6;
 #endif
 
 template <typename T>
-using Tile = void (*)(int64_t K, const T* A, int64_t a_row, int64_t a_col, const T* B, int64_t ldb, const T* C0,
-                      int64_t ld0, T* C, int64_t ldc, int last);
+using Tile = void (*)(int64_t strips, int64_t K, const T* A, int64_t a_row, int64_t a_col, const T* B, int64_t ldb,
+                      const T* C0, int64_t ld0, T* C, int64_t ldc, int last);
 
-// An MR x (NV vectors) tile of C, all of K. With PART, the last vector has `last` elements.
+// MR rows of C in strips of NV vectors, each tile with all of K. With PART, a strip's last vector has `last` elements.
 template <typename T, int MR, int NV, bool PART>
-void tile_nn(int64_t K, const T* A, int64_t a_row, int64_t a_col, const T* B, int64_t ldb, const T* C0, int64_t ld0, T* C,
-             int64_t ldc, int last) {
+void tile_nn(int64_t strips, int64_t K, const T* A, int64_t a_row, int64_t a_col, const T* B, int64_t ldb, const T* C0,
+             int64_t ld0, T* C, int64_t ldc, int last) {
   using V = typename Vec<T>::type;
   constexpr int VL = Vec<T>::size;
   const auto get = [&](const T* p, int j) { return PART && j == NV - 1 ? load(p + j * VL, last) : load(p + j * VL); };
-  V c[MR][NV] = {};
-  if (C0) {
+  const bool prefetch = C0 != C && K > 4 * kTile;  // by the time of the last sum its place is in cache
+  for (; strips > 0; --strips) {
+    V c[MR][NV] = {};
+    if (C0) {
+      PLORA_UNROLL(16)
+      for (int i = 0; i < MR; ++i) {
+        PLORA_UNROLL(4)
+        for (int j = 0; j < NV; ++j) c[i][j] = get(C0 + i * ld0, j);
+      }
+      C0 += NV * VL;
+    }
+    if (prefetch) {
+      PLORA_UNROLL(16)
+      for (int i = 0; i < MR; ++i) {
+        PLORA_UNROLL(4)
+        for (int j = 0; j < NV; ++j) __builtin_prefetch(C + i * ldc + j * VL, 1);
+      }
+    }
+    const T *a = A, *b = B;
+    PLORA_UNROLL(4)
+    for (int64_t k = 0; k < K; ++k) {
+      V right[NV];
+      PLORA_UNROLL(4)
+      for (int j = 0; j < NV; ++j) right[j] = get(b, j);
+      PLORA_UNROLL(16)
+      for (int i = 0; i < MR; ++i) {
+        const T left = a[i * a_row];
+        PLORA_UNROLL(4)
+        for (int j = 0; j < NV; ++j) c[i][j] += left * right[j];
+      }
+      a += a_col, b += ldb;
+    }
     PLORA_UNROLL(16)
     for (int i = 0; i < MR; ++i) {
       PLORA_UNROLL(4)
-      for (int j = 0; j < NV; ++j) c[i][j] = get(C0 + i * ld0, j);
+      for (int j = 0; j < NV; ++j) {
+        T* to = C + i * ldc + j * VL;
+        PART&& j == NV - 1 ? store(to, c[i][j], last) : store(to, c[i][j]);
+      }
     }
-  }
-  PLORA_UNROLL(4)
-  for (int64_t k = 0; k < K; ++k) {
-    V b[NV];
-    PLORA_UNROLL(4)
-    for (int j = 0; j < NV; ++j) b[j] = get(B, j);
-    PLORA_UNROLL(16)
-    for (int i = 0; i < MR; ++i) {
-      const T a = A[i * a_row];
-      PLORA_UNROLL(4)
-      for (int j = 0; j < NV; ++j) c[i][j] += a * b[j];
-    }
-    A += a_col, B += ldb;
-  }
-  PLORA_UNROLL(16)
-  for (int i = 0; i < MR; ++i) {
-    PLORA_UNROLL(4)
-    for (int j = 0; j < NV; ++j) {
-      T* to = C + i * ldc + j * VL;
-      PART&& j == NV - 1 ? store(to, c[i][j], last) : store(to, c[i][j]);
-    }
+    B += NV * VL, C += NV * VL;
   }
 }
 
 template <typename T, int NV, bool PART, int... I>
-Tile<T> tile_of(int rows, std::integer_sequence<int, I...>) {
+Tile<T> tile_of(int64_t rows, std::integer_sequence<int, I...>) {
   static constexpr Tile<T> tiles[] = {tile_nn<T, I + 1, NV, PART>...};
   return tiles[rows - 1];
 }
 
-// One strip of columns for all rows, cut into tiles as equal as can be.
+// Strips of NV vectors for all rows, which are cut into tiles as equal as can be.
 template <typename T, int NV, bool PART>
-void strip_nn(int64_t M, int64_t K, const T* A, int64_t a_row, int64_t a_col, const T* B, int64_t ldb, const T* C0, int64_t ld0, T* C,
-              int64_t ldc, int last = 0) {
+void strips_nn(int64_t strips, int64_t M, int64_t K, const T* A, int64_t a_row, int64_t a_col, const T* B, int64_t ldb,
+               const T* C0, int64_t ld0, T* C, int64_t ldc, int last = 0) {
   const int64_t tiles = (M + kTile - 1) / kTile;
-  for (int64_t t = 0, i = 0; t < tiles; ++t) {
+  for (int64_t t = 0; t < tiles; ++t) {
     const int64_t rows = M / tiles + (t < M % tiles);
-    tile_of<T, NV, PART>(static_cast<int>(rows), std::make_integer_sequence<int, kTile>())(
-        K, A + i * a_row, a_row, a_col, B, ldb, C0 ? C0 + i * ld0 : nullptr, ld0, C + i * ldc, ldc, last);
-    i += rows;
+    tile_of<T, NV, PART>(rows, std::make_integer_sequence<int, kTile>())(strips, K, A, a_row, a_col, B, ldb, C0, ld0, C,
+                                                                         ldc, last);
+    A += rows * a_row, C += rows * ldc, C0 = C0 ? C0 + rows * ld0 : nullptr;
   }
 }
 
+// With a short K the rows come first, and each sweeps over C; else the strips, whose part of B stays in cache.
 template <typename T>
 void gemm_nn(int64_t M, int64_t N, int64_t K, const T* A, int64_t a_row, int64_t a_col, const T* B, int64_t ldb,
              const T* C0, int64_t ld0, T* C, int64_t ldc) {
-  constexpr int VL = Vec<T>::size;
+  constexpr int64_t VL = Vec<T>::size, W = 2 * VL;
+  const auto from = [&](int64_t j) { return C0 ? C0 + j : nullptr; };
+  const int64_t wide = N / W, at_once = K <= 4 * kTile ? wide : 1;
   int64_t j = 0;
-  for (; j + 2 * VL <= N; j += 2 * VL)
-    strip_nn<T, 2, false>(M, K, A, a_row, a_col, B + j, ldb, C0 ? C0 + j : nullptr, ld0, C + j, ldc);
+  for (; j + W <= N; j += at_once * W)
+    strips_nn<T, 2, false>(at_once, M, K, A, a_row, a_col, B + j, ldb, from(j), ld0, C + j, ldc);
   if (j + VL <= N) {
-    strip_nn<T, 1, false>(M, K, A, a_row, a_col, B + j, ldb, C0 ? C0 + j : nullptr, ld0, C + j, ldc);
+    strips_nn<T, 1, false>(1, M, K, A, a_row, a_col, B + j, ldb, from(j), ld0, C + j, ldc);
     j += VL;
   }
   if (j < N)
-    strip_nn<T, 1, true>(M, K, A, a_row, a_col, B + j, ldb, C0 ? C0 + j : nullptr, ld0, C + j, ldc, static_cast<int>(N - j));
+    strips_nn<T, 1, true>(1, M, K, A, a_row, a_col, B + j, ldb, from(j), ld0, C + j, ldc, static_cast<int>(N - j));
 }
 
 template <typename T>
@@ -103,7 +119,8 @@ void transpose(int64_t rows, int64_t columns, const T* from, int64_t ld_from, T*
   constexpr int64_t kBlock = 16;
   for (int64_t c = 0; c < columns; c += kBlock)
     for (int64_t r = 0; r < rows; r += kBlock) {
-      const int64_t last_c = c + kBlock < columns ? c + kBlock : columns, last_r = r + kBlock < rows ? r + kBlock : rows;
+      const int64_t last_c = c + kBlock < columns ? c + kBlock : columns,
+                    last_r = r + kBlock < rows ? r + kBlock : rows;
       for (int64_t i = c; i < last_c; ++i)
         for (int64_t j = r; j < last_r; ++j) to[i * ld_to + j] = from[j * ld_from + i];
     }
@@ -125,7 +142,7 @@ T dot(int64_t n, const T* a, const T* b) {
   return total;
 }
 
-// exp of x <= 0, to 2 units in the last place; 0 below the smallest normal number.
+// exp of x <= 1, to 2 units in the last place; 0 below the smallest normal number.
 inline Vec<float>::type exp(Vec<float>::type x) {
   typedef int32_t Int __attribute__((vector_size(kBytes)));
   const Vec<float>::type shift = {}, rounded = x * 1.44269504f + (shift + 12582912.0f);  // 1.5 * 2^23: rounds
@@ -143,13 +160,14 @@ inline Vec<float>::type exp(Vec<float>::type x) {
   return y;
 }
 
-void exp_rows(int64_t rows, int64_t columns, float* x, float tau, float* total) {
+void exp_rows(int64_t rows, int64_t columns, float* x, float scale, const float* shift, float* total) {
   constexpr int VL = Vec<float>::size;
   for (int64_t j = 0; j < columns; j += VL) {
     const int n = static_cast<int>(columns - j < VL ? columns - j : VL);
+    const Vec<float>::type less = load(shift + j, n);
     Vec<float>::type sum = load(total + j, n);
     for (int64_t i = 0; i < rows; ++i) {
-      const Vec<float>::type e = exp((load(x + i * columns + j, n) - 1.0f) / tau);
+      const Vec<float>::type e = exp(load(x + i * columns + j, n) * scale - less);
       store(x + i * columns + j, e, n);
       sum += e;
     }
@@ -157,14 +175,23 @@ void exp_rows(int64_t rows, int64_t columns, float* x, float tau, float* total) 
   }
 }
 
-void exp_rows(int64_t rows, int64_t columns, double* x, double tau, double* total) {
+void exp_rows(int64_t rows, int64_t columns, double* x, double scale, const double* shift, double* total) {
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) total[j] += x[i * columns + j] = std::exp((x[i * columns + j] - 1) / tau);
+    for (int64_t j = 0; j < columns; ++j)
+      total[j] += x[i * columns + j] = std::exp(x[i * columns + j] * scale - shift[j]);
+}
+
+template <typename T>
+void add(int64_t n, const T* x, T* y) {
+  constexpr int VL = Vec<T>::size;
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) store(y + i, load(y + i) + load(x + i));
+  for (; i < n; ++i) y[i] += x[i];
 }
 
 }  // namespace
 
-const Gemm<float> gemm_f32 = {gemm_nn, transpose, dot, exp_rows, 2 * Vec<float>::size};
-const Gemm<double> gemm_f64 = {gemm_nn, transpose, dot, exp_rows, 2 * Vec<double>::size};
+const Gemm<float> gemm_f32 = {gemm_nn, transpose, dot, exp_rows, add, 2 * Vec<float>::size};
+const Gemm<double> gemm_f64 = {gemm_nn, transpose, dot, exp_rows, add, 2 * Vec<double>::size};
 
 }  // namespace plora::cpu::PLORA_ISA
