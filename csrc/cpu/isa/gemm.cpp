@@ -145,6 +145,7 @@ T dot(int64_t n, const T* a, const T* b) {
 // exp of x <= 1, to 2 units in the last place; 0 below the smallest normal number.
 inline Vec<float>::type exp(Vec<float>::type x) {
   typedef int32_t Int __attribute__((vector_size(kBytes)));
+  typedef uint32_t Bits __attribute__((vector_size(kBytes)));
   const Vec<float>::type shift = {}, rounded = x * 1.44269504f + (shift + 12582912.0f);  // 1.5 * 2^23: rounds
   const Vec<float>::type n = rounded - 12582912.0f;
   const Vec<float>::type r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -152,10 +153,9 @@ inline Vec<float>::type exp(Vec<float>::type x) {
   for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
     y = y * r + c;
   y = y * r * r + r + 1.0f;
-  const Int exponent = __builtin_convertvector(n, Int) << 23;
-  Int bits;
+  Bits bits;
   std::memcpy(&bits, &y, sizeof(y));
-  bits = (bits + exponent) & (x > -87.33654f);
+  bits = (bits + ((Bits)__builtin_convertvector(n, Int) << 23)) & (Bits)(x > -87.33654f);
   std::memcpy(&y, &bits, sizeof(y));
   return y;
 }
