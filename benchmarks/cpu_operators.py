@@ -151,9 +151,7 @@ def with_base(images: int) -> Iterator[Case]:
         "all 10 outputs, base layer included, new memory",
         {
             OURS: lambda: ops.lora_all(rows, *q.factors, **q.layer),
-            "linear, matmul, baddbmm": lambda: torch.baddbmm(
-                F.linear(rows, q.weight, q.bias), rows @ A, B, alpha=S
-            ),
+            "linear, matmul, baddbmm": lambda: torch.baddbmm(F.linear(rows, q.weight, q.bias), rows @ A, B, alpha=S),
         },
     )
 
@@ -215,7 +213,7 @@ def merge() -> Iterator[Case]:
 
 def completed(prototypes: Tensor, task_of_class: Tensor) -> Tensor:
     """complete_prototypes by one product of all classes in each subspace, for classes sorted by task."""
-    C, T, _ = prototypes.shape
+    T = prototypes.shape[1]
     unit, result = F.normalize(prototypes, dim=-1), prototypes.clone()
     for i in range(T - 1):
         mine = task_of_class == i

@@ -19,6 +19,8 @@ struct Gemm {
   void (*exp_rows)(int64_t rows, int64_t columns, T* x, T scale, const T* shift, T* total);
   // y[i] += x[i]
   void (*add)(int64_t n, const T* x, T* y);
+  // y[i] = x[i], past the caches where y is aligned
+  void (*stream)(int64_t n, const T* x, T* y);
   // the columns of B that nn takes at a time: B packed in panels of this width is read from one end to the other
   int64_t panel;
 };

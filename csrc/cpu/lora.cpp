@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kRows = 48;        // of a chunk: x and y of 768 float32 columns take 300 kB of the second-level cache
 constexpr int64_t kFrozenRows = 96;  // with the frozen product, whose panels every chunk reads again
+constexpr size_t kStreamBytes = size_t{32} << 20;  // outputs of this size pass by the caches
 
 // What y holds before the low-rank part: any sum of these, or zero.
 template <typename scalar>
@@ -36,9 +37,9 @@ void add(const scalar* from, int64_t n, acc* to) {
 template <typename scalar, typename acc = acc_type<scalar>>
 class Forward {
  public:
-  Forward(const Inputs& p, const Output<scalar>& o, bool own)
-      : p_(p), o_(o), order_(p), merged_(own && merge_is_cheaper(p)) {
-    const int orders = kBT | (merged_ ? kA : kAT);
+  Forward(const Inputs& p, const Output<scalar>& o, bool own) : p_(p), o_(o), order_(p), merged_(merges(p)) {
+    streams_ = p.family == Family::all && !o.in_place && p.T * p.M * p.out * sizeof(scalar) > kStreamBytes;
+    const int orders = !merged_ ? kBT | kAT : own ? kBT | kA : 0;
     factors_ = Factors<acc>::template of<scalar>(p, order_.used, orders);
     if constexpr (std::is_same_v<scalar, acc>)
       if (own) {
@@ -65,7 +66,7 @@ class Forward {
   const Inputs& p_;
   const Output<scalar>& o_;
   Order order_;
-  bool merged_;
+  bool merged_, streams_;
   Factors<acc> factors_;
   Panels<acc> panels_;
 
@@ -76,8 +77,14 @@ class Forward {
   // Rows of y as the products can write them: themselves, or null.
   acc* direct(const Chunk& c, int64_t slab) const {
     if constexpr (std::is_same_v<scalar, acc>)
-      if (order_.consecutive(c.begin, c.end)) return y_row(slab, c.begin);
+      if (order_.consecutive(c.begin, c.end) && !streams_) return y_row(slab, c.begin);
     return nullptr;
+  }
+
+  void put(const acc* from, scalar* to) const {
+    if constexpr (std::is_same_v<scalar, acc>)
+      if (streams_) return gemm<acc>().stream(p_.out, from, to);
+    convert(from, p_.out, to);
   }
 
   // y0 of a chunk but for what y holds: the frozen product, then the given parts. Returns where it lies.
@@ -151,7 +158,7 @@ class Forward {
       gemm<acc>().nn(n, p_.out, up.R, h, ld_h, 1, up.BT, p_.out, y0.data, y0.ld, y, ld);
     }
     if (!is_direct)
-      for (int64_t i = 0; i < n; ++i) convert(y + i * ld, p_.out, y_row(slab, c.begin + i));
+      for (int64_t i = 0; i < n; ++i) put(y + i * ld, y_row(slab, c.begin + i));
   }
 };
 
@@ -164,7 +171,10 @@ struct Cpu {
   static std::tuple<Tensor, Tensor> forward(const Inputs& p, const OptTensor& base, const OptInts&, bool) {
     const bool own = p.weight && own_frozen_product(p), slabs = p.family == Family::all;
     OptTensor layer;
-    if (p.weight && !own) layer = linear(p.x, *p.weight, p.bias);
+    if (p.weight && !own) {
+      layer = linear(p.x, merges(p) ? merged(p) : *p.weight, p.bias);
+      if (merges(p) && !base) return {*layer, none_like(p.x)};
+    }
     const bool in_place = layer && !slabs;  // one output per row: the layer's output becomes y
     const Tensor y = in_place ? *layer
                      : slabs  ? torch::stable::new_empty(p.x, {p.T, p.M, p.out})

@@ -26,13 +26,14 @@ template <typename scalar, typename acc = acc_type<scalar>>
 class Backward {
  public:
   Backward(const Inputs& p, const Tensor& dy, const OptInts& trainable, int64_t needs, const Gradients& g, bool own)
-      : p_(p), needs_(needs), g_(g), dy_(data<scalar>(dy)), order_(p), merged_(own && merge_is_cheaper(p)) {
+      : p_(p), needs_(needs), g_(g), dy_(data<scalar>(dy)), order_(p), merged_(merges(p)) {
     wants_A_ = needs & (kNeedA | kNeedBiasA), wants_B_ = needs & (kNeedB | kNeedBiasB);
     wants_s_ = needs & kNeedScaling, wants_x_ = needs & kNeedX;
     wants_dh_ = wants_A_ || (wants_x_ && !merged_);
     wants_h_ = wants_B_ || wants_s_ || (p.relu && wants_dh_);
-    int orders = merged_ && wants_x_ ? kA | kBT : 0;
-    if (wants_x_) orders |= kA;
+    int orders = 0;
+    if (wants_x_ && merged_ && own) orders |= kA | kBT;
+    if (wants_x_ && !merged_) orders |= kA;
     if (wants_h_) orders |= kAT;
     if (wants_dh_ || wants_s_) orders |= kB;
     factors_ = Factors<acc>::template of<scalar>(p, order_.used, orders);
@@ -281,7 +282,8 @@ Gradients lora_gradients(const Inputs& p, const Tensor& dy, const OptInts& train
   Tensor dx = none_like(p.x);
   if (needs & kNeedX) {
     if (p.weight && !own)
-      dx = compact(torch::stable::matmul(p.family == Family::all ? sum_slabs(dy) : dy, *p.weight));
+      dx = compact(
+          torch::stable::matmul(p.family == Family::all ? sum_slabs(dy) : dy, merges(p) ? merged(p) : *p.weight));
     else
       dx = torch::stable::new_empty(p.x, p.x.sizes());
     if (!p.weight || own) large_pages(dx.mutable_data_ptr(), dx.numel() * dx.element_size());

@@ -155,7 +155,7 @@ inline Vec<float>::type exp(Vec<float>::type x) {
   y = y * r * r + r + 1.0f;
   Bits bits;
   std::memcpy(&bits, &y, sizeof(y));
-  bits = (bits + ((Bits)__builtin_convertvector(n, Int) << 23)) & (Bits)(x > -87.33654f);
+  bits = (bits + ((Bits) __builtin_convertvector(n, Int) << 23)) & (Bits)(x > -87.33654f);
   std::memcpy(&y, &bits, sizeof(y));
   return y;
 }
@@ -189,9 +189,20 @@ void add(int64_t n, const T* x, T* y) {
   for (; i < n; ++i) y[i] += x[i];
 }
 
+template <typename T>
+void stream(int64_t n, const T* x, T* y) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  constexpr int VL = Vec<T>::size;
+  if (reinterpret_cast<uintptr_t>(y) % kBytes == 0)
+    for (; i + VL <= n; i += VL) _mm512_stream_si512(reinterpret_cast<__m512i*>(y + i), _mm512_loadu_si512(x + i));
+#endif
+  for (; i < n; ++i) y[i] = x[i];
+}
+
 }  // namespace
 
-const Gemm<float> gemm_f32 = {gemm_nn, transpose, dot, exp_rows, add, 2 * Vec<float>::size};
-const Gemm<double> gemm_f64 = {gemm_nn, transpose, dot, exp_rows, add, 2 * Vec<double>::size};
+const Gemm<float> gemm_f32 = {gemm_nn, transpose, dot, exp_rows, add, stream, 2 * Vec<float>::size};
+const Gemm<double> gemm_f64 = {gemm_nn, transpose, dot, exp_rows, add, stream, 2 * Vec<double>::size};
 
 }  // namespace plora::cpu::PLORA_ISA
