@@ -1,4 +1,4 @@
-"""What only the CPU kernels have: two makers of the frozen product, instruction sets, bits for any number of threads."""
+"""What only the CPU kernels have: makers of the frozen product, instruction sets, bits for any number of threads."""
 
 from __future__ import annotations
 
@@ -104,14 +104,14 @@ def test_bits_of_the_others_for_any_number_of_threads() -> None:
     same_bits(others)
 
 
-def test_small_temperatures() -> None:
-    """exp(cos / tau) is far outside what a float holds; its softmax is not."""
-    old, new, values = torch.randn(7, 20), torch.randn(200, 20), torch.randn(200, 6)
-    leaves = [t.requires_grad_() for t in (old, new, values)]
-    kwargs = {"tau": 0.002}
-    check(ops.reconstruct_prototypes, reference.reconstruct_prototypes, leaves, kwargs, torch.randn(7, 6))
-    prototypes, task_of_class = torch.randn(12, 3, 20).requires_grad_(), torch.arange(12) // 4
-    args = [prototypes, task_of_class]
+@pytest.mark.parametrize("tau", [0.002, 0.02])
+def test_small_temperatures(tau: float) -> None:
+    """exp((cos - 1) / tau) may be far below what a float holds; its softmax is not."""
+    grad = tau > 0.01  # which magnifies every rounding by 1 / tau
+    old, new, values = (torch.randn(n, 20).requires_grad_(grad) for n in (7, 200, 200))
+    kwargs = {"tau": tau}
+    check(ops.reconstruct_prototypes, reference.reconstruct_prototypes, [old, new, values], kwargs, torch.randn(7, 20))
+    args = [torch.randn(12, 3, 20).requires_grad_(grad), torch.arange(12) // 4]
     check(ops.complete_prototypes, reference.complete_prototypes, args, kwargs, torch.randn(12, 3, 20))
 
 
