@@ -13,7 +13,7 @@
 namespace plora::cpu {
 namespace {
 
-constexpr int64_t kRows = 48;        // of a chunk: x and y of 768 float32 columns take 300 kB of the second-level cache
+constexpr int64_t kRows = 24;        // of a chunk: x and y of 768 float32 columns take 150 kB of the second-level cache
 constexpr int64_t kFrozenRows = 96;  // with the frozen product, whose panels every chunk reads again
 constexpr size_t kStreamBytes = size_t{32} << 20;  // outputs of this size pass by the caches
 

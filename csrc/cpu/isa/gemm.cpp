@@ -51,7 +51,10 @@ void tile_nn(int64_t strips, int64_t K, const T* A, int64_t a_row, int64_t a_col
         for (int j = 0; j < NV; ++j) __builtin_prefetch(C + i * ldc + j * VL, 1);
       }
     }
-    const T *a = A, *b = B;
+    const T* b = B;
+    const T* a[(MR + 2) / 3];  // rows in threes need fewer address registers
+    PLORA_UNROLL(4)
+    for (int g = 0; g < (MR + 2) / 3; ++g) a[g] = A + 3 * g * a_row;
     PLORA_UNROLL(4)
     for (int64_t k = 0; k < K; ++k) {
       V right[NV];
@@ -59,11 +62,13 @@ void tile_nn(int64_t strips, int64_t K, const T* A, int64_t a_row, int64_t a_col
       for (int j = 0; j < NV; ++j) right[j] = get(b, j);
       PLORA_UNROLL(16)
       for (int i = 0; i < MR; ++i) {
-        const T left = a[i * a_row];
+        const T left = a[i / 3][i % 3 * a_row];
         PLORA_UNROLL(4)
         for (int j = 0; j < NV; ++j) c[i][j] += left * right[j];
       }
-      a += a_col, b += ldb;
+      PLORA_UNROLL(4)
+      for (int g = 0; g < (MR + 2) / 3; ++g) a[g] += a_col;
+      b += ldb;
     }
     PLORA_UNROLL(16)
     for (int i = 0; i < MR; ++i) {
