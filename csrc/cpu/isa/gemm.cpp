@@ -119,16 +119,37 @@ void gemm_nn(int64_t M, int64_t N, int64_t K, const T* A, int64_t a_row, int64_t
     strips_nn<T, 1, true>(1, M, K, A, a_row, a_col, B + j, ldb, from(j), ld0, C + j, ldc, static_cast<int>(N - j));
 }
 
+// Four rows of four columns at a time, in registers.
+inline void transpose_4x4(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+  typedef float Four __attribute__((vector_size(16)));
+  typedef int32_t Pick __attribute__((vector_size(16)));
+  Four r[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&r[i], from + i * ld_from, sizeof(Four));
+  const Pick low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
+  const Four a = __builtin_shuffle(r[0], r[1], low), b = __builtin_shuffle(r[0], r[1], high);
+  const Four c = __builtin_shuffle(r[2], r[3], low), d = __builtin_shuffle(r[2], r[3], high);
+  const Four columns[4] = {__builtin_shuffle(a, c, first), __builtin_shuffle(a, c, second),
+                           __builtin_shuffle(b, d, first), __builtin_shuffle(b, d, second)};
+  for (int i = 0; i < 4; ++i) std::memcpy(to + i * ld_to, &columns[i], sizeof(Four));
+}
+
+inline void transpose_4x4(const double* from, int64_t ld_from, double* to, int64_t ld_to) {
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) to[i * ld_to + j] = from[j * ld_from + i];
+}
+
 template <typename T>
 void transpose(int64_t rows, int64_t columns, const T* from, int64_t ld_from, T* to, int64_t ld_to) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t c = 0; c < columns; c += kBlock)
-    for (int64_t r = 0; r < rows; r += kBlock) {
-      const int64_t last_c = c + kBlock < columns ? c + kBlock : columns,
-                    last_r = r + kBlock < rows ? r + kBlock : rows;
-      for (int64_t i = c; i < last_c; ++i)
-        for (int64_t j = r; j < last_r; ++j) to[i * ld_to + j] = from[j * ld_from + i];
-    }
+  const int64_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
+  constexpr int64_t kBlock = 16;  // columns: a cache line of each row is read once
+  for (int64_t first = 0; first < whole_columns; first += kBlock) {
+    const int64_t last = first + kBlock < whole_columns ? first + kBlock : whole_columns;
+    for (int64_t r = 0; r < whole_rows; r += 4)
+      for (int64_t c = first; c < last; c += 4)
+        transpose_4x4(from + r * ld_from + c, ld_from, to + c * ld_to + r, ld_to);
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) to[c * ld_to + r] = from[r * ld_from + c];
 }
 
 template <typename T>
