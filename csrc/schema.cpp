@@ -8,6 +8,8 @@
 // alone: the ranks are equal blocks, and block i of lora_B is zero outside of its rows [slices[2 i], slices[2 i + 1]).
 // `trainable` lists the adapters whose factors get gradients (all where it is absent). The backward operators take
 // `needs`, a bit each for x, lora_A, lora_B, scaling, bias_A, bias_B, and return an empty tensor for what nobody needs.
+//
+// `tf32` lets CUDA round float32 operands to TF32; the caller passes torch's own setting for matrix products.
 
 #include <torch/csrc/stable/library.h>
 
@@ -52,7 +54,9 @@ STABLE_TORCH_LIBRARY(plora_ext, m) {
 
   m.def("class_sums(Tensor features, Tensor labels, int num_classes) -> (Tensor, Tensor)");
   m.def("class_sums_(Tensor(a!) sums, Tensor(b!) counts, Tensor features, Tensor labels) -> ()");
-  m.def("reconstruct_prototypes(Tensor old, Tensor new, Tensor values, float tau) -> Tensor");
+  m.def(
+      "reconstruct_prototypes(Tensor old, Tensor new, Tensor values, float tau, bool add_old, bool tf32) "
+      "-> Tensor");
   m.def(
       "reconstruct_prototypes_backward(Tensor grad, Tensor old, Tensor new, Tensor values, float tau) "
       "-> (Tensor, Tensor, Tensor)");
@@ -60,5 +64,5 @@ STABLE_TORCH_LIBRARY(plora_ext, m) {
   m.def(
       "complete_prototypes_backward(Tensor grad, Tensor prototypes, Tensor task_of_class, float tau, bool last) "
       "-> Tensor");
-  m.def("subspace_logits(Tensor features, Tensor prototypes, Tensor weights) -> Tensor");
+  m.def("subspace_logits(Tensor features, Tensor prototypes, Tensor weights, bool tf32) -> Tensor");
 }

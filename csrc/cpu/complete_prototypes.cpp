@@ -5,6 +5,7 @@
 
 #include <numeric>
 
+#include "../common/prototype_checks.h"
 #include "dispatch.h"
 #include "similarity.h"
 
@@ -83,15 +84,8 @@ void similarities(const Sorted& s, const Values<scalar, acc>& values, int64_t i,
   }
 }
 
-void check(const char* op, const Tensor& prototypes, const Tensor& task_of_class, double tau) {
-  STD_TORCH_CHECK(prototypes.dim() == 3, op, ": prototypes must be [C, T, D], got ", shape_of(prototypes));
-  check_shape(op, "task_of_class", task_of_class, {prototypes.size(0)}, prototypes);
-  check_dtype(op, "task_of_class", task_of_class, ScalarType::Long);
-  STD_TORCH_CHECK(tau > 0, op, ": tau must be positive, got ", tau);
-}
-
 Tensor complete_prototypes(const Tensor& prototypes_, const Tensor& task_of_class, double tau, bool last) {
-  check("complete_prototypes", prototypes_, task_of_class, tau);
+  check_complete("complete_prototypes", prototypes_, task_of_class, tau);
   const Tensor prototypes = compact(prototypes_);
   const Tensor completed = torch::stable::clone(prototypes);
   dispatch("complete_prototypes", prototypes.scalar_type(), [&](auto tag) {
@@ -126,7 +120,7 @@ Tensor complete_prototypes(const Tensor& prototypes_, const Tensor& task_of_clas
 
 Tensor complete_prototypes_backward(const Tensor& grad_, const Tensor& prototypes_, const Tensor& task_of_class,
                                     double tau_, bool last) {
-  check("complete_prototypes_backward", prototypes_, task_of_class, tau_);
+  check_complete("complete_prototypes_backward", prototypes_, task_of_class, tau_);
   check_shape("complete_prototypes_backward", "grad", grad_,
               {prototypes_.size(0), prototypes_.size(1), prototypes_.size(2)}, prototypes_);
   check_dtype("complete_prototypes_backward", "grad", grad_, prototypes_.scalar_type());

@@ -3,30 +3,21 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../common/prototype_checks.h"
 #include "dispatch.h"
 #include "similarity.h"
 
 namespace plora::cpu {
 namespace {
 
-void check(const char* op, const Tensor& old, const Tensor& fresh, const Tensor& values, double tau) {
-  STD_TORCH_CHECK(old.dim() == 2, op, ": old must be [Co, D], got ", shape_of(old));
-  STD_TORCH_CHECK(fresh.dim() == 2, op, ": new must be [Cn, D], got ", shape_of(fresh));
-  check_shape(op, "new", fresh, {fresh.size(0), old.size(1)}, old);
-  check_shape(op, "values", values, {fresh.size(0), -1}, old);
-  check_dtype(op, "new", fresh, old.scalar_type());
-  check_dtype(op, "values", values, old.scalar_type());
-  STD_TORCH_CHECK(tau > 0, op, ": tau must be positive, got ", tau);
-  STD_TORCH_CHECK(fresh.size(0) > 0 || old.size(0) == 0, op, ": new must hold at least one class");
-}
-
 template <typename scalar, typename acc = acc_type<scalar>>
 std::vector<acc> widened(const Tensor& t) {
   return std::vector<acc>(data<scalar>(t), data<scalar>(t) + t.numel());
 }
 
-Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tensor& values_, double tau_) {
-  check("reconstruct_prototypes", old_, new_, values_, tau_);
+Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tensor& values_, double tau_, bool add_old,
+                              bool) {
+  check_reconstruct("reconstruct_prototypes", old_, new_, values_, tau_, add_old);
   const Tensor old = compact(old_), fresh = compact(new_), values = compact(values_);
   const int64_t Co = old.size(0), Cn = fresh.size(0), D = old.size(1), Dv = values.size(1);
   const Tensor out = torch::stable::new_empty(old, {Co, Dv});
@@ -41,6 +32,8 @@ Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tens
       for (int64_t b = begin; b < end; ++b) {
         const int64_t i = b * kQueries, q = std::min(kQueries, Co - i);
         attend(Queries<acc>(&Q.rows[i * D], q, D), K.rows.data(), V.data(), Cn, D, Dv, tau, block.data());
+        if (add_old)
+          for (int64_t n = 0; n < q * Dv; ++n) block[n] += static_cast<acc>(data<scalar>(old)[i * Dv + n]);
         std::copy_n(block.data(), q * Dv, mutable_data<scalar>(out) + i * Dv);
       }
     });
@@ -51,7 +44,7 @@ Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tens
 std::tuple<Tensor, Tensor, Tensor> reconstruct_prototypes_backward(const Tensor& grad_, const Tensor& old_,
                                                                    const Tensor& new_, const Tensor& values_,
                                                                    double tau_) {
-  check("reconstruct_prototypes_backward", old_, new_, values_, tau_);
+  check_reconstruct("reconstruct_prototypes_backward", old_, new_, values_, tau_, false);
   check_shape("reconstruct_prototypes_backward", "grad", grad_, {old_.size(0), values_.size(1)}, old_);
   check_dtype("reconstruct_prototypes_backward", "grad", grad_, old_.scalar_type());
   const Tensor grad = compact(grad_), old = compact(old_), fresh = compact(new_);

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../common/prototype_checks.h"
 #include "dispatch.h"
 #include "similarity.h"
 
@@ -11,15 +12,10 @@ namespace {
 
 constexpr int64_t kRows = 48;
 
-Tensor subspace_logits(const Tensor& features_, const Tensor& prototypes_, const Tensor& weights_) {
+Tensor subspace_logits(const Tensor& features_, const Tensor& prototypes_, const Tensor& weights_, bool) {
   const char* op = "subspace_logits";
-  STD_TORCH_CHECK(features_.dim() == 3, op, ": features must be [B, T, D], got ", shape_of(features_));
-  STD_TORCH_CHECK(prototypes_.dim() == 3, op, ": prototypes must be [C, T, D], got ", shape_of(prototypes_));
+  check_subspaces(op, features_, prototypes_, weights_);
   const int64_t B = features_.size(0), T = features_.size(1), D = features_.size(2), C = prototypes_.size(0);
-  check_shape(op, "prototypes", prototypes_, {C, T, D}, features_);
-  check_shape(op, "weights", weights_, {C, T}, features_);
-  check_dtype(op, "prototypes", prototypes_, features_.scalar_type());
-  check_dtype(op, "weights", weights_, wide(features_.scalar_type()));
   const Tensor features = compact(features_), prototypes = compact(prototypes_), weights = compact(weights_);
   const Tensor logits = torch::stable::new_empty(features, {B, C});
   dispatch(op, features.scalar_type(), [&](auto tag) {

@@ -37,11 +37,12 @@ static_assert(4 * kOutWarp >= kSlotH, "h of a warpgroup");
 
 // What the feeding warpgroup tells the others about a tile.
 struct Tile {
-  uint32_t step;       // its first stage, counted from the block's first
-  int slots;           // made in the loop: 0 or 1, of
-  int adapter, block;  // this adapter, ranks 16 block and on
-  int given;           // slots of h that were computed before
-  int16_t all[kRows];  // the adapters of its rows, ascending
+  uint32_t step;          // its first stage, counted from the block's first
+  int slots;              // made in the loop: 0 or 1, of
+  int adapter, block;     // this adapter, ranks 16 block and on
+  int given;              // slots of h that were computed before
+  int16_t all[kRows];     // the adapters of its rows, ascending
+  int16_t of_row[kRows];  // with given slots; -1: none
   alignas(16) uint16_t bias[kColumns];
 };
 constexpr int kTiles = 8;  // more than the feeder can be ahead: a tile has a stage at least
@@ -54,18 +55,29 @@ struct Shape {
   static constexpr uint32_t kUp = kInLoop ? 2 * kSlotB : 0;  // B of the slots made in the loop, one for each warpgroup
 };
 
-// A stage is full when its bytes have come and the writers have arrived, and may be written when it is ready. `passed`
-// tells that a tile's multipliers have seen all its stages full: only then may those of the next tile look at the same
-// barriers, which tell only odd from even uses.
-struct Shared {
-  uint64_t full[5], empty[5], ready[5], described[kTiles], passed, up_full[2], up_empty[2];
-  Tile tiles[kTiles];
+// Barriers, of 8 bytes. A stage is full when its bytes have come and the writers have arrived, and may be written when
+// it is ready. `passed` tells that a tile's multipliers have seen all its stages full: only then may those of the next
+// tile look at the same barriers, which tell only odd from even uses.
+struct Barriers {
+  uint32_t first;
+  static constexpr int kCount = 3 * 5 + kTiles + 5;
+  __device__ uint32_t full(uint32_t stage) const { return first + 8 * stage; }
+  __device__ uint32_t empty(uint32_t stage) const { return first + 8 * (5 + stage); }
+  __device__ uint32_t ready(uint32_t stage) const { return first + 8 * (10 + stage); }
+  __device__ uint32_t described(int tile) const { return first + 8 * (15 + tile % kTiles); }
+  __device__ uint32_t up_full(int group) const { return first + 8 * (15 + kTiles + group); }
+  __device__ uint32_t up_empty(int group) const { return first + 8 * (17 + kTiles + group); }
+  __device__ uint32_t passed() const { return first + 8 * (19 + kTiles); }
 };
 
-template <bool kTransposed, bool kInLoop, typename S = Shape<kTransposed, kInLoop>>
-constexpr uint32_t kSharedBytes = S::kStages * S::kStage + S::kUp + 8 * kOutWarp + sizeof(Shared);
-static_assert(kSharedBytes<false, false> <= 232448 && kSharedBytes<false, true> <= 232448,
-              "more shared memory than a block can have");
+// All shared memory: the stages, B of the slots made in the loop, the ways out, barriers, tiles.
+template <typename S>
+struct Layout {
+  static constexpr uint32_t kUp = S::kStages * S::kStage, kOut = kUp + S::kUp, kBarriers = kOut + 8 * kOutWarp,
+                            kTile = (kBarriers + 8 * Barriers::kCount + 15) / 16 * 16,
+                            kBytes = kTile + kTiles * sizeof(Tile);
+  static_assert(kBytes <= 232448, "more shared memory than a block can have");
+};
 
 struct Maps {
   CUtensorMap x, weight, down, up;
@@ -79,6 +91,7 @@ struct Arguments {
   int rows_per_id;
   const float* scaling;
   const void *bias, *bias_down, *h;
+  int64_t ld_h, h_step;
   void *y, *kept;
   int64_t ldy;
   int in_loop_slots;
@@ -127,6 +140,7 @@ __device__ void describe(const Arguments& p, int row, int column, Tile& tile) {
 #pragma unroll
     for (int i = 0; i < kRows / 32; ++i) {
       id[i] = adapter_of(p, row + lane + 32 * i);
+      tile.of_row[lane + 32 * i] = static_cast<int16_t>(id[i]);
       if (id[i] < 0) id[i] = kNone;
     }
     count = 0;
@@ -195,7 +209,7 @@ __device__ inline int adapter_at(const Arguments& p, const Tile& tile, int entry
 }
 
 template <bool kTransposed>
-__device__ void load_up(const Maps& maps, uint64_t* barrier, uint32_t to, int t, int block, int column) {
+__device__ void load_up(const Maps& maps, uint32_t barrier, uint32_t to, int t, int block, int column) {
   if constexpr (kTransposed) {
 #pragma unroll
     for (int i = 0; i < 3; ++i)
@@ -207,26 +221,27 @@ __device__ void load_up(const Maps& maps, uint64_t* barrier, uint32_t to, int t,
 
 // One warp: descriptions and copies.
 template <bool kTransposed, bool kInLoop>
-__device__ void feed(const Maps& maps, const Arguments& p, Shared& shared, uint32_t stages, int column_tiles) {
+__device__ void feed(const Maps& maps, const Arguments& p, Tile* all, uint32_t stages, int column_tiles) {
   using S = Shape<kTransposed, kInLoop>;
+  const Barriers barriers{stages + Layout<S>::kBarriers};
   const int lane = threadIdx.x, tiles = (p.M + kRows - 1) / kRows * column_tiles;
   const int k_steps = (p.K + kDepth - 1) / kDepth;
   uint32_t step = 0;
   for (int index = blockIdx.x, n = 0; index < tiles; index += gridDim.x, ++n) {
     const int row = index / column_tiles * kRows, column = index % column_tiles * kColumns;
-    Tile& tile = shared.tiles[n % kTiles];
+    Tile& tile = all[n % kTiles];
     describe(p, row, column, tile);
     if (lane == 0) tile.step = step;
     __syncwarp();
     const int slots = tile.slots, given = tile.given;
+    sm90::barrier_arrive(barriers.described(n));
     if (lane == 0) {
-      sm90::barrier_arrive(&shared.described[n % kTiles]);
       const int adapter = tile.adapter, rank = tile.block * kSlot;
 #pragma unroll 1
       for (int k = 0; k < k_steps; ++k) {
         const uint32_t s = (step + k) % S::kStages, at = stages + s * S::kStage;
-        uint64_t* full = &shared.full[s];
-        sm90::barrier_wait(&shared.empty[s], ((step + k) / S::kStages & 1) ^ 1);
+        const uint32_t full = barriers.full(s);
+        sm90::barrier_wait(barriers.empty(s), ((step + k) / S::kStages & 1) ^ 1);
         sm90::barrier_arrive_expect(full, kBytesX + kBytesW + slots * S::kBytesDown);
         sm90::barrier_arrive(full, kWriters / 32);  // the writers have nothing to do here
         sm90::load_2d(&maps.x, full, at, k * kDepth, row);
@@ -240,19 +255,19 @@ __device__ void feed(const Maps& maps, const Arguments& p, Shared& shared, uint3
         if (slots) sm90::load_3d(&maps.down, full, at + kBytesX + kBytesW, k * kDepth, rank, adapter);
       }
       if (kInLoop) {
-        sm90::barrier_wait(&shared.up_empty[n % 2], (n / 2 & 1) ^ 1);
-        sm90::barrier_arrive_expect(&shared.up_full[n % 2], slots * kSlotB);
+        sm90::barrier_wait(barriers.up_empty(n % 2), (n / 2 & 1) ^ 1);
+        sm90::barrier_arrive_expect(barriers.up_full(n % 2), slots * kSlotB);
         if (slots)
-          load_up<kTransposed>(maps, &shared.up_full[n % 2], stages + S::kStages * S::kStage + n % 2 * kSlotB, adapter,
+          load_up<kTransposed>(maps, barriers.up_full(n % 2), stages + Layout<S>::kUp + n % 2 * kSlotB, adapter,
                                rank / kSlot, column);
       }
 #pragma unroll 1
       for (int entry = 0, k = k_steps; entry < given; entry += kMaxGiven, ++k) {
         const uint32_t s = (step + k) % S::kStages, to = stages + s * S::kStage + kBytesX;
-        uint64_t* full = &shared.full[s];
+        const uint32_t full = barriers.full(s);
         const int count = min(given - entry, kMaxGiven);
-        sm90::barrier_wait(&shared.empty[s], ((step + k) / S::kStages & 1) ^ 1);
-        sm90::barrier_arrive(&shared.ready[s]);
+        sm90::barrier_wait(barriers.empty(s), ((step + k) / S::kStages & 1) ^ 1);
+        sm90::barrier_arrive(barriers.ready(s));
         sm90::barrier_arrive_expect(full, count * kSlotB);
         for (int i = 0; i < count; ++i)
           load_up<kTransposed>(maps, full, to + i * kSlotB, adapter_at(p, tile, entry + i), (entry + i) % blocks_of(p),
@@ -265,39 +280,42 @@ __device__ void feed(const Maps& maps, const Arguments& p, Shared& shared, uint3
 }
 
 // Three warps: given h, zero where a row belongs to another adapter. A stage's copies start before those of the last
-// have come.
+// have come. A thread has the same 8 ranks of a slot in all its rows.
 template <bool kTransposed, bool kInLoop>
-__device__ void write_given(const Arguments& p, Shared& shared, uint32_t stages, int column_tiles) {
+__device__ void write_given(const Arguments& p, const Tile* all, uint32_t stages, int column_tiles) {
   using S = Shape<kTransposed, kInLoop>;
+  const Barriers barriers{stages + Layout<S>::kBarriers};
   const int tiles = (p.M + kRows - 1) / kRows * column_tiles, k_steps = (p.K + kDepth - 1) / kDepth;
-  const int thread = threadIdx.x - (kFeeders - kWriters), blocks = blocks_of(p);
+  const int thread = threadIdx.x - (kFeeders - kWriters), blocks = blocks_of(p), half = thread % 2 * 8;
+  const auto* h = static_cast<const uint16_t*>(p.h);
   uint32_t phases = 0;  // of `ready`, a bit for each stage
   const auto finish = [&](uint32_t s) {
     sm90::fence_async();
     __syncwarp();
-    if (thread % 32 == 0) sm90::barrier_arrive(&shared.full[s]);
+    if (thread % 32 == 0) sm90::barrier_arrive(barriers.full(s));
   };
   for (int index = blockIdx.x, n = 0; index < tiles; index += gridDim.x, ++n) {
     const int row = index / column_tiles * kRows;
-    const Tile& tile = shared.tiles[n % kTiles];
-    sm90::barrier_wait(&shared.described[n % kTiles], n / kTiles & 1);
+    const Tile& tile = all[n % kTiles];
+    sm90::barrier_wait(barriers.described(n), n / kTiles & 1);
     const int given = tile.given;
     uint32_t step = tile.step + k_steps;
 #pragma unroll 1
     for (int entry = 0; entry < given; entry += kMaxGiven, ++step) {
       const uint32_t s = step % S::kStages;
-      sm90::barrier_wait(&shared.ready[s], phases >> s & 1);
+      sm90::barrier_wait(barriers.ready(s), phases >> s & 1);
       phases ^= 1u << s;
 #pragma unroll 1
-      for (int piece = thread; piece < 2 * kRows; piece += kWriters) {  // 8 ranks of a row in every slot
-        const int m = row + piece / 2, mine = p.ids != nullptr ? adapter_of(p, m) : 0;
+      for (int i = 0; i < kMaxGiven && entry + i < given; ++i) {
+        const int t = adapter_at(p, tile, entry + i), rank = (entry + i) % blocks * kSlot + half;
+        const uint16_t* const from = h + t * p.h_step + rank;
+        const uint32_t to = stages + s * S::kStage + i * kSlotH;
 #pragma unroll 1
-        for (int i = 0; i < kMaxGiven && entry + i < given; ++i) {
-          const int t = adapter_at(p, tile, entry + i), rank = (entry + i) % blocks * kSlot + piece % 2 * 8;
-          const bool real = m < p.M && rank < p.r && (p.ids == nullptr || mine == t);
-          const int64_t at = static_cast<int64_t>(m) * p.R + (p.ids != nullptr ? 0 : t * p.r) + rank;
-          sm90::copy_16(stages + s * S::kStage + i * kSlotH + place_in_h(piece / 2, piece % 2 * 8),
-                        static_cast<const uint16_t*>(p.h) + (real ? at : 0), real);
+        for (int piece = 0; piece < (2 * kRows + kWriters - 1) / kWriters; ++piece) {
+          const int m = thread / 2 + piece * (kWriters / 2);
+          if (m >= kRows) break;
+          const bool real = row + m < p.M && rank < p.r && (p.ids == nullptr || tile.of_row[m] == t);
+          sm90::copy_16(to + place_in_h(m, half), real ? from + (row + m) * p.ld_h : h, real);
         }
       }
       sm90::copy_commit();
@@ -322,9 +340,10 @@ template <typename scalar, bool kTransposed, bool kInLoop>
 struct Multiplier {
   using S = Shape<kTransposed, kInLoop>;
   const Arguments& p;
-  Shared& shared;
+  const Tile* all;
   const uint32_t stages, out;   // `out`: this warpgroup's part
   const int group, warp, lane;  // warpgroup 0 or 1, warp 0 to 3 in it
+  const Barriers barriers;
   uint32_t step = 0;
 
   // In K-major order a k step of 16 is 32 bytes along a row; in N-major order it is 16 rows.
@@ -339,17 +358,17 @@ struct Multiplier {
 
   __device__ uint32_t stage() const { return stages + step % S::kStages * S::kStage; }
 
-  __device__ void wait() { sm90::barrier_wait(&shared.full[step % S::kStages], step / S::kStages & 1); }
+  __device__ void wait() { sm90::barrier_wait(barriers.full(step % S::kStages), step / S::kStages & 1); }
 
   __device__ void pass() {
     __syncwarp();
-    if (lane == 0) sm90::barrier_arrive(&shared.passed);
+    if (lane == 0) sm90::barrier_arrive(barriers.passed());
   }
 
   // This warp is done with the stage that belongs to `which`.
   __device__ void release(uint32_t which) {
     __syncwarp();
-    if (lane == 0) sm90::barrier_arrive(&shared.empty[which % S::kStages]);
+    if (lane == 0) sm90::barrier_arrive(barriers.empty(which % S::kStages));
   }
 
   __device__ void main_loop(Half& upper, Half& lower, int k_steps) {
@@ -467,12 +486,12 @@ struct Multiplier {
     Half upper, lower;
     for (int n = group, index; index = blockIdx.x + n * gridDim.x, index < tiles; n += 2) {
       const int row = index / column_tiles * kRows, column = index % column_tiles * kColumns;
-      sm90::barrier_wait(&shared.described[n % kTiles], n / kTiles & 1);
-      const Tile& tile = shared.tiles[n % kTiles];
+      sm90::barrier_wait(barriers.described(n), n / kTiles & 1);
+      const Tile& tile = all[n % kTiles];
       step = uniform(tile.step);
       const int slots = uniform(tile.slots), given = uniform(tile.given);
       const float s = slots != 0 ? p.scaling[tile.adapter] : 0.f;
-      if (n > 0) sm90::barrier_wait(&shared.passed, (n - 1) & 1);
+      if (n > 0) sm90::barrier_wait(barriers.passed(), (n - 1) & 1);
       main_loop(upper, lower, k_steps);
       if (given == 0) pass();
       if (kInLoop) {  // every tile waits, to keep count of the uses
@@ -481,13 +500,13 @@ struct Multiplier {
           finish_h(upper, lower, tile, s, row, keep);
           sm90::fence_async();
           sm90::named_barrier(barrier, 128);
-          sm90::barrier_wait(&shared.up_full[group], n / 2 & 1);
-          add_slots(upper, lower, out, stages + S::kStages * S::kStage + group * kSlotB, 1);
+          sm90::barrier_wait(barriers.up_full(group), n / 2 & 1);
+          add_slots(upper, lower, out, stages + Layout<S>::kUp + group * kSlotB, 1);
         } else {
-          sm90::barrier_wait(&shared.up_full[group], n / 2 & 1);
+          sm90::barrier_wait(barriers.up_full(group), n / 2 & 1);
         }
         __syncwarp();
-        if (lane == 0) sm90::barrier_arrive(&shared.up_empty[group]);
+        if (lane == 0) sm90::barrier_arrive(barriers.up_empty(group));
       }
 #pragma unroll 1
       for (int entry = 0; entry < given; entry += kMaxGiven) {
@@ -514,17 +533,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using S = Shape<kTransposed, kInLoop>;
   extern __shared__ __align__(1024) uint8_t dynamic[];
-  const uint32_t stages = sm90::smem_address(dynamic), out = stages + S::kStages * S::kStage + S::kUp;
-  Shared& shared = *reinterpret_cast<Shared*>(dynamic + S::kStages * S::kStage + S::kUp + 8 * kOutWarp);
+  const uint32_t stages = sm90::smem_address(dynamic);
+  Tile* const tiles = reinterpret_cast<Tile*>(dynamic + Layout<S>::kTile);
+  const Barriers barriers{stages + Layout<S>::kBarriers};
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      sm90::barrier_init(&shared.full[i], 1 + kWriters / 32);
-      sm90::barrier_init(&shared.empty[i], 4);
-      sm90::barrier_init(&shared.ready[i], 1);
+      sm90::barrier_init(barriers.full(i), 1 + kWriters / 32);
+      sm90::barrier_init(barriers.empty(i), 4);
+      sm90::barrier_init(barriers.ready(i), 1);
     }
-    for (int i = 0; i < kTiles; ++i) sm90::barrier_init(&shared.described[i], 1);
-    sm90::barrier_init(&shared.passed, 4);
-    for (int i = 0; i < 2; ++i) sm90::barrier_init(&shared.up_full[i], 1), sm90::barrier_init(&shared.up_empty[i], 4);
+    for (int i = 0; i < kTiles; ++i) sm90::barrier_init(barriers.described(i), 32);
+    for (int i = 0; i < 2; ++i) sm90::barrier_init(barriers.up_full(i), 1), sm90::barrier_init(barriers.up_empty(i), 4);
+    sm90::barrier_init(barriers.passed(), 4);
     sm90::fence_barrier_init();
     sm90::prefetch_map(&maps.x), sm90::prefetch_map(&maps.weight);
     sm90::prefetch_map(&maps.down), sm90::prefetch_map(&maps.up);
@@ -537,17 +557,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     else
       asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x < kFeeders - kWriters)
-      feed<kTransposed, kInLoop>(maps, p, shared, stages, column_tiles);
+      feed<kTransposed, kInLoop>(maps, p, tiles, stages, column_tiles);
     else if (p.T != 0)
-      write_given<kTransposed, kInLoop>(p, shared, stages, column_tiles);
+      write_given<kTransposed, kInLoop>(p, tiles, stages, column_tiles);
   } else {
     if constexpr (kInLoop)  // 208 of them accumulators
       asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     else
       asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    Multiplier<scalar, kTransposed, kInLoop>{p, shared, stages, out + group * 4 * kOutWarp, group, warp, lane}.run(
-        column_tiles);
+    const uint32_t out = stages + Layout<S>::kOut + group * 4 * kOutWarp;
+    Multiplier<scalar, kTransposed, kInLoop>{p, tiles, stages, out, group, warp, lane, barriers}.run(column_tiles);
   }
 #endif
 }
@@ -639,9 +659,10 @@ void launch(const Maps& maps, const Arguments& p, int blocks, cudaStream_t strea
   int device = 0;
   cudaGetDevice(&device);
   std::call_once(once[device % 64], [&] {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<kTransposed, kInLoop>);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         Layout<Shape<kTransposed, kInLoop>>::kBytes);
   });
-  kernel<<<blocks, kThreads, kSharedBytes<kTransposed, kInLoop>, stream>>>(maps, p);
+  kernel<<<blocks, kThreads, Layout<Shape<kTransposed, kInLoop>>::kBytes, stream>>>(maps, p);
   check_launch("the fused LoRA product");
 }
 
@@ -664,7 +685,8 @@ void fused(const Fused& p, cudaStream_t stream) {
   a.R = static_cast<int>(p.rows.R());
   a.ids = p.rows.ids, a.rows_per_id = static_cast<int>(p.rows.rows_per_id);
   a.scaling = p.scaling, a.bias = p.bias, a.bias_down = p.bias_down;
-  a.h = p.h, a.y = p.y, a.kept = p.kept, a.ldy = p.ldy;
+  a.h = p.h, a.ld_h = p.ld_h, a.h_step = p.h_step;
+  a.y = p.y, a.kept = p.kept, a.ldy = p.ldy;
   a.in_loop_slots = p.in_loop_slots, a.relu = p.relu;
   if (p.slices.size() <= 2 * kMaxSlices && !p.slices.empty() && p.rows.r % (p.slices.size() / 2) == 0) {
     a.slices = static_cast<int>(p.slices.size() / 2);

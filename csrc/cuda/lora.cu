@@ -45,13 +45,14 @@ Tensor plus(const Tensor& a, const OptTensor& b) { return b ? torch::stable::sub
 
 // --- the factors as the kernels take them ----------------------------------------------------------------------------
 
-// A copy of a factor [T, rows, columns] with the rank padded, and zero where an adapter has fewer ranks.
-Tensor packed(const Inputs& p, const Tensor& from, int64_t rows, int64_t columns, bool rank_is_rows, bool transpose) {
+// A copy of a factor [T, rows, columns] with the rank padded, zero where an adapter has fewer ranks, times s if asked.
+Tensor packed(const Inputs& p, const Tensor& from, int64_t rows, int64_t columns, bool rank_is_rows, bool transpose,
+              bool scaled = false) {
   const int64_t rank = padded_rank(p.r), tall = rank_is_rows ? rank : rows, wide = rank_is_rows ? columns : rank;
   const Tensor to = torch::stable::new_empty(from, transpose ? Sizes{p.T, wide, tall} : Sizes{p.T, tall, wide});
   if (to.numel() == 0) return to;
   pack(from.scalar_type(), pointer(from), to.mutable_data_ptr(), p.T, rows, columns, rank_is_rows, rank, transpose,
-       p.ranks ? data<int64_t>(*p.ranks) : nullptr, stream_of(from));
+       p.ranks ? data<int64_t>(*p.ranks) : nullptr, scaled ? data<float>(p.scaling) : nullptr, stream_of(from));
   return to;
 }
 
@@ -68,7 +69,13 @@ Factors factors_of(const Inputs& p) {
 
 Tensor A_transposed(const Inputs& p) { return packed(p, p.lora_A, p.r, p.in, true, true); }  // [T, in, rank]
 
-Tensor B_transposed(const Inputs& p) { return packed(p, p.lora_B, p.out, p.r, false, true); }  // [T, rank, out]
+Tensor B_transposed(const Inputs& p, bool scaled = false) {  // [T, rank, out]
+  return packed(p, p.lora_B, p.out, p.r, false, true, scaled);
+}
+
+Tensor scaled_A(const Inputs& p) { return packed(p, p.lora_A, p.r, p.in, true, false, true); }  // [T, rank, in]
+
+Tensor scaled_B(const Inputs& p) { return packed(p, p.lora_B, p.out, p.r, false, false, true); }  // [T, out, rank]
 
 Rows rows_of(const Inputs& p, int64_t rank) {
   Rows rows{p.M, p.T, rank};
@@ -79,11 +86,9 @@ Rows rows_of(const Inputs& p, int64_t rank) {
 // W + sum s B A. Of many ranks torch's own product is faster than lora_merge.
 Tensor merge(const Inputs& p) {
   if (p.x.scalar_type() != ScalarType::Float && p.T * p.r > 256) {
-    const Tensor B = B_transposed(p), scaled_B = torch::stable::new_empty(B, B.sizes());
-    times_into(scaled_B, B, torch::stable::view(p.scaling, {p.T, 1, 1}));
     const int64_t ranks = p.T * padded_rank(p.r);
     const Tensor A = torch::stable::view(factors_of(p).A, {ranks, p.in});
-    const Tensor up = torch::stable::transpose(torch::stable::view(scaled_B, {ranks, p.out}), 0, 1);
+    const Tensor up = torch::stable::transpose(torch::stable::view(B_transposed(p, true), {ranks, p.out}), 0, 1);
     return plus(*p.weight, torch::stable::matmul(up, A));
   }
   std::array<StableIValue, 5> stack{torch::stable::detail::from(*p.weight), torch::stable::detail::from(p.lora_A),
@@ -101,18 +106,16 @@ Tensor new_ranks(const Inputs& p) {
   return torch::stable::new_empty(p.x, {p.M, padded_rank(p.r) * (p.family == Family::indexed ? 1 : p.T)});
 }
 
-// s h of the sum, as the fused product takes it.
-Tensor scaled(const Inputs& p, const Tensor& h) {
-  const Tensor to = new_ranks(p);
-  const Sizes by_adapter{p.M, p.T, padded_rank(p.r)};
-  times_into(torch::stable::view(to, by_adapter), torch::stable::view(h, by_adapter),
-             torch::stable::view(p.scaling, {1, p.T, 1}));
-  return to;
-}
-
 // Whether torch's own product makes the h of a sum: from this many ranks on it is faster than low_rank.
 bool wide_sum(const Inputs& p) {
   return p.family == Family::sum && p.x.scalar_type() != ScalarType::Float && padded_rank(p.r) * p.T > 16;
+}
+
+// Whether it makes every row's h for all adapters, though the row needs one: that costs no more than low_rank does
+// where adapters come in long segments, and much less where they do not.
+bool all_ranks(const Inputs& p) {
+  const int64_t ranks = padded_rank(p.r) * p.T;
+  return p.x.scalar_type() != ScalarType::Float && p.in > 0 && (ranks <= 256 || p.M * p.in * ranks < int64_t{3} << 30);
 }
 
 LowRank low_rank_of(const Inputs& p) {
@@ -195,7 +198,8 @@ void check_served(const Inputs& p) {
                   dtype == ScalarType::Double ? "; the nearest is float32" : "");
 }
 
-// Fills in what both directions share. `h` is read for the rows that the main loop does not serve.
+// Fills in what both directions share. `h` is read for the rows that the main loop does not serve; it holds the ranks
+// of every adapter, or of a row's own.
 void run_fused(const Inputs& p, const LoraPlan& plan, const OptTensor& h, Fused& f) {
 #ifndef PLORA_NO_SM90
   f.dtype = p.x.scalar_type();
@@ -203,7 +207,7 @@ void run_fused(const Inputs& p, const LoraPlan& plan, const OptTensor& h, Fused&
   f.scaling = data<float>(p.scaling);
   f.weight = pointer(p.weight);
   f.in_loop_slots = static_cast<int>(plan.slots);
-  if (plan.algorithm != LoraAlgorithm::in_loop) f.h = pointer(h);
+  if (h) f.h = pointer(h), f.ld_h = h->size(1), f.h_step = f.ld_h > f.rows.r ? f.rows.r : 0;
   fused(f, stream_of(p.x));
 #endif
 }
@@ -234,14 +238,14 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
   const LoraPlan plan = wants_x ? plan_of(p, dy, {}, {}, true, false) : LoraPlan{};
   if (wants_x) dx = p.weight && !plan.hopper ? frozen_dx(p, dy) : torch::stable::new_empty(p.x, p.x.sizes());
   const Factors factors = factors_of(p);
-  const auto add_fused = [&](const Tensor& scaled_g) {
+  const auto add_fused = [&](const Tensor& g, const Tensor& A) {  // one of them scaled
     Fused f{};
     f.transposed = true;
     f.K = p.out, f.N = p.in;
     f.x = pointer(dy), f.ldx = p.out;
     f.y = dx.mutable_data_ptr(), f.ldy = p.in;
-    f.up = pointer(factors.A);
-    run_fused(p, plan, scaled_g, f);
+    f.up = pointer(A);
+    run_fused(p, plan, g, f);
   };
   if (plan.hopper && wide_sum(p) && !gate) {
     const int64_t rank = padded_rank(p.r);
@@ -249,7 +253,7 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
                          ? torch::stable::view(factors.B, {p.out, rank})
                          : torch::stable::transpose(torch::stable::view(B_transposed(p), {p.T * rank, p.out}), 0, 1);
     g = torch::stable::matmul(dy, B);
-    return add_fused(scaled(p, *g));
+    return add_fused(*g, scaled_A(p));
   }
   if (wants_g || (crowded(p) && !plan.hopper)) g = new_ranks(p);
   const OptTensor scaled_g = plan.hopper ? OptTensor(new_ranks(p)) : std::nullopt;
@@ -266,7 +270,7 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
     if (p.weight) l.y0 = l.y;
   }
   low_rank(l, stream_of(p.x));
-  if (plan.hopper) add_fused(*scaled_g);
+  if (plan.hopper) add_fused(*scaled_g, factors.A);
 }
 
 // `needs` holds no bit of the factors where nobody in `asks` would get a gradient.
@@ -408,17 +412,21 @@ struct Cuda {
     const Factors factors = factors_of(p);
     OptTensor h;
     if (keep || (crowded(p) && !plan.hopper)) h = new_ranks(p);
-    OptTensor scaled_h;
     // the fused product writes no h of rows without an adapter, and nobody reads it, but it leaves this operator
     if (keep && plan.hopper && p.ids) torch::stable::zero_(*h);
     LowRank l = down_of(p, factors, h);
+    const bool plain = !p.relu && !p.bias_A;
     if (plan.hopper) {
-      if (plan.algorithm == LoraAlgorithm::precomputed && wide_sum(p) && !p.relu && !p.bias_A) {
-        h = x_times(p, factors.A);
-        scaled_h = scaled(p, *h);
+      Tensor up = factors.B;
+      OptTensor given;
+      if (plan.algorithm == LoraAlgorithm::precomputed && wide_sum(p) && plain) {
+        h = given = x_times(p, factors.A);
+        up = scaled_B(p);
+      } else if (plan.algorithm != LoraAlgorithm::in_loop && p.ids && !keep && all_ranks(p) && plain) {
+        given = x_times(p, scaled_A(p));
       } else if (plan.algorithm != LoraAlgorithm::in_loop) {
-        scaled_h = new_ranks(p);
-        l.scaled_h = out_pointer(scaled_h), l.skip_uniform = plan.slots > 0;
+        given = new_ranks(p);
+        l.scaled_h = out_pointer(given), l.skip_uniform = plan.slots > 0;
         low_rank(l, stream_of(p.x));
       }
       const Tensor y = torch::stable::new_empty(p.x, {p.M, p.out});
@@ -427,12 +435,12 @@ struct Cuda {
       f.x = pointer(p.x), f.ldx = p.in;
       f.bias = pointer(p.bias), f.base = pointer(base), f.ld_base = p.out;
       f.y = y.mutable_data_ptr(), f.ldy = p.out;
-      f.down = pointer(factors.A), f.up = pointer(factors.B);
+      f.down = pointer(factors.A), f.up = pointer(up);
       f.bias_down = pointer(factors.bias_A), f.bias_up = pointer(p.bias_B);
       f.relu = p.relu;
       if (keep && plan.slots > 0) f.kept = out_pointer(h);
       f.slices = slices;
-      run_fused(p, plan, scaled_h, f);
+      run_fused(p, plan, given, f);
       return {y, keep ? *h : none_like(p.x)};
     }
 
@@ -445,6 +453,17 @@ struct Cuda {
     l.up = pointer(factors.B), l.bias_up = pointer(p.bias_B);
     l.y = y.mutable_data_ptr(), l.ldy = p.out, l.y_slab = slabs ? p.M * p.out : 0;
     l.y0 = pointer(y0), l.ldy0 = p.out;
+    if (slabs && expands(l)) {
+      if (all_ranks(p) && plain) {
+        h = x_times(p, factors.A);
+      } else {
+        if (!h) h = new_ranks(p);
+        low_rank(down_of(p, factors, h), stream_of(p.x));
+      }
+      l.h = out_pointer(h);
+      expand(l, stream_of(p.x));
+      return {y, keep ? *h : none_like(p.x)};
+    }
     low_rank(l, stream_of(p.x));
     return {y, keep ? *h : none_like(p.x)};
   }

@@ -54,11 +54,16 @@ struct LowRank {
 };
 void low_rank(const LowRank& p, cudaStream_t stream);
 
+// The second half alone, of `all` (h [M, T r] is read, y_slab is set), where `expands` serves the arguments
+// (expand.cu).
+bool expands(const LowRank& p);
+void expand(const LowRank& p, cudaStream_t stream);
+
 // A copy of the factors that low_rank and the fused product can take: from [T, rows, columns], of which one dimension
 // is the rank, to [T, rows', columns'] or, transposed, [T, columns', rows'], the rank padded with zeros to `padded` (a
-// multiple of 8) and zero from ranks[t] on (pack.cu).
+// multiple of 8) and zero from ranks[t] on, times scaling[t]; either may be null (pack.cu).
 void pack(ScalarType dtype, const void* from, void* to, int64_t T, int64_t rows, int64_t columns, bool rank_is_rows,
-          int64_t padded, bool transpose, const int64_t* ranks, cudaStream_t stream);
+          int64_t padded, bool transpose, const int64_t* ranks, const float* scaling, cudaStream_t stream);
 
 // The gradients of everything but x; null: not asked (lora_grads.cu). Sums over rows in a fixed order.
 //   dA[t, j] = s_t sum g[m, j] x[m]     dB[t, :, j] = s_t sum dy[m] h[m, j]     over the rows m of adapter t
@@ -108,8 +113,10 @@ struct Fused {
   // it to `kept`; of an adapter's slots of 16 ranks, in_loop_slots in all, no tile of 192 columns may need more than
   // one (there is one, or `slices` leaves one). Blocks of more adapters take the h that is given.
   int in_loop_slots = 0;
-  const void* h = nullptr;  // [M, R], scaled: s h
-  void* kept = nullptr;     // [M, R] or null
+  // [M, ld_h], adapter t's from column h_step t on: s h, or h where the caller has scaled `up` (in_loop_slots = 0).
+  const void* h = nullptr;
+  int64_t ld_h = 0, h_step = 0;
+  void* kept = nullptr;  // [M, R] or null
   // Column ranges of y, one for each equal block of ranks of an adapter; ranks outside of theirs are known to be zero
   // in `up` and are left out of the main loop. Empty: none is known.
   std::vector<int64_t> slices;

@@ -5,6 +5,7 @@
 
 #include "launch.cuh"
 #include "lora_kernels.h"
+#include "mma.cuh"
 
 namespace plora::cuda {
 namespace {
@@ -17,10 +18,10 @@ struct Shape {
   bool rank_is_rows, transpose;
 };
 
-template <typename bits>
-__global__ void pack_kernel(const bits* __restrict__ from, bits* __restrict__ to, const __grid_constant__ Shape s,
-                            const int64_t* __restrict__ ranks) {
-  __shared__ bits tile[kTile][kTile + 1];
+template <typename scalar>
+__global__ void pack_kernel(const scalar* __restrict__ from, scalar* __restrict__ to, const __grid_constant__ Shape s,
+                            const int64_t* __restrict__ ranks, const float* __restrict__ scaling) {
+  __shared__ scalar tile[kTile][kTile + 1];
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
   const int tx = threadIdx.x, ty = threadIdx.y;
   for (int64_t t = blockIdx.z; t < s.T; t += gridDim.z)
@@ -30,7 +31,9 @@ __global__ void pack_kernel(const bits* __restrict__ from, bits* __restrict__ to
       for (int i = ty; i < kTile; i += kThreadRows) {
         const int64_t row = first_row + i, column = first_column + tx;
         const bool real = row < s.rows && column < s.columns && (s.rank_is_rows ? row : column) < limit;
-        tile[i][tx] = real ? from[(t * s.rows + row) * s.columns + column] : bits(0);
+        scalar value = from_float<scalar>(0);
+        if (real) value = from[(t * s.rows + row) * s.columns + column];
+        tile[i][tx] = scaling ? from_float<scalar>(scaling[t] * to_float(value)) : value;
       }
       __syncthreads();
       for (int i = ty; i < kTile; i += kThreadRows) {
@@ -46,7 +49,7 @@ __global__ void pack_kernel(const bits* __restrict__ from, bits* __restrict__ to
 }  // namespace
 
 void pack(ScalarType dtype, const void* from, void* to, int64_t T, int64_t rows, int64_t columns, bool rank_is_rows,
-          int64_t padded, bool transpose, const int64_t* ranks, cudaStream_t stream) {
+          int64_t padded, bool transpose, const int64_t* ranks, const float* scaling, cudaStream_t stream) {
   const Shape s{T,        rows, columns, rank_is_rows ? padded : rows, rank_is_rows ? columns : padded, rank_is_rows,
                 transpose};
   if (T * s.to_rows * s.to_columns == 0) return;
@@ -56,9 +59,11 @@ void pack(ScalarType dtype, const void* from, void* to, int64_t T, int64_t rows,
                   static_cast<unsigned>(std::min<int64_t>(T, 65535)));
   const dim3 block(kTile, kThreadRows);
   dispatch("pack", dtype, [&](auto like) {
-    using bits =
-        std::conditional_t<sizeof(like) == 2, uint16_t, std::conditional_t<sizeof(like) == 4, uint32_t, uint64_t>>;
-    pack_kernel<<<grid, block, 0, stream>>>(static_cast<const bits*>(from), static_cast<bits*>(to), s, ranks);
+    using scalar = decltype(like);
+    STD_TORCH_CHECK(sizeof(scalar) < 8, "pack: float64 has no kernel");
+    if constexpr (sizeof(scalar) < 8)
+      pack_kernel<scalar>
+          <<<grid, block, 0, stream>>>(static_cast<const scalar*>(from), static_cast<scalar*>(to), s, ranks, scaling);
   });
   check_launch("pack");
 }

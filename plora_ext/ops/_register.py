@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from plora_ext import _library
+from plora_ext.ops import _gradients
 from plora_ext.ops._checks import wide
-from plora_ext.reference import EPS
+from plora_ext.ops._gradients import through_unit, unit
 
 LORA = ("lora_indexed", "lora_sum", "lora_all")
 PROTOTYPES = ("reconstruct_prototypes", "complete_prototypes", "subspace_logits")
@@ -247,22 +248,15 @@ def _subspace_logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
     features, prototypes, weights = ctx.saved_tensors
     kept = weights.dtype
     g = grad.to(kept)
-
-    def unit(x: Tensor) -> tuple[Tensor, Tensor]:
-        norm = x.to(kept).norm(dim=-1, keepdim=True).clamp_min(EPS)
-        return x.to(kept) / norm, norm
-
-    def through(d: Tensor, u: Tensor, norm: Tensor) -> Tensor:  # the gradient before normalisation
-        return torch.where(norm > EPS, d - (d * u).sum(-1, keepdim=True) * u, d) / norm
-
-    f, f_norm = unit(features)
-    p, p_norm = unit(prototypes)
+    f, f_norm = unit(features, kept)
+    p, p_norm = unit(prototypes, kept)
     df = (g @ (weights[..., None] * p).flatten(1)).view_as(f)
     dwp = (g.T @ f.flatten(1)).view_as(p)
     return (
-        through(df, f, f_norm).to(features.dtype),
-        through(weights[..., None] * dwp, p, p_norm).to(prototypes.dtype),
+        through_unit(df, f, f_norm).to(features.dtype),
+        through_unit(weights[..., None] * dwp, p, p_norm).to(prototypes.dtype),
         (dwp * p).sum(-1),
+        None,
     )
 
 
@@ -274,12 +268,22 @@ def _class_sums_backward(ctx: Any, d_sums: Tensor | None, d_counts: Tensor | Non
     return rows.to(ctx.dtype), None, None
 
 
+def _backward(name: str, grad: Tensor) -> Callable[..., Any]:
+    """The compiled backward of the gradient's device, or else its formula."""
+    compiled = f"{name}_backward"
+    found: Callable[..., Any] = (
+        op[compiled] if _library.has_kernel(compiled, grad.device.type) else getattr(_gradients, name)
+    )
+    return found
+
+
 def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *op["reconstruct_prototypes_backward"](grad, *ctx.saved_tensors, ctx.tau), None
+    d_old, d_new, d_values = _backward("reconstruct_prototypes", grad)(grad, *ctx.saved_tensors, ctx.tau)
+    return d_old + grad if ctx.add_old else d_old, d_new, d_values, None, None, None
 
 
 def _complete_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return op["complete_prototypes_backward"](grad, *ctx.saved_tensors, ctx.tau, ctx.last), None, None, None
+    return _backward("complete_prototypes", grad)(grad, *ctx.saved_tensors, ctx.tau, ctx.last), None, None, None
 
 
 def _save(*names: str) -> Callable[..., None]:
@@ -351,7 +355,7 @@ def _register_all() -> None:
     register_fake("plora_ext::class_sums_", _nothing)
     register_fake(
         "plora_ext::reconstruct_prototypes",
-        lambda old, new, values, tau: old.new_empty(old.shape[0], values.shape[1]),
+        lambda old, new, values, tau, add_old, tf32: old.new_empty(old.shape[0], values.shape[1]),
     )
     register_fake(
         "plora_ext::reconstruct_prototypes_backward",
@@ -361,14 +365,14 @@ def _register_all() -> None:
     register_fake(
         "plora_ext::complete_prototypes_backward", lambda g, p, task_of_class, tau, last: p.new_empty(p.shape)
     )
-    register_fake("plora_ext::subspace_logits", lambda f, p, weights: f.new_empty(f.shape[0], p.shape[0]))
+    register_fake("plora_ext::subspace_logits", lambda f, p, weights, tf32: f.new_empty(len(f), len(p)))
 
     for name, backward, setup in (
         ("lora_merge", _merge_backward, _merge_setup),
         ("class_sums", _class_sums_backward, _class_sums_setup),
-        ("reconstruct_prototypes", _reconstruct_backward, _save("tau")),
+        ("reconstruct_prototypes", _reconstruct_backward, _save("tau", "add_old", "tf32")),
         ("complete_prototypes", _complete_backward, _save("tau", "last")),
-        ("subspace_logits", _subspace_logits_backward, _save()),
+        ("subspace_logits", _subspace_logits_backward, _save("tf32")),
     ):
         register_autograd(f"plora_ext::{name}", backward, setup_context=setup)
 

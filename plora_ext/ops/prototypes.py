@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from plora_ext import _library, reference
 from plora_ext.ops import _register
 from plora_ext.ops._checks import check, shape, wide
+
+# Below this tau a sum of exp((cos - 1) / tau) may vanish in float32; CUDA's kernels then shift by the largest cosine.
+_COLD = 0.025
+
+
+def _native(op: str, t: Tensor, tau: float = 1) -> bool:
+    """Whether the compiled operator takes this; CUDA's know no float64, the CPU's no tau below _COLD."""
+    if t.is_cuda:
+        return _library.has_kernel(op, "cuda") and t.dtype != torch.float64
+    return _library.has_kernel(op, t.device.type) and tau >= _COLD
+
+
+def _tf32(t: Tensor) -> bool:
+    """Whether torch's own products of float32 matrices may use TF32 there (set_float32_matmul_precision and others)."""
+    switch: Any = torch.backends.cuda.matmul
+    if not t.is_cuda:
+        return False
+    # Tracing knows and guards the old switch alone; the new one can be read whichever of them was set.
+    return bool(switch.allow_tf32) if torch.compiler.is_compiling() else bool(switch.fp32_precision == "tf32")
 
 
 def class_sums(
@@ -21,7 +42,7 @@ def class_sums(
     """Sum and number of the rows of every class: sums_c = sum over n with y_n = c of f_n; prototypes are sums / counts.
 
     Deterministic: each class's rows are added one after another in their order, in float32 (float64 with float64), so
-    a running total over batches has the bits of one call over all of them.
+    a running total over batches has the bits of one call over all of them, on the CPU and on any GPU.
 
     Args:
         features: [N, D], float32, bfloat16, float16 or float64.
@@ -77,7 +98,8 @@ def reconstruct_prototypes(
     With P = softmax over k of cos(old_c, new_k) / tau:
         complement: result_c = sum_k P_ck values_k
         shift:      result_c = old_c + sum_k P_ck (values_k - new_k)
-    The Co x Cn matrix P is never held in memory by the compiled operator.
+    A row of zeros has cosine 0 with all others. The Co x Cn matrix P is never held in memory by the compiled operator.
+    On CUDA, products are in float32, or in TF32 where torch's own are (`torch.set_float32_matmul_precision`).
 
     Args:
         old: [Co, D], prototypes of the old classes in the old space.
@@ -108,11 +130,11 @@ def reconstruct_prototypes(
     check(op, "values", values, (new.shape[0], D if mode == "shift" else "Dv"), old, dtype)
     if new.shape[0] == 0 and old.shape[0] > 0:
         raise ValueError(f"{op}: new must hold at least one class to reconstruct from, got {shape(new)}")
-    if not _library.has_kernel(op, old.device.type):
+    if not _native(op, old, tau):
         return _register.run_reference(reference.reconstruct_prototypes, old, new, values, tau=tau, mode=mode)
-    if mode == "shift":
-        return old + torch.ops.plora_ext.reconstruct_prototypes(old, new, values - new, tau)
-    return torch.ops.plora_ext.reconstruct_prototypes(old, new, values, tau)
+    shift = mode == "shift"
+    moved = values - new if shift else values
+    return torch.ops.plora_ext.reconstruct_prototypes(old, new, moved, tau, shift, _tf32(old))
 
 
 def complete_prototypes(prototypes: Tensor, task_of_class: Tensor, *, tau: float = 1.0, mode: str = "reset") -> Tensor:
@@ -132,7 +154,8 @@ def complete_prototypes(prototypes: Tensor, task_of_class: Tensor, *, tau: float
         [C, T, D], a new tensor. Differentiable in prototypes.
 
     Raises:
-        ValueError: shapes, devices, tau or mode do not fit. TypeError: task_of_class is not of integers.
+        ValueError: shapes, devices, tau or mode do not fit. TypeError: task_of_class is not of integers. On the CPU a
+            task outside [0, T) raises; on a GPU it stops the kernel with an assertion, as torch's own indexing does.
 
     Source: EASE (Zhou et al., CVPR 2024; LAMDA-PILOT `models/ease.py`).
     """
@@ -149,7 +172,7 @@ def complete_prototypes(prototypes: Tensor, task_of_class: Tensor, *, tau: float
     if not tau > 0:
         raise ValueError(f"{op}: tau must be positive, got {tau}")
     task_of_class = task_of_class.to(torch.int64)
-    if not _library.has_kernel(op, prototypes.device.type):
+    if not _native(op, prototypes, tau):
         return _register.run_reference(reference.complete_prototypes, prototypes, task_of_class, tau=tau, mode=mode)
     return torch.ops.plora_ext.complete_prototypes(prototypes, task_of_class, tau, mode == "last")
 
@@ -173,7 +196,8 @@ def own_other_weights(task_of_class: Tensor, num_tasks: int, alpha: float) -> Te
 def subspace_logits(features: Tensor, prototypes: Tensor, weights: Tensor) -> Tensor:
     """Reweighted cosine logits over all subspaces: logits_bc = sum_t w_ct cos(features_bt, prototypes_ct).
 
-    One product of the normalised, weighted and flattened subspaces instead of T^2 small ones.
+    One product of the normalised, weighted and flattened subspaces instead of T^2 small ones; on CUDA in float32, or in
+    TF32 where torch's own products are.
 
     Args:
         features: [B, T, D], float32, bfloat16, float16 or float64.
@@ -195,6 +219,6 @@ def subspace_logits(features: Tensor, prototypes: Tensor, weights: Tensor) -> Te
     check(op, "prototypes", prototypes, ("C", *features.shape[1:]), features, dtype)
     check(op, "weights", weights, (prototypes.shape[0], features.shape[1]), features, None)
     weights = weights.to(wide(features))
-    if not _library.has_kernel(op, features.device.type):
+    if not _native(op, features):
         return _register.run_reference(reference.subspace_logits, features, prototypes, weights)
-    return torch.ops.plora_ext.subspace_logits(features, prototypes, weights)
+    return torch.ops.plora_ext.subspace_logits(features, prototypes, weights, _tf32(features))

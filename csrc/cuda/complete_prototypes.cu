@@ -1,0 +1,326 @@
+// complete_prototypes on CUDA: every block above the diagonal of [class, subspace] in one launch. Sorted by task, the
+// classes to fill in subspace j are the first ones, and those they are made of the others, whatever the pair of tasks:
+// so after the cosines of each class with those of later tasks, in its own subspace, one product per subspace is left.
+//
+//   1. every block sorts the classes by task; then cosines, 16 x 16 of them at a time, to memory [C, C]; what is not
+//      filled is copied
+//   2. after all blocks: tiles of 32 classes x 128 columns of a subspace. Cosines become weights on their way in.
+
+#include <cooperative_groups.h>
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstdio>
+
+#include "../common/prototype_checks.h"
+#include "cosine.cuh"
+#include "device.cuh"
+#include "launch.cuh"
+
+namespace plora::cuda {
+namespace {
+
+using cosine::kThreads;
+using cosine::kWarps;
+using Tile = cosine::Tile<2, 2, 32, 2>;
+
+constexpr int kSide = 16;        // of a block of cosines
+constexpr double kCold = 0.025;  // exp(-2 / tau) is a float32 above this
+
+struct Arguments {
+  const float* prototypes;  // [C, T, D]
+  const int64_t* tasks;     // [C]
+  float *cosines, *out;     // [C, C], sorted; [C, T, D]
+  int C, T, D;
+  float scale;  // log2(e) / tau
+  bool last, cold, vectors, pairs;
+};
+
+// Partial products and squares of each warp, in the first part; weights and values of a step, and bounds, in the
+// second.
+struct Partial {
+  float products[kSide * kSide], squares[2 * kSide];
+};
+struct Step {
+  float values[2][Tile::kDepth * Tile::kLd], weights[Tile::kDepth * Tile::kRows], bounds[Tile::kRows];
+};
+union Work {
+  Partial partial[kWarps];
+  Step step;
+};
+
+int shared_bytes(int64_t C, int64_t T) {
+  return static_cast<int>(sizeof(Work) + ((C + 3) / 4 * 4 + C + T + 1) * sizeof(int));
+}
+
+// The classes sorted by task: class `of(s)` is the s-th, and task t has those from start[t] to start[t + 1].
+struct Sorted {
+  const int* keys;  // task C + class
+  const int* start;
+  int C;
+  __device__ int of(int s) const { return keys[s] % C; }
+};
+
+__device__ Sorted sort(const Arguments& p, int* unsorted, int* sorted, int* start) {
+  const int padded = (p.C + 3) / 4 * 4;
+  for (int c = threadIdx.x; c < padded; c += kThreads) {
+    const int64_t task = c < p.C ? p.tasks[c] : 0;
+    if (task < 0 || task >= p.T) {  // as torch's own indexing: the launch fails
+      printf("plora_ext.complete_prototypes: task_of_class must be between 0 and %d, got %lld for class %d\n", p.T - 1,
+             static_cast<long long>(task), c);
+      __trap();
+    }
+    unsorted[c] = c < p.C ? static_cast<int>(task) * p.C + c : INT32_MAX;
+  }
+  __syncthreads();
+  for (int c = threadIdx.x; c < p.C; c += kThreads) {
+    const int key = unsorted[c];
+    int place = 0;
+#pragma unroll 4
+    for (int k = 0; k < padded / 4; ++k) {
+      const int4 other = reinterpret_cast<const int4*>(unsorted)[k];
+      place += (other.x < key) + (other.y < key) + (other.z < key) + (other.w < key);
+    }
+    sorted[place] = key;
+  }
+  __syncthreads();
+  for (int t = threadIdx.x; t <= p.T; t += kThreads) {
+    int low = 0, high = p.C;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (sorted[middle] / p.C < t)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    start[t] = low;
+  }
+  __syncthreads();
+  return {sorted, start, p.C};
+}
+
+// f(t, n) of this block's share of the tasks n < tasks_of(t) of all t.
+template <typename TasksOf, typename F>
+__device__ void share(int T, const TasksOf& tasks_of, const F& f) {
+  int n = blockIdx.x;
+  for (int t = 0; t < T; ++t) {
+    const int tasks = tasks_of(t);
+    for (; n < tasks; n += gridDim.x) f(t, n);
+    n -= tasks;
+  }
+}
+
+__device__ inline Four<float> load(const float* from, int left, bool vectors) {
+  if (vectors) return left > 0 ? cosine::four(from) : Four<float>{};
+  Four<float> v;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = i < left ? from[i] : 0.f;
+  return v;
+}
+
+// The cosines of 16 classes of task t with 16 of later ones, in subspace t. The warps share out D.
+__device__ void make_cosines(const Arguments& p, const Sorted& sorted, Partial* partial, int t, int q0, int queries,
+                             int k0, int keys) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+  const auto row = [&](int s) { return p.prototypes + (static_cast<int64_t>(sorted.of(s)) * p.T + t) * p.D + 4 * q; };
+  const float* const rows[4] = {row(q0 + min(g, queries - 1)), row(q0 + min(g + 8, queries - 1)),
+                                row(k0 + min(g, keys - 1)), row(k0 + min(g + 8, keys - 1))};
+  float sum[2][4] = {}, squares[4] = {};
+#pragma unroll 6
+  for (int d = warp * 16; d < p.D; d += kWarps * 16) {
+    cosine::Split<false> operands[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Four<float> v = load(rows[i] + d, p.D - d - 4 * q, p.vectors);
+      squares[i] += cosine::dot(v);
+      operands[i] = cosine::Split<false>(v);
+    }
+    for (int n = 0; n < 2; ++n) cosine::add_product(sum[n], operands[0], operands[1], operands[2 + n]);
+  }
+  Partial& mine = partial[warp];
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) mine.products[(g + i / 2 * 8) * kSide + 8 * n + 2 * q + i % 2] = sum[n][i];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float square = cosine::quad_sum(squares[i]);
+    if (q == 0) mine.squares[8 * i + g] = square;
+  }
+  __syncthreads();
+  static_assert(kThreads == kSide * kSide);
+  const int i = threadIdx.x / kSide, j = threadIdx.x % kSide;
+  float product = 0.f, query = 0.f, key = 0.f;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    product += partial[w].products[threadIdx.x];
+    query += partial[w].squares[i], key += partial[w].squares[kSide + j];
+  }
+  const float x = product * cosine::inverse_norm(query) * cosine::inverse_norm(key);
+  if (i < queries && j < keys) p.cosines[static_cast<int64_t>(q0 + i) * p.C + k0 + j] = x > 1.f ? 1.f : x;
+  __syncthreads();
+}
+
+// Classes [row0, row0 + rows) of the sorted ones in subspace t, 128 columns from `column` on.
+__device__ void fill(const Arguments& p, const Sorted& sorted, Step& step, int t, int row0, int column) {
+  const int rows = min(Tile::kRows, sorted.start[t] - row0), first = sorted.start[t], keys = p.C - first;
+  const int steps = (keys + Tile::kDepth - 1) / Tile::kDepth;
+  const auto place = [&](int s) { return (static_cast<int64_t>(sorted.of(s)) * p.T + t) * p.D + column; };
+  const float* const cosines = p.cosines + static_cast<int64_t>(row0) * p.C + first;
+  const auto load = [&](int i) {
+    if (i < steps)
+      cosine::fetch_columns<Tile>(
+          step.values[i % 2], [&](int r) { return p.prototypes + place(first + i * Tile::kDepth + r); },
+          keys - i * Tile::kDepth, p.D - column, p.vectors);
+    smem::commit();
+  };
+  load(0);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int row = warp; row < Tile::kRows; row += kWarps) {
+    float bound = 1.f;
+    if (p.cold && row < rows) {
+      bound = -1.f;
+      for (int k = lane; k < keys; k += 32) bound = fmaxf(bound, __ldcg(&cosines[static_cast<int64_t>(row) * p.C + k]));
+#pragma unroll
+      for (int d = 16; d > 0; d /= 2) bound = fmaxf(bound, __shfl_xor_sync(0xffffffffu, bound, d));
+    }
+    if (lane == 0) step.bounds[row] = bound;
+  }
+  __syncthreads();
+
+  cosine::Products<Tile, false> products;
+  products.clear();
+  float totals[2 * Tile::MT] = {};
+#pragma unroll 1
+  for (int i = 0; i < steps; ++i) {
+    load(i + 1);
+#pragma unroll
+    for (int n = threadIdx.x; n < Tile::kRows * Tile::kDepth; n += kThreads) {
+      const int row = n / Tile::kDepth, k = n % Tile::kDepth, key = i * Tile::kDepth + k;
+      float x = 0.f;
+      if (row < rows && key < keys)
+        x = exp2f((__ldcg(&cosines[static_cast<int64_t>(row) * p.C + key]) - step.bounds[row]) * p.scale);
+      step.weights[k / 16 * (Tile::kRows * 16) + row * 16 + cosine::place(k % 16)] = x;
+    }
+    smem::wait<1>();
+    __syncthreads();
+    products.add_columns(step.weights, step.values[i % 2], [&](int m, const Four<float>& a, const Four<float>& a8) {
+      totals[2 * m] += (a[0] + a[1]) + (a[2] + a[3]);
+      totals[2 * m + 1] += (a8[0] + a8[1]) + (a8[2] + a8[3]);
+    });
+    __syncthreads();
+  }
+#pragma unroll
+  for (int m = 0; m < 2 * Tile::MT; ++m) totals[m] = 1.f / cosine::quad_sum(totals[m]);
+  products.each([&](int m, int n, int i, int row, int c) {
+    if (i % 2 || row >= rows || column + c >= p.D) return;  // by pairs of neighbours
+    float* const to = p.out + place(row0 + row) + c;
+    const float x = products.sum[m][n][i] * totals[2 * m + i / 2];
+    const float y = products.sum[m][n][i + 1] * totals[2 * m + i / 2];
+    if (p.pairs) {
+      *reinterpret_cast<float2*>(to) = make_float2(x, y);
+    } else {
+      to[0] = x;
+      if (column + c + 1 < p.D) to[1] = y;
+    }
+  });
+}
+
+__global__ void __launch_bounds__(kThreads, 2) complete_kernel(const __grid_constant__ Arguments p) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  Work& work = *reinterpret_cast<Work*>(memory);
+  int* const unsorted = reinterpret_cast<int*>(memory + sizeof(Work));
+  int* const keys = unsorted + (p.C + 3) / 4 * 4;
+  const Sorted sorted = sort(p, unsorted, keys, keys + p.C);
+  const int* const start = sorted.start;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+  const auto first_key = [&](int t) { return p.last ? max(start[t + 1], start[p.T - 1]) : start[t + 1]; };
+  const auto blocks = [](int n) { return (n + kSide - 1) / kSide; };
+  share(
+      p.T, [&](int t) { return blocks(start[t + 1] - start[t]) * blocks(p.C - first_key(t)); },
+      [&](int t, int n) {
+        const int across = blocks(start[t + 1] - start[t]);
+        const int q = start[t] + n % across * kSide, k = first_key(t) + n / across * kSide;
+        make_cosines(p, sorted, work.partial, t, q, min(kSide, start[t + 1] - q), k, min(kSide, p.C - k));
+      });
+
+  // Whether the classes of earlier tasks are filled in subspace t.
+  const auto filled = [&](int t) { return (!p.last || t == p.T - 1) && start[t] > 0 && start[t] < p.C; };
+  for (int64_t u = static_cast<int64_t>(blockIdx.x) * kWarps + warp; u < static_cast<int64_t>(p.C) * p.T;
+       u += static_cast<int64_t>(gridDim.x) * kWarps) {
+    const int c = static_cast<int>(u / p.T), t = static_cast<int>(u % p.T);
+    if (unsorted[c] / p.C < t && filled(t)) continue;
+    const float* const from = p.prototypes + u * p.D;
+    float* const to = p.out + u * p.D;
+    if (p.vectors) {
+#pragma unroll 6
+      for (int d = 4 * lane; d < p.D; d += 128)
+        *reinterpret_cast<float4*>(to + d) = *reinterpret_cast<const float4*>(from + d);
+    } else {
+      for (int d = lane; d < p.D; d += 32) to[d] = from[d];
+    }
+  }
+
+  cooperative_groups::this_grid().sync();
+  const int slices = (p.D + Tile::kColumns - 1) / Tile::kColumns;
+  share(
+      p.T, [&](int t) { return filled(t) ? (start[t] + Tile::kRows - 1) / Tile::kRows * slices : 0; },
+      [&](int t, int n) { fill(p, sorted, work.step, t, n / slices * Tile::kRows, n % slices * Tile::kColumns); });
+}
+
+Tensor complete_prototypes(const Tensor& prototypes_, const Tensor& task_of_class, double tau, bool last) {
+  const char* op = "complete_prototypes";
+  check_complete(op, prototypes_, task_of_class, tau);
+  const torch::stable::accelerator::DeviceGuard guard(prototypes_.get_device_index());
+  const ScalarType dtype = prototypes_.scalar_type();
+  check_float(op, "prototypes", dtype);
+  const Tensor prototypes =
+      compact(dtype == ScalarType::Float ? prototypes_ : torch::stable::to(prototypes_, ScalarType::Float));
+  const Tensor tasks = compact(task_of_class);
+  const int64_t C = prototypes.size(0), T = prototypes.size(1), D = prototypes.size(2);
+  const Tensor out = torch::stable::new_empty(prototypes, prototypes.sizes());
+  const auto result = [&] { return dtype == ScalarType::Float ? out : torch::stable::to(out, dtype); };
+  if (C == 0 || T == 0 || D == 0) return result();
+  STD_TORCH_CHECK(C * T < INT32_MAX && D < INT32_MAX, op, ": C T and D must be below 2^31");
+  const int bytes = shared_bytes(C, T);
+  STD_TORCH_CHECK(bytes <= shared_memory_limit(), op, ": this GPU sorts at most ",
+                  (shared_memory_limit() - static_cast<int64_t>(sizeof(Work)) - 4 * T) / 8 - 4, " classes, got ", C);
+
+  const Tensor cosines = torch::stable::new_empty(prototypes, {C, C});
+  const auto aligned = [](const Tensor& t, uintptr_t bytes) {
+    return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % bytes == 0;
+  };
+  Arguments p{};
+  p.prototypes = data<float>(prototypes), p.tasks = data<int64_t>(tasks);
+  p.cosines = mutable_data<float>(cosines), p.out = mutable_data<float>(out);
+  p.C = static_cast<int>(C), p.T = static_cast<int>(T), p.D = static_cast<int>(D);
+  p.scale = static_cast<float>(1.4426950408889634 / tau);
+  p.last = last, p.cold = tau < kCold;
+  p.vectors = D % 4 == 0 && aligned(prototypes, 16) && aligned(out, 16);
+  p.pairs = D % 2 == 0 && aligned(out, 8);
+
+  cudaFuncSetAttribute(&complete_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  int resident = 0;  // blocks of a multiprocessor: all must run together
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, &complete_kernel, kThreads, static_cast<size_t>(bytes));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(std::min<int64_t>(std::max(resident, 1) * multiprocessors(), C * T));
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream_of(prototypes_);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, &complete_kernel, p);
+  check_launch(op);
+  return result();
+}
+
+}  // namespace
+}  // namespace plora::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(plora_ext, CUDA, m) {
+  m.impl("complete_prototypes", TORCH_BOX(&plora::cuda::complete_prototypes));
+}

@@ -1,0 +1,108 @@
+// The outputs of all adapters from their h: y_t = y0 + s_t h_t up_t^T + s_t bias_up_t. Bound by the writing of y, so a
+// block keeps its part of y0 in registers while it goes through the adapters, and has the factors of the next product
+// on their way while it writes the last.
+
+#include "launch.cuh"
+#include "lora_kernels.h"
+#include "mma.cuh"
+
+namespace plora::cuda {
+namespace {
+
+// A warp has 32 rows and 32 columns of y, a lane four rows, 8 apart, of 8 neighbouring columns.
+constexpr int kThreads = 256, kRows = 64, kColumns = 128;
+
+template <typename scalar>
+struct Factors {
+  Four<scalar> h[4], up[4];
+};
+
+template <typename scalar>
+__global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_constant__ LowRank p) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+  const int M = static_cast<int>(p.rows.M), N = static_cast<int>(p.N), T = static_cast<int>(p.rows.T);
+  const int r = static_cast<int>(p.rows.r);
+  const int row = blockIdx.x * kRows + warp / 4 * 32 + g, column = blockIdx.y * kColumns + warp % 4 * 32;
+  if (row - g >= M || column >= N) return;
+  const int own = column + 8 * q;
+
+  // Column c of product i stands for column 8 (c / 2) + 2 i + c % 2, so that a lane ends up with neighbours. Beyond the
+  // last row and column come the last: nobody uses what comes of it.
+  const auto load = [&](int t, int c) {
+    Factors<scalar> f;
+    const int rank = c + 4 * q;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t m = min(row + 8 * i, M - 1), n = min(column + g / 2 * 8 + g % 2 + 2 * i, N - 1);
+      const scalar* const h = static_cast<const scalar*>(p.h) + (m * T + t) * r + rank;
+      const scalar* const up = static_cast<const scalar*>(p.up) + (t * static_cast<int64_t>(N) + n) * r + rank;
+      f.h[i].raw = rank < r ? __ldg(reinterpret_cast<const uint2*>(h)) : uint2{};
+      f.up[i].raw = rank < r ? __ldg(reinterpret_cast<const uint2*>(up)) : uint2{};
+    }
+    return f;
+  };
+
+  Vector<scalar> y0[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const scalar* const from = static_cast<const scalar*>(p.y0) + (row + 8 * i) * p.ldy0 + own;
+    y0[i].raw = p.y0 && row + 8 * i < M && own < N ? *reinterpret_cast<const uint4*>(from) : uint4{};
+  }
+  Factors<scalar> next = load(0, 0);
+#pragma unroll 1
+  for (int t = 0; t < T; ++t) {
+    float sum[2][4][4] = {};
+#pragma unroll 1
+    for (int c = 0; c < r; c += 16) {
+      const Factors<scalar> f = next;
+      if (c + 16 < r)
+        next = load(t, c + 16);
+      else if (t + 1 < T)
+        next = load(t + 1, 0);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const Operand<scalar> up(f.up[j]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          multiply(sum[i][j], Operand<scalar>(f.h[2 * i]), Operand<scalar>(f.h[2 * i + 1]), up, false);
+      }
+    }
+    if (own >= N) continue;
+    const float s = __ldg(p.scaling + t);
+    Vector<scalar> bias;
+    bias.raw = uint4{};
+    if (p.bias_up)
+      bias.raw = __ldg(reinterpret_cast<const uint4*>(static_cast<const scalar*>(p.bias_up) + t * p.N + own));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (row + 8 * i >= M) break;
+      Vector<scalar> y;
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        y[e] = from_float<scalar>(to_float(y0[i][e]) + s * (sum[i / 2][e / 2][i % 2 * 2 + e % 2] + to_float(bias[e])));
+      store_vector(static_cast<scalar*>(p.y) + t * p.y_slab + (row + 8 * i) * p.ldy + own, y.raw);
+    }
+  }
+}
+
+}  // namespace
+
+bool expands(const LowRank& p) {
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  return p.dtype != ScalarType::Float && !p.rows.ids && p.y_slab % 8 == 0 && p.y0_slab == 0 && p.rows.r % 8 == 0 &&
+         p.N % 8 == 0 && p.ldy % 8 == 0 && p.ldy0 % 8 == 0 && p.rows.M < int64_t{1} << 30 && aligned(p.up) &&
+         aligned(p.y) && aligned(p.y0) && aligned(p.bias_up);
+}
+
+void expand(const LowRank& p, cudaStream_t stream) {
+  if (p.rows.M == 0 || p.N == 0 || p.rows.T == 0) return;
+  const dim3 grid(static_cast<unsigned>((p.rows.M + kRows - 1) / kRows),
+                  static_cast<unsigned>((p.N + kColumns - 1) / kColumns));
+  dispatch("expand", p.dtype, [&](auto like) {
+    using scalar = decltype(like);
+    if constexpr (sizeof(scalar) == 2) expand_kernel<scalar><<<grid, kThreads, 0, stream>>>(p);
+  });
+  check_launch("expand");
+}
+
+}  // namespace plora::cuda

@@ -1,0 +1,53 @@
+// A kernel that is launched while its predecessor still runs and waits for it on the device (sm_90 and newer), so that
+// the time of a launch is hidden. Elsewhere the two simply follow each other.
+#pragma once
+
+#include <cstdint>
+
+#include "launch.cuh"
+
+namespace plora::cuda {
+
+// By the predecessor, as early as it likes.
+__device__ inline void launch_successor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// By the successor, before it reads what the predecessor wrote: not through a pointer that is const __restrict__, whose
+// loads the compiler may move.
+__device__ inline void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Sets `bytes` (a multiple of 16) on their way from memory to L2.
+__device__ inline void prefetch_to_l2(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Launches a kernel that calls wait_for_predecessor().
+template <typename... Params>
+void launch_overlapped(const char* op, void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream,
+                       const Params&... arguments) {
+  cudaFuncAttributes compiled{};
+  cudaFuncGetAttributes(&compiled, kernel);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(blocks);
+  config.blockDim = static_cast<unsigned>(threads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = compiled.ptxVersion >= 90;  // what the kernel was compiled for, not what the device could do
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+  check_launch(op);
+}
+
+}  // namespace plora::cuda

@@ -1,0 +1,149 @@
+// subspace_logits on CUDA: the raw products of every subspace on the tensor cores, with the squares of both sides' rows
+// added up on the way, so that neither features nor prototypes are normalised in memory. Where classes and images give
+// few tiles, the subspaces are shared out among blocks, whose parts sum_kernel adds in order.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "../common/prototype_checks.h"
+#include "cosine.cuh"
+#include "device.cuh"
+#include "overlap.cuh"
+
+namespace plora::cuda {
+namespace {
+
+using cosine::kThreads;
+using Tile = cosine::Tile<2, 2, 32, 4>;
+
+struct Arguments {
+  const float *features, *prototypes, *weights;
+  float* out;  // [B, C], or that of each group [groups, B, C]
+  int B, C, T, D, per_group;
+  bool vectors;
+};
+
+template <bool kTf32>
+__global__ void __launch_bounds__(kThreads, 1) logits_kernel(const __grid_constant__ Arguments p) {
+  extern __shared__ __align__(16) float stages[];
+  launch_successor();
+  const int tiles = (p.C + Tile::kColumns - 1) / Tile::kColumns;
+  const int row0 = blockIdx.x / tiles * Tile::kRows, column0 = blockIdx.x % tiles * Tile::kColumns;
+  const int rows = min(Tile::kRows, p.B - row0), columns = min(Tile::kColumns, p.C - column0);
+  const int begin = blockIdx.y * p.per_group, end = min(begin + p.per_group, p.T);
+  const int steps = max((p.D + Tile::kDepth - 1) / Tile::kDepth, 1);
+  const int64_t ld = static_cast<int64_t>(p.T) * p.D;
+  const float* const features = p.features + row0 * ld;
+  const float* const prototypes = p.prototypes + column0 * ld;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+  int subspace = begin, inner = 0, slot = 0;  // of the next load
+  const auto load = [&] {
+    if (subspace < end) {
+      const int k = inner * Tile::kDepth;
+      const int64_t at = static_cast<int64_t>(subspace) * p.D + k;
+      float* const to = stages + slot * Tile::kStage;
+      cosine::fetch_rows<Tile::kRows, Tile::kDepth>(to, features + at, ld, rows, p.D - k, p.vectors);
+      cosine::fetch_rows<Tile::kColumns, Tile::kDepth>(to + Tile::kDepth * Tile::kRows, prototypes + at, ld, columns,
+                                                       p.D - k, p.vectors);
+      slot = (slot + 1) % Tile::kStages;
+      if (++inner == steps) inner = 0, ++subspace;
+    }
+    smem::commit();
+  };
+#pragma unroll 1
+  for (int i = 0; i < Tile::kStages - 1; ++i) load();
+
+  cosine::Products<Tile, kTf32> logits, products;
+  logits.clear();
+  int stage = 0;
+#pragma unroll 1
+  for (int t = begin; t < end; ++t) {
+    float squares[Tile::NT] = {}, row_squares[2 * Tile::MT] = {}, factor[Tile::NT][2];
+    products.clear();
+#pragma unroll 1
+    for (int k = 0; k < steps; ++k) {
+      smem::wait<Tile::kStages - 2>();
+      __syncthreads();
+      load();
+      products.template add_rows<true>(stages + stage * Tile::kStage, squares, row_squares);
+      stage = (stage + 1) % Tile::kStages;
+    }
+#pragma unroll
+    for (int n = 0; n < Tile::NT; ++n) {
+      const int c = column0 + warp * 8 * Tile::NT + 8 * n + lane / 4;
+      const float weight = c < p.C ? p.weights[static_cast<int64_t>(c) * p.T + t] : 0.f;
+      const float own = weight * cosine::inverse_norm(cosine::quad_sum(squares[n]));
+      factor[n][0] = cosine::of_column(own, 0), factor[n][1] = cosine::of_column(own, 1);
+    }
+    float inverse[2 * Tile::MT];
+#pragma unroll
+    for (int m = 0; m < 2 * Tile::MT; ++m) inverse[m] = cosine::inverse_norm(cosine::quad_sum(row_squares[m]));
+    products.each([&](int m, int n, int i, int, int) {
+      logits.sum[m][n][i] += products.sum[m][n][i] * inverse[2 * m + i / 2] * factor[n][i % 2];
+    });
+  }
+  float* const out = p.out + (static_cast<int64_t>(blockIdx.y) * p.B + row0) * p.C + column0;
+  logits.each([&](int m, int n, int i, int row, int column) {
+    if (row < rows && column < columns) out[static_cast<int64_t>(row) * p.C + column] = logits.sum[m][n][i];
+  });
+}
+
+__global__ void __launch_bounds__(kThreads) sum_kernel(const float* parts, float* out, int64_t count, int groups) {
+  wait_for_predecessor();
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= count) return;
+  float sum = 0.f;
+#pragma unroll 8
+  for (int g = 0; g < groups; ++g) sum += parts[g * count + i];
+  out[i] = sum;
+}
+
+Tensor subspace_logits(const Tensor& features_, const Tensor& prototypes_, const Tensor& weights_, bool tf32) {
+  const char* op = "subspace_logits";
+  check_subspaces(op, features_, prototypes_, weights_);
+  const torch::stable::accelerator::DeviceGuard guard(features_.get_device_index());
+  const ScalarType dtype = features_.scalar_type();
+  check_float(op, "features", dtype);
+  const auto widened = [&](const Tensor& t) {
+    return compact(dtype == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+  };
+  const int64_t B = features_.size(0), T = features_.size(1), D = features_.size(2), C = prototypes_.size(0);
+  STD_TORCH_CHECK(std::max({B, C, T, D}) < INT32_MAX / 2, op, ": sizes beyond 2^30");
+  const Tensor features = widened(features_), prototypes = widened(prototypes_), weights = compact(weights_);
+  const auto result = [&](const Tensor& logits) {
+    return dtype == ScalarType::Float ? logits : torch::stable::to(logits, dtype);
+  };
+  if (B == 0 || C == 0 || T == 0) return result(torch::stable::new_zeros(features, {B, C}));
+
+  const Tensor out = torch::stable::new_empty(features, {B, C});
+  const auto aligned = [&](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; };
+  Arguments p{};
+  p.features = data<float>(features), p.prototypes = data<float>(prototypes), p.weights = data<float>(weights);
+  p.B = static_cast<int>(B), p.C = static_cast<int>(C), p.T = static_cast<int>(T), p.D = static_cast<int>(D);
+  p.vectors = D > 0 && D % 4 == 0 && aligned(features) && aligned(prototypes);
+  const int64_t tiles = ((B + Tile::kRows - 1) / Tile::kRows) * ((C + Tile::kColumns - 1) / Tile::kColumns);
+  const int64_t wanted = std::clamp<int64_t>(multiprocessors() / tiles, 1, T);
+  p.per_group = static_cast<int>((T + wanted - 1) / wanted);
+  const int groups = static_cast<int>((T + p.per_group - 1) / p.per_group);
+  const Tensor parts = groups > 1 ? torch::stable::new_empty(features, {groups, B, C}) : out;
+  p.out = mutable_data<float>(parts);
+
+  const cudaStream_t stream = stream_of(features_);
+  const bool fast = tf32 || dtype != ScalarType::Float;
+  const auto kernel = fast ? &logits_kernel<true> : &logits_kernel<false>;
+  constexpr int kBytes = Tile::kStages * Tile::kStage * static_cast<int>(sizeof(float));
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  kernel<<<dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(groups)), kThreads, kBytes, stream>>>(p);
+  check_launch(op);
+  if (groups > 1)
+    launch_overlapped(op, &sum_kernel, (B * C + kThreads - 1) / kThreads, kThreads, stream,
+                      static_cast<const float*>(p.out), mutable_data<float>(out), B * C, groups);
+  return result(out);
+}
+
+}  // namespace
+}  // namespace plora::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(plora_ext, CUDA, m) { m.impl("subspace_logits", TORCH_BOX(&plora::cuda::subspace_logits)); }

@@ -1,0 +1,71 @@
+"""Gradients of the prototype operators as formulas in torch, for devices without a compiled backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from plora_ext.ops._checks import wide
+from plora_ext.reference import EPS
+
+SCORES = 2**22  # of the softmax, at most so many at a time
+
+
+def unit(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows divided by their norms, and the norms."""
+    norm = x.to(dtype).norm(dim=-1, keepdim=True).clamp_min(EPS)
+    return x.to(dtype) / norm, norm
+
+
+def through_unit(d: Tensor, u: Tensor, norm: Tensor) -> Tensor:
+    """The gradient before normalisation; below eps the norm is a constant."""
+    return torch.where(norm > EPS, d - (d * u).sum(-1, keepdim=True) * u, d) / norm
+
+
+def _of_scores(p: Tensor, dp: Tensor, tau: float) -> Tensor:
+    """The gradient of the cosines, from the softmax p and the gradient of p."""
+    return p * (dp - (p * dp).sum(-1, keepdim=True)) / tau
+
+
+def reconstruct_prototypes(
+    grad: Tensor, old: Tensor, new: Tensor, values: Tensor, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of old, new and values, a block of old classes after the other, so that no Co x Cn matrix is held."""
+    kept = wide(old)
+    (q, q_norm), (k, k_norm), v, g = unit(old, kept), unit(new, kept), values.to(kept), grad.to(kept)
+    dq, dk, dv = [q[:0]], torch.zeros_like(k), torch.zeros_like(v)
+    rows = max(256, SCORES // max(len(k), 1))
+    for i in range(0, len(q), rows):
+        q_i, g_i = q[i : i + rows], g[i : i + rows]
+        p = torch.softmax(q_i @ k.T / tau, dim=-1)
+        ds = _of_scores(p, g_i @ v.T, tau)
+        dq.append(ds @ k)
+        dk, dv = dk.addmm(ds.T, q_i), dv.addmm(p.T, g_i)
+    d_old, d_new = through_unit(torch.cat(dq), q, q_norm), through_unit(dk, k, k_norm)
+    return d_old.to(old.dtype), d_new.to(new.dtype), dv.to(values.dtype)
+
+
+def complete_prototypes(grad: Tensor, prototypes: Tensor, task_of_class: Tensor, tau: float, last: bool) -> Tensor:
+    """Of prototypes: all pairs of classes at once, some subspaces after the other, without looking at the tasks."""
+    kept = wide(prototypes)
+    C, T, _ = prototypes.shape
+    u, norm = unit(prototypes, kept)
+    subspaces = torch.arange(T, device=grad.device)
+    own = (task_of_class[:, None] == subspaces).to(kept)[..., None]  # [C, T, 1]
+    q = (u * own).flatten(1)  # every class in its own subspace
+    cos, dcos = q @ u.flatten(1).T, q.new_zeros(C, C)
+    keys = task_of_class >= subspaces[:, None]  # [T, C]
+    filled = (task_of_class < subspaces[:, None]) & keys.any(1, keepdim=True)
+    if last:
+        filled = filled & (subspaces[:, None] == T - 1)
+    g = grad.to(kept).transpose(0, 1) * filled[..., None]  # [T, C, D]
+    v = prototypes.to(kept).transpose(0, 1)
+    dv, count = [v[:0]], max(1, SCORES // max(C * C, 1))
+    for first in range(0, T, count):
+        j = slice(first, first + count)
+        p = torch.softmax((cos / tau).masked_fill(~keys[j, None], -torch.inf), -1).nan_to_num(0)
+        dcos = dcos + _of_scores(p, g[j] @ v[j].mT, tau).sum(0)
+        dv.append(p.mT @ g[j])
+    du = (dcos @ u.flatten(1)).view_as(u) * own + (dcos.T @ q).view_as(u)
+    direct = grad.to(kept).masked_fill(filled.T[..., None], 0)
+    return (direct + through_unit(du, u, norm) + torch.cat(dv).transpose(0, 1)).to(prototypes.dtype)
