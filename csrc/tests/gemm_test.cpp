@@ -79,6 +79,9 @@ void test_rest(const char* isa, const Gemm<T>& gemm, std::mt19937& random) {
     for (int64_t i = 0; i < n; ++i)
       if (sum[i] != a[i] + b[i]) return fail(isa, "add", 1, n, 1);
   }
+  T nan = std::nan(""), zero = 0, total = 0;
+  gemm.exp_rows(1, 1, &nan, T(1), &zero, &total);
+  if (!std::isnan(nan) || !std::isnan(total)) fail(isa, "exp_rows of NaN", 1, 1, 1);
   for (int64_t rows : {1, 5, 16, 33})
     for (int64_t columns : {1, 7, 16, 40}) {
       const std::vector<T> from = draw<T>(rows * (columns + 2), random);
@@ -88,12 +91,12 @@ void test_rest(const char* isa, const Gemm<T>& gemm, std::mt19937& random) {
         for (int64_t j = 0; j < columns; ++j)
           if (to[j * (rows + 1) + i] != from[i * (columns + 2) + j]) return fail(isa, "transpose", rows, columns, 1);
 
-      std::vector<T> x(rows * columns), shift = draw<T>(columns, random), total(columns, T(1));
+      std::vector<T> x(rows * columns), shift = draw<T>(columns, random), totals(columns, T(1));
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; ++j)  // exponents from 0 far below what a float holds
           x[i * columns + j] = (shift[j] - static_cast<T>(i == 0 ? 0 : i * i * (j + 1)) / 16) / T(2);
       const std::vector<T> before = x;
-      gemm.exp_rows(rows, columns, x.data(), T(2), shift.data(), total.data());
+      gemm.exp_rows(rows, columns, x.data(), T(2), shift.data(), totals.data());
       for (int64_t j = 0; j < columns; ++j) {
         double sum = 1;
         for (int64_t i = 0; i < rows; ++i) {
@@ -102,7 +105,7 @@ void test_rest(const char* isa, const Gemm<T>& gemm, std::mt19937& random) {
             return fail(isa, "exp_rows", rows, columns, 1);
           sum += expected;
         }
-        if (!near(total[j], sum, sum)) return fail(isa, "exp_rows, total", rows, columns, 1);
+        if (!near(totals[j], sum, sum)) return fail(isa, "exp_rows, total", rows, columns, 1);
       }
     }
 }

@@ -119,17 +119,22 @@ void gemm_nn(int64_t M, int64_t N, int64_t K, const T* A, int64_t a_row, int64_t
     strips_nn<T, 1, true>(1, M, K, A, a_row, a_col, B + j, ldb, from(j), ld0, C + j, ldc, static_cast<int>(N - j));
 }
 
+#if defined(__clang__)
+#define PLORA_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PLORA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Pick){__VA_ARGS__})
+#endif
+
 // Four rows of four columns at a time, in registers.
 inline void transpose_4x4(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
   typedef float Four __attribute__((vector_size(16)));
-  typedef int32_t Pick __attribute__((vector_size(16)));
+  [[maybe_unused]] typedef int32_t Pick __attribute__((vector_size(16)));
   Four r[4];
   for (int i = 0; i < 4; ++i) std::memcpy(&r[i], from + i * ld_from, sizeof(Four));
-  const Pick low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
-  const Four a = __builtin_shuffle(r[0], r[1], low), b = __builtin_shuffle(r[0], r[1], high);
-  const Four c = __builtin_shuffle(r[2], r[3], low), d = __builtin_shuffle(r[2], r[3], high);
-  const Four columns[4] = {__builtin_shuffle(a, c, first), __builtin_shuffle(a, c, second),
-                           __builtin_shuffle(b, d, first), __builtin_shuffle(b, d, second)};
+  const Four a = PLORA_SHUFFLE(r[0], r[1], 0, 4, 1, 5), b = PLORA_SHUFFLE(r[0], r[1], 2, 6, 3, 7);
+  const Four c = PLORA_SHUFFLE(r[2], r[3], 0, 4, 1, 5), d = PLORA_SHUFFLE(r[2], r[3], 2, 6, 3, 7);
+  const Four columns[4] = {PLORA_SHUFFLE(a, c, 0, 1, 4, 5), PLORA_SHUFFLE(a, c, 2, 3, 6, 7),
+                           PLORA_SHUFFLE(b, d, 0, 1, 4, 5), PLORA_SHUFFLE(b, d, 2, 3, 6, 7)};
   for (int i = 0; i < 4; ++i) std::memcpy(to + i * ld_to, &columns[i], sizeof(Four));
 }
 
@@ -181,7 +186,7 @@ inline Vec<float>::type exp(Vec<float>::type x) {
   y = y * r * r + r + 1.0f;
   Bits bits;
   std::memcpy(&bits, &y, sizeof(y));
-  bits = (bits + ((Bits) __builtin_convertvector(n, Int) << 23)) & (Bits)(x > -87.33654f);
+  bits = (bits + ((Bits) __builtin_convertvector(n, Int) << 23)) & ~(Bits)(x <= -87.33654f);  // NaN stays NaN
   std::memcpy(&y, &bits, sizeof(y));
   return y;
 }
