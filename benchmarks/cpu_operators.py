@@ -141,7 +141,7 @@ def with_base(images: int) -> Iterator[Case]:
     yield Case(
         "all 10 outputs, base layer included, preallocated",
         {
-            OURS: lambda: ops.lora_all(rows, *q.factors, **q.layer),
+            OURS: lambda: ops.lora_all(rows, *q.factors, **q.layer, out=out),
             "linear, matmul, baddbmm": lambda: torch.baddbmm(
                 F.linear(rows, q.weight, q.bias), rows @ A, B, alpha=S, out=out
             ),

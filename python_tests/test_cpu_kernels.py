@@ -52,6 +52,36 @@ def test_frozen_product(family: str, maker: str, sizes: tuple[int, int, int], mo
     check(getattr(ops, family), getattr(reference, family), args, kwargs, cotangent)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("given", ["", "base", "weight", "base weight"])
+def test_all_into_given_memory(dtype: torch.dtype, given: str) -> None:
+    x, lora_A, lora_B = (
+        torch.randn(2, 9, 13, dtype=dtype),
+        torch.randn(3, 4, 13).to(dtype),
+        torch.randn(3, 7, 4).to(dtype),
+    )
+    kwargs = {"base": torch.randn(2, 9, 7).to(dtype), "weight": torch.randn(7, 13).to(dtype)}
+    kwargs = {name: kwargs[name] for name in given.split()}
+    expected = ops.lora_all(x, lora_A, lora_B, **kwargs)
+    wide = torch.full((3, 2, 9, 9), torch.nan, dtype=dtype)
+    for out in (torch.full_like(expected, torch.nan), wide[..., 1:8]):
+        assert ops.lora_all(x, lora_A, lora_B, **kwargs, out=out) is out
+        assert torch.equal(out, expected)
+    assert wide[..., 0].isnan().all() and wide[..., 8].isnan().all()
+    with pytest.raises(ValueError, match="lora_all: out must have the shape"):
+        ops.lora_all(x, lora_A, lora_B, **kwargs, out=expected[:2])
+    with pytest.raises(ValueError, match="out= records no gradients"):
+        ops.lora_all(x.requires_grad_(), lora_A, lora_B, **kwargs, out=torch.empty_like(expected))
+
+
+def test_large_outputs_past_the_caches() -> None:
+    """32 MB and more are written with streaming stores."""
+    x, lora_A, lora_B = torch.randn(300, 40), torch.randn(29, 4, 40), torch.randn(29, 1008, 4)
+    y = ops.lora_all(x, lora_A, lora_B)
+    check_one = reference.lora_all(x, lora_A, lora_B)
+    torch.testing.assert_close(y, check_one)
+
+
 def test_unknown_maker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLORA_CPU_BASE", "mkl")
     args, kwargs, _ = problem("lora_sum", 9, 8, 8, grad=False)

@@ -167,27 +167,35 @@ void forward(const Inputs& p, const Output<scalar>& o, bool own) {
   Forward<scalar>(p, o, own).run();
 }
 
+// y0 + the low-rank part into y, which is written for the first time; `layer` is torch's frozen product.
+void write(const Inputs& p, const OptTensor& base, const OptTensor& layer, bool own, const Tensor& y) {
+  dispatch(p.op, p.x.scalar_type(), [&](auto tag) {
+    using scalar = decltype(tag);
+    Output<scalar> o{mutable_data<scalar>(y), p.out, p.M * p.out};
+    o.in_place = layer && layer->const_data_ptr() == y.const_data_ptr();
+    if (base) o.base = data<scalar>(*base);
+    if (layer && !o.in_place) o.linear = data<scalar>(*layer);
+    if (own && p.bias) o.bias = data<scalar>(*p.bias);
+    forward(p, o, own);
+  });
+}
+
+OptTensor torch_product(const Inputs& p, bool own) {
+  if (!p.weight || own) return std::nullopt;
+  return linear(p.x, merges(p) ? merged(p) : *p.weight, p.bias);
+}
+
 struct Cpu {
   static std::tuple<Tensor, Tensor> forward(const Inputs& p, const OptTensor& base, const OptInts&, bool) {
     const bool own = p.weight && own_frozen_product(p), slabs = p.family == Family::all;
-    OptTensor layer;
-    if (p.weight && !own) {
-      layer = linear(p.x, merges(p) ? merged(p) : *p.weight, p.bias);
-      if (merges(p) && !base) return {*layer, none_like(p.x)};
-    }
+    const OptTensor layer = torch_product(p, own);
+    if (layer && merges(p) && !base) return {*layer, none_like(p.x)};
     const bool in_place = layer && !slabs;  // one output per row: the layer's output becomes y
     const Tensor y = in_place ? *layer
                      : slabs  ? torch::stable::new_empty(p.x, {p.T, p.M, p.out})
                               : torch::stable::new_empty(p.x, {p.M, p.out});
     if (!in_place) large_pages(y.mutable_data_ptr(), y.numel() * y.element_size());
-    dispatch(p.op, p.x.scalar_type(), [&](auto tag) {
-      using scalar = decltype(tag);
-      Output<scalar> o{mutable_data<scalar>(y), p.out, p.M * p.out, in_place};
-      if (base) o.base = data<scalar>(*base);
-      if (layer && !in_place) o.linear = data<scalar>(*layer);
-      if (own && p.bias) o.bias = data<scalar>(*p.bias);
-      cpu::forward(p, o, own);
-    });
+    write(p, base, layer, own, y);
     return {y, none_like(p.x)};
   }
 
@@ -206,7 +214,22 @@ struct Cpu {
   }
 };
 
+void lora_all_out(const Tensor& out, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling,
+                  const OptTensor& base, const OptTensor& weight, const OptTensor& bias, const OptTensor& bias_A,
+                  const OptTensor& bias_B, const OptTensor& ranks, bool relu) {
+  const Inputs p("lora_all_out", Family::all, x, {}, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu);
+  p.check_output("out", out, true);
+  if (base) p.check_output("base", *base, false);
+  STD_TORCH_CHECK(out.is_contiguous(), p.op, ": out must be contiguous");
+  const NoGrad guard;
+  const bool own = p.weight && own_frozen_product(p);
+  write(p, compact(base), torch_product(p, own), own, out);
+}
+
 }  // namespace
 }  // namespace plora::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(plora_ext, CPU, m) { plora::LoraOperators<plora::cpu::Cpu>::add_to(m); }
+STABLE_TORCH_LIBRARY_IMPL(plora_ext, CPU, m) {
+  plora::LoraOperators<plora::cpu::Cpu>::add_to(m);
+  m.impl("lora_all_out", TORCH_BOX(&plora::cpu::lora_all_out));
+}
