@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "chunks.h"
 #include "frozen.h"
 #include "lora_grads.h"
 #include "lora_rows.h"

@@ -4,13 +4,14 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/prototype_checks.h"
+#include "chunks.h"
 #include "dispatch.h"
 #include "similarity.h"
 
 namespace plora::cpu {
 namespace {
 
-constexpr int64_t kRows = 48;
+constexpr int64_t kRows = 64;
 
 Tensor subspace_logits(const Tensor& features_, const Tensor& prototypes_, const Tensor& weights_, bool) {
   const char* op = "subspace_logits";
@@ -35,10 +36,11 @@ Tensor subspace_logits(const Tensor& features_, const Tensor& prototypes_, const
         gemm<acc>().transpose(width, D, rows.data(), D, packed.data() + (c * T + t * width) * D, width);
       }
     });
-    torch::stable::parallel_for(0, (B + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-      Scratch<acc> rows(kRows * D), block(kRows * C);
+    const int64_t most = even_chunk(B, kRows);
+    torch::stable::parallel_for(0, (B + most - 1) / most, 1, [&](int64_t begin, int64_t end) {
+      Scratch<acc> rows(most * D), block(most * C);
       for (int64_t b = begin; b < end; ++b) {
-        const int64_t row = b * kRows, n = std::min(kRows, B - row);
+        const int64_t row = b * most, n = std::min(most, B - row);
         for (int64_t t = 0; t < T; ++t) {
           for (int64_t i = 0; i < n; ++i)
             normalise(data<scalar>(features) + ((row + i) * T + t) * D, D, acc(1), &rows[i * D]);
