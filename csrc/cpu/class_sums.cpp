@@ -63,7 +63,7 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
           if constexpr (std::is_same_v<scalar, acc>) {
             gemm<acc>().add(width, x, sum + c * D + first);
           } else {
-            std::copy_n(x, width, wide.data());
+            convert(x, width, wide.data());
             gemm<acc>().add(width, wide.data(), sum + c * D + first);
           }
         }

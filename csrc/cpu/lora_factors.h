@@ -13,11 +13,6 @@
 
 namespace plora::cpu {
 
-template <typename From, typename To>
-void convert(const From* from, int64_t n, To* to) {
-  std::copy_n(from, n, to);
-}
-
 // One adapter, or several whose ranks are concatenated.
 template <typename acc>
 struct Adapter {

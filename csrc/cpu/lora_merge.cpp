@@ -29,7 +29,7 @@ void merge(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor&
   Scratch<acc> copy_of_A(all_A ? 0 : R * in);
   if (!all_A) {
     for (int64_t t = 0; t < T; ++t)
-      std::copy_n(data<scalar>(A) + t * r * in, (start[t + 1] - start[t]) * in, copy_of_A.data() + start[t] * in);
+      convert(data<scalar>(A) + t * r * in, (start[t + 1] - start[t]) * in, copy_of_A.data() + start[t] * in);
     all_A = copy_of_A.data();
   }
   torch::stable::parallel_for(0, (out + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
@@ -47,9 +47,9 @@ void merge(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor&
       if constexpr (std::is_same_v<scalar, acc>) {
         gemm<acc>().nn(n, in, R, scaled_B.data(), R, 1, all_A, in, from, in, to, in);
       } else {
-        std::copy_n(from, n * in, sum.data());
+        convert(from, n * in, sum.data());
         gemm<acc>().nn(n, in, R, scaled_B.data(), R, 1, all_A, in, sum.data(), in, sum.data(), in);
-        std::copy_n(sum.data(), n * in, to);
+        convert(sum.data(), n * in, to);
       }
     }
   });
