@@ -25,7 +25,7 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
   for (int64_t n = 0; n < N; ++n)
     STD_TORCH_CHECK(label[n] >= -1 && label[n] < C, "class_sums: labels must be between -1 and ", C - 1, ", got ",
                     label[n], " at position ", n);
-  std::vector<int64_t> start(C + 1, 0), order(N);  // the rows of class c are order[start[c], start[c + 1])
+  std::vector<int64_t> start(C + 1, 0);  // of the rows counted by class
   for (int64_t n = 0; n < N; ++n)
     if (label[n] >= 0) ++start[label[n] + 1];
   int64_t* count = mutable_data<int64_t>(counts);
@@ -35,9 +35,6 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
     count[c] += start[c + 1];
     start[c + 1] += start[c];
   }
-  std::vector<int64_t> next(start.begin(), start.end() - 1);
-  for (int64_t n = 0; n < N; ++n)
-    if (label[n] >= 0) order[next[label[n]]++] = n;
 
   const int64_t threads = torch::stable::get_num_threads();
   const bool whole = largest * threads <= start[C];
@@ -49,24 +46,26 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
     const int64_t parts = whole ? threads : (D + kSlab - 1) / kSlab;
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       const int64_t first = whole ? 0 : begin * kSlab, width = (whole ? D : std::min(end * kSlab, D)) - first;
-      // the classes whose first row lies in this part of the order
-      const auto class_of = [&](int64_t part) {
+      const auto class_of = [&](int64_t part) {  // the first class of a part of about as many rows as every other
         return std::lower_bound(start.begin(), start.end() - 1, start[C] * part / parts) - start.begin();
       };
       const int64_t from = whole ? class_of(begin) : 0, to = whole && end < parts ? class_of(end) : C;
+      std::vector<int64_t> mine;
+      for (int64_t n = 0; n < N; ++n)
+        if (label[n] >= from && label[n] < to) mine.push_back(n);
       Scratch<acc> wide(width);
-      for (int64_t c = from; c < to; ++c)
-        for (int64_t i = start[c]; i < start[c + 1]; ++i) {
-          const scalar* x = row + order[i] * D + first;
-          if (i + 1 < start[to])  // the row to come
-            for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + order[i + 1] * D + first + d);
-          if constexpr (std::is_same_v<scalar, acc>) {
-            gemm<acc>().add(width, x, sum + c * D + first);
-          } else {
-            convert(x, width, wide.data());
-            gemm<acc>().add(width, wide.data(), sum + c * D + first);
-          }
+      for (size_t i = 0; i < mine.size(); ++i) {
+        const scalar* x = row + mine[i] * D + first;
+        if (i + 1 < mine.size())  // the row to come
+          for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(row + mine[i + 1] * D + first + d);
+        acc* total = sum + label[mine[i]] * D + first;
+        if constexpr (std::is_same_v<scalar, acc>) {
+          gemm<acc>().add(width, x, total);
+        } else {
+          convert(x, width, wide.data());
+          gemm<acc>().add(width, wide.data(), total);
         }
+      }
     });
   });
 }

@@ -6,7 +6,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "chunks.h"
 #include "frozen.h"
 #include "lora_grads.h"
 #include "lora_rows.h"
@@ -50,10 +49,11 @@ class Forward {
   }
 
   void run() {
-    const auto chunks = order_.chunks(even_chunk(p_.M, panels_ ? kFrozenRows : kRows));
-    torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
+    const int64_t most = panels_ ? kFrozenRows : kRows;
+    const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), (p_.M + most - 1) / most);
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       Local local(p_);
-      for (int64_t c = begin; c < end; ++c) one(chunks[c], local);
+      for (const Chunk& c : order_.chunks(most, p_.M * begin / parts, p_.M * end / parts)) one(c, local);
     });
   }
 

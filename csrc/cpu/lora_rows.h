@@ -44,11 +44,14 @@ class Order {
   bool consecutive(int64_t begin, int64_t end) const { return row(end - 1) - row(begin) == end - 1 - begin; }
 
   // All positions in chunks of at most `most` rows, those of an adapter as equal as can be.
-  std::vector<Chunk> chunks(int64_t most) const {
+  std::vector<Chunk> chunks(int64_t most) const { return chunks(most, 0, M_); }
+
+  // The same of positions [from, to).
+  std::vector<Chunk> chunks(int64_t most, int64_t from, int64_t to) const {
     std::vector<Chunk> result;
-    if (start_.empty()) cut(0, M_, 0, most, result);
+    if (start_.empty()) cut(from, to, 0, most, result);
     for (size_t i = 0; i + 1 < start_.size(); ++i)
-      cut(start_[i], start_[i + 1], static_cast<int64_t>(i) - 1, most, result);
+      cut(std::max(start_[i], from), std::min(start_[i + 1], to), static_cast<int64_t>(i) - 1, most, result);
     return result;
   }
 
@@ -58,7 +61,7 @@ class Order {
   std::vector<int64_t> rows_;   // by position; empty: as they come
 
   static void cut(int64_t begin, int64_t end, int64_t t, int64_t most, std::vector<Chunk>& result) {
-    const int64_t count = (end - begin + most - 1) / most;
+    const int64_t count = begin < end ? (end - begin + most - 1) / most : 0;
     for (int64_t i = 0; i < count; ++i)
       result.push_back({begin + (end - begin) * i / count, begin + (end - begin) * (i + 1) / count, t});
   }

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/prototype_checks.h"
-#include "chunks.h"
 #include "dispatch.h"
 #include "similarity.h"
 
@@ -36,8 +35,9 @@ Tensor subspace_logits(const Tensor& features_, const Tensor& prototypes_, const
         gemm<acc>().transpose(width, D, rows.data(), D, packed.data() + (c * T + t * width) * D, width);
       }
     });
-    const int64_t most = even_chunk(B, kRows);
-    torch::stable::parallel_for(0, (B + most - 1) / most, 1, [&](int64_t begin, int64_t end) {
+    const int64_t parts = std::max<int64_t>(1, torch::stable::get_num_threads());
+    const int64_t most = std::min(kRows, (B + parts - 1) / parts);
+    torch::stable::parallel_for(0, B ? (B + most - 1) / most : 0, 1, [&](int64_t begin, int64_t end) {
       Scratch<acc> rows(most * D), block(most * C);
       for (int64_t b = begin; b < end; ++b) {
         const int64_t row = b * most, n = std::min(most, B - row);
