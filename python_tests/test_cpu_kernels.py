@@ -82,6 +82,14 @@ def test_large_outputs_past_the_caches() -> None:
     torch.testing.assert_close(y, check_one)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_without_ranks(family: str) -> None:
+    """They share their place among the packed ranks with the adapter that follows."""
+    args, _, cotangent = problem(family, 40, 6, 7, T=5, r=2)
+    kwargs = {"ranks": torch.tensor([0, 2, 0, 0, 1])}
+    check(getattr(ops, family), getattr(reference, family), args, kwargs, cotangent)
+
+
 def test_unknown_maker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLORA_CPU_BASE", "mkl")
     args, kwargs, _ = problem("lora_sum", 9, 8, 8, grad=False)

@@ -21,7 +21,10 @@ class Panels {
     Panels w(in, out);
     w.each([&](int64_t n, int64_t width, acc* panel) {
       gemm<acc>().transpose(width, in, weight + n * in, in, panel, width);
-      if (a) gemm<acc>().nn(in, width, a->R, a->A, 1, in, a->BT + n, out, panel, width, panel, width);
+      if (!a) return;
+      Scratch<acc> BT(a->R * width);  // side by side, or its rows would compete for a few lines of the cache
+      for (int64_t j = 0; j < a->R; ++j) std::copy_n(a->BT + j * out + n, width, &BT[j * width]);
+      gemm<acc>().nn(in, width, a->R, a->A, 1, in, BT.data(), width, panel, width, panel, width);
     });
     return w;
   }
@@ -30,20 +33,24 @@ class Panels {
   static Panels straight(const acc* weight, int64_t out, int64_t in, const Adapter<acc>* a) {
     Panels w(out, in);
     w.each([&](int64_t n, int64_t width, acc* panel) {
-      gemm<acc>().nn(out, width, a ? a->R : 0, a ? a->BT : nullptr, 1, out, a ? a->A + n : nullptr, in, weight + n, in,
-                     panel, width);
+      const int64_t R = a ? a->R : 0;
+      Scratch<acc> A(R * width);
+      for (int64_t j = 0; j < R; ++j) std::copy_n(a->A + j * in + n, width, &A[j * width]);
+      gemm<acc>().nn(out, width, R, a ? a->BT : nullptr, 1, out, A.data(), width, weight + n, in, panel, width);
     });
     return w;
   }
 
   explicit operator bool() const { return N_ > 0; }
 
-  // C[M, N] = C0 + A[M, K] W; C0 as for Gemm::nn
-  void product(int64_t M, const acc* A, int64_t lda, const acc* C0, int64_t ld0, acc* C, int64_t ldc) const {
+  // C[M, N] = C0 + A[M, K] W + h[M, R] up[R, N], C0 as for Gemm::nn; h is added while a panel of C is in cache
+  void product(int64_t M, const acc* A, int64_t lda, const acc* C0, int64_t ld0, acc* C, int64_t ldc,
+               const acc* h = nullptr, int64_t R = 0, const acc* up = nullptr) const {
     const int64_t step = gemm<acc>().panel;
     for (int64_t n = 0; n < N_; n += step) {
       const int64_t width = std::min(step, N_ - n);
       gemm<acc>().nn(M, width, K_, A, lda, 1, data_.data() + n * K_, width, C0 ? C0 + n : nullptr, ld0, C + n, ldc);
+      if (R > 0) gemm<acc>().nn(M, width, R, h, R, 1, up + n, N_, C + n, ldc, C + n, ldc);
     }
   }
 

@@ -88,8 +88,10 @@ class Forward {
     convert(from, p_.out, to);
   }
 
-  // y0 of a chunk but for what y holds: the frozen product, then the given parts. Returns where it lies.
-  Block<acc> start(const Chunk& c, const Block<acc>& x, acc* to, int64_t ld) const {
+  // y0 of a chunk but for what y holds: the frozen product, with h B^T if an adapter is given, then the given parts.
+  // Returns where it lies.
+  Block<acc> start(const Chunk& c, const Block<acc>& x, const acc* h, const Adapter<acc>& a, acc* to,
+                   int64_t ld) const {
     const int64_t n = c.end - c.begin;
     if constexpr (std::is_same_v<scalar, acc>) {
       const acc* given = o_.base ? o_.base : o_.linear;  // one part alone may stay where it is
@@ -97,7 +99,7 @@ class Forward {
         return {given + order_.row(c.begin) * p_.out, p_.out};
     }
     if (panels_) {
-      if constexpr (std::is_same_v<scalar, acc>) panels_.product(n, x.data, x.ld, o_.bias, 0, to, ld);
+      if constexpr (std::is_same_v<scalar, acc>) panels_.product(n, x.data, x.ld, o_.bias, 0, to, ld, h, a.R, a.BT);
     } else if (o_.base || o_.linear) {
       for (int64_t i = 0; i < n; ++i) std::fill_n(to + i * ld, p_.out, acc(0));
     } else {
@@ -122,15 +124,14 @@ class Forward {
     acc* first = slabs ? nullptr : direct(c, 0);
     if (!first) first = local.base.grown(n * p_.out);
     const int64_t ld_first = first == local.base.data() ? p_.out : o_.row_stride;
-    const Block<acc> y0 = start(c, x, first, ld_first);
 
-    const Adapter<acc> a = !adapts                           ? Adapter<acc>{}
-                           : c.t > 0 || !order_.used.empty() ? factors_.one(c.t)
-                                                             : factors_.all();
+    const Adapter<acc> none, a = !adapts ? none : order_.used.empty() ? factors_.all() : factors_.one(c.t);
     const acc* h = adapts ? shrink(p_, a, x.data, x.ld, n, local.h) : nullptr;
+    const bool at_once = panels_ && !slabs;
+    const Block<acc> y0 = start(c, x, h, at_once ? a : none, first, ld_first);
     for (int64_t slab = 0; slab < (slabs ? p_.T : 1); ++slab) {
-      const Adapter<acc> up = slabs && adapts ? factors_.one(slab) : a;
-      write(c, slab, y0, h ? h + (up.first - a.first) : nullptr, a.R, up, local);
+      const Adapter<acc> up = at_once || !adapts ? none : slabs ? factors_.one(slab) : a;
+      write(c, slab, y0, up.R > 0 ? h + (up.first - a.first) : nullptr, a.R, up, local);
     }
   }
 

@@ -17,9 +17,10 @@ constexpr int64_t kTaskRows = 128, kTasks = 64;    // a task has so many rows or
 constexpr int64_t kTaskBytes = int64_t{32} << 20;  // what the sums of all tasks may take
 constexpr int64_t kSlab = 64;                      // columns that a thread adds up over the tasks
 
-// Ranks [begin, end) of Factors that get gradients, at row `at` of the sums of the tasks [first, last).
+// Ranks [begin, end) of Factors, of adapter t (and those that follow it), that get gradients: at row `at` of the sums
+// of the tasks [first, last).
 struct Run {
-  int64_t begin, end, at, first, last;
+  int64_t t, begin, end, at, first, last;
 };
 
 template <typename scalar, typename acc = acc_type<scalar>>
@@ -109,7 +110,7 @@ class Backward {
       if (goes_on)
         runs_.back().end = start[t + 1];
       else
-        runs_.push_back({start[t], start[t + 1], indexed() ? 0 : width_, 0, 0});
+        runs_.push_back({t, start[t], start[t + 1], indexed() ? 0 : width_, 0, 0});
       width_ = indexed() ? std::max(width_, R) : width_ + R;
     }
     const int64_t bytes = std::max<int64_t>(1, width_ * (p_.in + p_.out) * static_cast<int64_t>(sizeof(acc)));
@@ -117,7 +118,7 @@ class Backward {
     tasks_ = order_.chunks(std::max(kTaskRows, (p_.M + most - 1) / most));
     const int64_t count = static_cast<int64_t>(tasks_.size());
     for (Run& run : runs_) {
-      const auto belongs = [&](const Chunk& c) { return c.t >= 0 && (!indexed() || start[c.t] == run.begin); };
+      const auto belongs = [&](const Chunk& c) { return indexed() ? c.t == run.t : c.t >= 0; };
       while (run.first < count && !belongs(tasks_[run.first])) ++run.first;
       for (run.last = run.first; run.last < count && belongs(tasks_[run.last]);) ++run.last;
     }
@@ -204,13 +205,13 @@ class Backward {
     const acc* start = to;
     if (panels_) {
       const Block<acc> dy = slabs() ? total_dy(c, local) : local.dy.get(order_, c);
-      panels_.product(n, dy.data, dy.ld, nullptr, 0, to, p_.in);
+      panels_.product(n, dy.data, dy.ld, nullptr, 0, to, p_.in, dh, merged_ ? 0 : a.R, a.A);
     } else if (!p_.weight) {
       start = nullptr;
     } else if (!is_direct) {  // torch made the frozen part
       for (int64_t i = 0; i < n; ++i) convert(row(i), p_.in, to + i * p_.in);
     }
-    const int64_t R = merged_ ? 0 : a.R;
+    const int64_t R = merged_ || panels_ ? 0 : a.R;
     if (R > 0 || !start) gemm<acc>().nn(n, p_.in, R, dh, R, 1, a.A, p_.in, start, p_.in, to, p_.in);
     if (!is_direct)
       for (int64_t i = 0; i < n; ++i) convert(to + i * p_.in, p_.in, row(i));

@@ -7,8 +7,7 @@
 
 #include "../common/lora_checks.h"
 #include "dispatch.h"
-#include "gemm.h"
-#include "scratch.h"
+#include "frozen.h"
 
 namespace plora::cpu {
 namespace {
@@ -32,23 +31,25 @@ void merge(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor&
       convert(data<scalar>(A) + t * r * in, (start[t + 1] - start[t]) * in, copy_of_A.data() + start[t] * in);
     all_A = copy_of_A.data();
   }
+  const auto right = Panels<acc>::straight(all_A, R, in, nullptr);
   torch::stable::parallel_for(0, (out + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
     Scratch<acc> sum(kRows * in), scaled_B(kRows * R);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t row = block * kRows, n = std::min(kRows, out - row);
       for (int64_t t = 0; t < T; ++t) {
+        const acc scale = data<acc>(scaling)[t];
         const scalar* from = data<scalar>(B) + (t * out + row) * r;
         for (int64_t i = 0; i < n; ++i)
           for (int64_t j = start[t]; j < start[t + 1]; ++j)
-            scaled_B[i * R + j] = data<acc>(scaling)[t] * static_cast<acc>(from[i * r + j - start[t]]);
+            scaled_B[i * R + j] = scale * static_cast<acc>(from[i * r + j - start[t]]);
       }
       const scalar* from = data<scalar>(weight) + row * in;
       scalar* to = mutable_data<scalar>(merged) + row * in;
       if constexpr (std::is_same_v<scalar, acc>) {
-        gemm<acc>().nn(n, in, R, scaled_B.data(), R, 1, all_A, in, from, in, to, in);
+        right.product(n, scaled_B.data(), R, from, in, to, in);
       } else {
         convert(from, n * in, sum.data());
-        gemm<acc>().nn(n, in, R, scaled_B.data(), R, 1, all_A, in, sum.data(), in, sum.data(), in);
+        right.product(n, scaled_B.data(), R, sum.data(), in, sum.data(), in);
         convert(sum.data(), n * in, to);
       }
     }
