@@ -350,8 +350,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="path of the results without its suffix")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    where = f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}, plora_ext {plora_ext.__version__}"
-    lines = [where, "", "| case | form | median ms | its time / ours (quartiles) |", "|---|---|---:|---:|"]
+    where = {"device": cpu_name(), "threads": args.threads, "torch": torch.__version__}
+    where["plora_ext"] = plora_ext.__version__
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in where.items()),
+        "",
+        "| case | form | median ms | its time / ours (quartiles) |",
+        "|---|---|---:|---:|",
+    ]
     print("\n".join(lines), flush=True)
     rows = []
     for group in GROUPS.values():
@@ -359,7 +365,7 @@ def main() -> None:
             if not re.search(args.only, case.name):
                 continue
             for row in measure(case, args.seconds):
-                rows.append(row)
+                rows.append(row | where)
                 ratio = f"{row['ratio']} ({row['ratio_q1']}–{row['ratio_q3']})"
                 lines.append(f"| {row['case']} | {row['form']} | {row['median_ms']} | {ratio} |")
                 print(lines[-1], flush=True)
