@@ -38,6 +38,10 @@ STABLE_TORCH_LIBRARY(plora_ext, m) {
       "Tensor? bias_B, Tensor? ranks, bool relu) -> ()");
 
   m.def(
+      "lora_all_out(Tensor(a!) out, Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? base, "
+      "Tensor? weight, Tensor? bias, Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu) -> ()");
+
+  m.def(
       "lora_indexed_backward(Tensor grad, Tensor x, Tensor ids, Tensor lora_A, Tensor lora_B, Tensor scaling, "
       "Tensor? weight, Tensor? bias_A, Tensor? bias_B, Tensor? ranks, Tensor? kept, bool relu, int[]? trainable, "
       "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

@@ -2,6 +2,7 @@
 #include "gemm.h"
 
 #include "../common/cpu_features.h"
+#include "convert.h"
 
 namespace plora::cpu {
 
@@ -28,5 +29,7 @@ template <>
 const Gemm<double>& gemm<double>() {
   PLORA_CHOOSE(gemm_f64)
 }
+
+const Conversions& conversions() { PLORA_CHOOSE(conversions) }
 
 }  // namespace plora::cpu

@@ -7,38 +7,51 @@
 
 #include "../common/lora_checks.h"
 #include "dispatch.h"
-#include "gemm.h"
+#include "frozen.h"
 
 namespace plora::cpu {
 namespace {
 
-constexpr int64_t kRows = 24;  // a multiple of the product's tile
+constexpr int64_t kRows = 48;
 
 template <typename scalar, typename acc = acc_type<scalar>>
 void merge(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scaling, const OptTensor& ranks,
            const Tensor& merged) {
   const int64_t out = weight.size(0), in = weight.size(1), T = A.size(0), r = A.size(1);
-  std::vector<int64_t> real;  // the ranks t * r + j that are not padding
+  std::vector<int64_t> start(1, 0);  // the ranks of adapter t, without padding, are [start[t], start[t + 1])
   for (int64_t t = 0; t < T; ++t)
-    for (int64_t j = 0; j < (ranks ? std::clamp<int64_t>(data<int64_t>(*ranks)[t], 0, r) : r); ++j)
-      real.push_back(t * r + j);
-  const int64_t R = static_cast<int64_t>(real.size());
-  const scalar* up = data<scalar>(B);
-  const acc* scale = data<acc>(scaling);
-  std::vector<acc> wide_A(R * in);
-  for (int64_t i = 0; i < R; ++i) std::copy_n(data<scalar>(A) + real[i] * in, in, &wide_A[i * in]);
+    start.push_back(start[t] + (ranks ? std::clamp<int64_t>(data<int64_t>(*ranks)[t], 0, r) : r));
+  const int64_t R = start[T];
+  const acc* all_A = nullptr;
+  if constexpr (std::is_same_v<scalar, acc>)
+    if (!ranks) all_A = data<acc>(A);
+  Scratch<acc> copy_of_A(all_A ? 0 : R * in);
+  if (!all_A) {
+    for (int64_t t = 0; t < T; ++t)
+      convert(data<scalar>(A) + t * r * in, (start[t + 1] - start[t]) * in, copy_of_A.data() + start[t] * in);
+    all_A = copy_of_A.data();
+  }
+  const auto right = Panels<acc>::straight(all_A, R, in, nullptr);
   torch::stable::parallel_for(0, (out + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-    std::vector<acc> sum(kRows * in), scaled_B(kRows * R);
+    Scratch<acc> sum(kRows * in), scaled_B(kRows * R);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t row = block * kRows, n = std::min(kRows, out - row);
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t k = 0; k < R; ++k) {
-          const int64_t t = real[k] / r, j = real[k] % r;
-          scaled_B[i * R + k] = scale[t] * static_cast<acc>(up[(t * out + row + i) * r + j]);
-        }
-      std::copy_n(data<scalar>(weight) + row * in, n * in, sum.data());
-      gemm<acc>().nn(n, in, R, scaled_B.data(), R, 1, wide_A.data(), in, sum.data(), in, true);
-      std::copy_n(sum.data(), n * in, mutable_data<scalar>(merged) + row * in);
+      for (int64_t t = 0; t < T; ++t) {
+        const acc scale = data<acc>(scaling)[t];
+        const scalar* from = data<scalar>(B) + (t * out + row) * r;
+        for (int64_t i = 0; i < n; ++i)
+          for (int64_t j = start[t]; j < start[t + 1]; ++j)
+            scaled_B[i * R + j] = scale * static_cast<acc>(from[i * r + j - start[t]]);
+      }
+      const scalar* from = data<scalar>(weight) + row * in;
+      scalar* to = mutable_data<scalar>(merged) + row * in;
+      if constexpr (std::is_same_v<scalar, acc>) {
+        right.product(n, scaled_B.data(), R, from, in, to, in);
+      } else {
+        convert(from, n * in, sum.data());
+        right.product(n, scaled_B.data(), R, sum.data(), in, sum.data(), in);
+        convert(sum.data(), n * in, to);
+      }
     }
   });
 }

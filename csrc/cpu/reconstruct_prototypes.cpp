@@ -25,13 +25,13 @@ Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tens
     using scalar = decltype(tag);
     using acc = acc_type<scalar>;
     const acc tau = static_cast<acc>(tau_);
-    const Normalised<acc> Q(data<scalar>(old), Co, D, D), K(data<scalar>(fresh), Cn, D, D);
+    const Normalised<acc> Q(data<scalar>(old), Co, D), K(data<scalar>(fresh), Cn, D);
     const std::vector<acc> V = widened<scalar>(values);
     torch::stable::parallel_for(0, (Co + kQueries - 1) / kQueries, 1, [&](int64_t begin, int64_t end) {
-      std::vector<acc> block(kQueries * Dv), total(kQueries);
+      Scratch<acc> block(kQueries * Dv);
       for (int64_t b = begin; b < end; ++b) {
         const int64_t i = b * kQueries, q = std::min(kQueries, Co - i);
-        attend(&Q.rows[i * D], q, K.rows.data(), V.data(), Cn, D, Dv, tau, block.data(), total.data());
+        attend(Queries<acc>(&Q.rows[i * D], q, D), K.rows.data(), V.data(), Cn, D, Dv, tau, block.data());
         if (add_old)
           for (int64_t n = 0; n < q * Dv; ++n) block[n] += static_cast<acc>(data<scalar>(old)[i * Dv + n]);
         std::copy_n(block.data(), q * Dv, mutable_data<scalar>(out) + i * Dv);
@@ -57,25 +57,25 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_prototypes_backward(const Tensor&
     using scalar = decltype(tag);
     using acc = acc_type<scalar>;
     const acc tau = static_cast<acc>(tau_);
-    const Normalised<acc> Q(data<scalar>(old), Co, D, D), K(data<scalar>(fresh), Cn, D, D);
+    const Normalised<acc> Q(data<scalar>(old), Co, D), K(data<scalar>(fresh), Cn, D);
     const std::vector<acc> V = widened<scalar>(values), dO = widened<scalar>(grad);
-    std::vector<acc> total(Co), delta(Co), dQ(Co * D), dK(Cn * D), dV(Cn * Dv);
+    std::vector<acc> log_total(Co), delta(Co), dQ(Co * D), dK(Cn * D), dV(Cn * Dv);
     torch::stable::parallel_for(0, (Co + kQueries - 1) / kQueries, 1, [&](int64_t begin, int64_t end) {
       std::vector<acc> out(kQueries * Dv);
       for (int64_t b = begin; b < end; ++b) {
         const int64_t i = b * kQueries, q = std::min(kQueries, Co - i);
-        attend(&Q.rows[i * D], q, K.rows.data(), V.data(), Cn, D, Dv, tau, out.data(), &total[i]);
+        const Queries<acc> queries(&Q.rows[i * D], q, D), grads(&dO[i * Dv], q, Dv);
+        attend(queries, K.rows.data(), V.data(), Cn, D, Dv, tau, out.data(), &log_total[i]);
         for (int64_t n = 0; n < q; ++n)
           for (int64_t d = 0; d < Dv; ++d) delta[i + n] += dO[(i + n) * Dv + d] * out[n * Dv + d];
-        query_gradient(&Q.rows[i * D], &dO[i * Dv], &total[i], &delta[i], q, K.rows.data(), V.data(), Cn, D, Dv, tau,
-                       &dQ[i * D]);
+        query_gradient(queries, grads, &log_total[i], &delta[i], K.rows.data(), V.data(), Cn, D, Dv, tau, &dQ[i * D]);
         Q.unnormalise(dQ.data(), i, i + q, mutable_data<scalar>(d_old));
       }
     });
     torch::stable::parallel_for(0, (Cn + kKeys - 1) / kKeys, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const int64_t j = b * kKeys, k = std::min(kKeys, Cn - j);
-        key_gradient(Q.rows.data(), dO.data(), total.data(), delta.data(), Co, &K.rows[j * D], &V[j * Dv], k, D, Dv,
+        key_gradient(Q.rows.data(), dO.data(), log_total.data(), delta.data(), Co, &K.rows[j * D], &V[j * Dv], k, D, Dv,
                      tau, &dK[j * D], &dV[j * Dv]);
         K.unnormalise(dK.data(), j, j + k, mutable_data<scalar>(d_new));
       }

@@ -1,39 +1,41 @@
-// softmax(cos(Q, K) / tau) V over blocks of queries and keys, forward and backward, in the accumulation type.
-//
-// |cos| <= 1 bounds the exponent, so exp((cos - 1) / tau) needs no running maximum: numerators and denominators of
-// successive key blocks just add up, in order. The Q x K matrix is never held. Q and K come with rows normalised.
+// softmax(cos(Q, K) / tau) V over blocks of queries and keys, forward and backward, in the accumulation type. The Q x K
+// matrix is never held. Q and K come with rows normalised; what belongs to a block of queries lies side by side,
+// [keys, q], so that the keys are read as they come.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "gemm.h"
+#include "scratch.h"
 
 namespace plora::cpu {
 
-constexpr int64_t kQueries = 32, kKeys = 128;
+constexpr int64_t kQueries = 96, kKeys = 128;
 
-// Rows divided by their norm, no less than eps; norms are kept for the backward pass.
+// to = scale from / |from|, the norm no less than eps; returns the norm
+template <typename scalar, typename acc>
+acc normalise(const scalar* from, int64_t D, acc scale, acc* to) {
+  std::copy_n(from, D, to);
+  const acc norm = std::max(std::sqrt(gemm<acc>().dot(D, to, to)), static_cast<acc>(1e-12)), factor = scale / norm;
+  for (int64_t d = 0; d < D; ++d) to[d] *= factor;
+  return norm;
+}
+
+// Rows divided by their norm; norms are kept for the backward pass.
 template <typename acc>
 struct Normalised {
-  std::vector<acc> rows, norms;
+  Scratch<acc> rows, norms;
   int64_t D = 0;
 
   template <typename scalar>
-  Normalised(const scalar* source, int64_t count, int64_t stride, int64_t D) : rows(count * D), norms(count), D(D) {
+  Normalised(const scalar* source, int64_t count, int64_t D) : rows(count * D), norms(count), D(D) {
     torch::stable::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        acc* row = &rows[i * D];
-        std::copy_n(source + i * stride, D, row);
-        acc square = 0;
-        gemm<acc>().nt(1, 1, D, row, D, row, D, &square, 1, false);
-        norms[i] = std::max(std::sqrt(square), static_cast<acc>(1e-12));
-        const acc inverse = 1 / norms[i];
-        for (int64_t d = 0; d < D; ++d) row[d] *= inverse;
-      }
+      for (int64_t i = begin; i < end; ++i) norms[i] = normalise(source + i * D, D, acc(1), &rows[i * D]);
     });
   }
 
@@ -43,74 +45,118 @@ struct Normalised {
     for (int64_t i = first; i < last; ++i) {
       const acc* g = gradient + i * D;
       const acc* x = &rows[i * D];
-      acc dot = 0;
-      if (norms[i] > static_cast<acc>(1e-12))
-        for (int64_t d = 0; d < D; ++d) dot += g[d] * x[d];
+      const acc dot = norms[i] > static_cast<acc>(1e-12) ? gemm<acc>().dot(D, g, x) : 0;
       for (int64_t d = 0; d < D; ++d) to[i * D + d] = static_cast<scalar>((g[d] - dot * x[d]) / norms[i]);
     }
   }
 };
 
-// e[q, k] = exp((Q_q . K_k - 1) / tau)
+// Up to kQueries queries, their columns side by side for the products: [D, q].
 template <typename acc>
-void weights(const acc* Q, int64_t q, const acc* K, int64_t k, int64_t D, acc tau, acc* e) {
-  gemm<acc>().nt(q, k, D, Q, D, K, D, e, k, false);
-  for (int64_t i = 0; i < q * k; ++i) e[i] = std::exp((e[i] - 1) / tau);
-}
+struct Queries {
+  int64_t q;
+  Scratch<acc> columns;
 
-// One block of at most kQueries queries: out[q, Dv] = softmax V, total[q] = the denominators.
+  Queries(const acc* rows, int64_t q, int64_t D) : q(q), columns(q * D) {
+    gemm<acc>().transpose(q, D, rows, D, columns.data(), q);
+  }
+
+  // to[k, q] = rows[k, D] . queries
+  void products(const acc* rows, int64_t k, int64_t D, acc* to) const {
+    const int64_t step = gemm<acc>().panel;
+    for (int64_t j = 0; j < q; j += step)
+      gemm<acc>().nn(k, std::min(step, q - j), D, rows, D, 1, columns.data() + j, q, nullptr, 0, to + j, q);
+  }
+};
+
+// A softmax over keys that come block by block, with each query's largest exponent so far.
 template <typename acc>
-void attend(const acc* Q, int64_t q, const acc* K, const acc* V, int64_t keys, int64_t D, int64_t Dv, acc tau, acc* out,
-            acc* total) {
-  acc e[kQueries * kKeys];
-  std::fill_n(out, q * Dv, acc(0));
-  std::fill_n(total, q, acc(0));
+class Softmax {
+ public:
+  Softmax(int64_t q, acc tau)
+      : q_(q), tau_(tau), largest_(q, -std::numeric_limits<acc>::infinity()), shift_(q), total_(q, 0) {}
+
+  // out[q, Dv] += exp(cos / tau) V, up to a factor; cos [k, q] is overwritten
+  void add(acc* cos, int64_t k, const acc* V, int64_t ldv, int64_t Dv, acc* out) {
+    const bool first = std::isinf(largest_[0]);
+    for (int64_t i = 0; i < q_; ++i) {
+      acc largest = largest_[i];
+      for (int64_t n = 0; n < k; ++n) largest = std::max(largest, cos[n * q_ + i]);
+      if (!first && largest > largest_[i]) {
+        const acc factor = std::exp((largest_[i] - largest) / tau_);
+        total_[i] *= factor;
+        for (int64_t d = 0; d < Dv; ++d) out[i * Dv + d] *= factor;
+      }
+      largest_[i] = largest, shift_[i] = largest / tau_;
+    }
+    gemm<acc>().exp_rows(k, q_, cos, 1 / tau_, shift_.data(), total_.data());
+    gemm<acc>().nn(q_, Dv, k, cos, 1, q_, V, ldv, first ? nullptr : out, Dv, out, Dv);
+  }
+
+  // Divides out by the denominators; their logarithms, if wanted.
+  void finish(int64_t Dv, acc* out, acc* log_total = nullptr) const {
+    for (int64_t i = 0; i < q_; ++i) {
+      const acc factor = 1 / total_[i];
+      for (int64_t d = 0; d < Dv; ++d) out[i * Dv + d] *= factor;
+      if (log_total) log_total[i] = shift_[i] + std::log(total_[i]);
+    }
+  }
+
+ private:
+  int64_t q_;
+  acc tau_;
+  std::vector<acc> largest_, shift_, total_;
+};
+
+// out[q, Dv] = softmax V
+template <typename acc>
+void attend(const Queries<acc>& Q, const acc* K, const acc* V, int64_t keys, int64_t D, int64_t Dv, acc tau, acc* out,
+            acc* log_total = nullptr) {
+  Scratch<acc> cos(kKeys * Q.q);
+  Softmax<acc> softmax(Q.q, tau);
   for (int64_t j = 0; j < keys; j += kKeys) {
     const int64_t k = std::min(kKeys, keys - j);
-    weights(Q, q, K + j * D, k, D, tau, e);
-    for (int64_t i = 0; i < q; ++i)
-      for (int64_t n = 0; n < k; ++n) total[i] += e[i * k + n];
-    gemm<acc>().nn(q, Dv, k, e, k, 1, V + j * Dv, Dv, out, Dv, true);
+    Q.products(K + j * D, k, D, cos.data());
+    softmax.add(cos.data(), k, V + j * Dv, Dv, Dv, out);
   }
-  for (int64_t i = 0; i < q; ++i)
-    for (int64_t d = 0; d < Dv; ++d) out[i * Dv + d] /= total[i];
+  softmax.finish(Dv, out, log_total);
 }
 
-// P and dS of one block of queries and keys, given each query's denominator and delta = dO . out.
+// P and dS, both [k, q], given the logarithm of each query's denominator and delta = dO . out.
 template <typename acc>
-void block_gradients(const acc* Q, const acc* dO, const acc* total, const acc* delta, int64_t q, const acc* K,
-                     const acc* V, int64_t k, int64_t D, int64_t Dv, acc tau, acc* P, acc* dS) {
-  weights(Q, q, K, k, D, tau, P);
-  gemm<acc>().nt(q, k, Dv, dO, Dv, V, Dv, dS, k, false);
-  for (int64_t i = 0; i < q; ++i)
-    for (int64_t n = 0; n < k; ++n) {
-      P[i * k + n] /= total[i];
-      dS[i * k + n] = P[i * k + n] * (dS[i * k + n] - delta[i]) / tau;
-    }
+void block_gradients(const Queries<acc>& Q, const Queries<acc>& dO, const acc* log_total, const acc* delta,
+                     const acc* K, const acc* V, int64_t k, int64_t D, int64_t Dv, acc tau, acc* P, acc* dS) {
+  acc unused[kQueries] = {};
+  Q.products(K, k, D, P);
+  gemm<acc>().exp_rows(k, Q.q, P, 1 / tau, log_total, unused);
+  dO.products(V, k, Dv, dS);
+  for (int64_t n = 0; n < k; ++n)
+    for (int64_t i = 0; i < Q.q; ++i) dS[n * Q.q + i] = P[n * Q.q + i] * (dS[n * Q.q + i] - delta[i]) / tau;
 }
 
 // dQ[q, D] += dS K over all keys.
 template <typename acc>
-void query_gradient(const acc* Q, const acc* dO, const acc* total, const acc* delta, int64_t q, const acc* K,
+void query_gradient(const Queries<acc>& Q, const Queries<acc>& dO, const acc* log_total, const acc* delta, const acc* K,
                     const acc* V, int64_t keys, int64_t D, int64_t Dv, acc tau, acc* dQ) {
-  acc P[kQueries * kKeys], dS[kQueries * kKeys];
+  Scratch<acc> P(kKeys * Q.q), dS(kKeys * Q.q);
   for (int64_t j = 0; j < keys; j += kKeys) {
     const int64_t k = std::min(kKeys, keys - j);
-    block_gradients(Q, dO, total, delta, q, K + j * D, V + j * Dv, k, D, Dv, tau, P, dS);
-    gemm<acc>().nn(q, D, k, dS, k, 1, K + j * D, D, dQ, D, true);
+    block_gradients(Q, dO, log_total, delta, K + j * D, V + j * Dv, k, D, Dv, tau, P.data(), dS.data());
+    gemm<acc>().nn(Q.q, D, k, dS.data(), 1, Q.q, K + j * D, D, dQ, D, dQ, D);
   }
 }
 
 // dK[k, D] += dS^T Q and dV[k, Dv] += P^T dO over all queries, for one block of at most kKeys keys; either may be null.
 template <typename acc>
-void key_gradient(const acc* Q, const acc* dO, const acc* total, const acc* delta, int64_t queries, const acc* K,
+void key_gradient(const acc* Q, const acc* dO, const acc* log_total, const acc* delta, int64_t queries, const acc* K,
                   const acc* V, int64_t k, int64_t D, int64_t Dv, acc tau, acc* dK, acc* dV) {
-  acc P[kQueries * kKeys], dS[kQueries * kKeys];
+  Scratch<acc> P(kKeys * kQueries), dS(kKeys * kQueries);
   for (int64_t i = 0; i < queries; i += kQueries) {
     const int64_t q = std::min(kQueries, queries - i);
-    block_gradients(Q + i * D, dO + i * Dv, total + i, delta + i, q, K, V, k, D, Dv, tau, P, dS);
-    if (dK) gemm<acc>().nn(k, D, q, dS, 1, k, Q + i * D, D, dK, D, true);
-    if (dV) gemm<acc>().nn(k, Dv, q, P, 1, k, dO + i * Dv, Dv, dV, Dv, true);
+    block_gradients(Queries<acc>(Q + i * D, q, D), Queries<acc>(dO + i * Dv, q, Dv), log_total + i, delta + i, K, V, k,
+                    D, Dv, tau, P.data(), dS.data());
+    if (dK) gemm<acc>().nn(k, D, q, dS.data(), q, 1, Q + i * D, D, dK, D, dK, D);
+    if (dV) gemm<acc>().nn(k, Dv, q, P.data(), q, 1, dO + i * Dv, Dv, dV, Dv, dV, Dv);
   }
 }
 

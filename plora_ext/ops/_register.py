@@ -353,6 +353,7 @@ def _register_all() -> None:
     register_fake("plora_ext::lora_merge", lambda weight, *rest: torch.empty_like(weight).contiguous())
     register_fake("plora_ext::class_sums", _class_sums_fake)
     register_fake("plora_ext::class_sums_", _nothing)
+    register_fake("plora_ext::lora_all_out", _nothing)
     register_fake(
         "plora_ext::reconstruct_prototypes",
         lambda old, new, values, tau, add_old, tf32: old.new_empty(old.shape[0], values.shape[1]),

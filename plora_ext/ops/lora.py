@@ -295,6 +295,7 @@ def lora_all(
     ranks: Tensor | None = None,
     trainable: Sequence[int] | None = None,
     slices: Sequence[tuple[int, int]] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Every adapter on every row, each with an output of its own: the first adapted layer of an ensemble.
 
@@ -304,19 +305,35 @@ def lora_all(
     Args:
         x, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B, activation, ranks, trainable, slices: as
             in `lora_indexed`.
+        out: [T, ..., out], a tensor of x's dtype that takes the result: T times the rows of x are much memory to ask
+            for anew. Records no gradients.
 
     Returns:
-        y [T, ..., out].
+        y [T, ..., out], or `out`.
 
     Raises:
-        ValueError: shapes or devices do not fit. TypeError: dtypes do not fit. IndexError: trainable is out of range.
+        ValueError: shapes or devices do not fit, or out= where gradients are recorded. TypeError: dtypes do not fit.
+        IndexError: trainable is out of range.
 
     Source: the T forward passes of EASE (Zhou et al., CVPR 2024; `backbone/vit_ease.py:forward_test`).
     """
-    return _run(
-        "lora_all", x, None, lora_A, lora_B, scaling, None, (base, weight, bias, bias_A, bias_B), activation, ranks,
-        trainable, slices,
-    )  # fmt: skip
+    op, optional = "lora_all", (base, weight, bias, bias_A, bias_B)
+    if out is not None:
+        scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, None, optional, activation, ranks, trainable)
+        check(op, "out", out, (lora_A.shape[0], *x.shape[:-1], lora_B.shape[1]), x, x.dtype)
+        inputs = (x, lora_A, lora_B, scale, *optional, out)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+            raise ValueError(f"{op}: out= records no gradients; leave it out, or call this under torch.no_grad()")
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if _library.has_kernel("lora_all_out", x.device.type) and out.is_contiguous() and not autocast:
+            base = None if base is None else _rows(base)
+            torch.ops.plora_ext.lora_all_out(
+                out.view(out.shape[0], -1, out.shape[-1]), _rows(x), lora_A, lora_B, scale, base, *optional[1:], ranks,
+                activation == "relu",
+            )  # fmt: skip
+            return out
+    y = _run(op, x, None, lora_A, lora_B, scaling, None, optional, activation, ranks, trainable, slices)
+    return y if out is None else out.copy_(y)
 
 
 def lora_indexed_(

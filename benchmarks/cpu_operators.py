@@ -1,0 +1,387 @@
+"""The CPU operators beside the best forms in plain torch, timed in turn in one process.
+
+    python benchmarks/cpu_operators.py --threads 2 --out benchmarks/results/cpu_operators
+
+A round runs every form of a case once; a ratio is the median over the rounds of (its time / ours) within a round, so
+that a machine that slows down for a while slows both. float32, ViT-B/16: width 768, images of 197 rows, r = 16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import plora_ext
+from plora_ext import data, ops, reference
+from plora_ext import nn as plora_nn
+
+OURS = "plora_ext"
+D, R, S, ROWS = 768, 16, 0.5, 197
+Form = Callable[[], Any]
+
+
+class Case(NamedTuple):
+    name: str
+    forms: dict[str, Form]
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape)
+
+
+class Problem:
+    """A frozen layer, T adapters, `images` images in segments of one adapter each, and a y to add to."""
+
+    def __init__(self, images: int, T: int, grad: bool = False) -> None:
+        torch.manual_seed(0)
+        self.x, self.y = draw(images, ROWS, D), draw(images, ROWS, D)
+        self.weight, self.bias = draw(D, D) / D**0.5, draw(D)
+        self.A, self.B = draw(T, R, D) / D**0.5, draw(T, D, R) / R**0.5
+        self.s = torch.full((T,), S)
+        self.ids = torch.arange(images) * T // images
+        self.layer = {"weight": self.weight, "bias": self.bias}
+        self.factors = self.A, self.B, self.s
+        if grad:
+            for t in (self.x, self.A, self.B):
+                t.requires_grad_()
+        starts = [int((self.ids < t).sum()) for t in range(T + 1)]
+        self.segments = [(t, slice(starts[t], starts[t + 1])) for t in range(T)]
+        self.grad = draw(images, ROWS, D)
+
+    def base(self) -> Tensor:
+        return F.linear(self.x, self.weight, self.bias)
+
+    def add_one(self, y: Tensor) -> Tensor:
+        h = self.x.view(-1, D) @ self.A[0].T
+        y.view(-1, D).addmm_(h, self.B[0].T, alpha=S)
+        return y
+
+    def add_segments(self, y: Tensor) -> Tensor:
+        for t, rows in self.segments:
+            h = self.x[rows].view(-1, D) @ self.A[t].T
+            y[rows].view(-1, D).addmm_(h, self.B[t].T, alpha=S)
+        return y
+
+    def add_images(self, y: Tensor) -> Tensor:
+        h = torch.bmm(self.x, self.A[self.ids].transpose(1, 2))
+        return y.baddbmm_(h, self.B[self.ids].transpose(1, 2), alpha=S)
+
+    def concatenated(self) -> tuple[Tensor, Tensor]:
+        return self.A.view(-1, D), self.B.transpose(0, 1).reshape(D, -1)
+
+    def merged(self) -> Tensor:
+        A, B = self.concatenated()
+        return torch.addmm(self.weight, B, A, alpha=S)
+
+    def step(self, y: Tensor) -> None:
+        torch.autograd.grad(y, (self.x, self.A, self.B), self.grad)
+
+
+def added(images: int) -> Iterator[Case]:
+    p, q = Problem(images, 1), Problem(images, 10)
+    yield Case(
+        "one adapter, y +=",
+        {
+            OURS: lambda: ops.lora_sum_(p.y, p.x, *p.factors),
+            "mm, addmm_": lambda: p.add_one(p.y),
+        },
+    )
+    yield Case(
+        "10 segments, y +=",
+        {
+            OURS: lambda: ops.lora_indexed_(q.y, q.x, q.ids, *q.factors),
+            "mm, addmm_ by segment": lambda: q.add_segments(q.y),
+            "bmm, baddbmm_ by image": lambda: q.add_images(q.y),
+        },
+    )
+
+
+def with_base(images: int) -> Iterator[Case]:
+    p, q = Problem(images, 1), Problem(images, 10)
+    yield Case(
+        "one adapter, base layer included",
+        {
+            OURS: lambda: ops.lora_sum(p.x, *p.factors, **p.layer),
+            "linear, mm, addmm_": lambda: p.add_one(p.base()),
+            "merge, linear": lambda: F.linear(p.x, p.merged(), p.bias),
+            "base layer alone": p.base,
+        },
+    )
+    yield Case(
+        "10 segments, base layer included",
+        {
+            OURS: lambda: ops.lora_indexed(q.x, q.ids, *q.factors, **q.layer),
+            "linear, mm, addmm_ by segment": lambda: q.add_segments(q.base()),
+            "linear, bmm, baddbmm_ by image": lambda: q.add_images(q.base()),
+            "base layer alone": q.base,
+        },
+    )
+    yield Case(
+        "sum of 10, base layer included",
+        {
+            OURS: lambda: ops.lora_sum(q.x, *q.factors, **q.layer),
+            "merge, linear": lambda: F.linear(q.x, q.merged(), q.bias),
+            "base layer alone": q.base,
+        },
+    )
+    A, B = q.A.transpose(1, 2), q.B.transpose(1, 2)
+    rows, out = q.x.view(-1, D), torch.empty(10, images * ROWS, D)
+    yield Case(
+        "all 10 outputs, base layer included, preallocated",
+        {
+            OURS: lambda: ops.lora_all(rows, *q.factors, **q.layer, out=out),
+            "linear, matmul, baddbmm": lambda: torch.baddbmm(
+                F.linear(rows, q.weight, q.bias), rows @ A, B, alpha=S, out=out
+            ),
+        },
+    )
+    yield Case(
+        "all 10 outputs, base layer included, new memory",
+        {
+            OURS: lambda: ops.lora_all(rows, *q.factors, **q.layer),
+            "linear, matmul, baddbmm": lambda: torch.baddbmm(F.linear(rows, q.weight, q.bias), rows @ A, B, alpha=S),
+        },
+    )
+
+
+def trained(images: int) -> Iterator[Case]:
+    p, q = Problem(images, 1, grad=True), Problem(images, 10, grad=True)
+
+    def addmm(y: Tensor) -> Tensor:
+        return torch.addmm(y.view(-1, D), p.x.view(-1, D) @ p.A[0].T, p.B[0].T, alpha=S).view_as(y)
+
+    def segments(y: Tensor) -> Tensor:
+        parts = [(q.x[rows] @ q.A[t].T) @ q.B[t].T for t, rows in q.segments]
+        return torch.add(y, torch.cat(parts), alpha=S)
+
+    def by_image(y: Tensor) -> Tensor:
+        return torch.baddbmm(y, torch.bmm(q.x, q.A[q.ids].transpose(1, 2)), q.B[q.ids].transpose(1, 2), alpha=S)
+
+    yield Case(
+        "one adapter, y + low rank, forward and backward",
+        {
+            OURS: lambda: p.step(ops.lora_sum(p.x, *p.factors, base=p.y)),
+            "mm, addmm": lambda: p.step(addmm(p.y)),
+            "y + s (x A') B'": lambda: p.step(p.y + S * (p.x @ p.A[0].T) @ p.B[0].T),
+        },
+    )
+    yield Case(
+        "10 segments, y + low rank, forward and backward",
+        {
+            OURS: lambda: q.step(ops.lora_indexed(q.x, q.ids, *q.factors, base=q.y)),
+            "mm, mm by segment": lambda: q.step(segments(q.y)),
+            "bmm, baddbmm by image": lambda: q.step(by_image(q.y)),
+        },
+    )
+    yield Case(
+        "one adapter, base layer included, forward and backward",
+        {
+            OURS: lambda: p.step(ops.lora_sum(p.x, *p.factors, **p.layer)),
+            "linear, mm, addmm": lambda: p.step(addmm(p.base())),
+            "linear + s (x A') B'": lambda: p.step(p.base() + S * (p.x @ p.A[0].T) @ p.B[0].T),
+            "merge, linear": lambda: p.step(F.linear(p.x, torch.addmm(p.weight, p.B[0], p.A[0], alpha=S), p.bias)),
+            "base layer alone": lambda: torch.autograd.grad(p.base(), p.x, p.grad),
+        },
+    )
+    yield Case(
+        "10 segments, base layer included, forward and backward",
+        {
+            OURS: lambda: q.step(ops.lora_indexed(q.x, q.ids, *q.factors, **q.layer)),
+            "linear, mm, mm by segment": lambda: q.step(segments(q.base())),
+            "linear, bmm, baddbmm by image": lambda: q.step(by_image(q.base())),
+            "base layer alone": lambda: torch.autograd.grad(q.base(), q.x, q.grad),
+        },
+    )
+
+
+def merge() -> Iterator[Case]:
+    q = Problem(1, 10)
+    yield Case("lora_merge of 10", {OURS: lambda: ops.lora_merge(q.weight, *q.factors), "addmm": q.merged})
+
+
+def completed(prototypes: Tensor, task_of_class: Tensor) -> Tensor:
+    """complete_prototypes by one product of all classes in each subspace, for classes sorted by task."""
+    T = prototypes.shape[1]
+    unit, result = F.normalize(prototypes, dim=-1), prototypes.clone()
+    for i in range(T - 1):
+        mine = task_of_class == i
+        e = (unit[mine, i] @ unit[:, i].T - 1).exp()  # tau = 1; one similarity for every j
+        later = (task_of_class[None] >= torch.arange(i + 1, T)[:, None]).to(e)  # [T - i - 1, C]
+        masked = e[None] * later[:, None]
+        out = torch.bmm(masked, prototypes[:, i + 1 :].transpose(0, 1)) / masked.sum(-1, keepdim=True)
+        result[mine, i + 1 :] = out.transpose(0, 1)
+    return result
+
+
+def prototypes() -> Iterator[Case]:
+    torch.manual_seed(0)
+    features, labels = draw(50_000, D), torch.randint(0, 100, (50_000,))
+    yield Case(
+        "class_sums, 50,000 rows, 100 classes",
+        {
+            OURS: lambda: ops.class_sums(features, labels, 100),
+            "index_add_": lambda: torch.zeros(100, D).index_add_(0, labels, features),
+            "one-hot product": lambda: F.one_hot(labels, 100).float().T @ features,
+        },
+    )
+    for C, T in ((100, 10), (100, 20)):
+        p, task = draw(C, T, D), torch.arange(C) * T // C
+        yield Case(
+            f"complete_prototypes, {C} classes, {T} tasks",
+            {
+                OURS: lambda p=p, task=task: ops.complete_prototypes(p, task),
+                "pair by pair": lambda p=p, task=task: reference.complete_prototypes(p, task),
+                "a task's pairs at once": lambda p=p, task=task: completed(p, task),
+            },
+        )
+    for old, new in ((95, 5), (900, 100), (5000, 1000)):
+        args = draw(old, D), draw(new, D), draw(new, D)
+        yield Case(
+            f"reconstruct_prototypes, {old} x {new}",
+            {
+                OURS: lambda args=args: ops.reconstruct_prototypes(*args),
+                "plain torch": lambda args=args: reference.reconstruct_prototypes(*args),
+            },
+        )
+    args = draw(128, 20, D), draw(100, 20, D), torch.rand(100, 20)
+    yield Case(
+        "subspace_logits, 20 subspaces, 128 images, 100 classes",
+        {OURS: lambda: ops.subspace_logits(*args), "plain torch": lambda: reference.subspace_logits(*args)},
+    )
+
+
+class PlainLoRA(nn.Module):
+    """What people write: the frozen layer, then the two thin ones beside it; optionally for rows of y alone."""
+
+    def __init__(self, layer: nn.Linear, r: int) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(r, layer.in_features) / layer.in_features**0.5)
+        self.B = nn.Parameter(torch.zeros(layer.out_features, r))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + (x @ self.A.T) @ self.B.T
+
+
+def embedded_step(plain: bool, compiled: bool = False) -> Form:
+    """A training step of the embedded backbone: 48 images, LoRA r = 8 on qkv and proj, cross-entropy, SGD."""
+    torch.manual_seed(0)
+    model = data.create_backbone("embedded").model.requires_grad_(False)
+    if plain:
+        for block in model.blocks:
+            block.attn.qkv, block.attn.proj = PlainLoRA(block.attn.qkv, 8), PlainLoRA(block.attn.proj, 8)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+    else:
+        adapters = plora_nn.inject(model, ["qkv", "proj"], r=8)
+        adapters.add_adapter("task0")
+        parameters = list(adapters.parameters("task0"))
+    head = nn.Linear(model.num_features, 10)
+    optimizer = torch.optim.SGD([*parameters, *head.parameters()], lr=0.01, momentum=0.9)
+    images, labels = torch.randn(48, 3, 48, 48), torch.randint(0, 10, (48,))
+
+    def step() -> None:
+        loss = F.cross_entropy(head(model(images)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def training() -> Iterator[Case]:
+    forms = {OURS: embedded_step(False), "plain torch LoRA": embedded_step(True)}
+    yield Case("training step of the embedded benchmark", forms)
+
+
+GROUPS: dict[str, Callable[[], Iterator[Case]]] = {"merge": merge, "prototypes": prototypes, "training": training}
+for images_ in (16, 64):
+    for name, group in (("added", added), ("base", with_base), ("trained", trained)):
+        GROUPS[f"{name} {images_ * ROWS:,}"] = lambda group=group, n=images_: (
+            Case(f"{c.name}, {n * ROWS:,} rows", c.forms) for c in group(n)
+        )
+
+
+def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
+    """Every form once a round, in an order that turns, until the time is spent."""
+    names, times = list(case.forms), {n: [] for n in case.forms}
+    for name in names:
+        case.forms[name](), case.forms[name]()
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < 9 or (time.perf_counter() < end and rounds < 2000):
+        for i in range(len(names)):
+            name = names[(i + rounds) % len(names)]
+            start = time.perf_counter()
+            case.forms[name]()
+            times[name].append(time.perf_counter() - start)
+        rounds += 1
+    rows = []
+    for name in names:
+        ratios = [a / b for a, b in zip(times[name], times[OURS], strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        row = {"case": case.name, "form": name, "median_ms": f"{1e3 * statistics.median(times[name]):.3f}"}
+        row |= {"ratio": f"{statistics.median(ratios):.2f}", "ratio_q1": f"{low:.2f}", "ratio_q3": f"{high:.2f}"}
+        rows.append(row | {"rounds": str(rounds)})
+    return rows
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return match[1] if match else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=4, help="for each case")
+    parser.add_argument("--only", default="", help="a regular expression that the case's name must hold")
+    parser.add_argument("--out", type=Path, help="path of the results without its suffix")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    where = {"device": cpu_name(), "threads": args.threads, "torch": torch.__version__}
+    where["plora_ext"] = plora_ext.__version__
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in where.items()),
+        "",
+        "| case | form | median ms | its time / ours (quartiles) |",
+        "|---|---|---:|---:|",
+    ]
+    print("\n".join(lines), flush=True)
+    rows = []
+    for group in GROUPS.values():
+        for case in group():
+            if not re.search(args.only, case.name):
+                continue
+            for row in measure(case, args.seconds):
+                rows.append(row | where)
+                ratio = f"{row['ratio']} ({row['ratio_q1']}–{row['ratio_q3']})"
+                lines.append(f"| {row['case']} | {row['form']} | {row['median_ms']} | {ratio} |")
+                print(lines[-1], flush=True)
+    if args.out is None:
+        return
+    for suffix in (".csv", ".md"):
+        part = args.out.with_name(f".{args.out.name}{suffix}.part")
+        with part.open("w", encoding="utf-8", newline="") as file:
+            if suffix == ".md":
+                file.write("\n".join(lines) + "\n")
+            else:
+                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+        os.replace(part, args.out.with_name(args.out.name + suffix))
+
+
+if __name__ == "__main__":
+    main()
