@@ -111,8 +111,8 @@ bool wide_sum(const Inputs& p) {
   return p.family == Family::sum && p.x.scalar_type() != ScalarType::Float && padded_rank(p.r) * p.T > 16;
 }
 
-// Whether it makes every row's h for all adapters, though the row needs one: that costs no more than low_rank does
-// where adapters come in long segments, and much less where they do not.
+// Whether it makes every row's h for all adapters, though the row needs one: that costs a little more than low_rank
+// does where adapters come in long segments, and much less where they do not.
 bool all_ranks(const Inputs& p) {
   const int64_t ranks = padded_rank(p.r) * p.T;
   return p.x.scalar_type() != ScalarType::Float && p.in > 0 && (ranks <= 256 || p.M * p.in * ranks < int64_t{3} << 30);
