@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,7 +152,7 @@ def test_small_temperatures(tau: float) -> None:
 
 
 @pytest.mark.parametrize("isa", ["default", "avx2"])
-def test_other_instruction_sets(isa: str) -> None:
+def test_other_instruction_sets(isa: str, tmp_path: Path) -> None:
     """The same operators in a process that is held to fewer instructions: near this process's results."""
     code = """
 import torch
@@ -168,6 +169,8 @@ result = [y, x.grad, A.grad, B.grad, ops.complete_prototypes(p, torch.arange(12)
     exec(code, here)
     script = code + "import sys; torch.save([t.detach() for t in result], sys.stdout.buffer)"
     environment = {**os.environ, "PLORA_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=True)
+    # not in a checkout, whose plora_ext folder would come before the installed one
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=True)
     for a, b in zip(here["result"], torch.load(io.BytesIO(done.stdout), weights_only=True), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -462,6 +462,6 @@ def test_bad_input() -> None:
 def test_indices_out_of_range_stop_the_kernel(call: str, message: str) -> None:
     """In a process of its own, as the device is lost to it."""
     code = f"import torch; from plora_ext import ops; {call}; torch.cuda.synchronize()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
