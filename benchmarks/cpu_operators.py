@@ -9,8 +9,6 @@ that a machine that slows down for a while slows both. float32, ViT-B/16: width 
 from __future__ import annotations
 
 import argparse
-import csv
-import os
 import platform
 import re
 import statistics
@@ -19,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import record
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -371,16 +370,7 @@ def main() -> None:
                 print(lines[-1], flush=True)
     if args.out is None:
         return
-    for suffix in (".csv", ".md"):
-        part = args.out.with_name(f".{args.out.name}{suffix}.part")
-        with part.open("w", encoding="utf-8", newline="") as file:
-            if suffix == ".md":
-                file.write("\n".join(lines) + "\n")
-            else:
-                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-        os.replace(part, args.out.with_name(args.out.name + suffix))
+    record.write(args.out, list(rows[0]), rows, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,17 +17,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import datetime
 import functools
 import gc
 import importlib.util
-import io
 import math
-import os
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections import deque
@@ -36,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from cuda_cases import BASE, DEVICE, DTYPE, MERGE, OURS, Case, Form, Step, cases
 
@@ -233,25 +230,11 @@ def summary(lines: list[Line]) -> str:
 
 def write(out: Path, lines: list[Line], where: dict[str, str]) -> None:
     """OUT.csv and OUT.md, each whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*FIELDS, *where], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**line, **where} for line in lines)
     columns = [name for name in FIELDS if name not in ("ratios_of", "goals")]
     forms = markdown(" | ".join(columns), [cells(line, *columns) for line in lines])
     head = ", ".join(f"{key} {value}" for key, value in where.items())
-    for suffix, content in ((".csv", text.getvalue()), (".md", f"{head}\n\n{summary(lines)}\n## All forms\n\n{forms}")):
-        part = out.with_name(f".{out.name}{suffix}.part")
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, out.with_name(out.name + suffix))
-
-
-def commit() -> str:
-    try:
-        where = Path(__file__).resolve().parent
-        return subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=where, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    text = f"{head}\n\n{summary(lines)}\n## All forms\n\n{forms}"
+    record.write(out, [*FIELDS, *where], ({**line, **where} for line in lines), text)
 
 
 def load_rivals(file: Path | None) -> Callable[[Case], dict[str, Form]]:
@@ -282,7 +265,7 @@ def main() -> None:
         "torch": torch.__version__,
         "CUDA": str(torch.version.cuda),
         "plora_ext": plora_ext.__version__,
-        "commit": args.commit or commit(),
+        "commit": args.commit or record.commit(),
         "date": datetime.date.today().isoformat(),
         "copy TB/s": f"{bandwidth / 1e12:.2f}",
         "bf16 TFLOP/s": f"{rate / 1e12:.0f}",

@@ -13,13 +13,10 @@ and NAME.md.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import functools
 import gc
-import io
 import math
-import os
 import shlex
 import statistics
 import sys
@@ -30,10 +27,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import record
 import torch
 import torch.nn.functional as F
 from cuda_cases import DEVICE, OURS, Step
-from cuda_lora import FOOTPRINT, Run, as_tuple, ceilings, commit, error_of, gpu_times, markdown, prepare, wall_times
+from cuda_lora import FOOTPRINT, Run, as_tuple, ceilings, error_of, gpu_times, markdown, prepare, wall_times
 from torch import Tensor
 
 import plora_ext
@@ -468,17 +466,11 @@ def summary(lines: list[Line]) -> str:
 
 def write(out: Path, lines: list[Line], where: dict[str, str]) -> None:
     """OUT.csv and OUT.md, each whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*FIELDS, *where], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**line, **where} for line in lines)
     columns = [name for name in FIELDS if name != "goals"]
     forms = markdown(" | ".join(columns), [cells(line, *columns) for line in lines])
     head = ", ".join(f"{key} {value}" for key, value in where.items())
-    for suffix, content in ((".csv", text.getvalue()), (".md", f"{head}\n\n{summary(lines)}\n## All forms\n\n{forms}")):
-        part = out.with_name(f".{out.name}{suffix}.part")
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, out.with_name(out.name + suffix))
+    text = f"{head}\n\n{summary(lines)}\n## All forms\n\n{forms}"
+    record.write(out, [*FIELDS, *where], ({**line, **where} for line in lines), text)
 
 
 def main() -> None:
@@ -498,7 +490,7 @@ def main() -> None:
         "torch": torch.__version__,
         "CUDA": str(torch.version.cuda),
         "plora_ext": plora_ext.__version__,
-        "commit": args.commit or commit(),
+        "commit": args.commit or record.commit(),
         "date": datetime.date.today().isoformat(),
         "copy TB/s": f"{bandwidth / 1e12:.2f}",
         "command": shlex.join(["python", "benchmarks/cuda_prototypes.py", *(Path(a).name for a in sys.argv[1:])]),

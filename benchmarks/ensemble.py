@@ -13,12 +13,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import datetime
-import io
-import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import record
 import torch
 from torch import Tensor
 
@@ -120,23 +117,9 @@ def judge(lines: Sequence[Line]) -> None:
 
 def write(out: Path, lines: Sequence[Line], where: dict[str, str]) -> None:
     rows = [{k: v for k, v in asdict(line).items() if k != "times"} for line in lines]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*rows[0], *where], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, **where} for row in rows)
     head = ", ".join(f"{key} {value}" for key, value in where.items())
-    for suffix, content in ((".csv", text.getvalue()), (".md", f"{head}\n\n{bench.table(lines)}\n")):
-        part = out.with_name(f".{out.name}{suffix}.part")
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, out.with_name(out.name + suffix))
-
-
-def commit() -> str:
-    try:
-        where = Path(__file__).resolve().parent
-        return subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=where, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    text = f"{head}\n\n{bench.table(lines)}\n"
+    record.write(out, [*rows[0], *where], ({**row, **where} for row in rows), text)
 
 
 def main() -> None:
@@ -157,7 +140,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "plora_ext": plora_ext.__version__,
-        "commit": args.commit or commit(),
+        "commit": args.commit or record.commit(),
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "benchmarks/ensemble.py", *(Path(a).name for a in sys.argv[1:])]),
     }

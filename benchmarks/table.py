@@ -7,11 +7,10 @@ python benchmarks/table.py bench.json --out benchmarks/results/cpu_operators
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
 from pathlib import Path
 
+import record
 import torch
 
 import plora_ext
@@ -50,16 +49,7 @@ def main() -> None:
     for c in cases:
         ratio = f"{c['median_ms'] / ours[c['case']]:.2f}" if c["case"] in ours else "–"
         lines.append(f"| {c['case']} | {c['rival']} | {c['median_ms']:.3f} | {ratio} |")
-    for suffix in (".csv", ".md"):
-        part = args.out.with_name(f".{args.out.name}{suffix}.part")
-        with part.open("w", encoding="utf-8", newline="") as file:
-            if suffix == ".md":
-                file.write("\n".join(lines) + "\n")
-            else:
-                writer = csv.DictWriter(file, [*cases[0], *where], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows({**c, **where} for c in cases)
-        os.replace(part, args.out.with_name(args.out.name + suffix))
+    record.write(args.out, [*cases[0], *where], ({**c, **where} for c in cases), "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
