@@ -73,18 +73,29 @@ __device__ inline void fetch_columns(float* to, const Row& row, int rows, int le
 template <bool kTf32, bool kSafe = false>
 struct Split {
   uint32_t hi[4], lo[kTf32 ? 1 : 4];
+
+  static __device__ void split(float x, uint32_t& high, uint32_t& low) {
+    high = kTf32 && kSafe ? to_tf32(x) : __float_as_uint(x) + 0x1000u;
+    if constexpr (!kTf32) {
+      high &= 0xffffe000u;
+      low = __float_as_uint(x - __uint_as_float(high));
+    }
+  }
+
   Split() = default;
   __device__ explicit Split(const Four<float>& v) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      hi[i] = __float_as_uint(v[i]) + 0x1000u;
-      if constexpr (!kTf32) {
-        hi[i] &= 0xffffe000u;
-        lo[i] = __float_as_uint(v[i] - __uint_as_float(hi[i]));
-      } else if constexpr (kSafe) {
-        hi[i] = to_tf32(v[i]);
-      }
-    }
+    for (int i = 0; i < 4; ++i) split(v[i], hi[i], lo[kTf32 ? 0 : i]);
+  }
+
+  // What split() gave before.
+  __device__ void load(const float* high, const float* low) {
+    const auto copy = [](uint32_t* to, const float* from) {
+      const uint4 v = *reinterpret_cast<const uint4*>(from);
+      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    };
+    copy(hi, high);
+    if constexpr (!kTf32) copy(lo, low);
   }
 };
 
