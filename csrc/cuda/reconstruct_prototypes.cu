@@ -27,11 +27,11 @@ namespace {
 using cosine::kThreads;
 using cosine::kWarps;
 
-constexpr int kKeys = 32;            // new classes of a strip
-constexpr int kUnit = kKeys * 16;    // floats of a unit: 32 new classes x 16 of D, or 16 new classes x 32 columns
-constexpr int kLd = kKeys + 8;       // 8 more keep lanes apart in the banks
-constexpr int kMinSplit = 128;       // new classes
-constexpr double kCold = 0.025;      // exp(-2 / tau) is a float32 above this
+constexpr int kKeys = 32;          // new classes of a strip
+constexpr int kUnit = kKeys * 16;  // floats of a unit: 32 new classes x 16 of D, or 16 new classes x 32 columns
+constexpr int kLd = kKeys + 8;     // 8 more keep lanes apart in the banks
+constexpr int kMinSplit = 128;     // new classes
+constexpr double kCold = 0.025;    // exp(-2 / tau) is a float32 above this
 
 // 16 MT old classes, STAGES units of a ring, and up to GROUPS x 256 columns of a block.
 template <int MT_, int GROUPS, int STAGES>
@@ -67,25 +67,27 @@ struct Shared {
   float again[T::kRows], total[T::kRows];
 };
 
+// fetch() of what is not in vectors: rows, rare and out of the way.
+template <int kCount, int kEach>
+__device__ __noinline__ void fetch_each(float* to, const float* row, int64_t ld, int rows, int left, int to_step) {
+#pragma unroll 1
+  for (int r = 0; r < kCount; r += kEach, to += to_step, row += kEach * ld)
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) to[i] = r < rows && i < left ? row[i] : 0.f;
+}
+
 // By one warp: kChunks x 16 bytes of each of kCount rows, of which `rows` rows and `left` floats are there; the rest is
 // zero. Vectors come later. Rows of 128 bytes are swizzled: chunk c of row r lies at c ^ 2 (r % 4).
 template <int kCount, int kChunks>
 __device__ inline void fetch(float* to, const float* from, int64_t ld, int rows, int left, bool vectors) {
-  constexpr int kEach = 32 / kChunks;
+  constexpr int kEach = 32 / kChunks, kStep = kEach * 4 * kChunks;
   const int lane = threadIdx.x % 32, c = lane % kChunks, first = lane / kChunks;
   to += first * (4 * kChunks) + (kChunks == 8 ? c ^ 2 * first : c) * 4;
-  const float* row = from + first * ld + 4 * c;
-  if (vectors) {
-    const int real = 4 * c < left ? rows : 0;
+  from += first * ld + 4 * c, rows -= first, left -= 4 * c;
+  if (!vectors) return fetch_each<kCount, kEach>(to, from, ld, rows, left, kStep);
 #pragma unroll
-    for (int r = first; r < kCount; r += kEach, to += kEach * 4 * kChunks, row += kEach * ld)
-      smem::copy16(to, r < real ? row : from, r < real ? 16 : 0);
-  } else {
-#pragma unroll 1
-    for (int r = first; r < kCount; r += kEach, to += kEach * 4 * kChunks, row += kEach * ld)
-#pragma unroll 1
-      for (int i = 0; i < 4; ++i) to[i] = r < rows && 4 * c + i < left ? row[i] : 0.f;
-  }
+  for (int r = 0; r < kCount; r += kEach, to += kStep, from += kEach * ld)
+    smem::copy16(to, from, r < rows && left > 0 ? 16 : 0);
 }
 
 template <typename T, bool kTf32>
