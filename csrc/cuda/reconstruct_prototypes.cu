@@ -20,6 +20,7 @@
 #include "cosine.cuh"
 #include "device.cuh"
 #include "overlap.cuh"
+#include "reconstruct_kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -418,6 +419,14 @@ Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tens
 
   const bool fast = tf32 || dtype != ScalarType::Float;
   const cudaStream_t stream = stream_of(old_);
+#ifndef PLORA_NO_SM90
+  // From half a wave of its blocks of 128 on.
+  if (fast && !p.cold && p.vector_rows && p.vector_values && Co >= 64 * multiprocessors() && on_hopper()) {
+    const FastReconstruction all{p.old, p.fresh, p.values, p.base, p.out, p.Co, p.Cn, p.D, p.Dv, p.scale};
+    reconstruct_fast(all, old, stream);
+    return result();
+  }
+#endif
   if (shared_bytes<Small>(p, false) > shared_memory_limit())
     launch<Narrow>(p, fast, stream, old);
   else if (shared_bytes<Large>(p, false) <= shared_memory_limit() && Plan<Large>(p).cost < Plan<Small>(p).cost)
