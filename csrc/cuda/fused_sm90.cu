@@ -600,19 +600,19 @@ Maps describe(const Fused& p) {
   constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, k32 = CU_TENSOR_MAP_SWIZZLE_32B;
   const int64_t T = p.rows.T, r = p.rows.r;
   Maps maps;
-  describe<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, kRows}, k128);
+  describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, kRows}, k128);
   if (p.transposed)
-    describe<2>(maps.weight, p.dtype, p.weight, {p.N, p.K}, {p.N}, {64, kDepth}, k128);
+    describe_tensor<2>(maps.weight, p.dtype, p.weight, {p.N, p.K}, {p.N}, {64, kDepth}, k128);
   else
-    describe<2>(maps.weight, p.dtype, p.weight, {p.K, p.N}, {p.K}, {kDepth, kColumns}, k128);
+    describe_tensor<2>(maps.weight, p.dtype, p.weight, {p.K, p.N}, {p.K}, {kDepth, kColumns}, k128);
   if (T * r == 0) {
     maps.down = maps.up = maps.x;  // never read
   } else if (p.transposed) {
     maps.down = maps.x;  // never read: h is given
-    describe<3>(maps.up, p.dtype, p.up, {p.N, r, T}, {p.N, r * p.N}, {64, kSlot, 1}, k128);
+    describe_tensor<3>(maps.up, p.dtype, p.up, {p.N, r, T}, {p.N, r * p.N}, {64, kSlot, 1}, k128);
   } else {
-    describe<3>(maps.down, p.dtype, p.down, {p.K, r, T}, {p.K, r * p.K}, {kDepth, kSlot, 1}, k128);
-    describe<3>(maps.up, p.dtype, p.up, {r, p.N, T}, {r, p.N * r}, {kSlot, kColumns, 1}, k32);
+    describe_tensor<3>(maps.down, p.dtype, p.down, {p.K, r, T}, {p.K, r * p.K}, {kDepth, kSlot, 1}, k128);
+    describe_tensor<3>(maps.up, p.dtype, p.up, {r, p.N, T}, {r, p.N * r}, {kSlot, kColumns, 1}, k32);
   }
   return maps;
 }

@@ -232,9 +232,9 @@ void reconstruct_fast(const FastReconstruction& p, const Tensor& like, cudaStrea
   a.transposed = mutable_data<float>(transposed), a.ld = ld;
   Maps maps;
   constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B;
-  describe<2>(maps.old, ScalarType::Float, p.old, {p.D, p.Co}, {p.D}, {kDepth, kRows}, k128);
-  describe<2>(maps.fresh, ScalarType::Float, p.fresh, {p.D, p.Cn}, {p.D}, {kDepth, kKeys}, k128);
-  describe<2>(maps.values, ScalarType::Float, a.transposed, {p.Cn, p.Dv}, {ld}, {kDepth, kColumns}, k128);
+  describe_tensor<2>(maps.old, ScalarType::Float, p.old, {p.D, p.Co}, {p.D}, {kDepth, kRows}, k128);
+  describe_tensor<2>(maps.fresh, ScalarType::Float, p.fresh, {p.D, p.Cn}, {p.D}, {kDepth, kKeys}, k128);
+  describe_tensor<2>(maps.values, ScalarType::Float, a.transposed, {p.Cn, p.Dv}, {ld}, {kDepth, kColumns}, k128);
   const int norms = (p.Co + p.Cn + 7) / 8, tiles = (p.Cn + 31) / 32 * ((p.Dv + 31) / 32);
   prepare_kernel<<<static_cast<unsigned>(norms + tiles), 256, 0, stream>>>(a);
   check_launch("reconstruct_prototypes");

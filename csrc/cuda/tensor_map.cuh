@@ -26,8 +26,8 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 
 // A tensor with the innermost dimension first, loaded box by box; zero outside. Sizes and strides are in elements.
 template <int kDims>
-void describe(CUtensorMap& map, ScalarType dtype, const void* data, const int64_t (&sizes)[kDims],
-              const int64_t (&strides)[kDims - 1], const int (&box)[kDims], CUtensorMapSwizzle swizzle) {
+void describe_tensor(CUtensorMap& map, ScalarType dtype, const void* data, const int64_t (&sizes)[kDims],
+                     const int64_t (&strides)[kDims - 1], const int (&box)[kDims], CUtensorMapSwizzle swizzle) {
   cuuint64_t dims[kDims], bytes[kDims - 1];
   cuuint32_t extent[kDims], ones[kDims];
   const auto type = dtype == ScalarType::Float      ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
