@@ -129,14 +129,16 @@ __global__ void __launch_bounds__(32)
     }
     __syncwarp();
 
-    const auto find = [&](int batch) {  // sends for the numbers of a batch's rows
+    const auto find = [&](int batch) {  // where in `order` this lane's row of a batch stands
       const int place = batch * kRows + lane;
-      if (lane >= kRows || place >= total) return;
       int g = 0;
 #pragma unroll
       for (int step = kChunks / 2; step > 0; step /= 2)
         if (ends[g + step - 1] <= place) g += step;
-      smem::copy4(&ids[batch % kIds][lane], order + offsets[g] + place);
+      return offsets[g] + place;
+    };
+    const auto ask = [&](int batch, int at) {  // sends for the numbers of a batch's rows
+      if (lane < kRows && batch * kRows + lane < total) smem::copy4(&ids[batch % kIds][lane], order + at);
     };
     const auto send = [&](int batch) {                            // for the rows themselves
       constexpr int kPieces = 2 * static_cast<int>(sizeof(Vec));  // of 16 bytes in a row
@@ -156,36 +158,35 @@ __global__ void __launch_bounds__(32)
             each([&](int k, int64_t at) { to[r][lane].values[k] = features[(rows[r] - c) * D + at]; });
       }
     };
-    const auto step = [&](int batch) {
-      __syncwarp();
-      send(batch);
-      find(batch + kStages);
-      smem::commit();
+    const auto add = [&](int batch, int r) {
+      const Vec v = ring[batch % kStages][r][lane];
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) sum[k] += widened<acc>(v.values[k]);
     };
-    for (int batch = 0; batch < kStages; ++batch) find(batch);
+    for (int batch = 0; batch < kStages; ++batch) ask(batch, find(batch));
     smem::commit();
     smem::wait<0>();
-    for (int batch = 0; batch < kStages - 1; ++batch) step(batch);
-
+    for (int batch = 0; batch < kStages - 1; ++batch) {
+      __syncwarp();
+      send(batch);
+      ask(batch + kStages, find(batch + kStages));
+      smem::commit();
+    }
+    int batch = 0;
 #pragma unroll 1
-    for (int batch = 0; batch * kRows < total; ++batch) {
+    for (; (batch + 1) * kRows <= total; ++batch) {
       smem::wait<kStages - 2>();
-      step(batch + kStages - 1);
-      const Vec(*const from)[32] = ring[batch % kStages];
-      const auto add = [&](int r) {
-        const Vec v = from[r][lane];
+      __syncwarp();
+      send(batch + kStages - 1);
+      const int next = batch + 2 * kStages - 1, at = find(next);  // a search and a sum, both steps in a row: together
 #pragma unroll
-        for (int k = 0; k < kWidth; ++k) sum[k] += widened<acc>(v.values[k]);
-      };
-      const int rows = total - batch * kRows;
-      if (rows >= kRows) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) add(r);
-      } else {
-        for (int r = 0; r < rows; ++r) add(r);
-      }
+      for (int r = 0; r < kRows; ++r) add(batch, r);
+      ask(next, at);
+      smem::commit();
     }
     smem::wait<0>();
+    __syncwarp();
+    for (int r = 0; batch * kRows + r < total; ++r) add(batch, r);
     found += total;
   }
   each([&](int k, int64_t at) { sums[at] = sum[k]; });
