@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kChunk = 256;                    // rows, and threads, of a sorting block
 constexpr int kChunks = 256;                   // chunks that a summing warp looks at together
-constexpr int64_t kAhead = int64_t(16) << 20;  // bytes of features that are sent for while the rows are sorted
+constexpr int64_t kAhead = int64_t(24) << 20;  // bytes of features that are sent for while the rows are sorted
 
 // order: the rows of chunk g, sorted by class, at [g kChunk, ...). bounds[c, g]: where class c starts there, and in the
 // upper half how many rows it has.

@@ -31,7 +31,7 @@ using cosine::kWarps;
 constexpr int kKeys = 32;          // new classes of a strip
 constexpr int kUnit = kKeys * 16;  // floats of a unit: 32 new classes x 16 of D, or 16 new classes x 32 columns
 constexpr int kLd = kKeys + 8;     // 8 more keep lanes apart in the banks
-constexpr int kMinSplit = 128;     // new classes
+constexpr int kMinSplit = 48;      // new classes
 constexpr double kCold = 0.025;    // exp(-2 / tau) is a float32 above this
 
 // 16 MT old classes, STAGES units of a ring, and up to GROUPS x 256 columns of a block.
