@@ -2,8 +2,8 @@
 // neither on how the rows are cut into batches nor on the machine. Features are read once. Two launches:
 //
 //   sort_kernel  a block sorts a chunk of rows by class
-//   sum_kernel   a warp owns a class and a slab of columns. It finds its rows in the sorted chunks and adds them one
-//                after another, with up to twice kBatch rows on their way from memory.
+//   sum_kernel   a warp owns a class and a slab of columns. It finds its rows in the sorted chunks, sends for them well
+//                ahead, into a ring in shared memory, and adds one after another.
 
 #include <torch/csrc/stable/library.h>
 
@@ -11,7 +11,8 @@
 #include <cstdio>
 
 #include "../common/prototype_checks.h"
-#include "mma.cuh"
+#include "device.cuh"
+#include "mma_smem.cuh"
 #include "overlap.cuh"
 
 namespace plora::cuda {
@@ -19,7 +20,7 @@ namespace {
 
 constexpr int kChunk = 256;                    // rows, and threads, of a sorting block
 constexpr int kChunks = 256;                   // chunks that a summing warp looks at together
-constexpr int64_t kAhead = int64_t(16) << 20;  // bytes of features that are sent for while the rows are sorted
+constexpr int64_t kAhead = int64_t(24) << 20;  // bytes of features that are sent for while the rows are sorted
 
 // order: the rows of chunk g, sorted by class, at [g kChunk, ...). bounds[c, g]: where class c starts there, and in the
 // upper half how many rows it has.
@@ -78,84 +79,118 @@ __device__ inline acc widened(scalar x) {
     return to_float(x);
 }
 
-// A lane has kWidth neighbouring columns.
-template <typename scalar, int kWidth, int kBatch>
-__global__ void __launch_bounds__(32, 1)
+// A lane has kWidth neighbouring columns; kRows rows make a batch, of which kStages - 1 are on their way.
+template <typename scalar, int kWidth, int kRows, int kStages>
+__global__ void __launch_bounds__(32)
     sum_kernel(const scalar* __restrict__ features, const int* order, const uint32_t* bounds, acc_type<scalar>* sums,
-               int64_t* counts, int64_t D, int chunks, int slabs) {
+               int64_t* counts, int64_t D, int chunks, int slabs, bool vectors) {
   using acc = acc_type<scalar>;
   using Vec = Piece<scalar, kWidth>;
+  constexpr int kIds = kStages + 1;
+  alignas(16) __shared__ Vec ring[kStages][kRows][32];
+  __shared__ int ids[kIds][kRows];
   __shared__ int ends[kChunks], offsets[kChunks];  // of the class's rows in each chunk
-  const int64_t c = blockIdx.x / slabs;
-  const int slab = blockIdx.x % slabs, lane = threadIdx.x;
-  const int64_t column = (static_cast<int64_t>(slab) * 32 + lane) * kWidth;
-  const bool mine = column < D;
-  const scalar* const from = features + column;
-  acc sum[kWidth];
+  const int64_t c = blockIdx.x / slabs, first_column = static_cast<int64_t>(blockIdx.x % slabs) * (32 * kWidth);
+  const int lane = threadIdx.x;
+  const auto each = [&](const auto& f) {  // f(k, place in sums) of this lane's columns
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) sum[k] = mine ? sums[c * D + column + k] : acc(0);
+    for (int k = 0; k < kWidth; ++k) {
+      const int64_t column = first_column + lane * kWidth + k;
+      if (column < D) f(k, c * D + column);
+    }
+  };
+  acc sum[kWidth] = {};
+  each([&](int k, int64_t at) { sum[k] = sums[at]; });
   int64_t found = 0;
   wait_for_predecessor();
 
   for (int first = 0; first < chunks; first += kChunks) {
+    uint32_t bound[kChunks / 32];
+#pragma unroll
+    for (int g = 0; g < kChunks / 32; ++g) {
+      const int chunk = first + 32 * g + lane;
+      bound[g] = chunk < chunks ? bounds[c * chunks + chunk] : 0;
+    }
     __syncwarp();
     int total = 0;
-    for (int g = 0; g < kChunks; g += 32) {
-      const int chunk = first + g + lane;
-      const uint32_t bound = chunk < chunks ? bounds[c * chunks + chunk] : 0;
-      int end = static_cast<int>(bound >> 16);
+#pragma unroll
+    for (int g = 0; g < kChunks / 32; ++g) {
+      const int count = static_cast<int>(bound[g] >> 16), start = static_cast<int>(bound[g] & 0xffff);
+      int end = count;
 #pragma unroll
       for (int d = 1; d < 32; d *= 2) {
         const int before = __shfl_up_sync(0xffffffffu, end, d);
         if (lane >= d) end += before;
       }
       end += total;
-      ends[g + lane] = end;
-      offsets[g + lane] = chunk * kChunk + static_cast<int>(bound & 0xffff) - (end - static_cast<int>(bound >> 16));
+      ends[32 * g + lane] = end;
+      offsets[32 * g + lane] = (first + 32 * g + lane) * kChunk + start - (end - count);
       total = __shfl_sync(0xffffffffu, end, 31);
     }
     __syncwarp();
 
-    // The rows at places p, p + 1, ... of the class, one a lane.
-    const auto rows_at = [&](int p) {
-      const int place = p + lane % kBatch;
+    const auto find = [&](int batch) {  // where in `order` this lane's row of a batch stands
+      const int place = batch * kRows + lane;
       int g = 0;
 #pragma unroll
       for (int step = kChunks / 2; step > 0; step /= 2)
         if (ends[g + step - 1] <= place) g += step;
-      return place < total ? order[offsets[g] + place] : 0;
+      return offsets[g] + place;
     };
-    const auto load = [&](Vec(&batch)[kBatch], int rows, int p) {
+    const auto ask = [&](int batch, int at) {  // sends for the numbers of a batch's rows
+      if (lane < kRows && batch * kRows + lane < total) smem::copy4(&ids[batch % kIds][lane], order + at);
+    };
+    const auto send = [&](int batch) {                            // for the rows themselves
+      constexpr int kPieces = 2 * static_cast<int>(sizeof(Vec));  // of 16 bytes in a row
+      const int* const rows = ids[batch % kIds];
+      Vec(*const to)[32] = ring[batch % kStages];
+      if (vectors) {
+        const int piece = lane % kPieces * (16 / static_cast<int>(sizeof(scalar)));
+        if (first_column + piece >= D) return;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int64_t row = __shfl_sync(0xffffffffu, rows, i);
-        if (mine && p + i < total) batch[i] = *reinterpret_cast<const Vec*>(from + row * D);
+        for (int r = lane / kPieces; r < kRows; r += 32 / kPieces)
+          if (batch * kRows + r < total)
+            smem::copy16(&to[r]->values[0] + piece, features + rows[r] * D + first_column + piece, 16);
+      } else {
+#pragma unroll 4
+        for (int r = 0; r < kRows; ++r)
+          if (batch * kRows + r < total)
+            each([&](int k, int64_t at) { to[r][lane].values[k] = features[(rows[r] - c) * D + at]; });
       }
     };
-    const auto add = [&](const Vec(&batch)[kBatch], int p) {
+    const auto add = [&](int batch, int r) {
+      const Vec v = ring[batch % kStages][r][lane];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        if (p + i < total)
-#pragma unroll
-          for (int k = 0; k < kWidth; ++k) sum[k] += widened<acc>(batch[i].values[k]);
+      for (int k = 0; k < kWidth; ++k) sum[k] += widened<acc>(v.values[k]);
     };
-    Vec even[kBatch], odd[kBatch];
-    load(even, rows_at(0), 0);
-    int rows = rows_at(kBatch);
-    for (int p = 0; p < total; p += 2 * kBatch) {
-      load(odd, rows, p + kBatch);
-      rows = rows_at(p + 2 * kBatch);
-      add(even, p);
-      load(even, rows, p + 2 * kBatch);
-      rows = rows_at(p + 3 * kBatch);
-      add(odd, p + kBatch);
+    for (int batch = 0; batch < kStages; ++batch) ask(batch, find(batch));
+    smem::commit();
+    smem::wait<0>();
+    for (int batch = 0; batch < kStages - 1; ++batch) {
+      __syncwarp();
+      send(batch);
+      ask(batch + kStages, find(batch + kStages));
+      smem::commit();
     }
+    int batch = 0;
+#pragma unroll 1
+    for (; (batch + 1) * kRows <= total; ++batch) {
+      smem::wait<kStages - 2>();
+      __syncwarp();
+      send(batch + kStages - 1);
+      const int next = batch + 2 * kStages - 1, at = find(next);  // a search and a sum, both steps in a row: together
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) add(batch, r);
+      ask(next, at);
+      smem::commit();
+    }
+    smem::wait<0>();
+    __syncwarp();
+    for (int r = 0; batch * kRows + r < total; ++r) add(batch, r);
     found += total;
   }
-#pragma unroll
-  for (int k = 0; k < kWidth; ++k)
-    if (mine) sums[c * D + column + k] = sum[k];
-  if (slab == 0 && lane == 0) counts[c] += found;
+  each([&](int k, int64_t at) { sums[at] = sum[k]; });
+  if (first_column == 0 && lane == 0) counts[c] += found;
 }
 
 void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& features, const Tensor& labels) {
@@ -183,18 +218,24 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
         reinterpret_cast<const char*>(from), aligned(16) && D > 0 ? row_bytes : kAhead + 1);
     check_launch(op);
     if (C == 0) return;
-    const auto sum = [&](auto kernel, int64_t width) {
-      const int64_t slabs = std::max<int64_t>((D + 32 * width - 1) / (32 * width), 1);
-      launch_overlapped(op, kernel, C * slabs, 32, stream, from, data<int>(order), data<uint32_t>(bounds),
-                        mutable_data<acc_type<scalar>>(sums), mutable_data<int64_t>(counts), D,
-                        static_cast<int>(chunks), static_cast<int>(slabs));
+    const auto slabs_of = [&](int bytes) {
+      const int64_t width = bytes / static_cast<int64_t>(sizeof(scalar));
+      return std::max<int64_t>((D + width - 1) / width, 1);
     };
-    // Few warps get narrow slabs, which makes four times as many of them.
-    constexpr int64_t kFew = 384;
+    const auto sum = [&](auto kernel, int bytes) {
+      launch_overlapped(op, kernel, C * slabs_of(bytes), 32, stream, from, data<int>(order), data<uint32_t>(bounds),
+                        mutable_data<acc_type<scalar>>(sums), mutable_data<int64_t>(counts), D,
+                        static_cast<int>(chunks), static_cast<int>(slabs_of(bytes)), aligned(16));
+    };
+    // The wider the slabs the better for the memory, but some warps are needed to keep it busy. Rings of 24 to 32 KB:
+    // seven warps of a multiprocessor run together.
+    const int64_t enough = 4 * multiprocessors();
     if constexpr (sizeof(scalar) <= 4) {
-      if (aligned(4 * sizeof(scalar)) && C * ((D + 127) / 128) >= kFew) return sum(&sum_kernel<scalar, 4, 16>, 4);
+      constexpr int kIn4 = 4 / static_cast<int>(sizeof(scalar));
+      if (C * slabs_of(512) >= enough) return sum(&sum_kernel<scalar, 4 * kIn4, 16, 4>, 512);
+      if (C * slabs_of(256) < enough) return sum(&sum_kernel<scalar, kIn4, 32, 8>, 128);
     }
-    sum(&sum_kernel<scalar, 1, 32>, 1);
+    sum(&sum_kernel<scalar, 8 / static_cast<int>(sizeof(scalar)), 32, 3>, 256);
   });
 }
 

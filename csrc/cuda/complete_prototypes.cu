@@ -3,7 +3,7 @@
 // so after the cosines of each class with those of later tasks, in its own subspace, one product per subspace is left.
 //
 //   1. every block sorts the classes by task; then cosines, 16 x 16 of them at a time, to memory [C, C]; what is not
-//      filled is copied
+//      filled is copied; the values of the block's first tile are sent for
 //   2. after all blocks: tiles of 32 classes x 128 columns of a subspace. Cosines become weights on their way in.
 
 #include <cooperative_groups.h>
@@ -15,17 +15,19 @@
 #include "../common/prototype_checks.h"
 #include "cosine.cuh"
 #include "device.cuh"
-#include "launch.cuh"
+#include "overlap.cuh"
 
 namespace plora::cuda {
 namespace {
 
 using cosine::kThreads;
 using cosine::kWarps;
-using Tile = cosine::Tile<2, 2, 32, 2>;
+using Tile = cosine::Tile<2, 2, 32, 3>;
 
-constexpr int kSide = 16;        // of a block of cosines
-constexpr double kCold = 0.025;  // exp(-2 / tau) is a float32 above this
+constexpr int kSide = 16;                            // of a block of cosines
+constexpr int kKeys = Tile::kStages * Tile::kDepth;  // that a tile takes together
+constexpr double kCold = 0.025;                      // exp(-2 / tau) is a float32 above this
+constexpr int64_t kAhead = int64_t(8) << 20;  // bytes of prototypes that are sent for while the classes are sorted
 
 struct Arguments {
   const float* prototypes;  // [C, T, D]
@@ -33,16 +35,16 @@ struct Arguments {
   float *cosines, *out;     // [C, C], sorted; [C, T, D]
   int C, T, D;
   float scale;  // log2(e) / tau
-  bool last, cold, vectors, pairs;
+  bool last, cold, vectors, pairs, ahead;
 };
 
-// Partial products and squares of each warp, in the first part; weights and values of a step, and bounds, in the
+// Partial products and squares of each warp, in the first part; values and weights of a tile, and bounds, in the
 // second.
 struct Partial {
   float products[kSide * kSide], squares[2 * kSide];
 };
 struct Step {
-  float values[2][Tile::kDepth * Tile::kLd], weights[Tile::kDepth * Tile::kRows], bounds[Tile::kRows];
+  float values[Tile::kStages][Tile::kDepth * Tile::kLd], weights[kKeys * Tile::kRows], bounds[Tile::kRows];
 };
 union Work {
   Partial partial[kWarps];
@@ -55,10 +57,8 @@ int shared_bytes(int64_t C, int64_t T) {
 
 // The classes sorted by task: class `of(s)` is the s-th, and task t has those from start[t] to start[t + 1].
 struct Sorted {
-  const int* keys;  // task C + class
-  const int* start;
-  int C;
-  __device__ int of(int s) const { return keys[s] % C; }
+  const int *classes, *start;
+  __device__ int of(int s) const { return classes[s]; }
 };
 
 __device__ Sorted sort(const Arguments& p, int* unsorted, int* sorted, int* start) {
@@ -84,30 +84,36 @@ __device__ Sorted sort(const Arguments& p, int* unsorted, int* sorted, int* star
     sorted[place] = key;
   }
   __syncthreads();
-  for (int t = threadIdx.x; t <= p.T; t += kThreads) {
-    int low = 0, high = p.C;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (sorted[middle] / p.C < t)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    start[t] = low;
+  for (int s = threadIdx.x; s <= p.C; s += kThreads) {
+    const int task = s < p.C ? sorted[s] / p.C : p.T;
+    for (int t = s > 0 ? sorted[s - 1] / p.C + 1 : 0; t <= task; ++t) start[t] = s;
   }
   __syncthreads();
-  return {sorted, start, p.C};
+  for (int s = threadIdx.x; s < p.C; s += kThreads) sorted[s] %= p.C;
+  __syncthreads();
+  return {sorted, start};
 }
 
-// f(t, n) of this block's share of the tasks n < tasks_of(t) of all t.
-template <typename TasksOf, typename F>
-__device__ void share(int T, const TasksOf& tasks_of, const F& f) {
-  int n = blockIdx.x;
-  for (int t = 0; t < T; ++t) {
-    const int tasks = tasks_of(t);
-    for (; n < tasks; n += gridDim.x) f(t, n);
-    n -= tasks;
+// Unit n of those of all subspaces, of which t has count(t): the n-th of subspace t. None: t < 0.
+struct Unit {
+  int t, n;
+};
+template <typename Count>
+__device__ Unit unit_at(int T, int n, const Count& count) {
+  const int lane = threadIdx.x % 32;
+  for (int first = 0; first < T; first += 32) {
+    const int own = first + lane < T ? count(first + lane) : 0;
+    int end = own;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int before = __shfl_up_sync(0xffffffffu, end, d);
+      if (lane >= d) end += before;
+    }
+    const int at = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, end > n))) - 1;
+    if (at >= 0) return {first + at, n - __shfl_sync(0xffffffffu, end - own, at)};
+    n -= __shfl_sync(0xffffffffu, end, 31);
   }
+  return {-1, 0};
 }
 
 __device__ inline Four<float> load(const float* from, int left, bool vectors) {
@@ -161,60 +167,74 @@ __device__ void make_cosines(const Arguments& p, const Sorted& sorted, Partial* 
   __syncthreads();
 }
 
-// Classes [row0, row0 + rows) of the sorted ones in subspace t, 128 columns from `column` on.
+// Values of the classes from the `first` on, kKeys of them at most: 128 columns of subspace t.
+__device__ void send_for(const Arguments& p, const Sorted& sorted, Step& step, int t, int first, int column) {
+  for (int i = 0; i < Tile::kStages; ++i, first += Tile::kDepth)
+    if (first < p.C)
+      cosine::fetch_columns<Tile>(
+          step.values[i],
+          [&](int r) { return p.prototypes + (static_cast<int64_t>(sorted.of(first + r)) * p.T + t) * p.D + column; },
+          p.C - first, p.D - column, p.vectors);
+  smem::commit();
+}
+
+// Classes [row0, row0 + rows) of the sorted ones in subspace t, 128 columns from `column` on. The first values are sent
+// for.
 __device__ void fill(const Arguments& p, const Sorted& sorted, Step& step, int t, int row0, int column) {
   const int rows = min(Tile::kRows, sorted.start[t] - row0), first = sorted.start[t], keys = p.C - first;
-  const int steps = (keys + Tile::kDepth - 1) / Tile::kDepth;
-  const auto place = [&](int s) { return (static_cast<int64_t>(sorted.of(s)) * p.T + t) * p.D + column; };
   const float* const cosines = p.cosines + static_cast<int64_t>(row0) * p.C + first;
-  const auto load = [&](int i) {
-    if (i < steps)
-      cosine::fetch_columns<Tile>(
-          step.values[i % 2], [&](int r) { return p.prototypes + place(first + i * Tile::kDepth + r); },
-          keys - i * Tile::kDepth, p.D - column, p.vectors);
-    smem::commit();
-  };
-  load(0);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int row = warp; row < Tile::kRows; row += kWarps) {
-    float bound = 1.f;
-    if (p.cold && row < rows) {
-      bound = -1.f;
+  if (p.cold) {
+    for (int row = warp; row < rows; row += kWarps) {
+      float bound = -1.f;
       for (int k = lane; k < keys; k += 32) bound = fmaxf(bound, __ldcg(&cosines[static_cast<int64_t>(row) * p.C + k]));
 #pragma unroll
       for (int d = 16; d > 0; d /= 2) bound = fmaxf(bound, __shfl_xor_sync(0xffffffffu, bound, d));
+      if (lane == 0) step.bounds[row] = bound;
     }
-    if (lane == 0) step.bounds[row] = bound;
+    __syncwarp();  // the warp has the same rows below
   }
-  __syncthreads();
 
   cosine::Products<Tile, false> products;
   products.clear();
   float totals[2 * Tile::MT] = {};
 #pragma unroll 1
-  for (int i = 0; i < steps; ++i) {
-    load(i + 1);
+  for (int begin = 0; begin < keys; begin += kKeys) {
+    if (begin > 0) send_for(p, sorted, step, t, first + begin, column);
+    float x[Tile::kRows / kWarps][Tile::kStages];
 #pragma unroll
-    for (int n = threadIdx.x; n < Tile::kRows * Tile::kDepth; n += kThreads) {
-      const int row = n / Tile::kDepth, k = n % Tile::kDepth, key = i * Tile::kDepth + k;
-      float x = 0.f;
-      if (row < rows && key < keys)
-        x = exp2f((__ldcg(&cosines[static_cast<int64_t>(row) * p.C + key]) - step.bounds[row]) * p.scale);
-      step.weights[k / 16 * (Tile::kRows * 16) + row * 16 + cosine::place(k % 16)] = x;
+    for (int i = 0; i < Tile::kRows / kWarps; ++i)
+#pragma unroll
+      for (int j = 0; j < Tile::kStages; ++j) {
+        const int row = warp + kWarps * i, key = begin + lane + 32 * j;
+        const bool real = row < rows && key < keys;
+        x[i][j] = real ? __ldcg(&cosines[static_cast<int64_t>(row) * p.C + key]) : -INFINITY;
+      }
+#pragma unroll
+    for (int i = 0; i < Tile::kRows / kWarps; ++i) {
+      const int row = warp + kWarps * i;
+      const float bound = p.cold && row < rows ? step.bounds[row] : 1.f;
+#pragma unroll
+      for (int j = 0; j < Tile::kStages; ++j)
+        step.weights[(2 * j + lane / 16) * (Tile::kRows * 16) + row * 16 + cosine::place(lane % 16)] =
+            exp2f((x[i][j] - bound) * p.scale);
     }
-    smem::wait<1>();
+    smem::wait<0>();
     __syncthreads();
-    products.add_columns(step.weights, step.values[i % 2], [&](int m, const Four<float>& a, const Four<float>& a8) {
-      totals[2 * m] += (a[0] + a[1]) + (a[2] + a[3]);
-      totals[2 * m + 1] += (a8[0] + a8[1]) + (a8[2] + a8[3]);
-    });
+#pragma unroll 1
+    for (int i = 0; i < Tile::kStages && begin + i * Tile::kDepth < keys; ++i)
+      products.add_columns(step.weights + i * (Tile::kDepth * Tile::kRows), step.values[i],
+                           [&](int m, const Four<float>& a, const Four<float>& a8) {
+                             totals[2 * m] += (a[0] + a[1]) + (a[2] + a[3]);
+                             totals[2 * m + 1] += (a8[0] + a8[1]) + (a8[2] + a8[3]);
+                           });
     __syncthreads();
   }
 #pragma unroll
   for (int m = 0; m < 2 * Tile::MT; ++m) totals[m] = 1.f / cosine::quad_sum(totals[m]);
   products.each([&](int m, int n, int i, int row, int c) {
     if (i % 2 || row >= rows || column + c >= p.D) return;  // by pairs of neighbours
-    float* const to = p.out + place(row0 + row) + c;
+    float* const to = p.out + (static_cast<int64_t>(sorted.of(row0 + row)) * p.T + t) * p.D + column + c;
     const float x = products.sum[m][n][i] * totals[2 * m + i / 2];
     const float y = products.sum[m][n][i + 1] * totals[2 * m + i / 2];
     if (p.pairs) {
@@ -231,28 +251,43 @@ __global__ void __launch_bounds__(kThreads, 2) complete_kernel(const __grid_cons
   Work& work = *reinterpret_cast<Work*>(memory);
   int* const unsorted = reinterpret_cast<int*>(memory + sizeof(Work));
   int* const keys = unsorted + (p.C + 3) / 4 * 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = blockIdx.x, blocks = gridDim.x;
+  if (p.ahead)
+    for (int row = block + blocks * threadIdx.x; row < p.C * p.T; row += blocks * kThreads)
+      prefetch_to_l2(p.prototypes + static_cast<int64_t>(row) * p.D, static_cast<uint32_t>(p.D) * 4);
   const Sorted sorted = sort(p, unsorted, keys, keys + p.C);
   const int* const start = sorted.start;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   const auto first_key = [&](int t) { return p.last ? max(start[t + 1], start[p.T - 1]) : start[t + 1]; };
-  const auto blocks = [](int n) { return (n + kSide - 1) / kSide; };
-  share(
-      p.T, [&](int t) { return blocks(start[t + 1] - start[t]) * blocks(p.C - first_key(t)); },
-      [&](int t, int n) {
-        const int across = blocks(start[t + 1] - start[t]);
-        const int q = start[t] + n % across * kSide, k = first_key(t) + n / across * kSide;
-        make_cosines(p, sorted, work.partial, t, q, min(kSide, start[t + 1] - q), k, min(kSide, p.C - k));
-      });
+  const auto sides = [](int n) { return (n + kSide - 1) / kSide; };
+  for (int n = block;; n += blocks) {
+    const Unit unit =
+        unit_at(p.T, n, [&](int t) { return sides(start[t + 1] - start[t]) * sides(p.C - first_key(t)); });
+    const int t = unit.t;
+    if (t < 0) break;
+    const int across = sides(start[t + 1] - start[t]);
+    const int q = start[t] + unit.n % across * kSide, k = first_key(t) + unit.n / across * kSide;
+    make_cosines(p, sorted, work.partial, t, q, min(kSide, start[t + 1] - q), k, min(kSide, p.C - k));
+  }
 
-  // Whether the classes of earlier tasks are filled in subspace t.
-  const auto filled = [&](int t) { return (!p.last || t == p.T - 1) && start[t] > 0 && start[t] < p.C; };
-  for (int64_t u = static_cast<int64_t>(blockIdx.x) * kWarps + warp; u < static_cast<int64_t>(p.C) * p.T;
-       u += static_cast<int64_t>(gridDim.x) * kWarps) {
-    const int c = static_cast<int>(u / p.T), t = static_cast<int>(u % p.T);
-    if (unsorted[c] / p.C < t && filled(t)) continue;
-    const float* const from = p.prototypes + u * p.D;
-    float* const to = p.out + u * p.D;
+  // The classes of earlier tasks are filled in subspace t: so many, or none.
+  const auto filled = [&](int t) { return (!p.last || t == p.T - 1) && start[t] < p.C ? start[t] : 0; };
+  const int slices = (p.D + Tile::kColumns - 1) / Tile::kColumns;
+  const auto tile_at = [&](int n) {
+    const Unit unit = unit_at(p.T, n, [&](int t) { return (filled(t) + Tile::kRows - 1) / Tile::kRows * slices; });
+    if (unit.t >= 0) send_for(p, sorted, work.step, unit.t, start[unit.t], unit.n % slices * Tile::kColumns);
+    return unit;
+  };
+  Unit tile = tile_at(block);
+
+  for (int n = blocks - 1 - block;; n += blocks) {  // eight a time, by the last blocks first
+    const Unit unit = unit_at(p.T, n, [&](int t) { return (p.C - filled(t) + kWarps - 1) / kWarps; });
+    if (unit.t < 0) break;
+    const int s = filled(unit.t) + unit.n * kWarps + warp;
+    if (s >= p.C) continue;
+    const int64_t at = (static_cast<int64_t>(sorted.of(s)) * p.T + unit.t) * p.D;
+    const float* const from = p.prototypes + at;
+    float* const to = p.out + at;
     if (p.vectors) {
 #pragma unroll 6
       for (int d = 4 * lane; d < p.D; d += 128)
@@ -263,10 +298,8 @@ __global__ void __launch_bounds__(kThreads, 2) complete_kernel(const __grid_cons
   }
 
   cooperative_groups::this_grid().sync();
-  const int slices = (p.D + Tile::kColumns - 1) / Tile::kColumns;
-  share(
-      p.T, [&](int t) { return filled(t) ? (start[t] + Tile::kRows - 1) / Tile::kRows * slices : 0; },
-      [&](int t, int n) { fill(p, sorted, work.step, t, n / slices * Tile::kRows, n % slices * Tile::kColumns); });
+  for (int n = block; tile.t >= 0; n += blocks, tile = tile_at(n))
+    fill(p, sorted, work.step, tile.t, tile.n / slices * Tile::kRows, tile.n % slices * Tile::kColumns);
 }
 
 Tensor complete_prototypes(const Tensor& prototypes_, const Tensor& task_of_class, double tau, bool last) {
@@ -299,6 +332,7 @@ Tensor complete_prototypes(const Tensor& prototypes_, const Tensor& task_of_clas
   p.last = last, p.cold = tau < kCold;
   p.vectors = D % 4 == 0 && aligned(prototypes, 16) && aligned(out, 16);
   p.pairs = D % 2 == 0 && aligned(out, 8);
+  p.ahead = p.vectors && C * T * D * 4 <= kAhead;
 
   cudaFuncSetAttribute(&complete_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   int resident = 0;  // blocks of a multiprocessor: all must run together

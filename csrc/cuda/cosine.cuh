@@ -1,6 +1,5 @@
 // Products of float32 rows with rows, and with columns, that pass through shared memory: a block of 256 threads makes a
-// tile of 16 MT rows and 64 NT columns; each warp has all of the rows and 8 NT of the columns. True float32 by three
-// TF32 products, or TF32.
+// tile; each warp has 16 MT of the rows and 8 NT of the columns. True float32 by three TF32 products, or TF32.
 //
 // Operands in shared memory are blocks of 16 k: [block][row][16], so that a lane's four k come as one vector and eight
 // lanes read 128 bytes in a row. Which four of a block lane 4 g + q takes is the same for both operands, and free: 4 q
@@ -14,10 +13,11 @@ namespace plora::cuda::cosine {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr float kEps = 1e-12f;  // norms below this count as this
 
-template <int MT_, int NT_, int DEPTH, int STAGES>
+// DOWN x 8 / DOWN warps.
+template <int MT_, int NT_, int DEPTH, int STAGES, int DOWN = 1>
 struct Tile {
-  static constexpr int MT = MT_, NT = NT_, kDepth = DEPTH, kStages = STAGES;
-  static constexpr int kRows = 16 * MT, kColumns = 8 * NT * kWarps, kBlocks = kDepth / 16;
+  static constexpr int MT = MT_, NT = NT_, kDepth = DEPTH, kStages = STAGES, kAcross = kWarps / DOWN;
+  static constexpr int kRows = 16 * MT * DOWN, kColumns = 8 * NT * kAcross, kBlocks = kDepth / 16;
   static constexpr int kLd = kColumns + 8;  // of columns as they are in memory; 8 more keep lanes apart in the banks
   // floats of a stage: k of rows and of other rows, or k of columns
   static constexpr int kStage = kDepth * (kRows + kColumns) > kDepth* kLd ? kDepth * (kRows + kColumns) : kDepth * kLd;
@@ -73,18 +73,29 @@ __device__ inline void fetch_columns(float* to, const Row& row, int rows, int le
 template <bool kTf32, bool kSafe = false>
 struct Split {
   uint32_t hi[4], lo[kTf32 ? 1 : 4];
+
+  static __device__ void split(float x, uint32_t& high, uint32_t& low) {
+    high = kTf32 && kSafe ? to_tf32(x) : __float_as_uint(x) + 0x1000u;
+    if constexpr (!kTf32) {
+      high &= 0xffffe000u;
+      low = __float_as_uint(x - __uint_as_float(high));
+    }
+  }
+
   Split() = default;
   __device__ explicit Split(const Four<float>& v) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      hi[i] = __float_as_uint(v[i]) + 0x1000u;
-      if constexpr (!kTf32) {
-        hi[i] &= 0xffffe000u;
-        lo[i] = __float_as_uint(v[i] - __uint_as_float(hi[i]));
-      } else if constexpr (kSafe) {
-        hi[i] = to_tf32(v[i]);
-      }
-    }
+    for (int i = 0; i < 4; ++i) split(v[i], hi[i], lo[kTf32 ? 0 : i]);
+  }
+
+  // What split() gave before.
+  __device__ void load(const float* high, const float* low) {
+    const auto copy = [](uint32_t* to, const float* from) {
+      const uint4 v = *reinterpret_cast<const uint4*>(from);
+      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    };
+    copy(hi, high);
+    if constexpr (!kTf32) copy(lo, low);
   }
 };
 
@@ -126,10 +137,13 @@ __device__ inline float inverse_norm(float square) {
   return 1.f / (norm < kEps ? kEps : norm);  // NaN stays
 }
 
-// A warp's part of a tile of products: of rows 16 m + g and 16 m + 8 + g, columns 8 n + 2 q and 8 n + 2 q + 1.
+// A warp's part of a tile of products: of its rows 16 m + g and 16 m + 8 + g, columns 8 n + 2 q and 8 n + 2 q + 1.
 template <typename T, bool kTf32>
 struct Products {
   float sum[T::MT][T::NT][4];
+
+  __device__ static int first_row() { return threadIdx.x / 32 / T::kAcross * (16 * T::MT); }
+  __device__ static int first_column() { return threadIdx.x / 32 % T::kAcross * (8 * T::NT); }
 
   __device__ void clear() {
 #pragma unroll
@@ -143,16 +157,16 @@ struct Products {
   // f(m, n, i, row, column) of every sum[m][n][i].
   template <typename F>
   __device__ void each(const F& f) const {
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, first = threadIdx.x / 32 * 8 * T::NT;
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, top = first_row(), first = first_column();
 #pragma unroll
     for (int m = 0; m < T::MT; ++m)
 #pragma unroll
       for (int n = 0; n < T::NT; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) f(m, n, i, 16 * m + g + i / 2 * 8, first + 8 * n + 2 * q + i % 2);
+        for (int i = 0; i < 4; ++i) f(m, n, i, top + 16 * m + g + i / 2 * 8, first + 8 * n + 2 * q + i % 2);
   }
 
-  // += the product of kBlocks blocks of k: `rows` [block][16 MT][16], and right(block, n) the lane's four of column
+  // += the product of kBlocks blocks of k: `rows` [block][row][16], and right(block, n) the lane's four of column
   // 8 n + g. seen(m, a, a8) sees the lane's own elements of the rows.
   template <bool kSafe, typename Right, typename Seen>
   __device__ void add(const float* rows, const Right& right, const Seen& seen) {
@@ -162,7 +176,7 @@ struct Products {
       Split<kTf32, kSafe> b[T::NT];
 #pragma unroll
       for (int n = 0; n < T::NT; ++n) b[n] = Split<kTf32, kSafe>(right(block, n));
-      const float* const at = rows + block * (T::kRows * 16) + g * 16 + q * 4;
+      const float* const at = rows + block * (T::kRows * 16) + (first_row() + g) * 16 + q * 4;
 #pragma unroll
       for (int m = 0; m < T::MT; ++m) {
         const Four<float> a = four(at + m * 256), a8 = four(at + m * 256 + 128);
@@ -179,7 +193,7 @@ struct Products {
   template <bool kRowSquares>
   __device__ void add_rows(const float* stage, float (&squares)[T::NT], float (&row_squares)[2 * T::MT]) {
     const int lane = threadIdx.x % 32;
-    const float* const columns = stage + T::kDepth * T::kRows + threadIdx.x / 32 * (8 * T::NT * 16) + lane * 4;
+    const float* const columns = stage + T::kDepth * T::kRows + first_column() * 16 + lane * 4;
     add<false>(
         stage,
         [&](int block, int n) {
@@ -196,7 +210,7 @@ struct Products {
   template <typename Seen>
   __device__ void add_columns(const float* rows, const float* stage, const Seen& seen) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    const float* const columns = stage + q * T::kLd + threadIdx.x / 32 * 8 * T::NT + g;
+    const float* const columns = stage + q * T::kLd + first_column() + g;
     add<true>(
         rows,
         [&](int block, int n) {

@@ -24,4 +24,9 @@ int device_attribute() {
 inline int multiprocessors() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
 inline int shared_memory_limit() { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
 
+inline bool on_hopper() {
+  return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9 &&
+         device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>() >= 232448;
+}
+
 }  // namespace plora::cuda

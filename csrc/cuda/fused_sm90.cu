@@ -17,6 +17,7 @@
 #include "launch.cuh"
 #include "lora_kernels.h"
 #include "sm90.cuh"
+#include "tensor_map.cuh"
 
 namespace plora::cuda {
 namespace {
@@ -595,59 +596,23 @@ __global__ void __launch_bounds__(256)
 
 // --- host -----------------------------------------------------------------------------------------------------------
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode encoder() {
-  static const Encode encode = [] {
-    void* f = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
-#else
-    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found);
-#endif
-    STD_TORCH_CHECK(error == cudaSuccess && f != nullptr,
-                    "the CUDA driver has no cuTensorMapEncodeTiled: it must be 12.0 or newer");
-    return reinterpret_cast<Encode>(f);
-  }();
-  return encode;
-}
-
-// A tensor of 16-bit elements with the innermost dimension first, loaded box by box; zero outside.
-template <int kDims>
-void describe(CUtensorMap& map, ScalarType dtype, const void* data, const int64_t (&sizes)[kDims],
-              const int64_t (&strides)[kDims - 1], const int (&box)[kDims], CUtensorMapSwizzle swizzle) {
-  cuuint64_t dims[kDims], bytes[kDims - 1];
-  cuuint32_t extent[kDims], ones[kDims];
-  for (int i = 0; i < kDims; ++i) dims[i] = sizes[i], extent[i] = box[i], ones[i] = 1;
-  for (int i = 0; i < kDims - 1; ++i) bytes[i] = strides[i] * 2;
-  const CUresult result = encoder()(
-      &map, dtype == ScalarType::BFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kDims,
-      const_cast<void*>(data), dims, bytes, extent, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  STD_TORCH_CHECK(result == CUDA_SUCCESS,
-                  "the fused LoRA product: a tensor could not be described to the copy engine (CUDA error ",
-                  static_cast<int>(result), ")");
-}
-
 Maps describe(const Fused& p) {
   constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, k32 = CU_TENSOR_MAP_SWIZZLE_32B;
   const int64_t T = p.rows.T, r = p.rows.r;
   Maps maps;
-  describe<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, kRows}, k128);
+  describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, kRows}, k128);
   if (p.transposed)
-    describe<2>(maps.weight, p.dtype, p.weight, {p.N, p.K}, {p.N}, {64, kDepth}, k128);
+    describe_tensor<2>(maps.weight, p.dtype, p.weight, {p.N, p.K}, {p.N}, {64, kDepth}, k128);
   else
-    describe<2>(maps.weight, p.dtype, p.weight, {p.K, p.N}, {p.K}, {kDepth, kColumns}, k128);
+    describe_tensor<2>(maps.weight, p.dtype, p.weight, {p.K, p.N}, {p.K}, {kDepth, kColumns}, k128);
   if (T * r == 0) {
     maps.down = maps.up = maps.x;  // never read
   } else if (p.transposed) {
     maps.down = maps.x;  // never read: h is given
-    describe<3>(maps.up, p.dtype, p.up, {p.N, r, T}, {p.N, r * p.N}, {64, kSlot, 1}, k128);
+    describe_tensor<3>(maps.up, p.dtype, p.up, {p.N, r, T}, {p.N, r * p.N}, {64, kSlot, 1}, k128);
   } else {
-    describe<3>(maps.down, p.dtype, p.down, {p.K, r, T}, {p.K, r * p.K}, {kDepth, kSlot, 1}, k128);
-    describe<3>(maps.up, p.dtype, p.up, {r, p.N, T}, {r, p.N * r}, {kSlot, kColumns, 1}, k32);
+    describe_tensor<3>(maps.down, p.dtype, p.down, {p.K, r, T}, {p.K, r * p.K}, {kDepth, kSlot, 1}, k128);
+    describe_tensor<3>(maps.up, p.dtype, p.up, {r, p.N, T}, {r, p.N * r}, {kSlot, kColumns, 1}, k32);
   }
   return maps;
 }

@@ -1,11 +1,16 @@
 // reconstruct_prototypes on CUDA: softmax(cos(old, new) / tau) values, the weights never leaving the chip. A block owns
-// some old classes and takes the new ones strip by strip: their cosines go to shared memory, become weights there, and
-// multiply the values, slice by slice of their columns; both products stream through the same ring of stages.
+// some old classes and takes the new ones 32 at a time:
 //
-// |cos| <= 1 bounds the exponent: exp((cos - 1) / tau) needs no running maximum, and numerators and denominators of
-// strips just add up, in order. Only where tau is so small that all of a class's weights could vanish (exp(-2 / tau))
-// the bound is the largest cosine so far. Few old classes leave blocks idle: then the new ones are split among blocks,
-// whose parts combine_kernel adds in order.
+//   1. each warp multiplies its own part of D; the parts meet in shared memory and become weights
+//   2. each warp multiplies these with its own columns of the values; sums stay in registers to the end
+//
+// So one warp alone reads, and takes apart, each number of the new classes and of the values. They come through a ring
+// of the warp's own, which no barrier drains: two barriers per 32 new classes are all.
+//
+// |cos| <= 1 bounds the exponent: exp((cos - 1) / tau) needs no running maximum, and numerators and denominators just
+// add up, in order. Only where tau is so small that all of a class's weights could vanish (exp(-2 / tau)) the bound is
+// the largest cosine so far. Few old classes leave blocks idle: then the new ones are split among blocks, whose parts
+// combine_kernel adds in order.
 
 #include <torch/csrc/stable/library.h>
 
@@ -15,6 +20,7 @@
 #include "cosine.cuh"
 #include "device.cuh"
 #include "overlap.cuh"
+#include "reconstruct_kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -22,211 +28,291 @@ namespace {
 using cosine::kThreads;
 using cosine::kWarps;
 
-using Small = cosine::Tile<1, 2, 32, 4>;
-using Medium = cosine::Tile<2, 2, 32, 4>;
-using Large = cosine::Tile<5, 4, 16, 3>;
+constexpr int kKeys = 32;          // new classes of a strip
+constexpr int kUnit = kKeys * 16;  // floats of a unit: 32 new classes x 16 of D, or 16 new classes x 32 columns
+constexpr int kLd = kKeys + 8;     // 8 more keep lanes apart in the banks
+constexpr int kMinSplit = 48;      // new classes
+constexpr double kCold = 0.025;    // exp(-2 / tau) is a float32 above this
 
-constexpr int kMaxStrip = 1024, kMinSplit = 512;  // new classes
-constexpr double kCold = 0.025;                   // exp(-2 / tau) is a float32 above this
+// 16 MT old classes, STAGES units of a ring, and up to GROUPS x 256 columns of a block.
+template <int MT_, int GROUPS, int STAGES>
+struct Tile {
+  static constexpr int MT = MT_, kGroups = GROUPS, kStages = STAGES, kRows = 16 * MT;
+};
+using Narrow = Tile<1, 3, 3>;  // for little shared memory
+using Small = Tile<1, 4, 5>;
+using Large = Tile<2, 3, 5>;
 
 struct Arguments {
   const float *old, *fresh, *values;
   const float* base;  // [Co, Dv], added to the result, or null
   float* out;         // [Co, Dv], or the numerators of each split [splits, Co, Dv]
   float2* stats;      // [splits, Co]: bound and denominator; null where there is one split
-  int Co, Cn, D, Dv, strip, per_split;
-  float scale;  // log2(e) / tau
-  bool cold, vector_rows, vector_values, pairs;
+  int Co, Cn, D, Dv, per_split;
+  int passes, width;  // blocks share out the columns: `width` of them each
+  int slot;           // floats of a unit in the ring; with those of the old classes where these cannot stay
+  float scale;        // log2(e) / tau
+  bool cold, resident, vector_rows, vector_values, vector_out;
 };
 
-// Per row: 1 / |old|, the bound of the cosines, the denominator, and what earlier numerators are multiplied with.
+// What a warp has of the products and squares of a strip.
 template <typename T>
-struct Rows {
-  float inverse[T::kRows], bound[T::kRows], total[T::kRows], again[T::kRows];
+struct Part {
+  float products[T::kRows * kLd], keys[kKeys], rows[T::kRows];
 };
 
 template <typename T>
-constexpr int shared_bytes(int strip) {
-  return (T::kStages * T::kStage + strip * T::kRows) * static_cast<int>(sizeof(float)) +
-         static_cast<int>(sizeof(Rows<T>));
+struct Shared {
+  Part<T> parts[kWarps];
+  float weights[2][T::kRows * kKeys];  // as two TF32 numbers: [16 new classes][row][16], in the order of place()
+  float again[T::kRows], total[T::kRows];
+};
+
+// fetch() of what is not in vectors: rows, rare and out of the way.
+template <int kCount, int kEach>
+__device__ __noinline__ void fetch_each(float* to, const float* row, int64_t ld, int rows, int left, int to_step) {
+#pragma unroll 1
+  for (int r = 0; r < kCount; r += kEach, to += to_step, row += kEach * ld)
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) to[i] = r < rows && i < left ? row[i] : 0.f;
 }
 
-// The cosines of a strip, [block][row][16] in the order of place(), become weights; zero beyond the last of `keys`.
-template <typename T>
-__device__ void soften(float* weights, Rows<T>& rows, int keys, int padded, float scale, bool cold, bool first) {
-  const int lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32; row < T::kRows; row += kWarps) {
-    const auto each = [&](const auto& f) {  // f(cell, key) of this lane's
-      for (int u = lane; u < padded / 4; u += 32) {
-        float* const four = weights + u / 4 * (T::kRows * 16) + row * 16 + u % 4 * 4;
+// By one warp: kChunks x 16 bytes of each of kCount rows, of which `rows` rows and `left` floats are there; the rest is
+// zero. Vectors come later. Rows of 128 bytes are swizzled: chunk c of row r lies at c ^ 2 (r % 4).
+template <int kCount, int kChunks>
+__device__ inline void fetch(float* to, const float* from, int64_t ld, int rows, int left, bool vectors) {
+  constexpr int kEach = 32 / kChunks, kStep = kEach * 4 * kChunks;
+  const int lane = threadIdx.x % 32, c = lane % kChunks, first = lane / kChunks;
+  to += first * (4 * kChunks) + (kChunks == 8 ? c ^ 2 * first : c) * 4;
+  from += first * ld + 4 * c, rows -= first, left -= 4 * c;
+  if (!vectors) return fetch_each<kCount, kEach>(to, from, ld, rows, left, kStep);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) f(four[i], u / 4 * 16 + u % 4 + 4 * i);
-      }
-    };
-    float bound = 1.f, again = 1.f, sum = 0.f;
-    if (cold) {
-      bound = first ? -2.f : rows.bound[row];
-      float largest = bound;
-      each([&](float& x, int key) { largest = key < keys ? fmaxf(largest, x) : largest; });
-#pragma unroll
-      for (int d = 16; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, d));
-      again = exp2f((bound - largest) * scale);
-      bound = largest;
-    }
-    each([&](float& x, int key) {
-      x = key < keys ? exp2f((x - bound) * scale) : 0.f;
-      sum += x;
-    });
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-    if (lane == 0) {
-      rows.total[row] = first ? sum : rows.total[row] * again + sum;
-      rows.bound[row] = bound, rows.again[row] = again;
-    }
-  }
+  for (int r = 0; r < kCount; r += kEach, to += kStep, from += kEach * ld)
+    smem::copy16(to, from, r < rows && left > 0 ? 16 : 0);
 }
 
 template <typename T, bool kTf32>
 __global__ void __launch_bounds__(kThreads, 1) reconstruct_kernel(const __grid_constant__ Arguments p) {
+  using Split = cosine::Split<kTf32>;
   extern __shared__ __align__(16) float memory[];
-  float* const stages = memory;
-  float* const weights = stages + T::kStages * T::kStage;
-  Rows<T>& state = *reinterpret_cast<Rows<T>*>(weights + p.strip * T::kRows);
+  Shared<T>& shared = *reinterpret_cast<Shared<T>*>(memory);
   launch_successor();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int row0 = blockIdx.x * T::kRows, rows = min(T::kRows, p.Co - row0);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+  const int row0 = static_cast<int>(blockIdx.x) / p.passes * T::kRows, rows = min(T::kRows, p.Co - row0);
+  const int pass = static_cast<int>(blockIdx.x) % p.passes, limit = min(p.Dv, (pass + 1) * p.width);
   const int begin = blockIdx.y * p.per_split, end = min(begin + p.per_split, p.Cn);
-  const int d_steps = max((p.D + T::kDepth - 1) / T::kDepth, 1), slices = (p.Dv + T::kColumns - 1) / T::kColumns;
+  // This warp's blocks of 16 of D, and groups of 32 columns: every eighth.
+  const int depths = max((p.D + 15) / 16 - warp + kWarps - 1, 0) / kWarps;
+  const int column0 = pass * p.width + 32 * warp, groups = max(limit - column0 + 255, 0) / 256;
+  const int units = depths + 2 * groups;
   const float* const old = p.old + static_cast<int64_t>(row0) * p.D;
-  float* const out = p.out + (static_cast<int64_t>(blockIdx.y) * p.Co + row0) * p.Dv;
+  float* const rings = memory + sizeof(Shared<T>) / sizeof(float);
+  float* const ring = rings + warp * T::kStages * p.slot;
+  float* const kept = rings + kWarps * T::kStages * p.slot + warp * (T::kRows * 16);
+  const auto kept_of = [&](int unit) { return kept + unit * (kWarps * T::kRows * 16); };
 
-  cosine::Products<T, kTf32> products;
-  float squares[T::NT], unused[2 * T::MT];
-  const auto clear = [&] {
-    products.clear();
-#pragma unroll
-    for (int n = 0; n < T::NT; ++n) squares[n] = 0.f;
-  };
-  clear();
-
-  for (int first = begin; first < end; first += p.strip) {
-    const int keys = min(p.strip, end - first), v_steps = (keys + T::kDepth - 1) / T::kDepth;
-    const int passes = (keys + T::kColumns - 1) / T::kColumns;
-    const float* const fresh = p.fresh + static_cast<int64_t>(first) * p.D;
-    const float* const values = p.values + static_cast<int64_t>(first) * p.Dv;
-
-    // What is loaded next: step `inner` of pass `outer`, then of slice `outer`.
-    int outer = 0, inner = 0, slot = 0;
-    bool slicing = false;
-    const auto load = [&] {
-      float* const to = stages + slot * T::kStage;
+  int first = begin, unit = 0, slot = 0;  // of the next load
+  const auto load = [&] {
+    if (first < end && units > 0) {
+      float* const to = ring + slot * p.slot;
       slot = slot + 1 == T::kStages ? 0 : slot + 1;
-      if (!slicing) {
-        const int k = inner * T::kDepth, key = outer * T::kColumns;
-        cosine::fetch_rows<T::kRows, T::kDepth>(to, old + k, p.D, rows, p.D - k, p.vector_rows);
-        cosine::fetch_rows<T::kColumns, T::kDepth>(to + T::kDepth * T::kRows,
-                                                   fresh + static_cast<int64_t>(key) * p.D + k, p.D, keys - key,
-                                                   p.D - k, p.vector_rows);
-        if (++inner == d_steps) inner = 0, ++outer;
-        if (outer == passes) outer = 0, slicing = true;
-      } else if (outer < slices) {
-        const int key = inner * T::kDepth, column = outer * T::kColumns;
-        const float* const from = values + static_cast<int64_t>(key) * p.Dv + column;
-        cosine::fetch_columns<T>(
-            to, [&](int r) { return from + static_cast<int64_t>(r) * p.Dv; }, keys - key, p.Dv - column,
-            p.vector_values);
-        if (++inner == v_steps) inner = 0, ++outer;
+      if (unit < depths) {
+        const int k = (warp + unit * kWarps) * 16;
+        fetch<kKeys, 4>(to, p.fresh + static_cast<int64_t>(first) * p.D + k, p.D, end - first, p.D - k, p.vector_rows);
+        if (!p.resident || first == begin)
+          fetch<T::kRows, 4>(p.resident ? kept_of(unit) : to + kUnit, old + k, p.D, rows, p.D - k, p.vector_rows);
+      } else {
+        const int key = first + (unit - depths) % 2 * 16, column = column0 + (unit - depths) / 2 * 256;
+        fetch<16, 8>(to, p.values + static_cast<int64_t>(key) * p.Dv + column, p.Dv, end - key, limit - column,
+                     p.vector_values);
       }
-      smem::commit();
-    };
-    if (first > begin) __syncthreads();  // the last slice of the strip before is read
-#pragma unroll 1
-    for (int i = 0; i < T::kStages - 1; ++i) load();
-    if (first == begin) {
-      for (int r = warp; r < T::kRows; r += kWarps) {
-        float square = 0.f;
-        if (r < rows)
-#pragma unroll 8
-          for (int d = lane; d < p.D; d += 32)
-            square += old[static_cast<int64_t>(r) * p.D + d] * old[static_cast<int64_t>(r) * p.D + d];
-#pragma unroll
-        for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(0xffffffffu, square, d);
-        if (lane == 0) state.inverse[r] = cosine::inverse_norm(square);
-      }
+      if (++unit == units) unit = 0, first += kKeys;
     }
+    smem::commit();
+  };
+  int stage = 0;
+  const auto next = [&] {  // the unit that has come
+    smem::wait<T::kStages - 2>();
+    __syncwarp();
+    load();
+    const float* const ready = ring + stage * p.slot;
+    stage = stage + 1 == T::kStages ? 0 : stage + 1;
+    return ready;
+  };
+#pragma unroll 1
+  for (int i = 0; i < T::kStages - 1; ++i) load();
 
-    int stage = 0;
-    const auto next = [&] {  // the stage that has come
-      smem::wait<T::kStages - 2>();
-      __syncthreads();
-      load();
-      const float* const ready = stages + stage * T::kStage;
-      stage = stage + 1 == T::kStages ? 0 : stage + 1;
-      return ready;
-    };
-#pragma unroll 1
-    for (int pass = 0; pass < passes; ++pass) {
-#pragma unroll 1
-      for (int k = 0; k < d_steps; ++k) products.template add_rows<false>(next(), squares, unused);
-      float inverse[T::NT][2];
+  // Of rows warp + 8 i: 1 / |old|, the bound of the cosines, and this lane's part of the denominator.
+  float inverse[2 * T::MT], bound[2 * T::MT], total[2 * T::MT];
 #pragma unroll
-      for (int n = 0; n < T::NT; ++n) {
-        const float own = cosine::inverse_norm(cosine::quad_sum(squares[n]));
-        inverse[n][0] = cosine::of_column(own, 0), inverse[n][1] = cosine::of_column(own, 1);
+  for (int i = 0; i < 2 * T::MT; ++i) bound[i] = p.cold ? -2.f : 1.f, total[i] = 0.f;
+  float sums[T::MT][T::kGroups][4][4] = {};  // column 4 c + j of the 32 is column c of product j
+
+#pragma unroll 1
+  for (int at = begin; at < end; at += kKeys) {
+    Part<T>& part = shared.parts[warp];
+    {
+      float products[T::MT][4][4] = {}, keys[4] = {}, squares[2 * T::MT] = {};
+#pragma unroll 1
+      for (int u = 0; u < depths; ++u) {
+        const float* const ready = next();
+        const float* const from = (p.resident ? kept_of(u) : ready + kUnit) + g * 16 + 4 * q;
+        Split left[T::MT], left8[T::MT];
+#pragma unroll
+        for (int m = 0; m < T::MT; ++m) {
+          const Four<float> a = cosine::four(from + m * 256), a8 = cosine::four(from + m * 256 + 128);
+          if (at == begin) squares[2 * m] += cosine::dot(a), squares[2 * m + 1] += cosine::dot(a8);
+          left[m] = Split(a), left8[m] = Split(a8);
+        }
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const Four<float> b = cosine::four(ready + (8 * n + g) * 16 + 4 * q);
+          keys[n] += cosine::dot(b);
+          const Split right(b);
+#pragma unroll
+          for (int m = 0; m < T::MT; ++m) cosine::add_product(products[m][n], left[m], left8[m], right);
+        }
       }
-      products.each([&](int m, int n, int i, int row, int column) {
-        const float x = products.sum[m][n][i] * inverse[n][i % 2] * state.inverse[row];
-        const int key = pass * T::kColumns + column;
-        weights[key / 16 * (T::kRows * 16) + row * 16 + cosine::place(key % 16)] = x > 1.f ? 1.f : x;
-      });
-      clear();
+#pragma unroll
+      for (int m = 0; m < T::MT; ++m)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            *reinterpret_cast<float2*>(&part.products[(16 * m + g + 8 * half) * kLd + 8 * n + 2 * q]) =
+                make_float2(products[m][n][2 * half], products[m][n][2 * half + 1]);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float square = cosine::quad_sum(keys[n]);
+        if (q == 0) part.keys[8 * n + g] = square;
+      }
+      if (at == begin) {
+#pragma unroll
+        for (int m = 0; m < 2 * T::MT; ++m) {
+          const float square = cosine::quad_sum(squares[m]);
+          if (q == 0) part.rows[8 * m + g] = square;
+        }
+      }
     }
     __syncthreads();
-    soften(weights, state, keys, v_steps * T::kDepth, p.scale, p.cold, first == begin);
 
-    const bool start = first == begin, finish = first + keys == end && p.stats == nullptr;
-#pragma unroll 1
-    for (int slice = 0; slice < slices; ++slice) {
-#pragma unroll 1
-      for (int k = 0; k < v_steps; ++k)  // the weights are there from the first next() on
-      {
-        const float* const ready = next();
-        products.add_columns(weights + k * (T::kDepth * T::kRows), ready,
-                             [](int, const Four<float>&, const Four<float>&) {});
+    // Weights: a lane has one new class.
+    float square = 0.f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) square += shared.parts[w].keys[lane];
+    const float key_inverse = cosine::inverse_norm(square);
+#pragma unroll
+    for (int i = 0; i < 2 * T::MT; ++i) {
+      const int row = warp + kWarps * i;
+      if (at == begin) {
+        float square = 0.f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) square += shared.parts[w].rows[row];
+        inverse[i] = cosine::inverse_norm(square);
       }
-      products.each([&](int m, int n, int i, int row, int column) {
-        if (i % 2) return;  // by pairs of neighbours
-        const int c = slice * T::kColumns + column;
-        if (row >= rows || c >= p.Dv) return;
-        const bool two = c + 1 < p.Dv;
-        float* const to = out + static_cast<int64_t>(row) * p.Dv + c;
-        float x = products.sum[m][n][i], y = products.sum[m][n][i + 1];
-        if (!start) {
-          x += to[0] * state.again[row];
-          if (two) y += to[1] * state.again[row];
-        }
-        if (finish) {
-          const float inverse = 1.f / state.total[row];
-          x *= inverse, y *= inverse;
-          if (p.base) {
-            const float* const add = p.base + static_cast<int64_t>(row0 + row) * p.Dv + c;
-            x += add[0];
-            if (two) y += add[1];
+      float x = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) x += shared.parts[w].products[row * kLd + lane];
+      x *= key_inverse * inverse[i];
+      x = x > 1.f ? 1.f : x;
+      const bool real = lane < end - at;
+      if (p.cold) {
+        float largest = real ? fmaxf(bound[i], x) : bound[i];
+#pragma unroll
+        for (int d = 16; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, d));
+        const float again = exp2f((bound[i] - largest) * p.scale);
+        bound[i] = largest, total[i] *= again;
+        if (lane == 0) shared.again[row] = again;
+      }
+      x = real ? exp2f((x - bound[i]) * p.scale) : 0.f;
+      total[i] += x;
+      const int to = lane / 16 * (T::kRows * 16) + row * 16 + cosine::place(lane % 16);
+      uint32_t hi, lo;
+      Split::split(x, hi, lo);
+      shared.weights[0][to] = __uint_as_float(hi);
+      if constexpr (!kTf32) shared.weights[1][to] = __uint_as_float(lo);
+    }
+    __syncthreads();
+
+#pragma unroll
+    for (int c = 0; c < T::kGroups; ++c) {
+      if (c >= groups) break;
+      if (p.cold && at > begin) {
+#pragma unroll
+        for (int m = 0; m < T::MT; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float again = shared.again[16 * m + g + i / 2 * 8];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sums[m][c][j][i] *= again;
           }
+      }
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        const float* const ready = next() + q * 32 + (g ^ 2 * q) * 4;
+        Four<float> v[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[i] = cosine::four(ready + 4 * i * 32);
+        const int from = half * (T::kRows * 16) + g * 16 + 4 * q;
+        Split left[T::MT], left8[T::MT];
+#pragma unroll
+        for (int m = 0; m < T::MT; ++m) {
+          left[m].load(shared.weights[0] + from + m * 256, shared.weights[1] + from + m * 256);
+          left8[m].load(shared.weights[0] + from + m * 256 + 128, shared.weights[1] + from + m * 256 + 128);
         }
-        if (p.pairs) {
-          *reinterpret_cast<float2*>(to) = make_float2(x, y);
-        } else {
-          to[0] = x;
-          if (two) to[1] = y;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          Four<float> column;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) column[i] = v[i][j];
+          const cosine::Split<kTf32, true> right(column);
+#pragma unroll
+          for (int m = 0; m < T::MT; ++m) cosine::add_product(sums[m][c][j], left[m], left8[m], right);
         }
-      });
-      products.clear();
+      }
     }
   }
-  if (p.stats)
-    for (int r = threadIdx.x; r < rows; r += kThreads)
-      p.stats[static_cast<int64_t>(blockIdx.y) * p.Co + row0 + r] = make_float2(state.bound[r], state.total[r]);
+
+#pragma unroll
+  for (int i = 0; i < 2 * T::MT; ++i) {
+    const int row = warp + kWarps * i;
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) total[i] += __shfl_xor_sync(0xffffffffu, total[i], d);
+    if (lane > 0) continue;
+    shared.total[row] = total[i];
+    if (p.stats && pass == 0 && row < rows)
+      p.stats[static_cast<int64_t>(blockIdx.y) * p.Co + row0 + row] = make_float2(bound[i], total[i]);
+  }
+  __syncthreads();
+  float* const out = p.out + (static_cast<int64_t>(blockIdx.y) * p.Co + row0) * p.Dv;
+#pragma unroll
+  for (int m = 0; m < 2 * T::MT; ++m) {
+    const int row = 8 * m + g;
+    if (row >= rows) continue;
+    const float factor = p.stats ? 1.f : 1.f / shared.total[row];
+#pragma unroll
+    for (int c = 0; c < T::kGroups; ++c)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = column0 + 256 * c + 8 * q + 4 * e;
+        if (column >= limit) continue;
+        float* const to = out + static_cast<int64_t>(row) * p.Dv + column;
+        const float* const add = p.base ? p.base + static_cast<int64_t>(row0 + row) * p.Dv + column : nullptr;
+        Four<float> v;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) v[j] = sums[m / 2][c][j][m % 2 * 2 + e] * factor;
+        if (p.vector_out) {
+          if (add)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) v[j] += cosine::four(add)[j];
+          *reinterpret_cast<Four<float>*>(to) = v;
+        } else {
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            if (column + j < limit) to[j] = add ? add[j] + v[j] : v[j];
+        }
+      }
+  }
 }
 
 // A block per old class adds what its splits gave.
@@ -242,6 +328,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const float* parts, c
   }
   for (int c = threadIdx.x; c < Dv; c += kThreads) {
     float sum = 0.f;
+#pragma unroll 8
     for (int s = 0; s < splits; ++s) {
       const int64_t at = static_cast<int64_t>(s) * Co + row;
       sum += parts[at * Dv + c] * exp2f((stats[at].x - bound) * scale);
@@ -251,20 +338,35 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const float* parts, c
   }
 }
 
+// Bytes of shared memory, with the old classes kept there or not.
 template <typename T>
-int strip_of(int64_t keys) {
-  const int64_t whole = (keys + T::kColumns - 1) / T::kColumns * T::kColumns;
-  const int64_t room = (shared_memory_limit() - shared_bytes<T>(0)) / (T::kRows * 4) / T::kColumns * T::kColumns;
-  return static_cast<int>(std::min<int64_t>({whole, room, kMaxStrip}));
+int shared_bytes(const Arguments& p, bool resident) {
+  const int slot = kUnit + (resident ? 0 : T::kRows * 16), kept = resident ? (p.D + 15) / 16 * (T::kRows * 16) : 0;
+  return static_cast<int>(sizeof(Shared<T>)) + (kWarps * T::kStages * slot + kept) * static_cast<int>(sizeof(float));
 }
 
 template <typename T>
+struct Plan {
+  int blocks, passes, splits;
+  double cost;  // of all waves, in products of a warp; a unit's way to registers costs about as much as one
+  explicit Plan(const Arguments& p) {
+    passes = (p.Dv + T::kGroups * 256 - 1) / (T::kGroups * 256);
+    blocks = (p.Co + T::kRows - 1) / T::kRows * passes;
+    splits = std::clamp(multiprocessors() / blocks, 1, std::max(p.Cn / kMinSplit, 1));
+    const int waves = (blocks * splits + multiprocessors() - 1) / multiprocessors();
+    const int strips = ((p.Cn + splits - 1) / splits + kKeys - 1) / kKeys;
+    cost = static_cast<double>(waves) * strips * (T::MT + 1) * (p.D + p.Dv / static_cast<double>(passes));
+  }
+};
+
+template <typename T>
 void launch(Arguments p, bool tf32, cudaStream_t stream, const Tensor& like) {
-  const int blocks = (p.Co + T::kRows - 1) / T::kRows;
-  const int splits = std::clamp(multiprocessors() / blocks, 1, std::max(p.Cn / kMinSplit, 1));
-  p.per_split = ((p.Cn + splits - 1) / splits + T::kColumns - 1) / T::kColumns * T::kColumns;
+  const Plan<T> plan(p);
+  p.per_split = ((p.Cn + plan.splits - 1) / plan.splits + kKeys - 1) / kKeys * kKeys;
   const int used = (p.Cn + p.per_split - 1) / p.per_split;  // of which none is empty
-  p.strip = strip_of<T>(std::min(p.per_split, p.Cn));
+  p.passes = plan.passes, p.width = ((p.Dv + plan.passes - 1) / plan.passes + 31) / 32 * 32;
+  p.resident = shared_bytes<T>(p, true) <= shared_memory_limit();
+  p.slot = kUnit + (p.resident ? 0 : T::kRows * 16);
   float* const out = p.out;
   const float* const base = p.base;
   OptTensor parts, stats;
@@ -274,9 +376,9 @@ void launch(Arguments p, bool tf32, cudaStream_t stream, const Tensor& like) {
     p.out = mutable_data<float>(*parts), p.stats = mutable_data<float2>(*stats), p.base = nullptr;
   }
   const auto kernel = tf32 ? &reconstruct_kernel<T, true> : &reconstruct_kernel<T, false>;
-  const int bytes = shared_bytes<T>(p.strip);
+  const int bytes = shared_bytes<T>(p, p.resident);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(used)), kThreads, bytes, stream>>>(p);
+  kernel<<<dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(used)), kThreads, bytes, stream>>>(p);
   check_launch("reconstruct_prototypes");
   if (used > 1)
     launch_overlapped("reconstruct_prototypes", &combine_kernel, p.Co, kThreads, stream,
@@ -313,19 +415,22 @@ Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tens
   p.scale = static_cast<float>(1.4426950408889634 / tau);
   p.cold = tau < kCold;
   p.vector_rows = aligned(old, D) && aligned(fresh, D), p.vector_values = aligned(values, Dv);
-  p.pairs = Dv % 2 == 0;
+  p.vector_out = Dv % 4 == 0 && (!add_old || aligned(old, D));
 
-  // The rows of a block: a wave of blocks costs about as much as its rows and 1.5 tiles of 16 more.
-  const auto waves = [&](int64_t rows) {
-    const int64_t blocks = (Co + rows - 1) / rows, sms = multiprocessors();
-    return static_cast<double>((blocks + sms - 1) / sms) * (static_cast<double>(rows) / 16 + 1.5);
-  };
   const bool fast = tf32 || dtype != ScalarType::Float;
   const cudaStream_t stream = stream_of(old_);
-  if (strip_of<Large>(Cn) > 0 && waves(Large::kRows) < std::min(waves(Medium::kRows), waves(Small::kRows)))
+#ifndef PLORA_NO_SM90
+  // From half a wave of its blocks of 128 on.
+  if (fast && !p.cold && p.vector_rows && p.vector_values && Co >= 64 * multiprocessors() && on_hopper()) {
+    const FastReconstruction all{p.old, p.fresh, p.values, p.base, p.out, p.Co, p.Cn, p.D, p.Dv, p.scale};
+    reconstruct_fast(all, old, stream);
+    return result();
+  }
+#endif
+  if (shared_bytes<Small>(p, false) > shared_memory_limit())
+    launch<Narrow>(p, fast, stream, old);
+  else if (shared_bytes<Large>(p, false) <= shared_memory_limit() && Plan<Large>(p).cost < Plan<Small>(p).cost)
     launch<Large>(p, fast, stream, old);
-  else if (waves(Medium::kRows) < waves(Small::kRows))
-    launch<Medium>(p, fast, stream, old);
   else
     launch<Small>(p, fast, stream, old);
   return result();

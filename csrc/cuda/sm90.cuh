@@ -138,6 +138,15 @@ __device__ inline void wgmma(float (&d)[104], uint64_t a, uint64_t b) {
 #undef PLORA_WGMMA_TYPED
 }  // namespace plora::cuda::sm90
 
+// d[64, 256] += a[64, 8] b[256, 8]^T of float32 cut to TF32, both in K-major order.
+__device__ inline void wgmma_tf32(float (&d)[128], uint64_t a, uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k8.f32.tf32.tf32 {" PLORA_REGS104
+               ",%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,"
+               "%124,%125,%126,%127}, %128, %129, 1, 1, 1;"
+               : PLORA_OPS96, PLORA_OPS32(96)
+               : "l"(a), "l"(b));
+}
+
 // Four 8 x 8 matrices of 16-bit elements to shared memory; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ inline void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c),

@@ -15,7 +15,8 @@ namespace plora::cuda {
 namespace {
 
 using cosine::kThreads;
-using Tile = cosine::Tile<2, 2, 32, 4>;
+using Small = cosine::Tile<2, 2, 32, 4>;     // 32 x 128
+using Large = cosine::Tile<2, 4, 32, 4, 2>;  // 64 x 128
 
 struct Arguments {
   const float *features, *prototypes, *weights;
@@ -24,7 +25,7 @@ struct Arguments {
   bool vectors;
 };
 
-template <bool kTf32>
+template <typename Tile, bool kTf32>
 __global__ void __launch_bounds__(kThreads, 1) logits_kernel(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(16) float stages[];
   launch_successor();
@@ -36,7 +37,6 @@ __global__ void __launch_bounds__(kThreads, 1) logits_kernel(const __grid_consta
   const int64_t ld = static_cast<int64_t>(p.T) * p.D;
   const float* const features = p.features + row0 * ld;
   const float* const prototypes = p.prototypes + column0 * ld;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   int subspace = begin, inner = 0, slot = 0;  // of the next load
   const auto load = [&] {
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1) logits_kernel(const __grid_consta
     }
 #pragma unroll
     for (int n = 0; n < Tile::NT; ++n) {
-      const int c = column0 + warp * 8 * Tile::NT + 8 * n + lane / 4;
+      const int c = column0 + products.first_column() + 8 * n + threadIdx.x % 32 / 4;
       const float weight = c < p.C ? p.weights[static_cast<int64_t>(c) * p.T + t] : 0.f;
       const float own = weight * cosine::inverse_norm(cosine::quad_sum(squares[n]));
       factor[n][0] = cosine::of_column(own, 0), factor[n][1] = cosine::of_column(own, 1);
@@ -100,6 +100,31 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const float* parts, float
   out[i] = sum;
 }
 
+template <typename Tile>
+int64_t tiles_of(const Arguments& p) {
+  return (int64_t(p.B) + Tile::kRows - 1) / Tile::kRows * ((p.C + Tile::kColumns - 1) / Tile::kColumns);
+}
+
+template <typename Tile>
+void launch(Arguments p, float* out, bool tf32, cudaStream_t stream, const Tensor& like) {
+  const char* op = "subspace_logits";
+  const int64_t tiles = tiles_of<Tile>(p), count = int64_t(p.B) * p.C;
+  const int64_t wanted = std::clamp<int64_t>(multiprocessors() / tiles, 1, p.T);
+  p.per_group = static_cast<int>((p.T + wanted - 1) / wanted);
+  const int groups = (p.T + p.per_group - 1) / p.per_group;
+  OptTensor parts;
+  if (groups > 1) parts = torch::stable::new_empty(like, {groups, p.B, p.C});
+  p.out = parts ? mutable_data<float>(*parts) : out;
+  const auto kernel = tf32 ? &logits_kernel<Tile, true> : &logits_kernel<Tile, false>;
+  constexpr int kBytes = Tile::kStages * Tile::kStage * static_cast<int>(sizeof(float));
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  kernel<<<dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(groups)), kThreads, kBytes, stream>>>(p);
+  check_launch(op);
+  if (groups > 1)
+    launch_overlapped(op, &sum_kernel, (count + kThreads - 1) / kThreads, kThreads, stream,
+                      static_cast<const float*>(p.out), out, count, groups);
+}
+
 Tensor subspace_logits(const Tensor& features_, const Tensor& prototypes_, const Tensor& weights_, bool tf32) {
   const char* op = "subspace_logits";
   check_subspaces(op, features_, prototypes_, weights_);
@@ -123,23 +148,12 @@ Tensor subspace_logits(const Tensor& features_, const Tensor& prototypes_, const
   p.features = data<float>(features), p.prototypes = data<float>(prototypes), p.weights = data<float>(weights);
   p.B = static_cast<int>(B), p.C = static_cast<int>(C), p.T = static_cast<int>(T), p.D = static_cast<int>(D);
   p.vectors = D > 0 && D % 4 == 0 && aligned(features) && aligned(prototypes);
-  const int64_t tiles = ((B + Tile::kRows - 1) / Tile::kRows) * ((C + Tile::kColumns - 1) / Tile::kColumns);
-  const int64_t wanted = std::clamp<int64_t>(multiprocessors() / tiles, 1, T);
-  p.per_group = static_cast<int>((T + wanted - 1) / wanted);
-  const int groups = static_cast<int>((T + p.per_group - 1) / p.per_group);
-  const Tensor parts = groups > 1 ? torch::stable::new_empty(features, {groups, B, C}) : out;
-  p.out = mutable_data<float>(parts);
-
   const cudaStream_t stream = stream_of(features_);
   const bool fast = tf32 || dtype != ScalarType::Float;
-  const auto kernel = fast ? &logits_kernel<true> : &logits_kernel<false>;
-  constexpr int kBytes = Tile::kStages * Tile::kStage * static_cast<int>(sizeof(float));
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  kernel<<<dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(groups)), kThreads, kBytes, stream>>>(p);
-  check_launch(op);
-  if (groups > 1)
-    launch_overlapped(op, &sum_kernel, (B * C + kThreads - 1) / kThreads, kThreads, stream,
-                      static_cast<const float*>(p.out), mutable_data<float>(out), B * C, groups);
+  if (2 * tiles_of<Large>(p) > multiprocessors())
+    launch<Large>(p, mutable_data<float>(out), fast, stream, features);
+  else
+    launch<Small>(p, mutable_data<float>(out), fast, stream, features);
   return result(out);
 }
 

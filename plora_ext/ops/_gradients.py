@@ -22,9 +22,9 @@ def through_unit(d: Tensor, u: Tensor, norm: Tensor) -> Tensor:
     return torch.where(norm > EPS, d - (d * u).sum(-1, keepdim=True) * u, d) / norm
 
 
-def _of_scores(p: Tensor, dp: Tensor, tau: float) -> Tensor:
-    """The gradient of the cosines, from the softmax p and the gradient of p."""
-    return p * (dp - (p * dp).sum(-1, keepdim=True)) / tau
+def _of_scores(p: Tensor, dp: Tensor) -> Tensor:
+    """The gradient of what the softmax p was taken of, from that of p: p (dp - sum p dp), in one kernel."""
+    return torch._softmax_backward_data(dp, p, -1, p.dtype)
 
 
 def reconstruct_prototypes(
@@ -33,15 +33,15 @@ def reconstruct_prototypes(
     """Of old, new and values, a block of old classes after the other, so that no Co x Cn matrix is held."""
     kept = wide(old)
     (q, q_norm), (k, k_norm), v, g = unit(old, kept), unit(new, kept), values.to(kept), grad.to(kept)
-    dq, dk, dv = [q[:0]], torch.zeros_like(k), torch.zeros_like(v)
+    dq, dk, dv, k_scaled = [q[:0]], torch.zeros_like(k), torch.zeros_like(v), k / tau
     rows = max(256, SCORES // max(len(k), 1))
     for i in range(0, len(q), rows):
         q_i, g_i = q[i : i + rows], g[i : i + rows]
-        p = torch.softmax(q_i @ k.T / tau, dim=-1)
-        ds = _of_scores(p, g_i @ v.T, tau)
-        dq.append(ds @ k)
+        p = torch.softmax(q_i @ k_scaled.T, dim=-1)
+        ds = _of_scores(p, g_i @ v.T)
+        dq.append(ds @ k_scaled)
         dk, dv = dk.addmm(ds.T, q_i), dv.addmm(p.T, g_i)
-    d_old, d_new = through_unit(torch.cat(dq), q, q_norm), through_unit(dk, k, k_norm)
+    d_old, d_new = through_unit(torch.cat(dq), q, q_norm), through_unit(dk / tau, k, k_norm)
     return d_old.to(old.dtype), d_new.to(new.dtype), dv.to(values.dtype)
 
 
@@ -53,7 +53,7 @@ def complete_prototypes(grad: Tensor, prototypes: Tensor, task_of_class: Tensor,
     subspaces = torch.arange(T, device=grad.device)
     own = (task_of_class[:, None] == subspaces).to(kept)[..., None]  # [C, T, 1]
     q = (u * own).flatten(1)  # every class in its own subspace
-    cos, dcos = q @ u.flatten(1).T, q.new_zeros(C, C)
+    scores, dcos = q @ u.flatten(1).T / tau, q.new_zeros(C, C)
     keys = task_of_class >= subspaces[:, None]  # [T, C]
     filled = (task_of_class < subspaces[:, None]) & keys.any(1, keepdim=True)
     if last:
@@ -63,9 +63,10 @@ def complete_prototypes(grad: Tensor, prototypes: Tensor, task_of_class: Tensor,
     dv, count = [v[:0]], max(1, SCORES // max(C * C, 1))
     for first in range(0, T, count):
         j = slice(first, first + count)
-        p = torch.softmax((cos / tau).masked_fill(~keys[j, None], -torch.inf), -1).nan_to_num(0)
-        dcos = dcos + _of_scores(p, g[j] @ v[j].mT, tau).sum(0)
+        p = torch.softmax(scores.masked_fill(~keys[j, None], -torch.inf), -1).nan_to_num(0)
+        dcos = dcos + _of_scores(p, g[j] @ v[j].mT).sum(0)
         dv.append(p.mT @ g[j])
+    dcos = dcos / tau
     du = (dcos @ u.flatten(1)).view_as(u) * own + (dcos.T @ q).view_as(u)
     direct = grad.to(kept).masked_fill(filled.T[..., None], 0)
     return (direct + through_unit(du, u, norm) + torch.cat(dv).transpose(0, 1)).to(prototypes.dtype)
