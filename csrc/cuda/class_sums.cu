@@ -18,23 +18,22 @@
 namespace plora::cuda {
 namespace {
 
-constexpr int kChunk = 256;                    // rows, and threads, of a sorting block
-constexpr int kChunks = 256;                   // chunks that a summing warp looks at together
-constexpr int64_t kAhead = int64_t(24) << 20;  // bytes of features that are sent for while the rows are sorted
+constexpr int kChunk = 256;   // rows, and threads, of a sorting block
+constexpr int kChunks = 256;  // chunks that a summing warp looks at together
+constexpr int kAhead = 512;  // bytes of features that each sorting thread sends for: the first ones that are needed
 
 // order: the rows of chunk g, sorted by class, at [g kChunk, ...). bounds[c, g]: where class c starts there, and in the
 // upper half how many rows it has.
 __global__ void __launch_bounds__(kChunk)
     sort_kernel(const int64_t* __restrict__ labels, int64_t N, int C, int* __restrict__ order,
-                uint32_t* __restrict__ bounds, const char* features, int64_t row_bytes) {
+                uint32_t* __restrict__ bounds, const char* features, int64_t bytes) {
   __shared__ int4 keys[kChunk / 4];
   __shared__ int sorted[kChunk];
   const int i = threadIdx.x, chunk = blockIdx.x;
   const int64_t n = static_cast<int64_t>(chunk) * kChunk + i;
   launch_successor();
-  if (n < N && (n + 1) * row_bytes <= kAhead)
-    prefetch_to_l2(features + n * row_bytes, static_cast<uint32_t>(row_bytes));
   const int64_t label = n < N ? labels[n] : -1;
+  if ((n + 1) * kAhead <= bytes) prefetch_to_l2(features + n * kAhead, kAhead);
   if (label < -1 || label >= C) {  // as torch's own indexing: the launch fails, nothing is silently lost
     printf("plora_ext.class_sums: labels must be between -1 and %d, got %lld at position %lld\n", C - 1,
            static_cast<long long>(label), static_cast<long long>(n));
@@ -86,12 +85,11 @@ __global__ void __launch_bounds__(32)
                int64_t* counts, int64_t D, int chunks, int slabs, bool vectors) {
   using acc = acc_type<scalar>;
   using Vec = Piece<scalar, kWidth>;
-  constexpr int kIds = kStages + 1;
   alignas(16) __shared__ Vec ring[kStages][kRows][32];
-  __shared__ int ids[kIds][kRows];
   __shared__ int ends[kChunks], offsets[kChunks];  // of the class's rows in each chunk
   const int64_t c = blockIdx.x / slabs, first_column = static_cast<int64_t>(blockIdx.x % slabs) * (32 * kWidth);
   const int lane = threadIdx.x;
+  const auto stride = static_cast<uint32_t>(D);
   const auto each = [&](const auto& f) {  // f(k, place in sums) of this lane's columns
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
@@ -129,33 +127,33 @@ __global__ void __launch_bounds__(32)
     }
     __syncwarp();
 
-    const auto find = [&](int batch) {  // where in `order` this lane's row of a batch stands
-      const int place = batch * kRows + lane;
+    const auto number = [&](int batch) {  // of this lane's row of a batch; the last row's past the end
+      const int place = min(batch * kRows + lane, total - 1);
       int g = 0;
 #pragma unroll
       for (int step = kChunks / 2; step > 0; step /= 2)
         if (ends[g + step - 1] <= place) g += step;
-      return offsets[g] + place;
+      return order[offsets[g] + place];
     };
-    const auto ask = [&](int batch, int at) {  // sends for the numbers of a batch's rows
-      if (lane < kRows && batch * kRows + lane < total) smem::copy4(&ids[batch % kIds][lane], order + at);
-    };
-    const auto send = [&](int batch) {                            // for the rows themselves
-      constexpr int kPieces = 2 * static_cast<int>(sizeof(Vec));  // of 16 bytes in a row
-      const int* const rows = ids[batch % kIds];
+    const auto send = [&](int batch, int row) {  // for a batch, of which this lane knows one row
       Vec(*const to)[32] = ring[batch % kStages];
+      const int left = total - batch * kRows;
       if (vectors) {
-        const int piece = lane % kPieces * (16 / static_cast<int>(sizeof(scalar)));
-        if (first_column + piece >= D) return;
+        constexpr int kPieces = 2 * static_cast<int>(sizeof(Vec));  // of 16 bytes in a row
+        const int piece = lane % kPieces * (16 / static_cast<int>(sizeof(scalar))), own = lane / kPieces;
+        const int limit = first_column + piece < D ? left : 0;
+        const scalar* const from = features + (limit > 0 ? first_column + piece : 0);
 #pragma unroll
-        for (int r = lane / kPieces; r < kRows; r += 32 / kPieces)
-          if (batch * kRows + r < total)
-            smem::copy16(&to[r]->values[0] + piece, features + rows[r] * D + first_column + piece, 16);
+        for (int r = own; r < kRows; r += 32 / kPieces) {
+          const auto at = static_cast<uint64_t>(__shfl_sync(0xffffffffu, static_cast<uint32_t>(row), r)) * stride;
+          smem::copy16(&to[r]->values[0] + piece, from + at, r < limit ? 16 : 0);
+        }
       } else {
 #pragma unroll 4
-        for (int r = 0; r < kRows; ++r)
-          if (batch * kRows + r < total)
-            each([&](int k, int64_t at) { to[r][lane].values[k] = features[(rows[r] - c) * D + at]; });
+        for (int r = 0; r < kRows; ++r) {
+          const int64_t at = (__shfl_sync(0xffffffffu, row, r) - c) * D;
+          if (r < left) each([&](int k, int64_t to_sum) { to[r][lane].values[k] = features[at + to_sum]; });
+        }
       }
     };
     const auto add = [&](int batch, int r) {
@@ -163,26 +161,21 @@ __global__ void __launch_bounds__(32)
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) sum[k] += widened<acc>(v.values[k]);
     };
-    for (int batch = 0; batch < kStages; ++batch) ask(batch, find(batch));
-    smem::commit();
-    smem::wait<0>();
+    if (total == 0) continue;
     for (int batch = 0; batch < kStages - 1; ++batch) {
-      __syncwarp();
-      send(batch);
-      ask(batch + kStages, find(batch + kStages));
+      if (batch * kRows < total) send(batch, number(batch));
       smem::commit();
     }
-    int batch = 0;
+    int batch = 0, row = number(kStages - 1), after = number(kStages);  // found well before they are needed
 #pragma unroll 1
     for (; (batch + 1) * kRows <= total; ++batch) {
       smem::wait<kStages - 2>();
       __syncwarp();
-      send(batch + kStages - 1);
-      const int next = batch + 2 * kStages - 1, at = find(next);  // a search and a sum, both steps in a row: together
+      if ((batch + kStages - 1) * kRows < total) send(batch + kStages - 1, row);
+      smem::commit();
+      row = after, after = number(batch + kStages + 1);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) add(batch, r);
-      ask(next, at);
-      smem::commit();
     }
     smem::wait<0>();
     __syncwarp();
@@ -198,8 +191,8 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
   check_class_sums(sums, counts, features, labels);
   const int64_t N = features.size(0), D = features.size(1), C = sums.size(0);
   if (N == 0) return;
-  STD_TORCH_CHECK(N < INT32_MAX - kChunk && C < INT32_MAX / kChunk - 1, op, ": N and C are too large, got ", N, " and ",
-                  C);
+  STD_TORCH_CHECK(N < INT32_MAX - kChunk && C < INT32_MAX / kChunk - 1 && D < INT32_MAX, op,
+                  ": N, C or D is too large, got ", N, ", ", C, " and ", D);
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const cudaStream_t stream = stream_of(features);
   const Tensor rows = compact(features), classes = compact(labels);
@@ -215,7 +208,7 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
     };
     sort_kernel<<<static_cast<unsigned>(chunks), kChunk, 0, stream>>>(
         data<int64_t>(classes), N, static_cast<int>(C), mutable_data<int>(order), mutable_data<uint32_t>(bounds),
-        reinterpret_cast<const char*>(from), aligned(16) && D > 0 ? row_bytes : kAhead + 1);
+        reinterpret_cast<const char*>(from), aligned(16) ? N * row_bytes : 0);
     check_launch(op);
     if (C == 0) return;
     const auto slabs_of = [&](int bytes) {

@@ -27,7 +27,7 @@ using Tile = cosine::Tile<2, 2, 32, 3>;
 constexpr int kSide = 16;                            // of a block of cosines
 constexpr int kKeys = Tile::kStages * Tile::kDepth;  // that a tile takes together
 constexpr double kCold = 0.025;                      // exp(-2 / tau) is a float32 above this
-constexpr int64_t kAhead = int64_t(8) << 20;  // bytes of prototypes that are sent for while the classes are sorted
+constexpr int64_t kAhead = int64_t(48) << 20;  // bytes of prototypes, of which half are sent for ahead of their use
 
 struct Arguments {
   const float* prototypes;  // [C, T, D]
@@ -116,14 +116,6 @@ __device__ Unit unit_at(int T, int n, const Count& count) {
   return {-1, 0};
 }
 
-__device__ inline Four<float> load(const float* from, int left, bool vectors) {
-  if (vectors) return left > 0 ? cosine::four(from) : Four<float>{};
-  Four<float> v;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] = i < left ? from[i] : 0.f;
-  return v;
-}
-
 // The cosines of 16 classes of task t with 16 of later ones, in subspace t. The warps share out D.
 __device__ void make_cosines(const Arguments& p, const Sorted& sorted, Partial* partial, int t, int q0, int queries,
                              int k0, int keys) {
@@ -132,16 +124,32 @@ __device__ void make_cosines(const Arguments& p, const Sorted& sorted, Partial* 
   const float* const rows[4] = {row(q0 + min(g, queries - 1)), row(q0 + min(g + 8, queries - 1)),
                                 row(k0 + min(g, keys - 1)), row(k0 + min(g + 8, keys - 1))};
   float sum[2][4] = {}, squares[4] = {};
-#pragma unroll 6
-  for (int d = warp * 16; d < p.D; d += kWarps * 16) {
-    cosine::Split<false> operands[4];
+  constexpr int kTogether = 3, kStep = kWarps * 16;  // loads that are under way together
+#pragma unroll 1
+  for (int d = warp * 16; d < p.D; d += kTogether * kStep) {
+    Four<float> v[kTogether][4];
+    const int left = p.D - d - 4 * q;
+    if (p.vectors) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Four<float> v = load(rows[i] + d, p.D - d - 4 * q, p.vectors);
-      squares[i] += cosine::dot(v);
-      operands[i] = cosine::Split<false>(v);
+      for (int k = 0; k < kTogether; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[k][i] = k * kStep < left ? cosine::four(rows[i] + d + k * kStep) : Four<float>{};
+    } else {
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) v[k][i][j] = k * kStep + j < left ? rows[i][d + k * kStep + j] : 0.f;
     }
-    for (int n = 0; n < 2; ++n) cosine::add_product(sum[n], operands[0], operands[1], operands[2 + n]);
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      cosine::Split<false> operands[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) squares[i] += cosine::dot(v[k][i]), operands[i] = cosine::Split<false>(v[k][i]);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) cosine::add_product(sum[n], operands[0], operands[1], operands[2 + n]);
+    }
   }
   Partial& mine = partial[warp];
 #pragma unroll
@@ -254,7 +262,8 @@ __global__ void __launch_bounds__(kThreads, 2) complete_kernel(const __grid_cons
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = blockIdx.x, blocks = gridDim.x;
   if (p.ahead)
     for (int row = block + blocks * threadIdx.x; row < p.C * p.T; row += blocks * kThreads)
-      prefetch_to_l2(p.prototypes + static_cast<int64_t>(row) * p.D, static_cast<uint32_t>(p.D) * 4);
+      if (p.tasks[row / p.T] >= row % p.T)  // what is filled is not read
+        prefetch_to_l2(p.prototypes + static_cast<int64_t>(row) * p.D, static_cast<uint32_t>(p.D) * 4);
   const Sorted sorted = sort(p, unsorted, keys, keys + p.C);
   const int* const start = sorted.start;
 

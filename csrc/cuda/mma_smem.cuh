@@ -16,11 +16,6 @@ __device__ inline void copy16(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(bytes) : "memory");
 }
 
-// The same for 4 bytes.
-__device__ inline void copy4(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address(to)), "l"(from) : "memory");
-}
-
 __device__ inline void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until at most `kPending` of this thread's latest groups are under way.

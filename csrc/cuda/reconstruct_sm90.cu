@@ -16,9 +16,11 @@
 namespace plora::cuda {
 namespace {
 
-// A row of a stage or of the weights is 32 floats, 128 bytes, swizzled.
-constexpr int kRows = 128, kKeys = 256, kColumns = 256, kDepth = 32, kStages = 2, kThreads = 384;
-constexpr uint32_t kBytesOld = kRows * 128, kBytesTile = 256 * 128, kStage = kBytesOld + kBytesTile;
+// A row of a stage is 16 floats, 64 bytes; a row of the weights 32 floats; both swizzled. The weights leave little
+// room: stages are small, so that three of four are on their way.
+constexpr int kRows = 128, kKeys = 256, kColumns = 256, kDepth = 16, kStages = 4, kThreads = 384;
+constexpr uint32_t kBytesOld = kRows * kDepth * 4, kBytesTile = 256 * kDepth * 4, kStage = kBytesOld + kBytesTile;
+constexpr uint32_t kBytesWeights = kRows * 128;  // of 32 keys
 constexpr uint32_t kWeights = kRows * kKeys * 4, kBarriers = kWeights + kStages * kStage;
 constexpr uint32_t kBytes = kBarriers + 16 * kStages;
 constexpr float kEps = 1e-12f;  // norms below this count as this
@@ -117,15 +119,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    constexpr uint64_t kLayout = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
+    constexpr uint64_t kStaged = sm90::operand_layout(sm90::Swizzle::b64, 16, 512);
+    constexpr uint64_t kWeighted = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const int row = group * 64 + static_cast<int>(threadIdx.x) / 32 % 4 * 16 + g;  // and eight rows further down
-    const uint32_t own = group * (64 * 128);                                       // of a tile's rows, in bytes
     // Of 8 columns j, [4 j + {0, 1}] are row `row`, columns 2 q + {0, 1}, and [4 j + {2, 3}] eight rows further down.
     float d[128];
-    const auto multiply = [&](uint32_t left) {  // rows at `left` with the stage's tile
-      const uint64_t a = sm90::operand(kLayout, left + own);
-      const uint64_t b = sm90::operand(kLayout, stages + step % kStages * kStage + kBytesOld);
+    const auto multiply = [&](uint64_t a) {  // rows with the stage's tile
+      const uint64_t b = sm90::operand(kStaged, stages + step % kStages * kStage + kBytesOld);
       sm90::hold(d);
       sm90::wgmma_fence();
 #pragma unroll
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
       for (int k = 0; k < d_steps; ++k) {
         wait();
-        multiply(stages + step % kStages * kStage);
+        multiply(sm90::operand(kStaged, stages + step % kStages * kStage + group * (kBytesOld / 2)));
       }
 
       sm90::named_barrier(1 + group, 128);  // the weights before are read
@@ -170,7 +171,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             total[half] += w[i];
           }
           // 32 keys of all rows, then the next 32; 16 bytes c of row r lie at c ^ r % 8.
-          const uint32_t at = j / 4 * kBytesOld + (row + 8 * half) * 128 + ((j % 4 * 2 + q / 2) ^ g) * 16 + q % 2 * 8;
+          const uint32_t at =
+              j / 4 * kBytesWeights + (row + 8 * half) * 128 + ((j % 4 * 2 + q / 2) ^ g) * 16 + q % 2 * 8;
           *reinterpret_cast<float2*>(dynamic + at) = make_float2(w[0], w[1]);
         }
       }
@@ -206,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
         for (int k = 0; k < v_steps(first); ++k) {
           wait();
-          multiply(memory + k * kBytesOld);
+          multiply(sm90::operand(kWeighted, memory + k / 2 * kBytesWeights + group * (kBytesWeights / 2) + k % 2 * 64));
         }
         each([&](int half, int i, int64_t at, bool there) {
           if (!there) return;
@@ -231,10 +233,10 @@ void reconstruct_fast(const FastReconstruction& p, const Tensor& like, cudaStrea
   a.inverse_old = mutable_data<float>(inverse), a.inverse_fresh = a.inverse_old + p.Co;
   a.transposed = mutable_data<float>(transposed), a.ld = ld;
   Maps maps;
-  constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B;
-  describe_tensor<2>(maps.old, ScalarType::Float, p.old, {p.D, p.Co}, {p.D}, {kDepth, kRows}, k128);
-  describe_tensor<2>(maps.fresh, ScalarType::Float, p.fresh, {p.D, p.Cn}, {p.D}, {kDepth, kKeys}, k128);
-  describe_tensor<2>(maps.values, ScalarType::Float, a.transposed, {p.Cn, p.Dv}, {ld}, {kDepth, kColumns}, k128);
+  constexpr auto k64 = CU_TENSOR_MAP_SWIZZLE_64B;
+  describe_tensor<2>(maps.old, ScalarType::Float, p.old, {p.D, p.Co}, {p.D}, {kDepth, kRows}, k64);
+  describe_tensor<2>(maps.fresh, ScalarType::Float, p.fresh, {p.D, p.Cn}, {p.D}, {kDepth, kKeys}, k64);
+  describe_tensor<2>(maps.values, ScalarType::Float, a.transposed, {p.Cn, p.Dv}, {ld}, {kDepth, kColumns}, k64);
   const int norms = (p.Co + p.Cn + 7) / 8, tiles = (p.Cn + 31) / 32 * ((p.Dv + 31) / 32);
   prepare_kernel<<<static_cast<unsigned>(norms + tiles), 256, 0, stream>>>(a);
   check_launch("reconstruct_prototypes");

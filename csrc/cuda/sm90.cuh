@@ -80,7 +80,7 @@ __device__ inline void copy_wait() {
 
 // --- warpgroup products ---------------------------------------------------------------------------------------------
 
-enum class Swizzle : uint64_t { none = 0, b128 = 1, b32 = 3 };
+enum class Swizzle : uint64_t { none = 0, b128 = 1, b64 = 2, b32 = 3 };
 
 // Where an operand lies in shared memory: address and strides in bytes.
 __device__ constexpr uint64_t operand_layout(Swizzle swizzle, uint32_t leading, uint32_t stride) {
