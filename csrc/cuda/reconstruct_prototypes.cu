@@ -315,26 +315,41 @@ __global__ void __launch_bounds__(kThreads, 1) reconstruct_kernel(const __grid_c
   }
 }
 
-// A block per old class adds what its splits gave.
+template <int kWidth>
+struct alignas(4 * kWidth) Piece {
+  float x[kWidth];
+};
+
+// A block per old class adds what its splits gave, kWidth columns a thread. kCold: the splits' bounds differ.
+template <int kWidth, bool kCold>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const float* parts, const float2* stats, const float* base,
                                                            float* out, int splits, int Co, int Dv, float scale) {
   wait_for_predecessor();
   const int64_t row = blockIdx.x;
   float bound = -2.f, total = 0.f;
-  for (int s = 0; s < splits; ++s) bound = fmaxf(bound, stats[static_cast<int64_t>(s) * Co + row].x);
+  if constexpr (kCold)
+    for (int s = 0; s < splits; ++s) bound = fmaxf(bound, stats[static_cast<int64_t>(s) * Co + row].x);
+  const auto factor = [&](float2 part) { return kCold ? exp2f((part.x - bound) * scale) : 1.f; };
+#pragma unroll 4
   for (int s = 0; s < splits; ++s) {
     const float2 part = stats[static_cast<int64_t>(s) * Co + row];
-    total += part.y * exp2f((part.x - bound) * scale);
+    total += part.y * factor(part);
   }
-  for (int c = threadIdx.x; c < Dv; c += kThreads) {
-    float sum = 0.f;
-#pragma unroll 8
+  for (int c = threadIdx.x * kWidth; c < Dv; c += kThreads * kWidth) {
+    using Vec = Piece<kWidth>;
+    Vec sum{};
+#pragma unroll 4
     for (int s = 0; s < splits; ++s) {
       const int64_t at = static_cast<int64_t>(s) * Co + row;
-      sum += parts[at * Dv + c] * exp2f((stats[at].x - bound) * scale);
+      const Vec part = *reinterpret_cast<const Vec*>(parts + at * Dv + c);
+      const float times = kCold ? factor(stats[at]) : 1.f;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) sum.x[i] += part.x[i] * times;
     }
-    sum /= total;
-    out[row * Dv + c] = base ? base[row * Dv + c] + sum : sum;
+    const Vec before = base ? *reinterpret_cast<const Vec*>(base + row * Dv + c) : Vec{};
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sum.x[i] = before.x[i] + sum.x[i] / total;
+    *reinterpret_cast<Vec*>(out + row * Dv + c) = sum;
   }
 }
 
@@ -381,9 +396,12 @@ void launch(Arguments p, bool tf32, cudaStream_t stream, const Tensor& like) {
   kernel<<<dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(used)), kThreads, bytes, stream>>>(p);
   check_launch("reconstruct_prototypes");
   if (used > 1)
-    launch_overlapped("reconstruct_prototypes", &combine_kernel, p.Co, kThreads, stream,
-                      static_cast<const float*>(p.out), static_cast<const float2*>(p.stats), base, out, used, p.Co,
-                      p.Dv, p.scale);
+    launch_overlapped("reconstruct_prototypes",
+                      p.vector_out ? p.cold ? &combine_kernel<4, true> : &combine_kernel<4, false>
+                      : p.cold     ? &combine_kernel<1, true>
+                                   : &combine_kernel<1, false>,
+                      p.Co, kThreads, stream, static_cast<const float*>(p.out), static_cast<const float2*>(p.stats),
+                      base, out, used, p.Co, p.Dv, p.scale);
 }
 
 Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tensor& values_, double tau, bool add_old,
