@@ -30,8 +30,9 @@ struct Maps {
 };
 
 struct Arguments : FastReconstruction {
-  float *inverse_old, *inverse_fresh, *transposed;  // [Co], [Cn], [Dv, ld]
+  float *inverse_fresh, *inverse_old, *transposed;  // [padded], [Co], [Dv, ld]
   int64_t ld;
+  int padded;  // Cn up to a multiple of kKeys
 };
 
 // To the nearest TF32.
@@ -44,16 +45,15 @@ __device__ inline float rounded(float x) {
 __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ Arguments p) {
   __shared__ float tile[32][33];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int norms = (p.Co + p.Cn + 7) / 8, block = static_cast<int>(blockIdx.x) - norms;
+  const int norms = (p.padded + p.Co + 7) / 8, block = static_cast<int>(blockIdx.x) - norms;
   if (block < 0) {
-    const int row = static_cast<int>(blockIdx.x) * 8 + warp;
-    if (row >= p.Co + p.Cn) return;
-    const bool old = row < p.Co;
+    const int at = static_cast<int>(blockIdx.x) * 8 + warp, row = at - p.padded;
+    if (row >= p.Co) return;
     const float* const from =
-        old ? p.old + static_cast<int64_t>(row) * p.D : p.fresh + static_cast<int64_t>(row - p.Co) * p.D;
+        row >= 0 ? p.old + static_cast<int64_t>(row) * p.D : p.fresh + static_cast<int64_t>(at) * p.D;
     float square = 0.f;
 #pragma unroll 6
-    for (int d = 4 * lane; d < p.D; d += 128) {
+    for (int d = 4 * lane; d < (at < p.Cn || row >= 0 ? p.D : 0); d += 128) {
       const float4 v = *reinterpret_cast<const float4*>(from + d);
       for (const float x : {v.x, v.y, v.z, v.w}) {
         const float seen = __uint_as_float(__float_as_uint(x) & 0xffffe000u);
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ Ar
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(0xffffffffu, square, d);
     const float norm = sqrtf(square);
-    if (lane == 0) (old ? p.inverse_old[row] : p.inverse_fresh[row - p.Co]) = 1.f / (norm < kEps ? kEps : norm);
+    if (lane == 0) p.inverse_fresh[at] = 1.f / (norm < kEps ? kEps : norm);  // inverse_old follows it
     return;
   }
   const int across = (p.Dv + 31) / 32, key = block / across * 32, column = block % across * 32;
@@ -158,14 +158,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
         const int key = first + 8 * j + 2 * q;
-        const float other[2] = {key < p.Cn ? p.inverse_fresh[key] : 0.f,
-                                key + 1 < p.Cn ? p.inverse_fresh[key + 1] : 0.f};
+        const float2 other = *reinterpret_cast<const float2*>(p.inverse_fresh + key);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float w[2];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            float x = d[4 * j + 2 * half + i] * inverse[half] * other[i];
+            float x = d[4 * j + 2 * half + i] * inverse[half] * (i ? other.y : other.x);
             x = x > 1.f ? 1.f : x;
             w[i] = key + i < p.Cn ? rounded(exp2f((x - 1.f) * p.scale)) : 0.f;
             total[half] += w[i];
@@ -191,19 +190,28 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
 #pragma unroll 1
       for (int slice = 0; slice < slices; ++slice) {
-        const auto each = [&](const auto& f) {  // f(half, index in d, place) of this thread's pairs
+        // f(half, index in d, place) of all pairs of columns, eight apart: with its neighbour's other pair, a lane then
+        // has four columns in a row.
+        const bool odd = q % 2;
+        const auto each = [&](const auto& f) {
 #pragma unroll
-          for (int j = 0; j < kColumns / 8; ++j)
+          for (int j = 0; j < kColumns / 8; j += 2)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const int column = slice * kColumns + 8 * j + 2 * q;
+              const int column = slice * kColumns + 8 * j + 8 * odd + q / 2 * 4;
               f(half, 4 * j + 2 * half, static_cast<int64_t>(row0 + row + 8 * half) * p.Dv + column,
                 real[half] && column < p.Dv);
             }
         };
+        const auto swapped = [](float2 v) {
+          return make_float2(__shfl_xor_sync(0xffffffffu, v.x, 1), __shfl_xor_sync(0xffffffffu, v.y, 1));
+        };
         each([&](int, int i, int64_t at, bool there) {
-          const float2 v = first > 0 && there ? *reinterpret_cast<const float2*>(p.out + at) : make_float2(0.f, 0.f);
-          d[i] = v.x, d[i + 1] = v.y;
+          const float4 v =
+              first > 0 && there ? *reinterpret_cast<const float4*>(p.out + at) : make_float4(0.f, 0.f, 0.f, 0.f);
+          const float2 other = swapped(odd ? make_float2(v.x, v.y) : make_float2(v.z, v.w));
+          d[i] = odd ? other.x : v.x, d[i + 1] = odd ? other.y : v.y;
+          d[i + 4] = odd ? v.z : other.x, d[i + 5] = odd ? v.w : other.y;
         });
 #pragma unroll 1
         for (int k = 0; k < v_steps(first); ++k) {
@@ -211,10 +219,16 @@ __global__ void __launch_bounds__(kThreads, 1)
           multiply(sm90::operand(kWeighted, memory + k / 2 * kBytesWeights + group * (kBytesWeights / 2) + k % 2 * 64));
         }
         each([&](int half, int i, int64_t at, bool there) {
+          const float2 other = swapped(odd ? make_float2(d[i], d[i + 1]) : make_float2(d[i + 4], d[i + 5]));
           if (!there) return;
-          float2 v = make_float2(d[i] * factor[half], d[i + 1] * factor[half]);
-          if (last && p.base) v.x += p.base[at], v.y += p.base[at + 1];
-          *reinterpret_cast<float2*>(p.out + at) = v;
+          float4 v =
+              odd ? make_float4(other.x, other.y, d[i + 4], d[i + 5]) : make_float4(d[i], d[i + 1], other.x, other.y);
+          v.x *= factor[half], v.y *= factor[half], v.z *= factor[half], v.w *= factor[half];
+          if (last && p.base) {
+            const float4 add = *reinterpret_cast<const float4*>(p.base + at);
+            v.x += add.x, v.y += add.y, v.z += add.z, v.w += add.w;
+          }
+          *reinterpret_cast<float4*>(p.out + at) = v;
         });
       }
     }
@@ -226,18 +240,19 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 void reconstruct_fast(const FastReconstruction& p, const Tensor& like, cudaStream_t stream) {
   const int64_t ld = (p.Cn + 3) / 4 * 4;
-  const Tensor inverse = torch::stable::new_empty(like, {int64_t(p.Co) + p.Cn});
+  const int64_t padded = (p.Cn + int64_t(kKeys) - 1) / kKeys * kKeys;
+  const Tensor inverse = torch::stable::new_empty(like, {padded + p.Co});
   const Tensor transposed = torch::stable::new_empty(like, {p.Dv, ld});
   Arguments a{};
   static_cast<FastReconstruction&>(a) = p;
-  a.inverse_old = mutable_data<float>(inverse), a.inverse_fresh = a.inverse_old + p.Co;
-  a.transposed = mutable_data<float>(transposed), a.ld = ld;
+  a.inverse_fresh = mutable_data<float>(inverse), a.inverse_old = a.inverse_fresh + padded;
+  a.transposed = mutable_data<float>(transposed), a.ld = ld, a.padded = static_cast<int>(padded);
   Maps maps;
   constexpr auto k64 = CU_TENSOR_MAP_SWIZZLE_64B;
   describe_tensor<2>(maps.old, ScalarType::Float, p.old, {p.D, p.Co}, {p.D}, {kDepth, kRows}, k64);
   describe_tensor<2>(maps.fresh, ScalarType::Float, p.fresh, {p.D, p.Cn}, {p.D}, {kDepth, kKeys}, k64);
   describe_tensor<2>(maps.values, ScalarType::Float, a.transposed, {p.Cn, p.Dv}, {ld}, {kDepth, kColumns}, k64);
-  const int norms = (p.Co + p.Cn + 7) / 8, tiles = (p.Cn + 31) / 32 * ((p.Dv + 31) / 32);
+  const int norms = (a.padded + p.Co + 7) / 8, tiles = (p.Cn + 31) / 32 * ((p.Dv + 31) / 32);
   prepare_kernel<<<static_cast<unsigned>(norms + tiles), 256, 0, stream>>>(a);
   check_launch("reconstruct_prototypes");
   cudaFuncSetAttribute(&reconstruct_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
