@@ -42,6 +42,13 @@ __device__ inline float rounded(float x) {
   return __uint_as_float(bits);
 }
 
+// 2^x, which is no denormal here.
+__device__ inline float power(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ Arguments p) {
   __shared__ float tile[32][33];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -141,7 +148,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     const auto wait = [&] { sm90::barrier_wait(full(step), step / kStages & 1); };
     const bool real[2] = {row0 + row < p.Co, row0 + row + 8 < p.Co};
-    const float inverse[2] = {real[0] ? p.inverse_old[row0 + row] : 0.f, real[1] ? p.inverse_old[row0 + row + 8] : 0.f};
+    const auto inverse_of = [&](int half) { return real[half] ? p.inverse_old[row0 + row + 8 * half] * p.scale : 0.f; };
+    const float inverse[2] = {inverse_of(0), inverse_of(1)};  // times log2(e) / tau
     float total[2] = {};
 
 #pragma unroll 1
@@ -164,9 +172,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           float w[2];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            float x = d[4 * j + 2 * half + i] * inverse[half] * (i ? other.y : other.x);
-            x = x > 1.f ? 1.f : x;
-            w[i] = key + i < p.Cn ? rounded(exp2f((x - 1.f) * p.scale)) : 0.f;
+            const float x = d[4 * j + 2 * half + i] * (inverse[half] * (i ? other.y : other.x)) - p.scale;
+            w[i] = key + i < p.Cn ? rounded(power(x > 0.f ? 0.f : x)) : 0.f;
             total[half] += w[i];
           }
           // 32 keys of all rows, then the next 32; 16 bytes c of row r lie at c ^ r % 8.
@@ -207,8 +214,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           return make_float2(__shfl_xor_sync(0xffffffffu, v.x, 1), __shfl_xor_sync(0xffffffffu, v.y, 1));
         };
         each([&](int, int i, int64_t at, bool there) {
-          const float4 v =
-              first > 0 && there ? *reinterpret_cast<const float4*>(p.out + at) : make_float4(0.f, 0.f, 0.f, 0.f);
+          const float4 v = first > 0 && there ? __ldcg(reinterpret_cast<const float4*>(p.out + at))
+                                              : make_float4(0.f, 0.f, 0.f, 0.f);
           const float2 other = swapped(odd ? make_float2(v.x, v.y) : make_float2(v.z, v.w));
           d[i] = odd ? other.x : v.x, d[i + 1] = odd ? other.y : v.y;
           d[i + 4] = odd ? v.z : other.x, d[i + 5] = odd ? v.w : other.y;
@@ -228,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             const float4 add = *reinterpret_cast<const float4*>(p.base + at);
             v.x += add.x, v.y += add.y, v.z += add.z, v.w += add.w;
           }
-          *reinterpret_cast<float4*>(p.out + at) = v;
+          __stcg(reinterpret_cast<float4*>(p.out + at), v);
         });
       }
     }
