@@ -91,7 +91,7 @@ def _register_autocast(name: str, device_type: str) -> None:
 def dense(family: str, lora_A: Tensor, weight: Any, bias_A: Any, bias_B: Any, relu: bool) -> bool:
     """Whether CUDA computes with the merged weight W + sum s B A, and keeps that: `lora_dense` of lora_plan.h."""
     linear = weight is not None and bias_A is None and bias_B is None and not relu
-    T, r, _ = lora_A.shape
+    r, T = lora_A.shape[-2], lora_A.shape[0] if lora_A.dim() == 3 else 1
     return family == "lora_sum" and linear and T * r > (64 if T > 1 else 192)
 
 
@@ -154,20 +154,61 @@ def _nothing(*args: Any) -> None:
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
+_functions: dict[str, type[torch.autograd.Function]] = {}
+_casters: dict[str, Callable[[str, tuple[Any, ...]], list[Any]]] = {}
+_BASE = {name: 5 if name == "lora_indexed" else 4 for name in LORA}  # where base is among their arguments
+_SERVES_CUDA = _library.has_kernel("lora_sum", "cuda")
+_PLAIN = {Tensor, nn.Parameter, type(None), bool, list}  # the types of the arguments of the low-rank operators
+_ABOVE = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+for _key in ("ADInplaceOrView", "AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastCUDA"):
+    _ABOVE |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
+
+
+def _call(name: str, args: tuple[Any, ...]) -> Any:
+    return op[name](*args)
+
+
+def _below(name: str, args: tuple[Any, ...]) -> Any:
+    """The kernel itself, past autograd and autocast."""
+    with torch._C._ExcludeDispatchKeyGuard(_ABOVE):
+        return op[name](*args)
+
+
+def rows(t: Tensor) -> Tensor:
+    """[M, n] of [..., n]."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def unflat(y: Tensor, x: Tensor) -> Tensor:
+    """[..., out] or [T, ..., out] of rows of y, where x is [..., in]."""
+    return y.view(*y.shape[:-2], *x.shape[:-1], y.shape[-1])
+
+
 def _lora_autograd(name: str) -> type[torch.autograd.Function]:
-    """Registers the gradients of a family; returns them as a Function too, which costs eager code far less time."""
+    """Registers the gradients of a family; returns them as a Function too, which costs eager code far less time.
+
+    The Function takes x, base and grad as [..., n], and the factors of one adapter as [r, in] and [out, r] too: views
+    that it makes need no gradients of their own.
+    """
+    of_all = name == "lora_all"
+    a = _BASE[name] - 3
+    shaped = (0, a, a + 1, a + 3)  # x, lora_A, lora_B, base
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, *ids, lora_A, lora_B, scaling, _, weight, _, bias_A, bias_B, ranks, ctx.relu, ctx.trainable, _, _ = inputs
-        ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, *ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, ranks, output[1])
 
-    def backward(ctx: Any, grad: Tensor, of_kept: Tensor | None = None) -> tuple[Any, ...]:
+    def setup_registered(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        setup_context(ctx, inputs, output)
+
+    def gradients(ctx: Any, grad: Tensor, of_kept: Tensor | None = None, call: Any = _call) -> tuple[Any, ...]:
         X, *ids, A, B, s, base, W, bias, a, b, _, _, _, _, _ = ctx.needs_input_grad
         dx = dA = dB = ds = da = db = None
+        saved = ctx.saved_tensors
         if needs := X | A << 1 | B << 2 | s << 3 | a << 4 | b << 5:
-            dx, dA, dB, ds, da, db = op[f"{name}_backward"](grad, *ctx.saved_tensors, ctx.relu, ctx.trainable, needs)
-        total = grad.sum(0) if name == "lora_all" and (base or W or bias) else grad
+            dx, dA, dB, ds, da, db = call(f"{name}_backward", (grad, *saved, ctx.relu, ctx.trainable, needs))
+        total = grad.sum(0) if of_all and (base or W or bias) else grad
         return (
             dx if X else None,
             *[None] * len(ids),
@@ -175,7 +216,7 @@ def _lora_autograd(name: str) -> type[torch.autograd.Function]:
             dB if B else None,
             ds if s else None,
             total if base else None,
-            total.T @ ctx.saved_tensors[0] if W else None,
+            total.T @ saved[0] if W else None,
             total.sum(0) if bias else None,
             da if a else None,
             db if b else None,
@@ -183,27 +224,38 @@ def _lora_autograd(name: str) -> type[torch.autograd.Function]:
         )
 
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _below(name, inputs)
+        x, lora_A = inputs[0], inputs[a]
+        ctx.shapes = None
+        if x.dim() != 2 or lora_A.dim() != 3:
+            flat = list(inputs)
+            x, lora_A, lora_B, base = given = [inputs[i] for i in shaped]
+            ctx.shapes = [t if t is None else t.shape for t in given]
+            flat[0], flat[a + 3] = rows(x), base if base is None else rows(base)
+            if lora_A.dim() == 2:
+                flat[a], flat[a + 1] = lora_A[None], lora_B[None]
+            inputs = tuple(flat)
+        with torch._C._ExcludeDispatchKeyGuard(_ABOVE):  # a view made here counts as none: what follows may write to y
+            output = op[name](*inputs)
+            y: Tensor = output[0] if x.dim() == 2 else unflat(output[0], x)
         setup_context(ctx, inputs, output)
-        return output[0]
+        return y
 
-    torch.library.register_autograd(f"plora_ext::{name}", backward, setup_context=setup_context)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        # Under create_graph what is registered says that there are no second gradients.
+        call = _call if torch.is_grad_enabled() else _below
+        if ctx.shapes is None:
+            return gradients(ctx, grad, call=call)
+        if grad.dim() != 2 + of_all:
+            grad = grad.reshape(*grad.shape[:of_all], -1, grad.shape[-1])
+        found = list(gradients(ctx, grad, call=call))
+        for i, shape in zip(shaped, ctx.shapes, strict=True):
+            if found[i] is not None:
+                found[i] = found[i].view(shape)
+        return tuple(found)
+
+    torch.library.register_autograd(f"plora_ext::{name}", gradients, setup_context=setup_registered)
     namespace = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"{name}_function", (torch.autograd.Function,), namespace)
-
-
-_functions: dict[str, type[torch.autograd.Function]] = {}
-_casters: dict[str, Callable[[str, tuple[Any, ...]], list[Any]]] = {}
-_PLAIN = {Tensor, nn.Parameter, type(None), bool, list}  # the types of the arguments of the low-rank operators
-_ABOVE = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
-for _key in ("AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastCUDA"):
-    _ABOVE |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
-
-
-def _below(name: str, args: tuple[Any, ...]) -> Any:
-    """The kernel itself, past autograd and autocast."""
-    with torch._C._ExcludeDispatchKeyGuard(_ABOVE):
-        return op[name](*args)
 
 
 def is_plain(*args: Any) -> bool:
@@ -219,16 +271,42 @@ def is_plain(*args: Any) -> bool:
 
 
 def run_lora(name: str, *args: Any) -> Tensor:
-    """y of a low-rank operator: through the dispatcher's rules where something needs them, else past them."""
-    if not is_plain(*args):
-        y: Tensor = op[name](*args)[0]
-        return y
-    device_type = args[0].device.type
-    if torch.is_autocast_enabled(device_type):
-        args = tuple(_casters[name](device_type, args))
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return _functions[name].apply(*args)
-    return _below(name, args)[0]
+    """y [..., out] of a low-rank operator: by the dispatcher's rules where something needs them, else past them."""
+    plain = is_plain(*args)
+    if plain:
+        device_type = args[0].device.type
+        if torch.is_autocast_enabled(device_type):
+            args = tuple(_casters[name](device_type, args))
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return _functions[name].apply(*args)
+    x, base = args[0], _BASE[name]
+    if x.dim() != 2:
+        args = (rows(x), *args[1:base], None if args[base] is None else rows(args[base]), *args[base + 1 :])
+    y: Tensor = (_below if plain else _call)(name, args)[0]
+    return y if x.dim() == 2 else unflat(y, x)
+
+
+def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any) -> Tensor | None:
+    """`lora_sum` of one adapter, [r, in] and [out, r], that trains beside its frozen layer; small work takes host time.
+
+    None where this is not eager code on plain tensors of one dtype without autocast, or where the sizes do not fit: that
+    is for `run_lora` to serve and for `lora_sum` to refuse. What is left is checked by the kernel.
+    """
+    cuda, dtype = x.is_cuda, x.dtype
+    if (
+        not torch.is_grad_enabled()
+        or not is_plain(x, lora_A, lora_B, weight, bias)
+        or torch.is_autocast_enabled("cuda" if cuda else "cpu")
+        or not (_SERVES_CUDA and dtype != torch.float64 if cuda else x.is_cpu and _lib is not None)
+        or not dtype == lora_A.dtype == lora_B.dtype == weight.dtype
+        or x.shape[-1:] != lora_A.shape[1:]
+    ):
+        return None
+    keep = keeps("lora_sum", x, lora_A, lora_B, scaling, weight, None, None, False)
+    y: Tensor = _functions["lora_sum"].apply(
+        x, lora_A, lora_B, scaling, None, weight, bias, None, None, None, False, None, None, keep
+    )
+    return y
 
 
 def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

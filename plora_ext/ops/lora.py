@@ -86,10 +86,6 @@ def _native(op: str, x: Tensor) -> bool:
     return _library.has_kernel(op, x.device.type) and not (x.is_cuda and x.dtype == torch.float64)
 
 
-def _rows(t: Tensor) -> Tensor:
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
-
-
 def _ids(op: str, ids: Tensor | AdapterBatch, x: Tensor) -> Tensor:
     if isinstance(ids, AdapterBatch):
         ids = ids.ids
@@ -130,12 +126,11 @@ def _run(
         )  # fmt: skip
     base, weight, bias, bias_A, bias_B = optional
     relu = activation == "relu"
-    y = _register.run_lora(
-        op, _rows(x), *(t.reshape(-1) for t in rows), lora_A, lora_B, scale, None if base is None else _rows(base),
-        weight, bias, bias_A, bias_B, ranks, relu, None if trainable is None else list(trainable), flat,
+    return _register.run_lora(
+        op, x, *(t.reshape(-1) for t in rows), lora_A, lora_B, scale, base, weight, bias, bias_A, bias_B, ranks, relu,
+        None if trainable is None else list(trainable), flat,
         torch.is_grad_enabled() and _register.keeps(op, x, lora_A, lora_B, scale, weight, bias_A, bias_B, relu),
     )  # fmt: skip
-    return y if x.dim() == 2 else y.view(*y.shape[:-2], *x.shape[:-1], y.shape[-1])
 
 
 def _run_in_place(
@@ -163,7 +158,7 @@ def _run_in_place(
         family = op.removesuffix("_")
         return y.add_(_run(family, x, ids, lora_A, lora_B, scale, None, optional, activation, ranks, trainable, None))
     _register.op[op](
-        target, _rows(x), *(t.reshape(-1) for t in rows), lora_A, lora_B, scale, *biases, ranks, activation == "relu"
+        target, _register.rows(x), *(t.reshape(-1) for t in rows), lora_A, lora_B, scale, *biases, ranks, activation == "relu"
     )
     return y
 
@@ -326,9 +321,9 @@ def lora_all(
             raise ValueError(f"{op}: out= records no gradients; leave it out, or call this under torch.no_grad()")
         autocast = torch.is_autocast_enabled(x.device.type)
         if _library.has_kernel("lora_all_out", x.device.type) and out.is_contiguous() and not autocast:
-            base = None if base is None else _rows(base)
+            base = None if base is None else _register.rows(base)
             torch.ops.plora_ext.lora_all_out(
-                out.view(out.shape[0], -1, out.shape[-1]), _rows(x), lora_A, lora_B, scale, base, *optional[1:], ranks,
+                out.view(out.shape[0], -1, out.shape[-1]), _register.rows(x), lora_A, lora_B, scale, base, *optional[1:], ranks,
                 activation == "relu",
             )  # fmt: skip
             return out
