@@ -190,9 +190,9 @@ def _lora_autograd(name: str) -> type[torch.autograd.Function]:
     The Function takes x, base and grad as [..., n], and the factors of one adapter as [r, in] and [out, r] too: views
     that it makes need no gradients of their own.
     """
-    of_all = name == "lora_all"
-    a = _BASE[name] - 3
-    shaped = (0, a, a + 1, a + 3)  # x, lora_A, lora_B, base
+    of_all, i_base = name == "lora_all", _BASE[name]
+    i_A = i_base - 3
+    backward_name = f"{name}_backward"
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, *ids, lora_A, lora_B, scaling, _, weight, _, bias_A, bias_B, ranks, ctx.relu, ctx.trainable, _, _ = inputs
@@ -202,14 +202,13 @@ def _lora_autograd(name: str) -> type[torch.autograd.Function]:
         ctx.mark_non_differentiable(output[1])
         setup_context(ctx, inputs, output)
 
-    def gradients(ctx: Any, grad: Tensor, of_kept: Tensor | None = None, call: Any = _call) -> tuple[Any, ...]:
+    def gradients(ctx: Any, grad: Tensor, saved: tuple[Any, ...]) -> list[Any]:
         X, *ids, A, B, s, base, W, bias, a, b, _, _, _, _, _ = ctx.needs_input_grad
         dx = dA = dB = ds = da = db = None
-        saved = ctx.saved_tensors
         if needs := X | A << 1 | B << 2 | s << 3 | a << 4 | b << 5:
-            dx, dA, dB, ds, da, db = call(f"{name}_backward", (grad, *saved, ctx.relu, ctx.trainable, needs))
+            dx, dA, dB, ds, da, db = op[backward_name](grad, *saved, ctx.relu, ctx.trainable, needs)
         total = grad.sum(0) if of_all and (base or W or bias) else grad
-        return (
+        return [
             dx if X else None,
             *[None] * len(ids),
             dA if A else None,
@@ -221,39 +220,47 @@ def _lora_autograd(name: str) -> type[torch.autograd.Function]:
             da if a else None,
             db if b else None,
             *[None] * 5,
-        )
+        ]
+
+    def registered(ctx: Any, grad: Tensor, of_kept: Tensor | None) -> tuple[Any, ...]:
+        return tuple(gradients(ctx, grad, ctx.saved_tensors))
 
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, lora_A = inputs[0], inputs[a]
-        ctx.shapes = None
-        if x.dim() != 2 or lora_A.dim() != 3:
+        x, lora_A = inputs[0], inputs[i_A]
+        ctx.lead, ctx.alone = None if x.dim() == 2 else x.shape[:-1], lora_A.dim() == 2
+        if ctx.lead is not None or ctx.alone:
             flat = list(inputs)
-            x, lora_A, lora_B, base = given = [inputs[i] for i in shaped]
-            ctx.shapes = [t if t is None else t.shape for t in given]
-            flat[0], flat[a + 3] = rows(x), base if base is None else rows(base)
-            if lora_A.dim() == 2:
-                flat[a], flat[a + 1] = lora_A[None], lora_B[None]
+            if ctx.lead is not None:
+                flat[0], flat[i_base] = rows(x), None if inputs[i_base] is None else rows(inputs[i_base])
+            if ctx.alone:
+                flat[i_A], flat[i_A + 1] = lora_A[None], inputs[i_A + 1][None]
             inputs = tuple(flat)
         with torch._C._ExcludeDispatchKeyGuard(_ABOVE):  # a view made here counts as none: what follows may write to y
             output = op[name](*inputs)
-            y: Tensor = output[0] if x.dim() == 2 else unflat(output[0], x)
+            y: Tensor = output[0] if ctx.lead is None else unflat(output[0], x)
         setup_context(ctx, inputs, output)
         return y
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        # Under create_graph what is registered says that there are no second gradients.
-        call = _call if torch.is_grad_enabled() else _below
-        if ctx.shapes is None:
-            return gradients(ctx, grad, call=call)
-        if grad.dim() != 2 + of_all:
-            grad = grad.reshape(*grad.shape[:of_all], -1, grad.shape[-1])
-        found = list(gradients(ctx, grad, call=call))
-        for i, shape in zip(shaped, ctx.shapes, strict=True):
-            if found[i] is not None:
-                found[i] = found[i].view(shape)
+    def shaped_gradients(ctx: Any, grad: Tensor, saved: tuple[Any, ...]) -> tuple[Any, ...]:
+        if ctx.lead is not None:
+            grad = grad.reshape(*grad.shape[:of_all], len(saved[0]), grad.shape[-1])
+        found = gradients(ctx, grad, saved)
+        if ctx.alone:
+            found[i_A : i_A + 2] = [t if t is None else t[0] for t in found[i_A : i_A + 2]]
+        if ctx.lead is not None:
+            for i in (0, i_base):
+                if found[i] is not None:
+                    found[i] = found[i].view(*ctx.lead, found[i].shape[-1])
         return tuple(found)
 
-    torch.library.register_autograd(f"plora_ext::{name}", gradients, setup_context=setup_registered)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # hooks may compute them anew, with autograd
+        if torch.is_grad_enabled():  # create_graph: what is registered says that there are no second gradients
+            return shaped_gradients(ctx, grad, saved)
+        with torch._C._ExcludeDispatchKeyGuard(_ABOVE):
+            return shaped_gradients(ctx, grad, saved)
+
+    torch.library.register_autograd(f"plora_ext::{name}", registered, setup_context=setup_registered)
     namespace = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"{name}_function", (torch.autograd.Function,), namespace)
 
