@@ -230,9 +230,10 @@ class MultiLoRALinear(nn.Module):
             or (self.lora_dropout and self.training)
         ):
             return None
-        (name,), modules = self._active, self._modules
-        base: Any = modules["base_layer"]
-        lora_A, lora_B = (modules[key]._parameters[name] for key in ("lora_A", "lora_B"))
+        (name,) = self._active
+        modules: dict[str, Any] = self._modules
+        base = modules["base_layer"]
+        lora_A, lora_B = modules["lora_A"]._parameters[name], modules["lora_B"]._parameters[name]
         if not (lora_A.requires_grad or lora_B.requires_grad) or "weight" not in base._parameters:
             return None
         weight, bias = base._parameters["weight"], base._parameters["bias"]

@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _get_tracing_state
+from torch._C import _len_torch_dispatch_stack as _count_dispatch_modes
+from torch._C import _len_torch_function_stack as _count_function_modes
+from torch._C._functorch import peek_interpreter_stack as _peek_transforms
 
 from plora_ext import _library
 from plora_ext.ops import _gradients
@@ -269,10 +273,10 @@ def is_plain(*args: Any) -> bool:
     """Whether this is eager code on plain tensors: nothing traces it, transforms it or looks on."""
     return (
         not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._get_tracing_state() is None
+        and _peek_transforms() is None
+        and not _count_dispatch_modes()
+        and not _count_function_modes()
+        and _get_tracing_state() is None
         and _PLAIN.issuperset(map(type, args))
     )
 
@@ -294,10 +298,10 @@ def run_lora(name: str, *args: Any) -> Tensor:
 
 
 def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any) -> Tensor | None:
-    """`lora_sum` of one adapter, [r, in] and [out, r], that trains beside its frozen layer; small work takes host time.
+    """`lora_sum` of one adapter, [r, in] and [out, r], that trains beside its frozen layer, with few looks at them.
 
-    None where this is not eager code on plain tensors of one dtype without autocast, or where the sizes do not fit: that
-    is for `run_lora` to serve and for `lora_sum` to refuse. What is left is checked by the kernel.
+    None where this is not eager code on plain tensors of one dtype without autocast, or the widths do not fit: that is
+    for `lora_sum` to serve or to refuse. Whatever else is wrong the kernel refuses.
     """
     cuda, dtype = x.is_cuda, x.dtype
     if (
@@ -306,7 +310,8 @@ def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: 
         or torch.is_autocast_enabled("cuda" if cuda else "cpu")
         or not (_SERVES_CUDA and dtype != torch.float64 if cuda else x.is_cpu and _lib is not None)
         or not dtype == lora_A.dtype == lora_B.dtype == weight.dtype
-        or x.shape[-1:] != lora_A.shape[1:]
+        or x.dim() == 0
+        or x.size(-1) != lora_A.size(1)
     ):
         return None
     keep = keeps("lora_sum", x, lora_A, lora_B, scaling, weight, None, None, False)

@@ -15,6 +15,7 @@ from torch import Tensor
 from plora_ext import _library, reference
 from plora_ext.ops import _register
 from plora_ext.ops._checks import check, shape, wide
+from plora_ext.ops._register import rows as _rows
 from plora_ext.ops.adapter_batch import AdapterBatch
 
 _ACTIVATIONS = ("none", "relu")
@@ -158,7 +159,15 @@ def _run_in_place(
         family = op.removesuffix("_")
         return y.add_(_run(family, x, ids, lora_A, lora_B, scale, None, optional, activation, ranks, trainable, None))
     _register.op[op](
-        target, _register.rows(x), *(t.reshape(-1) for t in rows), lora_A, lora_B, scale, *biases, ranks, activation == "relu"
+        target,
+        _rows(x),
+        *(t.reshape(-1) for t in rows),
+        lora_A,
+        lora_B,
+        scale,
+        *biases,
+        ranks,
+        activation == "relu",
     )
     return y
 
@@ -321,9 +330,9 @@ def lora_all(
             raise ValueError(f"{op}: out= records no gradients; leave it out, or call this under torch.no_grad()")
         autocast = torch.is_autocast_enabled(x.device.type)
         if _library.has_kernel("lora_all_out", x.device.type) and out.is_contiguous() and not autocast:
-            base = None if base is None else _register.rows(base)
+            base = None if base is None else _rows(base)
             torch.ops.plora_ext.lora_all_out(
-                out.view(out.shape[0], -1, out.shape[-1]), _register.rows(x), lora_A, lora_B, scale, base, *optional[1:], ranks,
+                out.view(out.shape[0], -1, out.shape[-1]), _rows(x), lora_A, lora_B, scale, base, *optional[1:], ranks,
                 activation == "relu",
             )  # fmt: skip
             return out
