@@ -492,7 +492,7 @@ struct Cuda {
       asks.erase(std::unique(asks.begin(), asks.end()), asks.end());
     }
     int64_t compute = asks.empty() ? needs & (kNeedX | kNeedScaling) : needs;
-    Gradients g{none_like(p.x), none_like(p.x), none_like(p.x), none_like(p.scaling), none_like(p.x), none_like(p.x)};
+    Gradients g;
     if (empty(p)) {
       if (needs & kNeedX) g.x = frozen_dx(p, dy);
       compute = 0;
