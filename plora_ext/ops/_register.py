@@ -95,7 +95,7 @@ def _register_autocast(name: str, device_type: str) -> None:
 def dense(family: str, lora_A: Tensor, weight: Any, bias_A: Any, bias_B: Any, relu: bool) -> bool:
     """Whether CUDA computes with the merged weight W + sum s B A, and keeps that: `lora_dense` of lora_plan.h."""
     linear = weight is not None and bias_A is None and bias_B is None and not relu
-    r, T = lora_A.shape[-2], lora_A.shape[0] if lora_A.dim() == 3 else 1
+    T, r, _ = lora_A.shape
     return family == "lora_sum" and linear and T * r > (64 if T > 1 else 192)
 
 
@@ -191,11 +191,9 @@ def unflat(y: Tensor, x: Tensor) -> Tensor:
 def _lora_autograd(name: str) -> type[torch.autograd.Function]:
     """Registers the gradients of a family; returns them as a Function too, which costs eager code far less time.
 
-    The Function takes x, base and grad as [..., n], and the factors of one adapter as [r, in] and [out, r] too: views
-    that it makes need no gradients of their own.
+    The Function takes x, base and grad as [..., n]: views that it makes need no gradients of their own.
     """
     of_all, i_base = name == "lora_all", _BASE[name]
-    i_A = i_base - 3
     backward_name = f"{name}_backward"
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -230,15 +228,11 @@ def _lora_autograd(name: str) -> type[torch.autograd.Function]:
         return tuple(gradients(ctx, grad, ctx.saved_tensors))
 
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, lora_A = inputs[0], inputs[i_A]
-        ctx.lead, ctx.alone = None if x.dim() == 2 else x.shape[:-1], lora_A.dim() == 2
-        if ctx.lead is not None or ctx.alone:
-            flat = list(inputs)
-            if ctx.lead is not None:
-                flat[0], flat[i_base] = rows(x), None if inputs[i_base] is None else rows(inputs[i_base])
-            if ctx.alone:
-                flat[i_A], flat[i_A + 1] = lora_A[None], inputs[i_A + 1][None]
-            inputs = tuple(flat)
+        x, base = inputs[0], inputs[i_base]
+        ctx.lead = None if x.dim() == 2 else x.shape[:-1]
+        if ctx.lead is not None:
+            base = None if base is None else rows(base)
+            inputs = (rows(x), *inputs[1:i_base], base, *inputs[i_base + 1 :])
         with torch._C._ExcludeDispatchKeyGuard(_ABOVE):  # a view made here counts as none: what follows may write to y
             output = op[name](*inputs)
             y: Tensor = output[0] if ctx.lead is None else unflat(output[0], x)
@@ -249,8 +243,6 @@ def _lora_autograd(name: str) -> type[torch.autograd.Function]:
         if ctx.lead is not None:
             grad = grad.reshape(*grad.shape[:of_all], len(saved[0]), grad.shape[-1])
         found = gradients(ctx, grad, saved)
-        if ctx.alone:
-            found[i_A : i_A + 2] = [t if t is None else t[0] for t in found[i_A : i_A + 2]]
         if ctx.lead is not None:
             for i in (0, i_base):
                 if found[i] is not None:
@@ -297,11 +289,64 @@ def run_lora(name: str, *args: Any) -> Tensor:
     return y if x.dim() == 2 else unflat(y, x)
 
 
+class _OneAdapter(torch.autograd.Function):
+    """`lora_sum` of one adapter, [r, in] and [out, r], beside a frozen layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any) -> Tensor:
+        X, _, B, *_ = ctx.needs_input_grad
+        flat = rows(x)
+        with torch._C._ExcludeDispatchKeyGuard(_ABOVE):  # a view made here counts as none: what follows may write to y
+            A = lora_A[None]
+            keep = X if dense("lora_sum", A, weight, None, None, False) else B
+            y, kept = op["lora_sum"](
+                flat, A, lora_B[None], scaling, None, weight, bias, None, None, None, False, None, None, keep
+            )
+            y = y if flat is x else unflat(y, x)
+        ctx.lead = None if flat is x else x.shape[:-1]
+        ctx.save_for_backward(flat, lora_A, lora_B, scaling, weight, kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # hooks may compute them anew, with autograd
+        if torch.is_grad_enabled():  # create_graph: what is registered says that there are no second gradients
+            return _OneAdapter.gradients(ctx, grad, *saved)
+        with torch._C._ExcludeDispatchKeyGuard(_ABOVE):
+            return _OneAdapter.gradients(ctx, grad, *saved)
+
+    @staticmethod
+    def gradients(
+        ctx: Any, grad: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, kept: Tensor
+    ) -> tuple[Any, ...]:
+        X, A, B, *_ = ctx.needs_input_grad
+        if ctx.lead is not None:
+            grad = grad.reshape(len(x), grad.shape[-1])
+        dx, dA, dB, *_ = op["lora_sum_backward"](
+            grad,
+            x,
+            lora_A[None],
+            lora_B[None],
+            scaling,
+            weight,
+            None,
+            None,
+            None,
+            kept,
+            False,
+            None,
+            X | A << 1 | B << 2,
+        )
+        if X and ctx.lead is not None:
+            dx = dx.view(*ctx.lead, dx.shape[-1])
+        return dx if X else None, dA[0] if A else None, dB[0] if B else None, None, None, None
+
+
 def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any) -> Tensor | None:
     """`lora_sum` of one adapter, [r, in] and [out, r], that trains beside its frozen layer, with few looks at them.
 
-    None where this is not eager code on plain tensors of one dtype without autocast, or the widths do not fit: that is
-    for `lora_sum` to serve or to refuse. Whatever else is wrong the kernel refuses.
+    None where this is not eager code on plain tensors of one dtype without autocast, or the widths do not fit, or the
+    layer is not frozen: that is for `lora_sum` to serve or to refuse. Whatever else is wrong the kernel refuses.
     """
     cuda, dtype = x.is_cuda, x.dtype
     if (
@@ -312,12 +357,11 @@ def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: 
         or not dtype == lora_A.dtype == lora_B.dtype == weight.dtype
         or x.dim() == 0
         or x.size(-1) != lora_A.size(1)
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
     ):
         return None
-    keep = keeps("lora_sum", x, lora_A, lora_B, scaling, weight, None, None, False)
-    y: Tensor = _functions["lora_sum"].apply(
-        x, lora_A, lora_B, scaling, None, weight, bias, None, None, None, False, None, None, keep
-    )
+    y: Tensor = _OneAdapter.apply(x, lora_A, lora_B, scaling, weight, bias)
     return y
 
 
