@@ -5,8 +5,9 @@
 Wall time of a forward and of a step (forward, then `torch.autograd.grad` of x, A and B), of calls in a row up to the
 end of the last. On a CPU with one thread and sizes of which the arithmetic takes next to nothing, which stands for the
 host time of a GPU; on a GPU at 768→768, bfloat16, r = 16. Short bursts of every form take turns, so that all meet the
-same machine; ratios are medians over turns. `empty autograd.Function` computes nothing: what autograd itself costs
-Python code that brings a backward of its own. Writes NAME.csv and NAME.md.
+same machine; ratios are medians over turns, p10 is the tenth percentile, which others on the machine disturb least.
+`empty autograd.Function` computes nothing: what autograd itself costs Python code that brings a backward of its own.
+Writes NAME.csv and NAME.md.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from plora_ext.nn import MultiLoRALinear
 
 SCALE, BURST = 0.5, 0.002  # seconds of a burst
 FROZEN, OURS, PEFT = "frozen layer", "plora_ext", "PEFT"
-COLUMNS = ("case", "form", "forward_us", "backward_us", "step_us", "step_p10_us", "over_frozen", "over_ours", "note")
+COLUMNS = ("case", "form", "forward_us", "step_us", "forward_p10_us", "backward_p10_us", "step_p10_us", "over_frozen",
+           "over_ours", "note")  # fmt: skip
 Form = tuple[Callable[[Tensor], Tensor], list[Tensor]]  # a forward, and what gets gradients beside x
 
 
@@ -149,11 +151,11 @@ def measure(case: str, x: Tensor, width: int, r: int, compiled: bool, seconds: f
     lines: list[dict[str, Any]] = []
     for name in chosen:
         forwards, steps = times[forward, name], times[step, name]
+        quiet = [statistics.quantiles(ts, n=10)[0] for ts in (forwards, steps)]
         lines.append({
             "case": case, "form": name, "forward_us": statistics.median(forwards), "step_us": statistics.median(steps),
-            "backward_us": statistics.median(b - a for a, b in zip(forwards, steps, strict=True)),
-            "step_p10_us": statistics.quantiles(steps, n=10)[0], "over_frozen": ratio(name, FROZEN),
-            "over_ours": ratio(name, OURS), "note": f"{len(steps)} turns",
+            "forward_p10_us": quiet[0], "backward_p10_us": quiet[1] - quiet[0], "step_p10_us": quiet[1],
+            "over_frozen": ratio(name, FROZEN), "over_ours": ratio(name, OURS), "note": f"{len(steps)} turns",
         })  # fmt: skip
     return lines + [{"case": case, "form": name, "note": note} for name, note in missing.items()]
 
