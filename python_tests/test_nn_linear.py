@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from plora_ext import ops
-from plora_ext.nn import Adapters, MultiLoRALinear, inject
+from plora_ext import _library, ops
+from plora_ext.nn import Adapters, MultiLoRALinear, inject, linear
 
 IN, OUT, SCALE = 12, 18, 1.5
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.2}
@@ -420,3 +426,154 @@ def test_refuses_what_is_not_a_plain_linear() -> None:
         MultiLoRALinear(nn.Linear(4, 6), {"q": (4, 7)})
     with pytest.raises(ValueError, match=r"lora_dropout must lie in \[0, 1\), got 1"):
         MultiLoRALinear(nn.Linear(4, 6), lora_dropout=1)
+
+
+# --- the short way of one adapter that trains ------------------------------------------------------------------------
+
+native = pytest.mark.skipif(_library.backend() != "native", reason="needs the compiled operators")
+
+
+def one(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **options: Any) -> Adapters:
+    adapters = make(ranks=(4,), dtype=dtype, device=device, **options)
+    adapters.train_adapter("t0")
+    adapters.set_adapter("t0")
+    return adapters
+
+
+def ways(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> tuple[list[str], Any]:
+    """Which of the two ways the calls of a layer's forward took, and what came out."""
+    taken: list[str] = []
+    short, general = linear.run_one, ops.lora_sum
+
+    def short_spy(*args: Any) -> Any:
+        y = short(*args)
+        taken.extend(["short"] if y is not None else [])
+        return y
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "run_one", short_spy)
+        patch.setattr(ops, "lora_sum", lambda *a, **k: taken.append("general") or general(*a, **k))
+        return taken, call()
+
+
+@native
+@pytest.mark.parametrize("lead", [(5,), (2, 3), (0,), (2, 0), (), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("asks", ["x A B", "A", "B", "x B"])
+def test_the_short_way_gives_the_same_bits(lead, asks, device, monkeypatch) -> None:
+    adapters = one(device=device)
+    layer = adapters.layers["qkv"]
+    x = torch.randn(*lead, IN, device=device)
+    A, B = layer.pairs("t0")[0]
+    named = {"x": x, "A": A, "B": B}
+    for name, leaf in named.items():
+        leaf.requires_grad_(name in asks.split())
+    cotangent = torch.randn(*lead, OUT, device=device)
+
+    def bits() -> list[Tensor]:
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, [named[name] for name in asks.split()], cotangent)]
+
+    taken, short = ways(monkeypatch, bits)
+    assert taken == ["short"]
+    monkeypatch.setattr(linear, "run_one", lambda *args: None)
+    for a, b in zip(short, bits(), strict=True):
+        assert a.shape == b.shape and torch.equal(a, b)
+
+
+@native
+def test_whatever_is_unusual_takes_the_general_way(monkeypatch) -> None:
+    class Sub(Tensor):
+        pass
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    class Dispatches(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(3, IN)
+
+    def taken(call: Callable[[Adapters], Any], **options: Any) -> list[str]:
+        adapters = one(**options)
+        return ways(monkeypatch, lambda: call(adapters))[0]
+
+    def within(context: Any, x: Tensor = x) -> Callable[[Adapters], Any]:
+        def call(adapters: Adapters) -> None:
+            with context:
+                adapters.model(x)
+
+        return call
+
+    assert taken(within(contextlib.nullcontext())) == ["short"]
+    assert taken(within(torch.autocast("cpu", torch.bfloat16))) == ["general"]
+    assert taken(within(contextlib.nullcontext(), x.as_subclass(Sub))) == ["general"]
+    assert taken(within(Functions())) == ["general"]
+    assert taken(within(Dispatches())) == ["general"]
+    assert taken(within(torch.no_grad())) == []  # merged
+    assert taken(lambda a: torch.vmap(a.model)(x[None])) == ["general"]
+    assert taken(lambda a: a.set_adapter("t0", [0.5]) or a.model(x)) == ["general"]
+    assert taken(lambda a: a.train_adapter(None) or a.model(x)) == []
+    assert taken(lambda a: a.merge() or a.model(x)) == []
+    assert taken(lambda a: a.layers["qkv"].base_layer.requires_grad_() and a.model(x)) == ["general"]
+    assert taken(lambda a: a.model.train()(x), dropout=0.5) == ["general"]
+    assert taken(lambda a: a.model.eval()(x), dropout=0.5) == ["short"]
+    assert taken(lambda a: a.add_adapter("new") or a.set_adapter(["t0", "new"]) or a.model(x)) == ["general"]
+    assert taken(lambda a: torch.nn.utils.parametrizations.weight_norm(a.layers["qkv"].base_layer) and a.model(x)) == [
+        "general"
+    ]
+
+
+@native
+def test_bad_input_of_a_layer_is_named_on_either_way() -> None:
+    model = one().model
+    for x, error in ((torch.randn(3, IN + 1), ValueError), (torch.randn(3, IN).double(), TypeError)):
+        with pytest.raises(error, match=r"lora_sum: lora_A must"):
+            model(x)
+    with pytest.raises(ValueError, match=r"lora_sum: x must be"):
+        model(torch.tensor(1.0))
+    wrong = one()
+    wrong.layers["qkv"].base_layer.bias.data = torch.zeros(OUT + 1)
+    with pytest.raises(RuntimeError, match=r"lora_sum: bias must have the shape \[18\], got \[19\]"):
+        wrong.model(torch.randn(3, IN))
+
+
+@native
+def test_the_short_way_under_checkpointing_hooks_and_writes() -> None:
+    adapters = one()
+    layer, x = adapters.layers["qkv"], torch.randn(2, 3, IN, requires_grad=True)
+    leaves = [x, *adapters.parameters("t0")]
+
+    def gradients(y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y.square().sum(), leaves)
+
+    expected = gradients(layer(x))
+
+    def deep(x: Tensor) -> Tensor:
+        return layer(torch.tanh(layer(x))[..., :IN])
+
+    def equal(actual: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True))
+
+    again = torch.utils.checkpoint.checkpoint(deep, x, use_reentrant=False)  # within the backward, and with autograd
+    assert equal(gradients(again), gradients(deep(x)))
+    with torch.autograd.graph.save_on_cpu():
+        assert equal(gradients(layer(x)), expected)
+
+    y = layer(x).mul_(2)  # the output is no view
+    assert all(torch.allclose(a, 4 * b) for a, b in zip(gradients(y), expected, strict=True))
+    z = x.detach().clone()
+    y = layer(z)
+    z.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+    seen: list[str] = []
+    layer.register_forward_hook(lambda *args: seen.append("forward"))
+    layer.register_full_backward_hook(lambda *args: seen.append("backward"))
+    gradients(layer(x))
+    assert seen == ["forward", "backward"]
+    with pytest.warns(UserWarning, match="autograd kernel was not registered"):  # as said of the registered operator
+        first = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)[0]
+        torch.autograd.grad(first.sum(), leaves, allow_unused=True)

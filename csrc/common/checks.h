@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -72,6 +74,26 @@ inline Tensor compact(const Tensor& t) { return t.is_contiguous() ? t : torch::s
 
 inline OptTensor compact(const OptTensor& t) { return t ? OptTensor(compact(*t)) : std::nullopt; }
 
-inline Tensor none_like(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
+// A contiguous tensor on the device of `like`, not written to yet. torch::stable::new_empty does the same by looking
+// the operator up by name, which costs as much as launching a kernel.
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  std::array<int64_t, 4> strides{};
+  STD_TORCH_CHECK(sizes.size() <= strides.size(), "allocate: at most 4 dimensions");
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
+  int32_t type = 0, device = 0, index = 0;
+  check_call(aoti_torch_get_dtype(like.get(), &type), "aoti_torch_get_dtype");
+  check_call(aoti_torch_get_device_type(like.get(), &device), "aoti_torch_get_device_type");
+  check_call(aoti_torch_get_device_index(like.get(), &index), "aoti_torch_get_device_index");
+  if (dtype) type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  AtenTensorHandle made = nullptr;
+  check_call(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type, device,
+                                      index, &made),
+             "aoti_torch_empty_strided");
+  return Tensor(made);
+}
+
+inline Tensor none_like(const Tensor& t) { return allocate(t, {0}); }
 
 }  // namespace plora

@@ -65,7 +65,7 @@ struct Inputs {
   }
 };
 
-// Of the arguments with these names; empty where `needs` does not ask.
+// Of the arguments with these names; empty, or not there, where `needs` does not ask.
 struct Gradients {
   Tensor x, lora_A, lora_B, scaling, bias_A, bias_B;
 };
@@ -207,7 +207,9 @@ struct LoraOperators {
     if (!p.bias_B) needs &= ~kNeedBiasB;
     const NoGrad guard;
     const Gradients g = Device::backward(p, compact(grad), kept, trainable, needs);
-    return {g.x, g.lora_A, g.lora_B, g.scaling, g.bias_A, g.bias_B};
+    const auto made = [](const Tensor& t, const Tensor& like) { return t.defined() ? t : none_like(like); };
+    return {made(g.x, p.x),      made(g.lora_A, p.x), made(g.lora_B, p.x), made(g.scaling, p.scaling),
+            made(g.bias_A, p.x), made(g.bias_B, p.x)};
   }
 
   static void check_slices(const Inputs& p, const std::vector<int64_t>& slices) {

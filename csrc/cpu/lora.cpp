@@ -193,9 +193,7 @@ struct Cpu {
     const OptTensor layer = torch_product(p, own);
     if (layer && merges(p) && !base) return {*layer, none_like(p.x)};
     const bool in_place = layer && !slabs;  // one output per row: the layer's output becomes y
-    const Tensor y = in_place ? *layer
-                     : slabs  ? torch::stable::new_empty(p.x, {p.T, p.M, p.out})
-                              : torch::stable::new_empty(p.x, {p.M, p.out});
+    const Tensor y = in_place ? *layer : slabs ? allocate(p.x, {p.T, p.M, p.out}) : allocate(p.x, {p.M, p.out});
     if (!in_place) large_pages(y.mutable_data_ptr(), y.numel() * y.element_size());
     write(p, base, layer, own, y);
     return {y, none_like(p.x)};

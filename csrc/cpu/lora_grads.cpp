@@ -6,6 +6,8 @@
 
 #include "lora_grads.h"
 
+#include <cstring>
+
 #include "frozen.h"
 #include "lora_rows.h"
 
@@ -278,7 +280,10 @@ class Backward {
 Gradients lora_gradients(const Inputs& p, const Tensor& dy, const OptInts& trainable, int64_t needs) {
   const bool own = p.weight && own_frozen_product(p);
   const auto zeros = [&](int64_t bit, const Tensor& like) {
-    return needs & bit ? torch::stable::new_zeros(like, like.sizes()) : none_like(like);
+    if (!(needs & bit)) return none_like(like);
+    const Tensor t = allocate(like, like.sizes());
+    if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0, t.numel() * t.element_size());
+    return t;
   };
   Tensor dx = none_like(p.x);
   if (needs & kNeedX) {
@@ -286,7 +291,7 @@ Gradients lora_gradients(const Inputs& p, const Tensor& dy, const OptInts& train
       dx = compact(
           torch::stable::matmul(p.family == Family::all ? sum_slabs(dy) : dy, merges(p) ? merged(p) : *p.weight));
     else
-      dx = torch::stable::new_empty(p.x, p.x.sizes());
+      dx = allocate(p.x, p.x.sizes());
     if (!p.weight || own) large_pages(dx.mutable_data_ptr(), dx.numel() * dx.element_size());
   }
   const Gradients g{dx,

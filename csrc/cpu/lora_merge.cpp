@@ -59,7 +59,7 @@ void merge(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor&
 Tensor lora_merge(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scaling,
                   const OptTensor& ranks) {
   check_merge(weight, A, B, scaling, ranks);
-  const Tensor merged = torch::stable::new_empty(weight, weight.sizes());
+  const Tensor merged = allocate(weight, weight.sizes());
   dispatch("lora_merge", weight.scalar_type(), [&](auto tag) {
     merge<decltype(tag)>(compact(weight), compact(A), compact(B), compact(scaling), compact(ranks), merged);
   });

@@ -20,7 +20,7 @@ Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tens
   check_reconstruct("reconstruct_prototypes", old_, new_, values_, tau_, add_old);
   const Tensor old = compact(old_), fresh = compact(new_), values = compact(values_);
   const int64_t Co = old.size(0), Cn = fresh.size(0), D = old.size(1), Dv = values.size(1);
-  const Tensor out = torch::stable::new_empty(old, {Co, Dv});
+  const Tensor out = allocate(old, {Co, Dv});
   dispatch("reconstruct_prototypes", old.scalar_type(), [&](auto tag) {
     using scalar = decltype(tag);
     using acc = acc_type<scalar>;
@@ -50,9 +50,9 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_prototypes_backward(const Tensor&
   const Tensor grad = compact(grad_), old = compact(old_), fresh = compact(new_);
   const Tensor values = compact(values_);
   const int64_t Co = old.size(0), Cn = fresh.size(0), D = old.size(1), Dv = values.size(1);
-  const Tensor d_old = torch::stable::new_empty(old, old.sizes());
-  const Tensor d_new = torch::stable::new_empty(fresh, fresh.sizes());
-  const Tensor d_values = torch::stable::new_empty(values, values.sizes());
+  const Tensor d_old = allocate(old, old.sizes());
+  const Tensor d_new = allocate(fresh, fresh.sizes());
+  const Tensor d_values = allocate(values, values.sizes());
   dispatch("reconstruct_prototypes_backward", old.scalar_type(), [&](auto tag) {
     using scalar = decltype(tag);
     using acc = acc_type<scalar>;

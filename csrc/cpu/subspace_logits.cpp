@@ -17,7 +17,7 @@ Tensor subspace_logits(const Tensor& features_, const Tensor& prototypes_, const
   check_subspaces(op, features_, prototypes_, weights_);
   const int64_t B = features_.size(0), T = features_.size(1), D = features_.size(2), C = prototypes_.size(0);
   const Tensor features = compact(features_), prototypes = compact(prototypes_), weights = compact(weights_);
-  const Tensor logits = torch::stable::new_empty(features, {B, C});
+  const Tensor logits = allocate(features, {B, C});
   dispatch(op, features.scalar_type(), [&](auto tag) {
     using scalar = decltype(tag);
     using acc = acc_type<scalar>;

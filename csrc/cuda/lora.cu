@@ -49,7 +49,7 @@ Tensor plus(const Tensor& a, const OptTensor& b) { return b ? torch::stable::sub
 Tensor packed(const Inputs& p, const Tensor& from, int64_t rows, int64_t columns, bool rank_is_rows, bool transpose,
               bool scaled = false) {
   const int64_t rank = padded_rank(p.r), tall = rank_is_rows ? rank : rows, wide = rank_is_rows ? columns : rank;
-  const Tensor to = torch::stable::new_empty(from, transpose ? Sizes{p.T, wide, tall} : Sizes{p.T, tall, wide});
+  const Tensor to = allocate(from, transpose ? Sizes{p.T, wide, tall} : Sizes{p.T, tall, wide});
   if (to.numel() == 0) return to;
   pack(from.scalar_type(), pointer(from), to.mutable_data_ptr(), p.T, rows, columns, rank_is_rows, rank, transpose,
        p.ranks ? data<int64_t>(*p.ranks) : nullptr, scaled ? data<float>(p.scaling) : nullptr, stream_of(from));
@@ -103,7 +103,7 @@ bool crowded(const Inputs& p) { return padded_rank(p.r) * (p.family == Family::i
 
 // For h and g.
 Tensor new_ranks(const Inputs& p) {
-  return torch::stable::new_empty(p.x, {p.M, padded_rank(p.r) * (p.family == Family::indexed ? 1 : p.T)});
+  return allocate(p.x, {p.M, padded_rank(p.r) * (p.family == Family::indexed ? 1 : p.T)});
 }
 
 // Whether torch's own product makes the h of a sum: from this many ranks on it is faster than low_rank.
@@ -236,7 +236,7 @@ Tensor h_of(const Inputs& p, const OptTensor& kept) {
 void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, bool wants_g, bool wants_x, OptTensor& g,
                    Tensor& dx) {
   const LoraPlan plan = wants_x ? plan_of(p, dy, {}, {}, true, false) : LoraPlan{};
-  if (wants_x) dx = p.weight && !plan.hopper ? frozen_dx(p, dy) : torch::stable::new_empty(p.x, p.x.sizes());
+  if (wants_x) dx = p.weight && !plan.hopper ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
   const Factors factors = factors_of(p);
   const auto add_fused = [&](const Tensor& g, const Tensor& A) {  // one of them scaled
     Fused f{};
@@ -277,7 +277,7 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
 Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor& kept, const Sizes& asks,
                              int64_t needs) {
   const auto fresh = [&](int64_t bit, const Tensor& like) {
-    return needs & bit ? torch::stable::new_empty(like, like.sizes()) : none_like(like);
+    return needs & bit ? allocate(like, like.sizes()) : none_like(like);
   };
   Gradients result{none_like(p.x),
                    fresh(kNeedA, p.lora_A),
@@ -315,7 +315,7 @@ Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& ke
   const bool all = static_cast<int64_t>(asks.size()) == p.T;
   const auto fresh = [&](int64_t bit, const Tensor& like) {
     return !(needs & bit) ? none_like(like)
-           : all          ? torch::stable::new_empty(like, like.sizes())
+           : all          ? allocate(like, like.sizes())
                           : torch::stable::new_zeros(like, like.sizes());
   };
   Gradients result{none_like(p.x),       fresh(kNeedA, p.lora_A), fresh(kNeedB, p.lora_B),
@@ -429,7 +429,7 @@ struct Cuda {
         l.scaled_h = out_pointer(given), l.skip_uniform = plan.slots > 0;
         low_rank(l, stream_of(p.x));
       }
-      const Tensor y = torch::stable::new_empty(p.x, {p.M, p.out});
+      const Tensor y = allocate(p.x, {p.M, p.out});
       Fused f{};
       f.K = p.in, f.N = p.out;
       f.x = pointer(p.x), f.ldx = p.in;
@@ -446,9 +446,7 @@ struct Cuda {
 
     OptTensor y0;
     if (p.weight || base) y0 = frozen();
-    const Tensor y = slabs      ? torch::stable::new_empty(p.x, {p.T, p.M, p.out})
-                     : p.weight ? *y0
-                                : torch::stable::new_empty(p.x, {p.M, p.out});
+    const Tensor y = slabs ? allocate(p.x, {p.T, p.M, p.out}) : p.weight ? *y0 : allocate(p.x, {p.M, p.out});
     l.N = p.out;
     l.up = pointer(factors.B), l.bias_up = pointer(p.bias_B);
     l.y = y.mutable_data_ptr(), l.ldy = p.out, l.y_slab = slabs ? p.M * p.out : 0;
@@ -494,7 +492,7 @@ struct Cuda {
       asks.erase(std::unique(asks.begin(), asks.end()), asks.end());
     }
     int64_t compute = asks.empty() ? needs & (kNeedX | kNeedScaling) : needs;
-    Gradients g{none_like(p.x), none_like(p.x), none_like(p.x), none_like(p.scaling), none_like(p.x), none_like(p.x)};
+    Gradients g;
     if (empty(p)) {
       if (needs & kNeedX) g.x = frozen_dx(p, dy);
       compute = 0;

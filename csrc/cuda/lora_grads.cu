@@ -568,7 +568,7 @@ void run(const LoraGrads& p, const Tensor& like, cudaStream_t stream) {
   const int64_t at_dots = reserve(p.dscaling ? small_items.count * (ids ? 1 : T) * 4 : 0);
   const int64_t at_table = reserve(ids ? items.count * sizeof(Item) : 0);
   const int64_t at_runs = reserve(ids ? T * sizeof(Run) : 0), at_order = reserve(G * sizeof(int));
-  const Tensor workspace = torch::stable::new_empty(like, {total * 4}, ScalarType::Float);
+  const Tensor workspace = allocate(like, {total * 4}, ScalarType::Float);
   uint4* const base = static_cast<uint4*>(workspace.mutable_data_ptr());
   const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(base + at); };
   if (ids) {

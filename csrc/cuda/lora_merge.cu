@@ -163,7 +163,7 @@ Tensor lora_merge(const Tensor& weight_, const Tensor& A_, const Tensor& B_, con
   const Tensor weight = compact(weight_), A = compact(A_), B = compact(B_), scaling = compact(scaling_);
   const OptTensor ranks = compact(ranks_);
   const int64_t out = weight.size(0), in = weight.size(1), T = A.size(0), r = A.size(1);
-  const Tensor merged = torch::stable::new_empty(weight, weight.sizes());
+  const Tensor merged = allocate(weight, weight.sizes());
   if (out == 0 || in == 0) return merged;
   const auto grid = static_cast<unsigned>(((out + kTile - 1) / kTile) * ((in + kTile - 1) / kTile));
   dispatch("lora_merge", weight.scalar_type(), [&](auto tag) {

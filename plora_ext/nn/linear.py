@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext import ops
-from plora_ext.ops._register import is_plain
+from plora_ext.ops._register import is_plain, run_one
 
 __all__ = ["MultiLoRALinear"]
 
@@ -162,7 +162,7 @@ class MultiLoRALinear(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the active set is merged into the base weight (`merge`)."""
-        return self._original_weight is not None
+        return self._buffers["_original_weight"] is not None
 
     def extra_repr(self) -> str:
         slices = f", slices={self.slices}" if self.slices else ""
@@ -215,6 +215,31 @@ class MultiLoRALinear(nn.Module):
     # ------------------------------------------------------------------ forward
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self._of_one(x)
+        return self._of_any(x) if y is None else y
+
+    def _of_one(self, x: Tensor) -> Tensor | None:
+        """The forward of one adapter that trains and acts on all rows, where nothing else is asked for; else None."""
+        if (
+            len(self._active) != 1
+            or self._coefficients is not None
+            or self._batch is not None
+            or self._ensemble is not None
+            or self.slices is not None
+            or self.merged
+            or (self.lora_dropout and self.training)
+        ):
+            return None
+        (name,) = self._active
+        modules: dict[str, Any] = self._modules
+        base = modules["base_layer"]
+        lora_A, lora_B = modules["lora_A"]._parameters[name], modules["lora_B"]._parameters[name]
+        if not (lora_A.requires_grad or lora_B.requires_grad) or "weight" not in base._parameters:
+            return None
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        return run_one(x, lora_A, lora_B, self._scaling[name], weight, bias)
+
+    def _of_any(self, x: Tensor) -> Tensor:
         if self._ensemble is not None:
             return self._ensemble(self, x)
         base = self.base_layer

@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _get_tracing_state
+from torch._C import _len_torch_dispatch_stack as _count_dispatch_modes
+from torch._C import _len_torch_function_stack as _count_function_modes
+from torch._C._functorch import peek_interpreter_stack as _peek_transforms
 
 from plora_ext import _library
 from plora_ext.ops import _gradients
@@ -154,50 +158,18 @@ def _nothing(*args: Any) -> None:
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-def _lora_autograd(name: str) -> type[torch.autograd.Function]:
-    """Registers the gradients of a family; returns them as a Function too, which costs eager code far less time."""
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, *ids, lora_A, lora_B, scaling, _, weight, _, bias_A, bias_B, ranks, ctx.relu, ctx.trainable, _, _ = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, *ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, ranks, output[1])
-
-    def backward(ctx: Any, grad: Tensor, of_kept: Tensor | None = None) -> tuple[Any, ...]:
-        X, *ids, A, B, s, base, W, bias, a, b, _, _, _, _, _ = ctx.needs_input_grad
-        dx = dA = dB = ds = da = db = None
-        if needs := X | A << 1 | B << 2 | s << 3 | a << 4 | b << 5:
-            dx, dA, dB, ds, da, db = op[f"{name}_backward"](grad, *ctx.saved_tensors, ctx.relu, ctx.trainable, needs)
-        total = grad.sum(0) if name == "lora_all" and (base or W or bias) else grad
-        return (
-            dx if X else None,
-            *[None] * len(ids),
-            dA if A else None,
-            dB if B else None,
-            ds if s else None,
-            total if base else None,
-            total.T @ ctx.saved_tensors[0] if W else None,
-            total.sum(0) if bias else None,
-            da if a else None,
-            db if b else None,
-            *[None] * 5,
-        )
-
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _below(name, inputs)
-        setup_context(ctx, inputs, output)
-        return output[0]
-
-    torch.library.register_autograd(f"plora_ext::{name}", backward, setup_context=setup_context)
-    namespace = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(f"{name}_function", (torch.autograd.Function,), namespace)
-
-
 _functions: dict[str, type[torch.autograd.Function]] = {}
 _casters: dict[str, Callable[[str, tuple[Any, ...]], list[Any]]] = {}
+_BASE = {name: 5 if name == "lora_indexed" else 4 for name in LORA}  # where base is among their arguments
+_SERVES_CUDA = _library.has_kernel("lora_sum", "cuda")
 _PLAIN = {Tensor, nn.Parameter, type(None), bool, list}  # the types of the arguments of the low-rank operators
 _ABOVE = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
-for _key in ("AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastCUDA"):
+for _key in ("ADInplaceOrView", "AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastCUDA"):
     _ABOVE |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
+
+
+def _call(name: str, args: tuple[Any, ...]) -> Any:
+    return op[name](*args)
 
 
 def _below(name: str, args: tuple[Any, ...]) -> Any:
@@ -206,29 +178,191 @@ def _below(name: str, args: tuple[Any, ...]) -> Any:
         return op[name](*args)
 
 
+def rows(t: Tensor) -> Tensor:
+    """[M, n] of [..., n]."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def unflat(y: Tensor, x: Tensor) -> Tensor:
+    """[..., out] or [T, ..., out] of rows of y, where x is [..., in]."""
+    return y.view(*y.shape[:-2], *x.shape[:-1], y.shape[-1])
+
+
+def _lora_autograd(name: str) -> type[torch.autograd.Function]:
+    """Registers the gradients of a family; returns them as a Function too, which costs eager code far less time.
+
+    The Function takes x, base and grad as [..., n]: views that it makes need no gradients of their own.
+    """
+    of_all, i_base = name == "lora_all", _BASE[name]
+    backward_name = f"{name}_backward"
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, *ids, lora_A, lora_B, scaling, _, weight, _, bias_A, bias_B, ranks, ctx.relu, ctx.trainable, _, _ = inputs
+        ctx.save_for_backward(x, *ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, ranks, output[1])
+
+    def setup_registered(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        setup_context(ctx, inputs, output)
+
+    def gradients(ctx: Any, grad: Tensor, saved: tuple[Any, ...]) -> list[Any]:
+        X, *ids, A, B, s, base, W, bias, a, b, _, _, _, _, _ = ctx.needs_input_grad
+        dx = dA = dB = ds = da = db = None
+        if needs := X | A << 1 | B << 2 | s << 3 | a << 4 | b << 5:
+            dx, dA, dB, ds, da, db = op[backward_name](grad, *saved, ctx.relu, ctx.trainable, needs)
+        total = grad.sum(0) if of_all and (base or W or bias) else grad
+        return [
+            dx if X else None,
+            *[None] * len(ids),
+            dA if A else None,
+            dB if B else None,
+            ds if s else None,
+            total if base else None,
+            total.T @ saved[0] if W else None,
+            total.sum(0) if bias else None,
+            da if a else None,
+            db if b else None,
+            *[None] * 5,
+        ]
+
+    def registered(ctx: Any, grad: Tensor, of_kept: Tensor | None) -> tuple[Any, ...]:
+        return tuple(gradients(ctx, grad, ctx.saved_tensors))
+
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, base = inputs[0], inputs[i_base]
+        ctx.lead = None if x.dim() == 2 else x.shape[:-1]
+        if ctx.lead is not None:
+            base = None if base is None else rows(base)
+            inputs = (rows(x), *inputs[1:i_base], base, *inputs[i_base + 1 :])
+        with torch._C._ExcludeDispatchKeyGuard(_ABOVE):  # a view made here counts as none: what follows may write to y
+            output = op[name](*inputs)
+            y: Tensor = output[0] if ctx.lead is None else unflat(output[0], x)
+        setup_context(ctx, inputs, output)
+        return y
+
+    def shaped_gradients(ctx: Any, grad: Tensor, saved: tuple[Any, ...]) -> tuple[Any, ...]:
+        if ctx.lead is not None:
+            grad = grad.reshape(*grad.shape[:of_all], len(saved[0]), grad.shape[-1])
+        found = gradients(ctx, grad, saved)
+        if ctx.lead is not None:
+            for i in (0, i_base):
+                if found[i] is not None:
+                    found[i] = found[i].view(*ctx.lead, found[i].shape[-1])
+        return tuple(found)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # hooks may compute them anew, with autograd
+        if torch.is_grad_enabled():  # create_graph: what is registered says that there are no second gradients
+            return shaped_gradients(ctx, grad, saved)
+        with torch._C._ExcludeDispatchKeyGuard(_ABOVE):
+            return shaped_gradients(ctx, grad, saved)
+
+    torch.library.register_autograd(f"plora_ext::{name}", registered, setup_context=setup_registered)
+    namespace = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{name}_function", (torch.autograd.Function,), namespace)
+
+
 def is_plain(*args: Any) -> bool:
     """Whether this is eager code on plain tensors: nothing traces it, transforms it or looks on."""
     return (
         not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._get_tracing_state() is None
+        and _peek_transforms() is None
+        and not _count_dispatch_modes()
+        and not _count_function_modes()
+        and _get_tracing_state() is None
         and _PLAIN.issuperset(map(type, args))
     )
 
 
 def run_lora(name: str, *args: Any) -> Tensor:
-    """y of a low-rank operator: through the dispatcher's rules where something needs them, else past them."""
-    if not is_plain(*args):
-        y: Tensor = op[name](*args)[0]
+    """y [..., out] of a low-rank operator: by the dispatcher's rules where something needs them, else past them."""
+    plain = is_plain(*args)
+    if plain:
+        device_type = args[0].device.type
+        if torch.is_autocast_enabled(device_type):
+            args = tuple(_casters[name](device_type, args))
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return _functions[name].apply(*args)
+    x, base = args[0], _BASE[name]
+    if x.dim() != 2:
+        args = (rows(x), *args[1:base], None if args[base] is None else rows(args[base]), *args[base + 1 :])
+    y: Tensor = (_below if plain else _call)(name, args)[0]
+    return y if x.dim() == 2 else unflat(y, x)
+
+
+class _OneAdapter(torch.autograd.Function):
+    """`lora_sum` of one adapter, [r, in] and [out, r], beside a frozen layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any) -> Tensor:
+        X, _, B, *_ = ctx.needs_input_grad
+        flat = rows(x)
+        with torch._C._ExcludeDispatchKeyGuard(_ABOVE):  # a view made here counts as none: what follows may write to y
+            A = lora_A[None]
+            keep = X if dense("lora_sum", A, weight, None, None, False) else B
+            y, kept = op["lora_sum"](
+                flat, A, lora_B[None], scaling, None, weight, bias, None, None, None, False, None, None, keep
+            )
+            y = y if flat is x else unflat(y, x)
+        ctx.lead = None if flat is x else x.shape[:-1]
+        ctx.save_for_backward(flat, lora_A, lora_B, scaling, weight, kept)
         return y
-    device_type = args[0].device.type
-    if torch.is_autocast_enabled(device_type):
-        args = tuple(_casters[name](device_type, args))
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return _functions[name].apply(*args)
-    return _below(name, args)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # hooks may compute them anew, with autograd
+        if torch.is_grad_enabled():  # create_graph: what is registered says that there are no second gradients
+            return _OneAdapter.gradients(ctx, grad, *saved)
+        with torch._C._ExcludeDispatchKeyGuard(_ABOVE):
+            return _OneAdapter.gradients(ctx, grad, *saved)
+
+    @staticmethod
+    def gradients(
+        ctx: Any, grad: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, kept: Tensor
+    ) -> tuple[Any, ...]:
+        X, A, B, *_ = ctx.needs_input_grad
+        if ctx.lead is not None:
+            grad = grad.reshape(len(x), grad.shape[-1])
+        dx, dA, dB, *_ = op["lora_sum_backward"](
+            grad,
+            x,
+            lora_A[None],
+            lora_B[None],
+            scaling,
+            weight,
+            None,
+            None,
+            None,
+            kept,
+            False,
+            None,
+            X | A << 1 | B << 2,
+        )
+        if X and ctx.lead is not None:
+            dx = dx.view(*ctx.lead, dx.shape[-1])
+        return dx if X else None, dA[0] if A else None, dB[0] if B else None, None, None, None
+
+
+def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any) -> Tensor | None:
+    """`lora_sum` of one adapter, [r, in] and [out, r], that trains beside its frozen layer, with few looks at them.
+
+    None where this is not eager code on plain tensors of one dtype without autocast, or the widths do not fit, or the
+    layer is not frozen: that is for `lora_sum` to serve or to refuse. Whatever else is wrong the kernel refuses.
+    """
+    cuda, dtype = x.is_cuda, x.dtype
+    if (
+        not torch.is_grad_enabled()
+        or not is_plain(x, lora_A, lora_B, weight, bias)
+        or torch.is_autocast_enabled("cuda" if cuda else "cpu")
+        or not (_SERVES_CUDA and dtype != torch.float64 if cuda else x.is_cpu and _lib is not None)
+        or not dtype == lora_A.dtype == lora_B.dtype == weight.dtype
+        or x.dim() == 0
+        or x.size(-1) != lora_A.size(1)
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return None
+    y: Tensor = _OneAdapter.apply(x, lora_A, lora_B, scaling, weight, bias)
+    return y
 
 
 def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

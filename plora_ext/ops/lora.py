@@ -15,6 +15,7 @@ from torch import Tensor
 from plora_ext import _library, reference
 from plora_ext.ops import _register
 from plora_ext.ops._checks import check, shape, wide
+from plora_ext.ops._register import rows as _rows
 from plora_ext.ops.adapter_batch import AdapterBatch
 
 _ACTIVATIONS = ("none", "relu")
@@ -86,10 +87,6 @@ def _native(op: str, x: Tensor) -> bool:
     return _library.has_kernel(op, x.device.type) and not (x.is_cuda and x.dtype == torch.float64)
 
 
-def _rows(t: Tensor) -> Tensor:
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
-
-
 def _ids(op: str, ids: Tensor | AdapterBatch, x: Tensor) -> Tensor:
     if isinstance(ids, AdapterBatch):
         ids = ids.ids
@@ -130,12 +127,11 @@ def _run(
         )  # fmt: skip
     base, weight, bias, bias_A, bias_B = optional
     relu = activation == "relu"
-    y = _register.run_lora(
-        op, _rows(x), *(t.reshape(-1) for t in rows), lora_A, lora_B, scale, None if base is None else _rows(base),
-        weight, bias, bias_A, bias_B, ranks, relu, None if trainable is None else list(trainable), flat,
+    return _register.run_lora(
+        op, x, *(t.reshape(-1) for t in rows), lora_A, lora_B, scale, base, weight, bias, bias_A, bias_B, ranks, relu,
+        None if trainable is None else list(trainable), flat,
         torch.is_grad_enabled() and _register.keeps(op, x, lora_A, lora_B, scale, weight, bias_A, bias_B, relu),
     )  # fmt: skip
-    return y if x.dim() == 2 else y.view(*y.shape[:-2], *x.shape[:-1], y.shape[-1])
 
 
 def _run_in_place(
@@ -163,7 +159,15 @@ def _run_in_place(
         family = op.removesuffix("_")
         return y.add_(_run(family, x, ids, lora_A, lora_B, scale, None, optional, activation, ranks, trainable, None))
     _register.op[op](
-        target, _rows(x), *(t.reshape(-1) for t in rows), lora_A, lora_B, scale, *biases, ranks, activation == "relu"
+        target,
+        _rows(x),
+        *(t.reshape(-1) for t in rows),
+        lora_A,
+        lora_B,
+        scale,
+        *biases,
+        ranks,
+        activation == "relu",
     )
     return y
 

@@ -1,0 +1,204 @@
+"""Host time of one adapted layer: a training step so small that launching it is what takes the time.
+
+    python benchmarks/host_time.py [--device cuda] [--rows M ...] [--seconds S] [--no-compile] [--out FOLDER/NAME]
+
+Wall time of a forward and of a step (forward, then `torch.autograd.grad` of x, A and B), of calls in a row up to the
+end of the last. On a CPU with one thread and sizes of which the arithmetic takes next to nothing, which stands for the
+host time of a GPU; on a GPU at 768→768, bfloat16, r = 16. Short bursts of every form take turns, so that all meet the
+same machine; ratios are medians over turns, p10 is the tenth percentile, which others on the machine disturb least.
+`empty autograd.Function` computes nothing: what autograd itself costs Python code that brings a backward of its own.
+Writes NAME.csv and NAME.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import gc
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import plora_ext
+from plora_ext.nn import MultiLoRALinear
+
+SCALE, BURST = 0.5, 0.002  # seconds of a burst
+FROZEN, OURS, PEFT = "frozen layer", "plora_ext", "PEFT"
+COLUMNS = ("case", "form", "forward_us", "step_us", "forward_p10_us", "backward_p10_us", "step_p10_us", "over_frozen",
+           "over_ours", "note")  # fmt: skip
+Form = tuple[Callable[[Tensor], Tensor], list[Tensor]]  # a forward, and what gets gradients beside x
+
+
+class Empty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        ctx.save_for_backward(x, A, B)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
+
+
+def ours(linear: nn.Linear, A: Tensor, B: Tensor) -> tuple[MultiLoRALinear, list[Tensor]]:
+    layer = MultiLoRALinear(copy.deepcopy(linear))
+    layer.add_adapter("t0", [(A, B)], lora_alpha=SCALE * len(A))
+    layer.set_adapter(["t0"])
+    factors: list[Tensor] = [p.requires_grad_() for p in layer.pairs("t0")[0]]
+    return layer, factors
+
+
+def peft_layer(linear: nn.Linear, A: Tensor, B: Tensor) -> tuple[nn.Module, list[Tensor]]:
+    import peft
+
+    config = peft.LoraConfig(r=len(A), lora_alpha=int(SCALE * len(A)), target_modules="0")
+    model = peft.get_peft_model(nn.Sequential(copy.deepcopy(linear)), config, "t0").to(A.dtype).eval()
+    layer: Any = model.get_base_model()[0]
+    factors = [layer.lora_A["t0"].weight, layer.lora_B["t0"].weight]
+    for factor, value in zip(factors, (A, B), strict=True):
+        factor.data.copy_(value)
+    return layer, factors
+
+
+def forms(x: Tensor, width: int, r: int, compiled: bool) -> tuple[dict[str, Form], dict[str, str]]:
+    """What is measured, and why the rest is not."""
+    like = {"device": x.device, "dtype": x.dtype}
+    linear = nn.Linear(width, width, **like).requires_grad_(False)
+    A, B = torch.randn(r, width, **like) * width**-0.5, torch.randn(width, r, **like) * r**-0.5
+    plain_A, plain_B = A.clone().requires_grad_(), B.clone().requires_grad_()
+
+    def plain(x: Tensor) -> Tensor:
+        return F.linear(x, linear.weight, linear.bias) + SCALE * F.linear(F.linear(x, plain_A), plain_B)
+
+    def compile_ours() -> Form:
+        layer, factors = ours(linear, A, B)
+        return torch.compile(layer, fullgraph=True, dynamic=False), factors
+
+    def graph_ours() -> Form:
+        layer, factors = ours(linear, A, B)
+        graphed: Any = torch.cuda.make_graphed_callables(layer, (x.detach().clone().requires_grad_(),))
+        return graphed, factors
+
+    makers: dict[str, Callable[[], Form]] = {
+        FROZEN: lambda: (linear, []),
+        "empty autograd.Function": lambda: (lambda x: Empty.apply(x, plain_A, plain_B), [plain_A, plain_B]),
+        "plain torch": lambda: (plain, [plain_A, plain_B]),
+        PEFT: lambda: peft_layer(linear, A, B),
+        OURS: lambda: ours(linear, A, B),
+    }
+    if compiled:
+        makers[f"{OURS}, torch.compile"] = compile_ours
+    if x.is_cuda:
+        makers[f"{OURS}, make_graphed_callables"] = graph_ours
+    found: dict[str, Form] = {}
+    missing: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            forward, leaves = make()
+            expected, actual = plain(x), forward(x)
+            if name not in (FROZEN, "empty autograd.Function"):
+                torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+            found[name] = forward, leaves
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:150]
+    return found, missing
+
+
+def measure(case: str, x: Tensor, width: int, r: int, compiled: bool, seconds: float) -> list[dict[str, Any]]:
+    grad = torch.randn_like(x)
+    chosen, missing = forms(x, width, r, compiled)
+    synchronize = torch.cuda.synchronize if x.is_cuda else lambda: None
+
+    def step(form: Form) -> None:
+        torch.autograd.grad(form[0](x), [x, *form[1]], grad)
+
+    def forward(form: Form) -> None:
+        form[0](x)
+
+    def burst(call: Callable[[Form], None], form: Form, count: int) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            call(form)
+        synchronize()
+        return 1e6 * (time.perf_counter() - start) / count
+
+    runs = [(call, name) for name in chosen for call in (forward, step)]
+    counts = {}
+    for call, name in runs:
+        burst(call, chosen[name], 20)
+        counts[call, name] = max(5, int(1e6 * BURST / burst(call, chosen[name], 20)))
+    times: dict[Any, list[float]] = {key: [] for key in runs}
+    gc.collect()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(times[runs[0]]) < 3:
+        for call, name in runs:
+            times[call, name].append(burst(call, chosen[name], counts[call, name]))
+
+    def ratio(name: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[step, name], times[step, other], strict=True))
+
+    lines: list[dict[str, Any]] = []
+    for name in chosen:
+        forwards, steps = times[forward, name], times[step, name]
+        quiet = [statistics.quantiles(ts, n=10)[0] for ts in (forwards, steps)]
+        lines.append({
+            "case": case, "form": name, "forward_us": statistics.median(forwards), "step_us": statistics.median(steps),
+            "forward_p10_us": quiet[0], "backward_p10_us": quiet[1] - quiet[0], "step_p10_us": quiet[1],
+            "over_frozen": ratio(name, FROZEN), "over_ours": ratio(name, OURS), "note": f"{len(steps)} turns",
+        })  # fmt: skip
+    return lines + [{"case": case, "form": name, "note": note} for name, note in missing.items()]
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    def cell(value: Any) -> str:
+        return f"{value:.2f}" if isinstance(value, float) else str(value or "–")
+
+    head = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 3) + "---|"]
+    return "\n".join([*head, *("| " + " | ".join(cell(line.get(c)) for c in COLUMNS) + " |" for line in lines)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=int, nargs="+", help="default: 4 on a CPU; 197 and 788 on a GPU")
+    parser.add_argument("--seconds", type=float, default=20, help="a case (default: 20)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "host_time")
+    parser.add_argument("--commit", help="what to call the version measured, where this is no git checkout")
+    args = parser.parse_args()
+    cuda = torch.device(args.device).type == "cuda"
+    torch.set_num_threads(1)
+    width, r, dtype = (768, 16, torch.bfloat16) if cuda else (64, 8, torch.float32)
+    where = {
+        "device": torch.cuda.get_device_name(args.device) if cuda else "CPU, 1 thread",
+        "torch": torch.__version__,
+        "plora_ext": plora_ext.__version__,
+        "commit": args.commit or record.commit(),
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/host_time.py", *(Path(a).name for a in sys.argv[1:])]),
+    }
+    lines: list[dict[str, Any]] = []
+    for rows in args.rows or ([197, 788] if cuda else [4]):
+        torch.manual_seed(0)
+        x = torch.randn(rows, width, device=args.device, dtype=dtype, requires_grad=True)
+        case = f"M={rows:,}, {width}→{width}, r={r}"
+        lines += measure(case, x, width, r, not args.no_compile, args.seconds)
+    head = ", ".join(f"{key} {value}" for key, value in where.items())
+    rows_out = ({**{k: round(v, 2) if isinstance(v, float) else v for k, v in line.items()}, **where} for line in lines)
+    record.write(args.out, [*COLUMNS, *where], rows_out, f"{head}\n\n{table(lines)}\n")
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
