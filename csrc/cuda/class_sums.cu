@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kChunk = 256;   // rows, and threads, of a sorting block
 constexpr int kChunks = 256;  // chunks that a summing warp looks at together
-constexpr int kAhead = 512;  // bytes of features that each sorting thread sends for: the first ones that are needed
+constexpr int kAhead = 512;   // bytes of features that each sorting thread sends for: the first ones that are needed
 
 // order: the rows of chunk g, sorted by class, at [g kChunk, ...). bounds[c, g]: where class c starts there, and in the
 // upper half how many rows it has.
@@ -197,8 +197,8 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
   const cudaStream_t stream = stream_of(features);
   const Tensor rows = compact(features), classes = compact(labels);
   const int64_t chunks = (N + kChunk - 1) / kChunk;
-  const Tensor order = torch::stable::new_empty(labels, {N}, ScalarType::Int);
-  const Tensor bounds = torch::stable::new_empty(labels, {C, chunks}, ScalarType::Int);
+  const Tensor order = allocate(labels, {N}, ScalarType::Int);
+  const Tensor bounds = allocate(labels, {C, chunks}, ScalarType::Int);
   dispatch(op, features.scalar_type(), [&](auto tag) {
     using scalar = decltype(tag);
     const scalar* const from = data<scalar>(rows);
@@ -216,8 +216,8 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
       return std::max<int64_t>((D + width - 1) / width, 1);
     };
     const auto sum = [&](auto kernel, int bytes) {
-      launch_overlapped(op, kernel, C * slabs_of(bytes), 32, stream, from, data<int>(order), data<uint32_t>(bounds),
-                        mutable_data<acc_type<scalar>>(sums), mutable_data<int64_t>(counts), D,
+      launch_overlapped(op, kernel, C * slabs_of(bytes), 32, 0, stream, true, from, data<int>(order),
+                        data<uint32_t>(bounds), mutable_data<acc_type<scalar>>(sums), mutable_data<int64_t>(counts), D,
                         static_cast<int>(chunks), static_cast<int>(slabs_of(bytes)), aligned(16));
     };
     // The wider the slabs the better for the memory, but some warps are needed to keep it busy. Rings of 24 to 32 KB:

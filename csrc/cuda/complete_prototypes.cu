@@ -321,7 +321,7 @@ Tensor complete_prototypes(const Tensor& prototypes_, const Tensor& task_of_clas
       compact(dtype == ScalarType::Float ? prototypes_ : torch::stable::to(prototypes_, ScalarType::Float));
   const Tensor tasks = compact(task_of_class);
   const int64_t C = prototypes.size(0), T = prototypes.size(1), D = prototypes.size(2);
-  const Tensor out = torch::stable::new_empty(prototypes, prototypes.sizes());
+  const Tensor out = allocate(prototypes, prototypes.sizes());
   const auto result = [&] { return dtype == ScalarType::Float ? out : torch::stable::to(out, dtype); };
   if (C == 0 || T == 0 || D == 0) return result();
   STD_TORCH_CHECK(C * T < INT32_MAX && D < INT32_MAX, op, ": C T and D must be below 2^31");
@@ -329,7 +329,7 @@ Tensor complete_prototypes(const Tensor& prototypes_, const Tensor& task_of_clas
   STD_TORCH_CHECK(bytes <= shared_memory_limit(), op, ": this GPU sorts at most ",
                   (shared_memory_limit() - static_cast<int64_t>(sizeof(Work)) - 4 * T) / 8 - 4, " classes, got ", C);
 
-  const Tensor cosines = torch::stable::new_empty(prototypes, {C, C});
+  const Tensor cosines = allocate(prototypes, {C, C});
   const auto aligned = [](const Tensor& t, uintptr_t bytes) {
     return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % bytes == 0;
   };
@@ -343,7 +343,7 @@ Tensor complete_prototypes(const Tensor& prototypes_, const Tensor& task_of_clas
   p.pairs = D % 2 == 0 && aligned(out, 8);
   p.ahead = p.vectors && C * T * D * 4 <= kAhead;
 
-  cudaFuncSetAttribute(&complete_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  allow_shared_memory(&complete_kernel, bytes);
   int resident = 0;  // blocks of a multiprocessor: all must run together
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, &complete_kernel, kThreads, static_cast<size_t>(bytes));
   cudaLaunchAttribute attribute{};

@@ -1,9 +1,12 @@
-// What launchers ask of the current device, remembered.
+// What launchers ask of the current device and tell it, remembered: each call of the driver costs them a microsecond.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <map>
+#include <mutex>
+#include <utility>
 
 namespace plora::cuda {
 
@@ -27,6 +30,35 @@ inline int shared_memory_limit() { return device_attribute<cudaDevAttrMaxSharedM
 inline bool on_hopper() {
   return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9 &&
          device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>() >= 232448;
+}
+
+// A number for each kernel and device, under a lock.
+class PerKernel {
+  std::mutex mutex_;
+  std::map<std::pair<const void*, int>, int> numbers_;
+
+ public:
+  template <typename F>
+  int update(const void* kernel, const F& f) {
+    int device = 0;
+    cudaGetDevice(&device);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    int& number = numbers_[{kernel, device}];
+    f(number);
+    return number;
+  }
+};
+
+// Before a launch with so much shared memory; a failure shows at the launch.
+template <typename... Params>
+void allow_shared_memory(void (*kernel)(Params...), size_t bytes) {
+  static PerKernel allowed;
+  const auto most = static_cast<int>(bytes);
+  allowed.update(reinterpret_cast<const void*>(kernel), [&](int& number) {
+    if (number >= most) return;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    number = most;
+  });
 }
 
 }  // namespace plora::cuda

@@ -11,9 +11,9 @@
 // A tile's adapters are found from the ids of its rows here, so rows come in any order, and no id can be out of range.
 
 #include <algorithm>
-#include <mutex>
 
 #include "../common/lora_plan.h"
+#include "device.cuh"
 #include "launch.cuh"
 #include "lora_kernels.h"
 #include "sm90.cuh"
@@ -620,24 +620,9 @@ Maps describe(const Fused& p) {
 template <typename scalar, bool kTransposed, bool kInLoop>
 void launch(const Maps& maps, const Arguments& p, int blocks, cudaStream_t stream) {
   const auto kernel = &fused_kernel<scalar, kTransposed, kInLoop>;
-  static std::once_flag once[64];  // shared memory is a setting of each device
-  int device = 0;
-  cudaGetDevice(&device);
-  std::call_once(once[device % 64], [&] {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         Layout<Shape<kTransposed, kInLoop>>::kBytes);
-  });
+  allow_shared_memory(kernel, Layout<Shape<kTransposed, kInLoop>>::kBytes);
   kernel<<<blocks, kThreads, Layout<Shape<kTransposed, kInLoop>>::kBytes, stream>>>(maps, p);
   check_launch("the fused LoRA product");
-}
-
-int multiprocessors() {
-  static int counts[64] = {};
-  int device = 0;
-  cudaGetDevice(&device);
-  int& count = counts[device % 64];
-  if (count == 0) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include "../common/lora_inputs.h"
 #include "../common/lora_plan.h"
+#include "device.cuh"
 #include "launch.cuh"
 #include "lora_kernels.h"
 
@@ -20,7 +21,7 @@ const void* pointer(const Tensor& t) { return t.const_data_ptr(); }
 
 const void* pointer(const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-void* out_pointer(const OptTensor& t) { return t && t->numel() > 0 ? t->mutable_data_ptr() : nullptr; }
+void* out_pointer(const OptTensor& t) { return t && t->defined() && t->numel() > 0 ? t->mutable_data_ptr() : nullptr; }
 
 // [first, first + count) of dimension d.
 Tensor part(Tensor t, int64_t d, int64_t first, int64_t count) { return torch::stable::narrow(t, d, first, count); }
@@ -152,13 +153,6 @@ bool dense(const Inputs& p) {
 
 bool empty(const Inputs& p) { return p.M == 0 || p.T == 0 || p.out == 0; }
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
-  STD_TORCH_CHECK(error == cudaSuccess, "cudaDeviceGetAttribute failed: ", cudaGetErrorString(error));
-  return value;
-}
-
 // Ranks in slices that the fused product can tell apart: where the rank is not padded, and none is empty, or nobody
 // would make its h.
 Sizes usable(const Inputs& p, const OptInts& slices) {
@@ -179,10 +173,9 @@ LoraPlan plan_of(const Inputs& p, const Tensor& rows, const OptTensor& base, con
 #ifdef PLORA_NO_SM90
   s.capability = 0;
 #else
-  const int device = p.x.get_device_index();
-  s.capability =
-      10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
-  s.sms = attribute(cudaDevAttrMultiProcessorCount, device);
+  s.capability = 10 * device_attribute<cudaDevAttrComputeCapabilityMajor>() +
+                 device_attribute<cudaDevAttrComputeCapabilityMinor>();
+  s.sms = multiprocessors();
 #endif
   for (const void* q : {pointer(rows), pointer(p.lora_A), pointer(p.lora_B), pointer(p.weight), pointer(p.bias),
                         pointer(p.bias_A), pointer(p.bias_B), pointer(base)})
@@ -277,14 +270,14 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
 Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor& kept, const Sizes& asks,
                              int64_t needs) {
   const auto fresh = [&](int64_t bit, const Tensor& like) {
-    return needs & bit ? allocate(like, like.sizes()) : none_like(like);
+    return needs & bit ? allocate(like, like.sizes()) : Tensor{};
   };
-  Gradients result{none_like(p.x),
+  Gradients result{Tensor{},
                    fresh(kNeedA, p.lora_A),
                    fresh(kNeedB, p.lora_B),
                    fresh(kNeedScaling, p.scaling),
-                   p.bias_A ? fresh(kNeedBiasA, *p.bias_A) : none_like(p.x),
-                   p.bias_B ? fresh(kNeedBiasB, *p.bias_B) : none_like(p.x)};
+                   p.bias_A ? fresh(kNeedBiasA, *p.bias_A) : Tensor{},
+                   p.bias_B ? fresh(kNeedBiasB, *p.bias_B) : Tensor{}};
   const bool wants_g = needs & (kNeedA | kNeedBiasA | kNeedScaling), wants_rows = wants_g || (needs & kNeedX);
   OptTensor h, g;
   if ((needs & (kNeedB | kNeedScaling)) || (p.relu && wants_rows)) h = h_of(p, kept);
@@ -314,12 +307,12 @@ Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor&
 Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& kept, const Sizes& asks, int64_t needs) {
   const bool all = static_cast<int64_t>(asks.size()) == p.T;
   const auto fresh = [&](int64_t bit, const Tensor& like) {
-    return !(needs & bit) ? none_like(like)
+    return !(needs & bit) ? Tensor{}
            : all          ? allocate(like, like.sizes())
                           : torch::stable::new_zeros(like, like.sizes());
   };
-  Gradients result{none_like(p.x),       fresh(kNeedA, p.lora_A), fresh(kNeedB, p.lora_B),
-                   none_like(p.scaling), none_like(p.x),          none_like(p.x)};
+  Gradients result;
+  result.lora_A = fresh(kNeedA, p.lora_A), result.lora_B = fresh(kNeedB, p.lora_B);
   if (needs & kNeedX) {
     const bool given = kept && kept->numel() > 0;
     if (given) {

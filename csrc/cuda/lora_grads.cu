@@ -9,10 +9,13 @@
 // Each kernel is launched while its predecessor still runs, and waits for it on the device (sm_90 and newer).
 
 #include <algorithm>
+#include <utility>
 
+#include "device.cuh"
 #include "launch.cuh"
 #include "lora_kernels.h"
 #include "mma_smem.cuh"
+#include "overlap.cuh"
 
 namespace plora::cuda {
 namespace {
@@ -30,9 +33,8 @@ inline constexpr int kStep = 128 / static_cast<int>(sizeof(scalar));  // rows pe
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 __device__ void start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
-#endif
+  launch_successor();
+  wait_for_predecessor();
 }
 
 // The adapters that ask for gradients.
@@ -460,30 +462,6 @@ __global__ void __launch_bounds__(kSmall) finish_kernel(const __grid_constant__ 
   }
 }
 
-// Launches that follow each other on the device without a gap.
-struct Launcher {
-  cudaStream_t stream;
-  bool overlap;  // the kernels wait for each other by themselves
-  int launched = 0;
-
-  template <typename... Params>
-  void operator()(void (*kernel)(Params...), int64_t grid, int threads, size_t smem, const Params&... arguments) {
-    if (grid == 0) return;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>(grid);
-    config.blockDim = static_cast<unsigned>(threads);
-    config.dynamicSmemBytes = smem;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = overlap && launched++ > 0;  // the first one follows whatever the stream holds
-    cudaLaunchKernelEx(&config, kernel, arguments...);
-    check_launch("lora_grads");
-  }
-};
-
 template <typename scalar>
 void run(const LoraGrads& p, const Tensor& like, cudaStream_t stream) {
   constexpr int64_t kVec = kVector<scalar>;
@@ -491,12 +469,12 @@ void run(const LoraGrads& p, const Tensor& like, cudaStream_t stream) {
   const bool ids = p.rows.ids;
   if (T == 0) return;
   STD_TORCH_CHECK(std::max({M, p.ldx, p.lddy, T * padded_r}) <= INT32_MAX, "lora_grads: sizes beyond 2^31");
-  int device = 0, sms = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  cudaFuncAttributes compiled{};
-  cudaFuncGetAttributes(&compiled, sort_kernel);
-  Launcher launch{stream, compiled.ptxVersion >= 90};  // what start() was compiled for, not what the device could do
+  bool overlap = false;  // the first launch follows whatever the stream holds
+  const auto launch = [&](auto kernel, int64_t blocks, int threads, size_t shared, const auto&... arguments) {
+    if (blocks > 0)
+      launch_overlapped("lora_grads", kernel, blocks, threads, shared, stream, std::exchange(overlap, true),
+                        arguments...);
+  };
 
   Asks asks{};
   asks.count = static_cast<int>(p.adapters.size());
@@ -547,7 +525,7 @@ void run(const LoraGrads& p, const Tensor& like, cudaStream_t stream) {
     items.rows_per_id = static_cast<int>(ids ? std::max<int64_t>(p.rows.rows_per_id, 1) : 1);
     return items;
   };
-  const int64_t wanted = 2 * sms / std::max(product.tasks, 1);
+  const int64_t wanted = 2 * multiprocessors() / std::max(product.tasks, 1);
   Items items = cut(ids ? wanted - std::min(T, wanted) / 2 : wanted);  // each adapter's rows end with part of an item
   Items small_items = ids ? items : cut(std::min<int64_t>(blocks / 4, 64));
 
@@ -587,14 +565,11 @@ void run(const LoraGrads& p, const Tensor& like, cudaStream_t stream) {
     product.partial = floats(at_partial);
     product.scaling = p.scaling, product.ranks = p.ranks;
     product.tf32 = p.tf32;
-    const auto enqueue = [&](auto kernel, size_t smem) {
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
-      launch(kernel, static_cast<int64_t>(product.tasks) * items.count, kThreads, smem, product);
-    };
+    const int64_t blocks = static_cast<int64_t>(product.tasks) * items.count;
     if (thin)
-      enqueue(product_kernel<scalar, 1>, product_smem<scalar, 1>(ids));
+      launch(&product_kernel<scalar, 1>, blocks, kThreads, product_smem<scalar, 1>(ids), product);
     else
-      enqueue(product_kernel<scalar, 4>, product_smem<scalar, 4>(ids));
+      launch(&product_kernel<scalar, 4>, blocks, kThreads, product_smem<scalar, 4>(ids), product);
   }
   const auto sum_columns = [&](const void* V, int64_t ld, int64_t slab, int64_t slabs, int64_t width, float* to) {
     launch(columns_kernel<scalar>, ceil_div(width, 32) * slabs * small_items.count, kSmall, 0,

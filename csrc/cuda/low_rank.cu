@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "device.cuh"
 #include "launch.cuh"
 #include "lora_kernels.h"
 #include "mma.cuh"
@@ -395,7 +396,7 @@ void enqueue(const LowRank& p, int stride, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(std::max<int64_t>(std::min(kBlocks / blocks, parts), 1)));
   const size_t bytes = kRows * stride * sizeof(scalar) + (NT ? kPartialBytes<NT> : 0);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  allow_shared_memory(kernel, bytes);
   kernel<<<grid, kThreads, bytes, stream>>>(p, stride);
   check_launch("low_rank");
 }
@@ -403,10 +404,8 @@ void enqueue(const LowRank& p, int stride, cudaStream_t stream) {
 // Ranks whose h fits into shared memory: as many as leave room for two blocks or more on an SM of the larger GPUs.
 template <typename scalar>
 int most_ranks() {
-  int device = 0, most = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const int row = std::min(most - 1024 - kPartialBytes<4>, 96 * 1024) / (kRows * static_cast<int>(sizeof(scalar)));
+  const int row =
+      std::min(shared_memory_limit() - 1024 - kPartialBytes<4>, 96 * 1024) / (kRows * static_cast<int>(sizeof(scalar)));
   return (row - 16) / 64 * 64 + 16;
 }
 

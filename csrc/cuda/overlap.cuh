@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "device.cuh"
 #include "launch.cuh"
 
 namespace plora::cuda {
@@ -31,21 +32,33 @@ __device__ inline void prefetch_to_l2(const void* from, uint32_t bytes) {
 #endif
 }
 
-// Launches a kernel that calls wait_for_predecessor().
+// Whether a kernel waits by itself: what it was compiled for, not what the device could do.
 template <typename... Params>
-void launch_overlapped(const char* op, void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream,
-                       const Params&... arguments) {
-  cudaFuncAttributes compiled{};
-  cudaFuncGetAttributes(&compiled, kernel);
+bool waits(void (*kernel)(Params...)) {
+  static PerKernel versions;
+  return versions.update(reinterpret_cast<const void*>(kernel), [&](int& version) {
+    if (version > 0) return;
+    cudaFuncAttributes compiled{};
+    cudaFuncGetAttributes(&compiled, kernel);
+    version = compiled.ptxVersion;
+  }) >= 90;
+}
+
+// Launches a kernel that calls wait_for_predecessor(), after one that calls launch_successor() or without overlap.
+template <typename... Params>
+void launch_overlapped(const char* op, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
+                       cudaStream_t stream, bool overlap, const Params&... arguments) {
+  if (shared > 0) allow_shared_memory(kernel, shared);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(blocks);
   config.blockDim = static_cast<unsigned>(threads);
+  config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = compiled.ptxVersion >= 90;  // what the kernel was compiled for, not what the device could do
+  config.numAttrs = overlap && waits(kernel);
   cudaLaunchKernelEx(&config, kernel, arguments...);
   check_launch(op);
 }

@@ -386,13 +386,13 @@ void launch(Arguments p, bool tf32, cudaStream_t stream, const Tensor& like) {
   const float* const base = p.base;
   OptTensor parts, stats;
   if (used > 1) {
-    parts = torch::stable::new_empty(like, {used, p.Co, p.Dv});
-    stats = torch::stable::new_empty(like, {used, p.Co, 2});
+    parts = allocate(like, {used, p.Co, p.Dv});
+    stats = allocate(like, {used, p.Co, 2});
     p.out = mutable_data<float>(*parts), p.stats = mutable_data<float2>(*stats), p.base = nullptr;
   }
   const auto kernel = tf32 ? &reconstruct_kernel<T, true> : &reconstruct_kernel<T, false>;
   const int bytes = shared_bytes<T>(p, p.resident);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  allow_shared_memory(kernel, bytes);
   kernel<<<dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(used)), kThreads, bytes, stream>>>(p);
   check_launch("reconstruct_prototypes");
   if (used > 1)
@@ -400,8 +400,8 @@ void launch(Arguments p, bool tf32, cudaStream_t stream, const Tensor& like) {
                       p.vector_out ? p.cold ? &combine_kernel<4, true> : &combine_kernel<4, false>
                       : p.cold     ? &combine_kernel<1, true>
                                    : &combine_kernel<1, false>,
-                      p.Co, kThreads, stream, static_cast<const float*>(p.out), static_cast<const float2*>(p.stats),
-                      base, out, used, p.Co, p.Dv, p.scale);
+                      p.Co, kThreads, 0, stream, true, static_cast<const float*>(p.out),
+                      static_cast<const float2*>(p.stats), base, out, used, p.Co, p.Dv, p.scale);
 }
 
 Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tensor& values_, double tau, bool add_old,
@@ -418,7 +418,7 @@ Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tens
   const int64_t Co = old_.size(0), Cn = new_.size(0), D = old_.size(1), Dv = values_.size(1);
   STD_TORCH_CHECK(std::max({Co, Cn, D, Dv}) < INT32_MAX / 2, op, ": sizes beyond 2^30");
   const Tensor old = widened(old_), fresh = widened(new_), values = widened(values_);
-  const Tensor out = torch::stable::new_empty(old, {Co, Dv});
+  const Tensor out = allocate(old, {Co, Dv});
   const auto result = [&] { return dtype == ScalarType::Float ? out : torch::stable::to(out, dtype); };
   if (Co == 0 || Dv == 0) return result();
 

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "device.cuh"
 #include "reconstruct_kernels.h"
 #include "sm90.cuh"
 #include "tensor_map.cuh"
@@ -248,8 +249,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 void reconstruct_fast(const FastReconstruction& p, const Tensor& like, cudaStream_t stream) {
   const int64_t ld = (p.Cn + 3) / 4 * 4;
   const int64_t padded = (p.Cn + int64_t(kKeys) - 1) / kKeys * kKeys;
-  const Tensor inverse = torch::stable::new_empty(like, {padded + p.Co});
-  const Tensor transposed = torch::stable::new_empty(like, {p.Dv, ld});
+  const Tensor inverse = allocate(like, {padded + p.Co});
+  const Tensor transposed = allocate(like, {p.Dv, ld});
   Arguments a{};
   static_cast<FastReconstruction&>(a) = p;
   a.inverse_fresh = mutable_data<float>(inverse), a.inverse_old = a.inverse_fresh + padded;
@@ -262,7 +263,7 @@ void reconstruct_fast(const FastReconstruction& p, const Tensor& like, cudaStrea
   const int norms = (a.padded + p.Co + 7) / 8, tiles = (p.Cn + 31) / 32 * ((p.Dv + 31) / 32);
   prepare_kernel<<<static_cast<unsigned>(norms + tiles), 256, 0, stream>>>(a);
   check_launch("reconstruct_prototypes");
-  cudaFuncSetAttribute(&reconstruct_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  allow_shared_memory(&reconstruct_kernel, kBytes);
   reconstruct_kernel<<<static_cast<unsigned>((p.Co + kRows - 1) / kRows), kThreads, kBytes, stream>>>(maps, a);
   check_launch("reconstruct_prototypes");
 }

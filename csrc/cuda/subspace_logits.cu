@@ -113,15 +113,15 @@ void launch(Arguments p, float* out, bool tf32, cudaStream_t stream, const Tenso
   p.per_group = static_cast<int>((p.T + wanted - 1) / wanted);
   const int groups = (p.T + p.per_group - 1) / p.per_group;
   OptTensor parts;
-  if (groups > 1) parts = torch::stable::new_empty(like, {groups, p.B, p.C});
+  if (groups > 1) parts = allocate(like, {groups, p.B, p.C});
   p.out = parts ? mutable_data<float>(*parts) : out;
   const auto kernel = tf32 ? &logits_kernel<Tile, true> : &logits_kernel<Tile, false>;
   constexpr int kBytes = Tile::kStages * Tile::kStage * static_cast<int>(sizeof(float));
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  allow_shared_memory(kernel, kBytes);
   kernel<<<dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(groups)), kThreads, kBytes, stream>>>(p);
   check_launch(op);
   if (groups > 1)
-    launch_overlapped(op, &sum_kernel, (count + kThreads - 1) / kThreads, kThreads, stream,
+    launch_overlapped(op, &sum_kernel, (count + kThreads - 1) / kThreads, kThreads, 0, stream, true,
                       static_cast<const float*>(p.out), out, count, groups);
 }
 
@@ -142,7 +142,7 @@ Tensor subspace_logits(const Tensor& features_, const Tensor& prototypes_, const
   };
   if (B == 0 || C == 0 || T == 0) return result(torch::stable::new_zeros(features, {B, C}));
 
-  const Tensor out = torch::stable::new_empty(features, {B, C});
+  const Tensor out = allocate(features, {B, C});
   const auto aligned = [&](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; };
   Arguments p{};
   p.features = data<float>(features), p.prototypes = data<float>(prototypes), p.weights = data<float>(weights);
