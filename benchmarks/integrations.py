@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 import plora_ext
 from plora_ext import _library, reference
-from plora_ext.integrations import _patch
+from plora_ext.integrations import _patch, _pilot_vit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FIELDS = (
@@ -393,7 +393,7 @@ def fill_prototypes(ease: Any, loader: Any) -> None:
     vit = ease._network.backbone
     sums, counts = torch.zeros_like(ease._network.fc.weight), torch.zeros(ease._total_classes, device=DEVICE)
     for _, images, labels in loader:
-        features = torch.cat(pilot.adapter_features(vit, images, pilot._subspaces(vit, False)), 2)[:, 0]
+        features = torch.cat(_pilot_vit.adapter_features(vit, images, pilot._subspaces(vit, False)), 2)[:, 0]
         sums.index_add_(0, labels.to(DEVICE), features)
         counts += torch.bincount(labels, minlength=len(counts)).to(DEVICE)
     ease._network.fc.weight.copy_(sums / counts[:, None])
@@ -402,10 +402,8 @@ def fill_prototypes(ease: Any, loader: Any) -> None:
 @contextmanager
 def sdpa_only() -> Iterator[None]:
     """PILOT's own loops with torch's fused attention: what one line of plain torch gives."""
-    from plora_ext.integrations import pilot
-
     patch = _patch.Patch("attention")
-    patch.replace("backbone.vit_ease:Attention.forward", pilot._make_attention)
+    patch.replace("backbone.vit_ease:Attention.forward", _pilot_vit.make_attention)
     with patch:
         yield
 
@@ -472,12 +470,12 @@ def ease_evaluation(quick: bool) -> Iterator[Case]:
                 last = network.backbone.cur_adapter  # as if the newest adapter had not been there
                 network.backbone.cur_adapter = network.backbone.adapter_list[-1]
                 with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
-                    list(pilot._features_of(ease, earlier, True))
-                kept = pilot._kept.get(ease)
+                    list(_pilot_vit.features_of(ease, earlier, True, pilot._subspaces(network.backbone, False)))
+                kept = _pilot_vit.kept.get(ease)
                 network.backbone.cur_adapter = last
 
             def remember(ease: Any = ease, kept: Any = kept) -> None:
-                pilot._kept[ease] = kept
+                _pilot_vit.kept[ease] = kept
 
             call = within(evaluate, autocast)
             yield Case(
