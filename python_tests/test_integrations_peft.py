@@ -67,6 +67,9 @@ def same(theirs: list[Tensor], ours: list[Tensor], tolerance: float = 1e-5) -> N
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs with the operator and with the plain products, whatever would take less time."""
     monkeypatch.setattr(integration, "_pays", lambda *_: request.param == "lora_sum")
+    monkeypatch.setattr(
+        integration, "_are_few", lambda x, factors: request.param == "_plainly" and x.dtype == factors[0].dtype
+    )
     name: str = request.param
     return name
 
@@ -74,7 +77,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each of ours ran: a test that the host's own forward would pass as well shows nothing."""
-    calls = {"lora_sum": 0, "lora_indexed": 0, "_plainly": 0}
+    calls = {"lora_sum": 0, "lora_indexed": 0, "_plainly": 0, "_each": 0}
 
     def counting(name: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
@@ -84,7 +87,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return call
 
     for name in calls:
-        owner: Any = integration if name == "_plainly" else ops
+        owner: Any = integration if name.startswith("_") else ops
         monkeypatch.setattr(owner, name, counting(name, getattr(owner, name)))
     return calls
 
@@ -113,9 +116,11 @@ def test_the_input_gets_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 24), (6, 24)])
-def test_mixed_batch(shape: tuple[int, ...], counted: dict[str, int]) -> None:
+def test_mixed_batch(shape: tuple[int, ...], counted: dict[str, int], way: str) -> None:
     same(*both(net(), lambda model: model(images(*shape), adapter_names=MIXED)))
-    assert counted["lora_indexed"] == sum(counted.values()) == 2
+    assert counted["_each" if way == "_plainly" else "lora_indexed"] == sum(counted.values()) == 2
+    same(*both(net(), lambda model: model(images(*shape), adapter_names=["two"] * 6)))
+    assert counted[way] == 2
     base_only = both(net(), lambda model: model(images(*shape), adapter_names=["__base__"] * 6))
     same(*base_only)
 
@@ -226,6 +231,10 @@ def test_the_operator_runs_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> Non
         factors = [torch.zeros(2, 8, dtype=dtype), torch.zeros(8, 2, dtype=dtype)] * adapters
         x = torch.zeros(rows, 8, dtype=dtype)
         assert integration._pays(x, factors, autocast=False) is pays, (rows, adapters, dtype)
+        assert integration._are_few(x, factors) is False
+    factors = [torch.zeros(2, 8), torch.zeros(8, 2)] * 8
+    assert integration._are_few(torch.zeros(127, 8), factors)
+    assert not integration._are_few(torch.zeros(127, 8), factors + factors[:2])
     for rows, pays in ((682, False), (683, True)):  # 2^20 elements of x and y
         x, A, B = (torch.zeros(*shape, device="meta") for shape in ((rows, 768), (16, 768), (768, 16)))
         assert integration._pays(x, [A, B], autocast=False) is pays
