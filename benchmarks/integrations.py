@@ -1,6 +1,6 @@
 """Other codebases with and without this package's patch, and beside the best plain-torch form of the same work.
 
-    python benchmarks/integrations.py [--quick] [--rows peft pilot mammoth] [--no-compile] [--out FOLDER/NAME]
+    python benchmarks/integrations.py [--quick] [--rows peft-train ease-eval ...] [--limit SECONDS] [--out FOLDER/NAME]
 
 PEFT rows need timm and peft. The others need a checkout each: PLORA_PILOT of LAMDA-PILOT, PLORA_MAMMOTH of Mammoth;
 without it a row says so and is left out. Weights are random: only time is measured, and that results agree.
@@ -8,24 +8,23 @@ without it a row says so and is left out. Weights are random: only time is measu
 Rounds visit every form in turn (A B C A B C ...), so that all see the same clocks; figures are medians over rounds.
 GPU time is CUDA events around the call, wall time the same call to the end of its last kernel. `error` is the largest
 difference of the result from the host's own (for EASE from the host's own in fp32), relative to its largest entry;
-`equal` the share of equal predictions.
-Writes NAME.csv, a line for each form, and NAME.md.
+`equal` the share of equal predictions. The best torch form is the fastest one of those that are plain torch.
+Writes NAME.csv, a line for each form, and NAME.md after every case, so that a run that is stopped keeps what it has.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import datetime
 import gc
 import io
 import logging
 import os
 import statistics
-import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -36,16 +35,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import record
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plora_ext
 from plora_ext import _library, reference
-from plora_ext.integrations import _patch
+from plora_ext.integrations import _patch, _pilot_vit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FIELDS = ("row", "case", "form", "gpu_ms", "wall_ms", "peak_mb", "over_host", "over_torch", "error", "equal", "note")
+FIELDS = (
+    "row", "case", "form", "gpu_ms", "wall_ms", "peak_mb", "over_host", "over_torch", "error", "equal", "rounds",
+    "note",
+)  # fmt: skip
 
 
 @dataclass
@@ -65,7 +68,7 @@ class Case:
     row: str
     name: str
     forms: list[Form]
-    torch_form: str = ""  # the one that is plain torch
+    torch_forms: tuple[str, ...] = ()  # those that are plain torch
     truth: Callable[[], Any] | None = None  # what results are compared with, if not those of the host in this dtype
     note: str = ""
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -119,46 +122,50 @@ def compare(theirs: Any, ours: Any) -> tuple[float, float]:
     return error, equal
 
 
-def measure(case: Case, seconds: float) -> None:
-    """Fills the lines of a case."""
+def measure(case: Case, seconds: float, until: float) -> None:
+    """Fills the lines of a case, in about `seconds`; a third round and later ones only before the time `until`."""
     times: dict[str, list[tuple[float, float, float]]] = {}
     results: dict[str, tuple[float, float]] = {}
-    first = copy.deepcopy([t.cpu() for t in flat(case.truth())]) if case.truth else None
+    first = [t.cpu() for t in flat(case.truth())] if case.truth else None
     for form in case.forms:
         try:
             with form.inside():
                 form.before()
-                result = form.call()
-                if first is None:
-                    first = copy.deepcopy([t.cpu() for t in flat(result)])
-                results[form.name] = compare(first, [t.cpu() for t in flat(result)])
-                timed(form)  # warm
-            times[form.name] = []
+                begin = time.perf_counter()
+                found = [t.to("cpu", copy=True) for t in flat(form.call())]
+                if time.perf_counter() - begin < 1:
+                    timed(form)  # warm; a longer call is warm enough by itself
+            first = found if first is None else first
+            results[form.name], times[form.name] = compare(first, found), []
         except Exception as error:
             case.lines.append({"form": form.name, "note": f"failed: {type(error).__name__}: {str(error)[:120]}"})
     forms, start = [form for form in case.forms if form.name in times], time.perf_counter()
-    while forms and (
-        len(times[forms[0].name]) < 5 or (time.perf_counter() - start < seconds and len(times[forms[0].name]) < 200)
-    ):
+    for count in range(200 if forms else 0):
+        now = time.perf_counter()
+        if (
+            (count >= 5 and now - start > seconds)
+            or (count >= 3 and now - start > 2 * seconds)
+            or (count and now > until)
+        ):
+            break
         for form in forms:
             with form.inside():
                 times[form.name].append(timed(form))
-        if time.perf_counter() - start > 6 * seconds and len(times[forms[0].name]) >= 3:
-            break
     for form in forms:
         gpu, wall, peak = (statistics.median(part) for part in zip(*times[form.name]))
         error, equal = results[form.name]
         case.lines.append(
-            {"form": form.name, "gpu_ms": gpu, "wall_ms": wall, "peak_mb": peak, "error": error, "equal": equal}
-        )
+            {"form": form.name, "gpu_ms": gpu, "wall_ms": wall, "peak_mb": peak, "error": error, "equal": equal,
+             "rounds": len(times[form.name])}
+        )  # fmt: skip
     known = {line["form"]: line["gpu_ms"] if DEVICE.type == "cuda" else line["wall_ms"]
              for line in case.lines if "wall_ms" in line}  # fmt: skip
+    best = min((known[name] for name in case.torch_forms if name in known), default=None)
     for line in case.lines:
         line.update(row=case.row, case=case.name, note=line.get("note") or case.note)
-        for key, other in (("over_host", case.forms[0].name), ("over_torch", case.torch_form)):
-            if line["form"] in known and other in known:
-                line[key] = known[other] / known[line["form"]]
-    del first
+        for key, other in (("over_host", known.get(case.forms[0].name)), ("over_torch", best)):
+            if line["form"] in known and other is not None:
+                line[key] = other / known[line["form"]]
     gc.collect()
 
 
@@ -184,39 +191,57 @@ def peft_model(quick: bool, adapters: int, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def torch_mixed_batches() -> Iterator[None]:
-    """PEFT's mixed batches as two batched products, each sample with its own factors: the best form torch has."""
+def peft_forward(make: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Iterator[None]:
+    """Another forward in the place of PEFT's LoRA layer's."""
     import peft.tuners.lora as lora
 
     original = lora.Linear.forward
-    indices: dict[tuple[str, ...], Tensor] = {}
-
-    def forward(self: Any, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
-        if adapter_names is None:
-            return original(self, x)
-        known = list(self.lora_A)
-        key = tuple(adapter_names)
-        if key not in indices:
-            indices[key] = torch.tensor([known.index(name) for name in key], device=x.device)
-        ids = indices[key]
-        A = torch.stack([self.lora_A[name].weight for name in known])[ids]
-        B = torch.stack([self.lora_B[name].weight for name in known])[ids] * self.scaling[known[0]]
-        y = self.base_layer(x)
-        return torch.baddbmm(y, x @ A.transpose(1, 2), B.transpose(1, 2))
-
-    lora.Linear.forward = forward
+    lora.Linear.forward = make(original)
     try:
         yield
     finally:
         lora.Linear.forward = original
 
 
-def peft_cases(quick: bool, compiled: bool) -> Iterator[Case]:
+def lean(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One adapter with nothing around it: three products, the last one added in place of a sum of its own."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        (name,) = self.active_adapters
+        h = F.linear(x, self.lora_A[name].weight).flatten(0, -2)
+        y = self.base_layer(x)
+        up = self.lora_B[name].weight.T
+        return torch.addmm(y.flatten(0, -2), h, up, alpha=self.scaling[name]).view_as(y)
+
+    return forward
+
+
+def mixed(masked: bool, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Mixed batches without PEFT's loop: each sample's own factors in two batched products, or, masked, all adapters'
+    factors side by side in two plain ones, with zeros where a sample has another adapter."""
+    indices: dict[tuple[str, ...], Tensor] = {}
+
+    def forward(self: Any, x: Tensor, adapter_names: list[str]) -> Tensor:
+        known, key = list(self.lora_A), tuple(adapter_names)
+        if key not in indices:
+            indices[key] = torch.tensor([known.index(name) for name in key], device=x.device)
+        ids = indices[key]
+        A, B = (torch.stack([factors[name].weight for name in known]) for factors in (self.lora_A, self.lora_B))
+        y, B = self.base_layer(x), B * self.scaling[known[0]]
+        if not masked:
+            return torch.baddbmm(y, x @ A[ids].transpose(1, 2), B[ids].transpose(1, 2))
+        h = F.linear(x, A.flatten(0, 1)).unflatten(-1, (len(known), -1))
+        h = (h * F.one_hot(ids, len(known)).to(h.dtype)[:, None, :, None]).flatten(2).flatten(0, 1)
+        return torch.addmm(y.flatten(0, 1), h, B.transpose(1, 2).flatten(0, 1)).view_as(y)
+
+    return forward
+
+
+def peft_training(quick: bool, compiled: bool) -> Iterator[Case]:
     from plora_ext.integrations import peft as integration
 
-    size = 64 if quick else 224
+    size, B = (64, 4) if quick else (224, 128)
     for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True), *(((torch.float32, False),) * quick)):
-        B = 4 if quick else 128
         model = peft_model(quick, 1, dtype).train()
         parameters = [p for p in model.parameters() if p.requires_grad]
         images = torch.randn(B, 3, size, size, device=DEVICE, dtype=dtype)
@@ -241,10 +266,21 @@ def peft_cases(quick: bool, compiled: bool) -> Iterator[Case]:
         if compiled:
             torch._dynamo.reset()
             forms.append(Form("PEFT, torch.compile", partial(step, torch.compile(model))))
+        else:
+            forms.append(Form("PEFT, three plain products", partial(step, model), partial(peft_forward, lean)))
         what = "autocast to bf16" if autocast else str(dtype).removeprefix("torch.")
-        yield Case("peft", f"training step, ViT-B/16, r=16 on all linears, B={B}, {what}", forms, "PEFT, torch.compile")
+        yield Case(
+            "peft",
+            f"training step, ViT-B/16, r=16 on all linears, B={B}, {what}",
+            forms,
+            tuple(f.name for f in forms[2:]),
+        )
 
-    adapters, B = 10, 10 if quick else 64
+
+def peft_mixed(quick: bool) -> Iterator[Case]:
+    from plora_ext.integrations import peft as integration
+
+    adapters, size, B = (10, 64, 10) if quick else (10, 224, 64)
     for dtype in (torch.bfloat16, torch.float32):
         model = peft_model(quick, adapters, dtype).eval()
         images = torch.randn(B, 3, size, size, device=DEVICE, dtype=dtype)
@@ -259,15 +295,17 @@ def peft_cases(quick: bool, compiled: bool) -> Iterator[Case]:
                 return y
 
             rows = B * (size // 16) ** 2 + B
+            batched, masked = "PEFT, two batched products", "PEFT, all adapters masked"
             yield Case(
                 "peft",
                 f"mixed batch of {adapters} adapters {order}, ViT-B/16, M={rows}, {str(dtype).removeprefix('torch.')}",
                 [
                     Form("PEFT", infer),
                     Form("PEFT, patched", infer, integration.patch),
-                    Form("PEFT, two batched products", infer, torch_mixed_batches),
+                    Form(batched, infer, partial(peft_forward, partial(mixed, False))),
+                    Form(masked, infer, partial(peft_forward, partial(mixed, True))),
                 ],
-                "PEFT, two batched products",
+                (batched, masked),
             )
 
 
@@ -355,7 +393,7 @@ def fill_prototypes(ease: Any, loader: Any) -> None:
     vit = ease._network.backbone
     sums, counts = torch.zeros_like(ease._network.fc.weight), torch.zeros(ease._total_classes, device=DEVICE)
     for _, images, labels in loader:
-        features = torch.cat(pilot.adapter_features(vit, images, pilot._subspaces(vit, False)), 2)[:, 0]
+        features = torch.cat(_pilot_vit.adapter_features(vit, images, pilot._subspaces(vit, False)), 2)[:, 0]
         sums.index_add_(0, labels.to(DEVICE), features)
         counts += torch.bincount(labels, minlength=len(counts)).to(DEVICE)
     ease._network.fc.weight.copy_(sums / counts[:, None])
@@ -364,104 +402,124 @@ def fill_prototypes(ease: Any, loader: Any) -> None:
 @contextmanager
 def sdpa_only() -> Iterator[None]:
     """PILOT's own loops with torch's fused attention: what one line of plain torch gives."""
-    from plora_ext.integrations import pilot
-
     patch = _patch.Patch("attention")
-    patch.replace("backbone.vit_ease:Attention.forward", pilot._make_attention)
+    patch.replace("backbone.vit_ease:Attention.forward", _pilot_vit.make_attention)
     with patch:
         yield
 
 
-def pilot_cases(quick: bool, compiled: bool) -> Iterator[Case]:
+def ease_in_memory(quick: bool) -> Iterator[tuple[int, Any, Images, Any, int]]:
+    """T, an EASE learner after T tasks, test images of all classes with their loader, and classes a task."""
     from torch.utils.data import DataLoader
 
     from plora_ext.integrations import pilot
 
     pilot._old_timm_names()
     logging.disable(logging.INFO)
-    B, size, inc = (6, 32, 5) if quick else (48, 224, 5)
-    per_task = 10 if quick else 50
-    for T in (3,) if quick else (10, 20):
+    for T, inc, images in ((3, 5, 30),) if quick else ((10, 10, 200), (20, 5, 200)):
         ease = learner(T, quick, inc)
-        data = Images(T * per_task, per_task // inc, size)
-        loader = DataLoader(data, B)
+        data = Images(images, images // (T * inc), 32 if quick else 224)
+        loader = DataLoader(data, 6 if quick else 48)
         fill_prototypes(ease, loader)
-        network, images = ease._network, data.pixels[torch.randperm(len(data))[:B].to(DEVICE)]
-        new = Images(2 * per_task, 2 * per_task // inc, size)
-        new.labels = new.labels + (T - 1) * inc
-        ease.train_dataset_for_protonet = new
-        new_loader = DataLoader(new, B)
-        for autocast in (False, True):
-            what = "bf16 autocast" if autocast else "fp32"
+        yield T, ease, data, loader, inc
+        del ease, data, loader
+        gc.collect()
+    logging.disable(logging.NOTSET)
 
-            def within(call: Callable[[], Any], autocast: bool = autocast) -> Callable[[], Any]:
-                def run() -> Any:
-                    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
-                        return call()
 
-                return run
+def within(call: Callable[[], Any], autocast: bool) -> Callable[[], Any]:
+    """PILOT's way to evaluate: no gradients; autocast as a user would put it around."""
 
-            def batch(network: Any = network, images: Tensor = images) -> list[Tensor]:
-                logits = network(images, test=True)["logits"]
-                return [logits, logits.argmax(1)]
+    def run() -> Any:
+        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            return call()
 
-            own, patched = nullcontext, pilot.patch
-            exact = partial(within, autocast=False)
+    return run
+
+
+DTYPES = ((False, "fp32"), (True, "bf16 autocast"))
+SDPA = "PILOT, torch's attention"
+
+
+def ease_evaluation(quick: bool) -> Iterator[Case]:
+    from torch.utils.data import DataLoader
+
+    from plora_ext.integrations import pilot
+
+    for T, ease, data, loader, inc in ease_in_memory(quick):
+        network, per_task = ease._network, len(data) // T
+        images = data.pixels[torch.randperm(len(data))[: loader.batch_size].to(DEVICE)]
+
+        def batch(network: Any = network, images: Tensor = images) -> list[Tensor]:
+            logits = network(images, test=True)["logits"]
+            return [logits, logits.argmax(1)]
+
+        def evaluate(ease: Any = ease, loader: Any = loader) -> Any:
+            return ease._eval_cnn(loader)[0][:, 0]  # the best of the top 5
+
+        for autocast, what in DTYPES:
+            forms = {"PILOT": nullcontext, "PILOT, patched": pilot.patch, SDPA: sdpa_only}
             yield Case(
-                "pilot", f"EASE, one test batch, T={T}, B={B}, {what}",
-                [
-                    Form("PILOT", within(batch), own), Form("PILOT, patched", within(batch), patched),
-                    Form("PILOT, torch's attention", within(batch), sdpa_only),
-                ],
-                "PILOT, torch's attention",
-                truth=exact(batch),
+                "pilot", f"EASE, one test batch, T={T}, B={len(images)}, {what}",
+                [Form(name, within(batch, autocast), inside) for name, inside in forms.items()],
+                (SDPA,), truth=within(batch, False) if autocast else None,
             )  # fmt: skip
 
-            evaluate = within(lambda ease=ease, loader=loader: ease._eval_cnn(loader)[0])
             with torch.no_grad(), pilot.patch():
-                earlier = DataLoader(data.first((T - 1) * per_task), B)
+                earlier = DataLoader(data.first((T - 1) * per_task), loader.batch_size)
                 last = network.backbone.cur_adapter  # as if the newest adapter had not been there
-                network.backbone.cur_adapter = network.backbone.adapter_list[-1] if T > 1 else last
+                network.backbone.cur_adapter = network.backbone.adapter_list[-1]
                 with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
-                    list(pilot._features_of(ease, earlier, True))
-                kept = pilot._kept.get(ease)
+                    list(_pilot_vit.features_of(ease, earlier, True, pilot._subspaces(network.backbone, False)))
+                kept = _pilot_vit.kept.get(ease)
                 network.backbone.cur_adapter = last
 
             def remember(ease: Any = ease, kept: Any = kept) -> None:
-                pilot._kept[ease] = kept
+                _pilot_vit.kept[ease] = kept
 
+            call = within(evaluate, autocast)
             yield Case(
-                "pilot", f"EASE, _eval_cnn after task {T}, {len(data)} images, {what}",
+                "pilot", f"EASE, _eval_cnn after task {T}, {len(data)} images of {T * inc} classes, {what}",
                 [
-                    Form("PILOT", evaluate), Form("PILOT, patched, cache", evaluate, patched, remember),
-                    Form("PILOT, patched, no cache", evaluate, partial(patched, cache=False)),
-                    Form("PILOT, torch's attention", evaluate, sdpa_only),
+                    Form("PILOT", call), Form("PILOT, patched, cache", call, pilot.patch, remember),
+                    Form("PILOT, patched, no cache", call, partial(pilot.patch, cache=False)),
+                    Form(SDPA, call, sdpa_only),
                 ],
-                "PILOT, torch's attention",
-                truth=exact(lambda ease=ease, loader=loader: ease._eval_cnn(loader)[0]),
+                (SDPA,), truth=within(evaluate, False) if autocast else None,
                 note="the loader and the per-sample loop of the host are part of it",
             )  # fmt: skip
 
-            def prototypes(ease: Any = ease, loader: Any = new_loader) -> Tensor:
-                ease.solve_sim_reset = lambda: None
-                ease.replace_fc(loader)
-                return ease._network.fc.weight.data[-ease.inc :].clone()
 
+def ease_prototypes(quick: bool) -> Iterator[Case]:
+    from torch.utils.data import DataLoader
+
+    from plora_ext.integrations import pilot
+
+    for T, ease, data, loader, inc in ease_in_memory(quick):
+        weights = ease._network.fc.weight.data.clone()
+        new = Images(2 * loader.batch_size, -(-2 * loader.batch_size // inc), data.pixels.shape[-1])
+        new.labels = new.labels + (T - 1) * inc
+        ease.train_dataset_for_protonet = new
+        new_loader = DataLoader(new, loader.batch_size)
+
+        def prototypes(ease: Any = ease, loader: Any = new_loader) -> Tensor:
+            ease.solve_sim_reset = lambda: None  # a case of its own
+            try:
+                ease.replace_fc(loader)
+            finally:
+                del ease.solve_sim_reset
+            return ease._network.fc.weight.data[-ease.inc :].clone()
+
+        for autocast, what in DTYPES:
+            forms = {"PILOT": nullcontext, "PILOT, patched": pilot.patch, SDPA: sdpa_only}
             yield Case(
                 "pilot", f"EASE, prototypes of a task, T={T}, {len(new)} images, {what}",
-                [
-                    Form("PILOT", within(prototypes)), Form("PILOT, patched", within(prototypes), patched),
-                    Form("PILOT, torch's attention", within(prototypes), sdpa_only),
-                ],
-                "PILOT, torch's attention",
-                truth=exact(prototypes),
+                [Form(name, within(prototypes, autocast), inside) for name, inside in forms.items()],
+                (SDPA,), truth=within(prototypes, False) if autocast else None,
             )  # fmt: skip
 
-        start_weights = network.fc.weight.data.clone()
-        ease.__dict__.pop("solve_sim_reset", None)
-
-        def restore(network: Any = network, weights: Tensor = start_weights) -> None:
-            network.fc.weight.data.copy_(weights)
+        def restore(ease: Any = ease, weights: Tensor = weights) -> None:
+            ease._network.fc.weight.data.copy_(weights)
 
         def solve(ease: Any = ease) -> Tensor:
             ease.solve_sim_reset()
@@ -480,18 +538,21 @@ def pilot_cases(quick: bool, compiled: bool) -> Iterator[Case]:
                 Form("PILOT", solve, before=restore), Form("PILOT, patched", solve, pilot.patch, restore),
                 Form("vectorised torch", vectorised, before=restore),
             ],
-            "vectorised torch",
+            ("vectorised torch",),
         )  # fmt: skip
-        del ease, network, data, new
-        gc.collect()
 
-    trained = learner(1, quick, inc)
-    network = trained._network
+
+def ease_training(quick: bool) -> Iterator[Case]:
+    from plora_ext.integrations import pilot
+
+    pilot._old_timm_names()
+    B, size, inc = (6, 32, 5) if quick else (48, 224, 10)
+    network = learner(1, quick, inc)._network
     network.backbone.cur_adapter.requires_grad_(True)
     network.proxy_fc.requires_grad_(True)
     images, labels = torch.rand(B, 3, size, size, device=DEVICE), torch.randint(inc, (B,), device=DEVICE)
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.0)
-    for autocast in (False, True):
+    for autocast, what in DTYPES:
 
         def step(autocast: bool = autocast) -> None:
             network.train()
@@ -501,17 +562,14 @@ def pilot_cases(quick: bool, compiled: bool) -> Iterator[Case]:
             loss.backward()
             optimizer.step()
 
-        yield Case(
-            "pilot", f"EASE, training step, B={B}, {'bf16 autocast' if autocast else 'fp32'}",
-            [Form("PILOT", step), Form("PILOT, patched", step, pilot.patch)],
-        )  # fmt: skip
-    logging.disable(logging.NOTSET)
+        forms = [Form("PILOT", step), Form("PILOT, patched", step, pilot.patch), Form(SDPA, step, sdpa_only)]
+        yield Case("pilot", f"EASE, training step, B={B}, {what}", forms, (SDPA,))
 
 
 # ---------------------------------------------------------------------- Mammoth
 
 
-def mammoth_cases(quick: bool, compiled: bool) -> Iterator[Case]:
+def mammoth_cases(quick: bool) -> Iterator[Case]:
     from backbone.utils.lora_utils import LoRALinear
 
     from plora_ext.integrations import mammoth
@@ -558,16 +616,20 @@ def mammoth_cases(quick: bool, compiled: bool) -> Iterator[Case]:
                     Form("Mammoth, patched", call, partial(mammoth.patch, model=False)),
                     Form("two products of concatenated factors", call, concatenated),
                 ],
-                "two products of concatenated factors",
+                ("two products of concatenated factors",),
             )
 
 
 # ---------------------------------------------------------------------- the table
 
-ROWS: dict[str, tuple[Callable[[bool, bool], Iterator[Case]], str]] = {
-    "peft": (peft_cases, ""),
-    "pilot": (pilot_cases, "PLORA_PILOT"),
+ROWS: dict[str, tuple[Callable[[bool], Iterator[Case]], str]] = {
+    "peft-train": (partial(peft_training, compiled=False), ""),
+    "peft-mixed": (peft_mixed, ""),
+    "ease-eval": (ease_evaluation, "PLORA_PILOT"),
+    "ease-prototypes": (ease_prototypes, "PLORA_PILOT"),
+    "ease-train": (ease_training, "PLORA_PILOT"),
     "mammoth": (mammoth_cases, "PLORA_MAMMOTH"),
+    "peft-compile": (partial(peft_training, compiled=True), ""),  # last: compiling takes longer than all the others
 }
 
 
@@ -575,15 +637,12 @@ def number(value: Any, digits: str) -> str:
     return "" if value is None or value != value else format(value, digits)
 
 
-def report(cases: list[Case], skipped: list[str], arguments: list[str]) -> str:
+def report(cases: list[Case], skipped: list[str]) -> str:
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
     lines = [
-        f"`python benchmarks/integrations.py {' '.join(arguments)}`".replace(" `", "`"),
+        f"`{' '.join(['python benchmarks/integrations.py', *sys.argv[1:]])}`",
         f"{name}, torch {torch.__version__}, plora_ext {plora_ext.__version__} ({_library.backend()}), "
-        f"commit {commit or 'unknown'}, {datetime.date.today()}",
+        f"commit {record.commit()}, {datetime.date.today()}",
         "",
     ]
     for case in cases:
@@ -601,54 +660,78 @@ def report(cases: list[Case], skipped: list[str], arguments: list[str]) -> str:
     return "\n".join([*lines, "", *skipped]) + "\n"
 
 
-def write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+@contextmanager
+def checkout(variable: str) -> Iterator[None]:
+    """The folder that a variable names, importable; its modules are forgotten after, as hosts share their names."""
+    if not variable:
+        yield
+        return
+    folder, before = Path(os.environ[variable]).resolve(), set(sys.modules)
+    its = {path.stem for path in folder.iterdir()}
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            if name.split(".")[0] in its:
+                del sys.modules[name]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROWS", help=", ".join(ROWS)
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the forms under torch.compile")
-    parser.add_argument("--seconds", type=float, default=6.0, help="time for the rounds of a case")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="time for the rounds of a case (default: %(default)s)"
+    )
+    parser.add_argument("--limit", type=float, default=1e9, help="no case starts after this many seconds")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "integrations")
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     torch.manual_seed(0)
     cases: list[Case] = []
     skipped: list[str] = []
+    start = time.perf_counter()
     args.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep() -> None:
+        record.write(args.out, FIELDS, (line for case in cases for line in case.lines), report(cases, skipped))
+
+    def skip(text: str) -> None:
+        skipped.append(text)
+        print(text, flush=True)
+        keep()
+
     for row in args.rows:
         make, variable = ROWS[row]
-        if variable:
-            if not os.environ.get(variable):
-                skipped.append(f"{row}: left out, {variable} names no checkout")
-                print(skipped[-1])
-                continue
-            sys.path.insert(0, os.environ[variable])
-        for case in make(args.quick, not args.no_compile):
-            measure(case, 0.3 if args.quick else args.seconds)
-            cases.append(case)
-            for line in case.lines:
-                print(
-                    f"{case.row:8} {case.name:70.70} {line['form']:34} gpu {number(line.get('gpu_ms'), '.2f'):>9} wall "
-                    f"{number(line.get('wall_ms'), '.2f'):>9} x{number(line.get('over_host'), '.2f')} "
-                    f"error {number(line.get('error'), '.0e')} equal {number(line.get('equal'), '.3f')} {line['note']}",
-                    flush=True,
-                )
-            # After every case: a run that is stopped leaves what it measured.
-            write(args.out.with_suffix(".md"), report(cases, skipped, sys.argv[1:]))
-            table = io.StringIO()
-            writer = csv.DictWriter(table, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(line for one in cases for line in one.lines)
-            write(args.out.with_suffix(".csv"), table.getvalue())
-        if variable:  # PILOT's and Mammoth's modules have the same names
-            sys.path.remove(os.environ[variable])
-            for name in [n for n in sys.modules if n.split(".")[0] in ("models", "utils", "backbone", "datasets")]:
-                del sys.modules[name]
+        if variable and not os.environ.get(variable):
+            skip(f"{row}: left out, {variable} names no checkout")
+            continue
+        try:
+            with checkout(variable):
+                for case in make(args.quick):
+                    if time.perf_counter() - start > args.limit:
+                        skip(f"{row}: cut at {case.name}, {args.limit:.0f} s are over")
+                        break
+                    measure(case, 0.3 if args.quick else args.seconds, start + args.limit)
+                    case.forms, case.truth = [], None  # and with them models and data
+                    cases.append(case)
+                    keep()
+                    for line in case.lines:
+                        print(
+                            f"{time.perf_counter() - start:5.0f} s {case.row:7} {case.name:72.72} {line['form']:36} "
+                            f"gpu {number(line.get('gpu_ms'), '.2f'):>9} wall {number(line.get('wall_ms'), '.2f'):>9} "
+                            f"x{number(line.get('over_host'), '.2f')} torch x{number(line.get('over_torch'), '.2f')} "
+                            f"peak {number(line.get('peak_mb'), '.0f')} error {number(line.get('error'), '.0e')} "
+                            f"equal {number(line.get('equal'), '.3f')} {line['note']}",
+                            flush=True,
+                        )
+        except Exception as error:  # the other rows are worth having
+            skip(f"{row}: failed: {type(error).__name__}: {str(error)[:300]}")
+            traceback.print_exc()
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def learn(settings: dict[str, Any], tasks: int | None = None, after: Any = None)
         learner.predictions.append(predicted)
         learner.curve.append(100 * float((predicted[:, 0] == targets).mean()))
         if args["model_name"] != "plora":
-            learner.weights.append(learner._network.fc.weight.detach().clone())
+            fc = learner._network.fc
+            learner.weights.append(torch.cat([p.detach() for p in fc.parameters() if p.dim() == 2]))
         if after is not None:
             after(learner, task)
         learner.after_task()

@@ -63,10 +63,21 @@ def same(theirs: list[Tensor], ours: list[Tensor], tolerance: float = 1e-5) -> N
         torch.testing.assert_close(b, a, rtol=0, atol=tolerance * size)
 
 
+@pytest.fixture(params=["lora_sum", "_plainly"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs with the operator and with the plain products, whatever would take less time."""
+    monkeypatch.setattr(integration, "_pays", lambda *_: request.param == "lora_sum")
+    monkeypatch.setattr(
+        integration, "_are_few", lambda x, factors: request.param == "_plainly" and x.dtype == factors[0].dtype
+    )
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often each operator ran: a test that the host's own forward would pass as well shows nothing."""
-    calls = {"lora_sum": 0, "lora_indexed": 0}
+    """How often each of ours ran: a test that the host's own forward would pass as well shows nothing."""
+    calls = {"lora_sum": 0, "lora_indexed": 0, "_plainly": 0, "_each": 0}
 
     def counting(name: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
@@ -76,22 +87,23 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return call
 
     for name in calls:
-        monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
+        owner: Any = integration if name.startswith("_") else ops
+        monkeypatch.setattr(owner, name, counting(name, getattr(owner, name)))
     return calls
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 24), (6, 24), (0, 24), (2, 3, 4, 24)])
-def test_one_adapter(shape: tuple[int, ...], counted: dict[str, int]) -> None:
+def test_one_adapter(shape: tuple[int, ...], counted: dict[str, int], way: str) -> None:
     same(*both(net(), lambda model: model(images(*shape))))
-    assert counted == {"lora_sum": 2, "lora_indexed": 0}
+    assert counted[way] == sum(counted.values()) == 2
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_several_active_adapters_are_summed(train: bool, counted: dict[str, int]) -> None:
+def test_several_active_adapters_are_summed(train: bool, counted: dict[str, int], way: str) -> None:
     model = net()
     model.base_model.set_adapter(["one", "three", "two"])
     same(*both(model.train(train), lambda model: model(images(4, 5, 24))))
-    assert counted["lora_sum"] == 2
+    assert counted[way] == 2
 
 
 def test_the_input_gets_its_gradient() -> None:
@@ -104,9 +116,11 @@ def test_the_input_gets_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 24), (6, 24)])
-def test_mixed_batch(shape: tuple[int, ...], counted: dict[str, int]) -> None:
+def test_mixed_batch(shape: tuple[int, ...], counted: dict[str, int], way: str) -> None:
     same(*both(net(), lambda model: model(images(*shape), adapter_names=MIXED)))
-    assert counted == {"lora_sum": 0, "lora_indexed": 2}
+    assert counted["_each" if way == "_plainly" else "lora_indexed"] == sum(counted.values()) == 2
+    same(*both(net(), lambda model: model(images(*shape), adapter_names=["two"] * 6)))
+    assert counted[way] == 2
     base_only = both(net(), lambda model: model(images(*shape), adapter_names=["__base__"] * 6))
     same(*base_only)
 
@@ -157,7 +171,7 @@ def test_peft_s_own_errors() -> None:
 def test_dropout_drops_what_peft_drops() -> None:
     model = net(lora_dropout=0.5).train()
     same(*both(model, lambda model: model(images(6, 24))))
-    model.base_model.set_adapter(["one", "two"])  # each its own mask: PEFT's own forward
+    model.base_model.set_adapter(["one", "two"])  # each its own mask
     same(*both(model, lambda model: model(images(6, 24))))
     same(*both(model.eval(), lambda model: model(images(6, 24))))
     with integration.patch():  # in a mixed batch the frozen layer sees x itself, dropped rows are the adapters'
@@ -198,6 +212,34 @@ def test_dtypes(
     assert sum(counted.values()) == 2
 
 
+@pytest.mark.parametrize("names", [None, MIXED])
+def test_a_wide_model_with_narrow_adapters_keeps_its_bits(names: list[str] | None) -> None:
+    model = net().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = (parameter.data * ("lora_A" in name)).to(torch.bfloat16)
+    keywords = {} if names is None else {"adapter_names": names}
+    same(*both(model, lambda model: model(images(6, 24), **keywords)))
+
+
+def test_the_operator_runs_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for rows, adapters, dtype, pays in (
+        (1023, 1, torch.float32, False), (1024, 1, torch.float32, True), (256, 4, torch.float32, True),
+        (4096, 3, torch.bfloat16, False), (1, 4, torch.bfloat16, True),
+    ):  # fmt: skip
+        factors = [torch.zeros(2, 8, dtype=dtype), torch.zeros(8, 2, dtype=dtype)] * adapters
+        x = torch.zeros(rows, 8, dtype=dtype)
+        assert integration._pays(x, factors, autocast=False) is pays, (rows, adapters, dtype)
+        assert integration._are_few(x, factors) is False
+    factors = [torch.zeros(2, 8), torch.zeros(8, 2)] * 8
+    assert integration._are_few(torch.zeros(127, 8), factors)
+    assert not integration._are_few(torch.zeros(127, 8), factors + factors[:2])
+    for rows, pays in ((682, False), (683, True)):  # 2^20 elements of x and y
+        x, A, B = (torch.zeros(*shape, device="meta") for shape in ((rows, 768), (16, 768), (768, 16)))
+        assert integration._pays(x, [A, B], autocast=False) is pays
+
+
 def test_biases_and_scales() -> None:
     if not hasattr(peft.LoraConfig(), "lora_bias"):
         pytest.skip("this PEFT has no lora_bias")
@@ -235,14 +277,14 @@ def test_save_pretrained_writes_the_same_files(tmp_path: Path) -> None:
         assert (tmp_path / "theirs" / path).read_bytes() == (tmp_path / "ours" / path).read_bytes()
 
 
-def test_hooks_on_the_frozen_layer_and_on_the_factors_run(counted: dict[str, int]) -> None:
+def test_hooks_on_the_frozen_layer_and_on_the_factors_run(counted: dict[str, int], way: str) -> None:
     model, seen = net(), []
     model.base_model.model[0].base_layer.register_forward_hook(lambda *_: seen.append("base"))
     same(*both(model, lambda m: m(images(6, 24))))
-    assert seen.count("base") == 2 and counted["lora_sum"] == 2
+    assert seen.count("base") == 2 and counted[way] == 2
     model.base_model.model[2].lora_A["one"].register_forward_hook(lambda *_: seen.append("A"))
     same(*both(model, lambda m: m(images(6, 24))))
-    assert seen.count("A") == 2 and counted["lora_sum"] == 3  # the second layer is PEFT's now
+    assert seen.count("A") == 2 and counted[way] == 3  # the second layer is PEFT's now
 
 
 def test_dora_stays_peft_s(counted: dict[str, int]) -> None:
@@ -268,12 +310,12 @@ def test_a_report_names_layers_of_other_kinds() -> None:
     assert "Embedding" in report.left["base_model.model.0"] and "DoRA" in str(patch)
 
 
-def test_compiled_models_are_peft_s(counted: dict[str, int]) -> None:
+def test_compiled_models_are_peft_s(counted: dict[str, int], way: str) -> None:
     model = net()
     with integration.patch():
         compiled = torch.compile(model, backend="eager")
         torch.testing.assert_close(compiled(images(6, 24)), model(images(6, 24)), rtol=1e-4, atol=1e-5)
-    assert counted["lora_sum"] == 2  # those of the eager model
+    assert counted[way] == 2  # those of the eager model
 
 
 def test_patch_and_unpatch() -> None:

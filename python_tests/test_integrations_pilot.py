@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plora_ext.integrations import pilot
+from plora_ext.integrations import _pilot_vit, pilot
 
 pytestmark = pytest.mark.skipif(not host.CHECKOUT, reason=host.WHY_NOT)
 
@@ -88,7 +88,7 @@ def test_many_adapters_go_in_several_forwards(monkeypatch: pytest.MonkeyPatch) -
         vit = learner._network.backbone.eval()
         with torch.no_grad(), pilot.patch():
             whole = vit(images, test=True, use_init_ptm=True)
-            monkeypatch.setattr(pilot, "IMAGES", 10)  # two adapters of five images
+            monkeypatch.setattr(_pilot_vit, "IMAGES", 10)  # two adapters of five images
             torch.testing.assert_close(vit(images, test=True, use_init_ptm=True), whole)
 
     host.learn(host.EASE, tasks=3, after=after)
@@ -133,13 +133,14 @@ def test_training_mode_is_pilot_s() -> None:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(images, adapters) of every batched forward from here on."""
     seen: list[tuple[int, int]] = []
-    original = pilot.adapter_features
+    original = _pilot_vit.adapter_features
 
     def counted(vit: nn.Module, images: Tensor, adapters: Any, class_token_only: bool = True) -> list[Tensor]:
         seen.append((len(images), len(adapters)))
         return original(vit, images, adapters, class_token_only)
 
-    monkeypatch.setattr(pilot, "adapter_features", counted)
+    for module in (_pilot_vit, pilot):
+        monkeypatch.setattr(module, "adapter_features", counted)
     return seen
 
 

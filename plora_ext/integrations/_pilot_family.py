@@ -1,16 +1,19 @@
-"""Codebases with PILOT's skeleton and LoRA layers of their own: InfLoRA, SD-LoRA and CL-LoRA."""
+"""Codebases with PILOT's skeleton: the LoRA layers of InfLoRA, SD-LoRA and CL-LoRA, the adapters of TUNA and ACMap."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from plora_ext import ops
 from plora_ext.integrations._layers import constant
+from plora_ext.integrations._pilot_vit import adapter_features, draw_as_if_read, features_of, is_served
 
 
 def _ones(x: Tensor, n: int) -> Tensor:
@@ -134,3 +137,191 @@ def _of_block(vit: Any, task: int, j: int) -> tuple[Any, ...]:
         return adapter, None, None, None
     weights = vit.block_weight if newest else vit.block_weight_list[task]
     return adapter, None, None, weights[:, vit.specfic_pos.index(j)]
+
+
+# ---------------------------------------------------------------------- TUNA
+
+
+def make_tuna_eval(original: Callable[..., Any], cache: bool, as_shipped: bool) -> Callable[..., Any]:
+    """TUNA's evaluation (LAMDA-CL/ICCV2025-TUNA, `models/tuna.py`).
+
+    Every sample is classified by the adapter whose prediction has the least entropy, and by a general one; the sum of
+    both softmaxes decides. TUNA runs the network once for every adapter; here they are one forward. As shipped, the
+    general adapter is `cur_adapter`, the newest once more: no id that TUNA asks for reaches the merged one.
+    """
+
+    def _eval_cnn(self: Any, loader: Any) -> tuple[np.ndarray, np.ndarray]:
+        network = self._network.eval()
+        vit, count = network.backbone, self._cur_task + 1
+        if not is_served(vit) or len(vit.adapter_list) != count:
+            return original(self, loader)
+        adapters = list(vit.adapter_list)
+        general = vit.cur_adapter if as_shipped else vit.merged_adapter
+        if count > 1 and not _are_equal(general, adapters[-1]):
+            adapters.append(general)
+        predicted, targets = [], []
+        with torch.no_grad():
+            for features, labels in features_of(self, loader, cache, adapters):
+                every = network.fc(features.view(len(labels) * len(adapters), -1))["logits"][:, : self._total_classes]
+                logits = every.view(len(labels), len(adapters), -1)
+                if count == 1:
+                    outputs = logits[:, 0]
+                else:
+                    probabilities = F.softmax(logits * self.args["scale"], dim=2)
+                    entropy = -(probabilities * torch.log(probabilities + 1e-10)).sum(2)
+                    chosen = entropy[:, :count].argmin(1)
+                    outputs = probabilities[torch.arange(len(labels)), chosen] + probabilities[:, -1]
+                predicted.append(torch.topk(outputs, k=self.topk, dim=1, largest=True, sorted=True)[1])
+                targets.append(labels)
+        return torch.cat(predicted).cpu().numpy(), torch.cat(targets).cpu().numpy()
+
+    return _eval_cnn
+
+
+def _are_equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def make_tuna_features(original: Callable[..., Any]) -> Callable[..., Any]:
+    """One adapter at rest, as the class means and covariances ask for: the last block's class token alone."""
+
+    def forward_features(self: Any, x: Tensor, adapter_id: int, train: bool) -> dict[str, Tensor]:
+        if not is_served(self):
+            features: dict[str, Tensor] = original(self, x, adapter_id, train)
+            return features
+        old = self.adapter_list
+        if adapter_id == -1:
+            adapter = None
+        elif train or adapter_id == len(old):
+            adapter = self.cur_adapter
+        else:
+            adapter = old[adapter_id] if adapter_id < len(old) else self.merged_adapter
+        outcome = adapter_features(self, x, [adapter])[0][:, 0]
+        return {"x": outcome, "pre_logits": outcome, "features": outcome}
+
+    return forward_features
+
+
+def make_tuna_merge(original: Callable[..., None]) -> Callable[..., None]:
+    """TUNA's merged adapter: of every weight the largest that has the sign of the mean.
+
+    TUNA copies all adapters to the CPU and back for it; masks and rescaling factors, which nobody reads, are left out.
+    """
+
+    def merge(self: Any) -> None:
+        with torch.no_grad():
+            names = [name for name, _ in self.cur_adapter.named_parameters()]
+            merged = {}
+            for name in names:
+                weights = torch.stack([adapter.get_parameter(name) for adapter in self.adapter_list])
+                sign = torch.where(weights.mean(0) > 0, 1.0, -1.0)
+                merged[name] = (weights * sign).clamp_(min=0).amax(0) * sign
+            self.merged_adapter = copy.deepcopy(self.cur_adapter)
+            self.merged_adapter.load_state_dict(merged)
+
+    return merge
+
+
+def make_tuna_orth_loss(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """TUNA's orthogonality loss: the mean of U V^T over all pairs of rows is the product of the mean rows."""
+
+    def orth_loss(self: Any, features: Tensor) -> Tensor:
+        vit = self._network.backbone
+        every = [*list(vit.adapter_list)[: self._cur_task], vit.cur_adapter]
+        weights = torch.stack([block.up_proj.weight for adapter in every for block in list(adapter)[:12]])
+        rows = F.normalize(weights, dim=2).mean(1).unflatten(0, (len(every), -1))
+        return (rows[:-1] * rows[-1]).sum(2).abs().sum() / 12
+
+    return orth_loss
+
+
+def make_tuna_loss(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """TUNA's cosine loss, a cross-entropy with a margin, without its loop over the samples."""
+
+    def forward(self: Any, wf: Tensor, labels: Tensor) -> Tensor:
+        if self.loss_type != "cosface":
+            return original(self, wf, labels)
+        margin = self.m * F.one_hot(labels, wf.shape[1]) if self.m else 0
+        return F.cross_entropy(self.s * (wf - margin), labels)
+
+    return forward
+
+
+# ---------------------------------------------------------------------- ACMap
+
+
+def _is_served_acmap(vit: Any, adapters: Sequence[Any], as_shipped: bool) -> bool:
+    """Parallel adapters without a layer norm, nothing dropped.
+
+    ACMap keeps its merged adapters in a list that `eval()` does not reach, and makes prototypes in training mode: as
+    shipped, both drop activations of the adapters, if the configuration has them drop any.
+    """
+    config, transformer = vit.config, vit.config.transformer
+    drops = (config.block.dropout, config.attention.proj_drop, transformer.drop_rate, transformer.drop_path_rate)
+    trains = any(adapter is not None and adapter.training for adapter in adapters)
+    return (
+        not (trains and config.adapter.dropout and as_shipped)
+        and not (vit.training and any(drops))
+        and not (vit.global_pool or transformer.vpt_on or vit.distilled)
+        and config.block.ffn_adapt
+        and config.block.ffn_option == "parallel"
+        and config.adapter.layernorm_option == "none"
+    )
+
+
+def make_acmap_test(original: Callable[..., Tensor], as_shipped: bool) -> Callable[..., Tensor]:
+    """ACMap's test forward (tf63/ACMap, `backbone/vit_acmap.py`): class tokens of all adapters side by side."""
+
+    def forward_test(self: Any, x: Tensor, adapter_list: Sequence[Any]) -> Tensor:
+        if not _is_served_acmap(self, adapter_list, as_shipped):
+            return original(self, x, adapter_list)
+        return torch.cat(adapter_features(self, x, adapter_list), 2)[:, 0]
+
+    return forward_test
+
+
+def make_acmap_proto(original: Callable[..., Tensor], as_shipped: bool) -> Callable[..., Tensor]:
+    """ACMap's forward with one adapter, or none."""
+
+    def forward_proto(self: Any, x: Tensor, adapter: Any = None) -> Tensor:
+        if not _is_served_acmap(self, [adapter], as_shipped):
+            return original(self, x, adapter)
+        return adapter_features(self, x, [adapter])[0][:, 0]
+
+    return forward_proto
+
+
+def make_acmap_replace_fc(original: Callable[..., None], as_shipped: bool) -> Callable[..., None]:
+    """ACMap's prototypes: class means under all T merged adapters, which its centroid mapping asks for, in one pass."""
+
+    def replace_fc(self: Any, dataset: Any, data_loader: Any) -> None:
+        merged, ours = self.merged_adapter_list, self.config.our
+        mapped = ours.use_centroid_map and 1 < len(merged) < ours.limit_centroid_map
+        adapters = [merged[-1], *(merged[:-1] if mapped else ()), *([None] if self.use_init_ptm else ())]
+        if not _is_served_acmap(self.backbone, adapters, as_shipped):
+            return original(self, dataset, data_loader)
+        C = int(dataset.labels.max()) + 1
+        sums = torch.zeros(C, len(adapters) * self.out_dim, device=self.device)
+        counts = torch.zeros(C, dtype=torch.int64, device=self.device)
+        with torch.no_grad():
+            for _, images, labels in data_loader:
+                parts = adapter_features(self.backbone, images.to(self.device), adapters)
+                features = torch.cat(parts, 2)[:, 0].float()
+                ops.class_sums(features, labels.to(self.device), C, sums=sums, counts=counts)
+        classes = torch.as_tensor(np.unique(dataset.labels), device=self.device)
+        means = (sums[classes] / counts[classes, None]).cpu().chunk(len(adapters), 1)
+        passes = iter(range(len(adapters)))
+
+        def extract_prototype(dataset: Any, data_loader: Any, adapter: Any) -> Tensor:
+            number = next(passes)
+            if number:
+                draw_as_if_read(data_loader)  # the pass that is not made
+            return means[next(i for i, known in enumerate(adapters) if known is adapter)]
+
+        self.extract_prototype = extract_prototype
+        try:
+            return original(self, dataset, data_loader)
+        finally:
+            del self.extract_prototype
+
+    return replace_fc

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext import ops
@@ -85,12 +86,12 @@ def report(model: nn.Module) -> Report:
 
 def _why_left(layer: Any, adapter: str) -> str:
     """Why PEFT's own forward has to run this adapter; empty if it has not."""
-    if adapter in getattr(layer, "lora_variant", ()) or layer.use_dora.get(adapter, False):
+    if adapter in layer.__dict__.get("lora_variant", ()) or layer.use_dora.get(adapter, False):
         return "is a LoRA variant"
-    A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+    A, B, dropout = (layer._modules[name]._modules[adapter] for name in ("lora_A", "lora_B", "lora_dropout"))
     if not (is_called_plainly(A) and is_called_plainly(B)):
         return "has factors that are not plain linear layers, or are hooked"
-    if type(layer.lora_dropout[adapter]) not in (nn.Identity, nn.Dropout):
+    if type(dropout) not in (nn.Identity, nn.Dropout):
         return "has a dropout of another kind"
     return ""
 
@@ -100,7 +101,8 @@ def _make_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         names = kwargs.get("adapter_names")
         if not args and not self.disable_adapters and (not kwargs or (names is not None and len(kwargs) == 1)):
             if names is None:
-                y = None if self.merged else _sum(self, x)
+                known = self._modules["lora_A"]._modules
+                y = None if self.merged else _sum(self, x, [name for name in self.active_adapters if name in known])
             else:
                 self._check_forward_args(x, adapter_names=names)  # PEFT's own errors
                 y = _indexed(self, x, names)
@@ -111,34 +113,118 @@ def _make_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return forward
 
 
-def _sum(layer: Any, x: Tensor) -> Tensor | None:
-    """The active adapters summed, or None where PEFT has to."""
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+def _sum(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
+    """These adapters summed, or None where PEFT has to."""
+    modules = layer._modules
     factors = _factors(layer, x, names)
     if factors is None:
         return None
-    dropouts = [layer.lora_dropout[name] for name in names]
-    if not any(_drops(dropout) for dropout in dropouts):
-        return _run(layer, ops.lora_sum, x, x, names, factors)
-    if len(names) == 1:
-        return _run(layer, ops.lora_sum, x, dropouts[0](x.to(factors[0].dtype)), names, factors)
-    return None  # every adapter drops other inputs
+    dropouts = [modules["lora_dropout"]._modules[name] for name in names]
+    drops = any([_drops(dropout) for dropout in dropouts])
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if (drops and len(names) > 1) or _is_wider(x, factors[0], autocast) or not _pays(x, factors, autocast):
+        return _plainly(layer, x, names, factors, dropouts if drops else (), autocast)
+    return _run(layer, ops.lora_sum, x, dropouts[0](x.to(factors[0].dtype)) if drops else x, names, factors)
+
+
+def _is_wider(x: Tensor, factor: Tensor, autocast: bool) -> bool:
+    """Whether y has more bits than the factors: the operators have no dtype for that."""
+    return x.dtype != factor.dtype and not autocast and torch.promote_types(x.dtype, factor.dtype) != factor.dtype
+
+
+def _pays(x: Tensor, factors: list[Tensor], autocast: bool) -> bool:
+    """Whether the operator takes less time than the plain products do.
+
+    CPU, measured on one core with 64 to 768 features and r = 16, forward and backward: in float32 from about 1024 rows
+    times adapters on; in 16 bits, where torch's products have instructions of their own, from four adapters on. CUDA:
+    one launch saves passes over y, worth having once the GPU, not the host, is what one waits for; training steps of
+    one layer cross between 197 and 788 rows of 768 features (benchmarks/results/cuda_lora.md, row 10).
+    """
+    A, T = factors[0], len(factors) // 2
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else A.dtype
+    features = A.shape[1]
+    work = x.numel() // max(1, features) * T
+    if x.is_cpu:
+        return work >= 1024 if dtype.itemsize > 2 else T >= 4
+    return work * (features + factors[1].shape[0]) >= 1 << 20
+
+
+def _plainly(
+    layer: Any, x: Tensor, names: Sequence[str], factors: list[Tensor], dropouts: Sequence[Any], autocast: bool
+) -> Tensor | None:
+    """PEFT's own computation, one product after the other, without the rest of what it does there."""
+    dtype, base = factors[0].dtype, layer._modules["base_layer"]
+    z = x
+    if not autocast and x.dtype != dtype:
+        if not getattr(layer, "cast_input_dtype_enabled", True):
+            return None
+        z = x.to(dtype)
+    fresh = is_called_plainly(base)
+    rows = _rows(x)
+    y = F.linear(rows, base._parameters["weight"], base._parameters["bias"]) if fresh else _rows(base(x))
+    total = y
+    for i, name in enumerate(names):
+        A, B, scaling = factors[2 * i], factors[2 * i + 1], layer.scaling[name]
+        bias = layer._modules["lora_B"]._modules[name]._parameters["bias"]
+        h = F.linear(_rows(dropouts[i](z)) if dropouts else rows if z is x else _rows(z), A)
+        if bias is not None or total.dtype != h.dtype:
+            total = torch.add(total, F.linear(h, B, bias), alpha=scaling)
+        elif fresh and not autocast:  # which does not reach what is done in place
+            total.addmm_(h, B.t(), alpha=scaling)
+        else:
+            total = torch.addmm(total, h, B.t(), alpha=scaling)
+    if total.dtype != y.dtype:
+        total = total.to(y.dtype)
+    return total if x.dim() == 2 else total.view(*x.shape[:-1], -1)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
 def _indexed(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor | None:
     """Every sample through the adapter of its name, or None where PEFT has to."""
     asked = set(adapter_names)
-    names = [name for name in layer.lora_A if name in asked]
+    names = [name for name in layer._modules["lora_A"]._modules if name in asked]
+    if len(asked) == len(names) == 1:
+        return _sum(layer, x, names)
     factors = _factors(layer, x, names)
-    if factors is None:
+    if factors is None or _is_wider(x, factors[0], torch.is_autocast_enabled(x.device.type)):
         return None
     dropped = x
-    if any(_drops(layer.lora_dropout[name]) for name in names):
+    drops = any([_drops(layer.lora_dropout[name]) for name in names])
+    if not drops and _are_few(x, factors):
+        return _each(layer, x, adapter_names, names, factors)
+    if drops:
         if len({getattr(layer.lora_dropout[name], "p", 0.0) for name in names}) > 1:
             return None
         dropped = layer.lora_dropout[names[0]](x.to(factors[0].dtype))
     ids = _ids(tuple(adapter_names), tuple(names), x.device)
     return _run(layer, ops.lora_indexed, x, dropped, names, factors, ids)
+
+
+def _are_few(x: Tensor, factors: list[Tensor]) -> bool:
+    """Whether a mixed batch is so small that its adapters one by one take less time (CPU, float32; measured)."""
+    dtype = factors[0].dtype
+    few = x.is_cpu and len(factors) <= 16 and x.numel() < 128 * factors[0].shape[1]
+    return few and x.dtype == dtype and dtype.itemsize > 2 and not torch.is_autocast_enabled("cpu")
+
+
+def _each(layer: Any, x: Tensor, adapter_names: Sequence[str], names: Sequence[str], factors: list[Tensor]) -> Tensor:
+    """A mixed batch, one adapter after the other."""
+    y: Tensor = layer._modules["base_layer"](x)
+    for i, name in enumerate(names):
+        samples = _samples_of(name, tuple(adapter_names), x.device)
+        bias = layer._modules["lora_B"]._modules[name]._parameters["bias"]
+        part = F.linear(F.linear(x.index_select(0, samples), factors[2 * i]), factors[2 * i + 1], bias)
+        y = y.index_add(0, samples, part, alpha=layer.scaling[name])
+    return y
+
+
+@lru_cache(maxsize=256)
+def _samples_of(name: str, adapter_names: tuple[str, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=device)
 
 
 def _drops(dropout: nn.Module) -> bool:
@@ -147,10 +233,12 @@ def _drops(dropout: nn.Module) -> bool:
 
 def _factors(layer: Any, x: Tensor, names: Sequence[str]) -> list[Tensor] | None:
     """A and B of the adapters in turn; None if one of them is not ours to compute."""
-    if not names or any(_why_left(layer, name) for name in names):
+    if not names or any([_why_left(layer, name) for name in names]):
         return None
-    factors = [container[name]._parameters["weight"] for name in names for container in (layer.lora_A, layer.lora_B)]
-    if not is_plain(x, *factors) or len({factor.dtype for factor in factors}) > 1:
+    lora_A, lora_B = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
+    factors = [of[name]._parameters["weight"] for name in names for of in (lora_A, lora_B)]
+    dtype = factors[0].dtype
+    if not is_plain(x, *factors) or any([factor.dtype != dtype for factor in factors]):
         return None
     return factors
 
@@ -168,7 +256,7 @@ def _run(
     dtype, wide = lora_A.dtype, torch.promote_types(lora_A.dtype, torch.float32)
     scaling = constant(tuple(float(layer.scaling[name]) for name in names), wide, x.device)
     keywords: dict[str, Any] = {"ranks": ranks, "bias_B": _biases(layer, names)}
-    base = layer.base_layer
+    base = layer._modules["base_layer"]
     autocast = torch.is_autocast_enabled(x.device.type)
     # The frozen layer belongs to the product if nobody looks at it, and all is of one dtype.
     fused = is_called_plainly(base) and dropped is x and is_plain(base.weight, base.bias)

@@ -18,10 +18,9 @@ import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -30,41 +29,53 @@ from torch import Tensor, nn
 
 from plora_ext import ops
 from plora_ext.integrations import _patch, _pilot_family
-from plora_ext.integrations._layers import constant
 from plora_ext.integrations._patch import Patch
+from plora_ext.integrations._pilot_vit import (
+    adapter_features,
+    draw_as_if_read,
+    features_of,
+    is_served,
+    kept,
+    make_attention,
+)
 
 __all__ = ["adapter_features", "patch", "unpatch"]
 
-IMAGES = 512
-"""Images times adapters in one forward at most: more take more memory and no less time."""
 
-
-def patch(mos: str = "as shipped", cache: bool = True) -> Patch:
+def patch(mos: str = "as shipped", cache: bool = True, tuna: str = "as shipped", acmap: str = "as shipped") -> Patch:
     """Replace the slow parts of EASE and MOS, and register `plora` as a learner ("model_name": "plora").
 
-    In a checkout of InfLoRA, SD-LoRA or CL-LoRA, which have PILOT's skeleton, it replaces their LoRA layers instead.
+    In a checkout of another codebase with PILOT's skeleton it replaces the LoRA layers of InfLoRA, SD-LoRA or CL-LoRA,
+    or what TUNA or ACMap do with their adapters.
 
     Args:
         mos: PILOT's MOS changes its adapters whenever it looks at them: every block of every forward pass, also while
             testing, moves all of them towards the mean of their predecessors. "as shipped" keeps that, to the same
             numbers; "fixed" moves them where training asks for it (once after every step) and nowhere else.
-        cache: keep the features of EASE's frozen adapters between evaluations, N T D float32 on the network's device
-            (614 MB for CIFAR-100 in 20 tasks). Checked against the weights and the images every time.
+        cache: keep the features of EASE's and TUNA's frozen adapters between evaluations, N T D float32 on the
+            network's device (614 MB for CIFAR-100 in 20 tasks). Checked against the weights and the images every time.
+        tuna: TUNA's general prediction comes from its newest adapter, as no id that it asks for reaches the merged one.
+            "as shipped" keeps that; "fixed" takes the merged adapter.
+        acmap: ACMap drops activations of its adapters also in prototypes and tests, as its merged adapters stay in
+            training mode. "as shipped" keeps that (nothing but attention is replaced then, unless `dropout` is 0);
+            "fixed" drops nothing there.
 
     Returns:
         What was replaced and what was left; also a context manager.
 
     Raises:
         ImportError: no checkout of PILOT is on `sys.path`.
-        ValueError: `mos` is neither of the two.
+        ValueError: `mos`, `tuna` or `acmap` is neither of the two.
     """
-    if mos not in ("as shipped", "fixed"):
-        raise ValueError(f'mos must be "as shipped" or "fixed", got {mos!r}')
+    for name, value in {"mos": mos, "tuna": tuna, "acmap": acmap}.items():
+        if value not in ("as shipped", "fixed"):
+            raise ValueError(f'{name} must be "as shipped" or "fixed", got {value!r}')
     _old_timm_names()
-    groups = {marker: hooks for marker, hooks in _hooks(mos, cache).items() if _is_here(marker)}
+    known = {**_hooks(mos, cache), **_family_hooks(cache, tuna == "as shipped", acmap == "as shipped")}
+    groups = {marker: hooks for marker, hooks in known.items() if _is_here(marker)}
     if not groups:
         how = "run in a checkout of LAMDA-PILOT with its requirements, or put it on sys.path"
-        raise ImportError(f"none of {', '.join(_hooks(mos, cache))} can be imported: {how}")
+        raise ImportError(f"none of {', '.join(known)} can be imported: {how}")
 
     def build(patch: Patch) -> None:
         for hooks in groups.values():
@@ -76,6 +87,12 @@ def patch(mos: str = "as shipped", cache: bool = True) -> Patch:
             patch.leave("nn.DataParallel, VPT, sequential adapters, layer norm in adapters", "EASE does not use them")
         if "backbone.lora" in groups:
             patch.leave("compute_ortho_loss of SD-LoRA", "it reads every old adapter from disk in each step")
+        if "backbone.vit_tuna" in groups:
+            patch.leave("adapters in training", "they drop activations between their projections")
+            patch.leave("classifer_align of TUNA", "it draws features class by class from random numbers of its own")
+        if "acmap.backbone.vit_acmap" in groups:
+            patch.leave("adapters in training", "they drop activations between their projections")
+            patch.leave("merge of ACMap", "it runs once in a task, over the adapters' weights alone")
 
     return _patch.apply("LAMDA-PILOT", build)
 
@@ -84,14 +101,14 @@ def _hooks(mos: str, cache: bool) -> dict[str, dict[str, Callable[[Any], Any]]]:
     """What is replaced by what, by the module that tells whether a checkout has the method."""
     vit, learner = "backbone.vit_ease:VisionTransformer", "models.ease:Learner"
     of_mos: dict[str, Callable[[Any], Any]] = {
-        "backbone.vit_mos:Attention.forward": _make_attention,
+        "backbone.vit_mos:Attention.forward": make_attention,
         "models.mos:Learner._eval_cnn": lambda original: _make_mos_eval(original, mos == "as shipped"),
     }
     if mos == "fixed":
         of_mos["backbone.vit_mos:VisionTransformer.forward_features"] = _make_mos_features
     return {
         "backbone.vit_ease": {
-            "backbone.vit_ease:Attention.forward": _make_attention,
+            "backbone.vit_ease:Attention.forward": make_attention,
             f"{vit}.forward_test": _make_forward_test,
             f"{vit}.forward_proto": _make_forward_proto,
             f"{vit}.forward": _make_forward,
@@ -105,9 +122,38 @@ def _hooks(mos: str, cache: bool) -> dict[str, dict[str, Callable[[Any], Any]]]:
             "utils.factory:get_model": _make_get_model,
         },
         "backbone.vit_mos": of_mos,
+    }
+
+
+def _family_hooks(cache: bool, tuna_as_shipped: bool, acmap_as_shipped: bool) -> dict[str, dict[str, Any]]:
+    """The same of the other codebases with PILOT's skeleton."""
+    tuna, acmap = "backbone.vit_tuna", "acmap.backbone.vit_acmap"
+    return {
         "models.vit_inflora": {"models.vit_inflora:Attention_LoRA.forward": _pilot_family.make_inflora},
         "backbone.lora": {"backbone.lora:_LoRA_qkv_timm_train.forward": _pilot_family.make_sd_lora},
         "backbone.vit_cllora": {"backbone.vit_cllora:VisionTransformer.forward_test": _pilot_family.make_cl_lora},
+        tuna: {
+            f"{tuna}:Attention.forward": make_attention,
+            f"{tuna}:VisionTransformer.forward_features": _pilot_family.make_tuna_features,
+            f"{tuna}:VisionTransformer.merge": _pilot_family.make_tuna_merge,
+            "models.tuna:Learner._eval_cnn": partial(
+                _pilot_family.make_tuna_eval, cache=cache, as_shipped=tuna_as_shipped
+            ),
+            "models.tuna:Learner.orth_loss": _pilot_family.make_tuna_orth_loss,
+            "models.tuna:AngularPenaltySMLoss.forward": _pilot_family.make_tuna_loss,
+        },
+        acmap: {
+            f"{acmap}:Attention.forward": make_attention,
+            f"{acmap}:VisionTransformer.forward_test": partial(
+                _pilot_family.make_acmap_test, as_shipped=acmap_as_shipped
+            ),
+            f"{acmap}:VisionTransformer.forward_proto": partial(
+                _pilot_family.make_acmap_proto, as_shipped=acmap_as_shipped
+            ),
+            "acmap.utils.inc_net:ACMapNet.replace_fc": partial(
+                _pilot_family.make_acmap_replace_fc, as_shipped=acmap_as_shipped
+            ),
+        },
     }
 
 
@@ -127,98 +173,7 @@ def _old_timm_names() -> None:
 def unpatch() -> None:
     """Put PILOT's own functions back. Old adapters that became part of a network's state stay there."""
     _patch.remove("LAMDA-PILOT")
-    _kept.clear()
-
-
-# ---------------------------------------------------------------------- one forward for all adapters
-
-
-def adapter_features(vit: Any, images: Tensor, adapters: Sequence[Any], class_token_only: bool = True) -> list[Tensor]:
-    """Features of a batch in the subspace of every adapter: the T forward passes of EASE as one.
-
-    Args:
-        vit: PILOT's `vit_ease.VisionTransformer` or `vit_mos.VisionTransformer`, in evaluation mode.
-        images: [B, 3, H, W].
-        adapters: T adapters, each a list of one AdaptFormer adapter for every block, or None for the frozen backbone.
-        class_token_only: compute nothing in the last block but the class token.
-
-    Returns:
-        T tensors [B, 1, D], or [B, N, D] with all tokens.
-    """
-    x = vit.patch_embed(images)
-    x = vit.pos_drop(torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + vit.pos_embed)
-    # The frozen backbone first: an operator call then sees it as rows of id -1.
-    order = sorted(range(len(adapters)), key=lambda i: adapters[i] is not None)
-    step = max(1, IMAGES // max(1, len(x)))
-    result: list[Any] = [None] * len(adapters)
-    for start in range(0, len(order), step):
-        part = order[start : start + step]
-        features = _run_blocks(vit, x, [adapters[i] for i in part], class_token_only)
-        for i, of_one in zip(part, features):
-            result[i] = of_one
-    return result
-
-
-def _run_blocks(vit: Any, x: Tensor, adapters: list[Any], class_token_only: bool) -> Sequence[Tensor]:
-    real = [adapter for adapter in adapters if adapter is not None]
-    frozen = len(adapters) - len(real)
-    ids = torch.arange(-frozen, len(real), device=x.device).clamp_(min=-1).repeat_interleave(len(x))
-    for number, block in enumerate(vit.blocks):
-        last = class_token_only and number == len(vit.blocks) - 1
-        x = (x[:, :1] if last else x) + _attention(block.attn, block.norm1(x), last)
-        base = x + block.fc2(block.act(block.fc1(block.norm2(x))))
-        if not real:
-            x = base if number else base.repeat(frozen, 1, 1)
-        elif number == 0:  # the same x for all of them
-            x = _adapt(ops.lora_all, x, base, [adapter[number] for adapter in real]).flatten(0, 1)
-            x = torch.cat([base.repeat(frozen, 1, 1), x]) if frozen else x
-        else:
-            x = _adapt(ops.lora_indexed, x, base, [adapter[number] for adapter in real], ids)
-    return vit.norm(x).view(len(adapters), -1, *x.shape[1:]).unbind(0)
-
-
-def _adapt(op: Callable[..., Tensor], x: Tensor, base: Tensor, adapters: list[Any], *ids: Tensor) -> Tensor:
-    """base + s (W_up relu(W_down x + b_down) + b_up) of every adapter."""
-    down, up = [a.down_proj for a in adapters], [a.up_proj for a in adapters]
-    weights = [torch.stack([layer.weight for layer in side]) for side in (down, up)]
-    biases = [torch.stack([layer.bias for layer in side]) for side in (down, up)]
-    scaling = constant(tuple(float(a.scale) for a in adapters), torch.float32, x.device)
-    low_rank = {"bias_A": biases[0], "bias_B": biases[1], "activation": "relu"}
-    if torch.is_autocast_enabled(x.device.type):  # the residual stream keeps its own, wider dtype
-        return base + op(x, *ids, *weights, scaling, **low_rank)
-    return op(x, *ids, *weights, scaling, base=base, **low_rank)
-
-
-def _attention(attention: Any, x: Tensor, class_token_only: bool = False) -> Tensor:
-    """PILOT's attention without the matrix of weights in memory."""
-    B, C, heads = len(x), x.shape[-1], attention.num_heads
-    q = attention.q_proj(x[:, :1] if class_token_only else x)
-    q, k, v = (t.view(B, -1, heads, C // heads).transpose(1, 2) for t in (q, attention.k_proj(x), attention.v_proj(x)))
-    y = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
-    return attention.proj_drop(attention.proj(y.transpose(1, 2).reshape(B, -1, C)))
-
-
-def _make_attention(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        if self.training and self.attn_drop.p > 0:
-            return original(self, x)
-        return _attention(self, x)
-
-    return forward
-
-
-def _is_served(vit: Any) -> bool:
-    """Whether this is EASE's own arrangement, at rest: parallel adapters without a layer norm, evaluation mode."""
-    config = vit.config
-    return (
-        not vit.training
-        and not vit.global_pool
-        and not config.vpt_on
-        and config.ffn_adapt
-        and config.ffn_option == "parallel"
-        and config.ffn_adapter_layernorm_option == "none"
-        and config.ffn_adapter_scalar != "learnable_scalar"
-    )
+    kept.clear()
 
 
 def _subspaces(vit: Any, use_init_ptm: bool) -> list[Any]:
@@ -231,7 +186,7 @@ def _subspaces(vit: Any, use_init_ptm: bool) -> list[Any]:
 
 def _make_forward_test(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward_test(self: Any, x: Tensor, use_init_ptm: bool = False) -> list[Tensor]:
-        if not _is_served(self):
+        if not is_served(self):
             return original(self, x, use_init_ptm)
         return adapter_features(self, x, _subspaces(self, use_init_ptm), class_token_only=False)
 
@@ -240,7 +195,7 @@ def _make_forward_test(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _make_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, x: Tensor, test: bool = False, use_init_ptm: bool = False) -> Tensor:
-        if not test or not _is_served(self):
+        if not test or not is_served(self):
             return original(self, x, test, use_init_ptm)
         return torch.cat(adapter_features(self, x, _subspaces(self, use_init_ptm)), dim=2)[:, 0]
 
@@ -249,7 +204,7 @@ def _make_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _make_forward_proto(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward_proto(self: Any, x: Tensor, adapt_index: int) -> Tensor:
-        if not _is_served(self):
+        if not is_served(self):
             return original(self, x, adapt_index)
         old = self.adapter_list
         chosen = None if adapt_index == -1 else old[adapt_index] if adapt_index < len(old) else self.cur_adapter
@@ -284,7 +239,7 @@ def _make_load(original: Callable[..., Any]) -> Callable[..., Any]:
 def _make_replace_fc(original: Callable[..., None]) -> Callable[..., None]:
     def replace_fc(self: Any, train_loader: Any) -> None:
         network = self._network.eval()
-        if self.moni_adam or self.use_exemplars or not _is_served(network.backbone):
+        if self.moni_adam or self.use_exemplars or not is_served(network.backbone):
             return original(self, train_loader)
         subspaces, D = _subspaces(network.backbone, self.use_init_ptm), network.out_dim
         # The diagonal alone: the frozen backbone, if it is used, and the newest adapter.
@@ -302,7 +257,7 @@ def _make_replace_fc(original: Callable[..., None]) -> Callable[..., None]:
                     counts=counts,
                 )
             for _ in wanted[1:]:
-                _draw_as_if_read(train_loader)
+                draw_as_if_read(train_loader)
             classes = torch.as_tensor(np.unique(self.train_dataset_for_protonet.labels), device=self._device)
             means = sums[classes] / counts[classes, None]
             for column, i in enumerate(wanted):
@@ -312,12 +267,6 @@ def _make_replace_fc(original: Callable[..., None]) -> Callable[..., None]:
         return self.solve_sim_reset() if self.recalc_sim else self.solve_similarity()
 
     return replace_fc
-
-
-def _draw_as_if_read(loader: Any) -> None:
-    """The random numbers that one more pass over a loader takes, so that later ones stay those of the unpatched run."""
-    torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
-    next(iter(loader.sampler), None)
 
 
 def _make_solve(original: Callable[..., None], mode: str) -> Callable[..., None]:
@@ -379,18 +328,14 @@ def _make_reweight(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward_reweight
 
 
-# What was computed at earlier evaluations: images, {adapter: its checksum}, features [N, T, D].
-_kept: WeakKeyDictionary[Any, tuple[Any, list[Any], Tensor]] = WeakKeyDictionary()
-
-
 def _make_eval(original: Callable[..., Any], cache: bool) -> Callable[..., Any]:
     def _eval_cnn(self: Any, loader: Any) -> tuple[np.ndarray, np.ndarray]:
         network = self._network.eval()
-        if isinstance(network, nn.DataParallel) or not _is_served(network.backbone):
+        if isinstance(network, nn.DataParallel) or not is_served(network.backbone):
             return original(self, loader)
         with torch.no_grad():
             predicted, targets, own_task, given_task = [], [], [], []
-            for features, labels in _features_of(self, loader, cache):
+            for features, labels in features_of(self, loader, cache, _subspaces(network.backbone, self.use_init_ptm)):
                 outputs = _logits(network, features)
                 tasks = _task_of_class(outputs.shape[1], self.init_cls, self.inc, outputs.device)
                 labels = labels.to(outputs.device)
@@ -421,63 +366,6 @@ def _logits(network: Any, features: Tensor) -> Tensor:
     return result
 
 
-def _features_of(learner: Any, loader: Any, cache: bool) -> Any:
-    """Features [B, T * D] and labels of every batch, computing only what no earlier evaluation did."""
-    network, device = learner._network, learner._device
-    subspaces = _subspaces(network.backbone, learner.use_init_ptm)
-    dataset = loader.dataset
-    in_order = isinstance(loader.sampler, torch.utils.data.SequentialSampler) and not loader.drop_last
-    if not cache or not in_order or not hasattr(dataset, "images"):
-        for _, images, labels in loader:
-            yield torch.cat(adapter_features(network.backbone, images.to(device), subspaces), 2)[:, 0], labels
-        return
-
-    sums = _checksums(network.backbone, subspaces, device)
-    look = (repr(dataset.trsf), torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
-    features = torch.empty(len(dataset), len(subspaces), network.out_dim, device=device)
-    known, valid = 0, [False] * len(subspaces)
-    if learner in _kept:
-        (images, before), old_sums, old = _kept[learner]
-        n = len(images)
-        if before == look and n <= len(dataset) and np.array_equal(images, dataset.images[:n]):
-            known = n
-            for i, of_adapter in enumerate(sums):
-                if of_adapter in old_sums:
-                    valid[i] = True
-                    features[:n, i] = old[:, old_sums.index(of_adapter)]
-        del old
-    start = 0
-    for _, images, labels in loader:
-        stop = start + len(labels)
-        for rows, missing in (
-            (slice(start, min(stop, known)), [i for i, ok in enumerate(valid) if not ok]),
-            (slice(max(start, known), stop), list(range(len(subspaces)))),
-        ):
-            if rows.start < rows.stop and missing:
-                batch = images[rows.start - start : rows.stop - start].to(device)
-                parts = adapter_features(network.backbone, batch, [subspaces[i] for i in missing])
-                for i, part in zip(missing, parts):
-                    features[rows, i] = part[:, 0].to(features)
-        yield features[start:stop].flatten(1), labels
-        start = stop
-    _kept[learner] = ((np.array(dataset.images), look), sums, features)  # a copy: images may be changed in place
-
-
-def _checksums(vit: Any, subspaces: list[Any], device: torch.device) -> list[tuple[float, ...]]:
-    """Two sums over the weights of the backbone and of each adapter; what trains in between gets others."""
-    skip = {id(p) for adapters in (*vit.adapter_list, vit.cur_adapter) for p in adapters.parameters()}
-    groups = [[p for p in vit.parameters() if id(p) not in skip]]
-    groups += [[] if adapters is None else list(adapters.parameters()) for adapters in subspaces]
-    flat = [torch.stack([_two_sums(p) for p in group]).sum(0) if group else torch.zeros(2) for group in groups]
-    backbone, *rest = torch.stack([t.to(device, torch.float64) for t in flat]).tolist()
-    return [(*backbone, *of_adapter) for of_adapter in rest]
-
-
-def _two_sums(p: Tensor) -> Tensor:
-    values = p.detach().double().flatten()
-    return torch.stack([values.sum(), values @ torch.linspace(1, 2, len(values), dtype=values.dtype, device=p.device)])
-
-
 # ---------------------------------------------------------------------- models/mos.py
 
 
@@ -497,7 +385,7 @@ def _make_mos_eval(original: Callable[..., Any], as_shipped: bool) -> Callable[.
     def _eval_cnn(self: Any, loader: Any) -> tuple[np.ndarray, np.ndarray]:
         network = self._network.eval()
         backbone = network.backbone
-        if not _is_served(backbone) or len(backbone.adapter_list) <= self._cur_task:
+        if not is_served(backbone) or len(backbone.adapter_list) <= self._cur_task:
             return original(self, loader)
         task_of = torch.tensor([self.cls2task[c] for c in range(self._total_classes)], device=self._device)
         predicted, targets, orig_right = [], [], []

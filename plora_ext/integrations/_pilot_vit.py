@@ -1,0 +1,171 @@
+"""The ViT that EASE, MOS, TUNA and ACMap share: all AdaptFormer adapters of a batch in one forward, and a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plora_ext import ops
+from plora_ext.integrations._layers import constant
+
+IMAGES = 512
+"""Images times adapters in one forward at most: more take more memory and no less time."""
+
+
+def adapter_features(vit: Any, images: Tensor, adapters: Sequence[Any], class_token_only: bool = True) -> list[Tensor]:
+    """Features of a batch in the subspace of every adapter: the T forward passes of EASE as one.
+
+    Args:
+        vit: the `VisionTransformer` of PILOT's `vit_ease` or `vit_mos`, of TUNA's `vit_tuna` or ACMap's `vit_acmap`, in
+            evaluation mode.
+        images: [B, 3, H, W].
+        adapters: T adapters, each a list of one AdaptFormer adapter for every block, or None for the frozen backbone.
+        class_token_only: compute nothing in the last block but the class token.
+
+    Returns:
+        T tensors [B, 1, D], or [B, N, D] with all tokens.
+    """
+    x = vit.patch_embed(images)
+    x = vit.pos_drop(torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + vit.pos_embed)
+    # The frozen backbone first: an operator call then sees it as rows of id -1.
+    order = sorted(range(len(adapters)), key=lambda i: adapters[i] is not None)
+    step = max(1, IMAGES // max(1, len(x)))
+    result: list[Any] = [None] * len(adapters)
+    for start in range(0, len(order), step):
+        part = order[start : start + step]
+        features = _run_blocks(vit, x, [adapters[i] for i in part], class_token_only)
+        for i, of_one in zip(part, features):
+            result[i] = of_one
+    return result
+
+
+def _run_blocks(vit: Any, x: Tensor, adapters: list[Any], class_token_only: bool) -> Sequence[Tensor]:
+    real = [adapter for adapter in adapters if adapter is not None]
+    frozen = len(adapters) - len(real)
+    ids = torch.arange(-frozen, len(real), device=x.device).clamp_(min=-1).repeat_interleave(len(x))
+    for number, block in enumerate(vit.blocks):
+        last = class_token_only and number == len(vit.blocks) - 1
+        x = (x[:, :1] if last else x) + _attention(block.attn, block.norm1(x), last)
+        base = x + block.fc2(block.act(block.fc1(block.norm2(x))))
+        if not real:
+            x = base if number else base.repeat(frozen, 1, 1)
+        elif number == 0:  # the same x for all of them
+            x = _adapt(ops.lora_all, x, base, [adapter[number] for adapter in real]).flatten(0, 1)
+            x = torch.cat([base.repeat(frozen, 1, 1), x]) if frozen else x
+        else:
+            x = _adapt(ops.lora_indexed, x, base, [adapter[number] for adapter in real], ids)
+    return vit.norm(x).view(len(adapters), -1, *x.shape[1:]).unbind(0)
+
+
+def _adapt(op: Callable[..., Tensor], x: Tensor, base: Tensor, adapters: list[Any], *ids: Tensor) -> Tensor:
+    """base + s (W_up relu(W_down x + b_down) + b_up) of every adapter."""
+    down, up = [a.down_proj for a in adapters], [a.up_proj for a in adapters]
+    weights = [torch.stack([layer.weight for layer in side]) for side in (down, up)]
+    biases = [torch.stack([layer.bias for layer in side]) for side in (down, up)]
+    scaling = constant(tuple(float(a.scale) for a in adapters), torch.float32, x.device)
+    low_rank = {"bias_A": biases[0], "bias_B": biases[1], "activation": "relu"}
+    if torch.is_autocast_enabled(x.device.type):  # the residual stream keeps its own, wider dtype
+        return base + op(x, *ids, *weights, scaling, **low_rank)
+    return op(x, *ids, *weights, scaling, base=base, **low_rank)
+
+
+def _attention(attention: Any, x: Tensor, class_token_only: bool = False) -> Tensor:
+    """PILOT's attention without the matrix of weights in memory."""
+    B, C, heads = len(x), x.shape[-1], attention.num_heads
+    q = attention.q_proj(x[:, :1] if class_token_only else x)
+    q, k, v = (t.view(B, -1, heads, C // heads).transpose(1, 2) for t in (q, attention.k_proj(x), attention.v_proj(x)))
+    y = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+    return attention.proj_drop(attention.proj(y.transpose(1, 2).reshape(B, -1, C)))
+
+
+def make_attention(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if self.training and self.attn_drop.p > 0:
+            return original(self, x)
+        return _attention(self, x)
+
+    return forward
+
+
+def is_served(vit: Any) -> bool:
+    """Whether this is EASE's own arrangement, at rest: parallel adapters without a layer norm, evaluation mode."""
+    config = vit.config
+    return (
+        not vit.training
+        and not vit.global_pool
+        and not config.vpt_on
+        and config.ffn_adapt
+        and config.ffn_option == "parallel"
+        and config.ffn_adapter_layernorm_option == "none"
+        and config.ffn_adapter_scalar != "learnable_scalar"
+    )
+
+
+kept: WeakKeyDictionary[Any, tuple[Any, list[Any], Tensor]] = WeakKeyDictionary()
+"""What was computed at earlier evaluations: images, checksums of the adapters, features [N, T, D]."""
+
+
+def features_of(learner: Any, loader: Any, cache: bool, subspaces: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features [B, T * D] and labels of every batch, computing only what no earlier evaluation did."""
+    vit, device, dataset = learner._network.backbone, learner._device, loader.dataset
+    in_order = isinstance(loader.sampler, torch.utils.data.SequentialSampler) and not loader.drop_last
+    if not cache or not in_order or not hasattr(dataset, "images"):
+        for _, images, labels in loader:
+            yield torch.cat(adapter_features(vit, images.to(device), subspaces), 2)[:, 0], labels
+        return
+
+    sums = _checksums(vit, subspaces, device)
+    look = (repr(dataset.trsf), torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+    features = torch.empty(len(dataset), len(subspaces), vit.out_dim, device=device)
+    known, valid = 0, [False] * len(subspaces)
+    if learner in kept:
+        (images, before), old_sums, old = kept[learner]
+        n = len(images)
+        if before == look and n <= len(dataset) and np.array_equal(images, dataset.images[:n]):
+            known = n
+            for i, of_adapter in enumerate(sums):
+                if of_adapter in old_sums:
+                    valid[i] = True
+                    features[:n, i] = old[:, old_sums.index(of_adapter)]
+        del old
+    start = 0
+    for _, images, labels in loader:
+        stop = start + len(labels)
+        for rows, missing in (
+            (slice(start, min(stop, known)), [i for i, ok in enumerate(valid) if not ok]),
+            (slice(max(start, known), stop), list(range(len(subspaces)))),
+        ):
+            if rows.start < rows.stop and missing:
+                batch = images[rows.start - start : rows.stop - start].to(device)
+                parts = adapter_features(vit, batch, [subspaces[i] for i in missing])
+                for i, part in zip(missing, parts):
+                    features[rows, i] = part[:, 0].to(features)
+        yield features[start:stop].flatten(1), labels
+        start = stop
+    kept[learner] = ((np.array(dataset.images), look), sums, features)  # a copy: images may be changed in place
+
+
+def _checksums(vit: Any, subspaces: Sequence[Any], device: torch.device) -> list[tuple[float, ...]]:
+    """Two sums over the weights of the backbone and of each adapter; what trains in between gets others."""
+    groups = [[p for name, p in vit.named_parameters() if "adapter" not in name]]
+    groups += [[] if adapters is None else list(adapters.parameters()) for adapters in subspaces]
+    flat = [torch.stack([_two_sums(p) for p in group]).sum(0) if group else torch.zeros(2) for group in groups]
+    backbone, *rest = torch.stack([t.to(device, torch.float64) for t in flat]).tolist()
+    return [(*backbone, *of_adapter) for of_adapter in rest]
+
+
+def _two_sums(p: Tensor) -> Tensor:
+    values = p.detach().double().flatten()
+    return torch.stack([values.sum(), values @ torch.linspace(1, 2, len(values), dtype=values.dtype, device=p.device)])
+
+
+def draw_as_if_read(loader: Any) -> None:
+    """The random numbers that one more pass over a loader takes, so that later ones stay those of the unpatched run."""
+    torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+    next(iter(loader.sampler), None)
