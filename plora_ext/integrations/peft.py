@@ -22,7 +22,7 @@ from plora_ext import ops
 from plora_ext.integrations import _patch
 from plora_ext.integrations._layers import constant, is_called_plainly, stack
 from plora_ext.integrations._patch import Patch, Report
-from plora_ext.ops._register import is_plain
+from plora_ext.ops._register import is_plain, run_one
 
 __all__ = ["patch", "report", "unpatch"]
 
@@ -252,14 +252,19 @@ def _run(
     factors: list[Tensor],
     *ids: ops.AdapterBatch,
 ) -> Tensor | None:
-    lora_A, lora_B, ranks = stack(factors[::2], factors[1::2])
-    dtype, wide = lora_A.dtype, torch.promote_types(lora_A.dtype, torch.float32)
-    scaling = constant(tuple(float(layer.scaling[name]) for name in names), wide, x.device)
-    keywords: dict[str, Any] = {"ranks": ranks, "bias_B": _biases(layer, names)}
-    base = layer._modules["base_layer"]
-    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype, base, biases = factors[0].dtype, layer._modules["base_layer"], _biases(layer, names)
+    scaling = constant(
+        tuple([float(layer.scaling[name]) for name in names]), torch.promote_types(dtype, torch.float32), x.device
+    )
     # The frozen layer belongs to the product if nobody looks at it, and all is of one dtype.
     fused = is_called_plainly(base) and dropped is x and is_plain(base.weight, base.bias)
+    if fused and biases is None and len(names) == 1 and not ids:
+        y = run_one(x, factors[0], factors[1], scaling, base.weight, base.bias)
+        if y is not None:
+            return y
+    lora_A, lora_B, ranks = stack(factors[::2], factors[1::2])
+    keywords: dict[str, Any] = {"ranks": ranks, "bias_B": biases}
+    autocast = torch.is_autocast_enabled(x.device.type)
     if fused and (autocast or x.dtype == dtype == base.weight.dtype):
         return op(x, *ids, lora_A, lora_B, scaling, weight=base.weight, bias=base.bias, **keywords)
     if not autocast and dropped.dtype != dtype and not getattr(layer, "cast_input_dtype_enabled", True):
