@@ -32,6 +32,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import plora_ext
+from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.settings import Settings
 from plora_ext.data import Images
 from plora_ext.nn import Adapters
@@ -53,6 +54,7 @@ class Checkpoint:
     Args:
         folder: The run's folder.
         resume: Continue what is there. Otherwise a finished run is replaced, and an unfinished one refused.
+        world: The processes of the run; that of rank 0 alone reads and writes, and tells the others.
 
     Attributes:
         manifest: What `checkpoint.json` says; empty where there is none.
@@ -62,9 +64,9 @@ class Checkpoint:
         OSError: It cannot be read.
     """
 
-    def __init__(self, folder: Path, resume: bool = False):
-        self.folder = folder / "checkpoint"
-        self.manifest: dict[str, Any] = _read_manifest(self.folder)
+    def __init__(self, folder: Path, resume: bool = False, world: World = SINGLE):
+        self.folder, self.world = folder / "checkpoint", world
+        self.manifest: dict[str, Any] = world.from_first(lambda: _read_manifest(self.folder))
         if self.manifest and not resume:  # a finished run stays until the first save
             done, of = len(self.manifest["run"]["curve"]), self.manifest["run"]["tasks"]
             if done < of:
@@ -85,12 +87,14 @@ class Checkpoint:
         """Says which run this is; returns what `save_task` was last given, or None.
 
         Raises:
-            ValueError: The checkpoint is of another run (names every difference), or damaged.
+            ValueError: The checkpoint is of another run (names every difference), or damaged; or another process of
+                this run was started with something else.
         """
+        refuse_other(self.world.from_first(lambda: fingerprint), fingerprint, "the process of rank 0 is")
         saved = self.manifest
         if saved:
-            refuse_other(saved["fingerprint"], fingerprint, self.folder)
-            self._sweep()
+            refuse_other(saved["fingerprint"], fingerprint, f"{self.folder} is the checkpoint")
+            self.world.from_first(self._sweep)
         self.manifest = {
             "format": FORMAT,
             "plora_ext": plora_ext.__version__,
@@ -155,6 +159,9 @@ class Checkpoint:
 
     def _save(self, run: Mapping[str, Any], state: Mapping[str, Any], keep: Mapping[str, Any]) -> None:
         """Writes `state` beside the parts to keep, then the manifest; each entry of `state` is a part."""
+        self.manifest = self.world.from_first(lambda: self._save_here(run, state, keep))
+
+    def _save_here(self, run: Mapping[str, Any], state: Mapping[str, Any], keep: Mapping[str, Any]) -> dict[str, Any]:
         parts = dict(keep)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -174,6 +181,7 @@ class Checkpoint:
             ) from error
         self.manifest = manifest
         self._sweep()
+        return manifest
 
     def _write(self, name: str, content: bytes) -> dict[str, Any]:
         digest = hashlib.sha256(content).hexdigest()
@@ -183,6 +191,9 @@ class Checkpoint:
         return {"file": path.name, "bytes": len(content), "sha256": digest}
 
     def _read(self, name: str) -> Any:
+        return self.world.from_first(lambda: self._read_here(name))
+
+    def _read_here(self, name: str) -> Any:
         part = self.manifest["parts"][name]
         if "file" not in part:
             return _unpack(part["tree"], {})
@@ -288,8 +299,8 @@ def weights_digest(model: nn.Module) -> str:
     return weights.hexdigest()[:16]
 
 
-def refuse_other(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
-    """Raises ValueError with every difference between two fingerprints, if there is one."""
+def refuse_other(saved: Mapping[str, Any], here: Mapping[str, Any], what: str) -> None:
+    """Raises ValueError, "`what` of another run", with every difference between two fingerprints, if there is one."""
     there, now = saved["settings"], json.loads(json.dumps(here["settings"]))
     differences = [
         f"{name} is {there.get(name)!r} there and {now.get(name)!r} here"
@@ -300,7 +311,7 @@ def refuse_other(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path
         differences += ["the images or labels differ"] if saved["data"] != here["data"] else []
         differences += ["the backbone's weights differ"] if saved["backbone"] != here["backbone"] else []
     if differences:
-        raise ValueError(f"{folder} is the checkpoint of another run: {'; '.join(differences)}")
+        raise ValueError(f"{what} of another run: {'; '.join(differences)}")
 
 
 def rng_state() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from plora_ext.cil import metrics
 from plora_ext.cil.checkpoint import Checkpoint, fingerprint_of, set_rng_state
+from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.features import FeatureCache
 from plora_ext.cil.methods import METHODS, Method
 from plora_ext.cil.settings import Settings
@@ -81,11 +82,11 @@ def load_backbone(settings: Settings) -> Backbone:
     return create_backbone(s.backbone, s.weights != "random", weights=weights, image_size=s.image_size)
 
 
-def prepare(settings: Settings, backbone: Backbone, device: torch.device) -> Preparation:
+def prepare(settings: Settings, backbone: Backbone, device: torch.device, world: World = SINGLE) -> Preparation:
     """How images become the backbone's input under the settings."""
     s, cores = settings, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     mean, std = (backbone.mean, backbone.std) if s.normalize == "backbone" else ([0.0] * 3, [1.0] * 3)
-    workers = min(8, cores) if s.workers is None else s.workers
+    workers = min(8, max(cores // world.local_size, 1)) if s.workers is None else s.workers
     return Preparation(backbone.image_size, mean, std, device, s.transform, s.augment, workers)
 
 
@@ -142,7 +143,9 @@ class Evaluator:
     def after(self, task: int) -> tuple[float, list[float]]:
         """A_b and the row of the task matrix after `task`."""
         seen = self.tasks[: task + 1]
-        predicted = self._logits(torch.from_numpy(np.concatenate([t.test for t in seen]))).argmax(-1).cpu().numpy()
+        # A process has the same images after every task, for more come behind: it finds their kept features.
+        rows = torch.from_numpy(np.concatenate([t.test for t in seen]))
+        predicted = self.method.world.spread(lambda own: self._logits(own).argmax(-1), rows).cpu().numpy()
         labels = np.concatenate([t.test_labels for t in seen])
         correct = (predicted == labels).astype(np.float64)
         return 100.0 * float(correct.mean()), metrics.task_accuracies(correct, self.task_of_class[labels])
@@ -165,6 +168,7 @@ def run(
     progress: Progress | None = None,
     make: Callable[[Trainer, Settings], Method] | None = None,
     checkpoint: Checkpoint | None = None,
+    world: World = SINGLE,
 ) -> Result:
     """Runs one method over the task stream; writes nothing but the checkpoint.
 
@@ -175,21 +179,23 @@ def run(
         progress: Told of every step and task.
         make: Builds the method from (trainer, settings), instead of the one that settings name.
         checkpoint: Saved after every epoch and task; a run that it holds is continued.
+        world: The processes that share the work, all of which call this (`plora_ext.cil.distributed.launched`).
 
     Raises:
         ValueError: Settings, labels or layers that do not fit, or a checkpoint of another run.
         OSError: The checkpoint cannot be written.
         FloatingPointError: A loss that is not finite.
     """
-    device = pick_device(settings.device)
+    device = world.place(pick_device(settings.device))
     data = checked(data) if data else load_data(settings)
     stream = make_stream(settings, data)
     seed_everything(settings.seed)
     backbone = backbone or load_backbone(settings)
+    world.broadcast_([tensor.data for tensor in backbone.model.state_dict().values()])
     saved = checkpoint and checkpoint.begin(fingerprint_of(settings, data, backbone.model), settings.as_dict())
-    trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, progress)
+    trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, progress, world)
     method = (make or METHODS[settings.method])(trainer, settings)
-    look = prepare(settings, backbone, device)
+    look = prepare(settings, backbone, device, world)
     train, test = View(data.train_images, look), View(data.test_images, look)
     tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
     trainer.num_tasks, trainer.checkpoint = len(tasks), checkpoint
@@ -206,6 +212,10 @@ def run(
             trainer.progress.task(done, accuracy)
     start = time.perf_counter() - record["total_seconds"]
     for task in tasks[len(record["curve"]) :]:
+        if len(task.train) < world.size:
+            raise ValueError(
+                f"task {task.index} has {len(task.train)} training images for {world.size} processes: start fewer"
+            )
         labels = torch.from_numpy(task.train_labels - task.classes.start).to(device)
         method.learn(task, train[torch.from_numpy(task.train)], labels)
         with trainer.phases("eval"):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from plora_ext.cil.alignment import class_means
 from plora_ext.cil.checkpoint import Checkpoint
+from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.settings import Settings
 from plora_ext.data import View
 
@@ -98,10 +99,18 @@ class Trainer:
         settings: The run's settings.
         device: Where the model and the images are.
         progress: Told of every step.
+        world: The processes that share the work.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, device: torch.device, progress: Progress | None = None):
-        self.model, self.settings, self.device = model, settings, device
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        device: torch.device,
+        progress: Progress | None = None,
+        world: World = SINGLE,
+    ):
+        self.model, self.settings, self.device, self.world = model, settings, device, world
         self.progress = progress or Progress()
         self.num_tasks = 1
         self.checkpoint: Checkpoint | None = None
@@ -126,9 +135,11 @@ class Trainer:
         Raises:
             FloatingPointError: The loss is not finite (names task, epoch and step), or the weights are after an epoch.
         """
-        s = self.settings
+        s, world = self.settings, self.world
         # Started from the class means: random directions would first pull the features of every class elsewhere.
-        directions = nn.Parameter(F.normalize(class_means(self.features(images), labels, num_classes)))
+        own = world.rows(len(images))
+        means = class_means(self.features(images[own]), labels[own.to(labels.device)], num_classes, world)
+        directions = nn.Parameter(F.normalize(means))
         groups = [
             {"params": list(parameters), "weight_decay": s.weight_decay},
             {"params": [directions], "weight_decay": 0.0},
@@ -138,22 +149,28 @@ class Trainer:
         losses = torch.zeros(steps, device=self.device)
         learned = [*parameters, directions]
         first = self.checkpoint.enter_fit(task, learned, optimizer) if self.checkpoint else 0
+        model = world.parallel(self.model, learned)
         self.progress.fit(task, steps * (s.epochs - first))
         self.model.train()
         for epoch in range(first, s.epochs):
             order = torch.randperm(len(images))
-            for step, (rows, batch) in enumerate(images.epoch(order, s.batch_size)):
+            for step, (rows, batch) in enumerate(images.epoch(order, s.batch_size, world.own)):
                 done = (epoch * steps + step) / (steps * s.epochs)
                 for group in optimizer.param_groups:
                     group["lr"] = s.lr * (1 + math.cos(math.pi * done)) / 2
-                cosines = F.linear(F.normalize(self._forward(batch, self.model)), F.normalize(directions))
+                with world.own_random(s.seed, task, epoch, step):
+                    features = self._forward(batch, model)
+                cosines = F.linear(F.normalize(features), F.normalize(directions))
                 loss = F.cross_entropy(s.scale * cosines, labels[rows.to(self.device)])
+                if (share := world.share(min(s.batch_size, len(images) - step * s.batch_size))) != 1:
+                    loss = loss * share  # an uneven last batch
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 losses[step] = loss.detach()
                 self.progress.step()
             # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
+            world.sum_(losses.div_(world.size))
             bad = (~losses.isfinite()).nonzero()
             if len(bad):
                 where = f"task {task}, epoch {epoch}, step {int(bad[0])}"

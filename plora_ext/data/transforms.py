@@ -63,6 +63,7 @@ def random_affine(
     shift: float = 0.1,
     rotate: float = 0.0,
     flip: bool = False,
+    among: tuple[int, slice] | None = None,
 ) -> Tensor:
     """Moves every image by its own random affine map, one bilinear sampling for the whole batch.
 
@@ -77,6 +78,7 @@ def random_affine(
         shift: largest move along each axis, as a share of the image's side.
         rotate: largest rotation either way, in degrees.
         flip: also mirror left and right, one image in two. Off, since a mirrored icon may mean something else.
+        among: (n, which): the images are `which` of a batch of n, and move as they would in it; default: all of it.
 
     Returns:
         float [N, C, H, W], new memory, the images' dtype and device.
@@ -97,7 +99,8 @@ def random_affine(
         )
 
     device = generator.device if generator is not None else torch.device("cpu")
-    number = torch.rand(6, len(images), generator=generator, device=device).to(images.device, torch.float32)
+    total, which = among or (len(images), slice(None))
+    number = torch.rand(6, total, generator=generator, device=device)[:, which].to(images.device, torch.float32)
     size = (math.log(zoom[0]) + math.log(zoom[1] / zoom[0]) * number[0]).exp()
     ratio = (math.log(stretch) * (number[1] - 0.5)).exp()
     angle = math.radians(rotate) * (2 * number[2] - 1)

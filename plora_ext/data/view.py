@@ -25,6 +25,11 @@ from .sets import ImageFiles
 from .transforms import random_affine, to_tensor
 
 READY_BYTES = 2 << 30  # arrays whose float images take no more than this are resized once and kept
+Own = Callable[[int], slice]
+
+
+def _all(number: int) -> slice:
+    return slice(None)
 
 
 @dataclass(frozen=True)
@@ -101,17 +106,24 @@ class View:
         """All images in order, by the test transform."""
         return self._batches(self.rows.split(batch_size), train=False)
 
-    def epoch(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows, batch) for `order`, a permutation of this selection, by the training transform."""
-        order = order.cpu()
-        batches = self._batches(self.rows[order].split(batch_size), train=self.preparation.augment)
-        return zip(order.split(batch_size), batches)
+    def epoch(self, order: Tensor, batch_size: int, own: Own = _all) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows, batch) for `order`, a permutation of this selection, by the training transform.
 
-    def _batches(self, batches: Sequence[Tensor], train: bool) -> Iterator[Tensor]:
+        Args:
+            own: of a batch's number of rows, the part to load: what another process does not load of it. Random numbers
+                are drawn for the whole batch.
+        """
+        order = order.cpu()
+        batches = self._batches(self.rows[order].split(batch_size), self.preparation.augment, own)
+        return zip((rows[own(len(rows))] for rows in order.split(batch_size)), batches)
+
+    def _batches(self, batches: Sequence[Tensor], train: bool, own: Own = _all) -> Iterator[Tensor]:
         p = self.preparation
         affine = train and p.transform == "resize"
-        for batch in self._loaded(batches, train) if self._one_by_one else map(self._of_arrays, batches):
-            yield random_affine(batch) if affine else batch
+        parts = [batch[own(len(batch))] for batch in batches]
+        loaded = self._loaded(batches, train, own) if self._one_by_one else map(self._of_arrays, parts)
+        for batch, whole in zip(loaded, batches):
+            yield random_affine(batch, among=(len(whole), own(len(whole)))) if affine else batch
 
     def _of_arrays(self, rows: Tensor) -> Tensor:
         if self._ready is not None:
@@ -119,12 +131,14 @@ class View:
         p = self.preparation
         return to_tensor(self.images[rows.numpy()], p.image_size, p.mean, p.std, p.device)  # type: ignore[index]
 
-    def _loaded(self, batches: Sequence[Tensor], train: bool) -> Iterator[Tensor]:
+    def _loaded(self, batches: Sequence[Tensor], train: bool, own: Own) -> Iterator[Tensor]:
         """Batches of images that are loaded one by one, perhaps by workers."""
         p = self.preparation
         seeds = torch.randint(2**62, (sum(map(len, batches)),)) if train and p.transform == "pilot" else None
         numbers = iter(seeds.tolist()) if seeds is not None else None
-        items = [[(row, next(numbers) if numbers else None) for row in batch.tolist()] for batch in batches]
+        items = [
+            [(row, next(numbers) if numbers else None) for row in batch.tolist()][own(len(batch))] for batch in batches
+        ]
         loader = DataLoader(
             _Items(self.images, _transform(p, train)),
             batch_sampler=items,
