@@ -250,9 +250,11 @@ def launched() -> Iterator[World]:
         raise
     except Exception as error:
         # The group is left as it is, for closing it could wait for processes that wait for this one.
+        failed = own = str(rank).encode()
         with suppress(RuntimeError):  # torchrun, which holds the store, is gone
-            if store.compare_set("failed", "", str(rank)) != str(rank).encode():
-                raise Stopped("another process failed") from error
+            failed = store.compare_set("failed", "", str(rank))
+        if failed != own:
+            raise Stopped(f"the process of rank {failed.decode()} failed") from error
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise ConnectionError(f"rank {rank} has lost the other processes: {str(error).splitlines()[0]}") from error
         raise
