@@ -10,12 +10,14 @@ import json
 import multiprocessing
 import os
 import pickle
-import re
 import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from io import StringIO
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import torch
 from test_cil_checkpoint import TINY, VARIANTS, Cut, arrays, backbone, settings
 from torch import Tensor, nn
 
+import plora_ext.cil.engine
 from plora_ext import ops
 from plora_ext.cil import Images, Result, run
 from plora_ext.cil.checkpoint import Checkpoint
@@ -34,13 +37,26 @@ from plora_ext.cil.methods import METHODS, Method
 from plora_ext.cil.report import load_results
 from plora_ext.cil.trained import Trained
 from plora_ext.cil.training import Trainer
+from plora_ext.cli import main
+from plora_ext.data import View
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["plora_ext.cil.trained", "plora_ext.cli", "pytest", "timm"])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _server(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Starts the server elsewhere: from the source folder it would import the package there, not the installed one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("server"))
+        forkserver.ensure_running()
+
+
 def spawn(size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `job(world, *args)` returns in each of `size` processes, or the exception that ended it."""
+    """What `job(world, *args)` returns in each of `size` processes, or the exception that ended it.
+
+    `command_line`, a job that finds the others by itself, gets None.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -62,7 +78,7 @@ def _process(rank: int, size: int, port: int, answer: Any, job: Callable[..., An
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        with launched() as world:
+        with launched() if job is not command_line else nullcontext() as world:
             result = job(world, *args)
     except Exception as error:
         traceback.print_exc()
@@ -115,19 +131,20 @@ CASES = [
 ]
 
 
-def learn_all(world: World) -> list[dict[str, Any]]:
-    return [figures(*learn(world, changes)) for changes in CASES]
+def learn_all(world: World, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [figures(*learn(world, changes)) for changes in cases]
 
 
 @pytest.fixture(scope="module")
 def ones() -> list[dict[str, Any]]:
-    return spawn(1, learn_all)[0]
+    return spawn(1, learn_all, CASES)[0]
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_many_are_as_one(size: int, ones: list[dict[str, Any]]) -> None:
-    many = spawn(size, learn_all)
-    for i, one in enumerate(ones):
+    cases = range(0, len(CASES), 1 if size == 2 else 3)
+    many = spawn(size, learn_all, [CASES[i] for i in cases])
+    for i, one in enumerate(ones[j] for j in cases):
         for rank in range(size):
             agree(one, many[rank][i])
             assert torch.equal(many[rank][i]["prototypes"], many[0][i]["prototypes"])  # to the last bit
@@ -320,14 +337,10 @@ RESUMED = [
 ]
 
 
-def learn_resumed(world: World) -> list[dict[str, Any]]:
-    return [figures(*learn(world, changes)) for changes in RESUMED]
-
-
 @pytest.mark.parametrize("changes", RESUMED, ids=lambda c: c["method"])
 def test_resume(changes: dict[str, Any], tmp_path: Path) -> None:
     """As many processes continue to the same bits; another number of them to the same results."""
-    whole = spawn(2, learn_resumed)[0][RESUMED.index(changes)]
+    whole = spawn(2, learn_all, [changes])[0][0]
     for saves in (1, 4):  # after an epoch, in the middle of the second task
         assert all(isinstance(e, Cut | Stopped) for e in spawn(2, learn_until, changes, tmp_path, saves))
     for result in spawn(2, learn_until, changes, tmp_path, 99):
@@ -340,7 +353,7 @@ def test_resume_with_another_number_of_processes(tmp_path: Path) -> None:
     changes = {"method": "plora", "head": "gaussian", "transform": "pilot"}
     (one,) = spawn(1, learn_until, changes, tmp_path / "whole", 99)
     for size in (3, 1):
-        assert all(isinstance(e, Cut) for e in spawn(size, learn_until, changes, tmp_path, 3))
+        assert all(isinstance(e, Cut | Stopped) for e in spawn(size, learn_until, changes, tmp_path, 3))
     for result in spawn(2, learn_until, changes, tmp_path, 99):
         agree(one, result)
 
@@ -367,60 +380,86 @@ def test_an_error_on_one_rank_stops_all(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------- the command line
 
-SCRIPT = f"""{TINY}
-import os, sys
-torch.set_num_threads(1)
-import plora_ext.cil.engine as engine
-engine.create_backbone = create
-if os.environ.get("BREAK") == os.environ.get("RANK", ""):
-    def refuse(*_): raise OSError("the images are gone")
-    engine.View.epoch = refuse
-from plora_ext.cli import main
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
-"""
+
+@pytest.fixture
+def problem(tmp_path: Path) -> list[str]:
+    np.savez(tmp_path / "toy.npz", **{name: value[:-1] for name, value in arrays().items()})
+    return ["--data", str(tmp_path / "toy.npz"), "--increment", "2", "--r", "2", "--epochs", "2", "--device", "cpu"]
 
 
-def torchrun(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    script = tmp_path / "plora.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--", str(script), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", **environment}
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+def command_line(_: None, arguments: list[str], breaks: str = "") -> tuple[int, str, str]:
+    """plora-ext; the images are gone for the process of rank `breaks`."""
+    made: dict[str, Any] = {}
+    exec(TINY, made)
+    plora_ext.cil.engine.create_backbone = made["create"]
+    if os.environ["RANK"] == breaks:
+        View.epoch = _gone  # type: ignore[assignment]
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(arguments)
+    return code, out.getvalue(), err.getvalue()
 
 
-def test_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    odd = {name: value[:-1] for name, value in arrays().items()}
-    np.savez(tmp_path / "toy.npz", **odd)
+def _gone(*_: Any) -> None:
+    raise OSError("the images are gone")
+
+
+def test_one_process_writes(problem: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
-    problem = ["--data", str(tmp_path / "toy.npz"), "--increment", "2", "--r", "2", "--epochs", "2", "--device", "cpu"]
+    train = ["train", *problem, "--out", str(out)]
+    assert spawn(2, command_line, train, "1") == [
+        (2, first_line(tmp_path), ""),
+        (2, "", "error: the images are gone\n"),
+    ]
+    assert not (out / "metrics.json").exists()
 
-    done = torchrun(tmp_path, "train", *problem, "--out", str(out), BREAK="1")
-    assert done.returncode != 0 and not (out / "metrics.json").exists()
-    assert re.findall("^(?:error|Traceback|rank).*", done.stderr, re.M)[0] == "error: the images are gone"
-    assert done.stderr.count("error: ") == 1
-
-    done = torchrun(tmp_path, "train", *problem, "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("classes in 3 tasks, 2 processes") == done.stdout.count("task  3 of 3") == 1
-    assert done.stdout.count("written to") == 1
-    assert {p.name for p in out.iterdir()} == {
-        "accuracy.png", "checkpoint", "metrics.json", "settings.yaml", "task_matrix.png",
-    }  # fmt: skip
+    (code, said, _), (other_code, *other) = spawn(2, command_line, train)
+    assert (code, other_code, other) == (0, 0, ["", ""])
+    assert said.startswith(first_line(tmp_path)) and "task  3 of 3" in said and "written to" in said
+    files = {"accuracy.png", "checkpoint", "metrics.json", "settings.yaml", "task_matrix.png"}
+    assert {p.name for p in out.iterdir()} == files
     result = load_results(out)[0]
 
-    done = torchrun(tmp_path, "eval", str(out), "--out", str(tmp_path / "eval.json"))
-    assert done.returncode == 0, done.stderr
+    (_, said, _), other = spawn(2, command_line, ["eval", str(out), "--out", str(tmp_path / "eval.json")])
     seen = json.loads((tmp_path / "eval.json").read_text())
     assert (seen["accuracy"], seen["task_accuracies"]) == (result.curve[-1], result.matrix[-1])
-    assert done.stdout.count("after 3 of 3 tasks") == 1
+    assert "after 3 of 3 tasks" in said and other == (0, "", "")
+    refused = spawn(2, command_line, ["report", str(out)])
+    assert all(code == 2 for code, *_ in refused)
+    assert "".join(e for *_, e in refused) == (
+        "error: only demo, train, eval and predict are for many processes: leave torchrun out\n"
+    )
 
     made: dict[str, Any] = {}
     exec(TINY, made)
-    monkeypatch.setattr("plora_ext.cil.engine.create_backbone", made["create"])
-    trained = Trained(out)  # what several wrote, one reads
-    assert trained.evaluate()["accuracy"] == result.curve[-1]
-    rows = trained.predict(odd["test_images"])
-    right = np.mean([row["class"] == label for row, label in zip(rows, odd["test_labels"])])
+    monkeypatch.setattr(plora_ext.cil.engine, "create_backbone", made["create"])
+    images, labels = (arrays()[name][:-1] for name in ("test_images", "test_labels"))
+    rows = Trained(out).predict(images)  # what several wrote, one reads
+    right = np.mean([row["class"] == label for row, label in zip(rows, labels)])
     assert 100 * right == pytest.approx(result.curve[-1])
+    assert spawn(2, predict, out) == [rows, rows]
+
+
+def first_line(folder: Path) -> str:
+    return f"{folder}/toy.npz: 47 training and 23 test images, 6 classes in 3 tasks, 2 processes\n"
+
+
+def predict(world: World, run: Path) -> list[dict[str, Any]]:
+    made: dict[str, Any] = {}
+    exec(TINY, made)
+    plora_ext.cil.engine.create_backbone = made["create"]
+    return Trained(run, world).predict(arrays()["test_images"][:-1])
+
+
+def test_torchrun(problem: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "plora.py"
+    script.write_text(
+        f"{TINY}\nimport sys\nimport plora_ext.cil.engine as engine\nfrom plora_ext.cli import main\n"
+        "engine.create_backbone = create\nif __name__ == '__main__':\n    sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "127.0.0.1:0", "--", str(script), "train", *problem, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3 tasks, 2 processes") == done.stdout.count("written to") == 1
+    assert len(load_results(tmp_path / "run")[0].curve) == 3
