@@ -457,8 +457,8 @@ def test_torchrun(problem: list[str], tmp_path: Path) -> None:
         f"{TINY}\nimport sys\nimport plora_ext.cil.engine as engine\nfrom plora_ext.cli import main\n"
         "engine.create_backbone = create\nif __name__ == '__main__':\n    sys.exit(main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", "--", str(script), "train", *problem, "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc-per-node", "2", "--", str(script), "train", *problem, "--out", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("3 tasks, 2 processes") == done.stdout.count("written to") == 1

@@ -82,7 +82,7 @@ class Settings:
     ensemble_alpha: float = _setting(1.0, "weight of the other tasks' subspaces in plora-ensemble")
 
     epochs: int = _setting(5, "passes over the images of a task")
-    batch_size: int = _setting(32, "images per step")
+    batch_size: int = _setting(32, "images per step, over all processes")
     optimizer: Literal["sgd", "adamw"] = _setting("adamw", "SGD with momentum 0.9, or AdamW")
     lr: float = _setting(3e-3, "learning rate at the start; it falls to zero along a cosine")
     weight_decay: float = _setting(0.0, "weight decay of the adapters")
