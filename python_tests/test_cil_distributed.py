@@ -41,7 +41,7 @@ from plora_ext.cli import main
 from plora_ext.data import View
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["plora_ext.cil.trained", "plora_ext.cli", "pytest", "timm"])
+processes.set_forkserver_preload(["plora_ext.cil.report", "plora_ext.cil.trained", "pytest", "timm"])
 
 
 @pytest.fixture(scope="module", autouse=True)
