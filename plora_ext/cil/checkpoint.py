@@ -141,7 +141,7 @@ class Checkpoint:
                 tensor.copy_(value)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": {int(i): s for i, s in fit["optimizer"].items()}, "param_groups": groups})
-        if scaler and fit["scaler"]:
+        if scaler and fit.get("scaler"):
             scaler.load_state_dict(fit["scaler"])
         set_rng_state(fit["rng"])
         return fit["epochs"]

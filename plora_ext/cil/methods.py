@@ -243,7 +243,7 @@ class PLoRA(_Adapted):
 
     def _input_grams(self, images: View) -> dict[str, Tensor]:
         with self.trainer.phases("subspace"), InputGrams(self.adapters) as grams:
-            self.trainer.features(images)
+            self.trainer.features(images, self.trainer.model)  # uncompiled: hooks look on
         return grams.means()
 
     def activate(self) -> None:

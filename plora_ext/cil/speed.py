@@ -63,7 +63,10 @@ class Speed:
         """
         graphs = self._eager(not compiled)
         if self.settings.compile and compiled and any(isinstance(m, MultiLoRALinear) for m in self.model.modules()):
-            graphs = Adapters(self.model).compilable()
+            adapters = Adapters(self.model)
+            graphs = adapters.compilable()
+            if torch.is_grad_enabled() and len(adapters.active) > 1:
+                torch._dynamo.reset()  # every task has graphs of its own here: those of the last one only add up
         before = torch.get_float32_matmul_precision()
         tf32 = self.settings.tf32 and self.device.type == "cuda"
         try:
