@@ -1,4 +1,4 @@
-"""What makes a run fast: loading, transforms on the device, precision, compiling, and that results stay what they are."""
+"""What makes a run fast (loading, transforms on the device, precision, compiling) leaves its results what they are."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ def resample(
         rows, columns = (_weights(numbers[i, :, part], size, images.shape[1 + i], kernel) for i in (0, 1))
         if flip is not None:
             columns = torch.where(numbers[2, 0, part, None, None] > 0, columns.flip(1), columns)
-        pixels = images[part].permute(0, 3, 1, 2).float()
-        result[part] = rows[:, None] @ pixels @ columns[:, None].mT
+        resized = (rows @ images[part].flatten(2).float()).unflatten(2, (-1, 3))  # [B, S, W, 3]
+        result[part] = (resized.permute(0, 3, 1, 2).flatten(1, 2) @ columns.mT).unflatten(1, (3, -1))
     return result.clamp_(0, 255) if kernel == "bicubic" else result
 
 
