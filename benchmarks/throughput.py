@@ -3,15 +3,15 @@
     python benchmarks/throughput.py [--model NAME] [--images N] [--amp bfloat16] [--compile] [--out FOLDER/NAME]
     python benchmarks/throughput.py --phases [--epochs N] [--images N] [--amp none bfloat16] [--forms plora ease ...]
 
-Without --phases: evaluation and training (r = 16 on qkv and proj) of one backbone with random weights: on a batch that is
-on the device, on uint8 arrays, and on JPEG files of 256 pixels that the device or the workers crop to the input's size.
-`first` is the first pass, which starts workers and decodes (training comes after evaluation, so its files are decoded
-already), `later` the median of the others, `share` its part of the rate on the batch on the device.
+Without --phases: evaluation and training (r = 16 on qkv and proj) of one backbone with random weights: on a batch that
+is on the device, on uint8 arrays, and on JPEG files of 256 pixels that the device or the workers crop to the input's
+size. `first` is the first pass, which starts workers and decodes (training comes after evaluation, so its files are
+decoded already), `later` the median of the others, `share` its part of the rate on the batch on the device.
 
-With --phases: B0 Inc10 on random images of CIFAR-100's shape, with random weights, batches of 48 and PILOT's transforms:
-seconds and peak memory by phase. The last column carries training, which is linear in the epochs, on to 20 of them.
-`ease` is LAMDA-PILOT's own loop with the settings that it ships, `ease, patched` the same with this package's patch; both
-need PLORA_PILOT, a checkout. PILOT's own precision is none (float32).
+With --phases: B0 Inc10 on random images of CIFAR-100's shape, with random weights, batches of 48 and PILOT's
+transforms: seconds and peak memory by phase. The last column carries training, which is linear in the epochs, on to 20
+of them. `ease` is LAMDA-PILOT's own loop with the settings that it ships, `ease, patched` the same with this package's
+patch; both need PLORA_PILOT, a checkout. PILOT's own precision is none (float32).
 
 Writes NAME.csv and NAME.md.
 """
