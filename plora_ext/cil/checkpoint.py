@@ -41,8 +41,8 @@ FORMAT = 1
 MANIFEST = "checkpoint.json"
 # Settings under which a run may continue that began with others: they say where things are, not what is computed (what
 # the data and the weights are, their hashes say).
-ELSEWHERE = ("out", "data", "data_root", "download", "corrupt", "weights", "workers", "device", "feature_cache",
-             "ensemble_memory")  # fmt: skip
+ELSEWHERE = ("out", "data", "data_root", "download", "corrupt", "weights", "workers", "cache_images", "device",
+             "feature_cache", "ensemble_memory")  # fmt: skip
 
 
 _OURS = re.compile(r".+-[0-9a-f]{16}\.safetensors|\..+\.part")
@@ -127,7 +127,13 @@ class Checkpoint:
 
     # ------------------------------------------------------------------ epochs
 
-    def enter_fit(self, task: int, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
+    def enter_fit(
+        self,
+        task: int,
+        tensors: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> int:
         """The epoch to begin with: 0, or the one after the last saved, with everything set as it was after that."""
         if "fit" not in self.manifest["parts"]:
             return 0
@@ -139,11 +145,19 @@ class Checkpoint:
                 tensor.copy_(value)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": {int(i): s for i, s in fit["optimizer"].items()}, "param_groups": groups})
+        if scaler and fit.get("scaler"):
+            scaler.load_state_dict(fit["scaler"])
         set_rng_state(fit["rng"])
         return fit["epochs"]
 
     def save_epoch(
-        self, task: int, epoch: int, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer, tasks: int
+        self,
+        task: int,
+        epoch: int,
+        tensors: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        tasks: int,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """Saves where training on a task stands after `epoch`.
 
@@ -153,6 +167,7 @@ class Checkpoint:
         state = optimizer.state_dict()["state"]
         fit = {"task": task, "epochs": epoch + 1, "tensors": list(tensors), "rng": rng_state()}
         fit["optimizer"] = {str(i): s for i, s in state.items()}
+        fit["scaler"] = scaler.state_dict() if scaler else {}  # empty where it is idle
         self._save({"curve": [], "tasks": tasks, **self.manifest["run"]}, {"fit": fit}, keep=self.manifest["parts"])
 
     # ------------------------------------------------------------------ files

@@ -87,7 +87,9 @@ def prepare(settings: Settings, backbone: Backbone, device: torch.device, world:
     s, cores = settings, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     mean, std = (backbone.mean, backbone.std) if s.normalize == "backbone" else ([0.0] * 3, [1.0] * 3)
     workers = min(8, max(cores // world.local_size, 1)) if s.workers is None else s.workers
-    return Preparation(backbone.image_size, mean, std, device, s.transform, s.augment, workers)
+    on_device = s.transform_on == "device"
+    look = (s.transform, s.augment, workers, on_device, s.cache_images, world.local_size)
+    return Preparation(backbone.image_size, mean, std, device, *look)
 
 
 def make_stream(settings: Settings, data: Images) -> TaskStream:

@@ -119,7 +119,7 @@ class SimpleCIL(Method):
     """`simplecil`: the frozen backbone's class means."""
 
     def spaces(self) -> dict[str, str]:
-        return space_fingerprints(self.trainer.model, [BASE], self.settings.amp)
+        return space_fingerprints(self.trainer.model, [BASE], *self.trainer.speed.context)
 
     def learn(self, task: Task, images: View, labels: Tensor) -> None:
         self._append_means(task, images, labels)
@@ -173,7 +173,7 @@ class LoRAFirst(_Adapted):
         self._append_means(task, images, labels)
 
     def spaces(self) -> dict[str, str]:
-        return space_fingerprints(self.adapters, self.adapters.names, self.settings.amp)
+        return space_fingerprints(self.adapters, self.adapters.names, *self.trainer.speed.context)
 
 
 class Joint(LoRAFirst):
@@ -248,7 +248,8 @@ class PLoRA(_Adapted):
 
     def _input_grams(self, images: View) -> dict[str, Tensor]:
         with self.trainer.phases("subspace"), InputGrams(self.adapters) as grams:
-            self.trainer.features(images[self.world.rows(len(images))])
+            # Uncompiled: hooks look on.
+            self.trainer.features(images[self.world.rows(len(images))], self.trainer.model)
         return grams.means(self.world)
 
     def activate(self) -> None:
@@ -303,7 +304,7 @@ class PLoRAEnsemble(_Adapted):
         return self.trainer.features(images, lambda batch: self.ensemble(batch, names).movedim(0, 1))
 
     def spaces(self) -> dict[str, str]:
-        return space_fingerprints(self.adapters, self.adapters.names, self.settings.amp)
+        return space_fingerprints(self.adapters, self.adapters.names, *self.trainer.speed.context)
 
     def logits(self, features: Tensor) -> Tensor:
         assert self.prototypes is not None, "learn a task first"

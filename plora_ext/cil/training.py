@@ -18,6 +18,7 @@ from plora_ext.cil.alignment import class_means
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.settings import Settings
+from plora_ext.cil.speed import Speed
 from plora_ext.data import View
 
 
@@ -27,11 +28,14 @@ class Progress:
     def begin(self, method: str, num_tasks: int) -> None:
         """A method starts."""
 
-    def fit(self, task: int, steps: int) -> None:
-        """Training on a task starts and will take so many steps."""
+    def fit(self, task: int, images: int) -> None:
+        """Training on a task starts and will take so many images."""
 
-    def step(self) -> None:
-        """A training step is done."""
+    def read(self, images: int) -> None:
+        """Reading the features of so many images starts."""
+
+    def step(self, images: int) -> None:
+        """So many of them are done."""
 
     def task(self, task: int, accuracy: float) -> None:
         """A task is learned; accuracy is over all classes seen, in percent."""
@@ -111,16 +115,14 @@ class Trainer:
         world: World = SINGLE,
     ):
         self.model, self.settings, self.device, self.world = model, settings, device, world
+        self.speed = Speed(model, settings, device, len(world.rows(settings.batch_size)))
         self.progress = progress or Progress()
         self.num_tasks = 1
         self.checkpoint: Checkpoint | None = None
         self.phases = Phases(device)
 
     def _forward(self, images: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
-        amp = self.settings.amp != "none"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
-            features = model(images)
-        return features.float()
+        return self.speed.forward(images, model)
 
     def fit(self, task: int, parameters: Sequence[Tensor], images: View, labels: Tensor, num_classes: int) -> None:
         """Trains `parameters` by cross-entropy of a cosine classifier over the task's own classes.
@@ -144,42 +146,48 @@ class Trainer:
             {"params": list(parameters), "weight_decay": s.weight_decay},
             {"params": [directions], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, s.lr) if s.optimizer == "adamw" else torch.optim.SGD(groups, s.lr, 0.9)
+        optimizer, scaler = self.speed.optimizer(groups), self.speed.scaler()
         steps = math.ceil(len(images) / s.batch_size)
         losses = torch.zeros(steps, device=self.device)
         learned = [*parameters, directions]
-        first = self.checkpoint.enter_fit(task, learned, optimizer) if self.checkpoint else 0
+        first = self.checkpoint.enter_fit(task, learned, optimizer, scaler) if self.checkpoint else 0
         model = world.parallel(self.model, learned)
-        self.progress.fit(task, steps * (s.epochs - first))
+        self.progress.fit(task, len(images) * (s.epochs - first))
         self.model.train()
-        for epoch in range(first, s.epochs):
-            order = torch.randperm(len(images))
-            for step, (rows, batch) in enumerate(images.epoch(order, s.batch_size, world.own)):
-                done = (epoch * steps + step) / (steps * s.epochs)
-                for group in optimizer.param_groups:
-                    group["lr"] = s.lr * (1 + math.cos(math.pi * done)) / 2
-                with world.own_random(s.seed, task, epoch, step):
-                    features = self._forward(batch, model)
-                cosines = F.linear(F.normalize(features), F.normalize(directions))
-                loss = F.cross_entropy(s.scale * cosines, labels[rows.to(self.device)])
-                if (share := world.share(min(s.batch_size, len(images) - step * s.batch_size))) != 1:
-                    loss = loss * share  # an uneven last batch
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses[step] = loss.detach()
-                self.progress.step()
-            # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
-            world.sum_(losses.div_(world.size))
-            bad = (~losses.isfinite()).nonzero()
-            if len(bad):
-                where = f"task {task}, epoch {epoch}, step {int(bad[0])}"
-                raise FloatingPointError(f"the loss is {losses[bad[0]].item()} at {where}; try a smaller lr")
-            if not torch.stack([p.detach().norm() for p in parameters]).isfinite().all():
-                where = f"task {task}, epoch {epoch}"
-                raise FloatingPointError(f"the weights are not finite after the last step of {where}; try a smaller lr")
-            if self.checkpoint:
-                self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks)
+        with self.speed.passes():
+            for epoch in range(first, s.epochs):
+                order = torch.randperm(len(images))
+                targets = labels[order.to(self.device)].split(s.batch_size)  # at once: every copy makes the host wait
+                for step, (_, batch) in enumerate(images.epoch(order, s.batch_size, world.own)):
+                    done = (epoch * steps + step) / (steps * s.epochs)
+                    for group in optimizer.param_groups:
+                        group["lr"] = s.lr * (1 + math.cos(math.pi * done)) / 2
+                    with world.own_random(s.seed, task, epoch, step):
+                        features = self._forward(batch, model)
+                    cosines = F.linear(F.normalize(features), F.normalize(directions))
+                    number = len(targets[step])
+                    loss = F.cross_entropy(s.scale * cosines, targets[step][world.own(number)])
+                    if (share := world.share(number)) != 1:
+                        loss = loss * share  # an uneven last batch
+                    optimizer.zero_grad()
+                    scaler.scale(loss).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
+                    losses[step] = loss.detach()
+                    self.progress.step(number)
+                # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
+                world.sum_(losses.div_(world.size))
+                bad = (~losses.isfinite()).nonzero()
+                if len(bad):
+                    where = f"task {task}, epoch {epoch}, step {int(bad[0])}"
+                    raise FloatingPointError(f"the loss is {losses[bad[0]].item()} at {where}; try a smaller lr")
+                if not torch.stack([p.detach().norm() for p in parameters]).isfinite().all():
+                    where = f"task {task}, epoch {epoch}"
+                    raise FloatingPointError(
+                        f"the weights are not finite after the last step of {where}; try a smaller lr"
+                    )
+                if self.checkpoint:
+                    self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks, scaler)
         self.model.eval()
 
     @torch.no_grad()
@@ -190,6 +198,10 @@ class Trainer:
             model: what to call instead of the model itself, an ensemble of it for [n, T, D].
         """
         self.model.eval()
-        model = model or self.model
-        with lower_on_exhaustion("eval_batch_size"):
-            return torch.cat([self._forward(batch, model) for batch in images.split(self.settings.eval_batch_size)])
+        self.progress.read(len(images))
+        features = []
+        with lower_on_exhaustion("eval_batch_size"), self.speed.passes(model is None):
+            for batch in images.split(self.settings.eval_batch_size):
+                features.append(self._forward(batch, model or self.model))
+                self.progress.step(len(batch))
+        return torch.cat(features)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .resample import to_device
+
 _CHUNK = 1024  # images resized at once: bounds the memory of the float copies
 
 
@@ -100,7 +102,8 @@ def random_affine(
 
     device = generator.device if generator is not None else torch.device("cpu")
     total, which = among or (len(images), slice(None))
-    number = torch.rand(6, total, generator=generator, device=device)[:, which].to(images.device, torch.float32)
+    number = torch.rand(6, total, generator=generator, device=device)[:, which].float()
+    number = to_device(number, images.device)
     size = (math.log(zoom[0]) + math.log(zoom[1] / zoom[0]) * number[0]).exp()
     ratio = (math.log(stretch) * (number[1] - 0.5)).exp()
     angle = math.radians(rotate) * (2 * number[2] - 1)
