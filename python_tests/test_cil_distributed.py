@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import traceback
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from test_cil_checkpoint import TINY, VARIANTS, Cut, arrays, backbone, settings
 from torch import Tensor, nn
 
@@ -57,13 +57,13 @@ def spawn(size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
 
     `command_line`, a job that finds the others by itself, gets None.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # here, as in torchrun
     answers = [processes.Pipe(duplex=False) for _ in range(size)]
     started = []
     for rank, (_, answer) in enumerate(answers):
-        started.append(processes.Process(target=_process, args=(rank, size, port, answer, job, args), daemon=True))
+        started.append(
+            processes.Process(target=_process, args=(rank, size, store.port, answer, job, args), daemon=True)
+        )
         started[-1].start()
         answer.close()
     results = []
@@ -77,6 +77,7 @@ def spawn(size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
 def _process(rank: int, size: int, port: int, answer: Any, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     try:
         with launched() if job is not command_line else nullcontext() as world:
             result = job(world, *args)
