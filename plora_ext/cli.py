@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def demo(args: argparse.Namespace) -> None:
     """PLoRA beside two baselines on the embedded benchmark."""
     settings = settings_from(args, out="plora-demo")
-    _run([replace(settings, method=method) for method in DEMO_METHODS], settings)
+    _run([replace(settings, method=method) for method in DEMO_METHODS], settings, tensorboard=args.tensorboard)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -61,7 +61,7 @@ def train(args: argparse.Namespace) -> None:
         before = Checkpoint(Path(settings.out), resume=True)
         if before.manifest:
             settings = settings_from(args, **before.settings)
-    _run([settings], settings, resume=args.resume)
+    _run([settings], settings, resume=args.resume, tensorboard=args.tensorboard)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -93,16 +93,18 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Compares finished runs."""
+    """Compares runs over seeds: a page (report.html), its figures as PNG, and CSV files."""
     from rich.console import Console
 
     from plora_ext.cil import report as reports
+    from plora_ext.cil.runs import group
 
     results = [result for run in args.runs for result in reports.load_results(run)]
     folder = reports.prepare_folder(args.out)
-    reports.write_folder(folder, results)
-    Console().print(reports.comparison_table(results))
-    print(f"written to {folder}: metrics.json, accuracy.png, task_matrix.png")
+    names = reports.write_report(folder, results)
+    for protocol in group(results):
+        Console().print(reports.comparison_table(protocol))
+    print(f"written to {folder}: {', '.join(names)}")
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -128,16 +130,26 @@ def info(args: argparse.Namespace) -> None:
         print(facts.plans(args.plan, **{name: getattr(args, name) for name in keywords}))
 
 
-def _run(jobs: Sequence[Settings], shown: Settings, resume: bool | None = None) -> None:
+def _run(jobs: Sequence[Settings], shown: Settings, resume: bool | None = None, tensorboard: bool = False) -> None:
     """Runs jobs into one folder; with `resume` not None, a single job with a checkpoint."""
+    from contextlib import ExitStack
+
     from plora_ext.cil import report as reports
     from plora_ext.cil.checkpoint import Checkpoint, exclusive
     from plora_ext.cil.console import ConsoleProgress
     from plora_ext.cil.engine import Result, load_data, make_stream, run
+    from plora_ext.cil.runs import group
+    from plora_ext.cil.tensorboard import TensorBoard
+    from plora_ext.cil.training import Progress
 
     folder = reports.prepare_folder(shown.out)
-    with exclusive(folder):
+    with exclusive(folder), ExitStack() as stack:
         checkpoint = None if resume is None else Checkpoint(folder, resume)
+        console = ConsoleProgress()
+        progress: Progress = console
+        if tensorboard:  # before any work: it may not be installed
+            resumed = bool(checkpoint and checkpoint.manifest)
+            progress = stack.enter_context(TensorBoard(folder / "tensorboard", console, anew=not resumed))
         data = load_data(shown)
         stream = make_stream(shown, data)
         print(
@@ -145,11 +157,11 @@ def _run(jobs: Sequence[Settings], shown: Settings, resume: bool | None = None) 
             f"{stream.num_classes} classes in {len(stream)} tasks"
         )
         results: list[Result] = []
-        with ConsoleProgress() as progress:
+        with console:
             for job in jobs:
                 results.append(run(job, data=data, progress=progress, checkpoint=checkpoint))
                 reports.write_folder(folder, results, shown.to_yaml())
-    progress.console.print(reports.comparison_table(results))
+    console.console.print(reports.comparison_table(*group(results)))
     print(f"written to {folder}: metrics.json, accuracy.png, task_matrix.png, settings.yaml")
 
 
@@ -193,11 +205,13 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=function, options=added._option_string_actions)
         return added
 
-    add_settings(command(demo), skip=("method",))
-    trainer = command(train)
+    demonstrator, trainer = command(demo), command(train)
+    add_settings(demonstrator, skip=("method",))
     trainer.add_argument("-c", "--config", metavar="FILE", help="YAML file of settings; options override it")
     trainer.add_argument("--resume", action="store_true", help="continue the run that the output folder holds")
     add_settings(trainer)
+    for added in (demonstrator, trainer):
+        added.add_argument("--tensorboard", action="store_true", help="write TensorBoard scalars to OUT/tensorboard")
     evaluator = command(evaluate, "eval")
     evaluator.add_argument("run", metavar="RUN", help="a folder that train wrote")
     evaluator.add_argument("--out", metavar="FILE", help="JSON file for the figures")
@@ -213,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("--data", "--data-root"):
         evaluator.add_argument(name, metavar="VALUE", help="where the run's data are now (default: where they were)")
     reporter = command(report)
-    reporter.add_argument("runs", nargs="+", metavar="RUN", help="a folder that demo or train wrote")
+    reporter.add_argument("runs", nargs="+", metavar="RUN", help="a folder that demo, train or report wrote")
     reporter.add_argument("--out", default="plora-report", help="folder for the comparison (default: plora-report)")
     bencher = command(bench)
     bencher.add_argument("what", choices=("ensemble", "prototypes"), help="what to time")
