@@ -97,13 +97,18 @@ def report(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from plora_ext.cil import report as reports
+    from plora_ext.cil.page import notes
     from plora_ext.cil.runs import group
 
     results = [result for run in args.runs for result in reports.load_results(run)]
     folder = reports.prepare_folder(args.out)
     names = reports.write_report(folder, results)
-    for protocol in group(results):
-        Console().print(reports.comparison_table(protocol))
+    protocols = group(results)
+    for protocol in protocols:
+        if protocol.finished:
+            Console().print(reports.comparison_table(protocol))
+    for note in notes(protocols, results):
+        print(note)
     print(f"written to {folder}: {', '.join(names)}")
 
 

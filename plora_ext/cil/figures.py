@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from plora_ext.cil.engine import Result
-from plora_ext.cil.methods import METHODS
 from plora_ext.cil.runs import Group, Protocol
 
 # Hues of Okabe and Ito, dark enough to be read on white; the page has a light twin of each for a dark background.
@@ -36,7 +35,8 @@ def accuracy(protocol: Protocol) -> Figure:
     groups = protocol.finished
     seen = protocol.classes_seen
     ends, low = [], 100.0
-    for group, style in zip(groups, _styles(groups)):
+    for group in groups:
+        style = _style(protocol, group)
         mean, deviation = group.spread(lambda r: r.curve) or (np.zeros(1), np.zeros(1))
         if len(mean) == 1 < len(seen):  # joint training: one figure, drawn across as the bound it is
             mean, deviation, style = mean.repeat(len(seen)), deviation.repeat(len(seen)), {**style, "marker": ""}
@@ -44,11 +44,12 @@ def accuracy(protocol: Protocol) -> Figure:
         _curve(axes, group.example.classes_seen if len(seen) == 1 else seen, mean, deviation, style)
         ends.append((mean[-1], f"{group.short}  {mean[-1]:.1f}", style["color"]))
         low = min(low, float((mean - deviation).min()))
-    for group in protocol.groups:  # how far those have come that nothing else is known of
-        if not group.results:
-            for r in group.unfinished:
-                axes.plot(r.classes_seen[: len(r.curve)], r.curve, color=EDGE, linestyle=":", marker=".")
-                low = min(low, *r.curve)
+    for group in protocol.groups:
+        for r in group.unfinished if not group.results else ():  # nothing else is known of them
+            x, color = r.classes_seen[: len(r.curve)], _style(protocol, group)["color"]
+            axes.plot(x, r.curve, color=color, linestyle=":", marker=".")
+            ends.append((r.curve[-1], f"{group.short}, incomplete", color))
+            low = min(low, *r.curve)
     axes.set(ylim=(max(0.0, 10 * (low // 10) - 5), 101), xlabel="classes seen", ylabel="accuracy over all of them (%)")
     _name(axes, ends, seen[-1])
     axes.set_xticks(seen if len(seen) <= 20 else [])
@@ -62,24 +63,25 @@ def forgetting(protocol: Protocol) -> Figure | None:
     curves = [(g, g.spread(fallen)) for g in protocol.finished if len(g.example.matrix) > 1]
     if not curves:
         return None
-    return _over_tasks(curves, "task", "accuracy lost since its best (points)")
+    return _over_tasks(protocol, curves, "task", "accuracy lost since its best (points)")
 
 
 def drift(protocol: Protocol) -> Figure | None:
     """Distance of old prototypes from the true class means: dashed when the task began, solid after the alignment."""
-    measured = [
-        (g, g.spread(lambda r: moved(r, "after")), g.spread(lambda r: moved(r, "before"))) for g in protocol.finished
-    ]
-    curves = [(g, after) for g, after, _ in measured if after is not None]
+    curves = [(g, g.spread(lambda r: moved(r, "after"))) for g in protocol.finished]
+    curves = [(g, spread) for g, spread in curves if spread is not None]
     if not curves:
         return None
-    figure = _over_tasks(curves, "after task", "mean 1 − cos to the true class mean", first=2)
-    axes = figure.axes[0]
-    for (_, _, before), style in zip((m for m in measured if m[1] is not None), _styles([g for g, _ in curves])):
-        if before is not None:
-            x = np.arange(len(before[0])) + 2
-            axes.plot(x, before[0], color=style["color"], linewidth=1.2, linestyle=(0, (2, 2)))
-    axes.set_ylim(bottom=0)
+    before = [g.spread(lambda r: moved(r, "before")) for g, _ in curves]
+    every = np.concatenate([spread[0] for spread in (*before, *(s for _, s in curves)) if spread is not None])
+    log = every.min() > 0 and every.max() > 30 * every.min()
+    figure = _over_tasks(
+        protocol, curves, "after task", "mean 1 − cos to the true class mean", 2, 0, "log" if log else "linear"
+    )
+    for spread, (g, _) in zip(before, curves):
+        if spread is not None:
+            x, color = np.arange(len(spread[0])) + 2, _style(protocol, g)["color"]
+            figure.axes[0].plot(x, spread[0], color=color, linewidth=1.2, linestyle=(0, (2, 2)))
     return figure
 
 
@@ -111,9 +113,7 @@ def cost_of_tasks(protocol: Protocol) -> Figure | None:
     curves = [(g, spread) for g, spread in curves if spread is not None]
     if not curves:
         return None
-    figure = _over_tasks(curves, "task", "seconds to learn it")
-    figure.axes[0].set_ylim(bottom=0)
-    return figure
+    return _over_tasks(protocol, curves, "task", "seconds to learn it", bottom=0)
 
 
 def matrix(group: Group, axes: Axes | None = None) -> Figure:
@@ -131,7 +131,7 @@ def matrix(group: Group, axes: Axes | None = None) -> Figure:
         for (t, i), value in np.ndenumerate(cells):
             if np.isfinite(value):
                 ink = "white" if value > 60 else "#222222"
-                axes.text(i, t, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=7)
+                axes.text(i, t, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=7, in_layout=False)
         axes.set_xticks(range(size), [str(i + 1) for i in range(size)])
         axes.set_yticks(range(len(cells)), [str(t + 1) for t in range(len(cells))])
     else:
@@ -148,9 +148,11 @@ def matrix(group: Group, axes: Axes | None = None) -> Figure:
     return figure
 
 
-def matrices(protocol: Protocol) -> Figure:
+def matrices(protocol: Protocol) -> Figure | None:
     """The task matrices of all groups, at most four beside each other."""
     groups = [g for g in protocol.finished if len(g.example.matrix) > 1] or protocol.finished
+    if not groups:
+        return None
     columns = min(4, len(groups))
     lines = -(-len(groups) // columns)
     side = min(max(0.36 * len(protocol.classes_seen), 2.4), 5.0)
@@ -240,28 +242,35 @@ def _axes() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _over_tasks(curves: Sequence[tuple[Group, Any]], xlabel: str, ylabel: str, first: int = 1) -> Figure:
+def _over_tasks(
+    protocol: Protocol,
+    curves: Sequence[tuple[Group, Any]],
+    xlabel: str,
+    ylabel: str,
+    first: int = 1,
+    bottom: float | None = None,
+    scale: str = "linear",
+) -> Figure:
     figure, axes = _axes()
     ends, last = [], 1
-    for (group, (mean, deviation)), style in zip(curves, _styles([g for g, _ in curves])):
+    for group, (mean, deviation) in curves:
+        style = _style(protocol, group)
         x = np.arange(len(mean)) + first
-        _curve(axes, x, mean, deviation, style)
+        _curve(axes, x, mean, deviation if scale == "linear" else 0 * deviation, style)
         ends.append((mean[-1], group.short, style["color"]))
         last = max(last, int(x[-1]))
-    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale=scale)
+    if scale == "linear":
+        axes.set_ylim(bottom=bottom)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     _name(axes, ends, last)
     return figure
 
 
-def _styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Colour, marker and line of each group; a method has the same colour in every figure where it is alone."""
-    alone = len({g.method for g in groups}) == len(groups)
-    numbers = [list(METHODS).index(g.method) if alone and g.method in METHODS else i for i, g in enumerate(groups)]
-    return [
-        {"color": COLORS[n % 7], "marker": _MARKERS[n % len(_MARKERS)], "linestyle": _LINES[n // 7 % len(_LINES)]}
-        for n in numbers
-    ]
+def _style(protocol: Protocol, group: Group) -> dict[str, Any]:
+    """Colour, marker and line of a group, the same in every figure of its protocol."""
+    n = next(i for i, g in enumerate(protocol.groups) if g is group)
+    return {"color": COLORS[n % 7], "marker": _MARKERS[n % len(_MARKERS)], "linestyle": _LINES[n // 7 % len(_LINES)]}
 
 
 def _curve(axes: Axes, x: Any, mean: np.ndarray, deviation: np.ndarray, style: dict[str, Any]) -> None:
@@ -274,16 +283,24 @@ def _curve(axes: Axes, x: Any, mean: np.ndarray, deviation: np.ndarray, style: d
 def _name(axes: Axes, ends: Sequence[tuple[float, str, str]], at: float) -> None:
     """Names the curves at their ends, where there are few, otherwise in a legend below."""
     if len(ends) > _NAMED:
-        lines = [line for line in axes.get_lines() if line.get_color() != EDGE]
-        for line, (_, text, _) in zip(lines, ends):
+        for line, (_, text, _) in zip(axes.get_lines(), ends):
             line.set_label(text)
         _legend(axes.figure, axes)  # type: ignore[arg-type]
         return
-    bottom, top = axes.get_ylim()
-    heights = _apart([end[0] for end in ends], gap=0.052 * (top - bottom))
+    to_axes = axes.transData + axes.transAxes.inverted()  # where the curves end, as a share of the height
+    heights = _apart([float(to_axes.transform((at, end[0]))[1]) for end in ends], gap=0.052)
     for height, (_, text, color) in zip(heights, ends):
-        axes.annotate(text, (at, height), (8, 0), textcoords="offset points", color=color, va="center", weight="bold")
-    axes.set_ylim(bottom, top)
+        axes.annotate(
+            text,
+            (at, height),
+            (8, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            annotation_clip=False,
+            color=color,
+            va="center",
+            weight="bold",
+        )
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

@@ -62,7 +62,7 @@ def page(protocols: Sequence[Protocol], results: Sequence[Result]) -> str:
     )
     methods = list(dict.fromkeys(g.method for p in protocols for g in p.groups))
     return environment.get_template(TEMPLATE).render(
-        title=f"{', '.join(methods) or 'No run'}: class-incremental learning, compared",
+        title=f"Class-incremental learning: {', '.join(methods) or 'no run'}",
         counts=[
             _count(len(results), "run"),
             _count(sum(len(p.groups) for p in protocols), "configuration"),
@@ -70,7 +70,7 @@ def page(protocols: Sequence[Protocol], results: Sequence[Result]) -> str:
         ],
         date=datetime.date.today().isoformat(),
         version=plora_ext.__version__,
-        notes=list(_notes(protocols, results)),
+        notes=list(notes(protocols, results)),
         protocols=[{"name": p.name, "id": f"p{i}", "sections": _sections(p, f"p{i}")} for i, p in enumerate(protocols)],
     )
 
@@ -80,7 +80,8 @@ def _sections(protocol: Protocol, name: str) -> list[Section]:
     return [make(protocol, name) for make in makers]
 
 
-def _notes(protocols: Sequence[Protocol], results: Sequence[Result]) -> Iterable[str]:
+def notes(protocols: Sequence[Protocol], results: Sequence[Result]) -> Iterable[str]:
+    """What a reader must know of the comparison: runs left out or incomplete, protocols and versions that differ."""
     for r in results:
         if not r.curve:
             yield f"{_run(r)} has not learned its first task: left out."
@@ -164,7 +165,9 @@ def _drift(protocol: Protocol, name: str) -> Section:
         "prototype as it was when the task began; solid, as the method left it. The true means take the old classes' "
         "training images, which no method sees."
     )
-    missing = "No run here measured it. It takes a pass over old images after every task: --measure-drift true."
+    missing = (
+        "No complete run here measured it. It takes a pass over old images after every task: --measure-drift true."
+    )
     section = _curves("Drift of the prototypes", text, figures.drift(protocol), f"{name}-drift", [], missing, "")
     lines = []
     for g in protocol.finished:
@@ -172,7 +175,7 @@ def _drift(protocol: Protocol, name: str) -> Section:
         if all(spread is not None for spread in spreads):
             before, after, spacing = (float(spread[0]) for spread in spreads if spread)
             kept = f"{100 * (1 - after / before):.0f} %" if before > 1e-9 else "–"
-            lines.append([g.label, f"{before:.4f}", f"{after:.4f}", kept, f"{spacing:.4f}"])
+            lines.append([g.label, f"{before:.3g}", f"{after:.3g}", kept, f"{spacing:.3g}"])
     if lines:
         head = ("Method", "Before", "After", "Made good", "Distance to the nearest other class")
         section.tables.append(Table("Mean over tasks of 1 − cos", head, lines))
@@ -239,10 +242,11 @@ def _curves(
     if figure is None:
         return Section(title, missing=missing)
     curves = [(g, spread) for g, spread in curves if spread is not None]
-    section = Section(title, [(title, figures.svg(figure, name, text))], text=text)
+    what = f"{title}, task by task"
+    section = Section(title, [(what, figures.svg(figure, name, text))], text=text)
     if curves:
         longest = max(len(mean) for _, (mean, _) in curves)
-        section.details.append(_over_tasks(title, (column, *(str(t + 1) for t in range(longest))), curves))
+        section.details.append(_over_tasks(what, (column, *(str(t + 1) for t in range(longest))), curves))
     return section
 
 

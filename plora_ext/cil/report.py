@@ -73,9 +73,8 @@ def write_report(folder: Path, results: Sequence[Result]) -> list[str]:
     }
     pictures: dict[str, Figure | None] = {}
     for protocol in protocols:
-        if protocol.finished:
-            where = "" if len(protocols) == 1 else re.sub(r"\W+", "_", protocol.name).strip("_") + "-"
-            pictures |= {f"{where}{name}": draw(protocol) for name, draw in FIGURES.items()}
+        where = "" if len(protocols) == 1 else re.sub(r"\W+", "_", protocol.name).strip("_") + "-"
+        pictures |= {f"{where}{name}": draw(protocol) for name, draw in FIGURES.items()}
     return _write(folder, texts, pictures)
 
 

@@ -11,6 +11,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from plora_ext.cil.checkpoint import ELSEWHERE, MANIFEST, Checkpoint
 from plora_ext.cil.engine import Result
+from plora_ext.cil.methods import METHODS
 from plora_ext.cil.settings import Settings
 
 PROTOCOL = ("data", "init_cls", "increment", "tasks", "class_order", "backbone", "weights", "image_size", "transform",
@@ -31,7 +33,7 @@ class Group:
     """Runs of one configuration, by seed.
 
     Attributes:
-        label: The method, with those settings that tell it from other groups of the protocol.
+        label: The method, with those settings in which it differs from the usual ones of the protocol's groups.
         results: Its finished runs.
         unfinished: Those that have not learned all tasks.
     """
@@ -185,7 +187,12 @@ def configuration_of(result: Result) -> dict[str, Any]:
 
 def settings_of(result: Result) -> dict[str, Any]:
     """A result's settings; those that came after it was written have their default."""
-    return {**Settings().as_dict(), **result.settings}
+    return {**_defaults(), **result.settings}
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return Settings().as_dict()
 
 
 def differing(groups: Sequence[Group]) -> list[str]:
@@ -213,16 +220,28 @@ def _key(value: Any) -> str:
 
 
 def _protocol(name: str, groups: list[Group]) -> Protocol:
+    defaults = _defaults()
     for method in dict.fromkeys(g.method for g in groups):
         own = [g for g in groups if g.method == method]
-        names = differing(own)
-        for g in own:
-            facts = configuration_of(g.example)
-            g.label = ", ".join([method, *(f"{name} {text_of(facts.get(name))}" for name in names)])
+        facts = [configuration_of(g.example) for g in own]
+        # The default goes without saying, or else what most of the method's groups have.
+        usual = {setting: _usual([f.get(setting) for f in facts], defaults.get(setting)) for setting in differing(own)}
+        for g, f in zip(own, facts):
+            said = [f"{n} {text_of(f.get(n))}" for n, value in usual.items() if _key(f.get(n)) != value]
+            g.label = ", ".join([method, *said])
             g.results.sort(key=lambda r: int(r.settings["seed"]))
             g.unfinished.sort(key=lambda r: int(r.settings["seed"]))
+    order = {method: i for i, method in enumerate(METHODS)}
+    groups.sort(key=lambda g: (order.get(g.method, len(order)), g.label != g.method))
     longest = max((g.example.classes_seen for g in groups), key=len)
     return Protocol(name, groups, list(longest))
+
+
+def _usual(values: list[Any], default: Any) -> str | None:
+    """The key of the value that needs no word: the most frequent, if it alone is that or the default is as frequent."""
+    times = Counter(map(_key, values))
+    most = [value for value, n in times.items() if n == max(times.values())]
+    return most[0] if len(most) == 1 else _key(default) if _key(default) in most else None
 
 
 def _names(firsts: Sequence[Result]) -> list[str]:
