@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def demo(args: argparse.Namespace) -> None:
     """PLoRA beside two baselines on the embedded benchmark."""
     settings = settings_from(args, out="plora-demo")
-    _run([replace(settings, method=method) for method in DEMO_METHODS], settings, args.world)
+    _run([replace(settings, method=method) for method in DEMO_METHODS], settings, args.world, None, args.tensorboard)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -73,7 +73,7 @@ def train(args: argparse.Namespace) -> None:
         before = Checkpoint(Path(settings.out), resume=True, world=args.world)
         if before.manifest:
             settings = settings_from(args, **before.settings)
-    _run([settings], settings, args.world, resume=args.resume)
+    _run([settings], settings, args.world, args.resume, args.tensorboard)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -110,16 +110,23 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Compares finished runs."""
+    """Compares runs over seeds: a page (report.html), its figures as PNG, and CSV files."""
     from rich.console import Console
 
     from plora_ext.cil import report as reports
+    from plora_ext.cil.page import notes
+    from plora_ext.cil.runs import group
 
     results = [result for run in args.runs for result in reports.load_results(run)]
     folder = reports.prepare_folder(args.out)
-    reports.write_folder(folder, results)
-    Console().print(reports.comparison_table(results))
-    print(f"written to {folder}: metrics.json, accuracy.png, task_matrix.png")
+    names = reports.write_report(folder, results)
+    protocols = group(results)
+    for protocol in protocols:
+        if protocol.finished:
+            Console().print(reports.comparison_table(protocol))
+    for note in notes(protocols, results):
+        print(note)
+    print(f"written to {folder}: {', '.join(names)}")
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -145,17 +152,32 @@ def info(args: argparse.Namespace) -> None:
         print(facts.plans(args.plan, **{name: getattr(args, name) for name in keywords}))
 
 
-def _run(jobs: Sequence[Settings], shown: Settings, world: World = SINGLE, resume: bool | None = None) -> None:
+def _run(
+    jobs: Sequence[Settings],
+    shown: Settings,
+    world: World = SINGLE,
+    resume: bool | None = None,
+    tensorboard: bool = False,
+) -> None:
     """Runs jobs into one folder; with `resume` not None, a single job with a checkpoint."""
     from plora_ext.cil import report as reports
     from plora_ext.cil.checkpoint import Checkpoint, exclusive
     from plora_ext.cil.console import ConsoleProgress
     from plora_ext.cil.engine import Result, load_data, make_stream, run
+    from plora_ext.cil.runs import group
+    from plora_ext.cil.tensorboard import TensorBoard
     from plora_ext.cil.training import Progress
 
     folder = world.from_first(lambda: reports.prepare_folder(shown.out))
-    with exclusive(folder) if world.first else nullcontext():
+    with ExitStack() as stack:
+        if world.first:
+            stack.enter_context(exclusive(folder))
         checkpoint = None if resume is None else Checkpoint(folder, resume, world)
+        console = ConsoleProgress()
+        progress: Progress = console if world.first else Progress()
+        if tensorboard and world.first:  # before any work: it may not be installed
+            resumed = bool(checkpoint and checkpoint.manifest)
+            progress = stack.enter_context(TensorBoard(folder / "tensorboard", console, anew=not resumed))
         with world.host_first() if shown.download else nullcontext():
             data = load_data(shown)
         stream = make_stream(shown, data)
@@ -166,14 +188,14 @@ def _run(jobs: Sequence[Settings], shown: Settings, world: World = SINGLE, resum
                 f"{stream.num_classes} classes in {len(stream)} tasks{together}"
             )
         results: list[Result] = []
-        with ConsoleProgress() if world.first else nullcontext(Progress()) as progress:
+        with console if world.first else nullcontext():
             for job in jobs:
                 results.append(run(job, data=data, progress=progress, checkpoint=checkpoint, world=world))
                 if world.first:
                     reports.write_folder(folder, results, shown.to_yaml())
-    if not isinstance(progress, ConsoleProgress):
+    if not world.first:
         return
-    progress.console.print(reports.comparison_table(results))
+    console.console.print(reports.comparison_table(*group(results)))
     print(f"written to {folder}: metrics.json, accuracy.png, task_matrix.png, settings.yaml")
 
 
@@ -217,11 +239,13 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=function, options=added._option_string_actions)
         return added
 
-    add_settings(command(demo), skip=("method",))
-    trainer = command(train)
+    demonstrator, trainer = command(demo), command(train)
+    add_settings(demonstrator, skip=("method",))
     trainer.add_argument("-c", "--config", metavar="FILE", help="YAML file of settings; options override it")
     trainer.add_argument("--resume", action="store_true", help="continue the run that the output folder holds")
     add_settings(trainer)
+    for added in (demonstrator, trainer):
+        added.add_argument("--tensorboard", action="store_true", help="write TensorBoard scalars to OUT/tensorboard")
     evaluator = command(evaluate, "eval")
     evaluator.add_argument("run", metavar="RUN", help="a folder that train wrote")
     evaluator.add_argument("--out", metavar="FILE", help="JSON file for the figures")
@@ -237,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("--data", "--data-root"):
         evaluator.add_argument(name, metavar="VALUE", help="where the run's data are now (default: where they were)")
     reporter = command(report)
-    reporter.add_argument("runs", nargs="+", metavar="RUN", help="a folder that demo or train wrote")
+    reporter.add_argument("runs", nargs="+", metavar="RUN", help="a folder that demo, train or report wrote")
     reporter.add_argument("--out", default="plora-report", help="folder for the comparison (default: plora-report)")
     bencher = command(bench)
     bencher.add_argument("what", choices=("ensemble", "prototypes"), help="what to time")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from plora_ext.cil import metrics
+from plora_ext.cil import drift, metrics
 from plora_ext.cil.checkpoint import Checkpoint, fingerprint_of, set_rng_state
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.features import FeatureCache
@@ -23,6 +23,7 @@ from plora_ext.cil.stream import Task, TaskStream
 from plora_ext.cil.training import Progress, Trainer
 from plora_ext.data import Backbone, Images, Preparation, View, create_backbone, load_images
 from plora_ext.data.sets import checked
+from plora_ext.info import environment
 
 AT_ONCE = 4096  # images whose kept features are put together at a time
 
@@ -41,6 +42,9 @@ class Result:
         seconds, peak_mb: Per phase: train, prototypes, align, eval.
         total_seconds: The whole run, without loading data and backbone.
         num_train, num_test: Images.
+        costs: `seconds` and `peak_mb` of each phase, task by task.
+        drift: Of the prototypes, task by task (plora_ext.cil.drift); None where there is none, empty if not measured.
+        environment: Versions and the device's name.
     """
 
     settings: dict[str, Any]
@@ -54,6 +58,9 @@ class Result:
     total_seconds: float
     num_train: int
     num_test: int
+    costs: list[dict[str, dict[str, float]]] = field(default_factory=list)
+    drift: list[dict[str, float] | None] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -204,6 +211,16 @@ def run(
     evaluator = Evaluator(method, tasks, test, stream.task_of_class(), make_cache(settings, trainer))
 
     record: dict[str, Any] = {"curve": [], "matrix": [], "seconds": {}, "peak_mb": {}, "total_seconds": 0.0}
+    record |= {"costs": [], "drift": []}
+    facts: dict[str, Any] = {
+        "tasks": len(tasks),
+        "class_order": stream.class_order,
+        "class_names": None if data.class_names is None else [data.class_names[c] for c in stream.class_order],
+        "classes_seen": [task.classes.stop for task in tasks],
+        "num_train": len(train),
+        "num_test": len(test),
+        "environment": environment(device),
+    }
     trainer.progress.begin(settings.method, len(tasks))
     if saved:
         record.update(saved["run"])
@@ -219,21 +236,25 @@ def run(
                 f"task {task.index} has {len(task.train)} training images for {world.size} processes: start fewer"
             )
         labels = torch.from_numpy(task.train_labels - task.classes.start).to(device)
+        held = method.prototypes
         method.learn(task, train[torch.from_numpy(task.train)], labels)
         with trainer.phases("eval"):
             accuracy, row = evaluator.after(task.index)
         record["curve"].append(accuracy)
         record["matrix"].append(row)
+        if settings.measure_drift:
+            with trainer.phases("drift"):
+                record["drift"].append(drift.measure(method, tasks[: task.index + 1], train, held))
+        record["costs"].append(trainer.phases.lap())
         record["total_seconds"] = time.perf_counter() - start
         if checkpoint:
             costs = {"seconds": trainer.phases.seconds, "peak_mb": trainer.phases.peak_mb}
-            names = None if data.class_names is None else [data.class_names[c] for c in stream.class_order]
-            facts = {"tasks": len(tasks), "class_order": stream.class_order, "class_names": names}
-            checkpoint.save_task({**record, **costs, **facts}, method.state())
+            checkpoint.save_task({**record, **costs, **facts, "passes": method.passes}, method.state())
         trainer.progress.task(task.index, accuracy)
+        trainer.progress.measured(task.index, figures_of(record))
     return Result(
         settings=settings.as_dict(),
-        classes_seen=[task.classes.stop for task in tasks],
+        classes_seen=facts["classes_seen"],
         class_order=stream.class_order,
         curve=record["curve"],
         matrix=record["matrix"],
@@ -243,4 +264,21 @@ def run(
         total_seconds=record["total_seconds"],
         num_train=len(train),
         num_test=len(test),
+        costs=record["costs"],
+        drift=record["drift"],
+        environment=facts["environment"],
     )
+
+
+def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """What a run measured after its last task so far, by name."""
+    matrix, costs, moved = record["matrix"], record["costs"][-1], (record["drift"] or [None])[-1] or {}
+    means = {"forgetting": metrics.forgetting(matrix), "backward transfer": metrics.backward_transfer(matrix)}
+    return {
+        "accuracy/all classes seen": record["curve"][-1],
+        **{f"accuracy/{name}": value for name, value in means.items() if value is not None},
+        **{f"accuracy of task/{i + 1}": value for i, value in enumerate(matrix[-1])},
+        **{f"seconds/{phase}": value for phase, value in costs["seconds"].items()},
+        **{f"peak MiB/{phase}": value for phase, value in costs["peak_mb"].items()},
+        **{f"drift of prototypes/{name}": value for name, value in moved.items()},
+    }

@@ -102,6 +102,9 @@ class Settings:
         "features of test images under adapters that stay as they are: auto (kept on the device, the host or in "
         "temporary files, by size), none, or a folder for files that a later run can use",
     )
+    measure_drift: bool = _setting(
+        False, "compare prototypes with the true means of old classes after every task: a pass over old images"
+    )
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1, ...")
     amp: Literal["none", "bfloat16", "float16"] = _setting(
         "none", "autocast to this dtype; gradients of float16 are scaled"

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,8 +37,14 @@ class Progress:
     def step(self, images: int) -> None:
         """So many of them are done."""
 
+    def epoch(self, number: int, loss: float) -> None:
+        """An epoch of training is done, the so-manyth of all tasks; `loss` is the mean over its steps."""
+
     def task(self, task: int, accuracy: float) -> None:
         """A task is learned; accuracy is over all classes seen, in percent."""
+
+    def measured(self, task: int, figures: Mapping[str, float]) -> None:
+        """What was measured after a task, by name: accuracies in percent, seconds, MiB, drift."""
 
     def note(self, line: str) -> None:
         """Something that the user should know; not silent here either."""
@@ -56,6 +62,12 @@ class Phases:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.peak_mb: dict[str, float] = {}
+        self._lap: dict[str, dict[str, float]] = {"seconds": {}, "peak_mb": {}}
+
+    def lap(self) -> dict[str, dict[str, float]]:
+        """`seconds` and `peak_mb` of each phase since the last call."""
+        lap, self._lap = self._lap, {"seconds": {}, "peak_mb": {}}
+        return lap
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -69,9 +81,11 @@ class Phases:
         yield
         if cuda:
             torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else _resident_peak_mb()
-        self.peak_mb[name] = max(self.peak_mb.get(name, 0.0), peak)
+        for sums, peaks in ((self.seconds, self.peak_mb), (self._lap["seconds"], self._lap["peak_mb"])):
+            sums[name] = sums.get(name, 0.0) + seconds
+            peaks[name] = max(peaks.get(name, 0.0), peak)
 
 
 def _resident_peak_mb() -> float:
@@ -186,6 +200,7 @@ class Trainer:
                     raise FloatingPointError(
                         f"the weights are not finite after the last step of {where}; try a smaller lr"
                     )
+                self.progress.epoch(task * s.epochs + epoch + 1, float(losses.mean()))
                 if self.checkpoint:
                     self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks, scaler)
         self.model.eval()
