@@ -90,7 +90,8 @@ class Checkpoint:
             ValueError: The checkpoint is of another run (names every difference), or damaged; or another process of
                 this run was started with something else.
         """
-        refuse_other(self.world.from_first(lambda: fingerprint), fingerprint, "the process of rank 0 is")
+        if self.world.size > 1:
+            refuse_other(self.world.from_first(lambda: fingerprint), fingerprint, "the process of rank 0 is")
         saved = self.manifest
         if saved:
             refuse_other(saved["fingerprint"], fingerprint, f"{self.folder} is the checkpoint")
