@@ -142,34 +142,31 @@ class Trainer:
         first = self.checkpoint.enter_fit(task, learned, optimizer, scaler) if self.checkpoint else 0
         self.progress.fit(task, len(images) * (s.epochs - first))
         self.model.train()
-        with self.speed.passes():
-            for epoch in range(first, s.epochs):
-                order = torch.randperm(len(images))
-                targets = labels[order.to(self.device)].split(s.batch_size)  # at once: every copy makes the host wait
-                for step, (_, batch) in enumerate(images.epoch(order, s.batch_size)):
-                    done = (epoch * steps + step) / (steps * s.epochs)
-                    for group in optimizer.param_groups:
-                        group["lr"] = s.lr * (1 + math.cos(math.pi * done)) / 2
-                    cosines = F.linear(F.normalize(self._forward(batch, self.model)), F.normalize(directions))
-                    loss = F.cross_entropy(s.scale * cosines, targets[step])
-                    optimizer.zero_grad()
-                    scaler.scale(loss).backward()
-                    scaler.step(optimizer)
-                    scaler.update()
-                    losses[step] = loss.detach()
-                    self.progress.step(len(batch))
-                # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
-                bad = (~losses.isfinite()).nonzero()
-                if len(bad):
-                    where = f"task {task}, epoch {epoch}, step {int(bad[0])}"
-                    raise FloatingPointError(f"the loss is {losses[bad[0]].item()} at {where}; try a smaller lr")
-                if not torch.stack([p.detach().norm() for p in parameters]).isfinite().all():
-                    where = f"task {task}, epoch {epoch}"
-                    raise FloatingPointError(
-                        f"the weights are not finite after the last step of {where}; try a smaller lr"
-                    )
-                if self.checkpoint:
-                    self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks, scaler)
+        for epoch in range(first, s.epochs):
+            order = torch.randperm(len(images))
+            targets = labels[order.to(self.device)].split(s.batch_size)  # at once: every copy makes the host wait
+            for step, (_, batch) in enumerate(images.epoch(order, s.batch_size)):
+                done = (epoch * steps + step) / (steps * s.epochs)
+                for group in optimizer.param_groups:
+                    group["lr"] = s.lr * (1 + math.cos(math.pi * done)) / 2
+                cosines = F.linear(F.normalize(self._forward(batch, self.model)), F.normalize(directions))
+                loss = F.cross_entropy(s.scale * cosines, targets[step])
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                losses[step] = loss.detach()
+                self.progress.step(len(batch))
+            # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
+            bad = (~losses.isfinite()).nonzero()
+            if len(bad):
+                where = f"task {task}, epoch {epoch}, step {int(bad[0])}"
+                raise FloatingPointError(f"the loss is {losses[bad[0]].item()} at {where}; try a smaller lr")
+            if not torch.stack([p.detach().norm() for p in parameters]).isfinite().all():
+                where = f"task {task}, epoch {epoch}"
+                raise FloatingPointError(f"the weights are not finite after the last step of {where}; try a smaller lr")
+            if self.checkpoint:
+                self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks, scaler)
         self.model.eval()
 
     @torch.no_grad()
