@@ -45,6 +45,7 @@ from plora_ext.cil import Images, Settings, run
 from plora_ext.cil.engine import load_backbone, pick_device
 from plora_ext.cil.training import Phases, Progress, Trainer
 from plora_ext.data import ImageFiles, Preparation, View
+from plora_ext.data.view import SHARE
 from plora_ext.nn import inject
 
 RATES = ("part", "source", "first", "later", "share", "peak_mb")
@@ -112,8 +113,8 @@ def sources(args: argparse.Namespace, size: int, device: torch.device, folder: P
         "batch on the device": lambda: Resident(args.images, size, device),
         "arrays, resize": lambda: view(arrays()),
         "arrays, pilot on the device": lambda: view(arrays(), transform="pilot", on_device=True),
-        "JPEG, pilot on the device": lambda: view(ImageFiles(paths), transform="pilot", on_device=True, cache=True),
-        "JPEG, pilot in the workers": lambda: view(ImageFiles(paths), transform="pilot", cache=True),
+        "JPEG, pilot on the device": lambda: view(ImageFiles(paths), transform="pilot", on_device=True, cache=SHARE),
+        "JPEG, pilot in the workers": lambda: view(ImageFiles(paths), transform="pilot", cache=SHARE),
         "JPEG, not kept": lambda: view(ImageFiles(paths), transform="pilot", on_device=True),
     }
 
@@ -135,7 +136,8 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
     labels = torch.arange(args.images, device=device) % CLASSES
 
     def train(images: Any) -> list[float]:
-        trainer.fit(0, adapters.parameters("task0"), images, labels, CLASSES)
+        with trainer.speed.passes():
+            trainer.fit(0, adapters.parameters("task0"), images, labels, CLASSES)
         return np.diff([*clock.times, time.perf_counter()]).tolist()
 
     def evaluate(images: Any) -> list[float]:

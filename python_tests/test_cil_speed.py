@@ -124,7 +124,7 @@ def test_device_batches_depend_on_the_seed_alone(tmp_path: Path, monkeypatch: py
     images = files(tmp_path, [(12, 12)] * 7)
     arrays = np.stack([images[i] for i in range(7)])
     first, *others = (
-        batches(view(source, transform="pilot", on_device=True, workers=workers, cache=cache))
+        batches(view(source, transform="pilot", on_device=True, workers=workers, cache=cache * 0.1))
         for source, workers, cache in ((arrays, 0, False), (images, 0, True), (images, 2, False), (images, 1, True))
     )
     for other in others:
@@ -144,7 +144,7 @@ def test_device_batches_depend_on_the_seed_alone(tmp_path: Path, monkeypatch: py
 def test_files_are_decoded_once(workers: int, tmp_path: Path) -> None:
     images = files(tmp_path, [(12, 17), (30, 9), (8, 8), (21, 22), (5, 40)])
     plain = batches(view(images, workers=workers))
-    kept = view(images, workers=workers, cache=True)
+    kept = view(images, workers=workers, cache=0.1)
     assert all(torch.equal(a, b) for a, b in zip(batches(kept), plain))
     for path in images.paths:
         path.unlink()

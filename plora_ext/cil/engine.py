@@ -23,6 +23,7 @@ from plora_ext.cil.stream import Task, TaskStream
 from plora_ext.cil.training import Progress, Trainer
 from plora_ext.data import Backbone, Images, Preparation, View, create_backbone, load_images
 from plora_ext.data.sets import checked
+from plora_ext.data.view import SHARE
 from plora_ext.info import environment
 
 AT_ONCE = 4096  # images whose kept features are put together at a time
@@ -94,9 +95,8 @@ def prepare(settings: Settings, backbone: Backbone, device: torch.device, world:
     s, cores = settings, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     mean, std = (backbone.mean, backbone.std) if s.normalize == "backbone" else ([0.0] * 3, [1.0] * 3)
     workers = min(8, max(cores // world.local_size, 1)) if s.workers is None else s.workers
-    on_device = s.transform_on == "device"
-    look = (s.transform, s.augment, workers, on_device, s.cache_images, world.local_size)
-    return Preparation(backbone.image_size, mean, std, device, *look)
+    on_device, cache = s.transform_on == "device", SHARE / world.local_size if s.cache_images else 0.0
+    return Preparation(backbone.image_size, mean, std, device, s.transform, s.augment, workers, on_device, cache)
 
 
 def make_stream(settings: Settings, data: Images) -> TaskStream:

@@ -143,7 +143,7 @@ class _Adapted(Method):
     def _fit(self, task: Task, images: View, labels: Tensor, extra: tuple[Tensor, ...] = ()) -> None:
         newest = self.adapters.parameters(self.adapters.names[-1])
         parameters = [*(p for p in newest if p.requires_grad), *extra]
-        with self.trainer.phases("train"), lower_on_exhaustion("batch_size"):
+        with self.trainer.phases("train"), lower_on_exhaustion("batch_size"), self.trainer.speed.passes():
             self.trainer.fit(task.index, parameters, images, labels, len(task.classes))
 
     def _add_adapter(self, task: Task) -> str:

@@ -18,20 +18,19 @@ class Speed:
     """The settings amp, tf32, channels_last and compile, applied to one model.
 
     torch.compile is applied in place and to the blocks of the model where it has `blocks`: they are alike, so one of
-    them is compiled and serves all. Batches of another size than `batch_size` or `eval_batch_size`, the last of a pass,
-    run uncompiled instead of having a graph each.
+    them is compiled and serves all. Batches smaller than others before, the last of a pass, run uncompiled instead of
+    having a graph each.
 
     Args:
         model: Changed in place, where settings ask for it.
         settings: The run's settings.
         device: Where the model is.
-        step_images: Images of a training step in this process, where others have some of them.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, device: torch.device, step_images: int | None = None):
+    def __init__(self, model: nn.Module, settings: Settings, device: torch.device):
         self.model, self.settings, self.device = model, settings, device
-        self.step_images = step_images or settings.batch_size
         self.dtype = _DTYPES.get(settings.amp)
+        self._largest = {True: 0, False: 0}  # batch so far, with and without gradients
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)
         if settings.compile:
@@ -49,9 +48,10 @@ class Speed:
         """`model(images)` in float32."""
         if self.settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        usual = self.step_images if torch.is_grad_enabled() else self.settings.eval_batch_size
+        gradients = torch.is_grad_enabled()
+        self._largest[gradients] = max(self._largest[gradients], len(images))
         with (
-            self._eager(len(images) != usual),
+            self._eager(len(images) < self._largest[gradients]),
             torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None),
         ):
             return model(images).float()

@@ -129,7 +129,7 @@ class Trainer:
         world: World = SINGLE,
     ):
         self.model, self.settings, self.device, self.world = model, settings, device, world
-        self.speed = Speed(model, settings, device, len(world.rows(settings.batch_size)))
+        self.speed = Speed(model, settings, device)
         self.progress = progress or Progress()
         self.num_tasks = 1
         self.checkpoint: Checkpoint | None = None
@@ -168,41 +168,38 @@ class Trainer:
         model = world.parallel(self.model, learned)
         self.progress.fit(task, len(images) * (s.epochs - first))
         self.model.train()
-        with self.speed.passes():
-            for epoch in range(first, s.epochs):
-                order = torch.randperm(len(images))
-                targets = labels[order.to(self.device)].split(s.batch_size)  # at once: every copy makes the host wait
-                for step, (_, batch) in enumerate(images.epoch(order, s.batch_size, world.own)):
-                    done = (epoch * steps + step) / (steps * s.epochs)
-                    for group in optimizer.param_groups:
-                        group["lr"] = s.lr * (1 + math.cos(math.pi * done)) / 2
-                    with world.own_random(s.seed, task, epoch, step):
-                        features = self._forward(batch, model)
-                    cosines = F.linear(F.normalize(features), F.normalize(directions))
-                    number = len(targets[step])
-                    loss = F.cross_entropy(s.scale * cosines, targets[step][world.own(number)])
-                    if (share := world.share(number)) != 1:
-                        loss = loss * share  # an uneven last batch
-                    optimizer.zero_grad()
-                    scaler.scale(loss).backward()
-                    scaler.step(optimizer)
-                    scaler.update()
-                    losses[step] = loss.detach()
-                    self.progress.step(number)
-                # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
-                world.sum_(losses.div_(world.size))
-                bad = (~losses.isfinite()).nonzero()
-                if len(bad):
-                    where = f"task {task}, epoch {epoch}, step {int(bad[0])}"
-                    raise FloatingPointError(f"the loss is {losses[bad[0]].item()} at {where}; try a smaller lr")
-                if not torch.stack([p.detach().norm() for p in parameters]).isfinite().all():
-                    where = f"task {task}, epoch {epoch}"
-                    raise FloatingPointError(
-                        f"the weights are not finite after the last step of {where}; try a smaller lr"
-                    )
-                self.progress.epoch(task * s.epochs + epoch + 1, float(losses.mean()))
-                if self.checkpoint:
-                    self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks, scaler)
+        for epoch in range(first, s.epochs):
+            order = torch.randperm(len(images))
+            targets = labels[order.to(self.device)].split(s.batch_size)  # at once: every copy makes the host wait
+            for step, (_, batch) in enumerate(images.epoch(order, s.batch_size, world.own)):
+                done = (epoch * steps + step) / (steps * s.epochs)
+                for group in optimizer.param_groups:
+                    group["lr"] = s.lr * (1 + math.cos(math.pi * done)) / 2
+                with world.own_random(s.seed, task, epoch, step):
+                    features = self._forward(batch, model)
+                cosines = F.linear(F.normalize(features), F.normalize(directions))
+                number = len(targets[step])
+                loss = F.cross_entropy(s.scale * cosines, targets[step][world.own(number)])
+                if (share := world.share(number)) != 1:
+                    loss = loss * share  # an uneven last batch
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                losses[step] = loss.detach()
+                self.progress.step(number)
+            # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
+            world.sum_(losses.div_(world.size))
+            bad = (~losses.isfinite()).nonzero()
+            if len(bad):
+                where = f"task {task}, epoch {epoch}, step {int(bad[0])}"
+                raise FloatingPointError(f"the loss is {losses[bad[0]].item()} at {where}; try a smaller lr")
+            if not torch.stack([p.detach().norm() for p in parameters]).isfinite().all():
+                where = f"task {task}, epoch {epoch}"
+                raise FloatingPointError(f"the weights are not finite after the last step of {where}; try a smaller lr")
+            self.progress.epoch(task * s.epochs + epoch + 1, float(losses.mean()))
+            if self.checkpoint:
+                self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks, scaler)
         self.model.eval()
 
     @torch.no_grad()

@@ -55,8 +55,7 @@ class Preparation:
         augment: Use the training transform while training.
         workers: Processes that load images one by one; 0 does it in this one.
         on_device: Crop and resize on the device, batch by batch.
-        cache: Keep the pixels of decoded files in memory, as many as fit into a fourth of what is free.
-        processes: Those of this host that each keep them.
+        cache: Share of the host's free memory that the pixels of decoded files may take; 0 keeps none.
     """
 
     image_size: int
@@ -67,8 +66,7 @@ class Preparation:
     augment: bool = True
     workers: int = 0
     on_device: bool = False
-    cache: bool = False
-    processes: int = 1
+    cache: float = 0.0
 
 
 class View:
@@ -91,7 +89,7 @@ class View:
         if isinstance(images, ImageFiles):
             if p.cache:
                 with suppress(OSError):  # a system that promises no more memory than it has
-                    self._source = Decoded(images, int(SHARE * free_memory(torch.device("cpu")) / p.processes))
+                    self._source = Decoded(images, int(p.cache * free_memory(torch.device("cpu"))))
         elif p.transform == "resize" and 12 * len(images) * p.image_size**2 <= READY_BYTES:
             self._ready = to_tensor(np.asarray(images), p.image_size, p.mean, p.std, p.device)
         elif p.on_device and (p.device.type == "cpu" or images.nbytes <= SHARE * free_memory(p.device)):
