@@ -175,9 +175,11 @@ class Checkpoint:
 
     def _save(self, run: Mapping[str, Any], state: Mapping[str, Any], keep: Mapping[str, Any]) -> None:
         """Writes `state` beside the parts to keep, then the manifest; each entry of `state` is a part."""
-        self.manifest = self.world.from_first(lambda: self._save_here(run, state, keep))
+        self.world.from_first(lambda: self._save_here(run, state, keep))
+        if not self.world.first:  # this process need not know where parts are
+            self.manifest = {**self.manifest, "run": dict(run), "parts": dict.fromkeys((*keep, *state), {})}
 
-    def _save_here(self, run: Mapping[str, Any], state: Mapping[str, Any], keep: Mapping[str, Any]) -> dict[str, Any]:
+    def _save_here(self, run: Mapping[str, Any], state: Mapping[str, Any], keep: Mapping[str, Any]) -> None:
         parts = dict(keep)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +199,6 @@ class Checkpoint:
             ) from error
         self.manifest = manifest
         self._sweep()
-        return manifest
 
     def _write(self, name: str, content: bytes) -> dict[str, Any]:
         digest = hashlib.sha256(content).hexdigest()
