@@ -26,7 +26,7 @@ from plora_ext.info import environment
 
 AT_ONCE = 4096  # images whose kept features are put together at a time
 FEATURES = 2**18  # images whose features are computed before they are classified
-LOGITS = 2**26  # numbers: 256 MiB
+LOGITS = 2**22  # at a time: 16 MiB, and a few times that in between
 
 
 @dataclass
