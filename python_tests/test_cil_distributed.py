@@ -268,13 +268,13 @@ def test_gradients_are_the_mean_over_the_whole_batch() -> None:
 
 def count_evaluated(world: World) -> tuple[list[list[int]], list[int]]:
     seen: list[list[int]] = []
-    own = Evaluator._logits
+    own = Evaluator._predicted
 
-    def logits(self: Evaluator, rows: Tensor) -> Tensor:
+    def predicted(self: Evaluator, rows: Tensor, classes: int) -> Tensor:
         seen.append(rows.tolist())
-        return own(self, rows)
+        return own(self, rows, classes)
 
-    Evaluator._logits = logits  # type: ignore[method-assign]
+    Evaluator._predicted = predicted  # type: ignore[method-assign]
     _, method = learn(world, {"method": "simplecil"})
     cache = [len(method.prototypes)]  # type: ignore[arg-type]
     return seen, cache

@@ -21,6 +21,7 @@ import os
 import random
 import re
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -66,6 +67,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, resume: bool = False, world: World = SINGLE):
         self.folder, self.world = folder / "checkpoint", world
+        self._stamps: dict[str, Any] = {}  # of the parts on disk: what they were made of
         self.manifest: dict[str, Any] = world.from_first(lambda: _read_manifest(self.folder))
         if self.manifest and not resume:  # a finished run stays until the first save
             done, of = len(self.manifest["run"]["curve"]), self.manifest["run"]["tasks"]
@@ -186,11 +188,16 @@ class Checkpoint:
             for name, value in state.items():
                 tensors: dict[str, Tensor] = {}
                 tree = _pack(value, "", tensors)
-                parts[name] = {"tree": tree, **(self._write(name, save(tensors)) if tensors else {})}
+                if not self._is_kept(name, tree, tensors):
+                    content = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+                    parts[name] = {"tree": tree, **(self._write(name, save(content)) if content else {})}
+                    self._stamps[name] = parts[name], [(weakref.ref(t), _version(t)) for t in tensors.values()]
+                else:
+                    parts[name] = self._stamps[name][0]
             manifest = {**self.manifest, "run": dict(run), "parts": parts}
-            text = json.dumps(manifest, indent=1, allow_nan=False)
-            sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": manifest}
-            write_whole(self.folder / MANIFEST, (json.dumps(sealed, indent=1) + "\n").encode())
+            text = json.dumps(manifest, allow_nan=False)
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            write_whole(self.folder / MANIFEST, f'{{"sha256": "{digest}", "manifest": {text}}}\n'.encode())
         except OSError as error:
             why = error.strerror or str(error)
             raise OSError(
@@ -199,6 +206,21 @@ class Checkpoint:
             ) from error
         self.manifest = manifest
         self._sweep()
+
+    def _is_kept(self, name: str, tree: Any, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether part `name` is on disk already, made of these very tensors, which nobody has written to since.
+
+        So a task costs the same however many adapters there are: those of old tasks are not read again.
+        """
+        part, stamp = self._stamps.get(name, ({}, []))
+        if part != self.manifest["parts"].get(name) or part.get("tree") != tree or len(stamp) != len(tensors):
+            return False
+        if "file" in part and not (self.folder / part["file"]).is_file():
+            return False
+        return all(
+            ref() is t and version is not None and version == _version(t)
+            for (ref, version), t in zip(stamp, tensors.values())
+        )
 
     def _write(self, name: str, content: bytes) -> dict[str, Any]:
         digest = hashlib.sha256(content).hexdigest()
@@ -250,7 +272,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         sealed = json.loads(path.read_text("utf-8"))
         manifest = sealed["manifest"]
-        whole = hashlib.sha256(json.dumps(manifest, indent=1, allow_nan=False).encode()).hexdigest() == sealed["sha256"]
+        whole = hashlib.sha256(json.dumps(manifest, allow_nan=False).encode()).hexdigest() == sealed["sha256"]
     except (ValueError, KeyError, TypeError):
         whole, manifest = False, {}
     if not whole:
@@ -395,11 +417,16 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to, None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON, with its tensors moved to `tensors`."""
     if isinstance(value, Tensor):
         key = path or "value"
-        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[key] = value
         return {"tensor": key}
     if isinstance(value, Mapping):
         return {"dict": {str(k): _pack(v, f"{path}/{k}", tensors) for k, v in value.items()}}

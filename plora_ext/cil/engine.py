@@ -27,6 +27,8 @@ from plora_ext.data.view import SHARE
 from plora_ext.info import environment
 
 AT_ONCE = 4096  # images whose kept features are put together at a time
+FEATURES = 2**18  # images whose features are computed before they are classified
+LOGITS = 2**22  # at a time: 16 MiB, and a few times that in between
 
 
 @dataclass
@@ -153,20 +155,22 @@ class Evaluator:
         """A_b and the row of the task matrix after `task`."""
         seen = self.tasks[: task + 1]
         # A process has the same images after every task, for more come behind: it finds their kept features.
-        rows = torch.from_numpy(np.concatenate([t.test for t in seen]))
-        predicted = self.method.world.spread(lambda own: self._logits(own).argmax(-1), rows).cpu().numpy()
+        rows, classes = torch.from_numpy(np.concatenate([t.test for t in seen])), seen[-1].classes.stop
+        predicted = self.method.world.spread(lambda own: self._predicted(own, classes), rows).cpu().numpy()
         labels = np.concatenate([t.test_labels for t in seen])
         correct = (predicted == labels).astype(np.float64)
         return 100.0 * float(correct.mean()), metrics.task_accuracies(correct, self.task_of_class[labels])
 
-    def _logits(self, rows: Tensor) -> Tensor:
+    def _predicted(self, rows: Tensor, classes: int) -> Tensor:
+        """Part by part: neither all features nor the logits of all images for all classes need fit into memory."""
         method, cache = self.method, self.cache
         spaces = method.spaces() if cache else None
         if cache is None or spaces is None:
-            return method.logits(method.features(self.images[rows]))
-        # Part by part, for the features of all images under all adapters may be more than the device can hold.
-        kept = (cache(self.images[part], spaces, method.features_in) for part in rows.split(AT_ONCE))
-        return torch.cat([method.logits(features) for features in kept])
+            at_once = max(1, LOGITS // classes)
+            parts = (f for part in rows.split(FEATURES) for f in method.features(self.images[part]).split(at_once))
+        else:  # features under all adapters
+            parts = (cache(self.images[part], spaces, method.features_in) for part in rows.split(AT_ONCE))
+        return torch.cat([method.logits(features).argmax(-1) for features in parts])
 
 
 def run(

@@ -200,6 +200,7 @@ class Trainer:
             self.progress.epoch(task * s.epochs + epoch + 1, float(losses.mean()))
             if self.checkpoint:
                 self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks, scaler)
+        optimizer.zero_grad()  # a frozen adapter needs no memory for its gradient
         self.model.eval()
 
     @torch.no_grad()
@@ -209,7 +210,8 @@ class Trainer:
         Args:
             model: what to call instead of the model itself, an ensemble of it for [n, T, D].
         """
-        self.model.eval()
+        if self.model.training:  # eval() makes adapted layers merge their adapters anew
+            self.model.eval()
         self.progress.read(len(images))
         features = []
         with lower_on_exhaustion("eval_batch_size"), self.speed.passes(model is None):
