@@ -179,7 +179,7 @@ class Checkpoint:
         """Writes `state` beside the parts to keep, then the manifest; each entry of `state` is a part."""
         self.world.from_first(lambda: self._save_here(run, state, keep))
         if not self.world.first:  # this process need not know where parts are
-            self.manifest = {**self.manifest, "run": dict(run), "parts": dict.fromkeys((*keep, *state), {})}
+            self.manifest = {**self.manifest, "run": dict(run), "parts": {name: {} for name in (*keep, *state)}}
 
     def _save_here(self, run: Mapping[str, Any], state: Mapping[str, Any], keep: Mapping[str, Any]) -> None:
         parts = dict(keep)
