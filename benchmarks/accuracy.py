@@ -66,7 +66,7 @@ class Recording(Method):
         self.predictions: list[dict[str, np.ndarray]] = []
 
     def spaces(self) -> None:
-        """Every prediction is for all images at once."""
+        """Nothing is kept: the features are of several spaces."""
 
     def _teach(self, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
         assert self.prototypes is not None
@@ -143,9 +143,11 @@ def measure(settings: Settings, data: Images, progress: ConsoleProgress) -> list
     rows = []
     for name in predictions[0]:
         curve, matrix = [], []
-        for t, predicted in enumerate(predictions):
+        every = np.concatenate([predicted[name] for predicted in predictions])  # an evaluation may have several parts
+        for t in range(len(tasks)):
             labels = np.concatenate([task.test_labels for task in tasks[: t + 1]])
-            correct = (predicted[name] == labels).astype(np.float64)
+            predicted, every = np.split(every, [len(labels)])
+            correct = (predicted == labels).astype(np.float64)
             curve.append(100 * float(correct.mean()))
             matrix.append(metrics.task_accuracies(correct, stream.task_of_class()[labels]))
         passes = len(stream) if name == "plora-ensemble" else 1

@@ -338,17 +338,14 @@ class Images:
         return i, self.pixels[i], int(self.labels[i])
 
 
-def learner(T: int, quick: bool, inc: int) -> Any:
-    """An EASE learner that has seen T tasks, with random adapters and prototypes."""
+def ease_vit(**size: Any) -> nn.Module:
+    """EASE's ViT of base width with random weights, of which the adapters train."""
     import backbone.vit_ease as vit_ease
-    import models.ease as ease
-    import utils.inc_net as inc_net
 
     config = SimpleNamespace(
         ffn_adapt=True, ffn_option="parallel", ffn_adapter_layernorm_option="none", ffn_adapter_init_option="lora",
         ffn_adapter_scalar="0.1", ffn_num=64, d_model=768, vpt_on=False, vpt_num=0, _device=DEVICE,
     )  # fmt: skip
-    size = {"img_size": 32, "depth": 2, "mlp_ratio": 0.25} if quick else {"depth": 12, "mlp_ratio": 4}
     with redirect_stdout(io.StringIO()):
         net = vit_ease.VisionTransformer(
             patch_size=16, embed_dim=768, num_heads=12, norm_layer=partial(nn.LayerNorm, eps=1e-6), num_classes=0,
@@ -356,6 +353,17 @@ def learner(T: int, quick: bool, inc: int) -> Any:
         )  # fmt: skip
     net.out_dim = 768
     nn.init.normal_(net.patch_embed.proj.weight, std=0.2)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_("adapter" in name)
+    return net
+
+
+def learner(T: int, quick: bool, inc: int) -> Any:
+    """An EASE learner that has seen T tasks, with random adapters and prototypes."""
+    import models.ease as ease
+    import utils.inc_net as inc_net
+
+    net = ease_vit(**({"img_size": 32, "depth": 2, "mlp_ratio": 0.25} if quick else {"depth": 12, "mlp_ratio": 4}))
     args = {
         "increment": inc, "init_cls": inc, "use_init_ptm": False, "alpha": 0.1, "beta": 0.0, "backbone_type": "vit",
         "device": [DEVICE], "moni_adam": False, "use_reweight": True,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from torch import OutOfMemoryError
 
+from plora_ext.cil.distributed import SINGLE, Stopped, World, launched
 from plora_ext.cil.settings import MethodName, Settings, closest, parse
 
 DEMO_METHODS: tuple[MethodName, ...] = ("simplecil", "lora-sequential", "plora")
@@ -33,8 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flags = [option for option in args.options if option.startswith("--")]
             known = closest(unknown[0].split("=")[0], flags) if unknown[0].startswith("-") else ""
             raise ValueError(f"unknown argument {unknown[0]!r}{known}")
-        args.command(args)
+        with launched() as args.world:
+            if args.world.size > 1 and args.command not in (demo, train, evaluate, predict):
+                raise ValueError("only demo, train, eval and predict are for many processes: leave torchrun out")
+            args.command(args)
+    except Stopped:
+        if args.debug:
+            raise
+        return 2
     except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") != "0":
+            return 130
         resume = "; go on with --resume" if args.command is train else ""
         print(f"interrupted: what was finished is kept, nothing else was written{resume}", file=sys.stderr)
         return 130
@@ -49,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def demo(args: argparse.Namespace) -> None:
     """PLoRA beside two baselines on the embedded benchmark."""
     settings = settings_from(args, out="plora-demo")
-    _run([replace(settings, method=method) for method in DEMO_METHODS], settings)
+    _run([replace(settings, method=method) for method in DEMO_METHODS], settings, args.world, None, args.tensorboard)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -58,10 +70,10 @@ def train(args: argparse.Namespace) -> None:
     if args.resume and not args.config:  # what is not said is as it was
         from plora_ext.cil.checkpoint import Checkpoint
 
-        before = Checkpoint(Path(settings.out), resume=True)
+        before = Checkpoint(Path(settings.out), resume=True, world=args.world)
         if before.manifest:
             settings = settings_from(args, **before.settings)
-    _run([settings], settings, resume=args.resume)
+    _run([settings], settings, args.world, args.resume, args.tensorboard)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -69,7 +81,9 @@ def evaluate(args: argparse.Namespace) -> None:
     from plora_ext.cil.checkpoint import write_whole
     from plora_ext.cil.trained import Trained
 
-    figures = Trained(args.run, **_given(args, ("device", "workers", "data", "data_root"))).evaluate()
+    figures = Trained(args.run, args.world, **_given(args, ("device", "workers", "data", "data_root"))).evaluate()
+    if not args.world.first:
+        return
     print(
         f"{args.run}: {figures['accuracy']:.2f} % over {figures['classes_seen']} classes, "
         f"after {figures['tasks_learned']} of {figures['tasks']} tasks"
@@ -87,22 +101,32 @@ def predict(args: argparse.Namespace) -> None:
     if Path(args.out).suffix not in (".csv", ".json"):
         raise ValueError(f"out must end in .csv or .json, got {args.out!r}")
     paths = trained.image_paths(args.images)
-    predictions = trained.Trained(args.run, **_given(args, ("device", "workers"))).predict(ImageFiles(paths))
+    run = trained.Trained(args.run, args.world, **_given(args, ("device", "workers")))
+    predictions = run.predict(ImageFiles(paths))
+    if not args.world.first:
+        return
     trained.write_predictions(Path(args.out), paths, predictions)
     print(f"written to {args.out}: {len(paths)} predictions")
 
 
 def report(args: argparse.Namespace) -> None:
-    """Compares finished runs."""
+    """Compares runs over seeds: a page (report.html), its figures as PNG, and CSV files."""
     from rich.console import Console
 
     from plora_ext.cil import report as reports
+    from plora_ext.cil.page import notes
+    from plora_ext.cil.runs import group
 
     results = [result for run in args.runs for result in reports.load_results(run)]
     folder = reports.prepare_folder(args.out)
-    reports.write_folder(folder, results)
-    Console().print(reports.comparison_table(results))
-    print(f"written to {folder}: metrics.json, accuracy.png, task_matrix.png")
+    names = reports.write_report(folder, results)
+    protocols = group(results)
+    for protocol in protocols:
+        if protocol.finished:
+            Console().print(reports.comparison_table(protocol))
+    for note in notes(protocols, results):
+        print(note)
+    print(f"written to {folder}: {', '.join(names)}")
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -128,28 +152,50 @@ def info(args: argparse.Namespace) -> None:
         print(facts.plans(args.plan, **{name: getattr(args, name) for name in keywords}))
 
 
-def _run(jobs: Sequence[Settings], shown: Settings, resume: bool | None = None) -> None:
+def _run(
+    jobs: Sequence[Settings],
+    shown: Settings,
+    world: World = SINGLE,
+    resume: bool | None = None,
+    tensorboard: bool = False,
+) -> None:
     """Runs jobs into one folder; with `resume` not None, a single job with a checkpoint."""
     from plora_ext.cil import report as reports
     from plora_ext.cil.checkpoint import Checkpoint, exclusive
     from plora_ext.cil.console import ConsoleProgress
     from plora_ext.cil.engine import Result, load_data, make_stream, run
+    from plora_ext.cil.runs import group
+    from plora_ext.cil.tensorboard import TensorBoard
+    from plora_ext.cil.training import Progress
 
-    folder = reports.prepare_folder(shown.out)
-    with exclusive(folder):
-        checkpoint = None if resume is None else Checkpoint(folder, resume)
-        data = load_data(shown)
+    folder = world.from_first(lambda: reports.prepare_folder(shown.out))
+    with ExitStack() as stack:
+        if world.first:
+            stack.enter_context(exclusive(folder))
+        checkpoint = None if resume is None else Checkpoint(folder, resume, world)
+        console = ConsoleProgress()
+        progress: Progress = console if world.first else Progress()
+        if tensorboard and world.first:  # before any work: it may not be installed
+            resumed = bool(checkpoint and checkpoint.manifest)
+            progress = stack.enter_context(TensorBoard(folder / "tensorboard", console, anew=not resumed))
+        with world.host_first() if shown.download else nullcontext():
+            data = load_data(shown)
         stream = make_stream(shown, data)
-        print(
-            f"{shown.data}: {len(data.train_images)} training and {len(data.test_images)} test images, "
-            f"{stream.num_classes} classes in {len(stream)} tasks"
-        )
+        if world.first:
+            together = f", {world.size} processes" if world.size > 1 else ""
+            print(
+                f"{shown.data}: {len(data.train_images)} training and {len(data.test_images)} test images, "
+                f"{stream.num_classes} classes in {len(stream)} tasks{together}"
+            )
         results: list[Result] = []
-        with ConsoleProgress() as progress:
+        with console if world.first else nullcontext():
             for job in jobs:
-                results.append(run(job, data=data, progress=progress, checkpoint=checkpoint))
-                reports.write_folder(folder, results, shown.to_yaml())
-    progress.console.print(reports.comparison_table(results))
+                results.append(run(job, data=data, progress=progress, checkpoint=checkpoint, world=world))
+                if world.first:
+                    reports.write_folder(folder, results, shown.to_yaml())
+    if not world.first:
+        return
+    console.console.print(reports.comparison_table(*group(results)))
     print(f"written to {folder}: metrics.json, accuracy.png, task_matrix.png, settings.yaml")
 
 
@@ -193,11 +239,13 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=function, options=added._option_string_actions)
         return added
 
-    add_settings(command(demo), skip=("method",))
-    trainer = command(train)
+    demonstrator, trainer = command(demo), command(train)
+    add_settings(demonstrator, skip=("method",))
     trainer.add_argument("-c", "--config", metavar="FILE", help="YAML file of settings; options override it")
     trainer.add_argument("--resume", action="store_true", help="continue the run that the output folder holds")
     add_settings(trainer)
+    for added in (demonstrator, trainer):
+        added.add_argument("--tensorboard", action="store_true", help="write TensorBoard scalars to OUT/tensorboard")
     evaluator = command(evaluate, "eval")
     evaluator.add_argument("run", metavar="RUN", help="a folder that train wrote")
     evaluator.add_argument("--out", metavar="FILE", help="JSON file for the figures")
@@ -213,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("--data", "--data-root"):
         evaluator.add_argument(name, metavar="VALUE", help="where the run's data are now (default: where they were)")
     reporter = command(report)
-    reporter.add_argument("runs", nargs="+", metavar="RUN", help="a folder that demo or train wrote")
+    reporter.add_argument("runs", nargs="+", metavar="RUN", help="a folder that demo, train or report wrote")
     reporter.add_argument("--out", default="plora-report", help="folder for the comparison (default: plora-report)")
     bencher = command(bench)
     bencher.add_argument("what", choices=("ensemble", "prototypes"), help="what to time")

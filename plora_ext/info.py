@@ -7,6 +7,8 @@ import os
 import platform
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -70,6 +72,28 @@ def _gpu() -> list[tuple[str, str]]:
         size = f"{device.total_memory / 2**30:.0f} GiB"
         lines.append((f"gpu {index}", f"{device.name}, compute capability {device.major}.{device.minor}, {size}"))
     return lines
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What a run on `device` ran with: versions, the device's name, the kernels."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_cpu_name()}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    return {
+        "plora_ext": plora_ext.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "device": name,
+        "kernels": _library.backend(),
+    }
+
+
+def _cpu_name() -> str:
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 # rows x in x out: the layers of ViT-B/16 on 64 images of 224 pixels

@@ -358,3 +358,35 @@ def test_killed_at_random_moments(problem: list[str], tmp_path: Path) -> None:
     ]
     assert [n.rpartition("-")[0] for n in listed[0]] == [n.rpartition("-")[0] for n in listed[1]]
     assert listed[0] == listed[1]  # the same content: nothing half-written, nothing left behind
+
+
+def test_only_what_has_changed_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.begin({}, {})
+    written: list[str] = []
+    write = Checkpoint._write
+    monkeypatch.setattr(
+        Checkpoint, "_write", lambda self, name, content: (written.append(name), write(self, name, content))[1]
+    )
+    parameters = {f"adapter:{i}": {"alpha": 1.0, "factors": [torch.nn.Parameter(torch.randn(3))]} for i in range(3)}
+
+    def saved() -> list[str]:
+        written.clear()
+        checkpoint.save_task({"curve": [1.0], "tasks": 2}, parameters)
+        assert Checkpoint(tmp_path, resume=True).load()["state"].keys() == {*parameters, "rng"}
+        return [name for name in written if name != "rng"]
+
+    assert saved() == ["adapter:0", "adapter:1", "adapter:2"] and saved() == []
+    optimizer = torch.optim.AdamW(parameters["adapter:1"]["factors"])  # type: ignore[arg-type]
+    parameters["adapter:1"]["factors"][0].grad = torch.ones(3)  # type: ignore[index]
+    optimizer.step()
+    assert saved() == ["adapter:1"]
+    parameters["adapter:2"]["factors"] = [torch.nn.Parameter(torch.ones(3))]
+    assert saved() == ["adapter:2"]
+    parameters["adapter:0"]["alpha"] = 2.0
+    assert saved() == ["adapter:0"]
+    for path in checkpoint.folder.glob("adapter-*"):
+        path.unlink()
+    assert saved() == ["adapter:0", "adapter:1", "adapter:2"]
+    value = Checkpoint(tmp_path, resume=True).load()["state"]["adapter:1"]["factors"][0]
+    assert torch.equal(value, parameters["adapter:1"]["factors"][0])  # type: ignore[index]

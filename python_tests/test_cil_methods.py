@@ -222,18 +222,22 @@ def test_progress_hears_every_step(images: Images) -> None:
         def begin(self, method: str, num_tasks: int) -> None:
             heard.append(("begin", method, num_tasks))
 
-        def fit(self, task: int, steps: int) -> None:
-            heard.append(("fit", task, steps))
+        def fit(self, task: int, images: int) -> None:
+            heard.append(("fit", task, images))
 
-        def step(self) -> None:
-            heard.append(("step",))
+        def read(self, images: int) -> None:
+            heard.append(("read", images))
+
+        def step(self, images: int) -> None:
+            heard.append(("step", images))
 
         def task(self, task: int, accuracy: float) -> None:
             heard.append(("task", task))
 
     learn(images, progress=Ear(), epochs=2)
     assert heard[0] == ("begin", "plora", 3)
-    assert heard[1:8] == [("fit", 0, 6), *[("step",)] * 6]
+    epoch = [("step", 16), ("step", 16), ("step", 8)]
+    assert heard[1:10] == [("read", 40), ("step", 40), ("fit", 0, 80), *epoch, *epoch]
     assert [event for event in heard if event[0] == "task"] == [("task", 0), ("task", 1), ("task", 2)]
 
 

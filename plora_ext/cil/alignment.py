@@ -21,17 +21,21 @@ import torch
 from torch import Tensor
 
 from plora_ext import ops
+from plora_ext.cil.distributed import SINGLE, World
 
 ALIGNMENTS = ("none", "complement", "shift", "sdc", "ridge", "semantic")
 
 
-def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+def class_means(features: Tensor, labels: Tensor, num_classes: int, world: World = SINGLE) -> Tensor:
     """Mean feature of each class, its prototype: features [n, D], labels [n] in 0 ... num_classes - 1; float32 [C, D].
+
+    Args:
+        world: Processes that have n rows each; the means are over all of them.
 
     Raises:
         ValueError: A class without a feature.
     """
-    sums, counts = ops.class_sums(features, labels, num_classes)
+    sums, counts = world.sum_(*ops.class_sums(features, labels, num_classes))
     if not bool(counts.all()):
         raise ValueError(f"every class needs a feature, got none for class {int((counts == 0).nonzero()[0])}")
     return sums / counts[:, None]

@@ -21,6 +21,7 @@ import os
 import random
 import re
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import plora_ext
+from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.settings import Settings
 from plora_ext.data import Images
 from plora_ext.nn import Adapters
@@ -40,8 +42,8 @@ FORMAT = 1
 MANIFEST = "checkpoint.json"
 # Settings under which a run may continue that began with others: they say where things are, not what is computed (what
 # the data and the weights are, their hashes say).
-ELSEWHERE = ("out", "data", "data_root", "download", "corrupt", "weights", "workers", "device", "feature_cache",
-             "ensemble_memory")  # fmt: skip
+ELSEWHERE = ("out", "data", "data_root", "download", "corrupt", "weights", "workers", "cache_images", "device",
+             "feature_cache", "ensemble_memory")  # fmt: skip
 
 
 _OURS = re.compile(r".+-[0-9a-f]{16}\.safetensors|\..+\.part")
@@ -53,6 +55,7 @@ class Checkpoint:
     Args:
         folder: The run's folder.
         resume: Continue what is there. Otherwise a finished run is replaced, and an unfinished one refused.
+        world: The processes of the run; that of rank 0 alone reads and writes, and tells the others.
 
     Attributes:
         manifest: What `checkpoint.json` says; empty where there is none.
@@ -62,9 +65,10 @@ class Checkpoint:
         OSError: It cannot be read.
     """
 
-    def __init__(self, folder: Path, resume: bool = False):
-        self.folder = folder / "checkpoint"
-        self.manifest: dict[str, Any] = _read_manifest(self.folder)
+    def __init__(self, folder: Path, resume: bool = False, world: World = SINGLE):
+        self.folder, self.world = folder / "checkpoint", world
+        self._stamps: dict[str, Any] = {}  # of the parts on disk: what they were made of
+        self.manifest: dict[str, Any] = world.from_first(lambda: _read_manifest(self.folder))
         if self.manifest and not resume:  # a finished run stays until the first save
             done, of = len(self.manifest["run"]["curve"]), self.manifest["run"]["tasks"]
             if done < of:
@@ -85,12 +89,15 @@ class Checkpoint:
         """Says which run this is; returns what `save_task` was last given, or None.
 
         Raises:
-            ValueError: The checkpoint is of another run (names every difference), or damaged.
+            ValueError: The checkpoint is of another run (names every difference), or damaged; or another process of
+                this run was started with something else.
         """
+        if self.world.size > 1:
+            refuse_other(self.world.from_first(lambda: fingerprint), fingerprint, "the process of rank 0 is")
         saved = self.manifest
         if saved:
-            refuse_other(saved["fingerprint"], fingerprint, self.folder)
-            self._sweep()
+            refuse_other(saved["fingerprint"], fingerprint, f"{self.folder} is the checkpoint")
+            self.world.from_first(self._sweep)
         self.manifest = {
             "format": FORMAT,
             "plora_ext": plora_ext.__version__,
@@ -123,7 +130,13 @@ class Checkpoint:
 
     # ------------------------------------------------------------------ epochs
 
-    def enter_fit(self, task: int, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
+    def enter_fit(
+        self,
+        task: int,
+        tensors: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> int:
         """The epoch to begin with: 0, or the one after the last saved, with everything set as it was after that."""
         if "fit" not in self.manifest["parts"]:
             return 0
@@ -135,11 +148,19 @@ class Checkpoint:
                 tensor.copy_(value)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": {int(i): s for i, s in fit["optimizer"].items()}, "param_groups": groups})
+        if scaler and fit.get("scaler"):
+            scaler.load_state_dict(fit["scaler"])
         set_rng_state(fit["rng"])
         return fit["epochs"]
 
     def save_epoch(
-        self, task: int, epoch: int, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer, tasks: int
+        self,
+        task: int,
+        epoch: int,
+        tensors: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        tasks: int,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """Saves where training on a task stands after `epoch`.
 
@@ -149,23 +170,34 @@ class Checkpoint:
         state = optimizer.state_dict()["state"]
         fit = {"task": task, "epochs": epoch + 1, "tensors": list(tensors), "rng": rng_state()}
         fit["optimizer"] = {str(i): s for i, s in state.items()}
+        fit["scaler"] = scaler.state_dict() if scaler else {}  # empty where it is idle
         self._save({"curve": [], "tasks": tasks, **self.manifest["run"]}, {"fit": fit}, keep=self.manifest["parts"])
 
     # ------------------------------------------------------------------ files
 
     def _save(self, run: Mapping[str, Any], state: Mapping[str, Any], keep: Mapping[str, Any]) -> None:
         """Writes `state` beside the parts to keep, then the manifest; each entry of `state` is a part."""
+        self.world.from_first(lambda: self._save_here(run, state, keep))
+        if not self.world.first:  # this process need not know where parts are
+            self.manifest = {**self.manifest, "run": dict(run), "parts": {name: {} for name in (*keep, *state)}}
+
+    def _save_here(self, run: Mapping[str, Any], state: Mapping[str, Any], keep: Mapping[str, Any]) -> None:
         parts = dict(keep)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name, value in state.items():
                 tensors: dict[str, Tensor] = {}
                 tree = _pack(value, "", tensors)
-                parts[name] = {"tree": tree, **(self._write(name, save(tensors)) if tensors else {})}
+                if not self._is_kept(name, tree, tensors):
+                    content = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+                    parts[name] = {"tree": tree, **(self._write(name, save(content)) if content else {})}
+                    self._stamps[name] = parts[name], [(weakref.ref(t), _version(t)) for t in tensors.values()]
+                else:
+                    parts[name] = self._stamps[name][0]
             manifest = {**self.manifest, "run": dict(run), "parts": parts}
-            text = json.dumps(manifest, indent=1, allow_nan=False)
-            sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": manifest}
-            write_whole(self.folder / MANIFEST, (json.dumps(sealed, indent=1) + "\n").encode())
+            text = json.dumps(manifest, allow_nan=False)
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            write_whole(self.folder / MANIFEST, f'{{"sha256": "{digest}", "manifest": {text}}}\n'.encode())
         except OSError as error:
             why = error.strerror or str(error)
             raise OSError(
@@ -175,6 +207,21 @@ class Checkpoint:
         self.manifest = manifest
         self._sweep()
 
+    def _is_kept(self, name: str, tree: Any, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether part `name` is on disk already, made of these very tensors, which nobody has written to since.
+
+        So a task costs the same however many adapters there are: those of old tasks are not read again.
+        """
+        part, stamp = self._stamps.get(name, ({}, []))
+        if part != self.manifest["parts"].get(name) or part.get("tree") != tree or len(stamp) != len(tensors):
+            return False
+        if "file" in part and not (self.folder / part["file"]).is_file():
+            return False
+        return all(
+            ref() is t and version is not None and version == _version(t)
+            for (ref, version), t in zip(stamp, tensors.values())
+        )
+
     def _write(self, name: str, content: bytes) -> dict[str, Any]:
         digest = hashlib.sha256(content).hexdigest()
         path = self.folder / f"{name.replace(':', '-')}-{digest[:16]}.safetensors"
@@ -183,6 +230,9 @@ class Checkpoint:
         return {"file": path.name, "bytes": len(content), "sha256": digest}
 
     def _read(self, name: str) -> Any:
+        return self.world.from_first(lambda: self._read_here(name))
+
+    def _read_here(self, name: str) -> Any:
         part = self.manifest["parts"][name]
         if "file" not in part:
             return _unpack(part["tree"], {})
@@ -222,7 +272,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         sealed = json.loads(path.read_text("utf-8"))
         manifest = sealed["manifest"]
-        whole = hashlib.sha256(json.dumps(manifest, indent=1, allow_nan=False).encode()).hexdigest() == sealed["sha256"]
+        whole = hashlib.sha256(json.dumps(manifest, allow_nan=False).encode()).hexdigest() == sealed["sha256"]
     except (ValueError, KeyError, TypeError):
         whole, manifest = False, {}
     if not whole:
@@ -288,8 +338,8 @@ def weights_digest(model: nn.Module) -> str:
     return weights.hexdigest()[:16]
 
 
-def refuse_other(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
-    """Raises ValueError with every difference between two fingerprints, if there is one."""
+def refuse_other(saved: Mapping[str, Any], here: Mapping[str, Any], what: str) -> None:
+    """Raises ValueError, "`what` of another run", with every difference between two fingerprints, if there is one."""
     there, now = saved["settings"], json.loads(json.dumps(here["settings"]))
     differences = [
         f"{name} is {there.get(name)!r} there and {now.get(name)!r} here"
@@ -300,7 +350,7 @@ def refuse_other(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path
         differences += ["the images or labels differ"] if saved["data"] != here["data"] else []
         differences += ["the backbone's weights differ"] if saved["backbone"] != here["backbone"] else []
     if differences:
-        raise ValueError(f"{folder} is the checkpoint of another run: {'; '.join(differences)}")
+        raise ValueError(f"{what} of another run: {'; '.join(differences)}")
 
 
 def rng_state() -> dict[str, Any]:
@@ -367,11 +417,16 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to, None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON, with its tensors moved to `tensors`."""
     if isinstance(value, Tensor):
         key = path or "value"
-        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[key] = value
         return {"tensor": key}
     if isinstance(value, Mapping):
         return {"dict": {str(k): _pack(v, f"{path}/{k}", tensors) for k, v in value.items()}}

@@ -8,14 +8,29 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
+from rich.progress import Task as BarTask
 from rich.table import Table
+from rich.text import Text
 
 from plora_ext.cil.training import Progress
 
 COMPACT: Any = {"box": SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}  # tables fit 80 columns
 SHOWN = 10  # tasks in the live table: the latest ones
+
+
+class _Rate(ProgressColumn):
+    """Images per second, over the last half minute."""
+
+    def render(self, task: BarTask) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.0f} images/s")
 
 
 class ConsoleProgress(Progress):
@@ -25,8 +40,10 @@ class ConsoleProgress(Progress):
         self.console = console or Console()
         self._curves: dict[str, list[float]] = {}
         self._tasks, self._method, self._start = 0, "", 0.0
+        self._images, self._since = 0, 0.0  # of this task
         name, count = TextColumn("{task.description}"), MofNCompleteColumn()
-        self._bar = Bar(name, BarColumn(), count, TextColumn("steps"), TimeElapsedColumn())
+        left = TimeRemainingColumn(compact=True)
+        self._bar = Bar(name, BarColumn(10), count, _Rate(), left, TextColumn("left"))
         self._job = self._bar.add_task("", total=None)
         self._live = Live(console=self.console, refresh_per_second=4, get_renderable=self._render, transient=True)
 
@@ -42,20 +59,28 @@ class ConsoleProgress(Progress):
     def begin(self, method: str, num_tasks: int) -> None:
         self._method, self._tasks, self._start = method, num_tasks, time.perf_counter()
         self._curves[method] = []
+        self._images, self._since = 0, self._start
         self._bar.reset(self._job, description=method, total=None)
 
-    def fit(self, task: int, steps: int) -> None:
-        self._bar.reset(self._job, description=f"{self._method}, task {task + 1} of {self._tasks}", total=steps)
+    def fit(self, task: int, images: int) -> None:
+        self._bar.reset(self._job, description=f"{self._method}, task {task + 1} of {self._tasks}", total=images)
 
-    def step(self) -> None:
-        self._bar.advance(self._job)
+    def read(self, images: int) -> None:
+        self._bar.reset(self._job, description=f"{self._method}, features", total=images)
+
+    def step(self, images: int) -> None:
+        self._images += images
+        self._bar.advance(self._job, images)
 
     def task(self, task: int, accuracy: float) -> None:
         self._curves[self._method].append(accuracy)
         if not self.console.is_terminal:
-            seconds = time.perf_counter() - self._start
+            now = time.perf_counter()
             where = f"{self._method:<16} task {task + 1:>2} of {self._tasks}"
-            self.console.print(f"{where}   accuracy {accuracy:5.1f} %   {seconds:4.0f} s", highlight=False)
+            rate = f"   {self._images / (now - self._since):5.0f} images/s" if self._images else ""
+            line = f"{where}   accuracy {accuracy:5.1f} %   {now - self._start:4.0f} s{rate}"
+            self.console.print(line, highlight=False)
+            self._images, self._since = 0, now
 
     def note(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from plora_ext.cil import metrics
+from plora_ext.cil import drift, metrics
 from plora_ext.cil.checkpoint import Checkpoint, fingerprint_of, set_rng_state
+from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.features import FeatureCache
 from plora_ext.cil.methods import METHODS, Method
 from plora_ext.cil.settings import Settings
@@ -22,8 +23,12 @@ from plora_ext.cil.stream import Task, TaskStream
 from plora_ext.cil.training import Progress, Trainer
 from plora_ext.data import Backbone, Images, Preparation, View, create_backbone, load_images
 from plora_ext.data.sets import checked
+from plora_ext.data.view import SHARE
+from plora_ext.info import environment
 
 AT_ONCE = 4096  # images whose kept features are put together at a time
+FEATURES = 2**18  # images whose features are computed before they are classified
+LOGITS = 2**22  # at a time: 16 MiB, and a few times that in between
 
 
 @dataclass
@@ -40,6 +45,9 @@ class Result:
         seconds, peak_mb: Per phase: train, prototypes, align, eval.
         total_seconds: The whole run, without loading data and backbone.
         num_train, num_test: Images.
+        costs: `seconds` and `peak_mb` of each phase, task by task.
+        drift: Of the prototypes, task by task (plora_ext.cil.drift); None where there is none, empty if not measured.
+        environment: Versions and the device's name.
     """
 
     settings: dict[str, Any]
@@ -53,6 +61,9 @@ class Result:
     total_seconds: float
     num_train: int
     num_test: int
+    costs: list[dict[str, dict[str, float]]] = field(default_factory=list)
+    drift: list[dict[str, float] | None] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -81,12 +92,13 @@ def load_backbone(settings: Settings) -> Backbone:
     return create_backbone(s.backbone, s.weights != "random", weights=weights, image_size=s.image_size)
 
 
-def prepare(settings: Settings, backbone: Backbone, device: torch.device) -> Preparation:
+def prepare(settings: Settings, backbone: Backbone, device: torch.device, world: World = SINGLE) -> Preparation:
     """How images become the backbone's input under the settings."""
     s, cores = settings, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     mean, std = (backbone.mean, backbone.std) if s.normalize == "backbone" else ([0.0] * 3, [1.0] * 3)
-    workers = min(8, cores) if s.workers is None else s.workers
-    return Preparation(backbone.image_size, mean, std, device, s.transform, s.augment, workers)
+    workers = min(8, max(cores // world.local_size, 1)) if s.workers is None else s.workers
+    on_device, cache = s.transform_on == "device", SHARE / world.local_size if s.cache_images else 0.0
+    return Preparation(backbone.image_size, mean, std, device, s.transform, s.augment, workers, on_device, cache)
 
 
 def make_stream(settings: Settings, data: Images) -> TaskStream:
@@ -142,19 +154,23 @@ class Evaluator:
     def after(self, task: int) -> tuple[float, list[float]]:
         """A_b and the row of the task matrix after `task`."""
         seen = self.tasks[: task + 1]
-        predicted = self._logits(torch.from_numpy(np.concatenate([t.test for t in seen]))).argmax(-1).cpu().numpy()
+        # A process has the same images after every task, for more come behind: it finds their kept features.
+        rows, classes = torch.from_numpy(np.concatenate([t.test for t in seen])), seen[-1].classes.stop
+        predicted = self.method.world.spread(lambda own: self._predicted(own, classes), rows).cpu().numpy()
         labels = np.concatenate([t.test_labels for t in seen])
         correct = (predicted == labels).astype(np.float64)
         return 100.0 * float(correct.mean()), metrics.task_accuracies(correct, self.task_of_class[labels])
 
-    def _logits(self, rows: Tensor) -> Tensor:
+    def _predicted(self, rows: Tensor, classes: int) -> Tensor:
+        """Part by part: neither all features nor the logits of all images for all classes need fit into memory."""
         method, cache = self.method, self.cache
         spaces = method.spaces() if cache else None
         if cache is None or spaces is None:
-            return method.logits(method.features(self.images[rows]))
-        # Part by part, for the features of all images under all adapters may be more than the device can hold.
-        kept = (cache(self.images[part], spaces, method.features_in) for part in rows.split(AT_ONCE))
-        return torch.cat([method.logits(features) for features in kept])
+            at_once = max(1, LOGITS // classes)
+            parts = (f for part in rows.split(FEATURES) for f in method.features(self.images[part]).split(at_once))
+        else:  # features under all adapters
+            parts = (cache(self.images[part], spaces, method.features_in) for part in rows.split(AT_ONCE))
+        return torch.cat([method.logits(features).argmax(-1) for features in parts])
 
 
 def run(
@@ -165,6 +181,7 @@ def run(
     progress: Progress | None = None,
     make: Callable[[Trainer, Settings], Method] | None = None,
     checkpoint: Checkpoint | None = None,
+    world: World = SINGLE,
 ) -> Result:
     """Runs one method over the task stream; writes nothing but the checkpoint.
 
@@ -175,27 +192,39 @@ def run(
         progress: Told of every step and task.
         make: Builds the method from (trainer, settings), instead of the one that settings name.
         checkpoint: Saved after every epoch and task; a run that it holds is continued.
+        world: The processes that share the work, all of which call this (`plora_ext.cil.distributed.launched`).
 
     Raises:
         ValueError: Settings, labels or layers that do not fit, or a checkpoint of another run.
         OSError: The checkpoint cannot be written.
         FloatingPointError: A loss that is not finite.
     """
-    device = pick_device(settings.device)
+    device = world.place(pick_device(settings.device))
     data = checked(data) if data else load_data(settings)
     stream = make_stream(settings, data)
     seed_everything(settings.seed)
     backbone = backbone or load_backbone(settings)
+    world.broadcast_([tensor.data for tensor in backbone.model.state_dict().values()])
     saved = checkpoint and checkpoint.begin(fingerprint_of(settings, data, backbone.model), settings.as_dict())
-    trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, progress)
+    trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, progress, world)
     method = (make or METHODS[settings.method])(trainer, settings)
-    look = prepare(settings, backbone, device)
+    look = prepare(settings, backbone, device, world)
     train, test = View(data.train_images, look), View(data.test_images, look)
     tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
     trainer.num_tasks, trainer.checkpoint = len(tasks), checkpoint
     evaluator = Evaluator(method, tasks, test, stream.task_of_class(), make_cache(settings, trainer))
 
     record: dict[str, Any] = {"curve": [], "matrix": [], "seconds": {}, "peak_mb": {}, "total_seconds": 0.0}
+    record |= {"costs": [], "drift": []}
+    facts: dict[str, Any] = {
+        "tasks": len(tasks),
+        "class_order": stream.class_order,
+        "class_names": None if data.class_names is None else [data.class_names[c] for c in stream.class_order],
+        "classes_seen": [task.classes.stop for task in tasks],
+        "num_train": len(train),
+        "num_test": len(test),
+        "environment": environment(device),
+    }
     trainer.progress.begin(settings.method, len(tasks))
     if saved:
         record.update(saved["run"])
@@ -206,22 +235,30 @@ def run(
             trainer.progress.task(done, accuracy)
     start = time.perf_counter() - record["total_seconds"]
     for task in tasks[len(record["curve"]) :]:
+        if len(task.train) < world.size:
+            raise ValueError(
+                f"task {task.index} has {len(task.train)} training images for {world.size} processes: start fewer"
+            )
         labels = torch.from_numpy(task.train_labels - task.classes.start).to(device)
+        held = method.prototypes
         method.learn(task, train[torch.from_numpy(task.train)], labels)
         with trainer.phases("eval"):
             accuracy, row = evaluator.after(task.index)
         record["curve"].append(accuracy)
         record["matrix"].append(row)
+        if settings.measure_drift:
+            with trainer.phases("drift"):
+                record["drift"].append(drift.measure(method, tasks[: task.index + 1], train, held))
+        record["costs"].append(trainer.phases.lap())
         record["total_seconds"] = time.perf_counter() - start
         if checkpoint:
             costs = {"seconds": trainer.phases.seconds, "peak_mb": trainer.phases.peak_mb}
-            names = None if data.class_names is None else [data.class_names[c] for c in stream.class_order]
-            facts = {"tasks": len(tasks), "class_order": stream.class_order, "class_names": names}
-            checkpoint.save_task({**record, **costs, **facts}, method.state())
+            checkpoint.save_task({**record, **costs, **facts, "passes": method.passes}, method.state())
         trainer.progress.task(task.index, accuracy)
+        trainer.progress.measured(task.index, figures_of(record))
     return Result(
         settings=settings.as_dict(),
-        classes_seen=[task.classes.stop for task in tasks],
+        classes_seen=facts["classes_seen"],
         class_order=stream.class_order,
         curve=record["curve"],
         matrix=record["matrix"],
@@ -231,4 +268,21 @@ def run(
         total_seconds=record["total_seconds"],
         num_train=len(train),
         num_test=len(test),
+        costs=record["costs"],
+        drift=record["drift"],
+        environment=facts["environment"],
     )
+
+
+def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """What a run measured after its last task so far, by name."""
+    matrix, costs, moved = record["matrix"], record["costs"][-1], (record["drift"] or [None])[-1] or {}
+    means = {"forgetting": metrics.forgetting(matrix), "backward transfer": metrics.backward_transfer(matrix)}
+    return {
+        "accuracy/all classes seen": record["curve"][-1],
+        **{f"accuracy/{name}": value for name, value in means.items() if value is not None},
+        **{f"accuracy of task/{i + 1}": value for i, value in enumerate(matrix[-1])},
+        **{f"seconds/{phase}": value for phase, value in costs["seconds"].items()},
+        **{f"peak MiB/{phase}": value for phase, value in costs["peak_mb"].items()},
+        **{f"drift of prototypes/{name}": value for name, value in moved.items()},
+    }

@@ -217,6 +217,8 @@ class FeatureCache:
                     with safe_open(path, "pt") as file:
                         metadata = file.metadata()
                     self._files.setdefault(metadata["name"], []).append((metadata["space"], path))
+                except FileNotFoundError:  # another process has removed it
+                    continue
                 except (SafetensorError, KeyError, TypeError) as error:
                     self._refuse(path, error)
 

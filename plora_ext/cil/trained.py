@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, refuse_other, weights_digest, write_whole
+from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.engine import (
     Evaluator,
     load_backbone,
@@ -36,6 +37,7 @@ class Trained:
 
     Args:
         run: The run's folder, which holds its checkpoint.
+        world: The processes that share the work.
         elsewhere: Settings that say where things are: device, workers, data_root.
 
     Raises:
@@ -43,26 +45,28 @@ class Trained:
         ValueError: The checkpoint is damaged, or the backbone's weights are others.
     """
 
-    def __init__(self, run: str | Path, **elsewhere: Any):
-        checkpoint = Checkpoint(Path(run), resume=True)
+    def __init__(self, run: str | Path, world: World = SINGLE, **elsewhere: Any):
+        checkpoint = Checkpoint(Path(run), resume=True, world=world)
         if not checkpoint.manifest or not checkpoint.manifest["run"]["curve"]:
             raise FileNotFoundError(
                 f"{checkpoint.folder / MANIFEST} holds no learned task: RUN must be a folder of `plora-ext train`"
             )
-        self.settings = Settings(**{**checkpoint.settings, **elsewhere})
+        self.settings = Settings(**{**checkpoint.settings, "cache_images": False, **elsewhere})  # each is read once
         self.fingerprint = checkpoint.manifest["fingerprint"]
-        device = pick_device(self.settings.device)
+        device = world.place(pick_device(self.settings.device))
         seed_everything(self.settings.seed)
         backbone = load_backbone(self.settings)
         refuse_other(
-            self.fingerprint, {**self.fingerprint, "backbone": weights_digest(backbone.model)}, checkpoint.folder
+            self.fingerprint,
+            {**self.fingerprint, "backbone": weights_digest(backbone.model)},
+            f"{checkpoint.folder} is the checkpoint",
         )
-        trainer = Trainer(backbone.model.to(device).requires_grad_(False), self.settings, device)
+        trainer = Trainer(backbone.model.to(device).requires_grad_(False), self.settings, device, world=world)
         saved = checkpoint.load()
         self.run: dict[str, Any] = saved["run"]
         self.method = METHODS[self.settings.method](trainer, self.settings)
         self.method.restore(saved["state"])
-        self.look = prepare(self.settings, backbone, device)
+        self.look = prepare(self.settings, backbone, device, world)
 
     def evaluate(self) -> dict[str, Any]:
         """Accuracy over all classes seen and on each task, on the run's own test images.
@@ -71,7 +75,7 @@ class Trained:
             ValueError: They are not the images of the run.
         """
         data = load_data(self.settings)
-        refuse_other(self.fingerprint, {**self.fingerprint, "data": data.digest()}, Path(self.settings.data))
+        refuse_other(self.fingerprint, {**self.fingerprint, "data": data.digest()}, f"{self.settings.data} is the data")
         stream = make_stream(self.settings, data)
         tasks = [stream.joined()] if self.settings.method == "joint" else stream.tasks
         evaluator = Evaluator(self.method, tasks, View(data.test_images, self.look), stream.task_of_class())
@@ -91,17 +95,17 @@ class Trained:
         The score is the head's own: a scaled cosine, a log-likelihood, or a regression value; it orders the classes of
         one image.
         """
-        logits: Tensor = torch.cat([self.method.predict(batch) for batch in self._batches(images)])
-        best = logits.max(1)
+        best = self.method.world.spread(self._best, View(images, self.look))
         order, names = self.run["class_order"], self.run["class_names"]
         return [
-            {"class": order[c], "name": names[c] if names else str(order[c]), "score": score}
-            for c, score in zip(best.indices.tolist(), best.values.tolist())
+            {"class": order[int(c)], "name": names[int(c)] if names else str(order[int(c)]), "score": score}
+            for score, c in best.tolist()
         ]
 
-    def _batches(self, images: np.ndarray | ImageFiles) -> list[View]:
-        view = View(images, self.look)
-        return [view[rows] for rows in torch.arange(len(view)).split(4096)]
+    def _best(self, view: View) -> Tensor:
+        """float64 [n, 2]: the best score of each image and its class."""
+        parts = [self.method.predict(view[rows]).max(1) for rows in torch.arange(len(view)).split(4096)]
+        return torch.cat([torch.stack([best.values.double(), best.indices.double()], 1) for best in parts])
 
 
 def image_paths(given: Sequence[str | Path]) -> list[Path]:

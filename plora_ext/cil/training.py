@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from plora_ext.cil.alignment import class_means
 from plora_ext.cil.checkpoint import Checkpoint
+from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.settings import Settings
+from plora_ext.cil.speed import Speed
 from plora_ext.data import View
 
 
@@ -26,14 +28,23 @@ class Progress:
     def begin(self, method: str, num_tasks: int) -> None:
         """A method starts."""
 
-    def fit(self, task: int, steps: int) -> None:
-        """Training on a task starts and will take so many steps."""
+    def fit(self, task: int, images: int) -> None:
+        """Training on a task starts and will take so many images."""
 
-    def step(self) -> None:
-        """A training step is done."""
+    def read(self, images: int) -> None:
+        """Reading the features of so many images starts."""
+
+    def step(self, images: int) -> None:
+        """So many of them are done."""
+
+    def epoch(self, number: int, loss: float) -> None:
+        """An epoch of training is done, the so-manyth of all tasks; `loss` is the mean over its steps."""
 
     def task(self, task: int, accuracy: float) -> None:
         """A task is learned; accuracy is over all classes seen, in percent."""
+
+    def measured(self, task: int, figures: Mapping[str, float]) -> None:
+        """What was measured after a task, by name: accuracies in percent, seconds, MiB, drift."""
 
     def note(self, line: str) -> None:
         """Something that the user should know; not silent here either."""
@@ -51,6 +62,12 @@ class Phases:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.peak_mb: dict[str, float] = {}
+        self._lap: dict[str, dict[str, float]] = {"seconds": {}, "peak_mb": {}}
+
+    def lap(self) -> dict[str, dict[str, float]]:
+        """`seconds` and `peak_mb` of each phase since the last call."""
+        lap, self._lap = self._lap, {"seconds": {}, "peak_mb": {}}
+        return lap
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -64,9 +81,11 @@ class Phases:
         yield
         if cuda:
             torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else _resident_peak_mb()
-        self.peak_mb[name] = max(self.peak_mb.get(name, 0.0), peak)
+        for sums, peaks in ((self.seconds, self.peak_mb), (self._lap["seconds"], self._lap["peak_mb"])):
+            sums[name] = sums.get(name, 0.0) + seconds
+            peaks[name] = max(peaks.get(name, 0.0), peak)
 
 
 def _resident_peak_mb() -> float:
@@ -98,20 +117,26 @@ class Trainer:
         settings: The run's settings.
         device: Where the model and the images are.
         progress: Told of every step.
+        world: The processes that share the work.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, device: torch.device, progress: Progress | None = None):
-        self.model, self.settings, self.device = model, settings, device
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        device: torch.device,
+        progress: Progress | None = None,
+        world: World = SINGLE,
+    ):
+        self.model, self.settings, self.device, self.world = model, settings, device, world
+        self.speed = Speed(model, settings, device)
         self.progress = progress or Progress()
         self.num_tasks = 1
         self.checkpoint: Checkpoint | None = None
         self.phases = Phases(device)
 
     def _forward(self, images: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
-        amp = self.settings.amp != "none"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
-            features = model(images)
-        return features.float()
+        return self.speed.forward(images, model)
 
     def fit(self, task: int, parameters: Sequence[Tensor], images: View, labels: Tensor, num_classes: int) -> None:
         """Trains `parameters` by cross-entropy of a cosine classifier over the task's own classes.
@@ -126,34 +151,45 @@ class Trainer:
         Raises:
             FloatingPointError: The loss is not finite (names task, epoch and step), or the weights are after an epoch.
         """
-        s = self.settings
+        s, world = self.settings, self.world
         # Started from the class means: random directions would first pull the features of every class elsewhere.
-        directions = nn.Parameter(F.normalize(class_means(self.features(images), labels, num_classes)))
+        own = world.rows(len(images))
+        means = class_means(self.features(images[own]), labels[own.to(labels.device)], num_classes, world)
+        directions = nn.Parameter(F.normalize(means))
         groups = [
             {"params": list(parameters), "weight_decay": s.weight_decay},
             {"params": [directions], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, s.lr) if s.optimizer == "adamw" else torch.optim.SGD(groups, s.lr, 0.9)
+        optimizer, scaler = self.speed.optimizer(groups), self.speed.scaler()
         steps = math.ceil(len(images) / s.batch_size)
         losses = torch.zeros(steps, device=self.device)
         learned = [*parameters, directions]
-        first = self.checkpoint.enter_fit(task, learned, optimizer) if self.checkpoint else 0
-        self.progress.fit(task, steps * (s.epochs - first))
+        first = self.checkpoint.enter_fit(task, learned, optimizer, scaler) if self.checkpoint else 0
+        model = world.parallel(self.model, learned)
+        self.progress.fit(task, len(images) * (s.epochs - first))
         self.model.train()
         for epoch in range(first, s.epochs):
             order = torch.randperm(len(images))
-            for step, (rows, batch) in enumerate(images.epoch(order, s.batch_size)):
+            targets = labels[order.to(self.device)].split(s.batch_size)  # at once: every copy makes the host wait
+            for step, (_, batch) in enumerate(images.epoch(order, s.batch_size, world.own)):
                 done = (epoch * steps + step) / (steps * s.epochs)
                 for group in optimizer.param_groups:
                     group["lr"] = s.lr * (1 + math.cos(math.pi * done)) / 2
-                cosines = F.linear(F.normalize(self._forward(batch, self.model)), F.normalize(directions))
-                loss = F.cross_entropy(s.scale * cosines, labels[rows.to(self.device)])
+                with world.own_random(s.seed, task, epoch, step):
+                    features = self._forward(batch, model)
+                cosines = F.linear(F.normalize(features), F.normalize(directions))
+                number = len(targets[step])
+                loss = F.cross_entropy(s.scale * cosines, targets[step][world.own(number)])
+                if (share := world.share(number)) != 1:
+                    loss = loss * share  # an uneven last batch
                 optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
                 losses[step] = loss.detach()
-                self.progress.step()
+                self.progress.step(number)
             # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
+            world.sum_(losses.div_(world.size))
             bad = (~losses.isfinite()).nonzero()
             if len(bad):
                 where = f"task {task}, epoch {epoch}, step {int(bad[0])}"
@@ -161,8 +197,10 @@ class Trainer:
             if not torch.stack([p.detach().norm() for p in parameters]).isfinite().all():
                 where = f"task {task}, epoch {epoch}"
                 raise FloatingPointError(f"the weights are not finite after the last step of {where}; try a smaller lr")
+            self.progress.epoch(task * s.epochs + epoch + 1, float(losses.mean()))
             if self.checkpoint:
-                self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks)
+                self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks, scaler)
+        optimizer.zero_grad()  # a frozen adapter needs no memory for its gradient
         self.model.eval()
 
     @torch.no_grad()
@@ -172,7 +210,12 @@ class Trainer:
         Args:
             model: what to call instead of the model itself, an ensemble of it for [n, T, D].
         """
-        self.model.eval()
-        model = model or self.model
-        with lower_on_exhaustion("eval_batch_size"):
-            return torch.cat([self._forward(batch, model) for batch in images.split(self.settings.eval_batch_size)])
+        if self.model.training:  # eval() makes adapted layers merge their adapters anew
+            self.model.eval()
+        self.progress.read(len(images))
+        features = []
+        with lower_on_exhaustion("eval_batch_size"), self.speed.passes(model is None):
+            for batch in images.split(self.settings.eval_batch_size):
+                features.append(self._forward(batch, model or self.model))
+                self.progress.step(len(batch))
+        return torch.cat(features)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .resample import to_device
+
 _CHUNK = 1024  # images resized at once: bounds the memory of the float copies
 
 
@@ -63,6 +65,7 @@ def random_affine(
     shift: float = 0.1,
     rotate: float = 0.0,
     flip: bool = False,
+    among: tuple[int, slice] | None = None,
 ) -> Tensor:
     """Moves every image by its own random affine map, one bilinear sampling for the whole batch.
 
@@ -77,6 +80,7 @@ def random_affine(
         shift: largest move along each axis, as a share of the image's side.
         rotate: largest rotation either way, in degrees.
         flip: also mirror left and right, one image in two. Off, since a mirrored icon may mean something else.
+        among: (n, which): the images are `which` of a batch of n, and move as they would in it; default: all of it.
 
     Returns:
         float [N, C, H, W], new memory, the images' dtype and device.
@@ -97,7 +101,9 @@ def random_affine(
         )
 
     device = generator.device if generator is not None else torch.device("cpu")
-    number = torch.rand(6, len(images), generator=generator, device=device).to(images.device, torch.float32)
+    total, which = among or (len(images), slice(None))
+    number = torch.rand(6, total, generator=generator, device=device)[:, which].float()
+    number = to_device(number, images.device)
     size = (math.log(zoom[0]) + math.log(zoom[1] / zoom[0]) * number[0]).exp()
     ratio = (math.log(stretch) * (number[1] - 0.5)).exp()
     angle = math.radians(rotate) * (2 * number[2] - 1)

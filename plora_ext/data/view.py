@@ -6,25 +6,41 @@ Two pairs of transforms for training and test, S being the backbone's image size
     pilot    training: RandomResizedCrop(S, scale 0.05 ... 1, ratio 3/4 ... 4/3) and a horizontal flip;
              test: shorter side to 256/224 S (bicubic), centre crop S x S        (LAMDA-PILOT's build_transform)
 
-Random numbers come from torch's global CPU generator, one seed an image where images are loaded one by one, so that
-the same state of it gives the same batches for any number of workers.
+Crops and resizing are Pillow's, image by image in the data workers, or those of `resample`, batch by batch on the
+device; the two differ by Pillow's rounding to whole pixel values.
+
+Random numbers come from torch's global CPU generator, all of an epoch's at its start where images are loaded one by one
+or prepared on the device, so that the same state of it gives the same batches for any number of workers.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from plora_ext.nn.ensemble import free_memory
+
+from .decoded import Decoded
+from .resample import center, random_crop, random_numbers, resample, to_device, whole
 from .sets import ImageFiles
 from .transforms import random_affine, to_tensor
 
 READY_BYTES = 2 << 30  # arrays whose float images take no more than this are resized once and kept
+SHARE = 1 / 4  # of the free memory of the device or the host, that images may take
+CROP = {"scale": (0.05, 1.0), "ratio": (3 / 4, 4 / 3)}  # of transform pilot
+Own = Callable[[int], slice]
+
+
+def _all(number: int) -> slice:
+    return slice(None)
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,8 @@ class Preparation:
         transform: "resize" or "pilot".
         augment: Use the training transform while training.
         workers: Processes that load images one by one; 0 does it in this one.
+        on_device: Crop and resize on the device, batch by batch.
+        cache: Share of the host's free memory that the pixels of decoded files may take; 0 keeps none.
     """
 
     image_size: int
@@ -47,6 +65,8 @@ class Preparation:
     transform: str = "resize"
     augment: bool = True
     workers: int = 0
+    on_device: bool = False
+    cache: float = 0.0
 
 
 class View:
@@ -61,11 +81,22 @@ class View:
         self.images, self.preparation = images, preparation
         self.rows = torch.arange(len(images))
         p = preparation
+        self._colors = [torch.tensor(v, device=p.device).view(3, 1, 1) for v in (p.mean, p.std)]
         self._digests: list[Tensor] = []  # of all images, shared by every selection
-        self._one_by_one = isinstance(images, ImageFiles) or p.transform == "pilot"
-        self._ready: Tensor | None = None
-        if not self._one_by_one and 12 * len(images) * p.image_size**2 <= READY_BYTES:
+        self._ready: Tensor | None = None  # float images, prepared
+        self._stored: Tensor | None = None  # uint8 images, on the device
+        self._source: np.ndarray | ImageFiles | Decoded = images
+        if isinstance(images, ImageFiles):
+            if p.cache:
+                with suppress(OSError):  # a system that promises no more memory than it has
+                    self._source = Decoded(images, int(p.cache * free_memory(torch.device("cpu"))))
+        elif p.transform == "resize" and 12 * len(images) * p.image_size**2 <= READY_BYTES:
             self._ready = to_tensor(np.asarray(images), p.image_size, p.mean, p.std, p.device)
+        elif p.on_device and (p.device.type == "cpu" or images.nbytes <= SHARE * free_memory(p.device)):
+            self._stored = torch.as_tensor(images).to(p.device)
+        in_memory = self._ready is not None or self._stored is not None
+        self._one_by_one = not in_memory and (isinstance(images, ImageFiles) or p.transform == "pilot" or p.on_device)
+        self._loader = _Loader(_Items(self._source, p), p) if self._one_by_one else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,6 +109,7 @@ class View:
         if not self._digests:
             p = self.preparation
             about = repr((p.image_size, list(p.mean), list(p.std), p.transform)).encode()
+            about += b" on the device" if p.on_device and self._ready is None else b""
             parts = [hashlib.blake2b(about + content, digest_size=16).digest() for content in self._contents()]
             self._digests.append(torch.from_numpy(np.frombuffer(b"".join(parts), dtype=np.int64).reshape(-1, 2).copy()))
         return self._digests[0][self.rows]
@@ -101,78 +133,159 @@ class View:
         """All images in order, by the test transform."""
         return self._batches(self.rows.split(batch_size), train=False)
 
-    def epoch(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows, batch) for `order`, a permutation of this selection, by the training transform."""
+    def epoch(self, order: Tensor, batch_size: int, own: Own = _all) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows, batch) for `order`, a permutation of this selection, by the training transform.
+
+        Args:
+            own: of a batch's number of rows, the part to load: what another process does not load of it. Random numbers
+                are drawn for the whole batch.
+        """
         order = order.cpu()
-        batches = self._batches(self.rows[order].split(batch_size), train=self.preparation.augment)
-        return zip(order.split(batch_size), batches)
+        batches = self._batches(self.rows[order].split(batch_size), self.preparation.augment, own)
+        return zip(_own(order.split(batch_size), own), batches)
 
-    def _batches(self, batches: Sequence[Tensor], train: bool) -> Iterator[Tensor]:
+    def _batches(self, batches: Sequence[Tensor], train: bool, own: Own = _all) -> Iterator[Tensor]:
         p = self.preparation
-        affine = train and p.transform == "resize"
-        for batch in self._loaded(batches, train) if self._one_by_one else map(self._of_arrays, batches):
-            yield random_affine(batch) if affine else batch
+        affine, crop = train and p.transform == "resize", train and p.transform == "pilot"
+        parts = _own(batches, own)
+        if p.on_device and self._ready is None:
+            numbers = random_numbers(sum(map(len, batches))) if crop else None
+            made = self._on_device(parts, numbers if numbers is None else _own(_like(numbers, batches), own))
+        elif self._one_by_one:
+            seeds = torch.randint(2**62, (sum(map(len, batches)),)) if crop else None
+            made = self._loaded(parts, seeds if seeds is None else _own(_like(seeds, batches), own))
+        else:
+            made = self._of_arrays(parts)
+        for batch, rows in zip(made, batches):
+            yield random_affine(batch, among=(len(rows), own(len(rows)))) if affine else batch
 
-    def _of_arrays(self, rows: Tensor) -> Tensor:
+    def _of_arrays(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        p = self.preparation
         if self._ready is not None:
-            return self._ready[rows.to(self._ready.device)]
+            for rows in _split_on(self._ready.device, batches):
+                yield self._ready[rows]
+        else:
+            for rows in batches:
+                yield to_tensor(self.images[rows.numpy()], p.image_size, p.mean, p.std, p.device)  # type: ignore[index]
+
+    def _loaded(self, batches: Sequence[Tensor], seeds: Sequence[Tensor] | None) -> Iterator[Tensor]:
+        """Batches of images that are loaded and prepared one by one, perhaps by workers; with seeds they are crops."""
+        assert self._loader is not None
+        if seeds is None:
+            items = [[(row, False, None) for row in rows.tolist()] for rows in batches]
+        else:
+            pairs = [zip(rows.tolist(), own.tolist()) for rows, own in zip(batches, seeds)]
+            items = [[(row, True, seed) for row, seed in batch] for batch in pairs]
+        for batch in self._loader(items):
+            batch = batch.to(self.preparation.device, non_blocking=True)
+            yield self._normalised(batch.float() / 255 if batch.dtype == torch.uint8 else batch)
+
+    def _on_device(self, batches: Sequence[Tensor], numbers: Sequence[Tensor] | None) -> Iterator[Tensor]:
+        """Batches that are cropped and resized where the model is; with random numbers, to random crops."""
         p = self.preparation
-        return to_tensor(self.images[rows.numpy()], p.image_size, p.mean, p.std, p.device)  # type: ignore[index]
+        for i, (images, sizes) in enumerate(self._pixels(batches)):
+            flip = None
+            if numbers is not None:
+                windows, flip = random_crop(sizes, numbers[i], p.image_size, **CROP)
+            elif p.transform == "pilot":
+                windows = center(sizes, int(256 / 224 * p.image_size), p.image_size)
+            else:
+                windows = whole(sizes, p.image_size)
+            kernel = "bicubic" if p.transform == "pilot" and numbers is None else "bilinear"
+            yield self._normalised(resample(images, windows, p.image_size, kernel, flip) / 255)
 
-    def _loaded(self, batches: Sequence[Tensor], train: bool) -> Iterator[Tensor]:
-        """Batches of images that are loaded one by one, perhaps by workers."""
-        p = self.preparation
-        seeds = torch.randint(2**62, (sum(map(len, batches)),)) if train and p.transform == "pilot" else None
-        numbers = iter(seeds.tolist()) if seeds is not None else None
-        items = [[(row, next(numbers) if numbers else None) for row in batch.tolist()] for batch in batches]
-        loader = DataLoader(
-            _Items(self.images, _transform(p, train)),
-            batch_sampler=items,
-            num_workers=min(p.workers, len(items)),
-            collate_fn=_collate,
-            pin_memory=p.device.type == "cuda",
-            generator=torch.Generator(),  # its own: the global one stays where it is
-        )
-        mean, std = (torch.tensor(v, device=p.device).view(3, 1, 1) for v in (p.mean, p.std))
-        for batch in _watched(loader):
-            if isinstance(batch, Exception):
-                raise batch
-            batch = batch.to(p.device, non_blocking=True)
-            batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
-            yield (batch - mean) / std
+    def _pixels(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches as they are stored: uint8 [B, H, W, 3] on the device, padded, and their sizes [B, 2]."""
+        if self._stored is not None:
+            size = torch.tensor(self._stored.shape[1:3])
+            for rows in _split_on(self._stored.device, batches):
+                yield self._stored[rows], size.expand(len(rows), 2)
+        else:
+            assert self._loader is not None
+            for images, sizes in self._loader([[(row, False, None) for row in rows.tolist()] for rows in batches]):
+                yield images.to(self.preparation.device, non_blocking=True), sizes
+
+    def _normalised(self, batch: Tensor) -> Tensor:
+        mean, std = self._colors
+        return (batch - mean) / std
 
 
-def _watched(loader: DataLoader) -> Iterator[Tensor | Exception]:
-    """The batches of a loader; a worker that died becomes one clear error."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        said = str(error).splitlines()[0]
-        raise ChildProcessError(
-            f"a data worker died ({said}); it may have run out of memory: lower workers, or set it to 0"
-        ) from error
+def _like(numbers: Tensor, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`numbers`, one for each row of all batches, batch by batch."""
+    return numbers.split([len(rows) for rows in batches])
+
+
+def _own(batches: Sequence[Tensor], own: Own) -> list[Tensor]:
+    return [rows[own(len(rows))] for rows in batches]
+
+
+def _split_on(device: torch.device, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The rows of batches on `device`, sent there at once."""
+    return to_device(torch.cat(list(batches)), device).split([len(rows) for rows in batches]) if batches else []
+
+
+class _Loader:
+    """Batches of items, from workers that live on between passes: starting them takes longer than a small epoch."""
+
+    def __init__(self, items: _Items, preparation: Preparation):
+        self._items, self._preparation = items, preparation
+        self._plan: list[Any] = []  # what the loader takes as its batch sampler
+        self._loader: DataLoader | None = None
+
+    def __call__(self, batches: list[Any]) -> Iterator[Any]:
+        """The batches of `batches`, lists of items; a worker that died becomes one clear error."""
+        self._plan[:] = batches
+        workers = min(self._preparation.workers, len(batches))
+        if self._loader is None or self._loader.num_workers < workers:
+            self._loader = DataLoader(
+                self._items,
+                batch_sampler=self._plan,
+                num_workers=workers,
+                collate_fn=_padded if self._preparation.on_device else _collate,
+                pin_memory=self._preparation.device.type == "cuda",
+                generator=torch.Generator(),  # its own: the global one stays where it is
+                persistent_workers=workers > 0,
+                multiprocessing_context="fork" if workers else None,
+            )
+        try:
+            for batch in self._loader:
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self._loader = None
+            said = str(error).splitlines()[0]
+            raise ChildProcessError(
+                f"a data worker died ({said}); it may have run out of memory: lower workers, or set it to 0"
+            ) from error
 
 
 class _Items(Dataset):
-    """Item (row, seed): the transformed image, or what went wrong (an exception would arrive as a traceback)."""
+    """Item (row, crop, seed): the prepared image, or what went wrong (an exception would arrive as a traceback).
 
-    def __init__(self, images: np.ndarray | ImageFiles, transform: Callable[[np.ndarray], Tensor]):
-        self.images, self.transform = images, transform
+    Images that the device prepares come as they are stored.
+    """
 
-    def __getitem__(self, item: tuple[int, int | None]) -> Tensor | Exception:
-        row, seed = item
+    def __init__(self, images: np.ndarray | ImageFiles | Decoded, preparation: Preparation):
+        self.images, self.raw = images, preparation.on_device
+        self.transforms = {crop: _transform(preparation, crop) for crop in (False, True)}
+
+    def __getitem__(self, item: tuple[int, bool, int | None]) -> Tensor | Exception:
+        row, crop, seed = item
         try:
             image = self.images[row]
         except ValueError as error:
             return error
+        if self.raw:
+            return torch.as_tensor(image)
         if seed is None:
-            return self.transform(image)
+            return self.transforms[crop](image)
         state = torch.get_rng_state()
         try:
             torch.default_generator.manual_seed(seed)  # the CPU's alone
-            return self.transform(image)
+            return self.transforms[crop](image)
         finally:
             torch.set_rng_state(state)
 
@@ -182,6 +295,20 @@ def _collate(items: list[Tensor | Exception]) -> Tensor | Exception:
         if isinstance(item, Exception):
             return item
     return torch.stack(items)  # type: ignore[arg-type]
+
+
+def _padded(items: list[Tensor | Exception]) -> tuple[Tensor, Tensor] | Exception:
+    """Images [H, W, 3] as a batch, padded to the largest, and their sizes [B, 2]."""
+    images: list[Tensor] = []
+    for item in items:
+        if isinstance(item, Exception):
+            return item
+        images.append(item)
+    sizes = torch.tensor([image.shape[:2] for image in images])
+    batch = torch.zeros(len(images), *sizes.amax(0).tolist(), 3, dtype=torch.uint8)
+    for place, image in zip(batch, images):
+        place[: image.shape[0], : image.shape[1]] = image
+    return batch, sizes
 
 
 @dataclass(frozen=True)
@@ -194,15 +321,14 @@ class _Resize:
         return to_tensor(image[None], self.size, (0, 0, 0), (1, 1, 1))[0]
 
 
-def _transform(p: Preparation, train: bool) -> Callable[[np.ndarray], Tensor]:
+def _transform(p: Preparation, crop: bool) -> Callable[[np.ndarray], Tensor]:
     if p.transform == "resize":
         return _Resize(p.image_size)
     from torchvision.transforms import InterpolationMode, v2
 
-    if train:
-        crop = v2.RandomResizedCrop(p.image_size, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3))
-        steps = [v2.ToPILImage(), crop, v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    if crop:
+        steps = [v2.RandomResizedCrop(p.image_size, **CROP), v2.RandomHorizontalFlip()]
     else:
         larger = v2.Resize(int(256 / 224 * p.image_size), InterpolationMode.BICUBIC)
-        steps = [v2.ToPILImage(), larger, v2.CenterCrop(p.image_size), v2.PILToTensor()]
-    return v2.Compose(steps)
+        steps = [larger, v2.CenterCrop(p.image_size)]
+    return v2.Compose([v2.ToPILImage(), *steps, v2.PILToTensor()])

@@ -255,6 +255,31 @@ class Adapters:
             for layer, old in zip(layers, before, strict=True):
                 layer.__dict__.update(old)
 
+    @contextmanager
+    def compilable(self) -> Iterator[None]:
+        """For passes through a compiled model: its graphs then serve every adapter, where each name would need its own.
+
+        Without gradients the active set is merged into the base weights. With gradients, a single active adapter goes
+        by a name that is always the same; several active adapters stay as they are.
+        """
+        active, common = self.active, "__active__"
+        if active and not torch.is_grad_enabled():
+            self.merge()
+            try:
+                yield
+            finally:
+                self.unmerge()
+        elif len(active) == 1 and self._first._coefficients is None:
+            for layer in self.layers.values():
+                layer.rename_adapter(active[0], common)
+            try:
+                yield
+            finally:
+                for layer in self.layers.values():
+                    layer.rename_adapter(common, active[0])
+        else:
+            yield
+
     # ------------------------------------------------------------------ fusing and merging
 
     def fuse(

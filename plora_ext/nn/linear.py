@@ -206,6 +206,16 @@ class MultiLoRALinear(nn.Module):
             del record[name]
         self._cache.clear()
 
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give adapter `old` another name; its parameters stay the same objects, adapters stay in their order."""
+        records: list[Any] = [*self._dicts(), self.r, self.lora_alpha, self._scaling, self._ranks]
+        for record in records:
+            for name in list(record):
+                value = record.pop(name)
+                record[new if name == old else name] = value
+        self._active = tuple(new if name == old else name for name in self._active)
+        self._cache.clear()
+
     def set_adapter(self, names: Sequence[str], coefficients: Tensor | None = None) -> None:
         """Make `names` the active set, with coefficients `[len(names)]` (ones where `None`)."""
         self._active = tuple(names)
@@ -247,7 +257,7 @@ class MultiLoRALinear(nn.Module):
         if self._batch is not None:
             names = tuple(self.r)
             return self._low_rank(ops.lora_indexed, x, weight, bias, names, self._training_of(names), self._batch)
-        if not self._active or self.merged:
+        if self.merged or not self._active:  # in this order: a compiled graph of the merged layer knows no names
             return F.linear(x, weight, bias)
 
         names, coeff = self._active, self._coefficients

@@ -1,0 +1,272 @@
+"""The cost model of docs/scaling.md: fitted to the committed result files and carried on to more classes, tasks, GPUs.
+
+    python benchmarks/scaling.py            # writes the tables into docs/scaling.md
+    python benchmarks/scaling.py --check    # exit code 1 if the page does not show what the files say
+
+Every number comes from a file in benchmarks/results or is an assumption that the page names. Fits are least squares of
+a + b x over all tasks but the first; files `many_tasks*.csv` are taken as they come, those measured on a GPU included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "scaling.md"
+# Phase of a task: what it is fitted against, unit of a, what one more is.
+PHASES = {
+    "train": ("task", "task"),
+    "prototypes": ("task", "task"),
+    "align": ("classes_seen", "class"),
+    "checkpoint": ("task", "task"),
+    "eval": ("test_images", "test image"),
+    "rss_mb": ("task", "task"),
+    "checkpoint_kib": ("task", "task"),
+}
+# ViT-B/16 with the default adapters: r = 16 on qkv and proj of 12 blocks, float32.
+WIDTH, BLOCKS, RANK, BATCH = 768, 12, 16, 128
+PARAMETERS = 85_798_656
+ADAPTER = 4 * BLOCKS * RANK * ((WIDTH + 3 * WIDTH) + (WIDTH + WIDTH))
+MERGED = 4 * BLOCKS * 4 * WIDTH * WIDTH
+FEATURES, LOGITS = 2**18, 2**22  # plora_ext.cil.engine
+BANDWIDTH = {1: math.inf, 8: 300e9, 64: 25e9}  # bytes/s of an all-reduce, assumed: inside a host, between hosts
+
+
+@dataclass
+class Scenario:
+    """T tasks of c classes, n training and m test images a class, E epochs."""
+
+    name: str
+    T: int
+    c: int
+    n: int
+    m: int
+    E: int
+
+
+SCENARIOS = (
+    Scenario("100 classes, 10 tasks (CIFAR-100's numbers)", 10, 10, 500, 100, 20),
+    Scenario("1,000 classes, 100 tasks", 100, 10, 500, 50, 20),
+    Scenario("100,000 classes, 1,000 tasks", 1000, 100, 100, 10, 20),
+)
+
+
+def read(name: str) -> list[dict[str, str]]:
+    with (RESULTS / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+# ---------------------------------------------------------------------- what was measured
+
+
+@dataclass
+class Fit:
+    """y = a + b x over tasks of one file; `growth` is the fit at the last task over the fit at the second."""
+
+    file: str
+    method: str
+    phase: str
+    a: float
+    b: float
+    growth: float
+    rows: list[dict[str, str]]
+
+
+def fits() -> list[Fit]:
+    found = []
+    for path in sorted(RESULTS.glob("many_tasks*.csv")):
+        rows = read(path.name)
+        for method in dict.fromkeys(r["method"] for r in rows):
+            own = [r for r in rows if r["method"] == method][1:]
+            for phase, (against, _) in PHASES.items():
+                x, y = (np.array([float(r[name]) for r in own]) for name in (against, phase))
+                b, a = np.polyfit(x, y, 1)
+                found.append(Fit(path.name, method, phase, a, b, (a + b * x[-1]) / (a + b * x[0]), own))
+    return found
+
+
+def step_and_forward() -> tuple[float, float]:
+    """Seconds per image of a training step and of a forward pass: ViT-B/16 on one H200, bfloat16, 128 images."""
+    rows = [r for r in read("cuda_lora.csv") if r["case"].startswith("ViT-B/16, r=16 on all linears, B=128")]
+    us = {("step" if "step" in r["case"] else "forward"): float(r["gpu_us"]) for r in rows if r["form"] == "plora_ext"}
+    return us["step"] / BATCH / 1e6, us["forward"] / BATCH / 1e6
+
+
+def seconds_per_pair() -> float:
+    """Seconds of `reconstruct_prototypes` per pair of an old and a new class, one H200, float32, D = 768."""
+    case = "reconstruct_prototypes, complement, 20,000 x 1,000"
+    (row,) = (r for r in read("cuda_prototypes.csv") if r["case"] == case and r["form"] == "plora_ext")
+    return float(row["gpu_us"]) / 1e6 / (20_000 * 1_000)
+
+
+def seconds_per_layer_and_adapter(found: Sequence[Fit]) -> float:
+    """Host seconds that one more adapter costs in each adapted layer when features are extracted: stacking, merging."""
+    longest = max((f for f in found if (f.method, f.phase) == ("plora", "prototypes")), key=lambda f: len(f.rows))
+    return max(0.0, longest.b) / (2 * int(longest.rows[0]["depth"]))
+
+
+# ---------------------------------------------------------------------- what follows
+
+
+def project(s: Scenario, gpus: int, found: Sequence[Fit]) -> dict[str, float]:
+    """Hours, bytes and memory of a whole run of `plora` on ViT-B/16."""
+    step, forward = step_and_forward()
+    classes, images = s.T * s.c, s.c * s.n
+    steps = math.ceil(images / (BATCH * gpus)) * s.E * s.T  # a step that is not full costs a whole one
+    reduced = 2 * (gpus - 1) / gpus * (ADAPTER + 4 * s.c * WIDTH)
+    tested = s.c * s.m * s.T * (s.T + 1) / 2
+    merged = s.T * (s.T + 1) / 2 * 2 * BLOCKS * seconds_per_layer_and_adapter(found)
+    pairs = s.c * s.c * s.T * (s.T - 1) / 2
+    return {
+        "train": steps * BATCH * step / 3600,
+        "network": steps * reduced / BANDWIDTH[gpus] / 3600,
+        "features": (3 * images * s.T * forward / gpus + merged) / 3600,
+        "merge": merged / 3600,
+        "align": pairs * seconds_per_pair() / 3600,
+        "eval": tested * forward / gpus / 3600,
+        "full": images / (BATCH * gpus) / math.ceil(images / (BATCH * gpus)),
+        "bytes": steps * reduced,
+        "weights": 4 * PARAMETERS + MERGED,
+        "adapters": s.T * ADAPTER,
+        "prototypes": 4 * classes * WIDTH,
+        "evaluation": 4 * (min(FEATURES, classes * s.m) * WIDTH + min(LOGITS, classes * classes * s.m)),
+        "written": s.T * ADAPTER + 4 * WIDTH * s.c * s.T * (s.T + 1) / 2 + 3 * ADAPTER * s.E * s.T,
+    }
+
+
+def blocks() -> dict[str, str]:
+    """The generated parts of the page."""
+    found = fits()
+    return {"fits": _fits(found), "inputs": _inputs(found), "projection": _projection(found), "memory": _memory(found)}
+
+
+def _inputs(found: Sequence[Fit]) -> str:
+    step, forward = step_and_forward()
+    layer, pair = seconds_per_layer_and_adapter(found), seconds_per_pair()
+    row9 = "`cuda_lora.csv`, row 9: one H200, bfloat16, B = 128, r = 16 on all linear layers"
+    rows = [
+        ["a_s, ViT-B/16", f"{1e6 * step:.0f} µs", row9],
+        ["a_f", f"{1e6 * forward:.0f} µs", "the same; adapters not merged"],
+        [
+            "reconstruction, a pair of classes",
+            f"{1e12 * pair:.0f} ps",
+            "`cuda_prototypes.csv`, 20,000 x 1,000, float32",
+        ],
+        ["one adapter in one layer", f"{1e6 * layer:.1f} µs", "slope of `prototypes` over the longest run above, CPU"],
+        ["P", f"{ADAPTER / 1e6:.2f} MB", "r = 16 on qkv and proj of 12 blocks, float32"],
+        ["4 D", f"{4 * WIDTH / 1e3:.1f} kB", "D = 768"],
+    ]
+    return markdown(("quantity", "value", "from"), rows)
+
+
+def _fits(found: Sequence[Fit]) -> str:
+    scale: Mapping[str, tuple[float, str, str]] = {"rss_mb": (1, "MiB", "KiB"), "checkpoint_kib": (1, "KiB", "B")}
+    rows = []
+    for f in found:
+        first = f.rows[0]
+        unit, small = scale.get(f.phase, (1e3, "ms", "µs"))[1:]
+        factor = 1e3 if unit == "ms" else 1.0
+        more = {"ms": 1e6, "MiB": 2**10, "KiB": 2**10}[unit]
+        name = {"rss_mb": "resident memory", "checkpoint_kib": "checkpoint"}.get(f.phase, f.phase)
+        name = (
+            "checkpoint, time"
+            if f.phase == "checkpoint"
+            else "checkpoint, size a task"
+            if name == "checkpoint"
+            else name
+        )
+        per = f"{more * f.b:+.3g} {small} a {PHASES[f.phase][1]}"
+        where = f"{len(f.rows) + 1} tasks, {first['model']}, {first['device'].split(',')[0]}"
+        rows.append([f"{f.method}, {name}", f"{factor * f.a:.4g} {unit}", per, f"{f.growth:.2f}", where])
+    return markdown(("a task's", "a", "b", "last / second", "measured"), rows)
+
+
+def _projection(found: Sequence[Fit]) -> str:
+    rows = []
+    for s in SCENARIOS:
+        for gpus in BANDWIDTH:
+            p = project(s, gpus, found)
+            hours = [p[k] for k in ("train", "features", "align", "eval", "network")]
+            rows.append(
+                [
+                    f"{s.name}, {gpus} GPU{'s' * (gpus > 1)}",
+                    *(_hours(h) for h in hours),
+                    _hours(sum(hours)),
+                    f"{100 * p['full']:.0f} %",
+                    _bytes(p["bytes"]),
+                ]
+            )
+    head = ("", "training", "features", "alignment", "evaluation", "all-reduce", "sum", "steps filled", "bytes a GPU")
+    return markdown(head, rows)
+
+
+def _memory(found: Sequence[Fit]) -> str:
+    names: dict[str, Callable[[dict[str, float]], float]] = {
+        "weights, merged layers": lambda p: p["weights"],
+        "adapters": lambda p: p["adapters"],
+        "prototypes": lambda p: p["prototypes"],
+        "features and logits of an evaluation": lambda p: p["evaluation"],
+        "written to checkpoints in a run": lambda p: p["written"],
+    }
+    rows = [[name, *(_bytes(of(project(s, 1, found))) for s in SCENARIOS)] for name, of in names.items()]
+    heads = {
+        "head `gaussian`: covariances": lambda s: 4 * WIDTH**2 * s.T * s.c,
+        "head `ranpac`, M = 10,000: G and Q": lambda s: 4 * (10_000**2 + 10_000 * s.T * s.c),
+        "`plora-ensemble`: prototypes": lambda s: 4 * WIDTH * s.T * s.T * s.c,
+        "all logits at once (not done)": lambda s: 4 * s.m * (s.T * s.c) ** 2,
+    }
+    rows += [[name, *(_bytes(of(s)) for s in SCENARIOS)] for name, of in heads.items()]
+    return markdown(("", *(s.name.split(" (")[0] for s in SCENARIOS)), rows)
+
+
+def _hours(hours: float) -> str:
+    if hours >= 0.95:
+        return f"{hours:.3g} h"
+    return f"{60 * hours:.2g} min" if hours >= 1 / 60 else f"{3600 * hours:.2g} s"
+
+
+def _bytes(number: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 1e3:.3g} kB" if number else "0"
+
+
+def filled(text: str) -> str:
+    """The page with its generated parts as the files say."""
+    for name, block in blocks().items():
+        start, end = f"<!-- scaling.py: {name} -->", "<!-- end -->"
+        if text.count(start) != 1:
+            sys.exit(f"{PAGE} must hold `{start}` … `{end}` once")
+        head, tail = text.split(start)
+        text = f"{head}{start}\n{block}\n{end}{tail.split(end, 1)[1]}"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    before = PAGE.read_text(encoding="utf-8")
+    after = filled(before)
+    if args.check:
+        sys.exit(f"{PAGE} is not what the files say: run benchmarks/scaling.py" if before != after else 0)
+    PAGE.write_text(after, encoding="utf-8")
+    print("\n\n".join(blocks().values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""Images a second with the loaders, beside the same step on a batch that is on the device; and whole runs by phase.
+
+    python benchmarks/throughput.py [--model NAME] [--images N] [--amp bfloat16] [--compile] [--out FOLDER/NAME]
+    python benchmarks/throughput.py --phases [--epochs N] [--images N] [--amp none bfloat16] [--forms plora ease ...]
+
+Without --phases: evaluation and training (r = 16 on qkv and proj) of one backbone with random weights: on a batch that
+is on the device, on uint8 arrays, and on JPEG files of 256 pixels that the device or the workers crop to the input's
+size. `first` is the first pass, which starts workers and decodes (training comes after evaluation, so its files are
+decoded already), `later` the median of the others, `share` its part of the rate on the batch on the device.
+
+With --phases: B0 Inc10 on random images of CIFAR-100's shape, with random weights, batches of 48 and PILOT's
+transforms: seconds and peak memory by phase. The last column carries training, which is linear in the epochs, on to 20
+of them. `ease` is LAMDA-PILOT's own loop with the settings that it ships, `ease, patched` the same with this package's
+patch; both need PLORA_PILOT, a checkout. PILOT's own precision is none (float32).
+
+Writes NAME.csv and NAME.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import record
+import torch
+from PIL import Image
+from torch import Tensor
+
+import plora_ext
+from plora_ext.cil import Images, Settings, run
+from plora_ext.cil.engine import load_backbone, pick_device
+from plora_ext.cil.training import Phases, Progress, Trainer
+from plora_ext.data import ImageFiles, Preparation, View
+from plora_ext.data.view import SHARE
+from plora_ext.nn import inject
+
+RATES = ("part", "source", "first", "later", "share", "peak_mb")
+PHASES = ("form", "amp", "phase", "seconds", "peak_mb", "images_per_s", "seconds_20_epochs")
+CLASSES = 10
+
+
+class Resident:
+    """What a view gives, but always the same batch, which is on the device."""
+
+    def __init__(self, n: int, size: int, device: torch.device):
+        self.n, self.batch = n, torch.empty(0)
+        self.size, self.device = size, device
+
+    def __len__(self) -> int:
+        return self.n
+
+    def split(self, batch_size: int) -> Iterator[Tensor]:
+        if len(self.batch) != batch_size:
+            self.batch = torch.randn(batch_size, 3, self.size, self.size, device=self.device)
+        for first in range(0, self.n, batch_size):
+            yield self.batch[: self.n - first]
+
+    def epoch(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(order.split(batch_size), self.split(batch_size))
+
+
+class Clock(Progress):
+    """When the epochs of a fit begin; at the end of each, `fit` waits for the device."""
+
+    def __init__(self, images: int):
+        self.images, self.seen, self.times = images, 0, [0.0]
+
+    def fit(self, task: int, images: int) -> None:
+        self.seen, self.times = 0, [time.perf_counter()]
+
+    def step(self, images: int) -> None:
+        if self.seen and self.seen % self.images == 0:
+            self.times.append(time.perf_counter())
+        self.seen += images
+
+
+def sources(args: argparse.Namespace, size: int, device: torch.device, folder: Path) -> dict[str, Callable[[], Any]]:
+    """The images in each form; made when they are measured, gone after."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    paths = [folder / f"{i}.jpg" for i in range(args.images)]
+    for i, path in enumerate(paths):
+        if i < 64:  # distinct pictures; the others are the same files by other names
+            picture = np.asarray(
+                Image.fromarray(coarse[i]).resize((256, 256), Image.Resampling.BICUBIC), dtype=np.int16
+            )
+            noisy = (picture + rng.integers(-12, 13, picture.shape)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(path, quality=90)
+        else:
+            path.hardlink_to(paths[i % 64])
+
+    def view(images: np.ndarray | ImageFiles, **look: Any) -> View:
+        return View(images, Preparation(size, [0.5] * 3, [0.5] * 3, device, workers=args.workers, **look))
+
+    def arrays() -> np.ndarray:
+        return rng.integers(0, 256, (args.images, size, size, 3), dtype=np.uint8)
+
+    return {
+        "batch on the device": lambda: Resident(args.images, size, device),
+        "arrays, resize": lambda: view(arrays()),
+        "arrays, pilot on the device": lambda: view(arrays(), transform="pilot", on_device=True),
+        "JPEG, pilot on the device": lambda: view(ImageFiles(paths), transform="pilot", on_device=True, cache=SHARE),
+        "JPEG, pilot in the workers": lambda: view(ImageFiles(paths), transform="pilot", cache=SHARE),
+        "JPEG, not kept": lambda: view(ImageFiles(paths), transform="pilot", on_device=True),
+    }
+
+
+def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Images a second of evaluation and of training, from every source."""
+    device = pick_device(args.device)
+    settings = Settings(
+        backbone=args.model, weights="random", epochs=args.passes, batch_size=args.batch,
+        eval_batch_size=args.eval_batch, amp=args.amp[0], tf32=args.tf32, channels_last=args.channels_last,
+        compile=args.compile,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    backbone = load_backbone(settings)
+    clock = Clock(args.images)
+    trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, clock)
+    adapters = inject(trainer.model, ["qkv", "proj"], r=16)
+    adapters.add_adapter("task0")
+    labels = torch.arange(args.images, device=device) % CLASSES
+
+    def train(images: Any) -> list[float]:
+        with trainer.speed.passes():
+            trainer.fit(0, adapters.parameters("task0"), images, labels, CLASSES)
+        return np.diff([*clock.times, time.perf_counter()]).tolist()
+
+    def evaluate(images: Any) -> list[float]:
+        seconds = []
+        for _ in range(args.passes):
+            start = time.perf_counter()
+            trainer.features(images)[0, 0].item()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    rows: list[dict[str, Any]] = []
+    own: dict[str, float] = {}  # the rate on the device's batch
+    with tempfile.TemporaryDirectory(prefix="plora-throughput-") as folder:
+        for name, make in sources(args, backbone.image_size, device, Path(folder)).items():
+            images = make()
+            if not rows:  # kernels are chosen, graphs compiled
+                evaluate(images)
+                train(images)
+            for part, call in (("evaluation", evaluate), ("training", train)):
+                phases = Phases(device)
+                with phases(part):
+                    first, *others = (args.images / seconds for seconds in call(images))
+                later = statistics.median(others)
+                share = later / own.setdefault(part, later)
+                rows.append(dict(zip(RATES, (part, name, first, later, share, phases.peak_mb[part]))))
+                print(cells(rows[-1]), flush=True)
+            del images
+    return rows
+
+
+# ---------------------------------------------------------------------- whole runs
+
+
+def noise(n: int) -> Images:
+    """n training and n / 5 test images of 100 classes, 32 x 32, every class with a colour of its own."""
+    rng = np.random.default_rng(0)
+    colors = rng.integers(60, 196, (100, 1, 1, 3))
+
+    def draw(number: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.arange(number) % 100
+        return (colors[labels] + rng.integers(-60, 60, (number, 32, 32, 3))).astype(np.uint8), labels
+
+    return Images(*draw(n), *draw(n // 5))
+
+
+def ours(form: str, amp: str, args: argparse.Namespace, data: Images) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds and peak memory by phase of this package's loop."""
+    settings = Settings(
+        method="plora-ensemble" if "ensemble" in form else "plora", backbone=args.model, weights="random",
+        epochs=args.epochs, batch_size=48, eval_batch_size=args.eval_batch, amp=amp, tf32=args.tf32,
+        compile=args.compile, channels_last=args.channels_last, transform="pilot", normalize="none", lr=5e-4,
+        transform_on="cpu" if "workers" in form else "device", workers=args.workers, device=args.device,
+    )  # fmt: skip
+    result = run(settings, data=data)
+    return result.seconds, result.peak_mb
+
+
+class Pilots:
+    """PILOT's idea of a data set: ours, with its own transforms of CIFAR at 224 pixels."""
+
+    use_path = False
+
+    def __init__(self, data: Images, arguments: dict[str, Any]):
+        from utils.data import build_transform
+
+        self.train_data, self.train_targets = data.train_images, data.train_labels
+        self.test_data, self.test_targets = data.test_images, data.test_labels
+        self.train_trsf, self.test_trsf = (build_transform(train, arguments) for train in (True, False))
+        self.common_trsf: list[Any] = []
+        self.class_order = np.arange(100).tolist()
+
+    def download_data(self) -> None:
+        """There is nothing to download."""
+
+
+def ease(form: str, amp: str, args: argparse.Namespace, data: Images) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds and peak memory by phase of LAMDA-PILOT's EASE, with the settings of its exps/ease.json."""
+    import integrations
+
+    from plora_ext.integrations import pilot
+
+    checkout = Path(os.environ["PLORA_PILOT"])
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    pilot._old_timm_names()
+    import models.ease
+    import utils.data_manager
+    import utils.inc_net
+
+    device = pick_device(args.device)
+    arguments = json.loads((checkout / "exps" / "ease.json").read_text())
+    arguments.update(init_cls=10, increment=10, init_epochs=args.epochs, device=[device], seed=1993)
+    size = {"depth": 12, "mlp_ratio": 4} if "base" in args.model else {"depth": 1, "mlp_ratio": 0.25}
+    random_vit = lambda *_: integrations.ease_vit(**size)  # noqa: E731
+    utils.inc_net.get_backbone, utils.data_manager._get_idata = random_vit, lambda *_: Pilots(data, arguments)
+    models.ease.num_workers = 8 if args.workers is None else args.workers
+    logging.disable(logging.INFO)
+    phases = Phases(device)
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def inner(*given: Any) -> Any:
+            with phases(name):
+                return call(*given)
+
+        return inner
+
+    with ExitStack() as stack:
+        stack.enter_context(pilot.patch() if "patched" in form else nullcontext())
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=amp == "bfloat16"))
+        manager = utils.data_manager.DataManager("noise", True, 1993, 10, 10, arguments)
+        arguments.update(nb_classes=manager.nb_classes, nb_tasks=manager.nb_tasks)
+        learner = models.ease.Learner(arguments)
+        learner._train = timed("train", learner._train)
+        replace, solve = learner.replace_fc, learner.solve_sim_reset
+        learner.solve_sim_reset = lambda: None  # a phase of its own, after the prototypes
+
+        def replace_fc(loader: Any) -> None:
+            with phases("prototypes"):
+                replace(loader)
+            with phases("align"):
+                solve()
+
+        learner.replace_fc = replace_fc
+        for _ in range(manager.nb_tasks):
+            learner.incremental_train(manager)
+            with phases("eval"):
+                learner.eval_task()
+            learner.after_task()
+    return phases.seconds, phases.peak_mb
+
+
+FORMS: dict[str, Callable[..., tuple[dict[str, float], dict[str, float]]]] = {
+    "plora": ours,
+    "plora, workers crop": ours,
+    "plora-ensemble": ours,
+    "ease": ease,
+    "ease, patched": ease,
+}
+
+
+def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A line for each phase of each form and precision."""
+    data = noise(args.images)
+    for form, amp in ((form, amp) for form in args.forms for amp in args.amp):
+        if FORMS[form] is ease and not os.environ.get("PLORA_PILOT"):
+            print(f"{form}: left out, PLORA_PILOT names no checkout")
+            continue
+        seconds, peak = FORMS[form](form, amp, args, data)
+        total = dict(seconds, total=sum(seconds.values()))
+        whole = total["total"] + seconds["train"] * (20 / args.epochs - 1)
+        for phase, value in total.items():
+            rate = args.images * args.epochs / value if phase == "train" else None
+            longer = {"train": value * 20 / args.epochs, "total": whole}.get(phase, value)
+            row = dict(zip(PHASES, (form, amp, phase, value, peak.get(phase, max(peak.values())), rate, longer)))
+            print(cells(row), flush=True)
+            yield row
+
+
+def cells(row: dict[str, Any]) -> str:
+    texts = ["" if v is None else f"{v:.3g}" if isinstance(v, float) and v < 100 else f"{v:.0f}" if isinstance(v, float)
+             else str(v) for v in row.values()]  # fmt: skip
+    return f"| {' | '.join(texts)} |"
+
+
+def write(args: argparse.Namespace, fields: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    device = pick_device(args.device)
+    cuda = device.type == "cuda"
+    where = {
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "plora_ext": plora_ext.__version__,
+        "commit": args.commit or record.commit(),
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/throughput.py", *sys.argv[1:]]),
+    }
+    head = ", ".join(f"{key} {value}" for key, value in where.items())
+    table = [f"| {' | '.join(fields)} |", "|---" * 2 + "|---:" * (len(fields) - 2) + "|", *map(cells, rows)]
+    record.write(args.out, [*fields, *where], ({**row, **where} for row in rows), "\n".join([head, "", *table]) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_base_patch16_224", help="embedded, or a model of timm")
+    parser.add_argument("--images", type=int, help="training images (default: 12800; --phases: 50000)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp", nargs="+", choices=("none", "bfloat16", "float16"), default=["bfloat16"])
+    parser.add_argument("--batch", type=int, default=128, help="images of a training step (--phases: always 48)")
+    parser.add_argument("--eval-batch", type=int, default=256)
+    parser.add_argument("--passes", type=int, default=4, help="over the images, 2 or more")
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
+    for name in ("compile", "tf32", "channels-last"):
+        parser.add_argument(f"--{name}", action="store_true", help="as the setting")
+    parser.add_argument("--phases", action="store_true", help="whole runs by phase")
+    parser.add_argument("--epochs", type=int, default=20, help="of --phases")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["plora", "plora-ensemble", "ease"])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="what to call the version measured, where this is no git checkout")
+    args = parser.parse_args()
+    args.images = args.images or (50_000 if args.phases else 12_800)
+    args.out = args.out or Path(__file__).parent / "results" / ("phases" if args.phases else "throughput")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    warnings.simplefilter("ignore", FutureWarning)
+    if args.phases:
+        rows: list[dict[str, Any]] = []
+        for row in runs(args):  # after every line: a run that is stopped leaves what it measured
+            rows.append(row)
+            write(args, PHASES, rows)
+    else:
+        write(args, RATES, rates(args))
+
+
+if __name__ == "__main__":
+    main()

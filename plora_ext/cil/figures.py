@@ -1,0 +1,339 @@
+"""The figures of a comparison, each of the groups of one protocol: mean over seeds, ± one standard deviation."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from plora_ext.cil.engine import Result
+from plora_ext.cil.runs import Group, Protocol
+
+# Hues of Okabe and Ito, dark enough to be read on white; the page has a light twin of each for a dark background.
+COLORS = ("#0072b2", "#b84f00", "#007a58", "#b0487f", "#8f6200", "#6a51a3", "#555555")
+INK, GRID, EDGE = "#333333", "#e4e4e4", "#bbbbbb"
+_MARKERS, _LINES = "osD^vPX*", ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+_NAMED = 12  # curves at most that are named at their end; more have a legend
+_LETTERED = 14  # tasks at most whose accuracies are written into the cells of a matrix
+PHASES = ("train", "prototypes", "subspace", "align", "head", "eval", "drift", "other")
+
+
+def accuracy(protocol: Protocol) -> Figure:
+    """Accuracy over all classes seen, against their number: a curve for each group."""
+    figure, axes = _axes()
+    groups = protocol.finished
+    seen = protocol.classes_seen
+    ends, low = [], 100.0
+    for group in groups:
+        style = _style(protocol, group)
+        mean, deviation = group.spread(lambda r: r.curve) or (np.zeros(1), np.zeros(1))
+        if len(mean) == 1 < len(seen):  # joint training: one figure, drawn across as the bound it is
+            mean, deviation, style = mean.repeat(len(seen)), deviation.repeat(len(seen)), {**style, "marker": ""}
+            style["linestyle"] = (0, (4, 3))
+        _curve(axes, group.example.classes_seen if len(seen) == 1 else seen, mean, deviation, style)
+        ends.append((mean[-1], f"{group.short}  {mean[-1]:.1f}", style["color"]))
+        low = min(low, float((mean - deviation).min()))
+    for group in protocol.groups:
+        for r in group.unfinished if not group.results else ():  # nothing else is known of them
+            x, color = r.classes_seen[: len(r.curve)], _style(protocol, group)["color"]
+            axes.plot(x, r.curve, color=color, linestyle=":", marker=".")
+            ends.append((r.curve[-1], f"{group.short}, incomplete", color))
+            low = min(low, *r.curve)
+    axes.set(ylim=(max(0.0, 10 * (low // 10) - 5), 101), xlabel="classes seen", ylabel="accuracy over all of them (%)")
+    _name(axes, ends, seen[-1])
+    axes.set_xticks(seen if len(seen) <= 20 else [])
+    if len(seen) > 20:
+        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    return figure
+
+
+def forgetting(protocol: Protocol) -> Figure | None:
+    """By how much the accuracy on each task's classes has fallen from its best when all tasks are learned."""
+    curves = [(g, g.spread(fallen)) for g in protocol.finished if len(g.example.matrix) > 1]
+    if not curves:
+        return None
+    return _over_tasks(protocol, curves, "task", "accuracy lost since its best (points)")
+
+
+def drift(protocol: Protocol) -> Figure | None:
+    """Distance of old prototypes from the true class means: dashed when the task began, solid after the alignment."""
+    curves = [(g, g.spread(lambda r: moved(r, "after"))) for g in protocol.finished]
+    curves = [(g, spread) for g, spread in curves if spread is not None]
+    if not curves:
+        return None
+    before = [g.spread(lambda r: moved(r, "before")) for g, _ in curves]
+    every = np.concatenate([spread[0] for spread in (*before, *(s for _, s in curves)) if spread is not None])
+    log = every.min() > 0 and every.max() > 30 * every.min()
+    figure = _over_tasks(
+        protocol, curves, "after task", "mean 1 − cos to the true class mean", 2, 0, "log" if log else "linear"
+    )
+    for spread, (g, _) in zip(before, curves):
+        if spread is not None:
+            x, color = np.arange(len(spread[0])) + 2, _style(protocol, g)["color"]
+            figure.axes[0].plot(x, spread[0], color=color, linewidth=1.2, linestyle=(0, (2, 2)))
+    return figure
+
+
+def cost(protocol: Protocol) -> Figure | None:
+    """Seconds of each phase of a whole run: a bar for each group."""
+    groups = protocol.finished
+    if not groups:
+        return None
+    figure = Figure(figsize=(7.2, 1.0 + 0.34 * len(groups)), layout="constrained")
+    axes: Axes = figure.add_subplot()
+    left = np.zeros(len(groups))
+    for i, name in enumerate(phases(groups)):
+        seconds = np.array([float(group.spread(phase(name))[0]) for group in groups])  # type: ignore[index]
+        axes.barh(range(len(groups)), seconds, left=left, color=COLORS[i % 7], label=name, height=0.7)
+        left += seconds
+    axes.set_yticks(range(len(groups)), [g.short for g in groups])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    _clean(axes)
+    axes.grid(axis="x", color=GRID)
+    axes.set_axisbelow(True)
+    _legend(figure, axes)
+    return figure
+
+
+def cost_of_tasks(protocol: Protocol) -> Figure | None:
+    """Seconds to learn each task: everything but the evaluation, which grows with the classes seen by itself."""
+    curves = [(g, g.spread(_seconds_of_tasks)) for g in protocol.finished if len(g.example.matrix) > 1]
+    curves = [(g, spread) for g, spread in curves if spread is not None]
+    if not curves:
+        return None
+    return _over_tasks(protocol, curves, "task", "seconds to learn it", bottom=0)
+
+
+def matrix(group: Group, axes: Axes | None = None) -> Figure:
+    """A group's task matrix as a heat map: row, the task just learned; column, the task tested."""
+    cells = mean_matrix(group)
+    size = cells.shape[1]
+    side = min(max(0.32 * size, 2.2), 4.5)
+    figure = axes.figure if axes else Figure(figsize=(side + 0.7, side * len(cells) / size + 0.7), layout="constrained")
+    assert isinstance(figure, Figure)
+    axes = axes or figure.add_subplot()
+    colors = colormaps["YlGnBu"]
+    norm = Normalize(0, 100)
+    axes.imshow(cells, norm=norm, cmap=colors, interpolation="none", aspect="auto")
+    if size <= _LETTERED:
+        for (t, i), value in np.ndenumerate(cells):
+            if np.isfinite(value):
+                ink = "white" if value > 60 else "#222222"
+                axes.text(i, t, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=7, in_layout=False)
+        axes.set_xticks(range(size), [str(i + 1) for i in range(size)])
+        axes.set_yticks(range(len(cells)), [str(t + 1) for t in range(len(cells))])
+    else:
+        ticks = np.unique(np.linspace(0, size - 1, 6).astype(int))
+        axes.set_xticks(ticks, [str(i + 1) for i in ticks])
+        axes.set_yticks(ticks if len(cells) > 1 else [0], [str(t + 1) for t in (ticks if len(cells) > 1 else [0])])
+        bar = figure.colorbar(ScalarMappable(norm, colors), ax=axes, shrink=0.8, pad=0.02)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(colors=INK, length=0, labelsize=8)
+    axes.set_xlabel("tested on task")
+    axes.set_ylabel("after task")
+    _clean(axes)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def matrices(protocol: Protocol) -> Figure | None:
+    """The task matrices of all groups, at most four beside each other."""
+    groups = [g for g in protocol.finished if len(g.example.matrix) > 1] or protocol.finished
+    if not groups:
+        return None
+    columns = min(4, len(groups))
+    lines = -(-len(groups) // columns)
+    side = min(max(0.36 * len(protocol.classes_seen), 2.4), 5.0)
+    figure = Figure(figsize=(columns * (side + 0.4) + 0.4, lines * (side + 0.6)), layout="constrained")
+    every = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes, group in zip(every, groups):
+        matrix(group, axes)
+        axes.set_title(group.short, color=INK, fontsize=10, fontweight="bold")
+    for axes in every[len(groups) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def mean_matrix(group: Group) -> np.ndarray:
+    """The mean task matrix over a group's finished runs; NaN above the diagonal."""
+
+    def padded(r: Result) -> np.ndarray:
+        width = len(r.matrix[-1])
+        return np.array([[*row, *[np.nan] * (width - len(row))] for row in r.matrix])
+
+    spread = group.spread(padded)
+    assert spread is not None
+    return spread[0]
+
+
+def svg(figure: Figure, name: str, title: str) -> str:
+    """A figure as an <svg> element to stand in a page: named, with ids of its own, in colours that the page sets."""
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    text = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
+    content = re.split(r"<svg[^>]*>", text, maxsplit=1)[1]
+    content = re.sub(r'\bid="', f'id="{name}-', content)
+    content = re.sub(r'(href="#|url\(#)', rf"\1{name}-", content)
+    for i, color in enumerate(COLORS):
+        content = content.replace(color, f"var(--c{i})")
+    content = content.replace(INK, "var(--ink)").replace(GRID, "var(--grid)").replace(EDGE, "var(--edge)")
+    width, height = figure.get_size_inches()
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
+        f'aria-labelledby="{name}-title" viewBox="0 0 {72 * width:g} {72 * height:g}" style="width: {width:g}in">'
+        f'<title id="{name}-title">{escape(title)}</title>{content}'
+    )
+
+
+# ---------------------------------------------------------------------- what is drawn
+
+
+def fallen(r: Result) -> list[float] | None:
+    """For every task but the last, its best accuracy minus its last."""
+    last = len(r.matrix) - 1
+    return [max(row[i] for row in r.matrix[i:]) - r.matrix[last][i] for i in range(last)] or None
+
+
+def moved(r: Result, which: str) -> list[float] | None:
+    """`before`, `after` or `spacing` of the drift, task by task; None if it was not measured."""
+    return [step[which] for step in r.drift if step] or None
+
+
+def _seconds_of_tasks(r: Result) -> list[float] | None:
+    return [sum(v for phase, v in c["seconds"].items() if phase not in ("eval", "drift")) for c in r.costs] or None
+
+
+def phases(groups: Sequence[Group]) -> list[str]:
+    """The phases of the groups' runs, and `other`, what is in none."""
+    known = dict.fromkeys(phase for g in groups for r in g.results for phase in r.seconds)
+    return [p for p in PHASES if p in known or p == "other"] + [p for p in known if p not in PHASES]
+
+
+def phase(name: str) -> Callable[[Result], float]:
+    """Seconds of a phase, as a function of a result."""
+    if name == "other":
+        return lambda r: max(0.0, r.total_seconds - sum(r.seconds.values()))
+    return lambda r: r.seconds.get(name, 0.0)
+
+
+# ---------------------------------------------------------------------- how
+
+
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes: Axes = figure.add_subplot()
+    _clean(axes)
+    axes.grid(axis="y", color=GRID)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _over_tasks(
+    protocol: Protocol,
+    curves: Sequence[tuple[Group, Any]],
+    xlabel: str,
+    ylabel: str,
+    first: int = 1,
+    bottom: float | None = None,
+    scale: str = "linear",
+) -> Figure:
+    figure, axes = _axes()
+    ends, last = [], 1
+    for group, (mean, deviation) in curves:
+        style = _style(protocol, group)
+        x = np.arange(len(mean)) + first
+        _curve(axes, x, mean, deviation if scale == "linear" else 0 * deviation, style)
+        ends.append((mean[-1], group.short, style["color"]))
+        last = max(last, int(x[-1]))
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale=scale)
+    if scale == "linear":
+        axes.set_ylim(bottom=bottom)
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    _name(axes, ends, last)
+    return figure
+
+
+def _style(protocol: Protocol, group: Group) -> dict[str, Any]:
+    """Colour, marker and line of a group, the same in every figure of its protocol."""
+    n = next(i for i, g in enumerate(protocol.groups) if g is group)
+    return {"color": COLORS[n % 7], "marker": _MARKERS[n % len(_MARKERS)], "linestyle": _LINES[n // 7 % len(_LINES)]}
+
+
+def _curve(axes: Axes, x: Any, mean: np.ndarray, deviation: np.ndarray, style: dict[str, Any]) -> None:
+    if deviation.any():
+        axes.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.16, linewidth=0)
+    every = max(1, len(mean) // 15)
+    axes.plot(x, mean, linewidth=1.8, markersize=4, markevery=every, **style)
+
+
+def _name(axes: Axes, ends: Sequence[tuple[float, str, str]], at: float) -> None:
+    """Names the curves at their ends, where there are few, otherwise in a legend below."""
+    if len(ends) > _NAMED:
+        for line, (_, text, _) in zip(axes.get_lines(), ends):
+            line.set_label(text)
+        _legend(axes.figure, axes)  # type: ignore[arg-type]
+        return
+    to_axes = axes.transData + axes.transAxes.inverted()  # where the curves end, as a share of the height
+    heights = _apart([float(to_axes.transform((at, end[0]))[1]) for end in ends], gap=0.052)
+    for height, (_, text, color) in zip(heights, ends):
+        axes.annotate(
+            text,
+            (at, height),
+            (8, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            annotation_clip=False,
+            color=color,
+            va="center",
+            weight="bold",
+        )
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, texts = axes.get_legend_handles_labels()
+    columns = max(1, min(len(texts), 90 // (max(map(len, texts)) + 6)))
+    figure.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False, fontsize=8, labelcolor=INK)
+
+
+def _clean(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(EDGE)
+    axes.tick_params(colors=INK, length=0, labelsize=9)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights moved apart to at least `gap`, as little as possible, in the same order."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    groups: list[list[int]] = []
+
+    def center(group: list[int]) -> float:
+        return sum(heights[i] for i in group) / len(group)
+
+    for i in order:
+        groups.append([i])
+        while len(groups) > 1:
+            low, high = groups[-2], groups[-1]
+            if center(high) - center(low) >= gap * (len(low) + len(high)) / 2:
+                break
+            groups[-2:] = [low + high]
+    placed: dict[int, float] = {}
+    for group in groups:
+        start = center(group) - gap * (len(group) - 1) / 2
+        placed.update({i: start + gap * k for k, i in enumerate(group)})
+    return [placed[i] for i in range(len(heights))]

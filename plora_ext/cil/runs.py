@@ -1,0 +1,288 @@
+"""Runs side by side: read from their folders, grouped by what they are, to be averaged over seeds.
+
+Runs are in one *group* if they differ in nothing but the seed and in where things were, and in one *protocol* if they
+saw the same data, in the same tasks, through the same backbone. Only a group's finished runs are averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plora_ext.cil.checkpoint import ELSEWHERE, MANIFEST, Checkpoint
+from plora_ext.cil.engine import Result
+from plora_ext.cil.methods import METHODS
+from plora_ext.cil.settings import Settings
+
+PROTOCOL = ("data", "init_cls", "increment", "tasks", "class_order", "backbone", "weights", "image_size", "transform",
+            "normalize", "corrupt")  # fmt: skip
+# Settings that may differ between runs that are averaged.
+_FREE = {"seed", "measure_drift", *ELSEWHERE} - {"data", "weights"}
+
+
+@dataclass
+class Group:
+    """Runs of one configuration, by seed.
+
+    Attributes:
+        label: The method, with those settings in which it differs from the usual ones of the protocol's groups.
+        results: Its finished runs.
+        unfinished: Those that have not learned all tasks.
+    """
+
+    label: str
+    results: list[Result] = field(default_factory=list)
+    unfinished: list[Result] = field(default_factory=list)
+
+    @property
+    def example(self) -> Result:
+        """One of its runs."""
+        return (self.results or self.unfinished)[0]
+
+    @property
+    def method(self) -> str:
+        return self.example.method
+
+    @property
+    def short(self) -> str:
+        """The label in at most 44 characters, for a figure."""
+        return textwrap.shorten(self.label, 44, placeholder=" …")
+
+    def spread(self, of: Callable[[Result], Any]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean and standard deviation (n - 1; 0 for one run) of `of(result)`, over runs for which it is not None."""
+        values = [value for value in map(of, self.results) if value is not None]
+        if not values:
+            return None
+        stack = np.array(values, dtype=np.float64)
+        return stack.mean(0), stack.std(0, ddof=1) if len(values) > 1 else np.zeros_like(stack[0])
+
+
+@dataclass
+class Protocol:
+    """Groups that can be compared."""
+
+    name: str
+    groups: list[Group]
+    classes_seen: list[int]
+
+    @property
+    def results(self) -> list[Result]:
+        return [result for group in self.groups for result in (*group.results, *group.unfinished)]
+
+    @property
+    def finished(self) -> list[Group]:
+        """The groups that have a finished run."""
+        return [group for group in self.groups if group.results]
+
+
+def is_finished(result: Result) -> bool:
+    """Whether all tasks were learned."""
+    return 0 < len(result.classes_seen) == len(result.curve)
+
+
+def load_results(path: str | Path) -> list[Result]:
+    """The results of a run's folder, or of a metrics.json; an unfinished run is read from its checkpoint.
+
+    Raises:
+        OSError: There is neither.
+        ValueError: A file is not one that this package wrote whole.
+    """
+    path = Path(path)
+    metrics = path / "metrics.json" if path.is_dir() else path
+    results = _of_metrics(metrics) if metrics.is_file() else []
+    if path.is_dir():
+        manifest = Checkpoint(path, resume=True).manifest
+        if manifest and (not results or len(manifest["run"].get("curve", [])) < manifest["run"].get("tasks", 1)):
+            results.append(_of_checkpoint(path, manifest))
+    if not results:
+        raise FileNotFoundError(
+            f"{path} is no run: it holds neither metrics.json nor checkpoint/{MANIFEST}; RUN must be a folder that "
+            "`plora-ext train` or `demo` wrote"
+        )
+    return results
+
+
+def _of_metrics(file: Path) -> list[Result]:
+    try:
+        runs = json.loads(file.read_text("utf-8"))["runs"]
+        results = [_result(run) for run in runs]
+        for r in results:
+            np.array(r.curve, dtype=np.float64), [np.array(row, dtype=np.float64) for row in r.matrix]
+            r.settings["method"], r.settings["seed"], len(r.classes_seen)
+        return results
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(file)!r} is not a metrics.json of plora-ext: {error}") from error
+
+
+def _of_checkpoint(path: Path, manifest: dict[str, Any]) -> Result:
+    run = dict(manifest["run"])
+    if not run.get("curve"):  # within its first task
+        nothing: dict[str, Any] = {f.name: [] for f in fields(Result) if f.default is f.default_factory is MISSING}
+        run = {
+            **nothing,
+            "seconds": {},
+            "peak_mb": {},
+            "passes": 1,
+            "total_seconds": 0.0,
+            "num_train": 0,
+            "num_test": 0,
+        }
+    try:
+        return _result({**run, "settings": manifest["settings"]})
+    except KeyError as error:
+        raise ValueError(
+            f"{path}: its checkpoint is of an older version of plora-ext, which did not record {error}; finish it "
+            "with `plora-ext train --resume`"
+        ) from error
+
+
+def _result(run: dict[str, Any]) -> Result:
+    optional = {f.name for f in fields(Result) if f.default_factory is not MISSING}
+    return Result(**{f.name: run[f.name] for f in fields(Result) if f.name in run or f.name not in optional})
+
+
+# ---------------------------------------------------------------------- groups
+
+
+def group(results: Iterable[Result]) -> list[Protocol]:
+    """The results by protocol and configuration, both in the order in which they came, the seeds sorted.
+
+    Left out: a run given twice, and one that has not learned its first task.
+    """
+    protocols: dict[str, dict[str, Group]] = {}
+    seen: set[str] = set()
+    for result in results:
+        content = json.dumps(asdict(result), sort_keys=True)
+        if content not in seen and result.curve:
+            seen.add(content)
+            groups = protocols.setdefault(_key(protocol_of(result)), {})
+            own = groups.setdefault(_key(configuration_of(result)), Group(result.method))
+            (own.results if is_finished(result) else own.unfinished).append(result)
+    names = _names([next(iter(groups.values())).example for groups in protocols.values()])
+    return [_protocol(name, list(groups.values())) for name, groups in zip(names, protocols.values())]
+
+
+def protocol_of(result: Result) -> dict[str, Any]:
+    """What must agree for two results to be compared."""
+    s = settings_of(result)
+    facts = {name: s[name] for name in PROTOCOL}
+    facts["init_cls"] = s["init_cls"] or s["increment"]  # 0 says the same
+    facts["images"] = [result.num_train, result.num_test]
+    return facts if facts["tasks"] is None else {**facts, "init_cls": None, "increment": None}
+
+
+def configuration_of(result: Result) -> dict[str, Any]:
+    """What must agree for two results to be averaged, beside the protocol: settings, and the device's name."""
+    facts = {name: value for name, value in settings_of(result).items() if name not in _FREE and name not in PROTOCOL}
+    return {**facts, "device": result.environment.get("device", "unknown")}
+
+
+def settings_of(result: Result) -> dict[str, Any]:
+    """A result's settings; those that came after it was written have their default."""
+    return {**_defaults(), **result.settings}
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return Settings().as_dict()
+
+
+def differing(groups: Sequence[Group]) -> list[str]:
+    """The names in `configuration_of` in which groups differ."""
+    facts = [configuration_of(g.example) for g in groups]
+    names = dict.fromkeys(name for f in facts for name in f)
+    return [name for name in names if len({_key(f.get(name)) for f in facts}) > 1]
+
+
+def text_of(value: Any) -> str:
+    """A setting's value as a short text."""
+    if isinstance(value, list):
+        return " ".join(map(text_of, value))
+    return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
+
+
+def repeated_seeds(group: Group) -> list[int]:
+    """Seeds of which a group has several finished runs."""
+    times = Counter(int(r.settings["seed"]) for r in group.results)
+    return sorted(seed for seed, n in times.items() if n > 1)
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _protocol(name: str, groups: list[Group]) -> Protocol:
+    defaults = _defaults()
+    for method in dict.fromkeys(g.method for g in groups):
+        own = [g for g in groups if g.method == method]
+        facts = [configuration_of(g.example) for g in own]
+        # The default goes without saying, or else what most of the method's groups have.
+        usual = {setting: _usual([f.get(setting) for f in facts], defaults.get(setting)) for setting in differing(own)}
+        for g, f in zip(own, facts):
+            said = [f"{n} {text_of(f.get(n))}" for n, value in usual.items() if _key(f.get(n)) != value]
+            g.label = ", ".join([method, *said])
+            g.results.sort(key=lambda r: int(r.settings["seed"]))
+            g.unfinished.sort(key=lambda r: int(r.settings["seed"]))
+    order = {method: i for i, method in enumerate(METHODS)}
+    groups.sort(key=lambda g: (order.get(g.method, len(order)), g.label != g.method))
+    longest = max((g.example.classes_seen for g in groups), key=len)
+    return Protocol(name, groups, list(longest))
+
+
+def _usual(values: list[Any], default: Any) -> str | None:
+    """The key of the value that needs no word: the most frequent, if it alone is that or the default is as frequent."""
+    times = Counter(map(_key, values))
+    most = [value for value, n in times.items() if n == max(times.values())]
+    return most[0] if len(most) == 1 else _key(default) if _key(default) in most else None
+
+
+def _names(firsts: Sequence[Result]) -> list[str]:
+    """A title for each protocol: data, tasks and backbone, and whatever else tells them apart."""
+    facts = [protocol_of(r) for r in firsts]
+    telling = ("class_order", "weights", "image_size", "transform", "normalize", "corrupt", "images")
+    others = [n for n in telling if len({_key(f[n]) for f in facts}) > 1]
+    titles = []
+    for f in facts:
+        first, increment = f["init_cls"], f["increment"]
+        tasks = f"B{0 if first == increment else first} Inc{increment}" if first else f"{len(f['tasks'])} given tasks"
+        title = [Path(str(f["data"])).name or str(f["data"]), tasks, str(f["backbone"])]
+        titles.append(", ".join([*title, *(f"{n} {textwrap.shorten(text_of(f[n]), 40)}" for n in others)]))
+    times = Counter(titles)
+    return [f"{title} ({facts[i]['data']})" if times[title] > 1 else title for i, title in enumerate(titles)]
+
+
+# ---------------------------------------------------------------------- the comparison
+
+# Columns of the comparison: title, figure of a result, digits after the point.
+COLUMNS: tuple[tuple[str, Callable[[Result], float | None], int], ...] = (
+    ("Ā", lambda r: r.summary()["average_accuracy"], 1),
+    ("A_B", lambda r: r.summary()["last_accuracy"], 1),
+    ("Forgetting", lambda r: r.summary()["forgetting"], 1),
+    ("BWT", lambda r: r.summary()["backward_transfer"], 1),
+    ("Passes", lambda r: r.passes, 0),
+    ("Time s", lambda r: r.total_seconds, 0),
+    ("Peak MB", lambda r: max(r.peak_mb.values()), 0),
+)
+
+
+def rows(protocol: Protocol) -> list[list[str]]:
+    """The comparison as text cells, one row a group: its label, its seeds, COLUMNS."""
+    return [
+        [g.label, str(len(g.results)), *(_cell(g, of, digits) for _, of, digits in COLUMNS)] for g in protocol.finished
+    ]
+
+
+def _cell(group: Group, of: Callable[[Result], float | None], digits: int) -> str:
+    spread = group.spread(of)
+    if spread is None:
+        return "–"
+    mean, deviation = (f"{float(value):.{digits}f}" for value in spread)
+    return f"{mean} ± {deviation}" if len(group.results) > 1 and digits else mean

@@ -1,0 +1,97 @@
+"""How a model's passes are computed: autocast, TF32, channels-last memory, torch.compile. Not what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from plora_ext.cil.settings import Settings
+from plora_ext.nn import Adapters, MultiLoRALinear
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Speed:
+    """The settings amp, tf32, channels_last and compile, applied to one model.
+
+    torch.compile is applied in place and to the blocks of the model where it has `blocks`: they are alike, so one of
+    them is compiled and serves all. Batches smaller than others before, the last of a pass, run uncompiled instead of
+    having a graph each.
+
+    Args:
+        model: Changed in place, where settings ask for it.
+        settings: The run's settings.
+        device: Where the model is.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, device: torch.device):
+        self.model, self.settings, self.device = model, settings, device
+        self.dtype = _DTYPES.get(settings.amp)
+        self._largest = {True: 0, False: 0}  # batch so far, with and without gradients
+        if settings.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if settings.compile:
+            for block in getattr(model, "blocks", [model]):
+                block.compile(dynamic=False)
+
+    @property
+    def context(self) -> tuple[str, ...]:
+        """What the bits of a feature depend on beside model and image."""
+        s = self.settings
+        switches = {"tf32": s.tf32, "channels_last": s.channels_last, "compile": s.compile}
+        return s.amp, *(name for name, on in switches.items() if on)
+
+    def forward(self, images: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
+        """`model(images)` in float32."""
+        if self.settings.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        gradients = torch.is_grad_enabled()
+        self._largest[gradients] = max(self._largest[gradients], len(images))
+        with (
+            self._eager(len(images) < self._largest[gradients]),
+            torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None),
+        ):
+            return model(images).float()
+
+    @contextmanager
+    def passes(self, compiled: bool = True) -> Iterator[None]:
+        """Around passes through the model, with gradients or without: TF32, and graphs that serve every task.
+
+        Args:
+            compiled: Otherwise they run uncompiled, whatever the settings say.
+        """
+        graphs = self._eager(not compiled)
+        if self.settings.compile and compiled and any(isinstance(m, MultiLoRALinear) for m in self.model.modules()):
+            adapters = Adapters(self.model)
+            graphs = adapters.compilable()
+            if torch.is_grad_enabled() and len(adapters.active) > 1:
+                torch._dynamo.reset()  # every task has graphs of its own here: those of the last one only add up
+        before = torch.get_float32_matmul_precision()
+        tf32 = self.settings.tf32 and self.device.type == "cuda"
+        try:
+            if tf32:
+                torch.set_float32_matmul_precision("high")
+            with graphs:
+                yield
+        finally:
+            if tf32:
+                torch.set_float32_matmul_precision(before)
+
+    def _eager(self, wanted: bool) -> AbstractContextManager[None]:
+        return torch.compiler.set_stance("force_eager") if self.settings.compile and wanted else nullcontext()
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """The scaler of a loss: of use in float16, where small gradients would vanish, and idle elsewhere."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def optimizer(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+        """The optimizer of the settings."""
+        s = self.settings
+        # With a scaler, any other optimizer makes the host wait at every step to hear whether gradients are finite.
+        fused = True if self.dtype == torch.float16 and self.device.type == "cuda" else None
+        if s.optimizer == "adamw":
+            return torch.optim.AdamW(groups, s.lr, fused=fused)
+        return torch.optim.SGD(groups, s.lr, 0.9, fused=fused)

@@ -1,0 +1,212 @@
+"""What a run takes down beside accuracies: drift of prototypes, costs of tasks, environment, TensorBoard scalars."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+import plora_ext
+from plora_ext.cil import Settings, drift
+from plora_ext.cil.alignment import class_means
+from plora_ext.cil.checkpoint import Checkpoint
+from plora_ext.cil.engine import Result, prepare, run
+from plora_ext.cil.methods import METHODS, PLoRA
+from plora_ext.cil.report import load_results
+from plora_ext.cil.tensorboard import TensorBoard
+from plora_ext.cil.training import Progress
+from plora_ext.cli import main
+from plora_ext.data import Backbone, Images, View
+
+
+@pytest.fixture
+def data() -> Images:
+    rng = np.random.default_rng(0)
+    labels = np.tile(np.arange(6), 8)
+    images = rng.integers(0, 60, (48, 16, 16, 3)) + 30 * labels[:, None, None, None]
+    return Images(images.astype(np.uint8), labels, images.astype(np.uint8)[:24], labels[:24], None)
+
+
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+    return Backbone(vit.eval(), 16, [0.5] * 3, [0.5] * 3)
+
+
+def learn(
+    data: Images, make: Any = None, checkpoint: Checkpoint | None = None, progress: Progress | None = None, **given: Any
+) -> Result:
+    settings = Settings(
+        **{
+            "increment": 2,
+            "r": 2,
+            "epochs": 2,
+            "batch_size": 8,
+            "lr": 0.02,
+            "device": "cpu",
+            "measure_drift": True,
+            **given,
+        }
+    )
+    return run(settings, data=data, backbone=backbone(), make=make, checkpoint=checkpoint, progress=progress)
+
+
+def test_drift_is_that_of_its_definition(data: Images) -> None:
+    seen: dict[str, Any] = {}
+
+    class Spy(PLoRA):
+        def learn(self, task, images: View, labels: Tensor) -> None:  # type: ignore[no-untyped-def]
+            seen["held"] = self.prototypes
+            super().learn(task, images, labels)
+            seen["now"], seen["method"] = self.prototypes, self
+
+    result = learn(data, lambda trainer, settings: Spy(trainer, settings))
+    assert result.drift[0] is None and len(result.drift) == 3
+    # After the last task, by hand: the model is still the last one.
+    position = np.empty(6, dtype=np.int64)
+    position[result.class_order] = np.arange(6)
+    method = seen["method"]
+    images = View(data.train_images, prepare(method.settings, backbone(), torch.device("cpu")))
+    means = class_means(method.features(images), torch.from_numpy(position[data.train_labels]), 6)
+    last = result.drift[-1]
+    assert last is not None
+
+    def distance(a: Tensor, b: Tensor) -> float:
+        return float((1 - F.cosine_similarity(a.double(), b.double())).mean())
+
+    assert last["before"] == pytest.approx(distance(seen["held"], means[:4]), rel=1e-4)
+    assert last["after"] == pytest.approx(distance(seen["now"][:4], means[:4]), rel=1e-4)
+    unit = F.normalize(means.double())
+    cosines = unit @ unit.T
+    cosines.fill_diagonal_(-1)
+    assert last["spacing"] == pytest.approx(float((1 - cosines[:4].max(1).values).mean()), rel=1e-4)
+    assert last["before"] > 1e-7
+
+
+def test_spacing_block_by_block() -> None:
+    means = torch.randn(1500, 8, dtype=torch.float64)
+    unit = F.normalize(means)
+    cosines = unit @ unit.T
+    cosines.fill_diagonal_(-1)
+    assert drift.spacing(means, 1400) == pytest.approx(float((1 - cosines[:1400].max(1).values).mean()))
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_measuring_changes_nothing(data: Images, method: str) -> None:
+    measured, plain = (learn(data, method=method, measure_drift=on) for on in (True, False))
+    assert measured.matrix == plain.matrix and measured.curve == plain.curve
+    assert plain.drift == [] and len(measured.drift) == len(measured.curve)
+    assert "drift" in measured.seconds and "drift" not in plain.seconds
+    for step in measured.drift[1:]:
+        if method == "plora-ensemble":  # no single space
+            assert step is None
+        else:
+            assert step is not None and step["spacing"] > 0
+            if method == "simplecil":
+                assert step["before"] == pytest.approx(0, abs=1e-6) == step["after"]
+            if method != "plora":
+                assert step["before"] == step["after"]
+
+
+def test_costs_of_tasks_add_up(data: Images) -> None:
+    result = learn(data)
+    assert len(result.costs) == 3 and set(result.costs[1]["seconds"]) == {
+        "train",
+        "prototypes",
+        "align",
+        "eval",
+        "drift",
+    }
+    for phase, seconds in result.seconds.items():
+        assert sum(c["seconds"].get(phase, 0.0) for c in result.costs) == pytest.approx(seconds)
+        assert max(c["peak_mb"].get(phase, 0.0) for c in result.costs) == result.peak_mb[phase] > 0
+    assert result.environment["torch"] == str(torch.__version__) and "threads" in result.environment["device"]
+    assert result.environment["plora_ext"] == plora_ext.__version__
+
+
+def test_a_resumed_run_has_the_records_of_all_tasks(data: Images, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    class Stopping(Progress):
+        def measured(self, task: int, figures: Any) -> None:
+            if task == 1:
+                raise Stop
+
+    with pytest.raises(Stop):
+        learn(data, checkpoint=Checkpoint(tmp_path), progress=Stopping())
+    (half,) = load_results(tmp_path)
+    assert len(half.costs) == len(half.drift) == len(half.curve) == 2 and half.classes_seen == [2, 4, 6]
+    assert (half.num_train, half.num_test, half.passes) == (48, 24, 1)
+    resumed, whole = learn(data, checkpoint=Checkpoint(tmp_path, resume=True)), learn(data)
+    assert resumed.drift == whole.drift and len(resumed.costs) == 3 and resumed.costs[:2] == half.costs
+
+
+def test_listeners_hear_the_loss_and_the_figures(data: Images) -> None:
+    class Ear(Progress):
+        def __init__(self) -> None:
+            self.losses: list[tuple[int, float]] = []
+            self.heard: list[tuple[int, dict[str, float]]] = []
+
+        def epoch(self, number: int, loss: float) -> None:
+            self.losses.append((number, loss))
+
+        def measured(self, task: int, figures: Any) -> None:
+            self.heard.append((task, figures))
+
+    ear = Ear()
+    result = learn(data, progress=ear)
+    assert [number for number, _ in ear.losses] == [1, 2, 3, 4, 5, 6] and all(loss >= 0 for _, loss in ear.losses)
+    assert [task for task, _ in ear.heard] == [0, 1, 2]
+    last = ear.heard[-1][1]
+    assert last["accuracy/all classes seen"] == result.curve[-1]
+    assert last["accuracy/forgetting"] == result.summary()["forgetting"]
+    assert [last[f"accuracy of task/{i}"] for i in (1, 2, 3)] == result.matrix[-1]
+    assert last["seconds/train"] == result.costs[-1]["seconds"]["train"]
+    assert last["drift of prototypes/after"] == result.drift[-1]["after"]  # type: ignore[index]
+
+
+def problem(data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(plora_ext.cil.engine, "create_backbone", lambda *_, **__: backbone())
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    np.savez(tmp_path / "toy.npz", **{name: getattr(data, name) for name in names})
+    given = f"--data {tmp_path / 'toy.npz'} --increment 2 --r 2 --epochs 2 --device cpu --tensorboard"
+    return given.split()
+
+
+def test_tensorboard_scalars(data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    given = [*problem(data, tmp_path, monkeypatch), "--out", str(tmp_path / "out"), "--measure-drift", "true"]
+    for _ in range(2):  # a second run in the same folder takes the place of the first
+        assert main(["train", *given]) == 0
+        (result,) = load_results(tmp_path / "out")
+        events = EventAccumulator(str(tmp_path / "out" / "tensorboard" / "plora")).Reload()
+        accuracy = [(e.step, e.value) for e in events.Scalars("accuracy/all classes seen")]
+        assert accuracy == [(t + 1, pytest.approx(value)) for t, value in enumerate(result.curve)]
+        assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    after = [e.value for e in events.Scalars("drift of prototypes/after")]
+    assert after == pytest.approx([step["after"] for step in result.drift if step])
+
+
+def test_tensorboard_that_is_not_installed_costs_no_work(
+    data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*problem(data, tmp_path, monkeypatch), "--out", str(tmp_path / "out")]
+    for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard" or "utils.tensorboard" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        TensorBoard(tmp_path, Progress())
+    monkeypatch.setattr(plora_ext.cil.engine, "load_data", lambda *_: pytest.fail("worked before checking"))
+    assert main(["train", *given]) == 2
+    assert "--tensorboard needs the package tensorboard" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())

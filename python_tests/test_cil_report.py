@@ -1,0 +1,413 @@
+"""Comparing runs: how they are grouped, averaged, drawn and written, and the page in a real browser."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from plora_ext.cil import Settings
+from plora_ext.cil.checkpoint import Checkpoint, exclusive
+from plora_ext.cil.engine import Result
+from plora_ext.cil.report import comparison_table, load_results, to_json, write_report
+from plora_ext.cil.runs import group, is_finished
+from plora_ext.cli import main
+
+EVIL = "runs/<script>alert(1)</script>&\"'"
+
+
+def result(method: str = "plora", seed: int = 1993, tasks: int = 4, done: int | None = None, **settings: Any) -> Result:
+    """A made-up result of two classes a task; `done` tasks of them learned."""
+    rng = np.random.default_rng([seed, tasks, len(method), len(settings)])
+    values = {"increment": 2, "out": f"runs/{method}-{seed}", **settings}
+    resolved = Settings(method=method, seed=seed, **values).as_dict()  # type: ignore[arg-type]
+    steps = 1 if method == "joint" else tasks if done is None else done
+    matrix = [np.round(rng.uniform(40, 100, tasks if method == "joint" else t + 1), 2).tolist() for t in range(steps)]
+    costs = [
+        {"seconds": {"train": 1.0 + t / 10, "eval": 0.1}, "peak_mb": {"train": 100.0 + t, "eval": 90.0}}
+        for t in range(steps)
+    ]
+    drifts: list[dict[str, float] | None] = [
+        None,
+        *({"before": 0.1 * t, "after": 0.05 * t, "spacing": 0.3} for t in range(1, steps)),
+    ]
+    return Result(
+        settings=resolved,
+        classes_seen=[2 * tasks] if method == "joint" else [2 * (t + 1) for t in range(tasks)],
+        class_order=list(range(2 * tasks)),
+        curve=[float(np.mean(row)) for row in matrix],
+        matrix=matrix,
+        passes=1,
+        seconds={"train": sum(c["seconds"]["train"] for c in costs), "eval": 0.1 * steps},
+        peak_mb={"train": 100.0 + steps, "eval": 90.0},
+        total_seconds=2.0 * steps,
+        num_train=48,
+        num_test=24,
+        costs=costs,
+        drift=drifts if resolved["measure_drift"] else [],
+        environment={"plora_ext": "1", "torch": "2", "python": "3", "device": "cpu"},
+    )  # fmt: skip
+
+
+def many() -> list[Result]:
+    """60 runs: ten configurations, three seeds, two protocols."""
+    kinds: list[dict[str, Any]] = [
+        {"method": method} for method in ("plora", "plora-ensemble", "simplecil", "lora-sequential", "joint")
+    ]
+    kinds += [{"alignment": "ridge"}, {"alignment": "none"}, {"r": 8}, {"head": "gaussian"}]
+    kinds.append({"fusion": "learned", "target_modules": ["q", "v"]})
+    return [
+        result(seed=seed, tasks=tasks, increment=increment, measure_drift=True, **kind)
+        for tasks, increment in ((6, 2), (3, 4))
+        for seed in (1, 2, 3)
+        for kind in kinds
+    ]
+
+
+# ---------------------------------------------------------------------- grouping
+
+
+def test_seeds_are_averaged_and_nothing_else() -> None:
+    runs = [result(seed=s) for s in (3, 1, 2)] + [result(seed=1, r=8), result(seed=1, increment=4), result("joint", 1)]
+    runs += [copy.deepcopy(runs[0])]  # the same run twice
+    runs[1].settings |= {"out": "elsewhere", "workers": 3, "measure_drift": True}  # of no consequence
+    protocols = group(runs)
+    assert [p.name for p in protocols] == ["icon100, B0 Inc2, embedded", "icon100, B0 Inc4, embedded"]
+    assert [g.label for g in protocols[0].groups] == ["plora", "plora, r 8", "joint"]
+    plora = protocols[0].groups[0]
+    assert [r.settings["seed"] for r in plora.results] == [1, 2, 3]
+    spread = plora.spread(lambda r: r.curve)
+    assert spread is not None
+    curves = np.array([r.curve for r in runs[:3]])
+    np.testing.assert_allclose(spread[0], curves.mean(0))
+    np.testing.assert_allclose(spread[1], curves.std(0, ddof=1))
+
+
+def test_other_data_device_or_order_is_not_averaged() -> None:
+    one, other = result(seed=1), result(seed=2)
+    for changed, apart in (
+        ({"num_train": 50}, "protocols"),
+        ({"settings": {**other.settings, "data": "else.npz"}}, "protocols"),
+        ({"settings": {**other.settings, "class_order": "none"}}, "protocols"),
+        ({"settings": {**other.settings, "weights": "w.safetensors"}}, "protocols"),
+        ({"environment": {"device": "NVIDIA H200"}}, "groups"),
+        ({"settings": {**other.settings, "amp": "bfloat16"}}, "groups"),
+        ({}, "none"),
+    ):
+        protocols = group([one, Result(**{**other.__dict__, **changed})])
+        numbers = len(protocols), sum(len(p.groups) for p in protocols)
+        assert numbers == {"protocols": (2, 2), "groups": (1, 2), "none": (1, 1)}[apart], changed
+        assert len({p.name for p in protocols}) == len(protocols)
+
+
+def test_the_first_task_may_be_said_in_two_ways() -> None:
+    assert len(group([result(seed=1, init_cls=0), result(seed=2, init_cls=2)])) == 1
+
+
+def test_labels_say_what_is_unusual() -> None:
+    kinds: list[dict[str, Any]] = [{}, {"alignment": "none"}, {"r": 8}, {"r": 8, "alignment": "shift"}]
+    (protocol,) = group([result(**kind) for kind in kinds])
+    assert {g.label for g in protocol.groups} == {
+        "plora", "plora, alignment none", "plora, r 8", "plora, r 8, alignment shift"
+    }  # fmt: skip
+
+
+def test_settings_of_an_older_version_have_their_default() -> None:
+    old = result(seed=1)
+    del old.settings["measure_drift"], old.settings["projections"]
+    (protocol,) = group([old, result(seed=2)])
+    assert len(protocol.groups) == 1
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def write(folder: Path, *results: Result) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(to_json(results))
+    return folder
+
+
+def begun(folder: Path, of: Result) -> Path:
+    """A folder with the checkpoint of an unfinished run."""
+    folder.mkdir(parents=True)
+    checkpoint = Checkpoint(folder)
+    checkpoint.begin({}, of.settings)
+    facts = {k: v for k, v in of.__dict__.items() if k != "settings"}
+    checkpoint.save_task({**facts, "tasks": len(of.classes_seen)}, {})
+    return folder
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    runs = [result(seed=1, measure_drift=True), result("joint")]
+    assert load_results(write(tmp_path, *runs)) == runs == load_results(tmp_path / "metrics.json")
+
+
+def test_metrics_without_the_newer_fields_are_read(tmp_path: Path) -> None:
+    text = json.loads(to_json([result()]))
+    for name in ("costs", "drift", "environment"):
+        del text["runs"][0][name]
+    (tmp_path / "metrics.json").write_text(json.dumps(text))
+    (read,) = load_results(tmp_path)
+    assert read.costs == read.drift == [] and read.environment == {}
+    write_report(tmp_path, [read])
+    page = (tmp_path / "report.html").read_text()
+    assert "No run here recorded what each task cost." in page and "No complete run here measured it." in page
+
+
+def test_an_unfinished_run_is_read_from_its_checkpoint(tmp_path: Path) -> None:
+    (read,) = load_results(begun(tmp_path / "a", result(done=3)))
+    assert not is_finished(read) and len(read.curve) == 3 and read.classes_seen == [2, 4, 6, 8]
+    finished = begun(tmp_path / "b", result())
+    assert len(load_results(finished)) == 1  # its checkpoint alone
+    write(finished, result())
+    assert len(load_results(finished)) == 1  # both, once
+    write(tmp_path / "a", result(seed=7))  # an older run, then one begun in its place
+    assert [is_finished(r) for r in load_results(tmp_path / "a")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "holds neither metrics.json nor checkpoint/checkpoint.json"),
+        ('{"runs": [{}]}', "is not a metrics.json of plora-ext"),
+        ('{"runs": ', "is not a metrics.json of plora-ext"),
+        ("[1]", "is not a metrics.json of plora-ext"),
+        ('{"runs": 3}', "is not a metrics.json of plora-ext"),
+        (b"\xff\xfe\x00", "is not a metrics.json of plora-ext"),
+    ],
+)
+def test_what_is_no_run_is_named(
+    tmp_path: Path, content: str | bytes | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = write(tmp_path / "good", result()), tmp_path / "bad"
+    bad.mkdir()
+    if content is not None:
+        (bad / "metrics.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(["report", str(good), str(bad), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and str(bad) in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "a", result(done=2))
+    (folder / "checkpoint" / "checkpoint.json").write_text("{}")
+    with pytest.raises(ValueError, match="checkpoint.json is damaged"):
+        load_results(folder)
+
+
+# ---------------------------------------------------------------------- the page
+
+
+class Outline(HTMLParser):
+    """What a page consists of; fails where tags do not match."""
+
+    VOID = ("meta", "link", "br", "img", "use", "path")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.ids: Counter[str] = Counter()
+        self.links: list[str] = []
+        self.unnamed = 0
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        given = dict(attributes)
+        if "id" in given:
+            self.ids[str(given["id"])] += 1
+        self.links += [str(v) for k, v in attributes if k in ("href", "src", "xlink:href", "action", "data")]
+        if tag == "svg":
+            self.unnamed += given.get("role") != "img" or "aria-labelledby" not in given
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def check_page(text: str) -> Outline:
+    outline = Outline(text)
+    assert outline.tags["title"] == 1 + outline.tags["svg"] and outline.tags["h1"] == 1 and not outline.unnamed
+    assert outline.tags["table"] == outline.tags["caption"] and "script" not in outline.tags
+    assert all(link.startswith(("#", "data:")) for link in outline.links)  # nothing from elsewhere
+    assert {link[1:] for link in outline.links if link.startswith("#")} <= set(outline.ids)
+    assert not [name for name, times in outline.ids.items() if times > 1]
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", text)
+    assert "prefers-color-scheme: dark" in text and "@media print" in text
+    return outline
+
+
+@pytest.fixture(scope="module")
+def sixty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of `many`."""
+    folder = tmp_path_factory.mktemp("sixty")
+    write_report(folder, many())
+    return folder
+
+
+def test_sixty_runs(sixty: Path) -> None:
+    names = {path.name for path in sixty.iterdir()}
+    text = (sixty / "report.html").read_text()
+    outline = check_page(text)
+    assert outline.tags["svg"] == 2 * (4 + 1 + 9)  # four figures, the seconds of tasks, a matrix for each but joint
+    assert "60 runs, 20 configurations, 2 protocols" in text and "no figure is averaged across them" in text
+    assert {"icon100_B0_Inc2_embedded-drift.png", "icon100_B0_Inc4_embedded-accuracy.png", "tasks.csv"} <= names
+    with (sixty / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 20 and {row["seeds"] for row in rows} == {"3"}
+    own = [r for r in many() if r.method == "simplecil" and len(r.classes_seen) == 6]
+    row = next(row for row in rows if row["label"] == "simplecil")
+    last = [r.curve[-1] for r in own]
+    assert float(row["last_accuracy"]) == pytest.approx(np.mean(last))
+    assert float(row["last_accuracy_std"]) == pytest.approx(np.std(last, ddof=1))
+    assert f"{np.mean(last):.1f} ± {np.std(last, ddof=1):.1f}" in text
+    with (sixty / "runs.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 60
+    assert load_results(sixty) == many()  # a report is a run's folder again
+
+
+def test_one_run_without_spread_or_drift(tmp_path: Path) -> None:
+    names = write_report(tmp_path, [result()])
+    text = (tmp_path / "report.html").read_text()
+    check_page(text)
+    assert "±" not in text.split("What the figures mean")[0] and "1 run, 1 configuration, 1 protocol" in text
+    assert "No complete run here measured it." in text and "drift.png" not in names
+    with (tmp_path / "tasks.csv").open(newline="") as file:
+        tasks = list(csv.DictReader(file))
+    assert [float(t["accuracy"]) for t in tasks] == result().curve
+    assert [float(t["seconds_train"]) for t in tasks] == [1.0, 1.1, 1.2, 1.3]
+
+
+def test_a_single_task_and_sixty(tmp_path: Path) -> None:
+    for tasks in (1, 60):
+        (tmp_path / str(tasks)).mkdir()
+        write_report(tmp_path / str(tasks), [result(tasks=tasks, seed=s, measure_drift=True) for s in (1, 2)])
+        check_page((tmp_path / str(tasks) / "report.html").read_text())
+
+
+def test_incomplete_runs_are_marked_and_not_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write(tmp_path / str(s), result(seed=s)) for s in (1, 2)]
+    runs += [begun(tmp_path / "cut", result(seed=3, done=2)), begun(tmp_path / "only", result("simplecil", done=1))]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    checkpoint = Checkpoint(empty)
+    checkpoint.begin({}, result(seed=9, out="runs/empty").settings)
+    checkpoint._save({"curve": [], "tasks": 4}, {}, keep={})
+    assert main(["report", *map(str, [*runs, empty]), "--out", str(tmp_path / "r")]) == 0
+    text = (tmp_path / "r" / "report.html").read_text()
+    check_page(text)
+    said = capsys.readouterr().out
+    for note in (
+        "plora, seed 3 (runs/plora-3) is incomplete, 2 of 4 tasks: not in the means.",
+        "simplecil, seed 1993 (runs/simplecil-1993) is incomplete, 1 of 4 tasks: not in the means.",
+        "runs/empty has not learned its first task: left out.",
+    ):
+        assert note in text and note in said
+    mean = np.mean([result(seed=s).curve[-1] for s in (1, 2)])
+    assert f"{mean:.1f} ±" in text
+
+
+def test_seeds_given_twice_and_versions_that_differ_are_said(tmp_path: Path) -> None:
+    again = result(seed=1)
+    again.curve[-1] -= 1
+    other = result(seed=2)
+    other.environment["torch"] = "2.99"
+    write_report(tmp_path, [result(seed=1), again, other])
+    text = (tmp_path / "report.html").read_text()
+    assert "plora has seed 1 more than once" in text and "different versions of torch: 2, 2.99" in text
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    write_report(
+        tmp_path, [result(out=EVIL, backbone=EVIL), result(out=EVIL, backbone=EVIL, r=3), result(done=1, out=EVIL)]
+    )
+    check_page((tmp_path / "report.html").read_text())
+
+
+def test_the_table_of_the_terminal_marks_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    (protocol,) = group([result(seed=s, r=r) for s in (1, 2) for r in (4, 8)])
+    Console(width=80).print(comparison_table(protocol))
+    printed = capsys.readouterr().out
+    assert "plora, r 4" in printed and "Seeds" in printed and max(map(len, printed.splitlines())) <= 80
+
+
+def test_a_report_waits_for_no_one_and_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write(tmp_path / "run", result())
+    with exclusive(run):  # a run that is being written to may be looked at
+        assert main(["report", str(run), "--out", str(tmp_path / "out")]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+    assert main(["report", str(write(tmp_path / "run", result(seed=5))), "--out", str(tmp_path / "out")]) == 2
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+# ---------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"no Chromium here ({', '.join(names)})")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_page_in_a_browser(browser: Any, sixty: Path, width: int, scheme: str) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((sixty / "report.html").as_uri())
+    assert not said and asked == [(sixty / "report.html").as_uri()]
+    for details in page.query_selector_all("details"):
+        details.evaluate("e => e.open = true")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    # What is wider than the page scrolls in a box of its own; nothing else sticks out.
+    outside = """() => [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll') && !e.closest('svg')
+        && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName + ' ' + e.textContent.slice(0, 40))"""
+    assert page.evaluate(outside) == []
+    sizes = page.evaluate("[...document.querySelectorAll('svg')].map(e => [e.clientWidth, e.clientHeight])")
+    assert len(sizes) >= 14 and all(w > 100 and h > 60 for w, h in sizes)
+    page_color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert page_color == {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 24, 27)"}[scheme]
+    ink = page.evaluate(  # text in figures is as light or dark as that of the page
+        "getComputedStyle([...document.querySelectorAll('svg g')].find(e => e.style.fill.includes('--ink'))).fill"
+    )
+    assert ink == page.evaluate("getComputedStyle(document.body).color")
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert len(page.pdf()) > 10_000
+    context.close()
