@@ -28,7 +28,7 @@ PHASES = {
     "align": ("classes_seen", "class"),
     "checkpoint": ("task", "task"),
     "eval": ("test_images", "test image"),
-    "rss_mb": ("task", "task"),
+    "live_mb": ("task", "task"),
     "checkpoint_kib": ("task", "task"),
 }
 # ViT-B/16 with the default adapters: r = 16 on qkv and proj of 12 blocks, float32.
@@ -173,14 +173,14 @@ def _inputs(found: Sequence[Fit]) -> str:
 
 
 def _fits(found: Sequence[Fit]) -> str:
-    scale: Mapping[str, tuple[float, str, str]] = {"rss_mb": (1, "MiB", "KiB"), "checkpoint_kib": (1, "KiB", "B")}
+    scale: Mapping[str, tuple[float, str, str]] = {"live_mb": (1, "MiB", "KiB"), "checkpoint_kib": (1, "KiB", "B")}
     rows = []
     for f in found:
         first = f.rows[0]
         unit, small = scale.get(f.phase, (1e3, "ms", "µs"))[1:]
         factor = 1e3 if unit == "ms" else 1.0
         more = {"ms": 1e6, "MiB": 2**10, "KiB": 2**10}[unit]
-        name = {"rss_mb": "resident memory", "checkpoint_kib": "checkpoint"}.get(f.phase, f.phase)
+        name = {"live_mb": "memory of tensors", "checkpoint_kib": "checkpoint"}.get(f.phase, f.phase)
         name = (
             "checkpoint, time"
             if f.phase == "checkpoint"
