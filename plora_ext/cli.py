@@ -145,13 +145,12 @@ def _run(jobs: Sequence[Settings], shown: Settings, resume: bool | None = None, 
     from plora_ext.cil.engine import Result, load_data, make_stream, run
     from plora_ext.cil.runs import group
     from plora_ext.cil.tensorboard import TensorBoard
-    from plora_ext.cil.training import Progress
 
     folder = reports.prepare_folder(shown.out)
     with exclusive(folder), ExitStack() as stack:
         checkpoint = None if resume is None else Checkpoint(folder, resume)
         console = ConsoleProgress()
-        progress: Progress = console
+        progress: Any = console
         if tensorboard:  # before any work: it may not be installed
             resumed = bool(checkpoint and checkpoint.manifest)
             progress = stack.enter_context(TensorBoard(folder / "tensorboard", console, anew=not resumed))

@@ -32,14 +32,14 @@ def test_scaling_shows_what_the_files_say(repository: Path, monkeypatch: pytest.
 
 def test_the_cost_model_is_consistent(repository: Path) -> None:
     scaling = runpy.run_path(str(repository / "benchmarks" / "scaling.py"))
-    found, Scenario = scaling["fits"](), scaling["Scenario"]
-    one, two = (scaling["project"](Scenario("", T, 10, 128, 5, 2), 1, found) for T in (50, 100))
+    Scenario = scaling["Scenario"]
+    one, two = (scaling["project"](Scenario("", T, 10, 128, 5, 2), 1) for T in (50, 100))
     assert two["train"] == pytest.approx(2 * one["train"]) and two["adapters"] == 2 * one["adapters"]
     assert two["eval"] == pytest.approx(one["eval"] * 100 * 101 / (50 * 51))
     assert one["bytes"] == 0 and one["network"] == 0 and one["full"] == 1
     step, _ = scaling["step_and_forward"]()
     assert one["train"] == pytest.approx(50 * 2 * 1280 * step / 3600)
-    eight = scaling["project"](Scenario("", 50, 10, 128, 5, 2), 8, found)
+    eight = scaling["project"](Scenario("", 50, 10, 128, 5, 2), 8)
     assert eight["bytes"] == 50 * 2 * 2 * 2 * 7 / 8 * (scaling["ADAPTER"] + 4 * 10 * 768)
 
 

@@ -66,6 +66,7 @@ class Checkpoint:
     def __init__(self, folder: Path, resume: bool = False):
         self.folder = folder / "checkpoint"
         self._stamps: dict[str, Any] = {}  # of the parts on disk: what they were made of
+        self._run: tuple[Any, str] = None, ""  # the run last saved, and as JSON
         self.manifest: dict[str, Any] = _read_manifest(self.folder)
         if self.manifest and not resume:  # a finished run stays until the first save
             done, of = len(self.manifest["run"]["curve"]), self.manifest["run"]["tasks"]
@@ -151,7 +152,8 @@ class Checkpoint:
         state = optimizer.state_dict()["state"]
         fit = {"task": task, "epochs": epoch + 1, "tensors": list(tensors), "rng": rng_state()}
         fit["optimizer"] = {str(i): s for i, s in state.items()}
-        self._save({"curve": [], "tasks": tasks, **self.manifest["run"]}, {"fit": fit}, keep=self.manifest["parts"])
+        run = self.manifest["run"] or {"curve": [], "tasks": tasks}
+        self._save(run, {"fit": fit}, keep=self.manifest["parts"])
 
     # ------------------------------------------------------------------ files
 
@@ -169,8 +171,10 @@ class Checkpoint:
                     self._stamps[name] = parts[name], [(weakref.ref(t), _version(t)) for t in tensors.values()]
                 else:
                     parts[name] = self._stamps[name][0]
-            manifest = {**self.manifest, "run": dict(run), "parts": parts}
-            text = json.dumps(manifest, allow_nan=False)
+            if run is not self._run[0]:  # what a run has measured is long, and the same for every epoch of a task
+                self._run = run, json.dumps(run, allow_nan=False)
+            rest = {name: value for name, value in {**self.manifest, "parts": parts}.items() if name != "run"}
+            manifest, text = {"run": run, **rest}, f'{{"run": {self._run[1]}, {json.dumps(rest, allow_nan=False)[1:]}'
             digest = hashlib.sha256(text.encode()).hexdigest()
             write_whole(self.folder / MANIFEST, f'{{"sha256": "{digest}", "manifest": {text}}}\n'.encode())
         except OSError as error:
