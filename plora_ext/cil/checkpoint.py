@@ -37,7 +37,7 @@ from plora_ext.cil.settings import Settings
 from plora_ext.data import Images
 from plora_ext.nn import Adapters
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "checkpoint.json"
 # Settings under which a run may continue that began with others: they say where things are, not what is computed (what
 # the data and the weights are, their hashes say).
@@ -248,13 +248,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         sealed = json.loads(path.read_text("utf-8"))
         manifest = sealed["manifest"]
+        form = manifest["format"]
         whole = hashlib.sha256(json.dumps(manifest, allow_nan=False).encode()).hexdigest() == sealed["sha256"]
     except (ValueError, KeyError, TypeError):
-        whole, manifest = False, {}
+        whole, manifest, form = False, {}, FORMAT
+    if form != FORMAT:
+        raise ValueError(f"{path} has format {form}, this version of plora-ext reads {FORMAT}")
     if not whole:
         raise ValueError(f"{path} is damaged: it is no checkpoint that plora-ext wrote whole")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{path} has format {manifest['format']}, this version of plora-ext reads {FORMAT}")
     return manifest
 
 
