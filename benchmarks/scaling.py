@@ -74,7 +74,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 @dataclass
 class Fit:
-    """y = a + b x over tasks of one file; `growth` is the fit at the last task over the fit at the second."""
+    """y = a + b x over tasks of one file; `growth` is the median of the last ten over that of the first ten."""
 
     file: str
     method: str
@@ -94,7 +94,8 @@ def fits() -> list[Fit]:
             for phase, (against, _) in PHASES.items():
                 x, y = (np.array([float(r[name]) for r in own]) for name in (against, phase))
                 b, a = np.polyfit(x, y, 1)
-                found.append(Fit(path.name, method, phase, a, b, (a + b * x[-1]) / (a + b * x[0]), own))
+                growth = float(np.median(y[-10:]) / np.median(y[:10])) if np.median(y[:10]) else math.nan
+                found.append(Fit(path.name, method, phase, a, b, growth, own))
     return found
 
 
@@ -188,8 +189,9 @@ def _fits(found: Sequence[Fit]) -> str:
             if name == "checkpoint"
             else name
         )
-        per = f"{more * f.b:+.3g} {small} a {PHASES[f.phase][1]}"
-        where = f"{len(f.rows) + 1} tasks, {first['model']}, {first['device'].split(',')[0]}"
+        per = f"{factor * f.b:+.3g} {unit}" if abs(more * f.b) >= 1000 else f"{more * f.b:+.3g} {small}"
+        per += f" a {PHASES[f.phase][1]}"
+        where = f"{f.rows[-1]['task']} tasks, {first['model']}, {first['device'].split(',')[0]}"
         rows.append(
             [
                 f"{f.method}, {name}",
@@ -199,7 +201,7 @@ def _fits(found: Sequence[Fit]) -> str:
                 where,
             ]
         )
-    return markdown(("a task's", "a", "b", "last / second", "measured"), rows)
+    return markdown(("a task's", "a", "b", "last ten / first ten", "measured"), rows)
 
 
 def _projection() -> str:
