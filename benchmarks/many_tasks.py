@@ -13,12 +13,9 @@ time grows with them whatever the method; its time per image is what a method an
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import multiprocessing
 import os
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +29,6 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-import plora_ext
 from plora_ext.cil import Settings, training
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.engine import pick_device, run
@@ -209,10 +205,7 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             rows += pool.apply(measure, (method, args))
         where = {
-            "plora_ext": plora_ext.__version__,
-            "commit": args.commit or record.commit(),
-            "date": datetime.date.today().isoformat(),
-            "command": shlex.join(["python", "benchmarks/many_tasks.py", *(Path(a).name for a in sys.argv[1:])]),
+            **record.origin(args.commit),
         }
         head = ", ".join(f"{k} {v}" for k, v in {**{n: rows[0][n] for n in ("device", "torch")}, **where}.items())
         record.write(args.out, [*rows[0], *where], ({**r, **where} for r in rows), f"{head}\n\n{table(rows)}")
