@@ -216,6 +216,15 @@ def test_ids(kind: str, r: int) -> None:
 
 
 @both_paths
+@pytest.mark.parametrize(("r", "T"), [(16, 3), (24, 40), (72, 5), (272, 2)])
+@pytest.mark.parametrize("options", ["weight bias", "weight bias_A bias_B relu"])
+@pytest.mark.parametrize("kind", ["segments", "tiles", "random"])
+def test_ids_of_many_rows(kind: str, options: str, r: int, T: int) -> None:
+    """More blocks of 64 rows than multiprocessors, meeting any number of ranks from none to more than one pass takes."""
+    verify("lora_indexed", *problem("lora_indexed", 17029, 72, 136, r, T, options=options, ids=kind))
+
+
+@both_paths
 @families
 def test_samples(family: str) -> None:
     verify(family, *problem(family, (8, 197), 768, 768, options="weight bias base"))

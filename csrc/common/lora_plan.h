@@ -64,6 +64,11 @@ constexpr int64_t kMergeRows = 256;   // ... from this many rows on
 constexpr int64_t kHopperRows = 512;  // fewer do not fill the GPU with tiles
 constexpr int64_t kTileRows = 128, kTileColumns = 192, kSlot = 16;
 constexpr int64_t kMaxSlices = 8;  // that the fused product tells apart
+// Ranks of all adapters above which torch's own product makes the h of a sum, though the fused product then needs a
+// scaled copy of a factor: low_rank.cu is bound by latency; low_rank_sm90.cu multiplies up to 64 columns in the shadow
+// of reading x. The h of `all` is torch's up to so many ranks or so many products.
+constexpr int64_t kProductRanks = 16, kProductRanksHopper = 64;
+constexpr int64_t kAllRanks = 256, kAllProducts = int64_t{3} << 30;
 // As measured on an H200: operations per second and multiprocessor, bytes per second, seconds. Of a slot in the main
 // loop: its share of the product, and seconds per wave; of a given slot: seconds per wave.
 constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kLaunch = 2.5e-6;
@@ -114,6 +119,17 @@ inline bool mma_only(const char* path) {
   if (path == nullptr || std::strcmp(path, "auto") == 0) return false;
   if (std::strcmp(path, "mma") == 0) return true;
   throw std::invalid_argument("PLORA_CUDA_PATH must be auto or mma, got '" + std::string(path) + "'");
+}
+
+// Whether torch's own product makes h (backward: g), which is x times the factors of all adapters side by side. Where
+// rows choose one of them it never does: low_rank_sm90.cu multiplies those alone that a block's rows chose.
+inline bool h_by_product(const LoraShape& s) {
+  using namespace lora_plan;
+  const int64_t K = s.backward ? s.out : s.in, ranks = s.T * padded_rank(s.r);
+  if (!s.half || K == 0 || s.family == Family::indexed) return false;
+  if (s.family == Family::all) return !s.backward && (ranks <= kAllRanks || s.M * K * ranks < kAllProducts);
+  const bool hopper = s.capability == 90 && !s.mma_only && K % 8 == 0 && s.aligned;
+  return ranks > (hopper ? kProductRanksHopper : kProductRanks);
 }
 
 inline LoraPlan plan_lora(const LoraShape& s) {

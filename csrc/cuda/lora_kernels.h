@@ -30,6 +30,7 @@ struct Rows {
 struct LowRank {
   ScalarType dtype;  // bf16, fp16 or fp32; fp32 in true float32 (three TF32 products), or TF32 where tf32 is set
   bool tf32 = false;
+  bool hopper = false;  // Hopper's own kernels may take what they serve
   Rows rows;
   const float* scaling;  // [T]
   int64_t K, N;          // width of x, width of y
@@ -53,6 +54,9 @@ struct LowRank {
   int64_t y_slab = 0, y0_slab = 0;  // elements from the y of adapter t to that of t + 1 (`all`); 0: they are summed
 };
 void low_rank(const LowRank& p, cudaStream_t stream);
+
+// The first half alone; false, and nothing happens, where it does not serve the arguments (low_rank_sm90.cu).
+bool low_rank_sm90(const LowRank& p, cudaStream_t stream);
 
 // The second half alone, of `all` (h [M, T r] is read, y_slab is set), where `expands` serves the arguments
 // (expand.cu).

@@ -108,6 +108,22 @@ int main() {
   expect(takes(plan(Family::sum, 20, 16, few), A::low_rank), "nor for few rows");
 
   expect(plan(Family::sum, 1, 16).ctas == 132 && plan(Family::sum, 1, 16).waves == 6, "197 x 4 tiles on 132");
+  const auto product = [](Family family, int64_t T, int64_t r, const auto& change) {
+    LoraShape s{family, 128 * 197, 768, 768, T, r};
+    change(s);
+    return plora::h_by_product(s);
+  };
+  const auto as_is = [](LoraShape&) {};
+  const auto ampere = [](LoraShape& s) { s.capability = 80; };
+  expect(!product(Family::sum, 1, 64, as_is) && !product(Family::sum, 4, 9, as_is), "64 ranks are a kernel's own");
+  expect(product(Family::sum, 1, 65, as_is) && product(Family::sum, 5, 9, as_is), "72 are torch's, once padded");
+  expect(product(Family::sum, 1, 17, ampere) && !product(Family::sum, 1, 16, ampere), "24 elsewhere");
+  expect(product(Family::sum, 1, 64, [](LoraShape& s) { s.mma_only = true; }), "or when told so");
+  expect(product(Family::sum, 1, 64, [](LoraShape& s) { s.in = 764; }), "or with odd widths");
+  expect(!product(Family::sum, 1, 64, [](LoraShape& s) { s.in = 764, s.backward = true; }), "of the side that is read");
+  expect(!product(Family::indexed, 100, 64, ampere) && !product(Family::indexed, 2, 16, as_is), "never with ids");
+  expect(product(Family::all, 10, 16, as_is) && !product(Family::all, 50, 16, as_is), "up to 256 ranks of all");
+  expect(!product(Family::all, 10, 16, [](LoraShape& s) { s.half = false; }), "not in float32");
   expect(plora::padded_rank(0) == 8 && plora::padded_rank(8) == 8 && plora::padded_rank(9) == 16,
          "ranks come in eights");
   expect(plan(Family::sum, 3, 0).slots >= 0 && plan(Family::indexed, 3, 0).slots >= 0, "no rank at all");

@@ -1,0 +1,335 @@
+// The first half of the low-rank families alone, for Hopper and 16-bit dtypes: h = act(x down^T + bias) and s h.
+//
+// Floor: x passes once, 2 M K bytes, 4.6 us for [12608, 768] at 4.2 TB/s. Besides, each block reads from L2 the factors
+// that its rows chose, 2 K bytes a rank (K = 768: 25 KB for 16 ranks, 98 KB for 64, x of 128 rows being 197 KB), and
+// multiplies: 48 products of 64 rows, 0.9 us a multiprocessor for 64 columns, 2.6 us for 192.
+//
+// A block owns 64 or 128 rows, a warpgroup for each 64; one more warp feeds a ring of stages. The ranks of the adapters
+// that these rows chose (without ids: of all) are its columns, side by side in the order in which the rows met them; it
+// multiplies them all, 192 at a time, or 64 where that is enough. What has not been loaded beside them is multiplied as
+// well and thrown away, as is what a row gets from adapters of its neighbours.
+
+#include <algorithm>
+
+#include "device.cuh"
+#include "launch.cuh"
+#include "lora_kernels.h"
+#include "mma.cuh"
+#include "sm90.cuh"
+#include "tensor_map.cuh"
+
+namespace plora::cuda {
+namespace {
+
+constexpr int kDepth = 64, kNarrow = 64, kWide = 192;
+constexpr int kFusedRows = 128;           // the rows that skip_uniform speaks about
+constexpr int kNone = -1, kOutside = -2;  // instead of an adapter: the row has none; there is no such row
+constexpr int kMaxBoxes = kWide / 8;      // copies that fetch a stage's factors
+
+// A stage: x [64 or 128, 64], then factors [64 or 192, 64], each row 128 bytes, swizzled. A warp's way out: its 16 rows
+// of 32 columns, in float32, padded so that reading has no bank conflicts.
+constexpr uint32_t kBytesRow = kDepth * 2;
+constexpr uint64_t kLayout = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
+constexpr int kPart = 32, kPitch = kPart + 4;
+
+// How a block's rows chose.
+struct Choices {
+  int adapter[kFusedRows];           // of each row of the aligned block of 128
+  int place[kFusedRows];             // of it among `adapters`
+  int adapters[kFusedRows];          // those of the own rows, each once
+  uint32_t firsts[kFusedRows / 32];  // a bit for each row that is the first to meet its adapter
+  int any;                           // one of the adapters, no matter which
+  int box[kMaxBoxes];                // rows of `down` at which the copies of a stage begin
+};
+
+template <int kGroups>
+struct Shape {
+  static constexpr int kRows = 64 * kGroups, kWarps = 4 * kGroups, kThreads = 32 * kWarps + 32;
+  static constexpr uint32_t kBytesX = kRows * kBytesRow;
+  static constexpr uint32_t kRing = 200 * 1024;  // as many stages as it has space for
+  static constexpr int kMaxStages = kRing / (kBytesX + kNarrow * kBytesRow);
+  static constexpr uint32_t kOut = kRing, kOutWarp = 16 * kPitch * sizeof(float), kBarriers = kOut + kWarps * kOutWarp,
+                            kChoices = kBarriers + 16 * kMaxStages, kBytes = kChoices + sizeof(Choices);
+  static_assert(kBytes <= 232448, "more shared memory than a block can have");
+};
+
+struct Maps {
+  CUtensorMap x, down;
+};
+
+struct Arguments {
+  LowRank p;
+  int box;  // ranks that a copy fetches
+};
+
+// Both sides walk through the stages in the same order.
+struct Ring {
+  uint32_t memory, barriers, bytes;
+  int stages, index = 0;
+  uint32_t phase = 0;
+  __device__ Ring(uint32_t memory, uint32_t barriers, uint32_t bytes, uint32_t space)
+      : memory(memory), barriers(barriers), bytes(bytes), stages(space / bytes) {}
+  __device__ uint32_t stage() const { return memory + index * bytes; }
+  __device__ uint32_t full() const { return barriers + 16 * index; }
+  __device__ uint32_t empty() const { return full() + 8; }
+  __device__ void next() {
+    if (++index == stages) index = 0, phase ^= 1;
+  }
+};
+
+__device__ inline int choice(const Rows& rows, int row) {
+  if (row >= rows.M) return kOutside;
+  const int64_t id = rows.ids[row / static_cast<int>(rows.rows_per_id)];
+  return id >= 0 && id < rows.T ? static_cast<int>(id) : kNone;
+}
+
+// How many adapters the block's rows chose; -1 where the fused product makes their h. By all threads.
+template <int kRows>
+__device__ int choose(const LowRank& p, int row0, Choices& choices) {
+  const int i = threadIdx.x, tile = row0 / kFusedRows * kFusedRows, own = row0 - tile;
+  const int mine = i < kFusedRows ? choice(p.rows, tile + i) : kNone;
+  if (i < kFusedRows) choices.adapter[i] = mine;
+  if (i == 0) choices.any = kNone;
+  __syncthreads();
+  if (p.skip_uniform) {
+    if (mine >= 0) choices.any = mine;
+    __syncthreads();
+    if (__syncthreads_and(mine < 0 || mine == choices.any)) return -1;
+  }
+  const bool in_block = i >= own && i < own + kRows;
+  int first = 0;  // row that met the same adapter
+  if (in_block)
+#pragma unroll
+    for (int j = kRows - 4; j >= 0; j -= 4) {
+      const int4 four = *reinterpret_cast<const int4*>(choices.adapter + own + j);
+      if (four.w == mine) first = own + j + 3;
+      if (four.z == mine) first = own + j + 2;
+      if (four.y == mine) first = own + j + 1;
+      if (four.x == mine) first = own + j;
+    }
+  const bool is_first = in_block && mine >= 0 && first == i;
+  const uint32_t firsts = __ballot_sync(0xffffffffu, is_first);
+  if (i < kFusedRows && i % 32 == 0) choices.firsts[i / 32] = firsts;
+  __syncthreads();
+  int place = 0, count = 0;
+#pragma unroll
+  for (int w = 0; w < kFusedRows / 32; ++w) {
+    const uint32_t word = choices.firsts[w], below = (1u << first % 32) - 1;
+    place += w > first / 32 ? 0 : __popc(w == first / 32 ? word & below : word);
+    count += __popc(word);
+  }
+  if (in_block) choices.place[i] = place;
+  if (is_first) choices.adapters[place] = mine;
+  __syncthreads();
+  return count;
+}
+
+// The columns of a row, among those of its block.
+struct Own {
+  int begin = 0, count = 0;
+  int factor = 0;  // what the first of them is in `down`
+  int64_t at = 0;  // and in h
+};
+
+// d += the rows of this warpgroup times kN columns.
+template <typename scalar, int kN>
+__device__ inline void multiply(float (&d)[kN / 2], Ring& ring, uint32_t x, uint32_t down, int k_steps) {
+#pragma unroll
+  for (int i = 0; i < kN / 2; ++i) d[i] = 0.f;
+  uint32_t before = 0;
+  const auto release = [&] {  // the stage before: this warp is done with it
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) sm90::barrier_arrive(before);
+  };
+#pragma unroll 1
+  for (int k = 0; k < k_steps; ++k) {
+    sm90::barrier_wait(ring.full(), ring.phase);
+    const uint64_t a = sm90::operand(kLayout, ring.stage() + x), b = sm90::operand(kLayout, ring.stage() + down);
+    sm90::hold(d);
+    sm90::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kDepth / 16; ++i) sm90::wgmma<kN, scalar, 0>(d, a + 2 * i, b + 2 * i);
+    sm90::wgmma_commit();
+    sm90::hold(d);
+    sm90::wgmma_wait<1>();
+    if (k > 0) release();
+    before = ring.empty();
+    ring.next();
+  }
+  sm90::wgmma_wait<0>();
+  sm90::hold(d);
+  release();
+}
+
+// h of this warp's rows, `width` columns from `first` on. Of 8 columns j of d, [4 j + {0, 1}] are row lane / 4, columns
+// 2 (lane % 4) + {0, 1}, and [4 j + {2, 3}] eight rows further down; they pass through shared memory, 32 columns at a
+// time, to where a lane has eight in a row of row lane % 16.
+template <typename scalar, int kN>
+__device__ inline void write(const LowRank& p, float (&d)[kN / 2], float* out, const Own& own, int first, int width) {
+  const int lane = threadIdx.x % 32, r = static_cast<int>(p.rows.r);
+  float* const to = out + lane / 4 * kPitch + lane % 4 * 2;
+#pragma unroll 1
+  for (int part = 0; part < width; part += kPart) {
+#pragma unroll
+    for (int j = 0; j < kPart / 8; ++j) {
+      *reinterpret_cast<float2*>(to + 8 * j) = make_float2(d[4 * j], d[4 * j + 1]);
+      *reinterpret_cast<float2*>(to + 8 * j + 8 * kPitch) = make_float2(d[4 * j + 2], d[4 * j + 3]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kPart / 16; ++i) {
+      const int from = 8 * (lane / 16 + 2 * i), column = first + part + from - own.begin;
+      if (column < 0 || column >= own.count) continue;
+      const auto eight = [&](const void* values, int64_t at) {
+        return Vector<scalar>{__ldg(reinterpret_cast<const uint4*>(static_cast<const scalar*>(values) + at))};
+      };
+      Vector<scalar> bias{}, gate{}, h, scaled;
+      if (p.bias_down) bias = eight(p.bias_down, own.factor + column);
+      if (p.gate) gate = eight(p.gate, own.at + column);
+      const float scale = p.scaled_h ? __ldg(p.scaling + (own.factor + column) / r) : 0.f;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const float sum = out[lane % 16 * kPitch + from + e] + to_float(bias[e]);
+        const bool open = (!p.gate | (to_float(gate[e]) > 0)) & !(p.relu & (sum < 0));
+        const float x = open ? sum : 0.f;
+        h[e] = from_float<scalar>(x), scaled[e] = from_float<scalar>(scale * x);
+      }
+      if (p.h) store_vector(static_cast<scalar*>(p.h) + own.at + column, h.raw);
+      if (p.scaled_h) store_vector(static_cast<scalar*>(p.scaled_h) + own.at + column, scaled.raw);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kN / 2 - kPart / 2; ++i) d[i] = d[i + kPart / 2];
+  }
+}
+
+// gridDim.y shares out the columns of a block, 192 at a time.
+template <typename scalar, int kGroups>
+__global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
+    down_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using S = Shape<kGroups>;
+  extern __shared__ __align__(1024) uint8_t dynamic[];
+  const LowRank& p = a.p;
+  const uint32_t memory = sm90::smem_address(dynamic);
+  Choices& choices = *reinterpret_cast<Choices*>(dynamic + S::kChoices);
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
+  const int row0 = static_cast<int>(blockIdx.x) * S::kRows;
+  const int r = static_cast<int>(p.rows.r), K = static_cast<int>(p.K), k_steps = (K + kDepth - 1) / kDepth;
+
+  if (warp == S::kWarps) {
+    if (lane == 0) {
+      for (int i = 0; i < S::kMaxStages; ++i) {
+        sm90::barrier_init(memory + S::kBarriers + 16 * i, 1);
+        sm90::barrier_init(memory + S::kBarriers + 16 * i + 8, S::kWarps);
+      }
+      sm90::fence_barrier_init();
+      sm90::prefetch_map(&maps.x), sm90::prefetch_map(&maps.down);
+      if (p.rows.ids && !p.skip_uniform)  // while the ids come
+        for (int k = 0; k < min(k_steps, S::kMaxStages); ++k) sm90::prefetch_2d(&maps.x, k * kDepth, row0);
+    }
+  }
+  int count = static_cast<int>(p.rows.T);
+  if (p.rows.ids) {
+    count = choose<S::kRows>(p, row0, choices);
+    if (count < 0) return;
+  }
+  __syncthreads();
+  const int columns = count * r, first = static_cast<int>(blockIdx.y) * kWide;
+  const int stride = static_cast<int>(gridDim.y) * kWide;
+  Ring ring(memory, memory + S::kBarriers, S::kBytesX + (columns <= kNarrow ? kNarrow : kWide) * kBytesRow, S::kRing);
+
+  if (warp == S::kWarps) {
+    for (int column = first; column < columns; column += stride) {
+      const int boxes = min(columns - column, kWide) / a.box;
+      if (lane < boxes) {
+        const int rank = column + lane * a.box;
+        choices.box[lane] = p.rows.ids ? choices.adapters[rank / r] * r + rank % r : rank;
+      }
+      __syncwarp();
+      if (lane == 0)
+#pragma unroll 1
+        for (int k = 0; k < k_steps; ++k, ring.next()) {
+          const uint32_t full = ring.full();
+          uint32_t to = ring.stage();
+          sm90::barrier_wait(ring.empty(), ring.phase ^ 1);
+          sm90::barrier_arrive_expect(full, S::kBytesX + boxes * a.box * kBytesRow);
+          sm90::load_2d(&maps.x, full, to, k * kDepth, row0);
+          to += S::kBytesX;
+#pragma unroll 1
+          for (int i = 0; i < boxes; ++i, to += a.box * kBytesRow)
+            sm90::load_2d(&maps.down, full, to, k * kDepth, choices.box[i]);
+        }
+      __syncwarp();
+    }
+    return;
+  }
+
+  const int group = warp / 4, mine = 16 * warp + lane % 16, row = row0 + mine;  // the row that this lane writes
+  float* const out = reinterpret_cast<float*>(dynamic + S::kOut + warp * S::kOutWarp);
+  Own own;
+  if (!p.rows.ids) {
+    if (row < p.rows.M) own.count = columns, own.at = static_cast<int64_t>(row) * columns;
+  } else {
+    const int in_tile = row % kFusedRows, adapter = choices.adapter[in_tile];
+    own.at = static_cast<int64_t>(row) * r;
+    if (adapter >= 0) own.begin = choices.place[in_tile] * r, own.count = r, own.factor = adapter * r;
+    if (adapter == kNone && p.h && blockIdx.y == 0)
+      for (int c = lane / 16 * 8; c < r; c += 16) store_vector(static_cast<scalar*>(p.h) + own.at + c, uint4{});
+  }
+  for (int column = first; column < columns; column += stride) {
+    const int width = min(columns - column, kWide);
+    if (width <= kNarrow) {
+      float d[kNarrow / 2];
+      multiply<scalar, kNarrow>(d, ring, group * 64 * kBytesRow, S::kBytesX, k_steps);
+      write<scalar, kNarrow>(p, d, out, own, column, width);
+    } else {
+      float d[kWide / 2];
+      multiply<scalar, kWide>(d, ring, group * 64 * kBytesRow, S::kBytesX, k_steps);
+      write<scalar, kWide>(p, d, out, own, column, width);
+    }
+  }
+#endif
+}
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+template <typename scalar, int kGroups>
+void launch(const LowRank& p, cudaStream_t stream) {
+  using S = Shape<kGroups>;
+  const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  Arguments a{p, kNarrow};
+  while ((p.rows.ids ? p.rows.r : p.rows.R()) % a.box != 0) a.box /= 2;
+  Maps maps;
+  constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B;
+  describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, S::kRows}, k128);
+  describe_tensor<2>(maps.down, p.dtype, p.down, {p.K, p.rows.T * p.rows.r}, {p.K}, {kDepth, a.box}, k128);
+  const int64_t blocks = ceil(p.rows.M, S::kRows);
+  const int64_t most = ceil((p.rows.ids ? std::min<int64_t>(p.rows.T, S::kRows) : p.rows.T) * p.rows.r, kWide);
+  const dim3 grid(static_cast<unsigned>(blocks),
+                  static_cast<unsigned>(std::max<int64_t>(1, std::min(multiprocessors() / blocks, most))));
+  const auto kernel = &down_kernel<scalar, kGroups>;
+  allow_shared_memory(kernel, S::kBytes);
+  kernel<<<grid, S::kThreads, S::kBytes, stream>>>(maps, a);
+  check_launch("low_rank");
+}
+
+}  // namespace
+
+bool low_rank_sm90(const LowRank& p, cudaStream_t stream) {
+  if (p.y || !p.x || p.x_slab || p.dtype == ScalarType::Float || !on_hopper()) return false;
+  if (p.K == 0 || p.K % 8 != 0 || p.ldx % 8 != 0 || p.rows.r == 0 || p.rows.r % 8 != 0 || p.rows.M > INT32_MAX - 128)
+    return false;
+  for (const void* q :
+       {p.x, p.down, p.bias_down, p.gate, static_cast<const void*>(p.h), static_cast<const void*>(p.scaled_h)})
+    if (!aligned(q)) return false;
+  dispatch("low_rank", p.dtype, [&](auto like) {
+    using scalar = decltype(like);
+    if constexpr (sizeof(scalar) == 2)
+      // blocks of 64 rows while each gets a multiprocessor of its own; those of 128 read the factors half as often
+      (p.rows.M + 63) / 64 <= multiprocessors() ? launch<scalar, 1>(p, stream) : launch<scalar, 2>(p, stream);
+  });
+  return true;
+}
+
+}  // namespace plora::cuda
