@@ -220,7 +220,7 @@ def test_ids(kind: str, r: int) -> None:
 @pytest.mark.parametrize("options", ["weight bias", "weight bias_A bias_B relu"])
 @pytest.mark.parametrize("kind", ["segments", "tiles", "random"])
 def test_ids_of_many_rows(kind: str, options: str, r: int, T: int) -> None:
-    """More blocks of 64 rows than multiprocessors, meeting any number of ranks from none to more than one pass takes."""
+    """More blocks of 64 rows than multiprocessors; they meet any number of ranks, up to more than one pass takes."""
     verify("lora_indexed", *problem("lora_indexed", 17029, 72, 136, r, T, options=options, ids=kind))
 
 
