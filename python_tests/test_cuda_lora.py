@@ -216,7 +216,7 @@ def test_ids(kind: str, r: int) -> None:
 
 
 @both_paths
-@pytest.mark.parametrize(("r", "T"), [(16, 3), (24, 40), (72, 5), (272, 2)])
+@pytest.mark.parametrize(("r", "T"), [(16, 3), (24, 40), (64, 5), (272, 2)])
 @pytest.mark.parametrize("options", ["weight bias", "weight bias_A bias_B relu"])
 @pytest.mark.parametrize("kind", ["segments", "tiles", "random"])
 def test_ids_of_many_rows(kind: str, options: str, r: int, T: int) -> None:

@@ -132,6 +132,15 @@ inline bool h_by_product(const LoraShape& s) {
   return ranks > (hopper ? kProductRanksHopper : kProductRanks);
 }
 
+// Whether low_rank_sm90.cu reads lora_B as it is for g = dy B, 64 columns or a multiple for each adapter, or a copy
+// made for it, whose ranks lie side by side: where that would take it more passes over dy, or the ranks had gaps.
+inline bool reads_lora_B(const LoraShape& s) {
+  using namespace lora_plan;
+  const int64_t rank = padded_rank(s.r), columns = ceil_div(rank, 64) * 64;
+  if (s.family != Family::indexed) return s.family == Family::sum && s.T == 1;
+  return columns == rank || adapters_of_tile(s) * columns <= 192;
+}
+
 inline LoraPlan plan_lora(const LoraShape& s) {
   using namespace lora_plan;
   LoraPlan plan;

@@ -241,11 +241,10 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
   }
   if (wants_g || (crowded(p) && !plan.hopper)) g = new_ranks(p);
   const OptTensor scaled_g = plan.hopper ? OptTensor(new_ranks(p)) : std::nullopt;
-  const Tensor down = B_transposed(p);
   LowRank l = low_rank_of(p);
   l.K = p.out, l.N = p.in;
   l.x = pointer(dy), l.ldx = p.out, l.x_slab = p.family == Family::all ? p.M * p.out : 0;
-  l.down = pointer(down), l.gate = pointer(gate);
+  l.gate = pointer(gate);
   l.h = out_pointer(g), l.scaled_h = out_pointer(scaled_g);
   OptTensor up;
   if (wants_x && !plan.hopper) {
@@ -253,7 +252,12 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
     l.up = pointer(up), l.y = out_pointer(dx), l.ldy = l.ldy0 = p.in;
     if (p.weight) l.y0 = l.y;
   }
-  low_rank(l, stream_of(p.x));
+  l.down = pointer(factors.B), l.down_transposed = true;
+  if (!reads_lora_B(shape) || !low_rank_sm90(l, stream_of(p.x))) {
+    const Tensor down = B_transposed(p);
+    l.down = pointer(down), l.down_transposed = false;
+    low_rank(l, stream_of(p.x));
+  }
   if (plan.hopper) add_fused(*scaled_g, factors.A);
 }
 

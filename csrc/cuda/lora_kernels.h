@@ -39,6 +39,7 @@ struct LowRank {
   int64_t ldx = 0;
   int64_t x_slab = 0;          // elements from the x of adapter t to that of t + 1 (the dy of `all`); 0: one x for all
   const void* down = nullptr;  // [T, r, K]
+  bool down_transposed = false;     // it is [T, K, r], which low_rank_sm90 alone takes
   const void* bias_down = nullptr;  // [T, r]
   bool relu = false;
   const void* gate = nullptr;  // [M, R]: h becomes 0 where the gate is not > 0

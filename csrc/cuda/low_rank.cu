@@ -417,9 +417,7 @@ void launch(const LowRank& p, cudaStream_t stream) {
   const int64_t r = p.rows.r, width = p.rows.ids || (p.y && p.y_slab) ? r : p.rows.T * r;
   STD_TORCH_CHECK(std::max({p.x ? p.K : 0, p.y ? p.N : 0, width}) < int64_t(1) << 25,  // offsets of 32 bits
                   "low_rank: K, N and the number of ranks must be less than 2^25");
-#ifndef PLORA_NO_SM90
-  if (p.hopper && low_rank_sm90(p, stream)) return;
-#endif
+  if (low_rank_sm90(p, stream)) return;
   const int most = p.y ? most_ranks<scalar>() : 0;
   if (p.x && p.y && width > most) {
     STD_TORCH_CHECK(p.h, "low_rank: more than ", most, " ranks need space for h");
@@ -446,6 +444,10 @@ void launch(const LowRank& p, cudaStream_t stream) {
 }
 
 }  // namespace
+
+#ifdef PLORA_NO_SM90
+bool low_rank_sm90(const LowRank&, cudaStream_t) { return false; }
+#endif
 
 void low_rank(const LowRank& p, cudaStream_t stream) {
   if (p.rows.M == 0 || (!p.x && !p.y)) return;

@@ -30,17 +30,26 @@ constexpr int kMaxBoxes = kWide / 8;      // copies that fetch a stage's factors
 // of 32 columns, in float32, padded so that reading has no bank conflicts.
 constexpr uint32_t kBytesRow = kDepth * 2;
 constexpr uint64_t kLayout = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
+// Transposed, 64 ranks are 64 rows of k, then come the next; a k step of 16 is 16 of these rows.
+constexpr uint64_t kLayoutTransposed = sm90::operand_layout(sm90::Swizzle::b128, 64 * kBytesRow, 1024);
 constexpr int kPart = 32, kPitch = kPart + 4;
 
 // How a block's rows chose.
 struct Choices {
-  int adapter[kFusedRows];           // of each row of the aligned block of 128
-  int place[kFusedRows];             // of it among `adapters`
-  int adapters[kFusedRows];          // those of the own rows, each once
-  uint32_t firsts[kFusedRows / 32];  // a bit for each row that is the first to meet its adapter
-  int any;                           // one of the adapters, no matter which
-  int box[kMaxBoxes];                // rows of `down` at which the copies of a stage begin
+  int adapter[kFusedRows];             // of each row of the aligned block of 128
+  int place[kFusedRows];               // of it among `adapters`
+  int adapters[kFusedRows];            // those of the own rows, each once
+  uint32_t firsts[kFusedRows / 32];    // a bit for each row that is the first to meet its adapter
+  int any;                             // one of the adapters, no matter which
+  int rank[kMaxBoxes], of[kMaxBoxes];  // where the copies of a stage begin: a rank, of an adapter
 };
+
+// The columns that an adapter takes: its ranks, or whole rows of 64 where `down` is [T, K, r], whose ranks lie along
+// the rows of a stage.
+template <bool kTransposed>
+__host__ __device__ constexpr int padded(int r) {
+  return kTransposed ? (r + 63) / 64 * 64 : r;
+}
 
 template <int kGroups>
 struct Shape {
@@ -132,8 +141,9 @@ struct Own {
 };
 
 // d += the rows of this warpgroup times kN columns.
-template <typename scalar, int kN>
+template <typename scalar, bool kTransposed, int kN>
 __device__ inline void multiply(float (&d)[kN / 2], Ring& ring, uint32_t x, uint32_t down, int k_steps) {
+  constexpr uint64_t kStep = (kTransposed ? 16 * kBytesRow : 32) >> 4;
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) d[i] = 0.f;
   uint32_t before = 0;
@@ -144,11 +154,12 @@ __device__ inline void multiply(float (&d)[kN / 2], Ring& ring, uint32_t x, uint
 #pragma unroll 1
   for (int k = 0; k < k_steps; ++k) {
     sm90::barrier_wait(ring.full(), ring.phase);
-    const uint64_t a = sm90::operand(kLayout, ring.stage() + x), b = sm90::operand(kLayout, ring.stage() + down);
+    const uint64_t a = sm90::operand(kLayout, ring.stage() + x);
+    const uint64_t b = sm90::operand(kTransposed ? kLayoutTransposed : kLayout, ring.stage() + down);
     sm90::hold(d);
     sm90::wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kDepth / 16; ++i) sm90::wgmma<kN, scalar, 0>(d, a + 2 * i, b + 2 * i);
+    for (int i = 0; i < kDepth / 16; ++i) sm90::wgmma<kN, scalar, kTransposed>(d, a + 2 * i, b + i * kStep);
     sm90::wgmma_commit();
     sm90::hold(d);
     sm90::wgmma_wait<1>();
@@ -186,10 +197,13 @@ __device__ inline void write(const LowRank& p, float (&d)[kN / 2], float* out, c
       Vector<scalar> bias{}, gate{}, h, scaled;
       if (p.bias_down) bias = eight(p.bias_down, own.factor + column);
       if (p.gate) gate = eight(p.gate, own.at + column);
+      const float4 low = *reinterpret_cast<const float4*>(out + lane % 16 * kPitch + from);
+      const float4 high = *reinterpret_cast<const float4*>(out + lane % 16 * kPitch + from + 4);
+      const float sums[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       const float scale = p.scaled_h ? __ldg(p.scaling + (own.factor + column) / r) : 0.f;
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        const float sum = out[lane % 16 * kPitch + from + e] + to_float(bias[e]);
+        const float sum = sums[e] + to_float(bias[e]);
         const bool open = (!p.gate | (to_float(gate[e]) > 0)) & !(p.relu & (sum < 0));
         const float x = open ? sum : 0.f;
         h[e] = from_float<scalar>(x), scaled[e] = from_float<scalar>(scale * x);
@@ -204,7 +218,7 @@ __device__ inline void write(const LowRank& p, float (&d)[kN / 2], float* out, c
 }
 
 // gridDim.y shares out the columns of a block, 192 at a time.
-template <typename scalar, int kGroups>
+template <typename scalar, int kGroups, bool kTransposed>
 __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
     down_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -233,9 +247,10 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
   if (p.rows.ids) {
     count = choose<S::kRows>(p, row0, choices);
     if (count < 0) return;
+  } else {
+    __syncthreads();
   }
-  __syncthreads();
-  const int columns = count * r, first = static_cast<int>(blockIdx.y) * kWide;
+  const int each = padded<kTransposed>(r), columns = count * each, first = static_cast<int>(blockIdx.y) * kWide;
   const int stride = static_cast<int>(gridDim.y) * kWide;
   Ring ring(memory, memory + S::kBarriers, S::kBytesX + (columns <= kNarrow ? kNarrow : kWide) * kBytesRow, S::kRing);
 
@@ -243,8 +258,8 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
     for (int column = first; column < columns; column += stride) {
       const int boxes = min(columns - column, kWide) / a.box;
       if (lane < boxes) {
-        const int rank = column + lane * a.box;
-        choices.box[lane] = p.rows.ids ? choices.adapters[rank / r] * r + rank % r : rank;
+        const int begin = column + lane * a.box, place = begin / each;
+        choices.rank[lane] = begin % each, choices.of[lane] = p.rows.ids ? choices.adapters[place] : place;
       }
       __syncwarp();
       if (lane == 0)
@@ -258,7 +273,10 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
           to += S::kBytesX;
 #pragma unroll 1
           for (int i = 0; i < boxes; ++i, to += a.box * kBytesRow)
-            sm90::load_2d(&maps.down, full, to, k * kDepth, choices.box[i]);
+            if constexpr (kTransposed)
+              sm90::load_3d(&maps.down, full, to, choices.rank[i], k * kDepth, choices.of[i]);
+            else
+              sm90::load_3d(&maps.down, full, to, k * kDepth, choices.rank[i], choices.of[i]);
         }
       __syncwarp();
     }
@@ -269,11 +287,11 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
   float* const out = reinterpret_cast<float*>(dynamic + S::kOut + warp * S::kOutWarp);
   Own own;
   if (!p.rows.ids) {
-    if (row < p.rows.M) own.count = columns, own.at = static_cast<int64_t>(row) * columns;
+    if (row < p.rows.M) own.count = count * r, own.at = static_cast<int64_t>(row) * own.count;
   } else {
     const int in_tile = row % kFusedRows, adapter = choices.adapter[in_tile];
     own.at = static_cast<int64_t>(row) * r;
-    if (adapter >= 0) own.begin = choices.place[in_tile] * r, own.count = r, own.factor = adapter * r;
+    if (adapter >= 0) own.begin = choices.place[in_tile] * each, own.count = r, own.factor = adapter * r;
     if (adapter == kNone && p.h && blockIdx.y == 0)
       for (int c = lane / 16 * 8; c < r; c += 16) store_vector(static_cast<scalar*>(p.h) + own.at + c, uint4{});
   }
@@ -281,11 +299,11 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
     const int width = min(columns - column, kWide);
     if (width <= kNarrow) {
       float d[kNarrow / 2];
-      multiply<scalar, kNarrow>(d, ring, group * 64 * kBytesRow, S::kBytesX, k_steps);
+      multiply<scalar, kTransposed, kNarrow>(d, ring, group * 64 * kBytesRow, S::kBytesX, k_steps);
       write<scalar, kNarrow>(p, d, out, own, column, width);
     } else {
       float d[kWide / 2];
-      multiply<scalar, kWide>(d, ring, group * 64 * kBytesRow, S::kBytesX, k_steps);
+      multiply<scalar, kTransposed, kWide>(d, ring, group * 64 * kBytesRow, S::kBytesX, k_steps);
       write<scalar, kWide>(p, d, out, own, column, width);
     }
   }
@@ -294,21 +312,25 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <typename scalar, int kGroups>
+template <typename scalar, int kGroups, bool kTransposed>
 void launch(const LowRank& p, cudaStream_t stream) {
   using S = Shape<kGroups>;
   const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  Arguments a{p, kNarrow};
-  while ((p.rows.ids ? p.rows.r : p.rows.R()) % a.box != 0) a.box /= 2;
+  const int64_t T = p.rows.T, r = p.rows.r, each = padded<kTransposed>(static_cast<int>(r));
+  Arguments a{p, 64};
+  while (each % a.box != 0) a.box /= 2;
   Maps maps;
   constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B;
   describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, S::kRows}, k128);
-  describe_tensor<2>(maps.down, p.dtype, p.down, {p.K, p.rows.T * p.rows.r}, {p.K}, {kDepth, a.box}, k128);
+  if constexpr (kTransposed)
+    describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, p.K * r}, {64, kDepth, 1}, k128);
+  else
+    describe_tensor<3>(maps.down, p.dtype, p.down, {p.K, r, T}, {p.K, r * p.K}, {kDepth, a.box, 1}, k128);
   const int64_t blocks = ceil(p.rows.M, S::kRows);
-  const int64_t most = ceil((p.rows.ids ? std::min<int64_t>(p.rows.T, S::kRows) : p.rows.T) * p.rows.r, kWide);
+  const int64_t most = ceil((p.rows.ids ? std::min<int64_t>(T, S::kRows) : T) * each, kWide);
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(std::max<int64_t>(1, std::min(multiprocessors() / blocks, most))));
-  const auto kernel = &down_kernel<scalar, kGroups>;
+  const auto kernel = &down_kernel<scalar, kGroups, kTransposed>;
   allow_shared_memory(kernel, S::kBytes);
   kernel<<<grid, S::kThreads, S::kBytes, stream>>>(maps, a);
   check_launch("low_rank");
@@ -317,17 +339,25 @@ void launch(const LowRank& p, cudaStream_t stream) {
 }  // namespace
 
 bool low_rank_sm90(const LowRank& p, cudaStream_t stream) {
-  if (p.y || !p.x || p.x_slab || p.dtype == ScalarType::Float || !on_hopper()) return false;
-  if (p.K == 0 || p.K % 8 != 0 || p.ldx % 8 != 0 || p.rows.r == 0 || p.rows.r % 8 != 0 || p.rows.M > INT32_MAX - 128)
+  if (p.y || !p.x || p.x_slab || p.dtype == ScalarType::Float || !p.hopper || !on_hopper()) return false;
+  if (p.K == 0 || p.K % 8 != 0 || p.ldx % 8 != 0 || p.rows.r == 0 || p.rows.r % 8 != 0 || p.rows.M > INT32_MAX - 128 ||
+      p.rows.T * p.rows.r >= 1 << 25)
     return false;
+  // the ranks of a sum must follow each other without a gap
+  if (p.down_transposed && !p.rows.ids && p.rows.T > 1 && p.rows.r % 64 != 0) return false;
   for (const void* q :
        {p.x, p.down, p.bias_down, p.gate, static_cast<const void*>(p.h), static_cast<const void*>(p.scaled_h)})
     if (!aligned(q)) return false;
   dispatch("low_rank", p.dtype, [&](auto like) {
     using scalar = decltype(like);
-    if constexpr (sizeof(scalar) == 2)
-      // blocks of 64 rows while each gets a multiprocessor of its own; those of 128 read the factors half as often
-      (p.rows.M + 63) / 64 <= multiprocessors() ? launch<scalar, 1>(p, stream) : launch<scalar, 2>(p, stream);
+    if constexpr (sizeof(scalar) == 2) {
+      // Blocks of 64 rows while each gets a multiprocessor of its own; those of 128 read the factors half as often.
+      const bool small = (p.rows.M + 63) / 64 <= multiprocessors();
+      if (p.down_transposed)
+        small ? launch<scalar, 1, true>(p, stream) : launch<scalar, 2, true>(p, stream);
+      else
+        small ? launch<scalar, 1, false>(p, stream) : launch<scalar, 2, false>(p, stream);
+    }
   });
   return true;
 }

@@ -124,6 +124,15 @@ int main() {
   expect(!product(Family::indexed, 100, 64, ampere) && !product(Family::indexed, 2, 16, as_is), "never with ids");
   expect(product(Family::all, 10, 16, as_is) && !product(Family::all, 50, 16, as_is), "up to 256 ranks of all");
   expect(!product(Family::all, 10, 16, [](LoraShape& s) { s.half = false; }), "not in float32");
+  const auto reads = [](Family family, int64_t T, int64_t r, int64_t rows_per_id) {
+    LoraShape s{family, 128 * 197, 768, 768, T, r};
+    s.backward = true, s.rows_per_id = rows_per_id;
+    return plora::reads_lora_B(s);
+  };
+  expect(reads(Family::sum, 1, 16, 1) && reads(Family::sum, 1, 128, 1), "B of one adapter is read as it is");
+  expect(!reads(Family::sum, 4, 16, 1) && !reads(Family::all, 1, 16, 1), "of a sum it is not");
+  expect(reads(Family::indexed, 50, 16, 197) && reads(Family::indexed, 3, 16, 1), "where a block meets three, it is");
+  expect(!reads(Family::indexed, 4, 16, 1) && reads(Family::indexed, 4, 64, 1), "but not four, unless they fill it");
   expect(plora::padded_rank(0) == 8 && plora::padded_rank(8) == 8 && plora::padded_rank(9) == 16,
          "ranks come in eights");
   expect(plan(Family::sum, 3, 0).slots >= 0 && plan(Family::indexed, 3, 0).slots >= 0, "no rank at all");
