@@ -69,6 +69,9 @@ constexpr int64_t kMaxSlices = 8;  // that the fused product tells apart
 // of reading x. The h of `all` is torch's up to so many ranks or so many products.
 constexpr int64_t kProductRanks = 16, kProductRanksHopper = 64;
 constexpr int64_t kAllRanks = 256, kAllProducts = int64_t{3} << 30;
+// What an adapter's ranks are filled up to where low_rank_sm90.cu reads lora_B as it is: 64, 32 or 16, a row of shared
+// memory.
+constexpr int64_t kFactorRow = 64;
 // As measured on an H200: operations per second and multiprocessor, bytes per second, seconds. Of a slot in the main
 // loop: its share of the product, and seconds per wave; of a given slot: seconds per wave.
 constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kLaunch = 2.5e-6;
@@ -132,13 +135,14 @@ inline bool h_by_product(const LoraShape& s) {
   return ranks > (hopper ? kProductRanksHopper : kProductRanks);
 }
 
-// Whether low_rank_sm90.cu reads lora_B as it is for g = dy B, 64 columns or a multiple for each adapter, or a copy
-// made for it, whose ranks lie side by side: where that would take it more passes over dy, or the ranks had gaps.
+// Whether low_rank_sm90.cu reads lora_B as it is for g = dy B, though an adapter then takes whole rows of columns, or a
+// copy made for it, whose ranks lie side by side: where that would take it more passes over dy, or a sum had gaps.
 inline bool reads_lora_B(const LoraShape& s) {
   using namespace lora_plan;
-  const int64_t rank = padded_rank(s.r), columns = ceil_div(rank, 64) * 64;
-  if (s.family != Family::indexed) return s.family == Family::sum && s.T == 1;
-  return columns == rank || adapters_of_tile(s) * columns <= 192;
+  const int64_t rank = padded_rank(s.r), columns = ceil_div(rank, kFactorRow) * kFactorRow;
+  if (s.family == Family::all) return false;
+  if (columns == rank) return true;
+  return s.family == Family::sum ? s.T == 1 : adapters_of_tile(s) * columns <= 192;
 }
 
 inline LoraPlan plan_lora(const LoraShape& s) {

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 
+#include "../common/lora_plan.h"
 #include "device.cuh"
 #include "launch.cuh"
 #include "lora_kernels.h"
@@ -30,8 +31,15 @@ constexpr int kMaxBoxes = kWide / 8;      // copies that fetch a stage's factors
 // of 32 columns, in float32, padded so that reading has no bank conflicts.
 constexpr uint32_t kBytesRow = kDepth * 2;
 constexpr uint64_t kLayout = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
-// Transposed, 64 ranks are 64 rows of k, then come the next; a k step of 16 is 16 of these rows.
-constexpr uint64_t kLayoutTransposed = sm90::operand_layout(sm90::Swizzle::b128, 64 * kBytesRow, 1024);
+// Where `down` is [T, K, r], a row of a stage is kRow ranks at one k; then come the next ranks. A k step of 16 is 16
+// rows.
+constexpr int kRow = lora_plan::kFactorRow;
+constexpr uint32_t kBytesRanks = kRow * 2;
+constexpr sm90::Swizzle kSwizzle = kRow == 64   ? sm90::Swizzle::b128
+                                   : kRow == 32 ? sm90::Swizzle::b64
+                                                : sm90::Swizzle::b32;
+constexpr uint64_t kLayoutTransposed = sm90::operand_layout(kSwizzle, kDepth* kBytesRanks, 8 * kBytesRanks);
+static_assert(kRow == 64 || kRow == 32 || kRow == 16);
 constexpr int kPart = 32, kPitch = kPart + 4;
 
 // How a block's rows chose.
@@ -44,11 +52,10 @@ struct Choices {
   int rank[kMaxBoxes], of[kMaxBoxes];  // where the copies of a stage begin: a rank, of an adapter
 };
 
-// The columns that an adapter takes: its ranks, or whole rows of 64 where `down` is [T, K, r], whose ranks lie along
-// the rows of a stage.
+// The columns that an adapter takes: its ranks, or whole rows of them where `down` is [T, K, r].
 template <bool kTransposed>
 __host__ __device__ constexpr int padded(int r) {
-  return kTransposed ? (r + 63) / 64 * 64 : r;
+  return kTransposed ? (r + kRow - 1) / kRow * kRow : r;
 }
 
 template <int kGroups>
@@ -143,7 +150,7 @@ struct Own {
 // d += the rows of this warpgroup times kN columns.
 template <typename scalar, bool kTransposed, int kN>
 __device__ inline void multiply(float (&d)[kN / 2], Ring& ring, uint32_t x, uint32_t down, int k_steps) {
-  constexpr uint64_t kStep = (kTransposed ? 16 * kBytesRow : 32) >> 4;
+  constexpr uint64_t kStep = (kTransposed ? 16 * kBytesRanks : 32) >> 4;
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) d[i] = 0.f;
   uint32_t before = 0;
@@ -317,13 +324,16 @@ void launch(const LowRank& p, cudaStream_t stream) {
   using S = Shape<kGroups>;
   const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t T = p.rows.T, r = p.rows.r, each = padded<kTransposed>(static_cast<int>(r));
-  Arguments a{p, 64};
+  Arguments a{p, kTransposed ? kRow : 64};
   while (each % a.box != 0) a.box /= 2;
   Maps maps;
   constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B;
   describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, S::kRows}, k128);
   if constexpr (kTransposed)
-    describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, p.K * r}, {64, kDepth, 1}, k128);
+    describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, p.K * r}, {kRow, kDepth, 1},
+                       kRow == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                       : kRow == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                    : CU_TENSOR_MAP_SWIZZLE_32B);
   else
     describe_tensor<3>(maps.down, p.dtype, p.down, {p.K, r, T}, {p.K, r * p.K}, {kDepth, a.box, 1}, k128);
   const int64_t blocks = ceil(p.rows.M, S::kRows);
@@ -344,7 +354,7 @@ bool low_rank_sm90(const LowRank& p, cudaStream_t stream) {
       p.rows.T * p.rows.r >= 1 << 25)
     return false;
   // the ranks of a sum must follow each other without a gap
-  if (p.down_transposed && !p.rows.ids && p.rows.T > 1 && p.rows.r % 64 != 0) return false;
+  if (p.down_transposed && !p.rows.ids && p.rows.T > 1 && p.rows.r % kRow != 0) return false;
   for (const void* q :
        {p.x, p.down, p.bias_down, p.gate, static_cast<const void*>(p.h), static_cast<const void*>(p.scaled_h)})
     if (!aligned(q)) return false;
