@@ -3,7 +3,8 @@
     python benchmarks/cpu_operators.py --threads 2 --out benchmarks/results/cpu_operators
 
 A round runs every form of a case once; a ratio is the median over the rounds of (its time / ours) within a round, so
-that a machine that slows down for a while slows both. float32, ViT-B/16: width 768, images of 197 rows, r = 16.
+that a machine that slows down for a while slows both. ViT-B/16: width 768, images of 197 rows, r = 16; float32, and
+the low-rank families in bfloat16 as well.
 """
 
 from __future__ import annotations
@@ -43,8 +44,12 @@ def draw(*shape: int) -> Tensor:
 class Problem:
     """A frozen layer, T adapters, `images` images in segments of one adapter each, and a y to add to."""
 
-    def __init__(self, images: int, T: int, grad: bool = False) -> None:
+    def __init__(self, images: int, T: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> None:
         torch.manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=dtype)
+
         self.x, self.y = draw(images, ROWS, D), draw(images, ROWS, D)
         self.weight, self.bias = draw(D, D) / D**0.5, draw(D)
         self.A, self.B = draw(T, R, D) / D**0.5, draw(T, D, R) / R**0.5
@@ -88,13 +93,14 @@ class Problem:
         torch.autograd.grad(y, (self.x, self.A, self.B), self.grad)
 
 
-def added(images: int) -> Iterator[Case]:
-    p, q = Problem(images, 1), Problem(images, 10)
+def added(images: int, dtype: torch.dtype) -> Iterator[Case]:
+    p, q = Problem(images, 1, dtype), Problem(images, 10, dtype)
     yield Case(
         "one adapter, y +=",
         {
             OURS: lambda: ops.lora_sum_(p.y, p.x, *p.factors),
             "mm, addmm_": lambda: p.add_one(p.y),
+            "y.add_(x): its bytes alone": lambda: p.y.add_(p.x, alpha=1e-9),
         },
     )
     yield Case(
@@ -107,8 +113,8 @@ def added(images: int) -> Iterator[Case]:
     )
 
 
-def with_base(images: int) -> Iterator[Case]:
-    p, q = Problem(images, 1), Problem(images, 10)
+def with_base(images: int, dtype: torch.dtype) -> Iterator[Case]:
+    p, q = Problem(images, 1, dtype), Problem(images, 10, dtype)
     yield Case(
         "one adapter, base layer included",
         {
@@ -136,7 +142,7 @@ def with_base(images: int) -> Iterator[Case]:
         },
     )
     A, B = q.A.transpose(1, 2), q.B.transpose(1, 2)
-    rows, out = q.x.view(-1, D), torch.empty(10, images * ROWS, D)
+    rows, out = q.x.view(-1, D), torch.empty(10, images * ROWS, D, dtype=dtype)
     yield Case(
         "all 10 outputs, base layer included, preallocated",
         {
@@ -155,8 +161,8 @@ def with_base(images: int) -> Iterator[Case]:
     )
 
 
-def trained(images: int) -> Iterator[Case]:
-    p, q = Problem(images, 1, grad=True), Problem(images, 10, grad=True)
+def trained(images: int, dtype: torch.dtype) -> Iterator[Case]:
+    p, q = Problem(images, 1, dtype, grad=True), Problem(images, 10, dtype, grad=True)
 
     def addmm(y: Tensor) -> Tensor:
         return torch.addmm(y.view(-1, D), p.x.view(-1, D) @ p.A[0].T, p.B[0].T, alpha=S).view_as(y)
@@ -233,6 +239,7 @@ def prototypes() -> Iterator[Case]:
             OURS: lambda: ops.class_sums(features, labels, 100),
             "index_add_": lambda: torch.zeros(100, D).index_add_(0, labels, features),
             "one-hot product": lambda: F.one_hot(labels, 100).float().T @ features,
+            "features.sum(): its bytes alone": lambda: features.sum(),
         },
     )
     for C, T in ((100, 10), (100, 20)):
@@ -305,11 +312,12 @@ def training() -> Iterator[Case]:
 
 
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {"merge": merge, "prototypes": prototypes, "training": training}
-for images_ in (16, 64):
-    for name, group in (("added", added), ("base", with_base), ("trained", trained)):
-        GROUPS[f"{name} {images_ * ROWS:,}"] = lambda group=group, n=images_: (
-            Case(f"{c.name}, {n * ROWS:,} rows", c.forms) for c in group(n)
-        )
+for dtype_, suffix in ((torch.float32, ""), (torch.bfloat16, ", bfloat16")):
+    for images_ in (16, 64):
+        for name, group in (("added", added), ("base", with_base), ("trained", trained)):
+            GROUPS[f"{name} {images_ * ROWS:,}{suffix}"] = lambda group=group, n=images_, dtype=dtype_, suffix=suffix: (
+                Case(f"{c.name}, {n * ROWS:,} rows{suffix}", c.forms) for c in group(n, dtype)
+            )
 
 
 def measure(case: Case, seconds: float) -> list[dict[str, Any]]:

@@ -492,7 +492,8 @@ def vit(T: int, train: bool, compiled: bool, r: int = 16, batch: int = 128, **go
     eager = peft.get_base_model()
     forms = {BASE: form(frozen), OURS: form(ours), PLAIN: form(plain(DTYPE)), "PEFT eager": form(eager)}
     if train and compiled:
-        forms["PEFT, torch.compile"] = form(eager, torch.compile(eager, dynamic=False))
+        for name, model in ((OURS, ours), ("PEFT", eager)):
+            forms[f"{name}, torch.compile"] = form(model, torch.compile(model, dynamic=False))
     if not train:  # outside of a batch ours would merge what does not train
         forms[OURS] = unmerged
     if T > 1:

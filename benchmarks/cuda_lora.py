@@ -17,12 +17,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import functools
 import gc
 import importlib.util
 import math
-import shlex
 import statistics
 import sys
 import time
@@ -36,7 +34,6 @@ import record
 import torch
 from cuda_cases import BASE, DEVICE, DTYPE, MERGE, OURS, Case, Form, Step, cases
 
-import plora_ext
 from plora_ext import _library
 
 FOOTPRINT = 160e6  # bytes that the sets of a case take together; the L2 cache of an H200 holds about 50 MB
@@ -264,12 +261,9 @@ def main() -> None:
         "GPU": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "CUDA": str(torch.version.cuda),
-        "plora_ext": plora_ext.__version__,
-        "commit": args.commit or record.commit(),
-        "date": datetime.date.today().isoformat(),
+        **record.origin(args.commit),
         "copy TB/s": f"{bandwidth / 1e12:.2f}",
         "bf16 TFLOP/s": f"{rate / 1e12:.0f}",
-        "command": shlex.join(["python", "benchmarks/cuda_lora.py", *(Path(a).name for a in sys.argv[1:])]),
     }
     lines: list[Line] = []
     start = time.monotonic()

@@ -13,11 +13,9 @@ and NAME.md.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import gc
 import math
-import shlex
 import statistics
 import sys
 import time
@@ -34,7 +32,6 @@ from cuda_cases import DEVICE, OURS, Step
 from cuda_lora import FOOTPRINT, Run, as_tuple, ceilings, error_of, gpu_times, markdown, prepare, wall_times
 from torch import Tensor
 
-import plora_ext
 from plora_ext import _library, ops, reference
 
 D, ALPHA = 768, 0.1
@@ -489,11 +486,8 @@ def main() -> None:
         "GPU": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "CUDA": str(torch.version.cuda),
-        "plora_ext": plora_ext.__version__,
-        "commit": args.commit or record.commit(),
-        "date": datetime.date.today().isoformat(),
+        **record.origin(args.commit),
         "copy TB/s": f"{bandwidth / 1e12:.2f}",
-        "command": shlex.join(["python", "benchmarks/cuda_prototypes.py", *(Path(a).name for a in sys.argv[1:])]),
     }
     lines: list[Line] = []
     start = time.monotonic()

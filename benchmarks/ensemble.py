@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -26,7 +23,6 @@ import record
 import torch
 from torch import Tensor
 
-import plora_ext
 from plora_ext import bench
 from plora_ext.bench import EASE, LOOP, OURS, PLAIN, Line
 from plora_ext.cil import Settings
@@ -139,10 +135,7 @@ def main() -> None:
     where = {
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
-        "plora_ext": plora_ext.__version__,
-        "commit": args.commit or record.commit(),
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/ensemble.py", *(Path(a).name for a in sys.argv[1:])]),
+        **record.origin(args.commit),
     }
     lines: list[Line] = []
     if args.part != "evaluations":

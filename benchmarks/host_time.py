@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import gc
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import plora_ext
 from plora_ext.nn import MultiLoRALinear
 
 SCALE, BURST = 0.5, 0.002  # seconds of a burst
@@ -183,10 +179,7 @@ def main() -> None:
     where = {
         "device": torch.cuda.get_device_name(args.device) if cuda else "CPU, 1 thread",
         "torch": torch.__version__,
-        "plora_ext": plora_ext.__version__,
-        "commit": args.commit or record.commit(),
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/host_time.py", *(Path(a).name for a in sys.argv[1:])]),
+        **record.origin(args.commit),
     }
     lines: list[dict[str, Any]] = []
     for rows in args.rows or ([197, 788] if cuda else [4]):

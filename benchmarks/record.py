@@ -1,14 +1,19 @@
-"""How benchmarks keep what they measured: NAME.csv and NAME.md, each whole or not at all."""
+"""How benchmarks keep what they measured: NAME.csv and NAME.md, each whole or not at all, and where it is from."""
 
 from __future__ import annotations
 
 import csv
+import datetime
 import io
 import os
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import plora_ext
 
 
 def write(out: Path, fields: Sequence[str], rows: Iterable[Mapping[str, Any]], text: str) -> None:
@@ -28,3 +33,14 @@ def commit() -> str:
         return subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=where, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def origin(given: str | None = None) -> dict[str, str]:
+    """Version, commit (`given` where this is no git checkout), date and command of this process."""
+    command = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name for a in sys.argv[1:])]
+    return {
+        "plora_ext": plora_ext.__version__,
+        "commit": given or commit(),
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(command),
+    }

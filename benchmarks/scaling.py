@@ -28,7 +28,7 @@ PHASES = {
     "align": ("classes_seen", "class"),
     "checkpoint": ("task", "task"),
     "eval": ("test_images", "test image"),
-    "rss_mb": ("task", "task"),
+    "live_mb": ("task", "task"),
     "checkpoint_kib": ("task", "task"),
 }
 # ViT-B/16 with the default adapters: r = 16 on qkv and proj of 12 blocks, float32.
@@ -74,7 +74,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 @dataclass
 class Fit:
-    """y = a + b x over tasks of one file; `growth` is the fit at the last task over the fit at the second."""
+    """y = a + b x over tasks of one file; `growth` is the median of the last ten over that of the first ten."""
 
     file: str
     method: str
@@ -94,7 +94,8 @@ def fits() -> list[Fit]:
             for phase, (against, _) in PHASES.items():
                 x, y = (np.array([float(r[name]) for r in own]) for name in (against, phase))
                 b, a = np.polyfit(x, y, 1)
-                found.append(Fit(path.name, method, phase, a, b, (a + b * x[-1]) / (a + b * x[0]), own))
+                growth = float(np.median(y[-10:]) / np.median(y[:10])) if np.median(y[:10]) else math.nan
+                found.append(Fit(path.name, method, phase, a, b, growth, own))
     return found
 
 
@@ -112,23 +113,24 @@ def seconds_per_pair() -> float:
     return float(row["gpu_us"]) / 1e6 / (20_000 * 1_000)
 
 
-def seconds_per_layer_and_adapter(found: Sequence[Fit]) -> float:
-    """Host seconds that one more adapter costs in each adapted layer when features are extracted: stacking, merging."""
-    longest = max((f for f in found if (f.method, f.phase) == ("plora", "prototypes")), key=lambda f: len(f.rows))
-    return max(0.0, longest.b) / (2 * int(longest.rows[0]["depth"]))
+def seconds_per_merge() -> float:
+    """Seconds to merge one more adapter, r = 16, into a weight of 768 x 768: one H200, bfloat16, T = 10 to 50."""
+    form, case = "merge (lora_merge), then linear", "sum, T={}, r=16, 768→768, inference"
+    us = {(r["case"], r["form"]): float(r["gpu_us"] or 0) for r in read("cuda_lora.csv")}
+    return (us[case.format(50), form] - us[case.format(10), form]) / 40 / 1e6
 
 
 # ---------------------------------------------------------------------- what follows
 
 
-def project(s: Scenario, gpus: int, found: Sequence[Fit]) -> dict[str, float]:
+def project(s: Scenario, gpus: int) -> dict[str, float]:
     """Hours, bytes and memory of a whole run of `plora` on ViT-B/16."""
     step, forward = step_and_forward()
     classes, images = s.T * s.c, s.c * s.n
     steps = math.ceil(images / (BATCH * gpus)) * s.E * s.T  # a step that is not full costs a whole one
     reduced = 2 * (gpus - 1) / gpus * (ADAPTER + 4 * s.c * WIDTH)
     tested = s.c * s.m * s.T * (s.T + 1) / 2
-    merged = s.T * (s.T + 1) / 2 * 2 * BLOCKS * seconds_per_layer_and_adapter(found)
+    merged = s.T * (s.T + 1) / 2 * 4 * BLOCKS * seconds_per_merge()
     pairs = s.c * s.c * s.T * (s.T - 1) / 2
     return {
         "train": steps * BATCH * step / 3600,
@@ -149,13 +151,12 @@ def project(s: Scenario, gpus: int, found: Sequence[Fit]) -> dict[str, float]:
 
 def blocks() -> dict[str, str]:
     """The generated parts of the page."""
-    found = fits()
-    return {"fits": _fits(found), "inputs": _inputs(found), "projection": _projection(found), "memory": _memory(found)}
+    return {"fits": _fits(fits()), "inputs": _inputs(), "projection": _projection(), "memory": _memory()}
 
 
-def _inputs(found: Sequence[Fit]) -> str:
+def _inputs() -> str:
     step, forward = step_and_forward()
-    layer, pair = seconds_per_layer_and_adapter(found), seconds_per_pair()
+    merge, pair = seconds_per_merge(), seconds_per_pair()
     row9 = "`cuda_lora.csv`, row 9: one H200, bfloat16, B = 128, r = 16 on all linear layers"
     rows = [
         ["a_s, ViT-B/16", f"{1e6 * step:.0f} µs", row9],
@@ -165,7 +166,7 @@ def _inputs(found: Sequence[Fit]) -> str:
             f"{1e12 * pair:.0f} ps",
             "`cuda_prototypes.csv`, 20,000 x 1,000, float32",
         ],
-        ["one adapter in one layer", f"{1e6 * layer:.1f} µs", "slope of `prototypes` over the longest run above, CPU"],
+        ["merging an adapter into 768 x 768", f"{1e6 * merge:.2f} µs", "`cuda_lora.csv`, row 7: T = 50 less T = 10"],
         ["P", f"{ADAPTER / 1e6:.2f} MB", "r = 16 on qkv and proj of 12 blocks, float32"],
         ["4 D", f"{4 * WIDTH / 1e3:.1f} kB", "D = 768"],
     ]
@@ -173,14 +174,14 @@ def _inputs(found: Sequence[Fit]) -> str:
 
 
 def _fits(found: Sequence[Fit]) -> str:
-    scale: Mapping[str, tuple[float, str, str]] = {"rss_mb": (1, "MiB", "KiB"), "checkpoint_kib": (1, "KiB", "B")}
+    scale: Mapping[str, tuple[float, str, str]] = {"live_mb": (1, "MiB", "KiB"), "checkpoint_kib": (1, "KiB", "B")}
     rows = []
     for f in found:
         first = f.rows[0]
         unit, small = scale.get(f.phase, (1e3, "ms", "µs"))[1:]
         factor = 1e3 if unit == "ms" else 1.0
         more = {"ms": 1e6, "MiB": 2**10, "KiB": 2**10}[unit]
-        name = {"rss_mb": "resident memory", "checkpoint_kib": "checkpoint"}.get(f.phase, f.phase)
+        name = {"live_mb": "memory of tensors", "checkpoint_kib": "checkpoint"}.get(f.phase, f.phase)
         name = (
             "checkpoint, time"
             if f.phase == "checkpoint"
@@ -188,17 +189,26 @@ def _fits(found: Sequence[Fit]) -> str:
             if name == "checkpoint"
             else name
         )
-        per = f"{more * f.b:+.3g} {small} a {PHASES[f.phase][1]}"
-        where = f"{len(f.rows) + 1} tasks, {first['model']}, {first['device'].split(',')[0]}"
-        rows.append([f"{f.method}, {name}", f"{factor * f.a:.4g} {unit}", per, f"{f.growth:.2f}", where])
-    return markdown(("a task's", "a", "b", "last / second", "measured"), rows)
+        per = f"{factor * f.b:+.3g} {unit}" if abs(more * f.b) >= 1000 else f"{more * f.b:+.3g} {small}"
+        per += f" a {PHASES[f.phase][1]}"
+        where = f"{f.rows[-1]['task']} tasks, {first['model']}, {first['device'].split(',')[0]}"
+        rows.append(
+            [
+                f"{f.method}, {name}",
+                f"{factor * f.a:.4g} {unit}",
+                per,
+                "–" if f.phase == "eval" else f"{f.growth:.2f}",
+                where,
+            ]
+        )
+    return markdown(("a task's", "a", "b", "last ten / first ten", "measured"), rows)
 
 
-def _projection(found: Sequence[Fit]) -> str:
+def _projection() -> str:
     rows = []
     for s in SCENARIOS:
         for gpus in BANDWIDTH:
-            p = project(s, gpus, found)
+            p = project(s, gpus)
             hours = [p[k] for k in ("train", "features", "align", "eval", "network")]
             rows.append(
                 [
@@ -213,7 +223,7 @@ def _projection(found: Sequence[Fit]) -> str:
     return markdown(head, rows)
 
 
-def _memory(found: Sequence[Fit]) -> str:
+def _memory() -> str:
     names: dict[str, Callable[[dict[str, float]], float]] = {
         "weights, merged layers": lambda p: p["weights"],
         "adapters": lambda p: p["adapters"],
@@ -221,7 +231,7 @@ def _memory(found: Sequence[Fit]) -> str:
         "features and logits of an evaluation": lambda p: p["evaluation"],
         "written to checkpoints in a run": lambda p: p["written"],
     }
-    rows = [[name, *(_bytes(of(project(s, 1, found))) for s in SCENARIOS)] for name, of in names.items()]
+    rows = [[name, *(_bytes(of(project(s, 1))) for s in SCENARIOS)] for name, of in names.items()]
     heads = {
         "head `gaussian`: covariances": lambda s: 4 * WIDTH**2 * s.T * s.c,
         "head `ranpac`, M = 10,000: G and Q": lambda s: 4 * (10_000**2 + 10_000 * s.T * s.c),
@@ -235,7 +245,9 @@ def _memory(found: Sequence[Fit]) -> str:
 def _hours(hours: float) -> str:
     if hours >= 0.95:
         return f"{hours:.3g} h"
-    return f"{60 * hours:.2g} min" if hours >= 1 / 60 else f"{3600 * hours:.2g} s"
+    if hours >= 1 / 60:
+        return f"{60 * hours:.2g} min"
+    return f"{3600 * hours:.2g} s" if 3600 * hours >= 0.1 else "< 0.1 s" if hours else "0"
 
 
 def _bytes(number: float) -> str:

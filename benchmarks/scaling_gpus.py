@@ -15,10 +15,8 @@ process. Writes NAME.csv and NAME.md.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -37,7 +35,6 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-import plora_ext
 from plora_ext.cil import Settings
 from plora_ext.cil.distributed import World, launched
 from plora_ext.cil.engine import Evaluator, pick_device, seed_everything
@@ -255,10 +252,7 @@ def main() -> None:
         "device": device,
         "batch": args.batch,
         "torch": torch.__version__,
-        "plora_ext": plora_ext.__version__,
-        "commit": args.commit or record.commit(),
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/scaling_gpus.py", *(Path(a).name for a in sys.argv[1:])]),
+        **record.origin(args.commit),
     }
     lines = [", ".join(f"{key} {value}" for key, value in where.items()), ""]
     lines += ["| | processes | | over one process | peak MB of a process |", "|---|---:|---:|---:|---:|"]

@@ -19,11 +19,9 @@ Writes NAME.csv and NAME.md.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import logging
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -40,7 +38,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import plora_ext
 from plora_ext.cil import Images, Settings, run
 from plora_ext.cil.engine import load_backbone, pick_device
 from plora_ext.cil.training import Phases, Progress, Trainer
@@ -308,10 +305,7 @@ def write(args: argparse.Namespace, fields: tuple[str, ...], rows: list[dict[str
     where = {
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
-        "plora_ext": plora_ext.__version__,
-        "commit": args.commit or record.commit(),
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/throughput.py", *sys.argv[1:]]),
+        **record.origin(args.commit),
     }
     head = ", ".join(f"{key} {value}" for key, value in where.items())
     table = [f"| {' | '.join(fields)} |", "|---" * 2 + "|---:" * (len(fields) - 2) + "|", *map(cells, rows)]

@@ -174,7 +174,7 @@ def _run(
             stack.enter_context(exclusive(folder))
         checkpoint = None if resume is None else Checkpoint(folder, resume, world)
         console = ConsoleProgress()
-        progress: Progress = console if world.first else Progress()
+        progress: Any = console if world.first else Progress()
         if tensorboard and world.first:  # before any work: it may not be installed
             resumed = bool(checkpoint and checkpoint.manifest)
             progress = stack.enter_context(TensorBoard(folder / "tensorboard", console, anew=not resumed))

@@ -210,3 +210,12 @@ def test_tensorboard_that_is_not_installed_costs_no_work(
     assert main(["train", *given]) == 2
     assert "--tensorboard needs the package tensorboard" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("method", ["plora", "joint"])
+def test_evaluation_part_by_part(data: Images, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = learn(data, method=method, measure_drift=False)
+    monkeypatch.setattr(plora_ext.cil.engine, "FEATURES", 7)
+    monkeypatch.setattr(plora_ext.cil.engine, "LOGITS", 13)  # two or three images at a time
+    parts = learn(data, method=method, measure_drift=False)
+    assert parts.matrix == whole.matrix and parts.curve == whole.curve

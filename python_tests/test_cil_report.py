@@ -205,6 +205,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (folder / "checkpoint" / "checkpoint.json").write_text("{}")
     with pytest.raises(ValueError, match="checkpoint.json is damaged"):
         load_results(folder)
+    assert len(load_results(write(folder, result()))) == 1  # a finished run needs none
 
 
 # ---------------------------------------------------------------------- the page

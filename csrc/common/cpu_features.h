@@ -10,6 +10,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace plora {
 
@@ -51,25 +55,44 @@ inline CpuFeatures detect_cpu_features() {
   return f;
 }
 
-enum class Isa { kDefault, kAvx2, kAvx512 };
+enum class Isa { kDefault, kAvx2, kAvx512, kAmx };
 
-inline const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "default"; }
+inline const char* isa_name(Isa isa) {
+  static const char* const names[] = {"default", "avx2", "avx512", "amx"};
+  return names[static_cast<int>(isa)];
+}
 
-// The widest instruction set that `f` has; PLORA_CPU_ISA=default|avx2|avx512 lowers the choice (for tests), never
-// raises it.
+// The widest instruction set that `f` has; PLORA_CPU_ISA=default|avx2|avx512|amx lowers the choice (for tests), never
+// raises it. AMX is AVX-512 with matrix registers for bfloat16.
 inline Isa choose_isa(const CpuFeatures& f, const char* wish) {
-  Isa limit = Isa::kAvx512;
+  Isa limit = Isa::kAmx;
   if (wish != nullptr && std::strcmp(wish, "default") == 0) limit = Isa::kDefault;
   if (wish != nullptr && std::strcmp(wish, "avx2") == 0) limit = Isa::kAvx2;
+  if (wish != nullptr && std::strcmp(wish, "avx512") == 0) limit = Isa::kAvx512;
   const bool avx2 = f.avx2 && f.fma && f.f16c;
   const bool avx512 = avx2 && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq;
+  const bool amx = avx512 && f.avx512_bf16 && f.amx_tile && f.amx_bf16;
+  if (amx && limit >= Isa::kAmx) return Isa::kAmx;
   if (avx512 && limit >= Isa::kAvx512) return Isa::kAvx512;
   if (avx2 && limit >= Isa::kAvx2) return Isa::kAvx2;
   return Isa::kDefault;
 }
 
+// Linux hands out the matrix registers on request, for all threads of the process.
+inline bool amx_is_permitted() {
+#if defined(__x86_64__) && defined(SYS_arch_prctl) && defined(PLORA_AMX)
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 inline Isa chosen_isa() {
-  static const Isa isa = choose_isa(detect_cpu_features(), std::getenv("PLORA_CPU_ISA"));
+  static const Isa isa = [] {
+    const Isa widest = choose_isa(detect_cpu_features(), std::getenv("PLORA_CPU_ISA"));
+    return widest == Isa::kAmx && !amx_is_permitted() ? Isa::kAvx512 : widest;
+  }();
   return isa;
 }
 

@@ -3,12 +3,14 @@
 
 #include "../common/cpu_features.h"
 #include "convert.h"
+#include "tiles.h"
 
 namespace plora::cpu {
 
 #if defined(__x86_64__)
 #define PLORA_CHOOSE(table)      \
   switch (chosen_isa()) {        \
+    case Isa::kAmx:              \
     case Isa::kAvx512:           \
       return isa_avx512::table;  \
     case Isa::kAvx2:             \
@@ -31,5 +33,12 @@ const Gemm<double>& gemm<double>() {
 }
 
 const Conversions& conversions() { PLORA_CHOOSE(conversions) }
+
+const Tiles* tiles() {
+#if defined(PLORA_AMX)
+  if (chosen_isa() == Isa::kAmx) return &isa_amx::tiles;
+#endif
+  return nullptr;
+}
 
 }  // namespace plora::cpu

@@ -9,12 +9,14 @@
 #include "frozen.h"
 #include "lora_grads.h"
 #include "lora_rows.h"
+#include "lora_tiles.h"
 
 namespace plora::cpu {
 namespace {
 
 constexpr int64_t kRows = 24;        // of a chunk: x and y of 768 float32 columns take 150 kB of the second-level cache
 constexpr int64_t kFrozenRows = 96;  // with the frozen product, whose panels every chunk reads again
+constexpr int64_t kTiledRows = 128;  // in matrix registers: x and y of bfloat16 in the second-level cache
 constexpr size_t kStreamBytes = size_t{32} << 20;  // outputs of this size pass by the caches
 
 // What y holds before the low-rank part: any sum of these, or zero.
@@ -39,21 +41,29 @@ class Forward {
  public:
   Forward(const Inputs& p, const Output<scalar>& o, bool own) : p_(p), o_(o), order_(p), merged_(merges(p)) {
     streams_ = p.family == Family::all && !o.in_place && p.T * p.M * p.out * sizeof(scalar) > kStreamBytes;
-    const int orders = !merged_ ? kBT | kAT : own ? kBT | kA : 0;
+    tiled_ =
+        std::is_same_v<scalar, BFloat16> && tiles() && o.in_place + (o.base != nullptr) + (o.linear != nullptr) <= 1;
+    const int orders = tiled_ ? 0 : !merged_ ? kBT | kAT : own ? kBT | kA : 0;
     factors_ = Factors<acc>::template of<scalar>(p, order_.used, orders);
     if constexpr (std::is_same_v<scalar, acc>)
       if (own) {
         const Adapter<acc> all = factors_.all();
         panels_ = Panels<acc>::transposed(data<acc>(*p.weight), p.out, p.in, merged_ ? &all : nullptr);
       }
+    if constexpr (std::is_same_v<scalar, BFloat16>)
+      if (tiled_) tiled_factors_ = TiledFactors(p, factors_, kAT | kBT);
   }
 
   void run() {
-    const int64_t most = panels_ ? kFrozenRows : kRows;
+    const int64_t most = tiled_ ? kTiledRows : panels_ ? kFrozenRows : kRows;
     const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), (p_.M + most - 1) / most);
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       Local local(p_);
-      for (const Chunk& c : order_.chunks(most, p_.M * begin / parts, p_.M * end / parts)) one(c, local);
+      for (const Chunk& c : order_.chunks(most, p_.M * begin / parts, p_.M * end / parts))
+        if constexpr (std::is_same_v<scalar, BFloat16>)
+          tiled_ ? in_tiles(c, local) : one(c, local);
+        else
+          one(c, local);
     });
   }
 
@@ -61,14 +71,17 @@ class Forward {
   struct Local {  // of a thread
     Rows<scalar, acc> x;
     Scratch<acc> h, base, y;
-    explicit Local(const Inputs& p) : x(data<scalar>(p.x), p.in) {}
+    Rows<scalar, scalar> bits_of_x;
+    Scratch<uint16_t> h_tiles;
+    explicit Local(const Inputs& p) : x(data<scalar>(p.x), p.in), bits_of_x(data<scalar>(p.x), p.in) {}
   };
 
   const Inputs& p_;
   const Output<scalar>& o_;
   Order order_;
-  bool merged_, streams_;
+  bool merged_, streams_, tiled_;
   Factors<acc> factors_;
+  TiledFactors tiled_factors_;
   Panels<acc> panels_;
 
   scalar* y_row(int64_t slab, int64_t position) const {
@@ -132,6 +145,32 @@ class Forward {
     for (int64_t slab = 0; slab < (slabs ? p_.T : 1); ++slab) {
       const Adapter<acc> up = at_once || !adapts ? none : slabs ? factors_.one(slab) : a;
       write(c, slab, y0, up.R > 0 ? h + (up.first - a.first) : nullptr, a.R, up, local);
+    }
+  }
+
+  // The whole of a chunk in matrix registers: y = y0 + (s h) B^T, one unit of adapters after the other.
+  void in_tiles(const Chunk& c, Local& local) const {
+    const int64_t n = c.end - c.begin;
+    const bool slabs = p_.family == Family::all, adapts = c.t >= 0 && !merged_ && factors_.rank() > 0;
+    if (!adapts && o_.in_place) return;
+    const Block<scalar> x = adapts ? local.bits_of_x.get(order_, c) : Block<scalar>{};
+    const scalar* given = o_.base ? o_.base : o_.linear;
+    std::array<const uint16_t*, kTiledRows> from;
+    std::array<uint16_t*, kTiledRows> to;
+    for (int64_t slab = 0; slab < (slabs ? p_.T : 1); ++slab) {
+      for (int64_t i = 0; i < n; ++i) {
+        to[i] = bits(y_row(slab, c.begin + i));
+        from[i] = o_.in_place ? to[i] : given ? bits(given + order_.row(c.begin + i) * p_.out) : nullptr;
+      }
+      const int64_t unit = slabs ? slab : order_.used.empty() ? 0 : c.t;
+      const Adapter<acc> none, a = !adapts ? none : slabs || !order_.used.empty() ? factors_.one(unit) : factors_.all();
+      const uint16_t* h = nullptr;
+      if (a.R > 0) {
+        tiled_shrink(p_, a, tiled_factors_[unit], x, n, local.h.grown(n * a.R), a.R);
+        h = left_tiles(n, a.R, local.h.data(), a.R, a.scale, local.h_tiles);
+      }
+      tiles()->add_product(n, p_.out, a.R, h, a.R > 0 ? tiled_factors_[unit].BT.data() : nullptr,
+                           o_.in_place || given ? from.data() : nullptr, to.data());
     }
   }
 

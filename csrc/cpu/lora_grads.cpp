@@ -10,6 +10,7 @@
 
 #include "frozen.h"
 #include "lora_rows.h"
+#include "lora_tiles.h"
 
 namespace plora::cpu {
 namespace {
@@ -39,7 +40,9 @@ class Backward {
     if (wants_x_ && !merged_) orders |= kA;
     if (wants_h_) orders |= kAT;
     if (wants_dh_ || wants_s_) orders |= kB;
-    factors_ = Factors<acc>::template of<scalar>(p, order_.used, orders);
+    factors_ = Factors<acc>::template of<scalar>(p, order_.used, tiled_ ? 0 : orders);
+    if constexpr (kBits)
+      if (tiled_) tiled_factors_ = TiledFactors(p, factors_, orders);
     if constexpr (std::is_same_v<scalar, acc>)
       if (own && wants_x_) {
         const Adapter<acc> all = factors_.all();
@@ -54,7 +57,11 @@ class Backward {
       for (int64_t task = begin; task < end; ++task) {
         const Chunk& c = tasks_[task];
         for (int64_t i = c.begin; i < c.end; i += kRows)
-          rows({i, std::min(i + kRows, c.end), c.t}, task, i == c.begin, local);
+          if constexpr (kBits)
+            tiled_ ? in_tiles({i, std::min(i + kRows, c.end), c.t}, task, i == c.begin, local)
+                   : rows({i, std::min(i + kRows, c.end), c.t}, task, i == c.begin, local);
+          else
+            rows({i, std::min(i + kRows, c.end), c.t}, task, i == c.begin, local);
       }
     });
     if (needs_ & kNeedA)
@@ -74,10 +81,15 @@ class Backward {
   }
 
  private:
+  static constexpr bool kBits = std::is_same_v<scalar, BFloat16>;  // may go through matrix registers
+
   struct Local {  // of a thread
     Rows<scalar, acc> x, dy;
     Scratch<acc> h, g, dx, total;
-    Local(const Inputs& p, const scalar* dy) : x(data<scalar>(p.x), p.in), dy(dy, p.out) {}
+    Rows<scalar, scalar> bits_of_x, bits_of_dy;
+    Scratch<uint16_t> dh_tiles;
+    Local(const Inputs& p, const scalar* dy)
+        : x(data<scalar>(p.x), p.in), dy(dy, p.out), bits_of_x(data<scalar>(p.x), p.in), bits_of_dy(dy, p.out) {}
   };
 
   const Inputs& p_;
@@ -86,7 +98,9 @@ class Backward {
   const scalar* dy_;
   Order order_;
   bool merged_, wants_A_, wants_B_, wants_s_, wants_x_, wants_dh_, wants_h_;
+  bool tiled_ = kBits && tiles();
   Factors<acc> factors_;
+  TiledFactors tiled_factors_;
   Panels<acc> panels_;
   std::vector<Chunk> tasks_;
   std::vector<Run> runs_;
@@ -152,6 +166,47 @@ class Backward {
         }
     }
     if (wants_x_) to_x(c, a, g, local);
+  }
+
+  // The same in matrix registers; h, dh and what they meet are bfloat16, all sums float32.
+  void in_tiles(const Chunk& c, int64_t task, bool fresh, Local& local) {
+    const int64_t n = c.end - c.begin, units = slabs() ? p_.T : 1;
+    const Adapter<acc> a = c.t < 0 ? Adapter<acc>{} : adapter(c.t);
+    acc *g = nullptr, *h = nullptr;
+    if (a.R > 0) {
+      Block<scalar> x{};
+      if (wants_h_ || wants_A_) x = local.bits_of_x.get(order_, c);
+      if (wants_h_) h = local.h.grown(n * a.R);
+      if (wants_dh_ || wants_s_) g = local.g.grown(n * a.R);
+      for (int64_t i = 0; i < units; ++i) {
+        const int64_t unit = indexed() ? c.t : i;
+        const Adapter<acc> one = slabs() ? factors_.one(unit) : a;
+        const int64_t at = one.first - a.first;
+        if (h) tiled_shrink(p_, one, tiled_factors_[unit], x, n, h + at, a.R);
+        if (!g) continue;
+        const Block<scalar> dy = local.bits_of_dy.get(order_, c, i * p_.M);
+        tiles()->product(n, one.R, p_.out, bits(dy.data), dy.ld, tiled_factors_[unit].B.data(), g + at, a.R);
+      }
+      gate(n, a, g, h, task);
+      const auto sum = [&](const Run& run, const acc* left, const Block<scalar>& right, int64_t N, acc* sums) {
+        tiles()->accumulate(n, run.end - run.begin, N, left + (run.begin - a.first), a.R, bits(right.data), right.ld,
+                            sums + (task * width_ + run.at) * N, fresh);
+      };
+      for (const Run& run : runs_) {
+        if (!meets(run, c, task)) continue;
+        if (wants_A_) sum(run, g, x, p_.in, dA_.data());
+        const int64_t slab = slabs() ? factors_.rows[run.begin].t : 0;
+        if (wants_B_) sum(run, h, local.bits_of_dy.get(order_, c, slab * p_.M), p_.out, dBT_.data());
+      }
+    }
+    if (!wants_x_ || (p_.weight && a.R == 0)) return;
+    std::array<uint16_t*, kRows> dx;
+    std::array<const uint16_t*, kRows> frozen;  // its own content: torch made it
+    for (int64_t i = 0; i < n; ++i)
+      frozen[i] = dx[i] = bits(mutable_data<scalar>(g_.x)) + order_.row(c.begin + i) * p_.in;
+    const uint16_t* dh = a.R > 0 ? left_tiles(n, a.R, g, a.R, nullptr, local.dh_tiles) : nullptr;
+    tiles()->add_product(n, p_.in, a.R, dh, a.R > 0 ? tiled_factors_[indexed() ? c.t : 0].A.data() : nullptr,
+                         p_.weight ? frozen.data() : nullptr, dx.data());
   }
 
   static bool meets(const Run& run, const Chunk& c, int64_t task) {

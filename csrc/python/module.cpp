@@ -112,7 +112,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features, "The instruction sets of this processor that the operating system lets us use.");
   m.def(
       "cpu_isa", [] { return plora::isa_name(plora::chosen_isa()); },
-      "The instruction set the CPU kernels use: 'default', 'avx2' or 'avx512' (PLORA_CPU_ISA lowers it).");
+      "The instruction set the CPU kernels use: 'default', 'avx2', 'avx512' or 'amx' (PLORA_CPU_ISA lowers it).");
   m.def("lora_plan", &lora_plan, py::arg("family"), py::arg("M"), py::arg("in_features"), py::arg("out_features"),
         py::arg("T"), py::arg("r"), py::arg("dtype") = "bfloat16", py::kw_only(), py::arg("weight") = true,
         py::arg("relu") = false, py::arg("bias") = false, py::arg("backward") = false, py::arg("keep") = false,

@@ -22,6 +22,8 @@ int main() {
   avx2.avx2 = avx2.fma = avx2.f16c = true;
   plora::CpuFeatures avx512 = avx2;
   avx512.avx512f = avx512.avx512bw = avx512.avx512vl = avx512.avx512dq = true;
+  plora::CpuFeatures amx = avx512;
+  amx.avx512_bf16 = amx.amx_tile = amx.amx_bf16 = true;
   plora::CpuFeatures partial = avx2;  // the first AVX-512 processors: no bw, vl, dq
   partial.avx512f = true;
 
@@ -29,6 +31,9 @@ int main() {
   expect(choose_isa({}, "avx512") == Isa::kDefault, "a wish never raises the choice");
   expect(choose_isa(avx2, nullptr) == Isa::kAvx2, "AVX2 is taken");
   expect(choose_isa(avx512, nullptr) == Isa::kAvx512, "AVX-512 is taken");
+  expect(choose_isa(amx, nullptr) == Isa::kAmx, "AMX is taken");
+  expect(choose_isa(amx, "avx512") == Isa::kAvx512, "a wish lowers the choice from AMX");
+  expect(choose_isa(avx512, "amx") == Isa::kAvx512, "a wish never raises the choice to AMX");
   expect(choose_isa(partial, nullptr) == Isa::kAvx2, "an incomplete AVX-512 is not");
   expect(choose_isa(avx512, "avx2") == Isa::kAvx2, "a wish lowers the choice");
   expect(choose_isa(avx512, "default") == Isa::kDefault, "a wish lowers the choice to the default");

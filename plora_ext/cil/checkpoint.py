@@ -38,7 +38,7 @@ from plora_ext.cil.settings import Settings
 from plora_ext.data import Images
 from plora_ext.nn import Adapters
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "checkpoint.json"
 # Settings under which a run may continue that began with others: they say where things are, not what is computed (what
 # the data and the weights are, their hashes say).
@@ -68,6 +68,7 @@ class Checkpoint:
     def __init__(self, folder: Path, resume: bool = False, world: World = SINGLE):
         self.folder, self.world = folder / "checkpoint", world
         self._stamps: dict[str, Any] = {}  # of the parts on disk: what they were made of
+        self._run: tuple[Any, str] = None, ""  # the run last saved, and as JSON
         self.manifest: dict[str, Any] = world.from_first(lambda: _read_manifest(self.folder))
         if self.manifest and not resume:  # a finished run stays until the first save
             done, of = len(self.manifest["run"]["curve"]), self.manifest["run"]["tasks"]
@@ -171,7 +172,8 @@ class Checkpoint:
         fit = {"task": task, "epochs": epoch + 1, "tensors": list(tensors), "rng": rng_state()}
         fit["optimizer"] = {str(i): s for i, s in state.items()}
         fit["scaler"] = scaler.state_dict() if scaler else {}  # empty where it is idle
-        self._save({"curve": [], "tasks": tasks, **self.manifest["run"]}, {"fit": fit}, keep=self.manifest["parts"])
+        run = self.manifest["run"] or {"curve": [], "tasks": tasks}
+        self._save(run, {"fit": fit}, keep=self.manifest["parts"])
 
     # ------------------------------------------------------------------ files
 
@@ -194,8 +196,10 @@ class Checkpoint:
                     self._stamps[name] = parts[name], [(weakref.ref(t), _version(t)) for t in tensors.values()]
                 else:
                     parts[name] = self._stamps[name][0]
-            manifest = {**self.manifest, "run": dict(run), "parts": parts}
-            text = json.dumps(manifest, allow_nan=False)
+            if run is not self._run[0]:  # what a run has measured is long, and the same for every epoch of a task
+                self._run = run, json.dumps(run, allow_nan=False)
+            rest = {name: value for name, value in {**self.manifest, "parts": parts}.items() if name != "run"}
+            manifest, text = {"run": run, **rest}, f'{{"run": {self._run[1]}, {json.dumps(rest, allow_nan=False)[1:]}'
             digest = hashlib.sha256(text.encode()).hexdigest()
             write_whole(self.folder / MANIFEST, f'{{"sha256": "{digest}", "manifest": {text}}}\n'.encode())
         except OSError as error:
@@ -272,13 +276,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         sealed = json.loads(path.read_text("utf-8"))
         manifest = sealed["manifest"]
+        form = manifest["format"]
         whole = hashlib.sha256(json.dumps(manifest, allow_nan=False).encode()).hexdigest() == sealed["sha256"]
     except (ValueError, KeyError, TypeError):
-        whole, manifest = False, {}
+        whole, manifest, form = False, {}, FORMAT
+    if form != FORMAT:
+        raise ValueError(f"{path} has format {form}, this version of plora-ext reads {FORMAT}")
     if not whole:
         raise ValueError(f"{path} is damaged: it is no checkpoint that plora-ext wrote whole")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{path} has format {manifest['format']}, this version of plora-ext reads {FORMAT}")
     return manifest
 
 

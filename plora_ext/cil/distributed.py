@@ -244,6 +244,7 @@ def launched() -> Iterator[World]:
     store, _, _ = next(dist.rendezvous("env://", rank, size))
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size)
+    world.sum_(torch.zeros(1))  # all have met: one that fails right away would leave others without its connection
     try:
         yield world
     except Stopped:

@@ -10,6 +10,7 @@ import json
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -99,7 +100,9 @@ def load_results(path: str | Path) -> list[Result]:
     metrics = path / "metrics.json" if path.is_dir() else path
     results = _of_metrics(metrics) if metrics.is_file() else []
     if path.is_dir():
-        manifest = Checkpoint(path, resume=True).manifest
+        manifest: dict[str, Any] = {}
+        with suppress(ValueError) if results else nullcontext():  # a finished run needs no checkpoint
+            manifest = Checkpoint(path, resume=True).manifest
         if manifest and (not results or len(manifest["run"].get("curve", [])) < manifest["run"].get("tasks", 1)):
             results.append(_of_checkpoint(path, manifest))
     if not results:

@@ -225,7 +225,7 @@ class MultiLoRALinear(nn.Module):
     # ------------------------------------------------------------------ forward
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._of_one(x)
+        y = None if torch.compiler.is_compiling() else self._of_one(x)
         return self._of_any(x) if y is None else y
 
     def _of_one(self, x: Tensor) -> Tensor | None:
