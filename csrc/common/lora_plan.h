@@ -63,7 +63,8 @@ constexpr int64_t kMergeRank = 64;    // above: merging pays where nothing is ke
 constexpr int64_t kMergeRows = 256;   // ... from this many rows on
 constexpr int64_t kHopperRows = 512;  // fewer do not fill the GPU with tiles
 constexpr int64_t kTileRows = 128, kTileColumns = 192, kSlot = 16;
-constexpr int64_t kMaxSlices = 8;  // that the fused product tells apart
+constexpr int64_t kMaxSlices = 8;      // that the fused product tells apart
+constexpr int64_t kGivenRanks = 2048;  // of all adapters that a tile may meet: a row of h as the fused product takes it
 // Ranks of all adapters above which torch's own product makes the h of a sum, though the fused product then needs a
 // scaled copy of a factor: low_rank.cu is bound by latency; low_rank_sm90.cu multiplies up to 64 columns in the shadow
 // of reading x. The h of `all` is torch's up to so many ranks or so many products.
@@ -166,7 +167,8 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   if (!s.half) return choose(LoraAlgorithm::low_rank, "the fused product is for bfloat16 and float16");
   if (s.in == 0 || s.in % 8 != 0 || s.out == 0 || s.out % 8 != 0 || !s.aligned)
     return choose(LoraAlgorithm::low_rank, "the fused product needs rows of a multiple of 16 bytes");
-  if (s.T > INT16_MAX) return choose(LoraAlgorithm::low_rank, "the fused product numbers adapters in 16 bits");
+  if (s.T > INT16_MAX || s.T * padded_rank(s.r) >= int64_t{1} << 25)
+    return choose(LoraAlgorithm::low_rank, "more adapters or ranks than the fused product can number");
   if (s.M < kHopperRows) return choose(LoraAlgorithm::low_rank, "too few rows for the fused product");
 
   // From K columns to N.
@@ -178,6 +180,8 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   // of its own, and in backward a transposed copy of lora_B. Transposed, the loop would have to load B a few columns at
   // a time, which costs more than the pass.
   const int64_t each = ceil_div(padded_rank(s.r), kSlot), most = adapters_of_tile(s);
+  if (s.family == Family::indexed && most * padded_rank(s.r) > kGivenRanks)
+    return choose(LoraAlgorithm::low_rank, "a tile may meet more ranks than there is space for");
   const double product = waves * (2.0 * kTileRows * kTileColumns * K / kFlops);
   const double pass = 2.0 * s.M * K / kBytes + kLaunch * (s.backward ? 2 : 1);
   const double loop = product * kInLoopShare + waves * kInLoopWave, given = waves * kGivenWave;

@@ -180,8 +180,15 @@ void check_served(const Inputs& p) {
                   dtype == ScalarType::Double ? "; the nearest is float32" : "");
 }
 
-// Fills in what both directions share. `h` is read for the rows that the main loop does not serve; it holds the ranks
-// of every adapter, or of a row's own.
+// Space for the s h of the rows that the main loop does not serve.
+Tensor new_given(const Inputs& p, const LoraShape& shape, LowRank& l) {
+  l.places = lora_plan::adapters_of_tile(shape);
+  const Tensor given = allocate(p.x, {p.M, padded_rank(p.r) * l.places});
+  l.scaled_h = given.mutable_data_ptr();
+  return given;
+}
+
+// Fills in what both directions share. `h` is read for the rows that the main loop does not serve.
 void run_fused(const Inputs& p, const LoraPlan& plan, const OptTensor& h, Fused& f) {
 #ifndef PLORA_NO_SM90
   f.dtype = p.x.scalar_type();
@@ -189,7 +196,7 @@ void run_fused(const Inputs& p, const LoraPlan& plan, const OptTensor& h, Fused&
   f.scaling = data<float>(p.scaling);
   f.weight = pointer(p.weight);
   f.in_loop_slots = static_cast<int>(plan.slots);
-  if (h) f.h = pointer(h), f.ld_h = h->size(1), f.h_step = f.ld_h > f.rows.r ? f.rows.r : 0;
+  if (h) f.h = pointer(h), f.places = h->size(1) / f.rows.r;
   fused(f, stream_of(p.x));
 #endif
 }
@@ -218,7 +225,8 @@ Tensor h_of(const Inputs& p, const OptTensor& kept) {
 // g = dy B, cut where act was, and dx = dy W + s g A, both only where they are asked for.
 void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, bool wants_g, bool wants_x, OptTensor& g,
                    Tensor& dx) {
-  const LoraShape shape = shape_of(p, dy, {}, {}, true, false);
+  LoraShape shape = shape_of(p, dy, {}, {}, true, false);
+  shape.aligned = shape.aligned && reinterpret_cast<uintptr_t>(pointer(gate)) % 16 == 0;
   const LoraPlan plan = wants_x ? plan_lora(shape) : LoraPlan{};
   if (wants_x) dx = p.weight && !plan.hopper ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
   const Factors factors = factors_of(p);
@@ -240,12 +248,12 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
     return add_fused(*g, scaled_A(p));
   }
   if (wants_g || (crowded(p) && !plan.hopper)) g = new_ranks(p);
-  const OptTensor scaled_g = plan.hopper ? OptTensor(new_ranks(p)) : std::nullopt;
   LowRank l = low_rank_of(p);
+  const OptTensor scaled_g = plan.hopper ? OptTensor(new_given(p, shape, l)) : std::nullopt;
   l.K = p.out, l.N = p.in;
   l.x = pointer(dy), l.ldx = p.out, l.x_slab = p.family == Family::all ? p.M * p.out : 0;
   l.gate = pointer(gate);
-  l.h = out_pointer(g), l.scaled_h = out_pointer(scaled_g);
+  l.h = out_pointer(g);
   OptTensor up;
   if (wants_x && !plan.hopper) {
     up = A_transposed(p);
@@ -412,8 +420,8 @@ struct Cuda {
         h = given = x_times(p, factors.A);
         up = scaled_B(p);
       } else if (plan.algorithm != LoraAlgorithm::in_loop) {
-        given = new_ranks(p);
-        l.scaled_h = out_pointer(given), l.skip_uniform = plan.slots > 0;
+        given = new_given(p, shape, l);
+        l.skip_uniform = plan.slots > 0;
         low_rank(l, stream_of(p.x));
       }
       const Tensor y = allocate(p.x, {p.M, p.out});

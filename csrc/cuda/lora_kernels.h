@@ -44,8 +44,11 @@ struct LowRank {
   bool relu = false;
   const void* gate = nullptr;  // [M, R]: h becomes 0 where the gate is not > 0
   void* h = nullptr;           // [M, R], written where x is given (if not null), else read
-  void* scaled_h = nullptr;    // [M, R], s h, written with h; not for rows without an adapter
-  bool skip_uniform = false;   // leave out rows whose aligned block of 128 meets one adapter at most
+  // [M, places, r], written with h: s h of the adapters that the row's aligned block of 128 met, ascending, zero but
+  // for the row's own; with ids by low_rank_sm90 alone. Without ids it is [M, T r].
+  void* scaled_h = nullptr;
+  int64_t places = 0;
+  bool skip_uniform = false;  // leave out rows whose aligned block of 128 meets one adapter at most
 
   void* y = nullptr;              // null: no second half
   const void* up = nullptr;       // [T, N, r]
@@ -118,9 +121,10 @@ struct Fused {
   // it to `kept`; of an adapter's slots of 16 ranks, in_loop_slots in all, no tile of 192 columns may need more than
   // one (there is one, or `slices` leaves one). Blocks of more adapters take the h that is given.
   int in_loop_slots = 0;
-  // [M, ld_h], adapter t's from column h_step t on: s h, or h where the caller has scaled `up` (in_loop_slots = 0).
+  // s h, [M, T r], or with ids [M, places, r] as low_rank_sm90 writes it; or h where the caller has scaled `up`
+  // (in_loop_slots = 0).
   const void* h = nullptr;
-  int64_t ld_h = 0, h_step = 0;
+  int64_t places = 0;
   void* kept = nullptr;  // [M, R] or null
   // Column ranges of y, one for each equal block of ranks of an adapter; ranks outside of theirs are known to be zero
   // in `up` and are left out of the main loop. Empty: none is known.

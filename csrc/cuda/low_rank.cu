@@ -418,6 +418,7 @@ void launch(const LowRank& p, cudaStream_t stream) {
   STD_TORCH_CHECK(std::max({p.x ? p.K : 0, p.y ? p.N : 0, width}) < int64_t(1) << 25,  // offsets of 32 bits
                   "low_rank: K, N and the number of ranks must be less than 2^25");
   if (low_rank_sm90(p, stream)) return;
+  STD_TORCH_CHECK(!p.scaled_h || !p.rows.ids, "low_rank: s h of all the adapters of a tile is Hopper's kernel's alone");
   const int most = p.y ? most_ranks<scalar>() : 0;
   if (p.x && p.y && width > most) {
     STD_TORCH_CHECK(p.h, "low_rank: more than ", most, " ranks need space for h");

@@ -5,9 +5,10 @@
 // multiplies: 48 products of 64 rows, 0.9 us a multiprocessor for 64 columns, 2.6 us for 192.
 //
 // A block owns 64 or 128 rows, a warpgroup for each 64; one more warp feeds a ring of stages. The ranks of the adapters
-// that these rows chose (without ids: of all) are its columns, side by side in the order in which the rows met them; it
+// that the aligned 128 rows around them chose (without ids: of all) are its columns, side by side, ascending; it
 // multiplies them all, 192 at a time, or 64 where that is enough. What has not been loaded beside them is multiplied as
-// well and thrown away, as is what a row gets from adapters of its neighbours.
+// well and thrown away, as is what a row gets from adapters of its neighbours: h has the row's own ranks alone, s h
+// those of all these adapters, zero but for the own, as the fused product takes them.
 
 #include <algorithm>
 
@@ -23,9 +24,10 @@ namespace plora::cuda {
 namespace {
 
 constexpr int kDepth = 64, kNarrow = 64, kWide = 192;
-constexpr int kFusedRows = 128;           // the rows that skip_uniform speaks about
+constexpr int kFusedRows = lora_plan::kTileRows;
 constexpr int kNone = -1, kOutside = -2;  // instead of an adapter: the row has none; there is no such row
-constexpr int kMaxBoxes = kWide / 8;      // copies that fetch a stage's factors
+constexpr int kMaxAdapters = 1 << 15;
+constexpr int kMaxBoxes = kWide / 8;  // copies that fetch a stage's factors
 
 // A stage: x [64 or 128, 64], then factors [64 or 192, 64], each row 128 bytes, swizzled. A warp's way out: its 16 rows
 // of 32 columns, in float32, padded so that reading has no bank conflicts.
@@ -42,13 +44,12 @@ constexpr uint64_t kLayoutTransposed = sm90::operand_layout(kSwizzle, kDepth* kB
 static_assert(kRow == 64 || kRow == 32 || kRow == 16);
 constexpr int kPart = 32, kPitch = kPart + 4;
 
-// How a block's rows chose.
+// How the aligned block of 128 rows chose.
 struct Choices {
-  int adapter[kFusedRows];             // of each row of the aligned block of 128
+  int adapter[kFusedRows];             // of each row
   int place[kFusedRows];               // of it among `adapters`
-  int adapters[kFusedRows];            // those of the own rows, each once
-  uint32_t firsts[kFusedRows / 32];    // a bit for each row that is the first to meet its adapter
-  int any;                             // one of the adapters, no matter which
+  int adapters[kFusedRows];            // each once, ascending
+  uint32_t met[kMaxAdapters / 32];     // a bit for each adapter
   int rank[kMaxBoxes], of[kMaxBoxes];  // where the copies of a stage begin: a rank, of an adapter
 };
 
@@ -70,12 +71,12 @@ struct Shape {
 };
 
 struct Maps {
-  CUtensorMap x, down;
+  CUtensorMap x, down, run;
 };
 
 struct Arguments {
   LowRank p;
-  int box;  // ranks that a copy fetches
+  int box;  // ranks that a copy of `down` fetches; of `run`, which has the ranks of adapters that follow each other, 64
 };
 
 // Both sides walk through the stages in the same order.
@@ -99,52 +100,32 @@ __device__ inline int choice(const Rows& rows, int row) {
   return id >= 0 && id < rows.T ? static_cast<int>(id) : kNone;
 }
 
-// How many adapters the block's rows chose; -1 where the fused product makes their h. By all threads.
-template <int kRows>
-__device__ int choose(const LowRank& p, int row0, Choices& choices) {
-  const int i = threadIdx.x, tile = row0 / kFusedRows * kFusedRows, own = row0 - tile;
-  const int mine = i < kFusedRows ? choice(p.rows, tile + i) : kNone;
-  if (i < kFusedRows) choices.adapter[i] = mine;
-  if (i == 0) choices.any = kNone;
+// How many adapters the rows chose; -1 where the fused product makes their h. By all threads.
+__device__ inline int choose(const LowRank& p, int row0, Choices& choices) {
+  const int i = threadIdx.x, words = static_cast<int>(p.rows.T + 31) / 32;
+  const int mine = i < kFusedRows ? choice(p.rows, row0 / kFusedRows * kFusedRows + i) : kNone;
+  for (int w = i; w < words; w += blockDim.x) choices.met[w] = 0;
   __syncthreads();
-  if (p.skip_uniform) {
-    if (mine >= 0) choices.any = mine;
-    __syncthreads();
-    if (__syncthreads_and(mine < 0 || mine == choices.any)) return -1;
-  }
-  const bool in_block = i >= own && i < own + kRows;
-  int first = 0;  // row that met the same adapter
-  if (in_block)
-#pragma unroll
-    for (int j = kRows - 4; j >= 0; j -= 4) {
-      const int4 four = *reinterpret_cast<const int4*>(choices.adapter + own + j);
-      if (four.w == mine) first = own + j + 3;
-      if (four.z == mine) first = own + j + 2;
-      if (four.y == mine) first = own + j + 1;
-      if (four.x == mine) first = own + j;
-    }
-  const bool is_first = in_block && mine >= 0 && first == i;
-  const uint32_t firsts = __ballot_sync(0xffffffffu, is_first);
-  if (i < kFusedRows && i % 32 == 0) choices.firsts[i / 32] = firsts;
+  if (mine >= 0) atomicOr(&choices.met[mine / 32], 1u << mine % 32);
   __syncthreads();
+  const int word = max(mine, 0) / 32;
+  const uint32_t below = (1u << max(mine, 0) % 32) - 1;
   int place = 0, count = 0;
-#pragma unroll
-  for (int w = 0; w < kFusedRows / 32; ++w) {
-    const uint32_t word = choices.firsts[w], below = (1u << first % 32) - 1;
-    place += w > first / 32 ? 0 : __popc(w == first / 32 ? word & below : word);
-    count += __popc(word);
+  for (int w = 0; w < words; ++w) {
+    const uint32_t met = choices.met[w];
+    place += w > word ? 0 : __popc(w == word ? met & below : met);
+    count += __popc(met);
   }
-  if (in_block) choices.place[i] = place;
-  if (is_first) choices.adapters[place] = mine;
+  if (p.skip_uniform && count <= 1) return -1;
+  if (i < kFusedRows) choices.adapter[i] = mine, choices.place[i] = place;
+  if (mine >= 0) choices.adapters[place] = mine;
   __syncthreads();
   return count;
 }
 
-// The columns of a row, among those of its block.
+// A row of h, among the adapters of its block.
 struct Own {
-  int begin = 0, count = 0;
-  int factor = 0;  // what the first of them is in `down`
-  int64_t at = 0;  // and in h
+  int row, place = 0, adapter = kOutside;
 };
 
 // d += the rows of this warpgroup times kN columns.
@@ -179,11 +160,12 @@ __device__ inline void multiply(float (&d)[kN / 2], Ring& ring, uint32_t x, uint
   release();
 }
 
-// h of this warp's rows, `width` columns from `first` on. Of 8 columns j of d, [4 j + {0, 1}] are row lane / 4, columns
-// 2 (lane % 4) + {0, 1}, and [4 j + {2, 3}] eight rows further down; they pass through shared memory, 32 columns at a
-// time, to where a lane has eight in a row of row lane % 16.
+// h of this warp's rows, `width` columns from `first` on, `each` an adapter. Of 8 columns j of d, [4 j + {0, 1}] are
+// row lane / 4, columns 2 (lane % 4) + {0, 1}, and [4 j + {2, 3}] eight rows further down; they pass through shared
+// memory, 32 columns at a time, to where a lane has eight in a row of row lane % 16.
 template <typename scalar, int kN>
-__device__ inline void write(const LowRank& p, float (&d)[kN / 2], float* out, const Own& own, int first, int width) {
+__device__ inline void write(const LowRank& p, float (&d)[kN / 2], float* out, const Own& own, int first, int width,
+                             int each) {
   const int lane = threadIdx.x % 32, r = static_cast<int>(p.rows.r);
   float* const to = out + lane / 4 * kPitch + lane % 4 * 2;
 #pragma unroll 1
@@ -196,27 +178,35 @@ __device__ inline void write(const LowRank& p, float (&d)[kN / 2], float* out, c
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kPart / 16; ++i) {
-      const int from = 8 * (lane / 16 + 2 * i), column = first + part + from - own.begin;
-      if (column < 0 || column >= own.count) continue;
-      const auto eight = [&](const void* values, int64_t at) {
-        return Vector<scalar>{__ldg(reinterpret_cast<const uint4*>(static_cast<const scalar*>(values) + at))};
-      };
-      Vector<scalar> bias{}, gate{}, h, scaled;
-      if (p.bias_down) bias = eight(p.bias_down, own.factor + column);
-      if (p.gate) gate = eight(p.gate, own.at + column);
-      const float4 low = *reinterpret_cast<const float4*>(out + lane % 16 * kPitch + from);
-      const float4 high = *reinterpret_cast<const float4*>(out + lane % 16 * kPitch + from + 4);
-      const float sums[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      const float scale = p.scaled_h ? __ldg(p.scaling + (own.factor + column) / r) : 0.f;
+      const int from = 8 * (lane / 16 + 2 * i), place = (first + part + from) / each;
+      const int rank = first + part + from - place * each;
+      if (part + from >= width || rank >= r || own.adapter == kOutside) continue;
+      const bool mine = !p.rows.ids || (own.adapter >= 0 && place == own.place);
+      const int factor = (p.rows.ids ? own.adapter : place) * r + rank;
+      const int64_t at = own.row * (p.rows.ids ? p.rows.r : p.rows.T * p.rows.r) + (p.rows.ids ? rank : factor);
+      Vector<scalar> h{}, scaled{};
+      if (mine) {
+        const auto eight = [&](const void* values, int64_t at) {
+          return Vector<scalar>{__ldg(reinterpret_cast<const uint4*>(static_cast<const scalar*>(values) + at))};
+        };
+        Vector<scalar> bias{}, gate{};
+        if (p.bias_down) bias = eight(p.bias_down, factor);
+        if (p.gate) gate = eight(p.gate, at);
+        const float4 low = *reinterpret_cast<const float4*>(out + lane % 16 * kPitch + from);
+        const float4 high = *reinterpret_cast<const float4*>(out + lane % 16 * kPitch + from + 4);
+        const float sums[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        const float scale = p.scaled_h ? __ldg(p.scaling + factor / r) : 0.f;
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const float sum = sums[e] + to_float(bias[e]);
-        const bool open = (!p.gate | (to_float(gate[e]) > 0)) & !(p.relu & (sum < 0));
-        const float x = open ? sum : 0.f;
-        h[e] = from_float<scalar>(x), scaled[e] = from_float<scalar>(scale * x);
+        for (int e = 0; e < 8; ++e) {
+          const float sum = sums[e] + to_float(bias[e]);
+          const bool open = (!p.gate | (to_float(gate[e]) > 0)) & !(p.relu & (sum < 0));
+          const float x = open ? sum : 0.f;
+          h[e] = from_float<scalar>(x), scaled[e] = from_float<scalar>(scale * x);
+        }
+        if (p.h) store_vector(static_cast<scalar*>(p.h) + at, h.raw);
       }
-      if (p.h) store_vector(static_cast<scalar*>(p.h) + own.at + column, h.raw);
-      if (p.scaled_h) store_vector(static_cast<scalar*>(p.scaled_h) + own.at + column, scaled.raw);
+      if (p.scaled_h)
+        store_vector(static_cast<scalar*>(p.scaled_h) + (own.row * p.places + place) * r + rank, scaled.raw);
     }
     __syncwarp();
 #pragma unroll
@@ -245,14 +235,14 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
         sm90::barrier_init(memory + S::kBarriers + 16 * i + 8, S::kWarps);
       }
       sm90::fence_barrier_init();
-      sm90::prefetch_map(&maps.x), sm90::prefetch_map(&maps.down);
+      sm90::prefetch_map(&maps.x), sm90::prefetch_map(&maps.down), sm90::prefetch_map(&maps.run);
       if (p.rows.ids && !p.skip_uniform)  // while the ids come
         for (int k = 0; k < min(k_steps, S::kMaxStages); ++k) sm90::prefetch_2d(&maps.x, k * kDepth, row0);
     }
   }
   int count = static_cast<int>(p.rows.T);
   if (p.rows.ids) {
-    count = choose<S::kRows>(p, row0, choices);
+    count = choose(p, row0, choices);
     if (count < 0) return;
   } else {
     __syncthreads();
@@ -263,10 +253,13 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
 
   if (warp == S::kWarps) {
     for (int column = first; column < columns; column += stride) {
-      const int boxes = min(columns - column, kWide) / a.box;
+      const auto adapter = [&](int place) { return p.rows.ids ? choices.adapters[place] : place; };
+      const int width = min(columns - column, kWide), begin = column / each, end = (column + width - 1) / each;
+      const bool run = !kTransposed && width > 2 * a.box && adapter(end) - adapter(begin) == end - begin;
+      const int box = run ? kNarrow : a.box, boxes = (width + box - 1) / box;
       if (lane < boxes) {
-        const int begin = column + lane * a.box, place = begin / each;
-        choices.rank[lane] = begin % each, choices.of[lane] = p.rows.ids ? choices.adapters[place] : place;
+        const int at = column + lane * box, place = at / each;
+        choices.rank[lane] = at % each, choices.of[lane] = adapter(place);
       }
       __syncwarp();
       if (lane == 0)
@@ -275,13 +268,15 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
           const uint32_t full = ring.full();
           uint32_t to = ring.stage();
           sm90::barrier_wait(ring.empty(), ring.phase ^ 1);
-          sm90::barrier_arrive_expect(full, S::kBytesX + boxes * a.box * kBytesRow);
+          sm90::barrier_arrive_expect(full, S::kBytesX + boxes * box * kBytesRow);
           sm90::load_2d(&maps.x, full, to, k * kDepth, row0);
           to += S::kBytesX;
 #pragma unroll 1
-          for (int i = 0; i < boxes; ++i, to += a.box * kBytesRow)
-            if constexpr (kTransposed)
+          for (int i = 0; i < boxes; ++i, to += box * kBytesRow)
+            if (kTransposed)
               sm90::load_3d(&maps.down, full, to, choices.rank[i], k * kDepth, choices.of[i]);
+            else if (run)
+              sm90::load_2d(&maps.run, full, to, k * kDepth, choices.of[i] * r + choices.rank[i]);
             else
               sm90::load_3d(&maps.down, full, to, k * kDepth, choices.rank[i], choices.of[i]);
         }
@@ -292,26 +287,25 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
 
   const int group = warp / 4, mine = 16 * warp + lane % 16, row = row0 + mine;  // the row that this lane writes
   float* const out = reinterpret_cast<float*>(dynamic + S::kOut + warp * S::kOutWarp);
-  Own own;
+  Own own{row};
   if (!p.rows.ids) {
-    if (row < p.rows.M) own.count = count * r, own.at = static_cast<int64_t>(row) * own.count;
+    if (row < p.rows.M) own.adapter = kNone;
   } else {
-    const int in_tile = row % kFusedRows, adapter = choices.adapter[in_tile];
-    own.at = static_cast<int64_t>(row) * r;
-    if (adapter >= 0) own.begin = choices.place[in_tile] * each, own.count = r, own.factor = adapter * r;
-    if (adapter == kNone && p.h && blockIdx.y == 0)
-      for (int c = lane / 16 * 8; c < r; c += 16) store_vector(static_cast<scalar*>(p.h) + own.at + c, uint4{});
+    own.place = choices.place[row % kFusedRows], own.adapter = choices.adapter[row % kFusedRows];
+    if (own.adapter == kNone && p.h && blockIdx.y == 0)
+      for (int c = lane / 16 * 8; c < r; c += 16)
+        store_vector(static_cast<scalar*>(p.h) + static_cast<int64_t>(row) * r + c, uint4{});
   }
   for (int column = first; column < columns; column += stride) {
     const int width = min(columns - column, kWide);
     if (width <= kNarrow) {
       float d[kNarrow / 2];
       multiply<scalar, kTransposed, kNarrow>(d, ring, group * 64 * kBytesRow, S::kBytesX, k_steps);
-      write<scalar, kNarrow>(p, d, out, own, column, width);
+      write<scalar, kNarrow>(p, d, out, own, column, width, each);
     } else {
       float d[kWide / 2];
       multiply<scalar, kTransposed, kWide>(d, ring, group * 64 * kBytesRow, S::kBytesX, k_steps);
-      write<scalar, kWide>(p, d, out, own, column, width);
+      write<scalar, kWide>(p, d, out, own, column, width, each);
     }
   }
 #endif
@@ -336,8 +330,11 @@ void launch(const LowRank& p, cudaStream_t stream) {
                                     : CU_TENSOR_MAP_SWIZZLE_32B);
   else
     describe_tensor<3>(maps.down, p.dtype, p.down, {p.K, r, T}, {p.K, r * p.K}, {kDepth, a.box, 1}, k128);
+  maps.run = maps.down;
+  if constexpr (!kTransposed)
+    describe_tensor<2>(maps.run, p.dtype, p.down, {p.K, T * r}, {p.K}, {kDepth, kNarrow}, k128);
   const int64_t blocks = ceil(p.rows.M, S::kRows);
-  const int64_t most = ceil((p.rows.ids ? std::min<int64_t>(T, S::kRows) : T) * each, kWide);
+  const int64_t most = ceil((p.rows.ids ? std::min<int64_t>(T, kFusedRows) : T) * each, kWide);
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(std::max<int64_t>(1, std::min(multiprocessors() / blocks, most))));
   const auto kernel = &down_kernel<scalar, kGroups, kTransposed>;
@@ -351,7 +348,7 @@ void launch(const LowRank& p, cudaStream_t stream) {
 bool low_rank_sm90(const LowRank& p, cudaStream_t stream) {
   if (p.y || !p.x || p.x_slab || p.dtype == ScalarType::Float || !p.hopper || !on_hopper()) return false;
   if (p.K == 0 || p.K % 8 != 0 || p.ldx % 8 != 0 || p.rows.r == 0 || p.rows.r % 8 != 0 || p.rows.M > INT32_MAX - 128 ||
-      p.rows.T * p.rows.r >= 1 << 25)
+      p.rows.T * p.rows.r >= 1 << 25 || (p.rows.ids && p.rows.T > kMaxAdapters))
     return false;
   // the ranks of a sum must follow each other without a gap
   if (p.down_transposed && !p.rows.ids && p.rows.T > 1 && p.rows.r % kRow != 0) return false;

@@ -73,16 +73,6 @@ __device__ inline void load_3d(const CUtensorMap* map, uint32_t barrier, uint32_
       : "memory");
 }
 
-// 16 bytes, or as many zeros, without passing through registers.
-__device__ inline void copy_16(uint32_t to, const void* from, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
-}
-__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ inline void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 // --- warpgroup products ---------------------------------------------------------------------------------------------
 
 enum class Swizzle : uint64_t { none = 0, b128 = 1, b64 = 2, b32 = 3 };

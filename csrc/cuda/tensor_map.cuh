@@ -35,9 +35,16 @@ void describe_tensor(CUtensorMap& map, ScalarType dtype, const void* data, const
                                                     : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   for (int i = 0; i < kDims; ++i) dims[i] = sizes[i], extent[i] = box[i], ones[i] = 1;
   for (int i = 0; i < kDims - 1; ++i) bytes[i] = strides[i] * (dtype == ScalarType::Float ? 4 : 2);
-  const CUresult result = tensor_map_encoder()(&map, type, kDims, const_cast<void*>(data), dims, bytes, extent, ones,
-                                               CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                                               CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode = [&] {
+    return tensor_map_encoder()(&map, type, kDims, const_cast<void*>(data), dims, bytes, extent, ones,
+                                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = encode();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // autograd's thread, which has called nothing on its device before
+    int device = 0;
+    if (cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess) result = encode();
+  }
   STD_TORCH_CHECK(result == CUDA_SUCCESS, "a tensor could not be described to the copy engine (CUDA error ",
                   static_cast<int>(result), ")");
 }
