@@ -72,11 +72,11 @@ constexpr int64_t kProductRanks = 16, kProductRanksHopper = 64;
 constexpr int64_t kAllRanks = 256, kAllProducts = int64_t{3} << 30;
 // What an adapter's ranks are filled up to where low_rank_sm90.cu reads lora_B as it is: 64, 32 or 16, a row of shared
 // memory.
-constexpr int64_t kFactorRow = 64;
+constexpr int64_t kFactorRow = 16;
 // As measured on an H200: operations per second and multiprocessor, bytes per second, seconds. Of a slot in the main
 // loop: its share of the product, and seconds per wave; of a given slot: seconds per wave.
 constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kLaunch = 2.5e-6;
-constexpr double kInLoopShare = 0.1, kInLoopWave = 0.9e-6, kGivenWave = 0.6e-6;
+constexpr double kInLoopShare = 0.1, kInLoopWave = 0.9e-6, kGivenWave = 0.2e-6;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -24,7 +24,7 @@ namespace plora::cuda {
 namespace {
 
 constexpr int kRows = 128, kColumns = 192, kDepth = 64;
-// Ranks of a slot; given slots of a stage; of the feeding warps one is at work.
+// Ranks of a slot; given slots of a stage; of the feeding warps two are at work.
 constexpr int kSlot = 16, kMaxGiven = 4, kThreads = 384;
 
 // Sizes in bytes. A stage: x [128, 64], W [192, 64], A [16, 64], each row 128 bytes, swizzled; transposed, W is
@@ -39,14 +39,15 @@ static_assert(4 * kOutWarp >= kSlotH, "h of a warpgroup");
 
 // What the feeding warpgroup tells the others about a tile.
 struct Tile {
-  uint32_t step;       // its first stage, counted from the block's first
-  int slots;           // made in the loop: 0 or 1, of
-  int adapter, block;  // this adapter, ranks 16 block and on
-  int given;           // slots of h that were computed before
-  int16_t all[kRows];  // the adapters of its rows, ascending
+  uint32_t step;          // its first stage, counted from the block's first
+  int slots;              // made in the loop: 0 or 1, of
+  int adapter, block;     // this adapter, ranks 16 block and on
+  int given;              // slots of h that were computed before
+  int16_t all[kRows];     // the adapters of its rows, ascending
+  int16_t of_row[kRows];  // -1: none
   alignas(16) uint16_t bias[kColumns];
 };
-constexpr int kTiles = 8;  // more than the feeder can be ahead: a tile has a stage at least
+constexpr int kTiles = 8;  // more than the feeding warps can be ahead: a tile has a stage at least
 
 template <bool kTransposed, bool kInLoop>
 struct Shape {
@@ -61,13 +62,14 @@ struct Shape {
 // uses.
 struct Barriers {
   uint32_t first;
-  static constexpr int kCount = 2 * 5 + kTiles + 5;
+  static constexpr int kCount = 2 * 5 + kTiles + 6;
   __device__ uint32_t full(uint32_t stage) const { return first + 8 * stage; }
   __device__ uint32_t empty(uint32_t stage) const { return first + 8 * (5 + stage); }
   __device__ uint32_t described(int tile) const { return first + 8 * (10 + tile % kTiles); }
   __device__ uint32_t up_full(int group) const { return first + 8 * (10 + kTiles + group); }
   __device__ uint32_t up_empty(int group) const { return first + 8 * (12 + kTiles + group); }
   __device__ uint32_t passed() const { return first + 8 * (14 + kTiles); }
+  __device__ uint32_t started() const { return first + 8 * (15 + kTiles); }
 };
 
 // All shared memory: the stages, B of the slots made in the loop, the ways out, barriers, tiles.
@@ -139,6 +141,7 @@ __device__ void describe(const Arguments& p, int row, int column, Tile& tile) {
 #pragma unroll
     for (int i = 0; i < kRows / 32; ++i) {
       id[i] = adapter_of(p, row + lane + 32 * i);
+      tile.of_row[lane + 32 * i] = static_cast<int16_t>(id[i]);
       if (id[i] < 0) id[i] = kNone;
     }
     count = 0;
@@ -214,23 +217,36 @@ __device__ void load_up(const Maps& maps, uint32_t barrier, uint32_t to, int t, 
   }
 }
 
-// One warp: descriptions and copies.
+// One warp: descriptions, a tile ahead of the copies, which then need not wait for the ids.
+__device__ void describe_all(const Arguments& p, Tile* all, const Barriers& barriers, int column_tiles) {
+  const int tiles = (p.M + kRows - 1) / kRows * column_tiles, k_steps = (p.K + kDepth - 1) / kDepth;
+  uint32_t step = 0;
+  for (int index = blockIdx.x, n = 0; index < tiles; index += gridDim.x, ++n) {
+    if (n > 0) sm90::barrier_wait(barriers.started(), (n - 1) & 1);
+    Tile& tile = all[n % kTiles];
+    describe(p, index / column_tiles * kRows, index % column_tiles * kColumns, tile);
+    if (threadIdx.x % 32 == 0) tile.step = step;
+    __syncwarp();
+    step += k_steps + (tile.given + kMaxGiven - 1) / kMaxGiven;
+    sm90::barrier_arrive(barriers.described(n));
+  }
+}
+
+// One warp: copies.
 template <bool kTransposed, bool kInLoop>
-__device__ void feed(const Maps& maps, const Arguments& p, Tile* all, uint32_t stages, int column_tiles) {
+__device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint32_t stages, const Barriers& barriers,
+                     int column_tiles) {
   using S = Shape<kTransposed, kInLoop>;
-  const Barriers barriers{stages + Layout<S>::kBarriers};
   const int lane = threadIdx.x, tiles = (p.M + kRows - 1) / kRows * column_tiles;
   const int k_steps = (p.K + kDepth - 1) / kDepth;
   uint32_t step = 0;
   for (int index = blockIdx.x, n = 0; index < tiles; index += gridDim.x, ++n) {
     const int row = index / column_tiles * kRows, column = index % column_tiles * kColumns;
-    Tile& tile = all[n % kTiles];
-    describe(p, row, column, tile);
-    if (lane == 0) tile.step = step;
-    __syncwarp();
+    const Tile& tile = all[n % kTiles];
+    sm90::barrier_wait(barriers.described(n), n / kTiles & 1);
     const int slots = tile.slots, given = tile.given;
-    sm90::barrier_arrive(barriers.described(n));
     if (lane == 0) {
+      sm90::barrier_arrive(barriers.started());
       const int adapter = tile.adapter, rank = tile.block * kSlot;
 #pragma unroll 1
       for (int k = 0; k < k_steps; ++k) {
@@ -369,7 +385,7 @@ struct Multiplier {
 #pragma unroll 1
     for (int q = 0; q < 4; ++q) {
       const int row = warp * 16 + lane / 4 + 8 * (q % 2) + 64 * (q / 2), m = first_row + row;
-      const bool mine = m < p.M && (p.ids == nullptr || adapter_of(p, m) == t);
+      const bool mine = m < p.M && (p.ids == nullptr || tile.of_row[row] == t);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int column = 8 * half + lane % 4 * 2, j = first + column;
@@ -488,7 +504,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int i = 0; i < kTiles; ++i) sm90::barrier_init(barriers.described(i), 32);
     for (int i = 0; i < 2; ++i) sm90::barrier_init(barriers.up_full(i), 1), sm90::barrier_init(barriers.up_empty(i), 4);
-    sm90::barrier_init(barriers.passed(), 4);
+    sm90::barrier_init(barriers.passed(), 4), sm90::barrier_init(barriers.started(), 1);
     sm90::fence_barrier_init();
     sm90::prefetch_map(&maps.x), sm90::prefetch_map(&maps.weight);
     sm90::prefetch_map(&maps.down), sm90::prefetch_map(&maps.up), sm90::prefetch_map(&maps.h);
@@ -500,7 +516,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     else
       asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x < 32) feed<kTransposed, kInLoop>(maps, p, tiles, stages, column_tiles);
+    if (threadIdx.x < 32)
+      feed<kTransposed, kInLoop>(maps, p, tiles, stages, barriers, column_tiles);
+    else if (threadIdx.x < 64)
+      describe_all(p, tiles, barriers, column_tiles);
   } else {
     if constexpr (kInLoop)  // 208 of them accumulators
       asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
