@@ -321,7 +321,7 @@ class Images:
         self.images = np.arange(n)
         self.trsf, self.use_path = None, False
         # A coarse pattern for each class, and noise: what is classified has a margin.
-        coarse = torch.rand(n // per_class, 3, 4, 4, generator=generator)
+        coarse = torch.rand(int(self.labels[-1]) + 1, 3, 4, 4, generator=generator)
         patterns = F.interpolate(coarse, size=(size, size), mode="bilinear")[torch.from_numpy(self.labels)]
         self.pixels = (patterns + 0.2 * torch.rand(n, 3, size, size, generator=generator)).to(DEVICE)
 

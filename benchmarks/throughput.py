@@ -66,7 +66,12 @@ class Resident:
         for first in range(0, self.n, batch_size):
             yield self.batch[: self.n - first]
 
-    def epoch(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def __getitem__(self, rows: Tensor) -> Resident:
+        part = Resident(len(rows), self.size, self.device)
+        part.batch = self.batch
+        return part
+
+    def epoch(self, order: Tensor, batch_size: int, _: Any = None) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(order.split(batch_size), self.split(batch_size))
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,3 +81,12 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main(["bench", "lora"])
     assert "invalid choice: 'lora'" in capsys.readouterr().err
+
+
+def test_images_a_second_from_every_source(repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(repository / "benchmarks" / "throughput.py"), "--out", str(tmp_path / "rates")]
+    command += "--model embedded --device cpu --amp none --batch 4 --eval-batch 4 --passes 2 --workers 1".split()
+    done = subprocess.run([*command, "--images", "12"], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "rates.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(rows) == 2 * 6 and all(float(row["later"]) > 0 for row in rows)
