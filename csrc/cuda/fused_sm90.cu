@@ -17,6 +17,7 @@
 #include "device.cuh"
 #include "launch.cuh"
 #include "lora_kernels.h"
+#include "overlap.cuh"
 #include "sm90.cuh"
 #include "tensor_map.cuh"
 
@@ -276,6 +277,7 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
         const uint32_t s = (step + k) % S::kStages, to = stages + s * S::kStage;
         const uint32_t full = barriers.full(s);
         const int count = min(given - entry, kMaxGiven);
+        wait_for_predecessor();  // it makes h
         sm90::barrier_wait(barriers.empty(s), ((step + k) / S::kStages & 1) ^ 1);
         sm90::barrier_arrive_expect(full, count * (kSlotH + kSlotB));
         for (int i = 0; i < count; ++i) {
@@ -289,6 +291,7 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
     __syncwarp();
     step += k_steps + (given + kMaxGiven - 1) / kMaxGiven;
   }
+  wait_for_predecessor();  // what follows this kernel follows both
 }
 
 // --- multiplying ---------------------------------------------------------------------------------------------------
@@ -580,11 +583,9 @@ Maps describe(const Fused& p) {
 }
 
 template <typename scalar, bool kTransposed, bool kInLoop>
-void launch(const Maps& maps, const Arguments& p, int blocks, cudaStream_t stream) {
-  const auto kernel = &fused_kernel<scalar, kTransposed, kInLoop>;
-  allow_shared_memory(kernel, Layout<Shape<kTransposed, kInLoop>>::kBytes);
-  kernel<<<blocks, kThreads, Layout<Shape<kTransposed, kInLoop>>::kBytes, stream>>>(maps, p);
-  check_launch("the fused LoRA product");
+void launch(const Maps& maps, const Arguments& p, int blocks, bool overlap, cudaStream_t stream) {
+  launch_overlapped("the fused LoRA product", &fused_kernel<scalar, kTransposed, kInLoop>, blocks, kThreads,
+                    Layout<Shape<kTransposed, kInLoop>>::kBytes, stream, overlap, maps, p);
 }
 
 }  // namespace
@@ -613,11 +614,11 @@ void fused(const Fused& p, cudaStream_t stream) {
     using scalar = decltype(tag);
     if constexpr (sizeof(scalar) == 2) {
       if (p.transposed)
-        launch<scalar, true, false>(maps, a, blocks, stream);
+        launch<scalar, true, false>(maps, a, blocks, p.overlap, stream);
       else if (a.in_loop_slots)
-        launch<scalar, false, true>(maps, a, blocks, stream);
+        launch<scalar, false, true>(maps, a, blocks, p.overlap, stream);
       else
-        launch<scalar, false, false>(maps, a, blocks, stream);
+        launch<scalar, false, false>(maps, a, blocks, p.overlap, stream);
       if (p.base == nullptr && p.bias_up == nullptr) return;
       const int64_t threads = p.rows.M * (p.N / 8);
       add_rest_kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(

@@ -188,6 +188,13 @@ Tensor new_given(const Inputs& p, const LoraShape& shape, LowRank& l) {
   return given;
 }
 
+// Whether it was the kernel that the fused product may overlap with.
+bool make_h(const LowRank& l, cudaStream_t stream) {
+  if (low_rank_sm90(l, stream)) return true;
+  low_rank(l, stream);
+  return false;
+}
+
 // Fills in what both directions share. `h` is read for the rows that the main loop does not serve.
 void run_fused(const Inputs& p, const LoraPlan& plan, const OptTensor& h, Fused& f) {
 #ifndef PLORA_NO_SM90
@@ -230,8 +237,9 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
   const LoraPlan plan = wants_x ? plan_lora(shape) : LoraPlan{};
   if (wants_x) dx = p.weight && !plan.hopper ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
   const Factors factors = factors_of(p);
-  const auto add_fused = [&](const Tensor& g, const Tensor& A) {  // one of them scaled
+  const auto add_fused = [&](const Tensor& g, const Tensor& A, bool overlap) {  // one of them scaled
     Fused f{};
+    f.overlap = overlap;
     f.transposed = true;
     f.K = p.out, f.N = p.in;
     f.x = pointer(dy), f.ldx = p.out;
@@ -245,7 +253,7 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
                          ? torch::stable::view(factors.B, {p.out, rank})
                          : torch::stable::transpose(torch::stable::view(B_transposed(p), {p.T * rank, p.out}), 0, 1);
     g = torch::stable::matmul(dy, B);
-    return add_fused(*g, scaled_A(p));
+    return add_fused(*g, scaled_A(p), false);
   }
   if (wants_g || (crowded(p) && !plan.hopper)) g = new_ranks(p);
   LowRank l = low_rank_of(p);
@@ -261,12 +269,13 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
     if (p.weight) l.y0 = l.y;
   }
   l.down = pointer(factors.B), l.down_transposed = true;
-  if (!reads_lora_B(shape) || !low_rank_sm90(l, stream_of(p.x))) {
+  bool overlap = reads_lora_B(shape) && low_rank_sm90(l, stream_of(p.x));
+  if (!overlap) {
     const Tensor down = B_transposed(p);
     l.down = pointer(down), l.down_transposed = false;
-    low_rank(l, stream_of(p.x));
+    overlap = make_h(l, stream_of(p.x));
   }
-  if (plan.hopper) add_fused(*scaled_g, factors.A);
+  if (plan.hopper) add_fused(*scaled_g, factors.A, overlap);
 }
 
 // `needs` holds no bit of the factors where nobody in `asks` would get a gradient.
@@ -416,16 +425,18 @@ struct Cuda {
     if (plan.hopper) {
       Tensor up = factors.B;
       OptTensor given;
+      bool overlap = false;
       if (plan.algorithm == LoraAlgorithm::precomputed && h_by_product(shape) && plain) {
         h = given = x_times(p, factors.A);
         up = scaled_B(p);
       } else if (plan.algorithm != LoraAlgorithm::in_loop) {
         given = new_given(p, shape, l);
         l.skip_uniform = plan.slots > 0;
-        low_rank(l, stream_of(p.x));
+        overlap = make_h(l, stream_of(p.x));
       }
       const Tensor y = allocate(p.x, {p.M, p.out});
       Fused f{};
+      f.overlap = overlap;
       f.K = p.in, f.N = p.out;
       f.x = pointer(p.x), f.ldx = p.in;
       f.bias = pointer(p.bias), f.base = pointer(base), f.ld_base = p.out;

@@ -125,6 +125,8 @@ struct Fused {
   // (in_loop_slots = 0).
   const void* h = nullptr;
   int64_t places = 0;
+  bool overlap =
+      false;  // the kernel before on the stream is low_rank_sm90's, which made h and nothing else that is read
   void* kept = nullptr;  // [M, R] or null
   // Column ranges of y, one for each equal block of ranks of an adapter; ranks outside of theirs are known to be zero
   // in `up` and are left out of the main loop. Empty: none is known.

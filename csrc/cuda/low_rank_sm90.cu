@@ -17,6 +17,7 @@
 #include "launch.cuh"
 #include "lora_kernels.h"
 #include "mma.cuh"
+#include "overlap.cuh"
 #include "sm90.cuh"
 #include "tensor_map.cuh"
 
@@ -228,6 +229,7 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
   const int row0 = static_cast<int>(blockIdx.x) * S::kRows;
   const int r = static_cast<int>(p.rows.r), K = static_cast<int>(p.K), k_steps = (K + kDepth - 1) / kDepth;
 
+  launch_successor();
   if (warp == S::kWarps) {
     if (lane == 0) {
       for (int i = 0; i < S::kMaxStages; ++i) {
