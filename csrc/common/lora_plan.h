@@ -36,7 +36,6 @@ enum class LoraAlgorithm {
   low_rank,     // torch's own product, then the low-rank part on top
   in_loop,      // one fused product, h made in its main loop
   precomputed,  // h first, then the fused product
-  mixed,        // in_loop for the tiles that meet few adapters, precomputed for the others
   merge,        // the factors folded into the weight, then torch's own product
   dense,        // the same with gradients: backward goes through the gradient of the merged weight
 };
@@ -44,13 +43,13 @@ enum class LoraAlgorithm {
 struct LoraPlan {
   bool hopper = false;
   LoraAlgorithm algorithm = LoraAlgorithm::low_rank;
-  int64_t slots = 0;            // of a tile that the main loop takes; tiles with more take an h made before
+  int64_t slots = 0;            // of a tile that the main loop takes
   int64_t ctas = 0, waves = 0;  // of the fused product
   const char* reason = "";
 };
 
 inline const char* algorithm_name(LoraAlgorithm algorithm) {
-  static const char* const names[] = {"low_rank", "in_loop", "precomputed", "mixed", "merge", "dense"};
+  static const char* const names[] = {"low_rank", "in_loop", "precomputed", "merge", "dense"};
   return names[static_cast<int>(algorithm)];
 }
 
@@ -70,8 +69,8 @@ constexpr int64_t kGivenRanks = 2048;  // of all adapters that a tile may meet: 
 // of reading x. The h of `all` is torch's up to so many ranks or so many products.
 constexpr int64_t kProductRanks = 16, kProductRanksHopper = 64;
 constexpr int64_t kAllRanks = 256, kAllProducts = int64_t{3} << 30;
-// What an adapter's ranks are filled up to where low_rank_sm90.cu reads lora_B as it is: 64, 32 or 16, a row of shared
-// memory.
+// What an adapter's ranks are filled up to where low_rank_sm90.cu reads lora_B as it is: a row of shared memory, which
+// may be 16, 32 or 64 ranks.
 constexpr int64_t kFactorRow = 16;
 // As measured on an H200: operations per second and multiprocessor, bytes per second, seconds. Of a slot in the main
 // loop: its share of the product, and seconds per wave; of a given slot: seconds per wave.
@@ -177,33 +176,29 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   const int64_t at_once = std::max<int64_t>(1, s.sms), waves = ceil_div(tiles, at_once);
 
   // A slot lengthens every wave of the product, in its main loop more than given; but a given one needs a pass over x
-  // of its own, and in backward a transposed copy of lora_B. Transposed, the loop would have to load B a few columns at
-  // a time, which costs more than the pass.
+  // of its own, which then serves as well where only some tiles meet several adapters. Transposed, the loop would have
+  // to load B a few columns at a time, which costs more than the pass.
   const int64_t each = ceil_div(padded_rank(s.r), kSlot), most = adapters_of_tile(s);
   if (s.family == Family::indexed && most * padded_rank(s.r) > kGivenRanks)
     return choose(LoraAlgorithm::low_rank, "a tile may meet more ranks than there is space for");
   const double product = waves * (2.0 * kTileRows * kTileColumns * K / kFlops);
   const double pass = 2.0 * s.M * K / kBytes + kLaunch * (s.backward ? 2 : 1);
   const double loop = product * kInLoopShare + waves * kInLoopWave, given = waves * kGivenWave;
-  const int64_t adapters = !s.backward && slots_of_tile(s, each, column_tiles) <= 1 && loop < pass + given * each;
+  const bool fits = most <= 1 && !s.backward && slots_of_tile(s, each, column_tiles) <= 1 && loop < pass + given * each;
   const double alone = 2.0 * s.M * (K + 2 * N) / kBytes + kLaunch * (s.backward ? 3 : 1);
   // Ids of single rows may be anything; what is met in practice are segments.
   const double mean =
       s.family != Family::indexed
           ? s.T
           : std::min<double>(s.T, 1 + (kTileRows - 1.0) / std::max<int64_t>(s.rows_per_id, kTileRows / 2));
-  if (adapters < most && pass + given * mean * each > alone)
+  if (!fits && pass + given * mean * each > alone)
     return choose(LoraAlgorithm::low_rank, "a tile may meet more ranks than a second pass over y costs");
 
   plan.hopper = true;
   plan.ctas = std::min(tiles, at_once), plan.waves = waves;
-  if (adapters >= most) {
+  if (fits) {
     plan.slots = most * each;
     return choose(LoraAlgorithm::in_loop, "the ranks of every tile fit beside it");
-  }
-  if (adapters > 0 && s.family == Family::indexed) {
-    plan.slots = adapters * each;
-    return choose(LoraAlgorithm::mixed, "tiles that meet one adapter take its ranks along");
   }
   return choose(LoraAlgorithm::precomputed, "a pass over the rows costs less than the ranks beside every tile");
 }

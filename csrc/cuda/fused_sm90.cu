@@ -161,7 +161,7 @@ __device__ void describe(const Arguments& p, int row, int column, Tile& tile) {
   __syncwarp();
   if (lane != 0) return;
   tile.slots = tile.given = 0;
-  if (count * blocks > p.in_loop_slots) {
+  if (p.in_loop_slots == 0) {
     tile.given = count * blocks;
   } else if (count != 0) {
     int block = 0;  // with slices, the one of several blocks that these columns need
@@ -245,7 +245,7 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
     const int row = index / column_tiles * kRows, column = index % column_tiles * kColumns;
     const Tile& tile = all[n % kTiles];
     sm90::barrier_wait(barriers.described(n), n / kTiles & 1);
-    const int slots = tile.slots, given = tile.given;
+    const int slots = kInLoop ? tile.slots : 0, given = kInLoop ? 0 : tile.given;
     if (lane == 0) {
       sm90::barrier_arrive(barriers.started());
       const int adapter = tile.adapter, rank = tile.block * kSlot;
@@ -453,7 +453,7 @@ struct Multiplier {
       sm90::barrier_wait(barriers.described(n), n / kTiles & 1);
       const Tile& tile = all[n % kTiles];
       step = uniform(tile.step);
-      const int slots = uniform(tile.slots), given = uniform(tile.given);
+      const int slots = kInLoop ? uniform(tile.slots) : 0, given = kInLoop ? 0 : uniform(tile.given);
       const float s = slots != 0 ? p.scaling[tile.adapter] : 0.f;
       if (n > 0) sm90::barrier_wait(barriers.passed(), (n - 1) & 1);
       main_loop(upper, lower, k_steps);

@@ -180,7 +180,7 @@ void check_served(const Inputs& p) {
                   dtype == ScalarType::Double ? "; the nearest is float32" : "");
 }
 
-// Space for the s h of the rows that the main loop does not serve.
+// Space for s h as the fused product takes it.
 Tensor new_given(const Inputs& p, const LoraShape& shape, LowRank& l) {
   l.places = lora_plan::adapters_of_tile(shape);
   const Tensor given = allocate(p.x, {p.M, padded_rank(p.r) * l.places});
@@ -195,7 +195,7 @@ bool make_h(const LowRank& l, cudaStream_t stream) {
   return false;
 }
 
-// Fills in what both directions share. `h` is read for the rows that the main loop does not serve.
+// Fills in what both directions share.
 void run_fused(const Inputs& p, const LoraPlan& plan, const OptTensor& h, Fused& f) {
 #ifndef PLORA_NO_SM90
   f.dtype = p.x.scalar_type();
@@ -431,7 +431,6 @@ struct Cuda {
         up = scaled_B(p);
       } else if (plan.algorithm != LoraAlgorithm::in_loop) {
         given = new_given(p, shape, l);
-        l.skip_uniform = plan.slots > 0;
         overlap = make_h(l, stream_of(p.x));
       }
       const Tensor y = allocate(p.x, {p.M, p.out});

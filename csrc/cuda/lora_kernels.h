@@ -48,7 +48,6 @@ struct LowRank {
   // for the row's own; with ids by low_rank_sm90 alone. Without ids it is [M, T r].
   void* scaled_h = nullptr;
   int64_t places = 0;
-  bool skip_uniform = false;  // leave out rows whose aligned block of 128 meets one adapter at most
 
   void* y = nullptr;              // null: no second half
   const void* up = nullptr;       // [T, N, r]
@@ -117,9 +116,9 @@ struct Fused {
   const void *down = nullptr, *up = nullptr;
   const void *bias_down = nullptr, *bias_up = nullptr;  // [T, r], [T, N]
   bool relu = false;
-  // 0: h of all rows is given. Else the main loop makes the h of 128-row blocks of one adapter, from `down`, and writes
-  // it to `kept`; of an adapter's slots of 16 ranks, in_loop_slots in all, no tile of 192 columns may need more than
-  // one (there is one, or `slices` leaves one). Blocks of more adapters take the h that is given.
+  // 0: h is given. Else the main loop makes it from `down`, and writes it to `kept`: no block of 128 rows may meet two
+  // adapters, and of an adapter's slots of 16 ranks, in_loop_slots in all, no tile of 192 columns may need two (there
+  // is one, or `slices` leaves one).
   int in_loop_slots = 0;
   // s h, [M, T r], or with ids [M, places, r] as low_rank_sm90 writes it; or h where the caller has scaled `up`
   // (in_loop_slots = 0).

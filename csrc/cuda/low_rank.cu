@@ -16,7 +16,6 @@ namespace plora::cuda {
 namespace {
 
 constexpr int kThreads = 256, kRows = 32;  // a lane of a warp for each row
-constexpr int kFusedRows = 128;            // the rows that skip_uniform speaks about
 constexpr int kNone = -1, kOutside = -2;   // instead of an adapter: the row has none; there is no such row
 constexpr int kBlocks = 512;               // where rows give fewer blocks than this, they are split further
 
@@ -95,17 +94,6 @@ __device__ inline int choice(const Rows& rows, int64_t row) {
   if (!rows.ids) return 0;
   const int64_t id = rows.ids[rows.rows_per_id == 1 ? row : row / rows.rows_per_id];
   return id >= 0 && id < rows.T ? static_cast<int>(id) : kNone;
-}
-
-// Whether the aligned block of 128 rows around these meets one adapter at most: the fused product makes its h.
-__device__ inline bool made_elsewhere(const LowRank& p, int64_t first_row) {
-  __shared__ int any;  // one of the adapters, no matter which
-  const int i = threadIdx.x, mine = i < kFusedRows ? choice(p.rows, first_row / kFusedRows * kFusedRows + i) : kNone;
-  if (i == 0) any = kNone;
-  __syncthreads();
-  if (mine >= 0) any = mine;
-  __syncthreads();
-  return __syncthreads_and(mine < 0 || mine == any);
 }
 
 // Sets a row on its way from memory to L2; not more of it than L2 can hold of all blocks.
@@ -346,7 +334,6 @@ __global__ void __launch_bounds__(kThreads, W == 1 && sizeof(scalar) == 2 ? 3 : 
   __shared__ int owner[kRows], chosen[kRows], choices;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows, row = first_row + lane;
-  if (p.skip_uniform && p.rows.ids && made_elsewhere(p, first_row)) return;
 
   if (VECTORS && NT && warp == 1 && row < p.rows.M)
     prefetch(static_cast<const scalar*>(p.x) + row * p.ldx, p.K * sizeof(scalar));

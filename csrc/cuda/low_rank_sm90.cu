@@ -101,7 +101,7 @@ __device__ inline int choice(const Rows& rows, int row) {
   return id >= 0 && id < rows.T ? static_cast<int>(id) : kNone;
 }
 
-// How many adapters the rows chose; -1 where the fused product makes their h. By all threads.
+// How many adapters the rows chose. By all threads.
 __device__ inline int choose(const LowRank& p, int row0, Choices& choices) {
   const int i = threadIdx.x, words = static_cast<int>(p.rows.T + 31) / 32;
   const int mine = i < kFusedRows ? choice(p.rows, row0 / kFusedRows * kFusedRows + i) : kNone;
@@ -117,7 +117,6 @@ __device__ inline int choose(const LowRank& p, int row0, Choices& choices) {
     place += w > word ? 0 : __popc(w == word ? met & below : met);
     count += __popc(met);
   }
-  if (p.skip_uniform && count <= 1) return -1;
   if (i < kFusedRows) choices.adapter[i] = mine, choices.place[i] = place;
   if (mine >= 0) choices.adapters[place] = mine;
   __syncthreads();
@@ -238,17 +237,15 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
       }
       sm90::fence_barrier_init();
       sm90::prefetch_map(&maps.x), sm90::prefetch_map(&maps.down), sm90::prefetch_map(&maps.run);
-      if (p.rows.ids && !p.skip_uniform)  // while the ids come
+      if (p.rows.ids)  // while the ids come
         for (int k = 0; k < min(k_steps, S::kMaxStages); ++k) sm90::prefetch_2d(&maps.x, k * kDepth, row0);
     }
   }
   int count = static_cast<int>(p.rows.T);
-  if (p.rows.ids) {
+  if (p.rows.ids)
     count = choose(p, row0, choices);
-    if (count < 0) return;
-  } else {
+  else
     __syncthreads();
-  }
   const int each = padded<kTransposed>(r), columns = count * each, first = static_cast<int>(blockIdx.y) * kWide;
   const int stride = static_cast<int>(gridDim.y) * kWide;
   Ring ring(memory, memory + S::kBarriers, S::kBytesX + (columns <= kNarrow ? kNarrow : kWide) * kBytesRow, S::kRing);

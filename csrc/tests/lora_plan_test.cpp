@@ -69,14 +69,14 @@ int main() {
   expect(takes(plan(Family::sum, 1, 16, out(3072)), A::precomputed), "less where the product is long");
   expect(takes(plan(Family::sum, 1, 16, [](LoraShape& s) { s.in = 3072; }), A::in_loop), "not where x is what is long");
 
-  expect(takes(plan(Family::indexed, 20, 16), A::mixed), "a tile may meet two images of 197 rows");
-  expect(plan(Family::indexed, 20, 16).slots == 1, "then its h is given");
+  expect(takes(plan(Family::indexed, 20, 16), A::precomputed), "a tile may meet two images of 197 rows");
+  expect(plan(Family::indexed, 20, 16).slots == 0, "then its h is given");
   expect(takes(plan(Family::indexed, 1, 16), A::in_loop), "but there may be one adapter only");
   const auto rows = [](int64_t n) { return [n](LoraShape& s) { s.M = 128 * 192, s.rows_per_id = n; }; };
   expect(takes(plan(Family::indexed, 20, 16, rows(128)), A::in_loop), "128 rows of an image are one tile");
-  expect(takes(plan(Family::indexed, 20, 16, rows(64)), A::mixed), "64 are half a tile");
+  expect(takes(plan(Family::indexed, 20, 16, rows(64)), A::precomputed), "64 are half a tile");
   expect(takes(plan(Family::indexed, 1, 64), A::precomputed), "a large rank is given");
-  expect(takes(plan(Family::indexed, 100, 16, rows(1)), A::mixed), "single rows are taken for segments");
+  expect(takes(plan(Family::indexed, 100, 16, rows(1)), A::precomputed), "single rows are taken for segments");
 
   const auto backward = [](LoraShape& s) { s.backward = true; };
   expect(takes(plan(Family::indexed, 20, 16, backward), A::precomputed), "transposed, h is given");
@@ -130,9 +130,10 @@ int main() {
     return plora::reads_lora_B(s);
   };
   expect(reads(Family::sum, 1, 16, 1) && reads(Family::sum, 1, 128, 1), "B of one adapter is read as it is");
-  expect(!reads(Family::sum, 4, 16, 1) && !reads(Family::all, 1, 16, 1), "of a sum it is not");
-  expect(reads(Family::indexed, 50, 16, 197) && reads(Family::indexed, 3, 16, 1), "where a block meets three, it is");
-  expect(!reads(Family::indexed, 4, 16, 1) && reads(Family::indexed, 4, 64, 1), "but not four, unless they fill it");
+  expect(reads(Family::sum, 4, 16, 1) && !reads(Family::sum, 4, 8, 1), "of a sum where its ranks leave no gap");
+  expect(!reads(Family::all, 1, 16, 1), "of `all` never");
+  expect(reads(Family::indexed, 50, 16, 1) && reads(Family::indexed, 12, 8, 1), "with ids, too, with few gaps");
+  expect(!reads(Family::indexed, 13, 8, 1) && reads(Family::indexed, 13, 8, 197), "but not with many");
   expect(plora::padded_rank(0) == 8 && plora::padded_rank(8) == 8 && plora::padded_rank(9) == 16,
          "ranks come in eights");
   expect(plan(Family::sum, 3, 0).slots >= 0 && plan(Family::indexed, 3, 0).slots >= 0, "no rank at all");
