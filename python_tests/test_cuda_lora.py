@@ -7,6 +7,8 @@ filled with NaN, against the float64 twin (`oracle.check`). test_ops_lora.py hol
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -213,6 +215,29 @@ def test_adapters(family: str, T: int) -> None:
 @pytest.mark.parametrize("kind", ["none", "one", "segments", "tiles"])
 def test_ids(kind: str, r: int) -> None:
     verify("lora_indexed", *problem("lora_indexed", 9 * 128 + 5, 136, 200, r, T=150, ids=kind))
+
+
+@both_paths
+@pytest.mark.parametrize(("r", "T"), [(16, 3), (24, 40), (64, 5), (272, 2)])
+@pytest.mark.parametrize("options", ["weight bias", "weight bias_A bias_B relu"])
+@pytest.mark.parametrize("kind", ["segments", "tiles", "random"])
+def test_ids_of_many_rows(kind: str, options: str, r: int, T: int) -> None:
+    """More blocks of 64 rows than multiprocessors; they meet any number of ranks, up to more than one pass takes."""
+    verify("lora_indexed", *problem("lora_indexed", 17029, 72, 136, r, T, options=options, ids=kind))
+
+
+def test_backward_is_the_first_to_use_its_thread() -> None:
+    """A process of its own, as autograd's thread keeps what the calls before it set up."""
+    script = """
+import torch
+from plora_ext import ops
+shapes = (520, 64), (1, 64, 64), (1, 64, 64), (64, 64)
+x, A, B, W = (torch.ones(*shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+y = ops.lora_sum(x.requires_grad_(), A, B, torch.ones(1, device="cuda"), weight=W)
+print(torch.autograd.grad(y.sum(), x)[0].unique().tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == str([64.0 + 64 * 64]), done.stderr
 
 
 @both_paths

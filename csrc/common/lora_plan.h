@@ -36,7 +36,6 @@ enum class LoraAlgorithm {
   low_rank,     // torch's own product, then the low-rank part on top
   in_loop,      // one fused product, h made in its main loop
   precomputed,  // h first, then the fused product
-  mixed,        // in_loop for the tiles that meet few adapters, precomputed for the others
   merge,        // the factors folded into the weight, then torch's own product
   dense,        // the same with gradients: backward goes through the gradient of the merged weight
 };
@@ -44,13 +43,13 @@ enum class LoraAlgorithm {
 struct LoraPlan {
   bool hopper = false;
   LoraAlgorithm algorithm = LoraAlgorithm::low_rank;
-  int64_t slots = 0;            // of a tile that the main loop takes; tiles with more take an h made before
+  int64_t slots = 0;            // of a tile that the main loop takes
   int64_t ctas = 0, waves = 0;  // of the fused product
   const char* reason = "";
 };
 
 inline const char* algorithm_name(LoraAlgorithm algorithm) {
-  static const char* const names[] = {"low_rank", "in_loop", "precomputed", "mixed", "merge", "dense"};
+  static const char* const names[] = {"low_rank", "in_loop", "precomputed", "merge", "dense"};
   return names[static_cast<int>(algorithm)];
 }
 
@@ -63,11 +62,20 @@ constexpr int64_t kMergeRank = 64;    // above: merging pays where nothing is ke
 constexpr int64_t kMergeRows = 256;   // ... from this many rows on
 constexpr int64_t kHopperRows = 512;  // fewer do not fill the GPU with tiles
 constexpr int64_t kTileRows = 128, kTileColumns = 192, kSlot = 16;
-constexpr int64_t kMaxSlices = 8;  // that the fused product tells apart
+constexpr int64_t kMaxSlices = 8;      // that the fused product tells apart
+constexpr int64_t kGivenRanks = 2048;  // of all adapters that a tile may meet: a row of h as the fused product takes it
+// Ranks of all adapters above which torch's own product makes the h of a sum, though the fused product then needs a
+// scaled copy of a factor: low_rank.cu is bound by latency; low_rank_sm90.cu multiplies up to 64 columns in the shadow
+// of reading x. The h of `all` is torch's up to so many ranks or so many products.
+constexpr int64_t kProductRanks = 16, kProductRanksHopper = 64;
+constexpr int64_t kAllRanks = 256, kAllProducts = int64_t{3} << 30;
+// What an adapter's ranks are filled up to where low_rank_sm90.cu reads lora_B as it is: a row of shared memory, which
+// may be 16, 32 or 64 ranks.
+constexpr int64_t kFactorRow = 16;
 // As measured on an H200: operations per second and multiprocessor, bytes per second, seconds. Of a slot in the main
 // loop: its share of the product, and seconds per wave; of a given slot: seconds per wave.
 constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kLaunch = 2.5e-6;
-constexpr double kInLoopShare = 0.1, kInLoopWave = 0.9e-6, kGivenWave = 0.6e-6;
+constexpr double kInLoopShare = 0.1, kInLoopWave = 0.9e-6, kGivenWave = 0.2e-6;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -116,6 +124,27 @@ inline bool mma_only(const char* path) {
   throw std::invalid_argument("PLORA_CUDA_PATH must be auto or mma, got '" + std::string(path) + "'");
 }
 
+// Whether torch's own product makes h (backward: g), which is x times the factors of all adapters side by side. Where
+// rows choose one of them it never does: low_rank_sm90.cu multiplies those alone that a block's rows chose.
+inline bool h_by_product(const LoraShape& s) {
+  using namespace lora_plan;
+  const int64_t K = s.backward ? s.out : s.in, ranks = s.T * padded_rank(s.r);
+  if (!s.half || K == 0 || s.family == Family::indexed) return false;
+  if (s.family == Family::all) return !s.backward && (ranks <= kAllRanks || s.M * K * ranks < kAllProducts);
+  const bool hopper = s.capability == 90 && !s.mma_only && K % 8 == 0 && s.aligned;
+  return ranks > (hopper ? kProductRanksHopper : kProductRanks);
+}
+
+// Whether low_rank_sm90.cu reads lora_B as it is for g = dy B, though an adapter then takes whole rows of columns, or a
+// copy made for it, whose ranks lie side by side: where that would take it more passes over dy, or a sum had gaps.
+inline bool reads_lora_B(const LoraShape& s) {
+  using namespace lora_plan;
+  const int64_t rank = padded_rank(s.r), columns = ceil_div(rank, kFactorRow) * kFactorRow;
+  if (s.family == Family::all) return false;
+  if (columns == rank) return true;
+  return s.family == Family::sum ? s.T == 1 : adapters_of_tile(s) * columns <= 192;
+}
+
 inline LoraPlan plan_lora(const LoraShape& s) {
   using namespace lora_plan;
   LoraPlan plan;
@@ -137,7 +166,8 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   if (!s.half) return choose(LoraAlgorithm::low_rank, "the fused product is for bfloat16 and float16");
   if (s.in == 0 || s.in % 8 != 0 || s.out == 0 || s.out % 8 != 0 || !s.aligned)
     return choose(LoraAlgorithm::low_rank, "the fused product needs rows of a multiple of 16 bytes");
-  if (s.T > INT16_MAX) return choose(LoraAlgorithm::low_rank, "the fused product numbers adapters in 16 bits");
+  if (s.T > INT16_MAX || s.T * padded_rank(s.r) >= int64_t{1} << 25)
+    return choose(LoraAlgorithm::low_rank, "more adapters or ranks than the fused product can number");
   if (s.M < kHopperRows) return choose(LoraAlgorithm::low_rank, "too few rows for the fused product");
 
   // From K columns to N.
@@ -146,31 +176,29 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   const int64_t at_once = std::max<int64_t>(1, s.sms), waves = ceil_div(tiles, at_once);
 
   // A slot lengthens every wave of the product, in its main loop more than given; but a given one needs a pass over x
-  // of its own, and in backward a transposed copy of lora_B. Transposed, the loop would have to load B a few columns at
-  // a time, which costs more than the pass.
+  // of its own, which then serves as well where only some tiles meet several adapters. Transposed, the loop would have
+  // to load B a few columns at a time, which costs more than the pass.
   const int64_t each = ceil_div(padded_rank(s.r), kSlot), most = adapters_of_tile(s);
+  if (s.family == Family::indexed && most * padded_rank(s.r) > kGivenRanks)
+    return choose(LoraAlgorithm::low_rank, "a tile may meet more ranks than there is space for");
   const double product = waves * (2.0 * kTileRows * kTileColumns * K / kFlops);
   const double pass = 2.0 * s.M * K / kBytes + kLaunch * (s.backward ? 2 : 1);
   const double loop = product * kInLoopShare + waves * kInLoopWave, given = waves * kGivenWave;
-  const int64_t adapters = !s.backward && slots_of_tile(s, each, column_tiles) <= 1 && loop < pass + given * each;
+  const bool fits = most <= 1 && !s.backward && slots_of_tile(s, each, column_tiles) <= 1 && loop < pass + given * each;
   const double alone = 2.0 * s.M * (K + 2 * N) / kBytes + kLaunch * (s.backward ? 3 : 1);
   // Ids of single rows may be anything; what is met in practice are segments.
   const double mean =
       s.family != Family::indexed
           ? s.T
           : std::min<double>(s.T, 1 + (kTileRows - 1.0) / std::max<int64_t>(s.rows_per_id, kTileRows / 2));
-  if (adapters < most && pass + given * mean * each > alone)
+  if (!fits && pass + given * mean * each > alone)
     return choose(LoraAlgorithm::low_rank, "a tile may meet more ranks than a second pass over y costs");
 
   plan.hopper = true;
   plan.ctas = std::min(tiles, at_once), plan.waves = waves;
-  if (adapters >= most) {
+  if (fits) {
     plan.slots = most * each;
     return choose(LoraAlgorithm::in_loop, "the ranks of every tile fit beside it");
-  }
-  if (adapters > 0 && s.family == Family::indexed) {
-    plan.slots = adapters * each;
-    return choose(LoraAlgorithm::mixed, "tiles that meet one adapter take its ranks along");
   }
   return choose(LoraAlgorithm::precomputed, "a pass over the rows costs less than the ranks beside every tile");
 }

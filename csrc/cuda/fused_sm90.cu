@@ -7,7 +7,8 @@
 // - in the loop, one slot: the rows of A join those of W as 16 more columns of the same product, so that h costs no
 //   pass over x; h is then masked to the rows of its adapter, scaled, written to shared memory, and multiplied with B
 //   as one more k step of the tile's sum.
-// - given, any number: s h was computed before (low_rank.cu); the feeding warpgroup copies it, masked, as more k steps.
+// - given, any number: s h was computed before, zero where a row belongs to another adapter (low_rank_sm90.cu), and is
+//   fed like x, as more k steps.
 // A tile's adapters are found from the ids of its rows here, so rows come in any order, and no id can be out of range.
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 #include "device.cuh"
 #include "launch.cuh"
 #include "lora_kernels.h"
+#include "overlap.cuh"
 #include "sm90.cuh"
 #include "tensor_map.cuh"
 
@@ -23,8 +25,8 @@ namespace plora::cuda {
 namespace {
 
 constexpr int kRows = 128, kColumns = 192, kDepth = 64;
-// Ranks of a slot; given slots of a stage; of the feeding warps one starts the copies, the others write given h.
-constexpr int kSlot = 16, kMaxGiven = 4, kThreads = 384, kFeeders = 128, kWriters = 96;
+// Ranks of a slot; given slots of a stage; of the feeding warps two are at work.
+constexpr int kSlot = 16, kMaxGiven = 4, kThreads = 384;
 
 // Sizes in bytes. A stage: x [128, 64], W [192, 64], A [16, 64], each row 128 bytes, swizzled; transposed, W is
 // [64, 192] in three boxes of 64 columns. At a tile's end the same memory holds given slots of h [128, 16] and B [192,
@@ -43,10 +45,10 @@ struct Tile {
   int adapter, block;     // this adapter, ranks 16 block and on
   int given;              // slots of h that were computed before
   int16_t all[kRows];     // the adapters of its rows, ascending
-  int16_t of_row[kRows];  // with given slots; -1: none
+  int16_t of_row[kRows];  // -1: none
   alignas(16) uint16_t bias[kColumns];
 };
-constexpr int kTiles = 8;  // more than the feeder can be ahead: a tile has a stage at least
+constexpr int kTiles = 8;  // more than the feeding warps can be ahead: a tile has a stage at least
 
 template <bool kTransposed, bool kInLoop>
 struct Shape {
@@ -56,19 +58,19 @@ struct Shape {
   static constexpr uint32_t kUp = kInLoop ? 2 * kSlotB : 0;  // B of the slots made in the loop, one for each warpgroup
 };
 
-// Barriers, of 8 bytes. A stage is full when its bytes have come and the writers have arrived, and may be written when
-// it is ready. `passed` tells that a tile's multipliers have seen all its stages full: only then may those of the next
-// tile look at the same barriers, which tell only odd from even uses.
+// Barriers, of 8 bytes. A stage is full when its bytes have come. `passed` tells that a tile's multipliers have seen
+// all its stages full: only then may those of the next tile look at the same barriers, which tell only odd from even
+// uses.
 struct Barriers {
   uint32_t first;
-  static constexpr int kCount = 3 * 5 + kTiles + 5;
+  static constexpr int kCount = 2 * 5 + kTiles + 6;
   __device__ uint32_t full(uint32_t stage) const { return first + 8 * stage; }
   __device__ uint32_t empty(uint32_t stage) const { return first + 8 * (5 + stage); }
-  __device__ uint32_t ready(uint32_t stage) const { return first + 8 * (10 + stage); }
-  __device__ uint32_t described(int tile) const { return first + 8 * (15 + tile % kTiles); }
-  __device__ uint32_t up_full(int group) const { return first + 8 * (15 + kTiles + group); }
-  __device__ uint32_t up_empty(int group) const { return first + 8 * (17 + kTiles + group); }
-  __device__ uint32_t passed() const { return first + 8 * (19 + kTiles); }
+  __device__ uint32_t described(int tile) const { return first + 8 * (10 + tile % kTiles); }
+  __device__ uint32_t up_full(int group) const { return first + 8 * (10 + kTiles + group); }
+  __device__ uint32_t up_empty(int group) const { return first + 8 * (12 + kTiles + group); }
+  __device__ uint32_t passed() const { return first + 8 * (14 + kTiles); }
+  __device__ uint32_t started() const { return first + 8 * (15 + kTiles); }
 };
 
 // All shared memory: the stages, B of the slots made in the loop, the ways out, barriers, tiles.
@@ -81,7 +83,7 @@ struct Layout {
 };
 
 struct Maps {
-  CUtensorMap x, weight, down, up;
+  CUtensorMap x, weight, down, up, h;
 };
 
 constexpr int kMaxSlices = lora_plan::kMaxSlices;
@@ -91,8 +93,7 @@ struct Arguments {
   const int64_t* ids;
   int rows_per_id;
   const float* scaling;
-  const void *bias, *bias_down, *h;
-  int64_t ld_h, h_step;
+  const void *bias, *bias_down;
   void *y, *kept;
   int64_t ldy;
   int in_loop_slots;
@@ -160,7 +161,7 @@ __device__ void describe(const Arguments& p, int row, int column, Tile& tile) {
   __syncwarp();
   if (lane != 0) return;
   tile.slots = tile.given = 0;
-  if (count * blocks > p.in_loop_slots) {
+  if (p.in_loop_slots == 0) {
     tile.given = count * blocks;
   } else if (count != 0) {
     int block = 0;  // with slices, the one of several blocks that these columns need
@@ -201,13 +202,10 @@ __device__ uint32_t place_in_h(int row, int column) {
   return row / 8 * 256 + column / 8 * 128 + row % 8 * 16 + column % 8 * 2;
 }
 constexpr uint64_t kLayoutH = sm90::operand_layout(sm90::Swizzle::none, 128, 256);
+constexpr uint64_t kLayoutGiven = sm90::operand_layout(sm90::Swizzle::b32, 16, 256);
 constexpr uint64_t kLayoutX = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
 
 // --- feeding --------------------------------------------------------------------------------------------------------
-
-__device__ inline int adapter_at(const Arguments& p, const Tile& tile, int entry) {
-  return p.ids != nullptr ? tile.all[entry / blocks_of(p)] : entry / blocks_of(p);
-}
 
 template <bool kTransposed>
 __device__ void load_up(const Maps& maps, uint32_t barrier, uint32_t to, int t, int block, int column) {
@@ -220,23 +218,36 @@ __device__ void load_up(const Maps& maps, uint32_t barrier, uint32_t to, int t, 
   }
 }
 
-// One warp: descriptions and copies.
+// One warp: descriptions, a tile ahead of the copies, which then need not wait for the ids.
+__device__ void describe_all(const Arguments& p, Tile* all, const Barriers& barriers, int column_tiles) {
+  const int tiles = (p.M + kRows - 1) / kRows * column_tiles, k_steps = (p.K + kDepth - 1) / kDepth;
+  uint32_t step = 0;
+  for (int index = blockIdx.x, n = 0; index < tiles; index += gridDim.x, ++n) {
+    if (n > 0) sm90::barrier_wait(barriers.started(), (n - 1) & 1);
+    Tile& tile = all[n % kTiles];
+    describe(p, index / column_tiles * kRows, index % column_tiles * kColumns, tile);
+    if (threadIdx.x % 32 == 0) tile.step = step;
+    __syncwarp();
+    step += k_steps + (tile.given + kMaxGiven - 1) / kMaxGiven;
+    sm90::barrier_arrive(barriers.described(n));
+  }
+}
+
+// One warp: copies.
 template <bool kTransposed, bool kInLoop>
-__device__ void feed(const Maps& maps, const Arguments& p, Tile* all, uint32_t stages, int column_tiles) {
+__device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint32_t stages, const Barriers& barriers,
+                     int column_tiles) {
   using S = Shape<kTransposed, kInLoop>;
-  const Barriers barriers{stages + Layout<S>::kBarriers};
   const int lane = threadIdx.x, tiles = (p.M + kRows - 1) / kRows * column_tiles;
   const int k_steps = (p.K + kDepth - 1) / kDepth;
   uint32_t step = 0;
   for (int index = blockIdx.x, n = 0; index < tiles; index += gridDim.x, ++n) {
     const int row = index / column_tiles * kRows, column = index % column_tiles * kColumns;
-    Tile& tile = all[n % kTiles];
-    describe(p, row, column, tile);
-    if (lane == 0) tile.step = step;
-    __syncwarp();
-    const int slots = tile.slots, given = tile.given;
-    sm90::barrier_arrive(barriers.described(n));
+    const Tile& tile = all[n % kTiles];
+    sm90::barrier_wait(barriers.described(n), n / kTiles & 1);
+    const int slots = kInLoop ? tile.slots : 0, given = kInLoop ? 0 : tile.given;
     if (lane == 0) {
+      sm90::barrier_arrive(barriers.started());
       const int adapter = tile.adapter, rank = tile.block * kSlot;
 #pragma unroll 1
       for (int k = 0; k < k_steps; ++k) {
@@ -244,7 +255,6 @@ __device__ void feed(const Maps& maps, const Arguments& p, Tile* all, uint32_t s
         const uint32_t full = barriers.full(s);
         sm90::barrier_wait(barriers.empty(s), ((step + k) / S::kStages & 1) ^ 1);
         sm90::barrier_arrive_expect(full, kBytesX + kBytesW + slots * S::kBytesDown);
-        sm90::barrier_arrive(full, kWriters / 32);  // the writers have nothing to do here
         sm90::load_2d(&maps.x, full, at, k * kDepth, row);
         if constexpr (kTransposed) {
 #pragma unroll
@@ -264,71 +274,24 @@ __device__ void feed(const Maps& maps, const Arguments& p, Tile* all, uint32_t s
       }
 #pragma unroll 1
       for (int entry = 0, k = k_steps; entry < given; entry += kMaxGiven, ++k) {
-        const uint32_t s = (step + k) % S::kStages, to = stages + s * S::kStage + kBytesX;
+        const uint32_t s = (step + k) % S::kStages, to = stages + s * S::kStage;
         const uint32_t full = barriers.full(s);
         const int count = min(given - entry, kMaxGiven);
+        wait_for_predecessor();  // it makes h
         sm90::barrier_wait(barriers.empty(s), ((step + k) / S::kStages & 1) ^ 1);
-        sm90::barrier_arrive(barriers.ready(s));
-        sm90::barrier_arrive_expect(full, count * kSlotB);
-        for (int i = 0; i < count; ++i)
-          load_up<kTransposed>(maps, full, to + i * kSlotB, adapter_at(p, tile, entry + i), (entry + i) % blocks_of(p),
+        sm90::barrier_arrive_expect(full, count * (kSlotH + kSlotB));
+        for (int i = 0; i < count; ++i) {
+          const int place = (entry + i) / blocks_of(p), block = (entry + i) % blocks_of(p);
+          sm90::load_3d(&maps.h, full, to + i * kSlotH, block * kSlot, place, row);
+          load_up<kTransposed>(maps, full, to + kBytesX + i * kSlotB, p.ids != nullptr ? tile.all[place] : place, block,
                                column);
+        }
       }
     }
     __syncwarp();
     step += k_steps + (given + kMaxGiven - 1) / kMaxGiven;
   }
-}
-
-// Three warps: given h, zero where a row belongs to another adapter. A stage's copies start before those of the last
-// have come. A thread has the same 8 ranks of a slot in all its rows.
-template <bool kTransposed, bool kInLoop>
-__device__ void write_given(const Arguments& p, const Tile* all, uint32_t stages, int column_tiles) {
-  using S = Shape<kTransposed, kInLoop>;
-  const Barriers barriers{stages + Layout<S>::kBarriers};
-  const int tiles = (p.M + kRows - 1) / kRows * column_tiles, k_steps = (p.K + kDepth - 1) / kDepth;
-  const int thread = threadIdx.x - (kFeeders - kWriters), blocks = blocks_of(p), half = thread % 2 * 8;
-  const auto* h = static_cast<const uint16_t*>(p.h);
-  uint32_t phases = 0;  // of `ready`, a bit for each stage
-  const auto finish = [&](uint32_t s) {
-    sm90::fence_async();
-    __syncwarp();
-    if (thread % 32 == 0) sm90::barrier_arrive(barriers.full(s));
-  };
-  for (int index = blockIdx.x, n = 0; index < tiles; index += gridDim.x, ++n) {
-    const int row = index / column_tiles * kRows;
-    const Tile& tile = all[n % kTiles];
-    sm90::barrier_wait(barriers.described(n), n / kTiles & 1);
-    const int given = tile.given;
-    uint32_t step = tile.step + k_steps;
-#pragma unroll 1
-    for (int entry = 0; entry < given; entry += kMaxGiven, ++step) {
-      const uint32_t s = step % S::kStages;
-      sm90::barrier_wait(barriers.ready(s), phases >> s & 1);
-      phases ^= 1u << s;
-#pragma unroll 1
-      for (int i = 0; i < kMaxGiven && entry + i < given; ++i) {
-        const int t = adapter_at(p, tile, entry + i), rank = (entry + i) % blocks * kSlot + half;
-        const uint16_t* const from = h + t * p.h_step + rank;
-        const uint32_t to = stages + s * S::kStage + i * kSlotH;
-#pragma unroll 1
-        for (int piece = 0; piece < (2 * kRows + kWriters - 1) / kWriters; ++piece) {
-          const int m = thread / 2 + piece * (kWriters / 2);
-          if (m >= kRows) break;
-          const bool real = row + m < p.M && rank < p.r && (p.ids == nullptr || tile.of_row[m] == t);
-          sm90::copy_16(to + place_in_h(m, half), real ? from + (row + m) * p.ld_h : h, real);
-        }
-      }
-      sm90::copy_commit();
-      if (entry > 0) {
-        sm90::copy_wait<1>();
-        finish((step - 1) % S::kStages);
-      }
-    }
-    if (given == 0) continue;
-    sm90::copy_wait<0>();
-    finish((step - 1) % S::kStages);
-  }
+  wait_for_predecessor();  // what follows this kernel follows both
 }
 
 // --- multiplying ---------------------------------------------------------------------------------------------------
@@ -398,11 +361,11 @@ struct Multiplier {
   }
 
   // Adds `count` slots, whose h lies at `h` and whose B lies at `up`.
-  __device__ void add_slots(Half& upper, Half& lower, uint32_t h, uint32_t up, int count) {
+  __device__ void add_slots(Half& upper, Half& lower, uint64_t layout, uint32_t h, uint32_t up, int count) {
     sm90::hold(upper), sm90::hold(lower);
     sm90::wgmma_fence();
     for (int i = 0; i < count; ++i) {
-      const uint64_t a = sm90::operand(kLayoutH, h + i * kSlotH);
+      const uint64_t a = sm90::operand(layout, h + i * kSlotH);
       const uint64_t b = sm90::operand(kLayoutUp, up + i * kSlotB);
       sm90::wgmma<kColumns, scalar, kTransposed>(upper, a, b);
       sm90::wgmma<kColumns, scalar, kTransposed>(lower, a + (kSlotH / 2 >> 4), b);
@@ -425,7 +388,7 @@ struct Multiplier {
 #pragma unroll 1
     for (int q = 0; q < 4; ++q) {
       const int row = warp * 16 + lane / 4 + 8 * (q % 2) + 64 * (q / 2), m = first_row + row;
-      const bool mine = m < p.M && (p.ids == nullptr || adapter_of(p, m) == t);
+      const bool mine = m < p.M && (p.ids == nullptr || tile.of_row[row] == t);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int column = 8 * half + lane % 4 * 2, j = first + column;
@@ -490,7 +453,7 @@ struct Multiplier {
       sm90::barrier_wait(barriers.described(n), n / kTiles & 1);
       const Tile& tile = all[n % kTiles];
       step = uniform(tile.step);
-      const int slots = uniform(tile.slots), given = uniform(tile.given);
+      const int slots = kInLoop ? uniform(tile.slots) : 0, given = kInLoop ? 0 : uniform(tile.given);
       const float s = slots != 0 ? p.scaling[tile.adapter] : 0.f;
       if (n > 0) sm90::barrier_wait(barriers.passed(), (n - 1) & 1);
       main_loop(upper, lower, k_steps);
@@ -502,7 +465,7 @@ struct Multiplier {
           sm90::fence_async();
           sm90::named_barrier(barrier, 128);
           sm90::barrier_wait(barriers.up_full(group), n / 2 & 1);
-          add_slots(upper, lower, out, stages + Layout<S>::kUp + group * kSlotB, 1);
+          add_slots(upper, lower, kLayoutH, out, stages + Layout<S>::kUp + group * kSlotB, 1);
         } else {
           sm90::barrier_wait(barriers.up_full(group), n / 2 & 1);
         }
@@ -513,7 +476,7 @@ struct Multiplier {
       for (int entry = 0; entry < given; entry += kMaxGiven) {
         wait();
         if (entry + kMaxGiven >= given) pass();
-        add_slots(upper, lower, stage(), stage() + kBytesX, min(given - entry, kMaxGiven));
+        add_slots(upper, lower, kLayoutGiven, stage(), stage() + kBytesX, min(given - entry, kMaxGiven));
         release(step++);
       }
       sm90::named_barrier(barrier, 128);  // h is read
@@ -539,16 +502,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Barriers barriers{stages + Layout<S>::kBarriers};
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      sm90::barrier_init(barriers.full(i), 1 + kWriters / 32);
+      sm90::barrier_init(barriers.full(i), 1);
       sm90::barrier_init(barriers.empty(i), 4);
-      sm90::barrier_init(barriers.ready(i), 1);
     }
     for (int i = 0; i < kTiles; ++i) sm90::barrier_init(barriers.described(i), 32);
     for (int i = 0; i < 2; ++i) sm90::barrier_init(barriers.up_full(i), 1), sm90::barrier_init(barriers.up_empty(i), 4);
-    sm90::barrier_init(barriers.passed(), 4);
+    sm90::barrier_init(barriers.passed(), 4), sm90::barrier_init(barriers.started(), 1);
     sm90::fence_barrier_init();
     sm90::prefetch_map(&maps.x), sm90::prefetch_map(&maps.weight);
-    sm90::prefetch_map(&maps.down), sm90::prefetch_map(&maps.up);
+    sm90::prefetch_map(&maps.down), sm90::prefetch_map(&maps.up), sm90::prefetch_map(&maps.h);
   }
   __syncthreads();
   const int column_tiles = (p.N + kColumns - 1) / kColumns, group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
@@ -557,10 +519,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     else
       asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x < kFeeders - kWriters)
-      feed<kTransposed, kInLoop>(maps, p, tiles, stages, column_tiles);
-    else if (p.T != 0)
-      write_given<kTransposed, kInLoop>(p, tiles, stages, column_tiles);
+    if (threadIdx.x < 32)
+      feed<kTransposed, kInLoop>(maps, p, tiles, stages, barriers, column_tiles);
+    else if (threadIdx.x < 64)
+      describe_all(p, tiles, barriers, column_tiles);
   } else {
     if constexpr (kInLoop)  // 208 of them accumulators
       asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
@@ -605,6 +567,9 @@ Maps describe(const Fused& p) {
     describe_tensor<2>(maps.weight, p.dtype, p.weight, {p.N, p.K}, {p.N}, {64, kDepth}, k128);
   else
     describe_tensor<2>(maps.weight, p.dtype, p.weight, {p.K, p.N}, {p.K}, {kDepth, kColumns}, k128);
+  maps.h = maps.x;  // where no h is given, never read
+  if (p.h != nullptr && T * r != 0)
+    describe_tensor<3>(maps.h, p.dtype, p.h, {r, p.places, p.rows.M}, {r, p.places * r}, {kSlot, 1, kRows}, k32);
   if (T * r == 0) {
     maps.down = maps.up = maps.x;  // never read
   } else if (p.transposed) {
@@ -618,11 +583,9 @@ Maps describe(const Fused& p) {
 }
 
 template <typename scalar, bool kTransposed, bool kInLoop>
-void launch(const Maps& maps, const Arguments& p, int blocks, cudaStream_t stream) {
-  const auto kernel = &fused_kernel<scalar, kTransposed, kInLoop>;
-  allow_shared_memory(kernel, Layout<Shape<kTransposed, kInLoop>>::kBytes);
-  kernel<<<blocks, kThreads, Layout<Shape<kTransposed, kInLoop>>::kBytes, stream>>>(maps, p);
-  check_launch("the fused LoRA product");
+void launch(const Maps& maps, const Arguments& p, int blocks, bool overlap, cudaStream_t stream) {
+  launch_overlapped("the fused LoRA product", &fused_kernel<scalar, kTransposed, kInLoop>, blocks, kThreads,
+                    Layout<Shape<kTransposed, kInLoop>>::kBytes, stream, overlap, maps, p);
 }
 
 }  // namespace
@@ -635,7 +598,6 @@ void fused(const Fused& p, cudaStream_t stream) {
   a.R = static_cast<int>(p.rows.R());
   a.ids = p.rows.ids, a.rows_per_id = static_cast<int>(p.rows.rows_per_id);
   a.scaling = p.scaling, a.bias = p.bias, a.bias_down = p.bias_down;
-  a.h = p.h, a.ld_h = p.ld_h, a.h_step = p.h_step;
   a.y = p.y, a.kept = p.kept, a.ldy = p.ldy;
   a.in_loop_slots = p.in_loop_slots, a.relu = p.relu;
   if (p.slices.size() <= 2 * kMaxSlices && !p.slices.empty() && p.rows.r % (p.slices.size() / 2) == 0) {
@@ -652,11 +614,11 @@ void fused(const Fused& p, cudaStream_t stream) {
     using scalar = decltype(tag);
     if constexpr (sizeof(scalar) == 2) {
       if (p.transposed)
-        launch<scalar, true, false>(maps, a, blocks, stream);
+        launch<scalar, true, false>(maps, a, blocks, p.overlap, stream);
       else if (a.in_loop_slots)
-        launch<scalar, false, true>(maps, a, blocks, stream);
+        launch<scalar, false, true>(maps, a, blocks, p.overlap, stream);
       else
-        launch<scalar, false, false>(maps, a, blocks, stream);
+        launch<scalar, false, false>(maps, a, blocks, p.overlap, stream);
       if (p.base == nullptr && p.bias_up == nullptr) return;
       const int64_t threads = p.rows.M * (p.N / 8);
       add_rest_kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(

@@ -107,23 +107,12 @@ Tensor new_ranks(const Inputs& p) {
   return allocate(p.x, {p.M, padded_rank(p.r) * (p.family == Family::indexed ? 1 : p.T)});
 }
 
-// Whether torch's own product makes the h of a sum: from this many ranks on it is faster than low_rank.
-bool wide_sum(const Inputs& p) {
-  return p.family == Family::sum && p.x.scalar_type() != ScalarType::Float && padded_rank(p.r) * p.T > 16;
-}
-
-// Whether it makes every row's h for all adapters, though the row needs one: that costs a little more than low_rank
-// does where adapters come in long segments, and much less where they do not.
-bool all_ranks(const Inputs& p) {
-  const int64_t ranks = padded_rank(p.r) * p.T;
-  return p.x.scalar_type() != ScalarType::Float && p.in > 0 && (ranks <= 256 || p.M * p.in * ranks < int64_t{3} << 30);
-}
-
 LowRank low_rank_of(const Inputs& p) {
   LowRank l{};
   l.dtype = p.x.scalar_type();
   l.rows = rows_of(p, padded_rank(p.r));
   l.scaling = data<float>(p.scaling);
+  l.hopper = !mma_only(std::getenv("PLORA_CUDA_PATH"));
   return l;
 }
 
@@ -162,8 +151,8 @@ Sizes usable(const Inputs& p, const OptInts& slices) {
   return *slices;
 }
 
-LoraPlan plan_of(const Inputs& p, const Tensor& rows, const OptTensor& base, const Sizes& slices, bool backward,
-                 bool keep) {
+LoraShape shape_of(const Inputs& p, const Tensor& rows, const OptTensor& base, const Sizes& slices, bool backward,
+                   bool keep) {
   LoraShape s{p.family, p.M, p.in, p.out, p.T, p.r};
   s.half = p.x.scalar_type() != ScalarType::Float;
   s.weight = p.weight.has_value();
@@ -181,7 +170,7 @@ LoraPlan plan_of(const Inputs& p, const Tensor& rows, const OptTensor& base, con
                         pointer(p.bias_A), pointer(p.bias_B), pointer(base)})
     s.aligned = s.aligned && reinterpret_cast<uintptr_t>(q) % 16 == 0;
   s.mma_only = mma_only(std::getenv("PLORA_CUDA_PATH"));
-  return plan_lora(s);
+  return s;
 }
 
 void check_served(const Inputs& p) {
@@ -191,8 +180,22 @@ void check_served(const Inputs& p) {
                   dtype == ScalarType::Double ? "; the nearest is float32" : "");
 }
 
-// Fills in what both directions share. `h` is read for the rows that the main loop does not serve; it holds the ranks
-// of every adapter, or of a row's own.
+// Space for s h as the fused product takes it.
+Tensor new_given(const Inputs& p, const LoraShape& shape, LowRank& l) {
+  l.places = lora_plan::adapters_of_tile(shape);
+  const Tensor given = allocate(p.x, {p.M, padded_rank(p.r) * l.places});
+  l.scaled_h = given.mutable_data_ptr();
+  return given;
+}
+
+// Whether it was the kernel that the fused product may overlap with.
+bool make_h(const LowRank& l, cudaStream_t stream) {
+  if (low_rank_sm90(l, stream)) return true;
+  low_rank(l, stream);
+  return false;
+}
+
+// Fills in what both directions share.
 void run_fused(const Inputs& p, const LoraPlan& plan, const OptTensor& h, Fused& f) {
 #ifndef PLORA_NO_SM90
   f.dtype = p.x.scalar_type();
@@ -200,7 +203,7 @@ void run_fused(const Inputs& p, const LoraPlan& plan, const OptTensor& h, Fused&
   f.scaling = data<float>(p.scaling);
   f.weight = pointer(p.weight);
   f.in_loop_slots = static_cast<int>(plan.slots);
-  if (h) f.h = pointer(h), f.ld_h = h->size(1), f.h_step = f.ld_h > f.rows.r ? f.rows.r : 0;
+  if (h) f.h = pointer(h), f.places = h->size(1) / f.rows.r;
   fused(f, stream_of(p.x));
 #endif
 }
@@ -219,7 +222,8 @@ Tensor h_of(const Inputs& p, const OptTensor& kept) {
     return compact(*kept);
   }
   const Factors factors = factors_of(p);
-  if (wide_sum(p) && !p.relu && !p.bias_A && p.in > 0) return x_times(p, factors.A);
+  const LoraShape shape = shape_of(p, p.x, {}, {}, false, true);
+  if (p.family == Family::sum && h_by_product(shape) && !p.relu && !p.bias_A) return x_times(p, factors.A);
   const Tensor h = new_ranks(p);
   low_rank(down_of(p, factors, h), stream_of(p.x));
   return h;
@@ -228,11 +232,14 @@ Tensor h_of(const Inputs& p, const OptTensor& kept) {
 // g = dy B, cut where act was, and dx = dy W + s g A, both only where they are asked for.
 void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, bool wants_g, bool wants_x, OptTensor& g,
                    Tensor& dx) {
-  const LoraPlan plan = wants_x ? plan_of(p, dy, {}, {}, true, false) : LoraPlan{};
+  LoraShape shape = shape_of(p, dy, {}, {}, true, false);
+  shape.aligned = shape.aligned && reinterpret_cast<uintptr_t>(pointer(gate)) % 16 == 0;
+  const LoraPlan plan = wants_x ? plan_lora(shape) : LoraPlan{};
   if (wants_x) dx = p.weight && !plan.hopper ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
   const Factors factors = factors_of(p);
-  const auto add_fused = [&](const Tensor& g, const Tensor& A) {  // one of them scaled
+  const auto add_fused = [&](const Tensor& g, const Tensor& A, bool overlap) {  // one of them scaled
     Fused f{};
+    f.overlap = overlap;
     f.transposed = true;
     f.K = p.out, f.N = p.in;
     f.x = pointer(dy), f.ldx = p.out;
@@ -240,30 +247,35 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
     f.up = pointer(A);
     run_fused(p, plan, g, f);
   };
-  if (plan.hopper && wide_sum(p) && !gate) {
+  if (plan.hopper && h_by_product(shape) && !gate) {
     const int64_t rank = padded_rank(p.r);
     const Tensor B = p.T == 1
                          ? torch::stable::view(factors.B, {p.out, rank})
                          : torch::stable::transpose(torch::stable::view(B_transposed(p), {p.T * rank, p.out}), 0, 1);
     g = torch::stable::matmul(dy, B);
-    return add_fused(*g, scaled_A(p));
+    return add_fused(*g, scaled_A(p), false);
   }
   if (wants_g || (crowded(p) && !plan.hopper)) g = new_ranks(p);
-  const OptTensor scaled_g = plan.hopper ? OptTensor(new_ranks(p)) : std::nullopt;
-  const Tensor down = B_transposed(p);
   LowRank l = low_rank_of(p);
+  const OptTensor scaled_g = plan.hopper ? OptTensor(new_given(p, shape, l)) : std::nullopt;
   l.K = p.out, l.N = p.in;
   l.x = pointer(dy), l.ldx = p.out, l.x_slab = p.family == Family::all ? p.M * p.out : 0;
-  l.down = pointer(down), l.gate = pointer(gate);
-  l.h = out_pointer(g), l.scaled_h = out_pointer(scaled_g);
+  l.gate = pointer(gate);
+  l.h = out_pointer(g);
   OptTensor up;
   if (wants_x && !plan.hopper) {
     up = A_transposed(p);
     l.up = pointer(up), l.y = out_pointer(dx), l.ldy = l.ldy0 = p.in;
     if (p.weight) l.y0 = l.y;
   }
-  low_rank(l, stream_of(p.x));
-  if (plan.hopper) add_fused(*scaled_g, factors.A);
+  l.down = pointer(factors.B), l.down_transposed = true;
+  bool overlap = reads_lora_B(shape) && low_rank_sm90(l, stream_of(p.x));
+  if (!overlap) {
+    const Tensor down = B_transposed(p);
+    l.down = pointer(down), l.down_transposed = false;
+    overlap = make_h(l, stream_of(p.x));
+  }
+  if (plan.hopper) add_fused(*scaled_g, factors.A, overlap);
 }
 
 // `needs` holds no bit of the factors where nobody in `asks` would get a gradient.
@@ -396,7 +408,8 @@ struct Cuda {
     }
 
     const Sizes slices = usable(p, given_slices);
-    const LoraPlan plan = plan_of(p, p.x, base, slices, false, keep);
+    const LoraShape shape = shape_of(p, p.x, base, slices, false, keep);
+    const LoraPlan plan = plan_lora(shape);
     if (plan.algorithm == LoraAlgorithm::merge || plan.algorithm == LoraAlgorithm::dense) {
       const Tensor merged = merge(p);
       return {plus(linear(p.x, merged, p.bias), base), keep ? merged : none_like(p.x)};
@@ -406,24 +419,23 @@ struct Cuda {
     OptTensor h;
     if (keep || (crowded(p) && !plan.hopper)) h = new_ranks(p);
     // the fused product writes no h of rows without an adapter, and nobody reads it, but it leaves this operator
-    if (keep && plan.hopper && p.ids) torch::stable::zero_(*h);
+    if (keep && plan.slots > 0 && p.ids) torch::stable::zero_(*h);
     LowRank l = down_of(p, factors, h);
     const bool plain = !p.relu && !p.bias_A;
     if (plan.hopper) {
       Tensor up = factors.B;
       OptTensor given;
-      if (plan.algorithm == LoraAlgorithm::precomputed && wide_sum(p) && plain) {
+      bool overlap = false;
+      if (plan.algorithm == LoraAlgorithm::precomputed && h_by_product(shape) && plain) {
         h = given = x_times(p, factors.A);
         up = scaled_B(p);
-      } else if (plan.algorithm != LoraAlgorithm::in_loop && p.ids && !keep && all_ranks(p) && plain) {
-        given = x_times(p, scaled_A(p));
       } else if (plan.algorithm != LoraAlgorithm::in_loop) {
-        given = new_ranks(p);
-        l.scaled_h = out_pointer(given), l.skip_uniform = plan.slots > 0;
-        low_rank(l, stream_of(p.x));
+        given = new_given(p, shape, l);
+        overlap = make_h(l, stream_of(p.x));
       }
       const Tensor y = allocate(p.x, {p.M, p.out});
       Fused f{};
+      f.overlap = overlap;
       f.K = p.in, f.N = p.out;
       f.x = pointer(p.x), f.ldx = p.in;
       f.bias = pointer(p.bias), f.base = pointer(base), f.ld_base = p.out;
@@ -445,7 +457,7 @@ struct Cuda {
     l.y = y.mutable_data_ptr(), l.ldy = p.out, l.y_slab = slabs ? p.M * p.out : 0;
     l.y0 = pointer(y0), l.ldy0 = p.out;
     if (slabs && expands(l)) {
-      if (all_ranks(p) && plain) {
+      if (h_by_product(shape) && plain) {
         h = x_times(p, factors.A);
       } else {
         if (!h) h = new_ranks(p);

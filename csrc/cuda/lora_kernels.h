@@ -30,6 +30,7 @@ struct Rows {
 struct LowRank {
   ScalarType dtype;  // bf16, fp16 or fp32; fp32 in true float32 (three TF32 products), or TF32 where tf32 is set
   bool tf32 = false;
+  bool hopper = false;  // Hopper's own kernels may take what they serve
   Rows rows;
   const float* scaling;  // [T]
   int64_t K, N;          // width of x, width of y
@@ -38,12 +39,15 @@ struct LowRank {
   int64_t ldx = 0;
   int64_t x_slab = 0;          // elements from the x of adapter t to that of t + 1 (the dy of `all`); 0: one x for all
   const void* down = nullptr;  // [T, r, K]
+  bool down_transposed = false;     // it is [T, K, r], which low_rank_sm90 alone takes
   const void* bias_down = nullptr;  // [T, r]
   bool relu = false;
   const void* gate = nullptr;  // [M, R]: h becomes 0 where the gate is not > 0
   void* h = nullptr;           // [M, R], written where x is given (if not null), else read
-  void* scaled_h = nullptr;    // [M, R], s h, written with h; not for rows without an adapter
-  bool skip_uniform = false;   // leave out rows whose aligned block of 128 meets one adapter at most
+  // [M, places, r], written with h: s h of the adapters that the row's aligned block of 128 met, ascending, zero but
+  // for the row's own; with ids by low_rank_sm90 alone. Without ids it is [M, T r].
+  void* scaled_h = nullptr;
+  int64_t places = 0;
 
   void* y = nullptr;              // null: no second half
   const void* up = nullptr;       // [T, N, r]
@@ -53,6 +57,9 @@ struct LowRank {
   int64_t y_slab = 0, y0_slab = 0;  // elements from the y of adapter t to that of t + 1 (`all`); 0: they are summed
 };
 void low_rank(const LowRank& p, cudaStream_t stream);
+
+// The first half alone; false, and nothing happens, where it does not serve the arguments (low_rank_sm90.cu).
+bool low_rank_sm90(const LowRank& p, cudaStream_t stream);
 
 // The second half alone, of `all` (h [M, T r] is read, y_slab is set), where `expands` serves the arguments
 // (expand.cu).
@@ -109,13 +116,16 @@ struct Fused {
   const void *down = nullptr, *up = nullptr;
   const void *bias_down = nullptr, *bias_up = nullptr;  // [T, r], [T, N]
   bool relu = false;
-  // 0: h of all rows is given. Else the main loop makes the h of 128-row blocks of one adapter, from `down`, and writes
-  // it to `kept`; of an adapter's slots of 16 ranks, in_loop_slots in all, no tile of 192 columns may need more than
-  // one (there is one, or `slices` leaves one). Blocks of more adapters take the h that is given.
+  // 0: h is given. Else the main loop makes it from `down`, and writes it to `kept`: no block of 128 rows may meet two
+  // adapters, and of an adapter's slots of 16 ranks, in_loop_slots in all, no tile of 192 columns may need two (there
+  // is one, or `slices` leaves one).
   int in_loop_slots = 0;
-  // [M, ld_h], adapter t's from column h_step t on: s h, or h where the caller has scaled `up` (in_loop_slots = 0).
+  // s h, [M, T r], or with ids [M, places, r] as low_rank_sm90 writes it; or h where the caller has scaled `up`
+  // (in_loop_slots = 0).
   const void* h = nullptr;
-  int64_t ld_h = 0, h_step = 0;
+  int64_t places = 0;
+  bool overlap =
+      false;  // the kernel before on the stream is low_rank_sm90's, which made h and nothing else that is read
   void* kept = nullptr;  // [M, R] or null
   // Column ranges of y, one for each equal block of ranks of an adapter; ranks outside of theirs are known to be zero
   // in `up` and are left out of the main loop. Empty: none is known.

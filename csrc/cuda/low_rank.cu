@@ -16,7 +16,6 @@ namespace plora::cuda {
 namespace {
 
 constexpr int kThreads = 256, kRows = 32;  // a lane of a warp for each row
-constexpr int kFusedRows = 128;            // the rows that skip_uniform speaks about
 constexpr int kNone = -1, kOutside = -2;   // instead of an adapter: the row has none; there is no such row
 constexpr int kBlocks = 512;               // where rows give fewer blocks than this, they are split further
 
@@ -95,17 +94,6 @@ __device__ inline int choice(const Rows& rows, int64_t row) {
   if (!rows.ids) return 0;
   const int64_t id = rows.ids[rows.rows_per_id == 1 ? row : row / rows.rows_per_id];
   return id >= 0 && id < rows.T ? static_cast<int>(id) : kNone;
-}
-
-// Whether the aligned block of 128 rows around these meets one adapter at most: the fused product makes its h.
-__device__ inline bool made_elsewhere(const LowRank& p, int64_t first_row) {
-  __shared__ int any;  // one of the adapters, no matter which
-  const int i = threadIdx.x, mine = i < kFusedRows ? choice(p.rows, first_row / kFusedRows * kFusedRows + i) : kNone;
-  if (i == 0) any = kNone;
-  __syncthreads();
-  if (mine >= 0) any = mine;
-  __syncthreads();
-  return __syncthreads_and(mine < 0 || mine == any);
 }
 
 // Sets a row on its way from memory to L2; not more of it than L2 can hold of all blocks.
@@ -346,7 +334,6 @@ __global__ void __launch_bounds__(kThreads, W == 1 && sizeof(scalar) == 2 ? 3 : 
   __shared__ int owner[kRows], chosen[kRows], choices;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows, row = first_row + lane;
-  if (p.skip_uniform && p.rows.ids && made_elsewhere(p, first_row)) return;
 
   if (VECTORS && NT && warp == 1 && row < p.rows.M)
     prefetch(static_cast<const scalar*>(p.x) + row * p.ldx, p.K * sizeof(scalar));
@@ -417,6 +404,8 @@ void launch(const LowRank& p, cudaStream_t stream) {
   const int64_t r = p.rows.r, width = p.rows.ids || (p.y && p.y_slab) ? r : p.rows.T * r;
   STD_TORCH_CHECK(std::max({p.x ? p.K : 0, p.y ? p.N : 0, width}) < int64_t(1) << 25,  // offsets of 32 bits
                   "low_rank: K, N and the number of ranks must be less than 2^25");
+  if (low_rank_sm90(p, stream)) return;
+  STD_TORCH_CHECK(!p.scaled_h || !p.rows.ids, "low_rank: s h of all the adapters of a tile is Hopper's kernel's alone");
   const int most = p.y ? most_ranks<scalar>() : 0;
   if (p.x && p.y && width > most) {
     STD_TORCH_CHECK(p.h, "low_rank: more than ", most, " ranks need space for h");
@@ -443,6 +432,10 @@ void launch(const LowRank& p, cudaStream_t stream) {
 }
 
 }  // namespace
+
+#ifdef PLORA_NO_SM90
+bool low_rank_sm90(const LowRank&, cudaStream_t) { return false; }
+#endif
 
 void low_rank(const LowRank& p, cudaStream_t stream) {
   if (p.rows.M == 0 || (!p.x && !p.y)) return;

@@ -60,22 +60,17 @@ __device__ inline void load_2d(const CUtensorMap* map, uint32_t barrier, uint32_
       : "memory");
 }
 
+// To L2 alone.
+__device__ inline void prefetch_2d(const CUtensorMap* map, int c0, int c1) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(c0), "r"(c1) : "memory");
+}
+
 __device__ inline void load_3d(const CUtensorMap* map, uint32_t barrier, uint32_t to, int c0, int c1, int c2) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
       "[%2];" ::"r"(to),
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
-}
-
-// 16 bytes, or as many zeros, without passing through registers.
-__device__ inline void copy_16(uint32_t to, const void* from, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
-}
-__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ inline void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // --- warpgroup products ---------------------------------------------------------------------------------------------
@@ -113,9 +108,12 @@ __device__ inline void hold(float (&d)[kCount]) {
 #define PLORA_OPS32(i) PLORA_OPS8(i), PLORA_OPS8(i + 8), PLORA_OPS8(i + 16), PLORA_OPS8(i + 24)
 #define PLORA_OPS96 PLORA_OPS32(0), PLORA_OPS32(32), PLORA_OPS32(64)
 #define PLORA_OPS104 PLORA_OPS96, PLORA_OPS8(96)
+#define PLORA_REGS32                                                                                               \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+  "%30,%31"
 #define PLORA_REGS96                                                                                                 \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"   \
-  "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57," \
+  PLORA_REGS32                                                                                                       \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,"        \
   "%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85," \
   "%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define PLORA_REGS104 PLORA_REGS96 ",%96,%97,%98,%99,%100,%101,%102,%103"
@@ -125,10 +123,11 @@ __device__ inline void hold(float (&d)[kCount]) {
                : ops                                                                                          \
                : "l"(a), "l"(b), "n"(kTransB))
 
-template <int kN, typename scalar, int kTransB>
-__device__ inline void wgmma(float (&d)[104], uint64_t a, uint64_t b) {
-#define PLORA_WGMMA_TYPED(type)                                                           \
-  if constexpr (kN == 192) PLORA_WGMMA(192, type, PLORA_REGS96, PLORA_OPS96, 96, 97, 98); \
+template <int kN, typename scalar, int kTransB, int kCount>
+__device__ inline void wgmma(float (&d)[kCount], uint64_t a, uint64_t b) {
+#define PLORA_WGMMA_TYPED(type)                                                            \
+  if constexpr (kN == 64) PLORA_WGMMA(64, type, PLORA_REGS32, PLORA_OPS32(0), 32, 33, 34); \
+  if constexpr (kN == 192) PLORA_WGMMA(192, type, PLORA_REGS96, PLORA_OPS96, 96, 97, 98);  \
   if constexpr (kN == 208) PLORA_WGMMA(208, type, PLORA_REGS104, PLORA_OPS104, 104, 105, 106)
   if constexpr (std::is_same_v<scalar, __nv_bfloat16>) {
     PLORA_WGMMA_TYPED("bf16");
@@ -136,7 +135,7 @@ __device__ inline void wgmma(float (&d)[104], uint64_t a, uint64_t b) {
     PLORA_WGMMA_TYPED("f16");
   }
 #undef PLORA_WGMMA_TYPED
-}  // namespace plora::cuda::sm90
+}
 
 // d[64, 256] += a[64, 8] b[256, 8]^T of float32 cut to TF32, both in K-major order.
 __device__ inline void wgmma_tf32(float (&d)[128], uint64_t a, uint64_t b) {

@@ -24,6 +24,13 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encode;
 }
 
+// Autograd's thread may have called nothing on its device before, and the encoder wants it in use.
+inline void use_device() {
+  thread_local int used = -1;
+  int device = 0;
+  if (cudaGetDevice(&device) == cudaSuccess && device != used && cudaSetDevice(device) == cudaSuccess) used = device;
+}
+
 // A tensor with the innermost dimension first, loaded box by box; zero outside. Sizes and strides are in elements.
 template <int kDims>
 void describe_tensor(CUtensorMap& map, ScalarType dtype, const void* data, const int64_t (&sizes)[kDims],
@@ -35,6 +42,7 @@ void describe_tensor(CUtensorMap& map, ScalarType dtype, const void* data, const
                                                     : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   for (int i = 0; i < kDims; ++i) dims[i] = sizes[i], extent[i] = box[i], ones[i] = 1;
   for (int i = 0; i < kDims - 1; ++i) bytes[i] = strides[i] * (dtype == ScalarType::Float ? 4 : 2);
+  use_device();
   const CUresult result = tensor_map_encoder()(&map, type, kDims, const_cast<void*>(data), dims, bytes, extent, ones,
                                                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                                                CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

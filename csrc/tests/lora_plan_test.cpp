@@ -69,14 +69,14 @@ int main() {
   expect(takes(plan(Family::sum, 1, 16, out(3072)), A::precomputed), "less where the product is long");
   expect(takes(plan(Family::sum, 1, 16, [](LoraShape& s) { s.in = 3072; }), A::in_loop), "not where x is what is long");
 
-  expect(takes(plan(Family::indexed, 20, 16), A::mixed), "a tile may meet two images of 197 rows");
-  expect(plan(Family::indexed, 20, 16).slots == 1, "then its h is given");
+  expect(takes(plan(Family::indexed, 20, 16), A::precomputed), "a tile may meet two images of 197 rows");
+  expect(plan(Family::indexed, 20, 16).slots == 0, "then its h is given");
   expect(takes(plan(Family::indexed, 1, 16), A::in_loop), "but there may be one adapter only");
   const auto rows = [](int64_t n) { return [n](LoraShape& s) { s.M = 128 * 192, s.rows_per_id = n; }; };
   expect(takes(plan(Family::indexed, 20, 16, rows(128)), A::in_loop), "128 rows of an image are one tile");
-  expect(takes(plan(Family::indexed, 20, 16, rows(64)), A::mixed), "64 are half a tile");
+  expect(takes(plan(Family::indexed, 20, 16, rows(64)), A::precomputed), "64 are half a tile");
   expect(takes(plan(Family::indexed, 1, 64), A::precomputed), "a large rank is given");
-  expect(takes(plan(Family::indexed, 100, 16, rows(1)), A::mixed), "single rows are taken for segments");
+  expect(takes(plan(Family::indexed, 100, 16, rows(1)), A::precomputed), "single rows are taken for segments");
 
   const auto backward = [](LoraShape& s) { s.backward = true; };
   expect(takes(plan(Family::indexed, 20, 16, backward), A::precomputed), "transposed, h is given");
@@ -108,6 +108,32 @@ int main() {
   expect(takes(plan(Family::sum, 20, 16, few), A::low_rank), "nor for few rows");
 
   expect(plan(Family::sum, 1, 16).ctas == 132 && plan(Family::sum, 1, 16).waves == 6, "197 x 4 tiles on 132");
+  const auto product = [](Family family, int64_t T, int64_t r, const auto& change) {
+    LoraShape s{family, 128 * 197, 768, 768, T, r};
+    change(s);
+    return plora::h_by_product(s);
+  };
+  const auto as_is = [](LoraShape&) {};
+  const auto ampere = [](LoraShape& s) { s.capability = 80; };
+  expect(!product(Family::sum, 1, 64, as_is) && !product(Family::sum, 4, 9, as_is), "64 ranks are a kernel's own");
+  expect(product(Family::sum, 1, 65, as_is) && product(Family::sum, 5, 9, as_is), "72 are torch's, once padded");
+  expect(product(Family::sum, 1, 17, ampere) && !product(Family::sum, 1, 16, ampere), "24 elsewhere");
+  expect(product(Family::sum, 1, 64, [](LoraShape& s) { s.mma_only = true; }), "or when told so");
+  expect(product(Family::sum, 1, 64, [](LoraShape& s) { s.in = 764; }), "or with odd widths");
+  expect(!product(Family::sum, 1, 64, [](LoraShape& s) { s.in = 764, s.backward = true; }), "of the side that is read");
+  expect(!product(Family::indexed, 100, 64, ampere) && !product(Family::indexed, 2, 16, as_is), "never with ids");
+  expect(product(Family::all, 10, 16, as_is) && !product(Family::all, 50, 16, as_is), "up to 256 ranks of all");
+  expect(!product(Family::all, 10, 16, [](LoraShape& s) { s.half = false; }), "not in float32");
+  const auto reads = [](Family family, int64_t T, int64_t r, int64_t rows_per_id) {
+    LoraShape s{family, 128 * 197, 768, 768, T, r};
+    s.backward = true, s.rows_per_id = rows_per_id;
+    return plora::reads_lora_B(s);
+  };
+  expect(reads(Family::sum, 1, 16, 1) && reads(Family::sum, 1, 128, 1), "B of one adapter is read as it is");
+  expect(reads(Family::sum, 4, 16, 1) && !reads(Family::sum, 4, 8, 1), "of a sum where its ranks leave no gap");
+  expect(!reads(Family::all, 1, 16, 1), "of `all` never");
+  expect(reads(Family::indexed, 50, 16, 1) && reads(Family::indexed, 12, 8, 1), "with ids, too, with few gaps");
+  expect(!reads(Family::indexed, 13, 8, 1) && reads(Family::indexed, 13, 8, 197), "but not with many");
   expect(plora::padded_rank(0) == 8 && plora::padded_rank(8) == 8 && plora::padded_rank(9) == 16,
          "ranks come in eights");
   expect(plan(Family::sum, 3, 0).slots >= 0 && plan(Family::indexed, 3, 0).slots >= 0, "no rank at all");
