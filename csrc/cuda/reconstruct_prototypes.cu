@@ -439,9 +439,9 @@ Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tens
   const cudaStream_t stream = stream_of(old_);
 #ifndef PLORA_NO_SM90
   // From half a wave of its blocks of 128 on.
-  if (fast && !p.cold && p.vector_rows && p.vector_values && Co >= 64 * multiprocessors() && on_hopper()) {
+  if (!p.cold && p.vector_rows && p.vector_values && Co >= 64 * multiprocessors() && on_hopper()) {
     const FastReconstruction all{p.old, p.fresh, p.values, p.base, p.out, p.Co, p.Cn, p.D, p.Dv, p.scale};
-    reconstruct_fast(all, old, stream);
+    reconstruct_fast(all, fast, old, stream);
     return result();
   }
 #endif
