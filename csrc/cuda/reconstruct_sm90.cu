@@ -4,7 +4,8 @@
 //   reconstruct_kernel  a block owns 128 old classes and takes the new ones 256 at a time: their cosines become weights
 //                       in shared memory, which multiply the values, a tile of columns after the other
 //
-// One thread feeds a ring of stages; two warpgroups multiply, 64 rows each, in turn.
+// Blocks that would not fill a last wave are split by columns. One thread feeds a ring of stages; two warpgroups
+// multiply, 64 rows each, in turn.
 //
 // TF32: the matrix units cut operands to it. Norms are taken of what they see, and denominators of the weights that
 // they see.
@@ -35,16 +36,12 @@ constexpr uint32_t kBytesWeights = kRows * 128;  // of 32 keys
 constexpr uint32_t kWeights = kRows * kKeys * 4, kBarriers = kWeights + kStages * kStage;
 constexpr uint32_t kBytes = kBarriers + 24 * kStages;
 
-// The columns of a product: new classes, or of the values. In float32 a stage holds their low parts as well.
+constexpr int kSplitters = 96;  // threads
+constexpr float kEps = 1e-12f;  // norms below this count as this
+
+// The columns of a product: new classes, or of the values. In float32 their low parts take as much of a stage again.
 template <bool kStrict>
 constexpr int kTile = kStrict ? 128 : 256;
-template <bool kStrict>
-constexpr uint32_t kBytesTile = kTile<kStrict> * kDepth * 4;
-constexpr int kSplitters = 96;  // threads
-
-// What the matrix units see of it.
-__device__ inline float cut(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
-constexpr float kEps = 1e-12f;  // norms below this count as this
 
 struct Maps {
   CUtensorMap old, fresh, values;
@@ -53,7 +50,8 @@ struct Maps {
 struct Arguments : FastReconstruction {
   float *inverse_fresh, *inverse_old, *transposed;  // [padded], [Co], [Dv, ld]
   int64_t ld;
-  int padded;  // Cn up to a multiple of kKeys
+  int padded;              // Cn up to a multiple of kKeys
+  int whole, parts, each;  // the first so many blocks have all columns; then so many share 128 rows, `each` slices each
 };
 
 // To the nearest TF32.
@@ -63,8 +61,10 @@ __device__ inline float rounded(float x) {
   return __uint_as_float(bits);
 }
 
-// What is left of it: one or two bits more than the matrix units see, so that they are to round, not to cut, on
-// average.
+// What the matrix units see of it.
+__device__ inline float cut(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+
+// What is left of it. That may have two bits more than the units see; the factor makes them round it, about, not cut.
 __device__ inline float rest(float x) { return (x - cut(x)) * (1.f + 0x1p-12f); }
 
 // 2^x, which is no denormal here.
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t dynamic[];
   constexpr int kColumns = kTile<kStrict>;
-  constexpr uint32_t kTileBytes = kBytesTile<kStrict>;
+  constexpr uint32_t kTileBytes = kColumns * kDepth * 4;
   const uint32_t memory = sm90::smem_address(dynamic);
   const auto stage = [](uint32_t step) { return kWeights + step % kStages * kStage; };
   const auto full = [&](uint32_t step) { return memory + kBarriers + step % kStages * 24; };
@@ -133,8 +133,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0) - 1;
-  const int row0 = static_cast<int>(blockIdx.x) * kRows;
-  const int d_steps = (p.D + kDepth - 1) / kDepth, slices = (p.Dv + kColumns - 1) / kColumns;
+  const int over = static_cast<int>(blockIdx.x) - p.whole;
+  const int row0 = (over < 0 ? static_cast<int>(blockIdx.x) : p.whole + over / p.parts) * kRows;
+  const int slices = (p.Dv + kColumns - 1) / kColumns, d_steps = (p.D + kDepth - 1) / kDepth;
+  const int slice0 = over < 0 ? 0 : over % p.parts * p.each, slice1 = over < 0 ? slices : min(slices, slice0 + p.each);
   const auto v_steps = [&](int first) { return (min(p.Cn - first, kKeys) + kDepth - 1) / kDepth; };
   const auto end_of = [&](int first) { return min(p.Cn, first + kKeys); };
   uint32_t step = 0;
@@ -147,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         constexpr int kVectors = kTileBytes / 16, kEach = (kVectors + kSplitters - 1) / kSplitters;
         uint32_t steps = 0;
         for (int first = 0; first < p.Cn; first += kKeys)
-          steps += (end_of(first) - first + kColumns - 1) / kColumns * d_steps + slices * v_steps(first);
+          steps += (end_of(first) - first + kColumns - 1) / kColumns * d_steps + (slice1 - slice0) * v_steps(first);
 #pragma unroll 1
         for (; step < steps; ++step) {
           wait_for(full(step), step);
@@ -185,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           sm90::load_2d(&maps.fresh, full(step), to + kBytesOld, k * kDepth, at);
         }
 #pragma unroll 1
-      for (int slice = 0; slice < slices; ++slice)
+      for (int slice = slice0; slice < slice1; ++slice)
 #pragma unroll 1
         for (int k = 0; k < v_steps(first); ++k, ++step) {
           const uint32_t to = next(kTileBytes);
@@ -318,7 +320,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           factor[half] = 1.f / sum;
         }
 #pragma unroll 1
-      for (int slice = 0; slice < slices; ++slice) {
+      for (int slice = slice0; slice < slice1; ++slice) {
         // f(half, index in d, place) of all pairs of columns, eight apart: with its neighbour's other pair, a lane then
         // has four columns in a row.
         const bool odd = q % 2;
@@ -375,8 +377,14 @@ void launch(const FastReconstruction& p, const Tensor& like, cudaStream_t stream
   static_cast<FastReconstruction&>(a) = p;
   a.inverse_fresh = mutable_data<float>(inverse), a.inverse_old = a.inverse_fresh + padded;
   a.transposed = mutable_data<float>(transposed), a.ld = ld, a.padded = static_cast<int>(padded);
-  Maps maps;
+  // Blocks of a last wave that would leave multiprocessors idle share out the columns, each with weights of its own.
   constexpr int kColumns = kTile<kStrict>;
+  const int rows = (p.Co + kRows - 1) / kRows, slices = (p.Dv + kColumns - 1) / kColumns, most = multiprocessors();
+  a.whole = rows / most * most;
+  a.each = rows > a.whole ? std::max(1, (slices + most / (rows - a.whole) - 1) / (most / (rows - a.whole))) : slices;
+  a.parts = (slices + a.each - 1) / a.each;
+  const int blocks = a.whole + (rows - a.whole) * a.parts;
+  Maps maps;
   constexpr auto k64 = CU_TENSOR_MAP_SWIZZLE_64B;
   describe_tensor<2>(maps.old, ScalarType::Float, p.old, {p.D, p.Co}, {p.D}, {kDepth, kRows}, k64);
   describe_tensor<2>(maps.fresh, ScalarType::Float, p.fresh, {p.D, p.Cn}, {p.D}, {kDepth, kColumns}, k64);
@@ -385,7 +393,7 @@ void launch(const FastReconstruction& p, const Tensor& like, cudaStream_t stream
   prepare_kernel<kStrict><<<static_cast<unsigned>(norms + tiles), 256, 0, stream>>>(a);
   check_launch("reconstruct_prototypes");
   allow_shared_memory(&reconstruct_kernel<kStrict>, kBytes);
-  reconstruct_kernel<kStrict><<<static_cast<unsigned>((p.Co + kRows - 1) / kRows), kThreads, kBytes, stream>>>(maps, a);
+  reconstruct_kernel<kStrict><<<static_cast<unsigned>(blocks), kThreads, kBytes, stream>>>(maps, a);
   check_launch("reconstruct_prototypes");
 }
 
