@@ -4,8 +4,7 @@
 //   reconstruct_kernel  a block owns 128 old classes and takes the new ones 256 at a time: their cosines become weights
 //                       in shared memory, which multiply the values, a tile of columns after the other
 //
-// Blocks that would not fill a last wave are split by columns. One thread feeds a ring of stages; two warpgroups
-// multiply, 64 rows each, in turn.
+// One thread feeds a ring of stages; two warpgroups multiply, 64 rows each, in turn.
 //
 // TF32: the matrix units cut operands to it. Norms are taken of what they see, and denominators of the weights that
 // they see.
@@ -377,13 +376,14 @@ void launch(const FastReconstruction& p, const Tensor& like, cudaStream_t stream
   static_cast<FastReconstruction&>(a) = p;
   a.inverse_fresh = mutable_data<float>(inverse), a.inverse_old = a.inverse_fresh + padded;
   a.transposed = mutable_data<float>(transposed), a.ld = ld, a.padded = static_cast<int>(padded);
-  // Blocks of a last wave that would leave multiprocessors idle share out the columns, each with weights of its own.
+  // Float32: blocks of a last wave that would leave multiprocessors idle share out the columns, each with weights of
+  // its own. TF32 would wait for the L2 cache instead.
   constexpr int kColumns = kTile<kStrict>;
-  const int rows = (p.Co + kRows - 1) / kRows, slices = (p.Dv + kColumns - 1) / kColumns, most = multiprocessors();
-  a.whole = rows / most * most;
-  a.each = rows > a.whole ? std::max(1, (slices + most / (rows - a.whole) - 1) / (most / (rows - a.whole))) : slices;
-  a.parts = (slices + a.each - 1) / a.each;
-  const int blocks = a.whole + (rows - a.whole) * a.parts;
+  const int rows = (p.Co + kRows - 1) / kRows, left = rows % multiprocessors();
+  const int slices = (p.Dv + kColumns - 1) / kColumns;
+  const int shares = kStrict && left > 0 ? std::min(multiprocessors() / left, slices) : 1;
+  a.each = (slices + shares - 1) / shares, a.parts = (slices + a.each - 1) / a.each, a.whole = rows - left;
+  const int blocks = a.whole + left * a.parts;
   Maps maps;
   constexpr auto k64 = CU_TENSOR_MAP_SWIZZLE_64B;
   describe_tensor<2>(maps.old, ScalarType::Float, p.old, {p.D, p.Co}, {p.D}, {kDepth, kRows}, k64);
