@@ -257,6 +257,37 @@ def test_reconstruct_many_old_classes_in_tf32(Cn: int, D: int, Dv: int) -> None:
     assert result.isnan().sum() == len(old) + Dv - 1
 
 
+@pytest.mark.parametrize(
+    ("Co", "Cn", "D", "Dv"),
+    [(8500, 64, 4, 4), (8449, 129, 36, 260), (17_001, 257, 64, 64), (20_000, 300, 768, 768), (8600, 1030, 100, 40)],
+)
+def test_reconstruct_many_old_classes_in_float32(Co: int, Cn: int, D: int, Dv: int) -> None:
+    """Hopper has a kernel of its own for these, too: as exact as torch's float32 at any temperature."""
+    old, new, values = draw(Co, D, grad=False), draw(Cn, D, grad=False), draw(Cn, Dv, grad=False)
+    old[5] = 0
+    for tau, mode in ((1.0, "complement"), (0.1, "shift"), (0.03, "complement")):
+        if mode == "complement" or Dv == D:
+            verify("reconstruct_prototypes", [old, new, values], {"tau": tau, "mode": mode})
+    first = ops.reconstruct_prototypes(old, new, values, tau=0.1)
+    for _ in range(3):
+        assert torch.equal(ops.reconstruct_prototypes(old, new, values, tau=0.1), first)
+    old[7, 1] = values[-1, 2] = float("nan")
+    result = ops.reconstruct_prototypes(old, new, values, tau=0.1)
+    assert result.isnan().sum() == Co + Dv - 1
+
+
+def test_reconstruct_many_old_classes_without_their_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that no vector fits, and PLORA_CUDA_PATH=mma, take the path of other GPUs and tell the same."""
+    args = [draw(8500, 100, grad=False), draw(140, 100, grad=False), draw(140, 100, grad=False)]
+    result = ops.reconstruct_prototypes(*args, tau=0.1)
+    for i in range(3):
+        moved = [off_by_one(a) if i == j else a for j, a in enumerate(args)]
+        verify("reconstruct_prototypes", moved, {"tau": 0.1})
+        torch.testing.assert_close(ops.reconstruct_prototypes(*moved, tau=0.1), result, rtol=1e-4, atol=2e-6)
+    monkeypatch.setenv("PLORA_CUDA_PATH", "mma")
+    verify("reconstruct_prototypes", args, {"tau": 0.1})
+
+
 @pytest.mark.parametrize("tau", [1.0, 0.02, 1e-4])
 def test_zero_rows_and_any_temperature_give_no_nan(tau: float) -> None:
     old, new, values = (draw(n, 50, grad=False) for n in (40, 30, 30))

@@ -13,7 +13,7 @@ struct FastReconstruction {
   float scale;  // log2(e) / tau, so that exp((cos - 1) / tau) never vanishes
 };
 
-// In TF32, on compute capability 9.0, for enough old classes to keep it busy. `like`: a float32 tensor there.
-void reconstruct_fast(const FastReconstruction& p, const Tensor& like, cudaStream_t stream);
+// On compute capability 9.0, for enough old classes to keep it busy. `like`: a float32 tensor there.
+void reconstruct_fast(const FastReconstruction& p, bool tf32, const Tensor& like, cudaStream_t stream);
 
 }  // namespace plora::cuda

@@ -99,6 +99,11 @@ __device__ inline void hold(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+template <int kCount>
+__device__ inline void hold(uint32_t (&a)[kCount]) {  // or that factors are still read
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(a[i])::"memory");
+}
 
 // d[64, N] += a[64, 16] b[N, 16]^T, a in K-major order, b in K-major (kTransB = 0) or N-major order; of d the first
 // N / 2 registers.
@@ -144,6 +149,20 @@ __device__ inline void wgmma_tf32(float (&d)[128], uint64_t a, uint64_t b) {
                "%124,%125,%126,%127}, %128, %129, 1, 1, 1;"
                : PLORA_OPS96, PLORA_OPS32(96)
                : "l"(a), "l"(b));
+}
+
+// d[64, 128] = a[64, 8] b[128, 8]^T, or added to it. Of each warp's 16 rows of a, lane 4 g + q has [g, q], [g + 8, q],
+// [g, q + 4] and [g + 8, q + 4].
+template <bool kAdd>
+__device__ inline void wgmma_tf32(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,"
+      "%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,"
+      "%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, add, 1, 1;"
+      "\n}"
+      : PLORA_OPS32(0), PLORA_OPS32(32)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd));
 }
 
 // Four 8 x 8 matrices of 16-bit elements to shared memory; lane l gives the address of row l % 8 of matrix l / 8.
