@@ -57,11 +57,13 @@ def drift_map(before: Tensor, after: Tensor, ridge: float) -> Tensor:
 def solve_ridge(gram: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
     """(gram + ridge I)^-1 right in float64, by Cholesky; `gram` symmetric, changed in place.
 
-    Without a ridge, when fewer images than features leave no sound Cholesky factor, the solution of least norm.
+    The solution of least norm without a ridge, or where a pivot is within rounding of 0: with fewer images than
+    features, or features that say the same, there may be no sound Cholesky factor.
     """
     gram.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed or ridge == 0:
+    rounding = len(gram) * torch.finfo(gram.dtype).eps * gram.diagonal().max()
+    if failed or ridge == 0 or factor.diagonal().square().min() <= rounding:
         return torch.linalg.pinv(gram, hermitian=True) @ right
     return torch.cholesky_solve(right, factor)
 
