@@ -130,7 +130,7 @@ def project(s: Scenario, gpus: int) -> dict[str, float]:
     steps = math.ceil(images / (BATCH * gpus)) * s.E * s.T  # a step that is not full costs a whole one
     reduced = 2 * (gpus - 1) / gpus * (ADAPTER + 4 * s.c * WIDTH)
     tested = s.c * s.m * s.T * (s.T + 1) / 2
-    merged = s.T * (s.T + 1) / 2 * 4 * BLOCKS * seconds_per_merge()
+    merged = s.T * s.T * 4 * BLOCKS * seconds_per_merge()
     pairs = s.c * s.c * s.T * (s.T - 1) / 2
     return {
         "train": steps * BATCH * step / 3600,
@@ -141,7 +141,7 @@ def project(s: Scenario, gpus: int) -> dict[str, float]:
         "eval": tested * forward / gpus / 3600,
         "full": images / (BATCH * gpus) / math.ceil(images / (BATCH * gpus)),
         "bytes": steps * reduced,
-        "weights": 4 * PARAMETERS + MERGED,
+        "weights": 4 * PARAMETERS + 2 * MERGED,
         "adapters": s.T * ADAPTER,
         "prototypes": 4 * classes * WIDTH,
         "evaluation": 4 * (min(FEATURES, classes * s.m) * WIDTH + min(LOGITS, classes * classes * s.m)),
@@ -225,9 +225,10 @@ def _projection() -> str:
 
 def _memory() -> str:
     names: dict[str, Callable[[dict[str, float]], float]] = {
-        "weights, merged layers": lambda p: p["weights"],
+        "weights, merged layers before and after": lambda p: p["weights"],
         "adapters": lambda p: p["adapters"],
         "prototypes": lambda p: p["prototypes"],
+        "sums of the linear drift": lambda _: 16 * WIDTH**2,
         "features and logits of an evaluation": lambda p: p["evaluation"],
         "written to checkpoints in a run": lambda p: p["written"],
     }

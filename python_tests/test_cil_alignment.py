@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plora_ext.cil import metrics
-from plora_ext.cil.alignment import ALIGNMENTS, align, class_means, drift_map
+from plora_ext.cil.alignment import ALIGNMENTS, Drift, align, class_means, drift_map, solve_ridge
 from plora_ext.cil.fusion import coefficients, to_directions
 
 TAU, RIDGE = 0.07, 0.2
@@ -88,6 +88,141 @@ def test_alignment_refuses(drift: tuple[Tensor, Tensor, Tensor, Tensor]) -> None
         align("ridge", *drift)
     with pytest.raises(ValueError, match="every class needs a feature, got none for class 3"):
         class_means(before, labels, 4)
+
+
+# ---------------------------------------------------------------------- streaming
+
+SPLITS = [[30], [1] * 30, [0, 7, 0, 1, 22, 0], [29, 1]]
+
+
+def streamed(name: str, drift: tuple[Tensor, Tensor, Tensor, Tensor], sizes: list[int]) -> Drift:
+    old, *parts = drift
+    sums = Drift(name, old, 3, tau=TAU, ridge=RIDGE)
+    for before, after, labels in zip(*(part.split(sizes) for part in parts)):
+        sums.add(before, after, labels)
+    return sums
+
+
+@pytest.mark.parametrize("name", ALIGNMENTS)
+def test_batches_are_as_the_whole(name: str, drift: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    old, before, after, labels = drift
+    wide = old.double(), before.double(), after.double(), labels
+    expected = by_hand(name, *wide)
+    for sizes in SPLITS:
+        exact = streamed(name, wide, sizes).align()
+        assert exact.dtype == torch.float64
+        np.testing.assert_allclose(exact.numpy(), expected, rtol=1e-12, atol=1e-12)
+        sums = streamed(name, drift, sizes)
+        assert torch.equal(sums.align(), sums.align())  # looking changes nothing
+        assert torch.equal(sums.align(), streamed(name, drift, sizes).align())
+        np.testing.assert_allclose(sums.align().numpy(), expected, rtol=1e-5, atol=1e-6)
+        for mean, features in zip(sums.means(), (before, after)):
+            assert torch.equal(mean, class_means(features, labels, 3))
+
+
+def test_sums_are_float64(generator: torch.Generator) -> None:
+    """A thousandth of movement far away from the origin, which float32 sums of squares would not see."""
+    labels = torch.arange(4000) % 2
+    before = 100 + torch.randn(4000, 6, generator=generator)
+    after = before + 1e-3 * torch.randn(4000, 6, generator=generator)
+    old = 100 + torch.randn(3, 6, generator=generator)
+    b, move = before.double(), (after.double() - before.double())
+    gram = b.T @ b
+    for ridge in (0.0, 1e-6):
+        regular = gram + ridge * gram.diagonal().mean() * torch.eye(6)
+        expected = old.double() @ torch.linalg.solve(regular, b.T @ move)
+        sums = Drift("ridge", old.double(), 2, ridge=ridge)
+        for f, g, y in zip(before.split(77), after.split(77), labels.split(77)):
+            sums.add(f, g, y)
+        torch.testing.assert_close(sums.align() - old, expected, rtol=1e-6, atol=1e-10)
+
+
+def test_more_images_than_are_taken_at_a_time(generator: torch.Generator) -> None:
+    before, after = torch.randn(2, 2500, 4, generator=generator)
+    drift = torch.randn(3, 4, generator=generator), before, after, torch.arange(2500) % 3
+    np.testing.assert_allclose(streamed("sdc", drift, [2500]).align(), streamed("sdc", drift, [1] * 2500).align(), 1e-6)
+    torch.testing.assert_close(
+        align("ridge", *drift, ridge=0.2), drift[0] @ (torch.eye(4) + drift_map(before, after, 0.2).float())
+    )
+
+
+@pytest.mark.parametrize("name", ALIGNMENTS)
+def test_one_image_and_none(name: str, generator: torch.Generator) -> None:
+    old, before, after = (torch.randn(n, 6, generator=generator) for n in (4, 1, 1))
+    move = after - before
+    share = (old @ before.T) / before.square().sum() / (1 + RIDGE / 6)
+    expected = {
+        "none": old,
+        "complement": after.expand(4, 6),
+        "shift": old + move,
+        "sdc": old + move,
+        "ridge": old + share * move,
+        "semantic": old + move + (share - 1 / (1 + RIDGE / 6)) * move,
+    }[name]
+    one = align(name, old, before, after, torch.zeros(1, dtype=torch.int64), tau=TAU, ridge=RIDGE)
+    torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
+    nothing = old, before[:0], after[:0], torch.zeros(0, dtype=torch.int64)
+    if name in ("complement", "shift", "semantic"):
+        with pytest.raises(ValueError, match="new must hold at least one class"):
+            align(name, *nothing)
+    else:
+        assert torch.equal(align(name, *nothing), old)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-17, 0.1])
+def test_singular_sums(ridge: float, generator: torch.Generator) -> None:
+    """Features that repeat, are zero, or are more than the images: the solution of least norm if there is no ridge."""
+    before, after = torch.randn(2, 40, 6, generator=generator)
+    cases = {
+        "few images": (before[:4], after[:4]),
+        "a feature twice": (before[:, [0, 1, 2, 3, 4, 4]], after),
+        "a zero feature": (before * torch.tensor([1, 1, 0, 1, 1, 1]), after),
+        "zero features": (torch.zeros(40, 6), after),
+    }
+    for what, (f, g) in cases.items():
+        b, d = f.double(), g.double() - f.double()
+        gram = b.T @ b
+        expected = torch.linalg.pinv(gram + ridge * gram.diagonal().mean() * torch.eye(6), hermitian=True) @ b.T @ d
+        old = torch.randn(3, 6, generator=generator)
+        aligned = align("ridge", old, f, g, torch.zeros(len(f), dtype=torch.int64), ridge=ridge)
+        torch.testing.assert_close(aligned, (old + old.double() @ expected).float(), msg=what, rtol=1e-4, atol=1e-5)
+        gaps = b @ solve_ridge(gram.clone(), b.T @ d, torch.tensor(0.0)) - d
+        torch.testing.assert_close(b.T @ gaps, torch.zeros_like(gram), rtol=0, atol=1e-9)  # the least squares
+
+
+def test_sdc_where_all_similarities_are_small(drift: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    _, before, after, labels = drift
+    before = before[:1] + 1e-3 * before  # all of them the opposite of the prototype
+    for tau in (0.05, 0.004, 1e-4):
+        aligned = align("sdc", -before[:1], before, after, labels, tau=tau)
+        cosines = np.float64(1) * torch.nn.functional.cosine_similarity(-before[:1].double(), before.double()).numpy()
+        grown = np.exp((cosines - cosines.max()) / tau)
+        expected = (grown / grown.sum()) @ (after - before).double().numpy() - before[0].numpy()
+        assert bool(aligned.isfinite().all())
+        if tau > 1 / 300:
+            np.testing.assert_allclose(aligned[0].numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_streaming_refuses(drift: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    old, before, after, labels = drift
+    with pytest.raises(ValueError, match="alignment must be one of none"):
+        Drift("linear", old, 3)
+    with pytest.raises(ValueError, match="tau must be positive, got 0"):
+        Drift("sdc", old, 3, tau=0)
+    for wrong in (before[:29], before[:, :7], before[0]):
+        with pytest.raises(ValueError, match="before and after must be"):
+            Drift("sdc", old, 3).add(wrong, after, labels)
+    for name in ALIGNMENTS:
+        for bad in (torch.nan, torch.inf):
+            worse = after.clone()
+            worse[3, 2] = bad
+            with pytest.raises(ValueError, match="must be finite"):
+                streamed(name, (old, before, worse, labels), [10, 20]).align()
+    lacking = Drift("shift", old, 4)
+    lacking.add(before, after, labels)
+    for look in (lacking.align, lacking.means):
+        with pytest.raises(ValueError, match="every class needs a feature, got none for class 3"):
+            look()
 
 
 def test_fusion_rules() -> None:

@@ -8,12 +8,14 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from plora_ext.cil import Images, Result, Settings, run
+from plora_ext.cil.alignment import align, class_means
 from plora_ext.cil.engine import pick_device
 from plora_ext.cil.heads import HEADS
 from plora_ext.cil.inflora import Subspaces, share_after
-from plora_ext.cil.methods import METHODS, Method
+from plora_ext.cil.methods import METHODS, Method, PLoRA
+from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Progress, Trainer
-from plora_ext.data import Backbone
+from plora_ext.data import Backbone, View
 from plora_ext.nn import MultiLoRALinear
 
 CLASSES = 6
@@ -73,6 +75,43 @@ def test_fusion_rules(fusion: str, onto: str, images: Images) -> None:
 def test_heads_in_the_loop(head: str, method: str, images: Images) -> None:
     result = learn(images, method=method, head=head, projections=100, replay_epochs=5, epochs=1)
     assert result.curve[-1] > 2 * 100 / CLASSES and "head" in result.seconds
+
+
+@pytest.mark.parametrize(("fusion", "onto"), [*PAIRS[::2], PAIRS[-1]])
+@pytest.mark.parametrize("alignment", ["semantic", "sdc"])
+def test_old_and_new_features_from_one_look(
+    fusion: str, onto: str, alignment: str, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prototypes are those of whole feature matrices, read before and after the task; images are looked at once."""
+    looked, split = [0], View.split
+
+    def counted(self: View, batch_size: int):
+        looked[0] += len(self)
+        return split(self, batch_size)
+
+    class Twice(PLoRA):
+        def learn(self, task: Task, view: View, labels: torch.Tensor) -> None:
+            before, old = self.features(view), self.prototypes
+            super().learn(task, view, labels)
+            after, new = self.features(view), class_means(self.features(view), labels, 2)
+            if old is not None:
+                old = align(s.alignment, old, before, after, labels, tau=s.tau, ridge=s.ridge)
+                assert (old - self.prototypes[:-2]).abs().max() < 1e-5 * old.abs().max()
+                assert (after - before).abs().max() > 1e-3 * old.abs().max()
+            assert torch.equal(new, self.prototypes[-2:])
+
+        def train_and_fuse(self, *args) -> None:
+            super().train_and_fuse(*args)
+            looked[0] = 0
+
+        def _teach(self, *args) -> None:
+            assert looked[0] == 40
+            super()._teach(*args)
+
+    s = Settings(method="plora", alignment=alignment)
+    monkeypatch.setattr(View, "split", counted)
+    chosen = {"fusion": fusion, "onto": onto, "alignment": alignment, "head": "ranpac", "projections": 50}
+    learn(images, make=Twice, epochs=1, eval_batch_size=7, **chosen)
 
 
 def adapted(kept: list[Method], images: Images, **settings) -> dict[str, MultiLoRALinear]:

@@ -213,6 +213,40 @@ def test_contexts_restore_what_was_active() -> None:
     assert torch.equal(adapters.model(x), y)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_frozen_stays_what_the_model_was(autocast: bool) -> None:
+    adapters, x = make(["q", "v", "proj"], ranks=(4, 1, 3)), images()
+    adapters.model.eval()
+    with torch.no_grad(), torch.autocast("cpu", enabled=autocast):
+        for names, coefficients in (["t0", "t2"], [0.5, 0.7]), ("t1", None), (None, None):
+            adapters.set_adapter(names, coefficients)
+            old, y = adapters.frozen(), adapters.model(x)
+            assert torch.equal(old(x), y)
+            for parameter in adapters.parameters():
+                parameter.mul_(1.1)
+            adapters.set_adapter(adapters.names)
+            now = adapters.model(x)
+            assert not torch.equal(now, y)
+            assert torch.equal(old(x), y) and torch.equal(adapters.model(x), now)
+            assert torch.equal(old(x[:1]), old(x)[:1]) or autocast
+    assert adapters.active == adapters.names
+    adapters.merge()
+    for use in (adapters.frozen, lambda: old(x)):
+        with pytest.raises(RuntimeError, match="merged"):
+            use()
+
+
+def test_frozen_where_the_model_reads_weights_itself() -> None:
+    torch.manual_seed(0)
+    model = Beit(img_size=32, patch_size=8, embed_dim=D, depth=1, num_heads=2, num_classes=0).eval()
+    adapters, x = make(["qkv"], model=model), images()
+    adapters.set_adapter("t1")
+    old, y = adapters.frozen(), model(x)
+    adapters.set_adapter("t2")
+    torch.testing.assert_close(old(x), y)
+    assert (model(x) - y).abs().max() > 1e-3
+
+
 def test_unload() -> None:
     x = images()
     for merge in (True, False):

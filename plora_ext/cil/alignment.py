@@ -13,17 +13,20 @@ P_ck = softmax_k(cos(p_c, p_k) / tau), an old prototype p_c becomes
     semantic    p_c (I + R) + sum_k P_ck (p'_k - p_k (I + R))
 
 The last, the default, applies the linear drift first and then what it leaves unexplained of the new classes' own drift.
+All of them follow from sums over the images (`Drift`), so no more features are held than those of a batch.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from plora_ext import ops
 from plora_ext.cil.distributed import SINGLE, World
 
 ALIGNMENTS = ("none", "complement", "shift", "sdc", "ridge", "semantic")
+ROWS = 1024  # features that are made float64 at a time
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int, world: World = SINGLE) -> Tensor:
@@ -35,7 +38,10 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int, world: World
     Raises:
         ValueError: A class without a feature.
     """
-    sums, counts = world.sum_(*ops.class_sums(features, labels, num_classes))
+    return _means(*world.sum_(*ops.class_sums(features, labels, num_classes)))
+
+
+def _means(sums: Tensor, counts: Tensor) -> Tensor:
     if not bool(counts.all()):
         raise ValueError(f"every class needs a feature, got none for class {int((counts == 0).nonzero()[0])}")
     return sums / counts[:, None]
@@ -51,13 +57,126 @@ def drift_map(before: Tensor, after: Tensor, ridge: float) -> Tensor:
 def solve_ridge(gram: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
     """(gram + ridge I)^-1 right in float64, by Cholesky; `gram` symmetric, changed in place.
 
-    Without a ridge, when fewer images than features leave no sound Cholesky factor, the solution of least norm.
+    The solution of least norm without a ridge, or where a pivot is within rounding of 0: with fewer images than
+    features, or features that say the same, there may be no sound Cholesky factor.
     """
     gram.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed or ridge == 0:
+    rounding = len(gram) * torch.finfo(gram.dtype).eps * gram.diagonal().max()
+    if failed or ridge == 0 or factor.diagonal().square().min() <= rounding:
         return torch.linalg.pinv(gram, hermitian=True) @ right
     return torch.cholesky_solve(right, factor)
+
+
+class Drift:
+    """The sums over images from which `align` follows: features come batch by batch and are not kept.
+
+    With F and G the features [n, D] before and after, they are
+
+        linear drift   F' F and F' (G - F), [D, D] each                                   for ridge, semantic
+        image drift    sum_j e_cj (G_j - F_j) and sum_j e_cj with e_cj = exp((cos(p_c, F_j) - 1) / tau)   for sdc
+        class sums     of F and of G, and the classes' numbers of images
+
+    Class sums are float32 and have the same bits however the images are split into batches. All else is float64, with
+    the same bits for the same batches; over others it differs by float64's rounding. A cosine is at most 1, so that
+    e_cj needs no running maximum; it is held above exp(-600), which matters below tau = 1/300, lest all of them vanish.
+
+    Args:
+        alignment: none, complement, shift, sdc, ridge or semantic.
+        prototypes: Those of the old classes, [C, D].
+        num_classes: New classes.
+        tau: Temperature of the similarities.
+        ridge: Strength of the ridge, relative to the mean of diag(F' F).
+
+    Raises:
+        ValueError: An unknown alignment, or a tau that is not positive.
+    """
+
+    def __init__(
+        self, alignment: str, prototypes: Tensor, num_classes: int, *, tau: float = 0.05, ridge: float = 0.1
+    ) -> None:
+        if alignment not in ALIGNMENTS:
+            raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, got {alignment!r}")
+        if not tau > 0:
+            raise ValueError(f"tau must be positive, got {tau}")
+        self.alignment, self.prototypes, self.tau, self.ridge = alignment, prototypes, tau, ridge
+        (C, D), wide = prototypes.shape, torch.promote_types(prototypes.dtype, torch.float32)
+        linear, images = (D if alignment in ("ridge", "semantic") else 0), (C if alignment == "sdc" else 0)
+        zeros = prototypes.new_zeros
+        self.gram, self.cross = (zeros(linear, linear, dtype=torch.float64) for _ in range(2))
+        self.moved, self.weight = zeros(images, D, dtype=torch.float64), zeros(images, 1, dtype=torch.float64)
+        self.sums = zeros(num_classes, 2 * D, dtype=wide)
+        self.counts, self.unsound = (zeros(size, dtype=torch.int64) for size in ((num_classes,), ()))
+
+    @torch.no_grad()
+    def add(self, before: Tensor, after: Tensor, labels: Tensor) -> None:
+        """Takes in n images, which may be none; the host does not wait for the device.
+
+        Args:
+            before, after: Features [n, D] under the old and the new model.
+            labels: int64 [n], the new classes counted from 0.
+
+        Raises:
+            ValueError: Shapes do not fit.
+        """
+        if before.shape != after.shape or before.dim() != 2 or before.shape[1] != self.prototypes.shape[1]:
+            shapes = f"{list(before.shape)}, {list(after.shape)} and {list(self.prototypes.shape)}"
+            raise ValueError(f"before and after must be [n, D] and prototypes [C, D], got {shapes}")
+        both = torch.cat([before, after], 1).to(self.sums.dtype)
+        self.unsound += (~torch.isfinite(both)).sum()
+        ops.class_sums(both, labels, len(self.counts), sums=self.sums, counts=self.counts)
+        if not len(self.gram) + len(self.moved):
+            return
+        for old, new in zip(before.split(ROWS), after.split(ROWS)):
+            old, drift = old.double(), new.double() - old.double()
+            if len(self.gram):
+                self.gram.addmm_(old.T, old)
+                self.cross.addmm_(old.T, drift)
+            if len(self.moved):
+                cosines = F.normalize(self.prototypes.double()) @ F.normalize(old).T
+                similar = ((cosines - 1) / self.tau).clamp_(min=-600).exp_()
+                self.moved.addmm_(similar, drift)
+                self.weight += similar.sum(1, keepdim=True)
+
+    def gather(self, world: World) -> None:
+        """Makes the sums those over the images of all processes."""
+        world.sum_(self.gram, self.cross, self.moved, self.weight, self.sums, self.counts, self.unsound)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Means of the new classes before and after, [classes, D] each.
+
+        Raises:
+            ValueError: A class without an image.
+        """
+        before, after = _means(self.sums, self.counts).chunk(2, 1)
+        return before.contiguous(), after.contiguous()
+
+    def align(self) -> Tensor:
+        """The prototypes in the space of the new model; as they were where no image tells of a linear or image drift.
+
+        Raises:
+            ValueError: A feature was not finite; a new class without an image, where the formula needs its mean.
+        """
+        alignment, old = self.alignment, self.prototypes
+        if self.unsound:
+            raise ValueError("before and after must be finite, got a feature that is not")
+        if alignment == "none":
+            return old
+        if alignment == "sdc":
+            return (old.double() + self.moved / self.weight.clamp(min=1e-300)).to(old.dtype)
+        drifted = old
+        if alignment in ("ridge", "semantic"):
+            move = solve_ridge(self.gram.clone(), self.cross, self.ridge * self.gram.diagonal().mean())
+            move.diagonal().add_(1)
+            drifted = (old.double() @ move).to(old.dtype)
+        if alignment == "ridge":
+            return drifted
+
+        old_space, new_space = self.means()
+        if alignment == "semantic":
+            left = new_space - (old_space.double() @ move).to(new_space.dtype)
+            return drifted + ops.reconstruct_prototypes(old, old_space, left, tau=self.tau, mode="complement")
+        return ops.reconstruct_prototypes(old, old_space, new_space, tau=self.tau, mode=alignment)
 
 
 def align(
@@ -82,27 +201,6 @@ def align(
     Raises:
         ValueError: An unknown alignment, features of different shapes, or features that are not finite.
     """
-    if alignment not in ALIGNMENTS:
-        raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, got {alignment!r}")
-    if before.shape != after.shape or before.shape[1] != prototypes.shape[1]:
-        shapes = f"{list(before.shape)}, {list(after.shape)} and {list(prototypes.shape)}"
-        raise ValueError(f"before and after must be [n, D] and prototypes [C, D], got {shapes}")
-    if not bool(torch.isfinite(before).all() and torch.isfinite(after).all()):
-        raise ValueError("before and after must be finite, got a feature that is not")
-    if alignment == "none":
-        return prototypes
-    if alignment == "sdc":
-        return ops.reconstruct_prototypes(prototypes, before, after, tau=tau, mode="shift")
-    drifted = prototypes
-    if alignment in ("ridge", "semantic"):
-        moved = torch.eye(before.shape[1], dtype=torch.float64, device=before.device) + drift_map(before, after, ridge)
-        drifted = (prototypes.double() @ moved).to(prototypes.dtype)
-    if alignment == "ridge":
-        return drifted
-
-    num_new = int(labels.max()) + 1
-    old_space, new_space = class_means(before, labels, num_new), class_means(after, labels, num_new)
-    if alignment == "semantic":
-        left = new_space - (old_space.double() @ moved).to(new_space.dtype)
-        return drifted + ops.reconstruct_prototypes(prototypes, old_space, left, tau=tau, mode="complement")
-    return ops.reconstruct_prototypes(prototypes, old_space, new_space, tau=tau, mode=alignment)
+    drift = Drift(alignment, prototypes, int(labels.max()) + 1 if len(labels) else 0, tau=tau, ridge=ridge)
+    drift.add(before, after, labels)
+    return drift.align()

@@ -6,8 +6,8 @@ of anything, the process of rank r among R has r, r + R, r + 2R, ...
     training     each batch of the single process, divided; DistributedDataParallel averages the gradients of losses
                  scaled by R * own rows / all rows, which gives the mean over the whole batch also when it is uneven
     class means  `class_sums` of the own rows, summed over the processes: C D numbers travel
-    features     where a formula is over samples (alignment, heads): all rows on every process, n D numbers; less than
-                 the D x D sums that the formulas begin with as long as a task has fewer than about D images a process
+    alignment    the sums of the own rows that it follows from, likewise: two of D x D for the linear drift
+    features     where a head learns from them: all rows on every process, n D numbers
     evaluation   every process predicts its own test images; the classes are put together, none twice
     random       order and augmentation are drawn by every process for all images, so that they are those of a single
                  process and a checkpoint does not depend on R; inside the model each rank draws its own (dropout)

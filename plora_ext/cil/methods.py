@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from plora_ext import ops
 from plora_ext.cil import fusion
-from plora_ext.cil.alignment import align, class_means
+from plora_ext.cil.alignment import Drift, class_means
 from plora_ext.cil.checkpoint import adapters_state, restore_adapters, to_device
 from plora_ext.cil.features import space_fingerprints
 from plora_ext.cil.heads import create_head
@@ -192,22 +192,47 @@ class PLoRA(_Adapted):
         self.subspaces = Subspaces()  # of init: inflora
 
     def learn(self, task: Task, images: View, labels: Tensor) -> None:
-        before = None
-        if task.index:
-            with self.trainer.phases("prototypes"):
-                before = self.world.spread(self.features, images)
+        if self.prototypes is None:
+            self.train_and_fuse(task, images, labels)
+            self._append_means(task, images, labels)
+            return
+        s, older = self.settings, (self.adapters.names, self.coefficients)
+        # `learned` goes on to change the older adapters; elsewhere they need not be held as weights while one trains.
+        before = self._frozen() if s.fusion == "learned" else None
         self.train_and_fuse(task, images, labels)
+        drift = Drift(s.alignment, self.prototypes, len(task.classes), tau=s.tau, ridge=s.ridge)
         with self.trainer.phases("prototypes"):
-            after = self.world.spread(self.features, images)
-            new = class_means(after, labels, len(task.classes))
-        if self.prototypes is None or before is None:
-            self.prototypes = new
-        else:
-            with self.trainer.phases("align"):
-                s = self.settings
-                old = align(s.alignment, self.prototypes, before, after, labels, tau=s.tau, ridge=s.ridge)
-            self.prototypes = torch.cat([old, new])
-        self._teach(before, after, labels)
+            if before is None:
+                self.adapters.set_adapter(*older)
+                before = self._frozen()
+                self.activate()
+            features = self._read_both(before, images, labels, drift)
+        with self.trainer.phases("align"):
+            self.prototypes = torch.cat([drift.align(), drift.means()[1]])
+        if features is not None:
+            self._teach(features[:, 0], features[:, 1], labels)
+
+    def _frozen(self) -> Callable[[Tensor], Tensor]:
+        with self.trainer.speed.autocast():
+            return self.adapters.frozen()
+
+    def _read_both(
+        self, before: Callable[[Tensor], Tensor], images: View, labels: Tensor, drift: Drift
+    ) -> Tensor | None:
+        """Feeds `drift` an image's features under the model `before` and under the present one, from one look at it.
+
+        Returns:
+            Features [n, 2, D] of all images where a head learns from them, else nothing.
+        """
+        own, kept = self.world.rows(len(images)), []
+        parts = labels[own.to(labels.device)].split(self.settings.eval_batch_size)
+        both = self.trainer.read(images[own], lambda batch: torch.stack([before(batch), self.trainer.model(batch)], 1))
+        for features, part in zip(both, parts, strict=True):
+            drift.add(features[:, 0], features[:, 1], part)
+            if self.classifier is not None:
+                kept.append(features)
+        drift.gather(self.world)
+        return self.world.gather(torch.cat(kept), len(images)) if kept else None
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "subspaces": self.subspaces.bases}

@@ -50,11 +50,12 @@ class Speed:
             images = images.contiguous(memory_format=torch.channels_last)
         gradients = torch.is_grad_enabled()
         self._largest[gradients] = max(self._largest[gradients], len(images))
-        with (
-            self._eager(len(images) < self._largest[gradients]),
-            torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None),
-        ):
+        with self._eager(len(images) < self._largest[gradients]), self.autocast():
             return model(images).float()
+
+    def autocast(self) -> torch.autocast:
+        """The context of a pass: amp."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     @contextmanager
     def passes(self, compiled: bool = True) -> Iterator[None]:

@@ -203,19 +203,22 @@ class Trainer:
         optimizer.zero_grad()  # a frozen adapter needs no memory for its gradient
         self.model.eval()
 
-    @torch.no_grad()
     def features(self, images: View, model: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Features float32 [n, D] of n images, by the test transform.
 
         Args:
             model: what to call instead of the model itself, an ensemble of it for [n, T, D].
         """
+        return torch.cat(list(self.read(images, model)))
+
+    @torch.no_grad()
+    def read(self, images: View, model: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
+        """The same in batches of `eval_batch_size`, one after another."""
         if self.model.training:  # eval() makes adapted layers merge their adapters anew
             self.model.eval()
         self.progress.read(len(images))
-        features = []
         with lower_on_exhaustion("eval_batch_size"), self.speed.passes(model is None):
             for batch in images.split(self.settings.eval_batch_size):
-                features.append(self._forward(batch, model or self.model))
+                features = self._forward(batch, model or self.model)
                 self.progress.step(len(batch))
-        return torch.cat(features)
+                yield features

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext.cil import fusion
-from plora_ext.cil.alignment import align, class_means
+from plora_ext.cil.alignment import Drift, class_means
 from plora_ext.nn import CosineHead, PrototypeBank, inject
 
 __all__ = ["PLoRANet"]
@@ -106,24 +106,21 @@ class PLoRANet(nn.Module):
         """
         self.eval()
         count = len(self.adapters.names)
-        old, new, all_labels = [], [], []
         known = [c for c in self.bank.classes if c not in set(self.task_classes.tolist())]
-        for images, labels in batches:
-            if known:
-                self._fuse(count - 1)
-                old.append(self.backbone(images).float())
-            self._fuse(count)
-            new.append(self.backbone(images).float())
-            all_labels.append(labels)
-        self._fuse(count)
-        features, labels = torch.cat(new), torch.cat(all_labels)
         if known:
-            local = torch.searchsorted(self.task_classes, labels)
-            moved = align(
-                self.alignment, self.bank.select(known), torch.cat(old), features, local, tau=self.tau, ridge=self.ridge
+            self._fuse(count - 1)
+            before = self.adapters.frozen()
+            drift = Drift(
+                self.alignment, self.bank.select(known), len(self.task_classes), tau=self.tau, ridge=self.ridge
             )
-            self.bank.set(known, moved)
-        self.bank.update(features, labels)
+        self._fuse(count)
+        for images, labels in batches:
+            features = self.backbone(images).float()
+            if known:
+                drift.add(before(images).float(), features, torch.searchsorted(self.task_classes, labels))
+            self.bank.update(features, labels)
+        if known:
+            self.bank.set(known, drift.align())
         self.adapters.train_adapter(None)
         self.task_classes = self.task_classes[:0]
         self.directions = nn.Parameter(self.directions[:0].clone())

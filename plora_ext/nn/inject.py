@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from plora_ext import ops
 from plora_ext.nn.linear import MultiLoRALinear, is_plain_linear
@@ -242,6 +243,30 @@ class Adapters:
         self._require_unmerged()
         with self._temporarily(_active=(), _coefficients=None, _batch=None):
             yield
+
+    @torch.no_grad()
+    def frozen(self) -> Callable[..., Any]:
+        """The model under the active set as it is now, as a function for use in eval mode without gradients.
+
+        It holds a merged weight for every adapted layer, so that it stays what it is whatever becomes of the adapters,
+        and costs no more than a plain model; under autocast the weights are merged in its dtype.
+
+            before = adapters.frozen()
+            ...                                 # train, add, set_adapter
+            before(images), model(images)       # the features of the old and of the new model
+
+        Raises:
+            RuntimeError: the adapters are merged, here or when the function is called.
+        """
+        self._require_unmerged()
+        weights = {f"{key}.base_layer.weight": layer._merge(layer._active) for key, layer in self.layers.items()}
+
+        @torch.no_grad()
+        def call(*inputs: Any) -> Any:
+            with self.disabled():
+                return functional_call(self.model, weights, inputs, tie_weights=False)
+
+        return call
 
     @contextmanager
     def _temporarily(self, **state: Any) -> Iterator[None]:
