@@ -72,6 +72,9 @@ constexpr int64_t kAllRanks = 256, kAllProducts = int64_t{3} << 30;
 // What an adapter's ranks are filled up to where low_rank_sm90.cu reads lora_B as it is: a row of shared memory, which
 // may be 16, 32 or 64 ranks.
 constexpr int64_t kFactorRow = 16;
+// Bytes of x and y above which adding to a given y is two kernels on Hopper, cuda/low_rank_sm90.cu and add_sm90.cu:
+// together they take 1.3 times what the bytes do and a launch more, low_rank.cu twice that or more.
+constexpr int64_t kTwoKernels = int64_t{16} << 20;
 // As measured on an H200: operations per second and multiprocessor, bytes per second, seconds. Of a slot in the main
 // loop: its share of the product, and seconds per wave; of a given slot: seconds per wave.
 constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kLaunch = 2.5e-6;
@@ -143,6 +146,16 @@ inline bool reads_lora_B(const LoraShape& s) {
   if (s.family == Family::all) return false;
   if (columns == rank) return true;
   return s.family == Family::sum ? s.T == 1 : adapters_of_tile(s) * columns <= 192;
+}
+
+// Whether the low-rank part that is added to a y, or is all of it, goes through add_sm90.cu.
+inline bool adds_on_hopper(const LoraShape& s) {
+  using namespace lora_plan;
+  const int64_t K = s.backward ? s.out : s.in, N = s.backward ? s.in : s.out, rank = padded_rank(s.r);
+  if (s.family == Family::all || s.capability != 90 || s.mma_only || !s.half || !s.aligned) return false;
+  if (K == 0 || K % 8 != 0 || N == 0 || N % 8 != 0) return false;
+  if (s.T > INT16_MAX || s.T * rank >= int64_t{1} << 25 || adapters_of_tile(s) * rank > kGivenRanks) return false;
+  return 2 * s.M * (K + 2 * N) >= kTwoKernels;
 }
 
 inline LoraPlan plan_lora(const LoraShape& s) {
