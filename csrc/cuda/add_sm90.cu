@@ -25,7 +25,7 @@ namespace {
 constexpr int kRows = lora_plan::kTileRows, kColumns = lora_plan::kTileColumns, kSlot = lora_plan::kSlot;
 constexpr int kPart = 64, kParts = kColumns / kPart;  // columns that a warp has in registers
 constexpr int kWarps = kRows / 16, kThreads = 32 * kWarps + 32, kBlocks = 3;
-constexpr int kResident = 2, kStages = 3;  // slots that stay; of the ring
+constexpr int kResident = 2, kStages = 4;  // slots that stay; of the ring
 
 // Bytes. A part of y: [128, 64], each row 128 bytes, swizzled. Of a slot: s h [128, 16] and, for each part, `up`
 // [64, 16], or [16, 64] where it is transposed.
@@ -96,9 +96,11 @@ __device__ inline void feed(const Maps& maps, const Arguments& a, const Tile& ti
 #pragma unroll 1
     for (int part = 0; part < parts; ++part) {
       sm90::barrier_arrive_expect(memory.full(part), slots * (kSlotUp + (part == 0 ? kSlotH : 0)));
+#pragma unroll 1
       for (int i = 0; i < slots; ++i) load_up(memory.full(part), memory.up(slots, part * kResident + i), i, part);
     }
     wait_for_predecessor();  // it makes s h
+#pragma unroll 1
     for (int i = 0; i < slots; ++i) load_h(memory.full(0), memory.h(i), i);
     return;
   }
@@ -139,10 +141,12 @@ struct Adder {
       sm90::wgmma_wait<0>();
       sm90::hold(d);
     };
+    if (slots == 0) return;
     if (slots <= kResident) {
-      if (slots > 0) sm90::barrier_wait(memory.full(part), 0);
+      sm90::barrier_wait(memory.full(part), 0);
       sm90::hold(d);
       sm90::wgmma_fence();
+#pragma unroll 1
       for (int i = 0; i < slots; ++i) multiply_slot(d, memory.h(i), memory.up(slots, part * kResident + i));
       return finish();
     }
