@@ -30,9 +30,7 @@ constexpr int kResident = 2, kStages = 4;  // slots that stay; of the ring
 // Bytes. A part of y: [128, 64], each row 128 bytes, swizzled. Of a slot: s h [128, 16] and, for each part, `up`
 // [64, 16], or [16, 64] where it is transposed.
 constexpr uint32_t kBytesPart = kRows * kPart * 2, kSlotH = kRows * kSlot * 2, kSlotUp = kPart * kSlot * 2;
-// All shared memory: y, factors, barriers, Tile.
-constexpr uint32_t kFactors = kParts * kBytesPart;
-constexpr uint32_t kBytesFactors = std::max(kResident * (kSlotH + kParts * kSlotUp), kStages*(kSlotH + kSlotUp));
+constexpr uint32_t kBytesFactors = std::max(kResident * (kSlotH + kParts * kSlotUp), (kSlotH + kSlotUp) * kStages);
 static_assert(kParts <= kStages, "the parts' barriers are those of the ring");
 
 struct Maps {
@@ -55,6 +53,8 @@ struct Tile {
   int16_t of_row[kRows];  // -1: none
 };
 
+// All shared memory: y, factors, barriers, Tile.
+constexpr uint32_t kFactors = kParts * kBytesPart;
 constexpr uint32_t kBarriers = kFactors + kBytesFactors, kTile = kBarriers + 8 * (kParts + 2 * kStages);
 constexpr uint32_t kBytes = kTile + sizeof(Tile);
 static_assert(kBlocks * (kBytes + 1024) <= 228 * 1024, "more shared memory than a multiprocessor has");
