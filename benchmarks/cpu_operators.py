@@ -27,7 +27,7 @@ import plora_ext
 from plora_ext import data, ops, reference
 from plora_ext import nn as plora_nn
 
-OURS = "plora_ext"
+OURS, FROZEN = "plora_ext", "frozen backbone, gradient to its input"
 D, R, S, ROWS = 768, 16, 0.5, 197
 Form = Callable[[], Any]
 
@@ -281,18 +281,23 @@ class PlainLoRA(nn.Module):
         return self.layer(x) + (x @ self.A.T) @ self.B.T
 
 
-def embedded_step(plain: bool, compiled: bool = False) -> Form:
-    """A training step of the embedded backbone: 48 images, LoRA r = 8 on qkv and proj, cross-entropy, SGD."""
+def embedded_step(form: str) -> Form:
+    """A training step of the embedded backbone: 48 images, LoRA r = 8 on qkv and proj, cross-entropy, SGD.
+
+    Frozen: without LoRA, but with the gradient that reaches the first block.
+    """
     torch.manual_seed(0)
     model = data.create_backbone("embedded").model.requires_grad_(False)
-    if plain:
-        for block in model.blocks:
-            block.attn.qkv, block.attn.proj = PlainLoRA(block.attn.qkv, 8), PlainLoRA(block.attn.proj, 8)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-    else:
+    if form == OURS:
         adapters = plora_nn.inject(model, ["qkv", "proj"], r=8)
         adapters.add_adapter("task0")
         parameters = list(adapters.parameters("task0"))
+    elif form == FROZEN:
+        parameters = [model.pos_embed.requires_grad_()]
+    else:
+        for block in model.blocks:
+            block.attn.qkv, block.attn.proj = PlainLoRA(block.attn.qkv, 8), PlainLoRA(block.attn.proj, 8)
+        parameters = [p for p in model.parameters() if p.requires_grad]
     head = nn.Linear(model.num_features, 10)
     optimizer = torch.optim.SGD([*parameters, *head.parameters()], lr=0.01, momentum=0.9)
     images, labels = torch.randn(48, 3, 48, 48), torch.randint(0, 10, (48,))
@@ -307,7 +312,7 @@ def embedded_step(plain: bool, compiled: bool = False) -> Form:
 
 
 def training() -> Iterator[Case]:
-    forms = {OURS: embedded_step(False), "plain torch LoRA": embedded_step(True)}
+    forms = {form: embedded_step(form) for form in (OURS, "plain torch LoRA", FROZEN)}
     yield Case("training step of the embedded benchmark", forms)
 
 

@@ -7,9 +7,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 namespace plora {
@@ -69,8 +66,7 @@ constexpr int64_t kGivenRanks = 2048;  // of all adapters that a tile may meet: 
 // of reading x. The h of `all` is torch's up to so many ranks or so many products.
 constexpr int64_t kProductRanks = 16, kProductRanksHopper = 64;
 constexpr int64_t kAllRanks = 256, kAllProducts = int64_t{3} << 30;
-// What an adapter's ranks are filled up to where low_rank_sm90.cu reads lora_B as it is: a row of shared memory, which
-// may be 16, 32 or 64 ranks.
+// What an adapter's ranks are filled up to where low_rank_sm90.cu reads lora_B as it is: a row of shared memory.
 constexpr int64_t kFactorRow = 16;
 // Bytes of x and y above which adding to a given y is two kernels on Hopper, cuda/low_rank_sm90.cu and add_sm90.cu:
 // together they take 1.3 times what the bytes do and a launch more, low_rank.cu twice that or more.
@@ -118,13 +114,6 @@ inline int64_t padded_rank(int64_t r) { return 8 * std::max<int64_t>(1, lora_pla
 inline bool lora_dense(Family family, int64_t T, int64_t r, bool weight, bool relu, bool bias) {
   return family == Family::sum && weight && !relu && !bias &&
          T * r > (T > 1 ? lora_plan::kDenseRank : lora_plan::kDenseAlone);
-}
-
-// Whether PLORA_CUDA_PATH (null: not set) asks for the path that every GPU has.
-inline bool mma_only(const char* path) {
-  if (path == nullptr || std::strcmp(path, "auto") == 0) return false;
-  if (std::strcmp(path, "mma") == 0) return true;
-  throw std::invalid_argument("PLORA_CUDA_PATH must be auto or mma, got '" + std::string(path) + "'");
 }
 
 // Whether torch's own product makes h (backward: g), which is x times the factors of all adapters side by side. Where

@@ -3,9 +3,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <numeric>
 
+#include "../common/cuda_path.h"
 #include "../common/lora_inputs.h"
 #include "../common/lora_plan.h"
 #include "device.cuh"
@@ -112,7 +112,7 @@ LowRank low_rank_of(const Inputs& p) {
   l.dtype = p.x.scalar_type();
   l.rows = rows_of(p, padded_rank(p.r));
   l.scaling = data<float>(p.scaling);
-  l.hopper = !mma_only(std::getenv("PLORA_CUDA_PATH"));
+  l.hopper = !mma_only();
   return l;
 }
 
@@ -169,7 +169,7 @@ LoraShape shape_of(const Inputs& p, const Tensor& rows, const OptTensor& base, c
   for (const void* q : {pointer(rows), pointer(p.lora_A), pointer(p.lora_B), pointer(p.weight), pointer(p.bias),
                         pointer(p.bias_A), pointer(p.bias_B), pointer(base)})
     s.aligned = s.aligned && reinterpret_cast<uintptr_t>(q) % 16 == 0;
-  s.mma_only = mma_only(std::getenv("PLORA_CUDA_PATH"));
+  s.mma_only = mma_only();
   return s;
 }
 

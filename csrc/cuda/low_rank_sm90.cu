@@ -39,11 +39,8 @@ constexpr uint64_t kLayout = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024)
 // rows.
 constexpr int kRow = lora_plan::kFactorRow;
 constexpr uint32_t kBytesRanks = kRow * 2;
-constexpr sm90::Swizzle kSwizzle = kRow == 64   ? sm90::Swizzle::b128
-                                   : kRow == 32 ? sm90::Swizzle::b64
-                                                : sm90::Swizzle::b32;
-constexpr uint64_t kLayoutTransposed = sm90::operand_layout(kSwizzle, kDepth* kBytesRanks, 8 * kBytesRanks);
-static_assert(kRow == 64 || kRow == 32 || kRow == 16);
+constexpr uint64_t kLayoutTransposed = sm90::operand_layout(sm90::Swizzle::b32, kDepth* kBytesRanks, 8 * kBytesRanks);
+static_assert(kBytesRanks == 32, "the swizzle of a row");
 constexpr int kPart = 32, kPitch = kPart + 4;
 
 // How the aligned block of 128 rows chose.
@@ -332,9 +329,7 @@ void launch(const LowRank& p, cudaStream_t stream) {
   describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, S::kRows}, k128);
   if constexpr (kTransposed)
     describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, p.K * r}, {kRow, kDepth, 1},
-                       kRow == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
-                       : kRow == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                    : CU_TENSOR_MAP_SWIZZLE_32B);
+                       CU_TENSOR_MAP_SWIZZLE_32B);
   else
     describe_tensor<3>(maps.down, p.dtype, p.down, {p.K, r, T}, {p.K, r * p.K}, {kDepth, a.box, 1}, k128);
   maps.run = maps.down;

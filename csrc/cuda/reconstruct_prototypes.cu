@@ -15,9 +15,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstdlib>
 
-#include "../common/lora_plan.h"
+#include "../common/cuda_path.h"
 #include "../common/prototype_checks.h"
 #include "cosine.cuh"
 #include "device.cuh"
@@ -442,7 +441,7 @@ Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tens
 #ifndef PLORA_NO_SM90
   // From half a wave of its blocks of 128 on; in float32 also from half a tile of 128 new classes on.
   if (!p.cold && p.vector_rows && p.vector_values && Co >= 64 * multiprocessors() && (fast || Cn >= 64) &&
-      on_hopper() && !mma_only(std::getenv("PLORA_CUDA_PATH"))) {
+      on_hopper() && !mma_only()) {
     const FastReconstruction all{p.old, p.fresh, p.values, p.base, p.out, p.Co, p.Cn, p.D, p.Dv, p.scale};
     reconstruct_fast(all, fast, old, stream);
     return result();

@@ -10,6 +10,7 @@
 
 #include "build_facts.h"
 #include "common/cpu_features.h"
+#include "common/cuda_path.h"
 #include "common/lora_plan.h"
 
 namespace py = pybind11;

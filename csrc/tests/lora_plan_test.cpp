@@ -3,6 +3,8 @@
 
 #include <cstdio>
 
+#include "common/cuda_path.h"
+
 namespace {
 
 using plora::Family;

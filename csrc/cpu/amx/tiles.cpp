@@ -102,6 +102,7 @@ void product(int64_t n, int64_t N, int64_t K, const uint16_t* X, int64_t ldx, co
   }
 }
 
+// The loop over depth is product's; as one function for both this one was 4 % slower.
 void add_product(int64_t n, int64_t N, int64_t K, const uint16_t* H, const uint16_t* right, const uint16_t* const* from,
                  uint16_t* const* to) {
   const Registers registers;
