@@ -58,8 +58,10 @@ int main() {
   expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.aligned = false; }).hopper, "not with odd addresses");
   expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.in = 764; }).hopper, "nor odd widths");
   expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.out = 764; }).hopper, "of either side");
-  expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 512; }).hopper, "512 rows are enough");
-  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 511; }).hopper, "511 are not");
+  expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 128; }).hopper, "128 rows are enough");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 127; }).hopper, "127 are not");
+  expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 1024, s.in = 3072; }).hopper, "a deep product wants 1024");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 1023, s.in = 3072; }).hopper, "and not 1023");
   expect(!plan(Family::all, 4, 16).hopper, "`all` shares one frozen product");
 
   expect(takes(plan(Family::sum, 1, 16), A::in_loop) && plan(Family::sum, 1, 16).slots == 1, "one slot in the loop");
@@ -154,9 +156,13 @@ int main() {
   const auto adds_to = [&](int64_t M, bool backward, int64_t in, int64_t out) {
     return adds(Family::sum, 1, 16, [=](LoraShape& s) { s.M = M, s.backward = backward, s.in = in, s.out = out; });
   };
-  expect(adds_to(3641, false, 768, 768) && !adds_to(3640, false, 768, 768), "from 16 MiB of x and y on");
-  expect(adds_to(2000, false, 768, 3072) && !adds_to(2000, false, 3072, 512), "of which y counts twice");
-  expect(!adds_to(2000, true, 512, 3072) && adds_to(2000, true, 3072, 768), "backward it is dx");
+  expect(adds_to(1366, false, 768, 768) && !adds_to(1365, false, 768, 768), "from 6 MiB of x and y on");
+  expect(adds_to(700, false, 768, 3072) && !adds_to(700, false, 3072, 512), "of which y counts twice");
+  expect(!adds_to(700, true, 512, 3072) && adds_to(700, true, 3072, 768), "backward it is dx");
+  const auto rows_add = [&](int64_t M, int64_t rows_per_id) {
+    return adds(Family::indexed, 10, 16, [=](LoraShape& s) { s.M = M, s.rows_per_id = rows_per_id; });
+  };
+  expect(rows_add(8, 1) && !rows_add(2, 1) && !rows_add(788, 197), "or where a tile may meet more than two adapters");
   expect(adds(Family::indexed, 200, 16, as_is) && !adds(Family::indexed, 200, 24, as_is), "up to 2048 ranks a tile");
   expect(plora::padded_rank(0) == 8 && plora::padded_rank(8) == 8 && plora::padded_rank(9) == 16,
          "ranks come in eights");
