@@ -471,6 +471,39 @@ def test_in_place_on_contiguous_samples(family: str) -> None:
     check(added, twin, [y0, *args], kwargs)
 
 
+@both_paths
+@pytest.mark.parametrize("options", ["", "base bias_A bias_B relu ranks", "weight bias"])
+@pytest.mark.parametrize(
+    ("family", "ids", "T", "r"),
+    [
+        ("lora_indexed", "segments", 10, 16),
+        ("lora_indexed", "tiles", 100, 16),
+        ("lora_indexed", "random", 16, 128),  # beside a weight, too, where it is cheaper than in its product
+        ("lora_indexed", "none", 3, 24),
+        ("lora_sum", "", 1, 16),
+        ("lora_sum", "", 3, 40),
+    ],
+)
+def test_added_to_many_rows(family: str, ids: str, T: int, r: int, options: str) -> None:
+    """Enough bytes for Hopper's two kernels; neither width is a whole number of tiles."""
+    args, kwargs, y0 = problem(family, 4001, 776, 784, r, T, options=options, ids=ids)
+    verify(family, args, kwargs, y0)
+    added = {k: v for k, v in kwargs.items() if k not in ("base", "weight", "bias")}
+
+    def ours(y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        target, wide = inside(y, 8)
+        getattr(ops, family + "_")(target, *args, **kwargs)
+        assert wide.isnan().sum() == wide.numel() - y.numel()
+        return target
+
+    def twin(y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return getattr(reference, family + "_")(y.clone(), *args, **kwargs)
+
+    with torch.no_grad():
+        check(ours, twin, [y0, *args], added)
+        assert torch.equal(ours(y0, *args, **added), ours(y0, *args, **added))
+
+
 # ---------------------------------------------------------------------- corrupted ids
 
 

@@ -57,7 +57,8 @@ namespace lora_plan {
 constexpr int64_t kDenseRank = 64, kDenseAlone = 192;
 constexpr int64_t kMergeRank = 64;    // above: merging pays where nothing is kept ...
 constexpr int64_t kMergeRows = 256;   // ... from this many rows on
-constexpr int64_t kHopperRows = 512;  // fewer do not fill the GPU with tiles
+// Fewer rows are few tiles for the fused product; of a deep product each takes long, and torch's shares out the depth.
+constexpr int64_t kHopperRows = 128, kDeepRows = 1024, kDeep = 1024;
 constexpr int64_t kTileRows = 128, kTileColumns = 192, kSlot = 16;
 constexpr int64_t kMaxSlices = 8;      // that the fused product tells apart
 constexpr int64_t kGivenRanks = 2048;  // of all adapters that a tile may meet: a row of h as the fused product takes it
@@ -68,6 +69,10 @@ constexpr int64_t kProductRanks = 16, kProductRanksHopper = 64;
 constexpr int64_t kAllRanks = 256, kAllProducts = int64_t{3} << 30;
 // What an adapter's ranks are filled up to where low_rank_sm90.cu reads lora_B as it is: a row of shared memory.
 constexpr int64_t kFactorRow = 16;
+// Bytes of x and y from which on adding to a given y is two kernels on Hopper, cuda/low_rank_sm90.cu and add_sm90.cu: they
+// start with 4 us more than low_rank.cu, which then takes twice as long for the bytes, and goes through x once for each
+// adapter that its rows meet.
+constexpr int64_t kTwoKernels = int64_t{6} << 20;
 // As measured on an H200: operations per second and multiprocessor, bytes per second, seconds. Of a slot in the main
 // loop: its share of the product, and seconds per wave; of a given slot: seconds per wave.
 constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kLaunch = 2.5e-6;
@@ -134,6 +139,16 @@ inline bool reads_lora_B(const LoraShape& s) {
   return s.family == Family::sum ? s.T == 1 : adapters_of_tile(s) * columns <= 192;
 }
 
+// Whether the low-rank part that is added to a y, or is all of it, goes through add_sm90.cu.
+inline bool adds_on_hopper(const LoraShape& s) {
+  using namespace lora_plan;
+  const int64_t K = s.backward ? s.out : s.in, N = s.backward ? s.in : s.out, rank = padded_rank(s.r);
+  if (s.family == Family::all || s.capability != 90 || s.mma_only || !s.half || !s.aligned) return false;
+  if (K == 0 || K % 8 != 0 || N == 0 || N % 8 != 0) return false;
+  if (s.T > INT16_MAX || s.T * rank >= int64_t{1} << 25 || adapters_of_tile(s) * rank > kGivenRanks) return false;
+  return std::min(adapters_of_tile(s), s.M) > 2 || 2 * s.M * (K + 2 * N) >= kTwoKernels;
+}
+
 inline LoraPlan plan_lora(const LoraShape& s) {
   using namespace lora_plan;
   LoraPlan plan;
@@ -157,10 +172,11 @@ inline LoraPlan plan_lora(const LoraShape& s) {
     return choose(LoraAlgorithm::low_rank, "the fused product needs rows of a multiple of 16 bytes");
   if (s.T > INT16_MAX || s.T * padded_rank(s.r) >= int64_t{1} << 25)
     return choose(LoraAlgorithm::low_rank, "more adapters or ranks than the fused product can number");
-  if (s.M < kHopperRows) return choose(LoraAlgorithm::low_rank, "too few rows for the fused product");
 
   // From K columns to N.
   const int64_t K = s.backward ? s.out : s.in, N = s.backward ? s.in : s.out;
+  if (s.M < (K > kDeep ? kDeepRows : kHopperRows))
+    return choose(LoraAlgorithm::low_rank, "too few rows for the fused product");
   const int64_t column_tiles = ceil_div(N, kTileColumns), tiles = ceil_div(s.M, kTileRows) * column_tiles;
   const int64_t at_once = std::max<int64_t>(1, s.sms), waves = ceil_div(tiles, at_once);
 
@@ -171,10 +187,11 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   if (s.family == Family::indexed && most * padded_rank(s.r) > kGivenRanks)
     return choose(LoraAlgorithm::low_rank, "a tile may meet more ranks than there is space for");
   const double product = waves * (2.0 * kTileRows * kTileColumns * K / kFlops);
-  const double pass = 2.0 * s.M * K / kBytes + kLaunch * (s.backward ? 2 : 1);
+  const int copies = s.backward && !reads_lora_B(s);
+  const double pass = 2.0 * s.M * K / kBytes + kLaunch * (1 + copies);
   const double loop = product * kInLoopShare + waves * kInLoopWave, given = waves * kGivenWave;
   const bool fits = most <= 1 && !s.backward && slots_of_tile(s, each, column_tiles) <= 1 && loop < pass + given * each;
-  const double alone = 2.0 * s.M * (K + 2 * N) / kBytes + kLaunch * (s.backward ? 3 : 1);
+  const double alone = 2.0 * s.M * (K + 2 * N) / kBytes + kLaunch * (2 + copies);
   // Ids of single rows may be anything; what is met in practice are segments.
   const double mean =
       s.family != Family::indexed

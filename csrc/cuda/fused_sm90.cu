@@ -15,6 +15,7 @@
 
 #include "../common/lora_plan.h"
 #include "device.cuh"
+#include "given.cuh"
 #include "launch.cuh"
 #include "lora_kernels.h"
 #include "overlap.cuh"
@@ -104,11 +105,7 @@ struct Arguments {
 __device__ inline int blocks_of(const Arguments& p) { return (p.r + kSlot - 1) / kSlot; }
 
 // The adapter of a row, or -1.
-__device__ int adapter_of(const Arguments& p, int row) {
-  if (row >= p.M) return -1;
-  const int64_t id = p.ids[row / p.rows_per_id];
-  return id >= 0 && id < p.T ? static_cast<int>(id) : -1;
-}
+__device__ int adapter_of(const Arguments& p, int row) { return adapter_of_row(p.ids, p.rows_per_id, p.M, p.T, row); }
 
 // Whether ranks [16 block, 16 block + 16) of an adapter can be other than zero in `up` for these columns.
 __device__ bool meets(const Arguments& p, int block, int column) {
@@ -137,26 +134,13 @@ __device__ void describe(const Arguments& p, int row, int column, Tile& tile) {
   }
   int count = p.T;
   if (p.ids != nullptr) {
-    constexpr int kNone = 0x7fffffff;
-    int id[kRows / 32];
+    int adapter[kRows / 32];
 #pragma unroll
     for (int i = 0; i < kRows / 32; ++i) {
-      id[i] = adapter_of(p, row + lane + 32 * i);
-      tile.of_row[lane + 32 * i] = static_cast<int16_t>(id[i]);
-      if (id[i] < 0) id[i] = kNone;
+      adapter[i] = adapter_of(p, row + lane + 32 * i);
+      tile.of_row[lane + 32 * i] = static_cast<int16_t>(adapter[i]);
     }
-    count = 0;
-    for (int last = -1;;) {
-      int next = kNone;
-#pragma unroll
-      for (int i = 0; i < kRows / 32; ++i)
-        if (id[i] > last) next = min(next, id[i]);
-      next = __reduce_min_sync(0xffffffffu, next);
-      if (next == kNone) break;
-      if (lane == 0) tile.all[count] = static_cast<int16_t>(next);
-      ++count;
-      last = next;
-    }
+    count = list_adapters(adapter, tile.all);
   }
   __syncwarp();
   if (lane != 0) return;
@@ -172,37 +156,11 @@ __device__ void describe(const Arguments& p, int row, int column, Tile& tile) {
   }
 }
 
-template <typename scalar>
-__device__ uint32_t pair(float low, float high) {
-  if constexpr (std::is_same_v<scalar, __nv_bfloat16>) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(v);
-  } else {
-    const __half2 v = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(v);
-  }
-}
-
-template <typename scalar>
-__device__ float2 unpair(uint32_t v) {
-  if constexpr (std::is_same_v<scalar, __nv_bfloat16>)
-    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(v));
-  else
-    return __half22float2(reinterpret_cast<const __half2&>(v));
-}
-
-// Two neighbouring elements, of which the first has an even index.
-template <typename scalar>
-__device__ float2 two(const void* from, int64_t index) {
-  return unpair<scalar>(__ldg(reinterpret_cast<const uint32_t*>(static_cast<const scalar*>(from) + index)));
-}
-
 // 16 x 16 blocks of h in shared memory are core matrices of 8 rows x 16 bytes: two columns side by side, rows below.
 __device__ uint32_t place_in_h(int row, int column) {
   return row / 8 * 256 + column / 8 * 128 + row % 8 * 16 + column % 8 * 2;
 }
 constexpr uint64_t kLayoutH = sm90::operand_layout(sm90::Swizzle::none, 128, 256);
-constexpr uint64_t kLayoutGiven = sm90::operand_layout(sm90::Swizzle::b32, 16, 256);
 constexpr uint64_t kLayoutX = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
 
 // --- feeding --------------------------------------------------------------------------------------------------------

@@ -195,6 +195,14 @@ bool make_h(const LowRank& l, cudaStream_t stream) {
   return false;
 }
 
+// Both halves of a low-rank part by Hopper's kernels; false, and nothing happened, where low_rank has to make it.
+bool add_on_hopper(const Inputs& p, const LoraShape& shape, LowRank l, bool keep) {
+  if (!adds_on_hopper(shape)) return false;
+  if (!keep) l.h = nullptr;
+  const Tensor given = new_given(p, shape, l);
+  return low_rank_add_sm90(l, stream_of(p.x));
+}
+
 // Fills in what both directions share.
 void run_fused(const Inputs& p, const LoraPlan& plan, const OptTensor& h, Fused& f) {
 #ifndef PLORA_NO_SM90
@@ -262,20 +270,26 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
   l.x = pointer(dy), l.ldx = p.out, l.x_slab = p.family == Family::all ? p.M * p.out : 0;
   l.gate = pointer(gate);
   l.h = out_pointer(g);
-  OptTensor up;
-  if (wants_x && !plan.hopper) {
-    up = A_transposed(p);
-    l.up = pointer(up), l.y = out_pointer(dx), l.ldy = l.ldy0 = p.in;
+  const bool adds = wants_x && !plan.hopper;
+  if (adds) {
+    l.up = pointer(factors.A), l.up_transposed = true;
+    l.y = out_pointer(dx), l.ldy = l.ldy0 = p.in;
     if (p.weight) l.y0 = l.y;
   }
+  const auto on_hopper = [&] { return adds ? add_on_hopper(p, shape, l, wants_g) : low_rank_sm90(l, stream_of(p.x)); };
   l.down = pointer(factors.B), l.down_transposed = true;
-  bool overlap = reads_lora_B(shape) && low_rank_sm90(l, stream_of(p.x));
-  if (!overlap) {
+  bool done = reads_lora_B(shape) && on_hopper();
+  if (!done) {
     const Tensor down = B_transposed(p);
     l.down = pointer(down), l.down_transposed = false;
-    overlap = make_h(l, stream_of(p.x));
+    done = on_hopper();
+    if (!done) {
+      const OptTensor up = adds ? OptTensor(A_transposed(p)) : std::nullopt;
+      l.up = pointer(up), l.up_transposed = false;
+      low_rank(l, stream_of(p.x));
+    }
   }
-  if (plan.hopper) add_fused(*scaled_g, factors.A, overlap);
+  if (plan.hopper) add_fused(*scaled_g, factors.A, done);
 }
 
 // `needs` holds no bit of the factors where nobody in `asks` would get a gradient.
@@ -467,7 +481,7 @@ struct Cuda {
       expand(l, stream_of(p.x));
       return {y, keep ? *h : none_like(p.x)};
     }
-    low_rank(l, stream_of(p.x));
+    if (!add_on_hopper(p, shape, l, keep)) low_rank(l, stream_of(p.x));
     return {y, keep ? *h : none_like(p.x)};
   }
 
@@ -482,7 +496,7 @@ struct Cuda {
     l.up = pointer(factors.B), l.bias_up = pointer(p.bias_B);
     l.y = y.mutable_data_ptr(), l.ldy = p.M > 1 ? y.stride(d - 2) : p.out, l.y_slab = d == 3 ? y.stride(0) : 0;
     l.y0 = l.y, l.ldy0 = l.ldy, l.y0_slab = l.y_slab;
-    low_rank(l, stream_of(p.x));
+    if (!add_on_hopper(p, shape_of(p, p.x, y, {}, false, false), l, false)) low_rank(l, stream_of(p.x));
   }
 
   static Gradients backward(const Inputs& p, const Tensor& dy, const OptTensor& kept, const OptInts& trainable,

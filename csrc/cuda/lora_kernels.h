@@ -51,6 +51,7 @@ struct LowRank {
 
   void* y = nullptr;              // null: no second half
   const void* up = nullptr;       // [T, N, r]
+  bool up_transposed = false;     // it is [T, r, N], which low_rank_add_sm90 alone takes
   const void* bias_up = nullptr;  // [T, N]
   const void* y0 = nullptr;  // [M, N], one for all slabs of y, or null: zero. For y += ... give y and y_slab itself
   int64_t ldy = 0, ldy0 = 0;
@@ -58,8 +59,13 @@ struct LowRank {
 };
 void low_rank(const LowRank& p, cudaStream_t stream);
 
-// The first half alone; false, and nothing happens, where it does not serve the arguments (low_rank_sm90.cu).
+// The first half alone; false, and nothing happens, where it does not serve the arguments (low_rank_sm90.cu). What y0
+// points to, if anything, comes to L2 meanwhile.
 bool low_rank_sm90(const LowRank& p, cudaStream_t stream);
+
+// Both halves, s h between them in p.scaled_h; false, and nothing happens, where it does not serve the arguments
+// (add_sm90.cu).
+bool low_rank_add_sm90(const LowRank& p, cudaStream_t stream);
 
 // The second half alone, of `all` (h [M, T r] is read, y_slab is set), where `expands` serves the arguments
 // (expand.cu).

@@ -410,7 +410,7 @@ void launch(const LowRank& p, cudaStream_t stream) {
   if (p.x && p.y && width > most) {
     STD_TORCH_CHECK(p.h, "low_rank: more than ", most, " ranks need space for h");
     LowRank down = p, up = p;
-    down.y = nullptr;
+    down.y = nullptr, down.y0 = nullptr;
     up.x = nullptr;
     launch<scalar>(down, stream);
     return launch<scalar>(up, stream);
@@ -435,6 +435,7 @@ void launch(const LowRank& p, cudaStream_t stream) {
 
 #ifdef PLORA_NO_SM90
 bool low_rank_sm90(const LowRank&, cudaStream_t) { return false; }
+bool low_rank_add_sm90(const LowRank&, cudaStream_t) { return false; }
 #endif
 
 void low_rank(const LowRank& p, cudaStream_t stream) {

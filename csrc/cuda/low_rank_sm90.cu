@@ -29,6 +29,7 @@ constexpr int kFusedRows = lora_plan::kTileRows;
 constexpr int kNone = -1, kOutside = -2;  // instead of an adapter: the row has none; there is no such row
 constexpr int kMaxAdapters = 1 << 15;
 constexpr int kMaxBoxes = kWide / 8;  // copies that fetch a stage's factors
+constexpr int64_t kAhead = 24 << 20;  // bytes of y0 that L2 keeps for the second half
 
 // A stage: x [64 or 128, 64], then factors [64 or 192, 64], each row 128 bytes, swizzled. A warp's way out: its 16 rows
 // of 32 columns, in float32, padded so that reading has no bank conflicts.
@@ -75,6 +76,7 @@ struct Maps {
 struct Arguments {
   LowRank p;
   int box;  // ranks that a copy of `down` fetches; of `run`, which has the ranks of adapters that follow each other, 64
+  int ahead;  // rows of y0 from here on are set on their way to L2: the second half begins with the last
 };
 
 // Both sides walk through the stages in the same order.
@@ -278,6 +280,10 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
         }
       __syncwarp();
     }
+    if (blockIdx.y == 0)
+      for (int i = row0 + lane; i < min(row0 + S::kRows, static_cast<int>(p.rows.M)); i += 32)
+        if (i >= a.ahead)
+          prefetch_to_l2(static_cast<const scalar*>(p.y0) + i * p.ldy0, static_cast<uint32_t>(p.N * sizeof(scalar)));
     return;
   }
 
@@ -314,7 +320,9 @@ void launch(const LowRank& p, cudaStream_t stream) {
   using S = Shape<kGroups>;
   const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t T = p.rows.T, r = p.rows.r, each = padded<kTransposed>(static_cast<int>(r));
-  Arguments a{p, kTransposed ? kRow : 64};
+  Arguments a{p, kTransposed ? kRow : 64, static_cast<int>(p.rows.M)};
+  if (p.y0 && aligned(p.y0) && p.N > 0 && p.N % 8 == 0 && p.ldy0 % 8 == 0)
+    a.ahead = static_cast<int>(std::max<int64_t>(0, p.rows.M - kAhead / (p.N * 2)));
   while (each % a.box != 0) a.box /= 2;
   Maps maps;
   constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B;

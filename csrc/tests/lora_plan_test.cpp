@@ -58,8 +58,10 @@ int main() {
   expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.aligned = false; }).hopper, "not with odd addresses");
   expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.in = 764; }).hopper, "nor odd widths");
   expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.out = 764; }).hopper, "of either side");
-  expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 512; }).hopper, "512 rows are enough");
-  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 511; }).hopper, "511 are not");
+  expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 128; }).hopper, "128 rows are enough");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 127; }).hopper, "127 are not");
+  expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 1024, s.in = 3072; }).hopper, "a deep product wants 1024");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 1023, s.in = 3072; }).hopper, "and not 1023");
   expect(!plan(Family::all, 4, 16).hopper, "`all` shares one frozen product");
 
   expect(takes(plan(Family::sum, 1, 16), A::in_loop) && plan(Family::sum, 1, 16).slots == 1, "one slot in the loop");
@@ -136,6 +138,32 @@ int main() {
   expect(!reads(Family::all, 1, 16, 1), "of `all` never");
   expect(reads(Family::indexed, 50, 16, 1) && reads(Family::indexed, 12, 8, 1), "with ids, too, with few gaps");
   expect(!reads(Family::indexed, 13, 8, 1) && reads(Family::indexed, 13, 8, 197), "but not with many");
+  const auto adds = [](Family family, int64_t T, int64_t r, const auto& change) {
+    LoraShape s{family, 12608, 768, 768, T, r};
+    s.weight = false;
+    change(s);
+    return plora::adds_on_hopper(s);
+  };
+  expect(adds(Family::sum, 1, 16, as_is) && adds(Family::indexed, 10, 16, as_is), "adding to y: two kernels");
+  expect(!adds(Family::all, 10, 16, as_is), "not of `all`");
+  expect(!adds(Family::sum, 1, 16, ampere) && !adds(Family::sum, 1, 16, [](LoraShape& s) { s.mma_only = true; }) &&
+             !adds(Family::sum, 1, 16, [](LoraShape& s) { s.half = false; }) &&
+             !adds(Family::sum, 1, 16, [](LoraShape& s) { s.aligned = false; }),
+         "and on Hopper alone");
+  expect(!adds(Family::sum, 1, 16, [](LoraShape& s) { s.in = 764; }) &&
+             !adds(Family::sum, 1, 16, [](LoraShape& s) { s.out = 764; }),
+         "of rows of whole 16 bytes");
+  const auto adds_to = [&](int64_t M, bool backward, int64_t in, int64_t out) {
+    return adds(Family::sum, 1, 16, [=](LoraShape& s) { s.M = M, s.backward = backward, s.in = in, s.out = out; });
+  };
+  expect(adds_to(1366, false, 768, 768) && !adds_to(1365, false, 768, 768), "from 6 MiB of x and y on");
+  expect(adds_to(700, false, 768, 3072) && !adds_to(700, false, 3072, 512), "of which y counts twice");
+  expect(!adds_to(700, true, 512, 3072) && adds_to(700, true, 3072, 768), "backward it is dx");
+  const auto rows_add = [&](int64_t M, int64_t rows_per_id) {
+    return adds(Family::indexed, 10, 16, [=](LoraShape& s) { s.M = M, s.rows_per_id = rows_per_id; });
+  };
+  expect(rows_add(8, 1) && !rows_add(2, 1) && !rows_add(788, 197), "or where a tile may meet more than two adapters");
+  expect(adds(Family::indexed, 200, 16, as_is) && !adds(Family::indexed, 200, 24, as_is), "up to 2048 ranks a tile");
   expect(plora::padded_rank(0) == 8 && plora::padded_rank(8) == 8 && plora::padded_rank(9) == 16,
          "ranks come in eights");
   expect(plan(Family::sum, 3, 0).slots >= 0 && plan(Family::indexed, 3, 0).slots >= 0, "no rank at all");

@@ -1,0 +1,336 @@
+// The low-rank families added to a given y, for Hopper and 16-bit dtypes: y = y0 + s h up^T + s bias_up. The first half
+// is low_rank_sm90.cu's, which leaves s h of the adapters that a tile of 128 rows met, zero but for a row's own; here
+// is the second, started while the first still runs.
+//
+// Floor: y passes once each way, 4 M N bytes, 9.2 us for [12608, 768] at 4.2 TB/s. So a block has one tile of 128 x 192
+// of y and little else, three blocks a multiprocessor, all tiles of that shape at once: y comes to shared memory as the
+// block starts, before s h is there, the sum is added where it lies, and it leaves from there, all by the copy engine.
+// The ranks come in units of 16 of one adapter ("slots"). Two, what a tile of few segments meets, stay for the whole
+// tile; more pass through a ring, once for each 64 columns.
+
+#include <algorithm>
+
+#include "../common/lora_plan.h"
+#include "device.cuh"
+#include "given.cuh"
+#include "launch.cuh"
+#include "lora_kernels.h"
+#include "overlap.cuh"
+#include "sm90.cuh"
+#include "tensor_map.cuh"
+
+namespace plora::cuda {
+namespace {
+
+constexpr int kRows = lora_plan::kTileRows, kColumns = lora_plan::kTileColumns, kSlot = lora_plan::kSlot;
+constexpr int kPart = 64, kParts = kColumns / kPart;  // columns that a warp has in registers
+constexpr int kWarps = kRows / 16, kThreads = 32 * kWarps + 32, kBlocks = 3;
+constexpr int kResident = 2, kStages = 4;  // slots that stay; of the ring
+
+// Bytes. A part of y: [128, 64], each row 128 bytes, swizzled. Of a slot: s h [128, 16] and, for each part, `up`
+// [64, 16], or [16, 64] where it is transposed.
+constexpr uint32_t kBytesPart = kRows * kPart * 2, kSlotH = kRows * kSlot * 2, kSlotUp = kPart * kSlot * 2;
+constexpr uint32_t kBytesFactors = std::max(kResident * (kSlotH + kParts * kSlotUp), (kSlotH + kSlotUp) * kStages);
+static_assert(kParts <= kStages, "the parts' barriers are those of the ring");
+
+struct Maps {
+  CUtensorMap from, to, h, up;  // of y0, of y
+};
+
+struct Arguments {
+  int M, N, T, r;
+  const int64_t* ids;
+  int rows_per_id;
+  const float* scaling;
+  const void* bias;
+  bool reads, in_place;  // there is a y0; it is y
+};
+
+// What the feeding warp tells the others.
+struct Tile {
+  int slots;
+  int16_t all[kRows];     // the adapters of its rows, ascending
+  int16_t of_row[kRows];  // -1: none
+};
+
+// All shared memory: y, factors, barriers, Tile.
+constexpr uint32_t kFactors = kParts * kBytesPart;
+constexpr uint32_t kBarriers = kFactors + kBytesFactors, kTile = kBarriers + 8 * (kParts + 2 * kStages);
+constexpr uint32_t kBytes = kTile + sizeof(Tile);
+static_assert(kBlocks * (kBytes + 1024) <= 228 * 1024, "more shared memory than a multiprocessor has");
+
+// Where things are in shared memory. The ring's stages, like the parts of `up` that stay, follow the s h.
+struct Memory {
+  uint32_t first;
+  __device__ uint32_t part(int part) const { return first + part * kBytesPart; }
+  __device__ uint32_t h(int i) const { return first + kFactors + i * kSlotH; }
+  __device__ uint32_t up(int slots, int i) const { return h(slots <= kResident ? kResident : kStages) + i * kSlotUp; }
+  __device__ uint32_t y_full(int part) const { return first + kBarriers + 8 * part; }
+  __device__ uint32_t full(int i) const { return first + kBarriers + 8 * (kParts + i); }
+  __device__ uint32_t empty(int i) const { return first + kBarriers + 8 * (kParts + kStages + i); }
+};
+
+// Both sides walk through the ring's stages in the same order.
+struct Stage {
+  int index = 0;
+  uint32_t phase = 0;
+  __device__ void next() {
+    if (++index == kStages) index = 0, phase ^= 1;
+  }
+};
+
+// One thread: copies of s h and `up`.
+template <bool kTransposed>
+__device__ inline void feed(const Maps& maps, const Arguments& a, const Tile& tile, const Memory& memory, int slots,
+                            int parts, int row, int column) {
+  const int blocks = (a.r + kSlot - 1) / kSlot;
+  const auto load_up = [&](uint32_t barrier, uint32_t to, int slot, int part) {
+    const int place = slot / blocks, adapter = a.ids ? tile.all[place] : place;
+    const int n = column + part * kPart, rank = slot % blocks * kSlot;
+    sm90::load_3d(&maps.up, barrier, to, kTransposed ? n : rank, kTransposed ? rank : n, adapter);
+  };
+  const auto load_h = [&](uint32_t barrier, uint32_t to, int slot) {
+    sm90::load_3d(&maps.h, barrier, to, slot % blocks * kSlot, slot / blocks, row);
+  };
+  if (slots <= kResident) {
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part) {
+      sm90::barrier_arrive_expect(memory.full(part), slots * (kSlotUp + (part == 0 ? kSlotH : 0)));
+#pragma unroll 1
+      for (int i = 0; i < slots; ++i) load_up(memory.full(part), memory.up(slots, part * kResident + i), i, part);
+    }
+    wait_for_predecessor();  // it makes s h
+#pragma unroll 1
+    for (int i = 0; i < slots; ++i) load_h(memory.full(0), memory.h(i), i);
+    return;
+  }
+  Stage stage;
+#pragma unroll 1
+  for (int part = 0; part < parts; ++part)
+#pragma unroll 1
+    for (int slot = 0; slot < slots; ++slot, stage.next()) {
+      const uint32_t full = memory.full(stage.index);
+      sm90::barrier_wait(memory.empty(stage.index), stage.phase ^ 1);
+      sm90::barrier_arrive_expect(full, kSlotUp + kSlotH);
+      load_up(full, memory.up(slots, stage.index), slot, part);
+      wait_for_predecessor();
+      load_h(full, memory.h(stage.index), slot);
+    }
+}
+
+template <typename scalar, bool kTransposed>
+struct Adder {
+  const Arguments& a;
+  const Tile& tile;
+  const Memory& memory;
+  const int warp, lane, slots;
+  Stage stage{};
+
+  static constexpr uint64_t kLayoutUp = kTransposed ? sm90::operand_layout(sm90::Swizzle::b128, kSlotUp, 1024)
+                                                    : sm90::operand_layout(sm90::Swizzle::b32, 16, 256);
+
+  __device__ void multiply_slot(float (&d)[kPart / 2], uint32_t h, uint32_t up) const {
+    sm90::wgmma<kPart, scalar, kTransposed>(d, sm90::operand(kLayoutGiven, h + warp / 4 * (kSlotH / 2)),
+                                            sm90::operand(kLayoutUp, up));
+  }
+
+  // d += s h up^T of this warpgroup's 64 rows.
+  __device__ void multiply(float (&d)[kPart / 2], int part) {
+    const auto finish = [&] {
+      sm90::wgmma_commit();
+      sm90::wgmma_wait<0>();
+      sm90::hold(d);
+    };
+    if (slots == 0) return;
+    if (slots <= kResident) {
+      sm90::barrier_wait(memory.full(part), 0);
+      sm90::hold(d);
+      sm90::wgmma_fence();
+#pragma unroll 1
+      for (int i = 0; i < slots; ++i) multiply_slot(d, memory.h(i), memory.up(slots, part * kResident + i));
+      return finish();
+    }
+#pragma unroll 1
+    for (int slot = 0; slot < slots; ++slot, stage.next()) {
+      sm90::barrier_wait(memory.full(stage.index), stage.phase);
+      sm90::hold(d);
+      sm90::wgmma_fence();
+      multiply_slot(d, memory.h(stage.index), memory.up(slots, stage.index));
+      finish();
+      __syncwarp();
+      if (lane == 0) sm90::barrier_arrive(memory.empty(stage.index));
+    }
+  }
+
+  // s bias of columns n and n + 1 for the rows that chose `adapter`, or of all adapters.
+  __device__ float2 bias(int adapter, int n) const {
+    float2 sum{0.f, 0.f};
+    if (n >= a.N) return sum;
+    const int last = a.ids ? adapter + 1 : a.T;
+#pragma unroll 1
+    for (int t = a.ids ? max(adapter, 0) : 0; t < last; ++t) {
+      const float2 b = two<scalar>(a.bias, static_cast<int64_t>(t) * a.N + n);
+      const float s = __ldg(a.scaling + t);
+      sum.x += s * b.x, sum.y += s * b.y;
+    }
+    return sum;
+  }
+
+  // y += d, in shared memory, for this warp's 16 rows. Of 8 columns j of d, [4 j + {0, 1}] are row lane / 4, columns
+  // 2 (lane % 4) + {0, 1}, and [4 j + {2, 3}] eight rows further down: four such blocks are what the lanes fetch and
+  // leave at a time.
+  __device__ void add(float (&d)[kPart / 2], int part, int column) const {
+    const uint32_t rows = memory.part(part) + (16 * warp + lane % 16) * (kPart * 2);
+    if (a.bias) {
+      const int above = a.ids ? tile.of_row[16 * warp + lane / 4] : 0;
+      const int below = a.ids ? tile.of_row[16 * warp + lane / 4 + 8] : 0;
+#pragma unroll
+      for (int j = 0; j < kPart / 8; ++j) {
+        const int n = column + part * kPart + 8 * j + lane % 4 * 2;
+        const float2 b = bias(above, n), c = below == above ? b : bias(below, n);
+        d[4 * j] += b.x, d[4 * j + 1] += b.y, d[4 * j + 2] += c.x, d[4 * j + 3] += c.y;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPart / 16; ++i) {
+      const uint32_t at = rows + ((2 * i + lane / 16) ^ lane % 8) * 16;
+      uint32_t v[4] = {0, 0, 0, 0};
+      if (a.reads) sm90::load_matrices(v, at);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float2 y = unpair<scalar>(v[e]);
+        v[e] = pair<scalar>(d[8 * i + 2 * e] + y.x, d[8 * i + 2 * e + 1] + y.y);
+      }
+      sm90::store_matrices(at, v[0], v[1], v[2], v[3]);
+    }
+  }
+
+  __device__ void run(const Maps& maps, int parts, int row, int column) {
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part) {
+      float d[kPart / 2];
+#pragma unroll
+      for (float& x : d) x = 0.f;
+      multiply(d, part);
+      if (a.reads) sm90::barrier_wait(memory.y_full(part), 0);
+      add(d, part, column);
+      sm90::fence_async();
+      __syncwarp();
+      if (lane == 0 && row + 16 * warp < a.M) {
+        sm90::store_2d(&maps.to, memory.part(part) + 16 * warp * (kPart * 2), column + part * kPart, row + 16 * warp);
+        sm90::store_commit();
+      }
+    }
+    if (lane == 0) sm90::store_wait();
+  }
+};
+
+template <typename scalar, bool kTransposed>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    add_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) uint8_t dynamic[];
+  Tile& tile = *reinterpret_cast<Tile*>(dynamic + kTile);
+  const Memory memory{sm90::smem_address(dynamic)};
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
+  // the last rows first: the first half leaves them in L2
+  const int column_tiles = (a.N + kColumns - 1) / kColumns;
+  const int index = static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x);
+  const int row = index / column_tiles * kRows, column = index % column_tiles * kColumns;
+  const int parts = min(kParts, (a.N - column + kPart - 1) / kPart);
+
+  if (warp == kWarps) {
+    if (lane == 0) {
+      for (int i = 0; i < kParts; ++i) sm90::barrier_init(memory.y_full(i), 1);
+      for (int i = 0; i < kStages; ++i)
+        sm90::barrier_init(memory.full(i), 1), sm90::barrier_init(memory.empty(i), kWarps);
+      sm90::fence_barrier_init();
+      sm90::fence_async();
+      for (int i = 0; a.reads && i < parts; ++i) {
+        sm90::barrier_arrive_expect(memory.y_full(i), kBytesPart);
+        sm90::load_2d(&maps.from, memory.y_full(i), memory.part(i), column + i * kPart, row);
+      }
+      sm90::prefetch_map(&maps.h), sm90::prefetch_map(&maps.up), sm90::prefetch_map(&maps.to);
+    }
+    __syncwarp();
+    int count = a.T;
+    if (a.ids) {
+      int adapter[kRows / 32];
+#pragma unroll
+      for (int i = 0; i < kRows / 32; ++i) {
+        adapter[i] = adapter_of_row(a.ids, a.rows_per_id, a.M, a.T, row + lane + 32 * i);
+        tile.of_row[lane + 32 * i] = static_cast<int16_t>(adapter[i]);
+      }
+      count = list_adapters(adapter, tile.all);
+    }
+    if (lane == 0) tile.slots = count * ((a.r + kSlot - 1) / kSlot);
+  }
+  __syncthreads();
+  const int slots = __shfl_sync(0xffffffffu, tile.slots, 0);
+  const bool unchanged = slots == 0 && a.in_place;
+
+  if (warp == kWarps) {
+    if (lane == 0) {
+      if (slots > 0) feed<kTransposed>(maps, a, tile, memory, slots, parts, row, column);
+      for (int i = 0; unchanged && i < parts; ++i) sm90::barrier_wait(memory.y_full(i), 0);  // they come nevertheless
+    }
+  } else if (!unchanged) {
+    wait_for_predecessor();  // its x may be where y is
+    Adder<scalar, kTransposed>{a, tile, memory, warp, lane, slots}.run(maps, parts, row, column);
+  }
+  wait_for_predecessor();  // what follows this kernel follows both
+#endif
+}
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+template <typename scalar, bool kTransposed>
+void launch(const Maps& maps, const Arguments& a, int64_t tiles, bool overlap, cudaStream_t stream) {
+  launch_overlapped("low_rank", &add_kernel<scalar, kTransposed>, tiles, kThreads, kBytes, stream, overlap, maps, a);
+}
+
+}  // namespace
+
+bool low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
+  const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r, N = p.N;
+  if (!p.y || !p.scaled_h || p.y_slab || p.y0_slab || p.dtype == ScalarType::Float || !p.hopper || !on_hopper())
+    return false;
+  if (N == 0 || N % 8 != 0 || N >= 1 << 25 || p.ldy % 8 != 0 || p.ldy0 % 8 != 0 || r == 0 || r % 8 != 0 || T == 0 ||
+      T > INT16_MAX || p.places == 0 || M == 0 || M > INT32_MAX - kRows)
+    return false;
+  for (const void* q : {static_cast<const void*>(p.y), p.y0, p.up, p.bias_up, static_cast<const void*>(p.scaled_h)})
+    if (!aligned(q)) return false;
+  const int64_t tiles = (M + kRows - 1) / kRows * ((N + kColumns - 1) / kColumns);
+  if (tiles > INT32_MAX) return false;
+  LowRank down = p;
+  down.y = nullptr;
+  if (!low_rank_sm90(down, stream)) return false;
+
+  Arguments a{};
+  a.M = static_cast<int>(M), a.N = static_cast<int>(N), a.T = static_cast<int>(T), a.r = static_cast<int>(r);
+  a.ids = p.rows.ids, a.rows_per_id = static_cast<int>(p.rows.rows_per_id);
+  a.scaling = p.scaling, a.bias = p.bias_up;
+  a.reads = p.y0 != nullptr, a.in_place = p.y0 == p.y && p.ldy0 == p.ldy;
+  constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, k32 = CU_TENSOR_MAP_SWIZZLE_32B;
+  Maps maps;
+  describe_tensor<2>(maps.to, p.dtype, p.y, {N, M}, {p.ldy}, {kPart, 16}, k128);
+  maps.from = maps.to;  // where there is no y0, never read
+  if (p.y0) describe_tensor<2>(maps.from, p.dtype, p.y0, {N, M}, {p.ldy0}, {kPart, kRows}, k128);
+  describe_tensor<3>(maps.h, p.dtype, p.scaled_h, {r, p.places, M}, {r, p.places * r}, {kSlot, 1, kRows}, k32);
+  if (p.up_transposed)
+    describe_tensor<3>(maps.up, p.dtype, p.up, {N, r, T}, {N, r * N}, {kPart, kSlot, 1}, k128);
+  else
+    describe_tensor<3>(maps.up, p.dtype, p.up, {r, N, T}, {r, N * r}, {kSlot, kPart, 1}, k32);
+  dispatch("low_rank", p.dtype, [&](auto like) {
+    using scalar = decltype(like);
+    if constexpr (sizeof(scalar) == 2) {
+      if (p.up_transposed)
+        launch<scalar, true>(maps, a, tiles, true, stream);
+      else
+        launch<scalar, false>(maps, a, tiles, true, stream);
+    }
+  });
+  return true;
+}
+
+}  // namespace plora::cuda
