@@ -55,8 +55,8 @@ namespace lora_plan {
 // Above: products with the merged weight are cheaper, backward included. One adapter is kept apart for longer, since
 // the merged weight rounds away what is small beside W.
 constexpr int64_t kDenseRank = 64, kDenseAlone = 192;
-constexpr int64_t kMergeRank = 64;    // above: merging pays where nothing is kept ...
-constexpr int64_t kMergeRows = 256;   // ... from this many rows on
+constexpr int64_t kMergeRank = 64;   // above: merging pays where nothing is kept ...
+constexpr int64_t kMergeRows = 256;  // ... from this many rows on
 // Fewer rows are few tiles for the fused product; of a deep product each takes long, and torch's shares out the depth.
 constexpr int64_t kHopperRows = 128, kDeepRows = 1024, kDeep = 1024;
 constexpr int64_t kTileRows = 128, kTileColumns = 192, kSlot = 16;
@@ -69,9 +69,9 @@ constexpr int64_t kProductRanks = 16, kProductRanksHopper = 64;
 constexpr int64_t kAllRanks = 256, kAllProducts = int64_t{3} << 30;
 // What an adapter's ranks are filled up to where low_rank_sm90.cu reads lora_B as it is: a row of shared memory.
 constexpr int64_t kFactorRow = 16;
-// Bytes of x and y from which on adding to a given y is two kernels on Hopper, cuda/low_rank_sm90.cu and add_sm90.cu: they
-// start with 4 us more than low_rank.cu, which then takes twice as long for the bytes, and goes through x once for each
-// adapter that its rows meet.
+// Bytes of x and y from which on adding to a given y is two kernels on Hopper, cuda/low_rank_sm90.cu and add_sm90.cu:
+// they start with 4 us more than low_rank.cu, which then takes twice as long for the bytes, and goes through x once for
+// each adapter that its rows meet.
 constexpr int64_t kTwoKernels = int64_t{6} << 20;
 // As measured on an H200: operations per second and multiprocessor, bytes per second, seconds. Of a slot in the main
 // loop: its share of the product, and seconds per wave; of a given slot: seconds per wave.
