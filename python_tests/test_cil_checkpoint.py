@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -107,9 +108,19 @@ VARIANTS = [
 ]
 
 
+@pytest.fixture
+def repeats(device: torch.device) -> Iterator[dict]:
+    """Settings of a run that repeats on each type of device."""
+    yield {"device": device.type, "deterministic": device.type == "cuda"}
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: "-".join(map(str, c.values())))
-def test_cut_after_every_save(changes: dict, data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cut_after_every_save(
+    changes: dict, data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repeats: dict
+) -> None:
     """One process after another gets as far as one save; each leaves the random state in a mess."""
+    changes = changes | repeats
     whole, method = learn(data, None, **changes)
     save, saves = Checkpoint._save, 0
 
@@ -130,7 +141,7 @@ def test_cut_after_every_save(changes: dict, data: Images, tmp_path: Path, monke
     assert saves == (1 if changes["method"] == "joint" else 3) + 2 * trains  # a task each, two epochs where it trains
     assert (result.curve, result.matrix, result.passes) == (whole.curve, whole.matrix, whole.passes)
     assert method.prototypes is not None and torch.equal(method.prototypes, resumed.prototypes)
-    images = torch.rand(4, 3, 16, 16)
+    images = torch.rand(4, 3, 16, 16, device=repeats["device"])
     assert torch.equal(method.predict(images), resumed.predict(images))  # type: ignore[arg-type]
     again, _ = learn(data, Checkpoint(tmp_path, resume=True), **changes)  # nothing is left to do
     assert again.curve == whole.curve

@@ -130,11 +130,20 @@ def make_cache(settings: Settings, trainer: Trainer) -> FeatureCache | None:
     return FeatureCache(folder, device=trainer.device, say=trainer.progress.note)
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds Python, numpy and torch: on a CPU, a run with the same settings then repeats bit for bit."""
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seeds Python, numpy and torch: on a CPU, a run with the same settings then repeats bit for bit.
+
+    Args:
+        seed: Of all of them.
+        deterministic: On a GPU, too: from here on, in the whole process, torch takes algorithms that repeat, and
+            raises a RuntimeError that names an operation which has none.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        torch.use_deterministic_algorithms(True)
 
 
 class Evaluator:
@@ -202,7 +211,7 @@ def run(
     device = world.place(pick_device(settings.device))
     data = checked(data) if data else load_data(settings)
     stream = make_stream(settings, data)
-    seed_everything(settings.seed)
+    seed_everything(settings.seed, settings.deterministic)
     backbone = backbone or load_backbone(settings)
     world.broadcast_([tensor.data for tensor in backbone.model.state_dict().values()])
     saved = checkpoint and checkpoint.begin(fingerprint_of(settings, data, backbone.model), settings.as_dict())

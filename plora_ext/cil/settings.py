@@ -110,6 +110,9 @@ class Settings:
         "none", "autocast to this dtype; gradients of float16 are scaled"
     )
     tf32: bool = _setting(False, "on a GPU, float32 products may round their factors to TF32")
+    deterministic: bool = _setting(
+        False, "on a GPU, algorithms of torch that repeat bit for bit, or an error where there is none"
+    )
     channels_last: bool = _setting(False, "images and convolutions in channels-last memory")
     compile: bool = _setting(False, "torch.compile the model's blocks")
 

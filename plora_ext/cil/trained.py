@@ -54,7 +54,7 @@ class Trained:
         self.settings = Settings(**{**checkpoint.settings, "cache_images": False, **elsewhere})  # each is read once
         self.fingerprint = checkpoint.manifest["fingerprint"]
         device = world.place(pick_device(self.settings.device))
-        seed_everything(self.settings.seed)
+        seed_everything(self.settings.seed, self.settings.deterministic)
         backbone = load_backbone(self.settings)
         refuse_other(
             self.fingerprint,
