@@ -96,5 +96,5 @@ def _solve(gram: Tensor, target: Tensor, ridge: float) -> Tensor:
         regular.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(regular)
         if not failed:
-            return torch.cholesky_solve(target.double(), factor).float()
+            return torch.cholesky_solve(target.double(), factor).float().contiguous()  # as a checkpoint has it
         ridge *= 10
