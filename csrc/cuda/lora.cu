@@ -46,6 +46,7 @@ struct Factors {
   OptTensor bias_A;
 };
 
+// The factors themselves where they need no padding.
 bool padded(const Inputs& p) { return p.ranks || p.r != padded_rank(p.r); }
 
 Tensor A_of(const Inputs& p) { return padded(p) ? packed(p, p.lora_A, p.r, p.in, true, false) : p.lora_A; }
@@ -378,15 +379,15 @@ Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& ke
   }
   if (needs & kNeedA) result.lora_A = allocate(p.lora_A, p.lora_A.sizes());
   if (needs & kNeedB) result.lora_B = allocate(p.lora_B, p.lora_B.sizes());
-  if (needs & kNeedScaling) sums = allocate(p.scaling, {p.T, parts});
+  if (needs & kNeedScaling) sums = allocate(p.scaling, parts == 1 ? Sizes{p.T} : Sizes{p.T, parts});
   q.U = pointer(U), q.V = pointer(V), q.A = pointer(A);
   q.dA = out_pointer(result.lora_A), q.dB = out_pointer(result.lora_B);
   q.dscaling = static_cast<float*>(out_pointer(sums));
   dense_grads(q, stream_of(p.x));
   if (sums) {
     const Sizes along{1};
-    result.scaling = parts == 1 ? torch::stable::view(*sums, {p.T})
-                                : torch::stable::sum(*sums, torch::headeronly::IntHeaderOnlyArrayRef(along), false);
+    result.scaling =
+        parts == 1 ? *sums : torch::stable::sum(*sums, torch::headeronly::IntHeaderOnlyArrayRef(along), false);
   }
   return result;
 }

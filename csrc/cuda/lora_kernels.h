@@ -120,8 +120,8 @@ struct DenseGrads {
 };
 void dense_grads(const DenseGrads& p, cudaStream_t stream);
 
-// In how many parts an adapter's dscaling is summed: a block takes 2 us for one of 2^16 products, and for twice as many
-// less than adding up takes.
+// In how many parts an adapter's dscaling is summed: one block for fewer than 2^17 products, whose reading takes it
+// about as long as another launch, which adds parts up.
 inline int64_t dense_parts(int64_t padded_r, int64_t in) { return std::max<int64_t>(padded_r * in >> 16, 1); }
 
 // The frozen layer and the low-rank part in one persistent product, for Hopper (fused_sm90.cu):
