@@ -417,6 +417,36 @@ def test_sum_trains_its_newest_adapter_and_the_coefficients() -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize(
+    ("n_in", "out", "r", "T", "trainable"),
+    [
+        (136, 200, 16, 10, [1, 2, 5, 9]),
+        (136, 200, 16, 10, [9]),
+        (33, 13, 5, 23, [3, 7]),
+        (72, 40, 8, 1200, [0, 1, 5, 1023, 1024, 1199]),
+        (768, 72, 200, 3, [1]),  # a scale's gradient in two parts
+    ],
+)
+def test_some_adapters_of_a_dense_sum(
+    n_in: int, out: int, r: int, T: int, trainable: list[int], dtype: torch.dtype
+) -> None:
+    """With gaps between them; also one factor, both or the scales alone."""
+    for options in ("weight", "weight ranks"):
+        args, kwargs, cotangent = problem("lora_sum", 300, n_in, out, r, T, dtype=dtype, options=options, grad=False)
+        _, A, B, s = args
+        for asking in ([A], [B], [A, B], [s], [A, B, s]):
+            for t in asking:
+                t.requires_grad_()
+            verify("lora_sum", args, {**kwargs, "trainable": trainable}, cotangent)
+            for t in asking:
+                t.requires_grad_(False)
+    for t in (A, B, s):
+        t.requires_grad_()
+    arguments = args, {**kwargs, "trainable": trainable}, cotangent
+    assert same(bits("lora_sum", *arguments), bits("lora_sum", *arguments))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize(
     ("n_in", "out", "r", "T"), [(768, 2304, 16, 10), (3072, 768, 16, 50), (72, 200, 128, 3), (33, 13, 5, 7)]
 )
 def test_merge(dtype: torch.dtype, n_in: int, out: int, r: int, T: int) -> None:

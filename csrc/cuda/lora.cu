@@ -26,22 +26,6 @@ void* out_pointer(const OptTensor& t) { return t && t->defined() && t->numel() >
 // [first, first + count) of dimension d.
 Tensor part(Tensor t, int64_t d, int64_t first, int64_t count) { return torch::stable::narrow(t, d, first, count); }
 
-// --- what torch's own operators do -----------------------------------------------------------------------------------
-
-Tensor call(const char* op, const char* overload, std::initializer_list<Tensor> arguments) {
-  std::vector<StableIValue> stack;
-  for (const Tensor& t : arguments) stack.push_back(torch::stable::detail::from(t));
-  check_call(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION), op);
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor times(const Tensor& a, const Tensor& b) { return call("aten::mul", "Tensor", {a, b}); }
-
-// In float32, rounded once to the dtype of `to`.
-void times_into(const Tensor& to, const Tensor& a, const Tensor& float32) {
-  call("aten::mul", "out", {a, float32, to});
-}
-
 Tensor plus(const Tensor& a, const OptTensor& b) { return b ? torch::stable::subtract(a, *b, -1.0) : a; }
 
 // --- the factors as the kernels take them ----------------------------------------------------------------------------
@@ -62,10 +46,15 @@ struct Factors {
   OptTensor bias_A;
 };
 
+// The factors themselves where they need no padding.
+bool padded(const Inputs& p) { return p.ranks || p.r != padded_rank(p.r); }
+
+Tensor A_of(const Inputs& p) { return padded(p) ? packed(p, p.lora_A, p.r, p.in, true, false) : p.lora_A; }
+
+Tensor B_of(const Inputs& p) { return padded(p) ? packed(p, p.lora_B, p.out, p.r, false, false) : p.lora_B; }
+
 Factors factors_of(const Inputs& p) {
-  if (!p.ranks && p.r == padded_rank(p.r)) return {p.lora_A, p.lora_B, p.bias_A};
-  return {packed(p, p.lora_A, p.r, p.in, true, false), packed(p, p.lora_B, p.out, p.r, false, false),
-          p.bias_A ? OptTensor(packed(p, *p.bias_A, p.r, 1, true, false)) : std::nullopt};
+  return {A_of(p), B_of(p), padded(p) && p.bias_A ? OptTensor(packed(p, *p.bias_A, p.r, 1, true, false)) : p.bias_A};
 }
 
 Tensor A_transposed(const Inputs& p) { return packed(p, p.lora_A, p.r, p.in, true, true); }  // [T, in, rank]
@@ -88,7 +77,7 @@ Rows rows_of(const Inputs& p, int64_t rank) {
 Tensor merge(const Inputs& p) {
   if (p.x.scalar_type() != ScalarType::Float && p.T * p.r > 256) {
     const int64_t ranks = p.T * padded_rank(p.r);
-    const Tensor A = torch::stable::view(factors_of(p).A, {ranks, p.in});
+    const Tensor A = torch::stable::view(A_of(p), {ranks, p.in});
     const Tensor up = torch::stable::transpose(torch::stable::view(B_transposed(p, true), {ranks, p.out}), 0, 1);
     return plus(*p.weight, torch::stable::matmul(up, A));
   }
@@ -329,16 +318,9 @@ Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor&
   return result;
 }
 
-// Of the sum, by way of the merged weight's gradient dW: dA = s B^T dW, dB = s dW A^T, ds = sum of B^T dW and A.
+// Of the sum, by way of the merged weight's gradient dW.
 Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& kept, const Sizes& asks, int64_t needs) {
-  const bool all = static_cast<int64_t>(asks.size()) == p.T;
-  const auto fresh = [&](int64_t bit, const Tensor& like) {
-    return !(needs & bit) ? Tensor{}
-           : all          ? allocate(like, like.sizes())
-                          : torch::stable::new_zeros(like, like.sizes());
-  };
   Gradients result;
-  result.lora_A = fresh(kNeedA, p.lora_A), result.lora_B = fresh(kNeedB, p.lora_B);
   if (needs & kNeedX) {
     const bool given = kept && kept->numel() > 0;
     if (given) {
@@ -349,55 +331,63 @@ Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& ke
   }
   if (!(needs & ~kNeedX)) return result;
 
-  // few adapters that follow each other: their own ranks cost less than dW
-  const int64_t first = asks.empty() ? 0 : asks.front(), count = static_cast<int64_t>(asks.size());
-  if (!(needs & kNeedScaling) && asks.back() - first == count - 1 && count * p.r <= lora_plan::kDenseRank) {
-    Inputs few = p;
-    few.T = count;
-    few.lora_A = part(p.lora_A, 0, first, count), few.lora_B = part(p.lora_B, 0, first, count);
-    few.scaling = part(p.scaling, 0, first, count);
-    if (p.ranks) few.ranks = part(*p.ranks, 0, first, count);
-    few.weight.reset();
+  // the adapters from the first to the last that asks
+  const int64_t first = asks.empty() ? 0 : asks.front(), count = asks.empty() ? 0 : asks.back() + 1 - first;
+  Inputs some = p;
+  if (count < p.T && (needs & (kNeedA | kNeedB))) {
+    some.T = count;
+    some.lora_A = part(p.lora_A, 0, first, count), some.lora_B = part(p.lora_B, 0, first, count);
+    some.scaling = part(p.scaling, 0, first, count);
+    if (p.ranks) some.ranks = part(*p.ranks, 0, first, count);
+  }
+
+  // few that follow each other: their own ranks cost less than dW
+  if (!(needs & kNeedScaling) && count == static_cast<int64_t>(asks.size()) && count * p.r <= lora_plan::kDenseRank) {
+    some.weight.reset();
     Sizes every(count);
     std::iota(every.begin(), every.end(), 0);
-    const Gradients g = low_rank_gradients(few, dy, {}, every, needs & ~kNeedX);
-    const auto put = [&](int64_t bit, const Tensor& to, const Tensor& from) {
+    const Gradients g = low_rank_gradients(some, dy, {}, every, needs & ~kNeedX);
+    const auto put = [&](int64_t bit, Tensor& to, const Tensor& like, const Tensor& from) {
       if (!(needs & bit)) return;
+      to = torch::stable::new_zeros(like, like.sizes());
       Tensor target = part(to, 0, first, count);
       torch::stable::copy_(target, from);
     };
-    put(kNeedA, result.lora_A, g.lora_A);
-    put(kNeedB, result.lora_B, g.lora_B);
+    put(kNeedA, result.lora_A, p.lora_A, g.lora_A);
+    put(kNeedB, result.lora_B, p.lora_B, g.lora_B);
     return result;
   }
 
-  const int64_t rank = padded_rank(p.r);
+  const int64_t rank = padded_rank(p.r), parts = dense_parts(rank, p.in);
   const Tensor dW = torch::stable::matmul(torch::stable::transpose(dy, 0, 1), p.x);
-  const Tensor scale = torch::stable::view(p.scaling, {p.T, 1, 1});
-  const auto scaled = [&](const Tensor& to, const Tensor& from) {  // run by run of adapters that ask
-    for (size_t i = 0, end = 0; i < asks.size(); i = end) {
-      for (end = i + 1; end < asks.size() && asks[end] == asks[end - 1] + 1;) ++end;
-      const auto n = static_cast<int64_t>(end - i);
-      times_into(part(to, 0, asks[i], n), part(from, 0, asks[i], n), part(scale, 0, asks[i], n));
-    }
-  };
-  const Tensor A = factors_of(p).A;
+  const Inputs& most = needs & kNeedScaling ? p : some;
+  DenseGrads q{};
+  q.dtype = p.x.scalar_type();
+  q.T = p.T, q.r = p.r, q.padded_r = rank, q.in = p.in, q.out = p.out;
+  q.scaling = data<float>(p.scaling);
+  OptTensor U, V, A, sums;
+  if (needs & (kNeedA | kNeedB)) q.adapters = asks;
+  if (needs & (kNeedB | kNeedScaling)) A = A_of(most);
   if (needs & (kNeedA | kNeedScaling)) {
-    const Tensor B = torch::stable::view(B_transposed(p), {p.T * rank, p.out});
-    const Tensor U = torch::stable::matmul(B, dW);
-    if (needs & kNeedA) scaled(result.lora_A, part(torch::stable::view(U, {p.T, rank, p.in}), 1, 0, p.r));
-    if (needs & kNeedScaling) {
-      Sizes ranks{1};
-      const Tensor products =
-          times(torch::stable::to(U, ScalarType::Float), torch::stable::view(A, {p.T * rank, p.in}));
-      result.scaling = torch::stable::sum(torch::stable::view(products, {p.T, rank * p.in}),
-                                          torch::headeronly::IntHeaderOnlyArrayRef(ranks), false);
-    }
+    const Tensor B = most.T == 1 ? torch::stable::transpose(torch::stable::view(B_of(most), {p.out, rank}), 0, 1)
+                                 : torch::stable::view(B_transposed(most), {most.T * rank, p.out});
+    U = torch::stable::matmul(B, dW);
   }
   if (needs & kNeedB) {
-    const Tensor V =
-        torch::stable::matmul(torch::stable::view(A, {p.T * rank, p.in}), torch::stable::transpose(dW, 0, 1));
-    scaled(result.lora_B, torch::stable::transpose(part(torch::stable::view(V, {p.T, rank, p.out}), 1, 0, p.r), 1, 2));
+    const Tensor asking = most.T > count ? part(*A, 0, first, count) : *A;
+    V = torch::stable::matmul(torch::stable::view(asking, {count * rank, p.in}), torch::stable::transpose(dW, 0, 1));
+  }
+  if (needs & kNeedA) result.lora_A = allocate(p.lora_A, p.lora_A.sizes());
+  if (needs & kNeedB) result.lora_B = allocate(p.lora_B, p.lora_B.sizes());
+  if (needs & kNeedScaling) sums = allocate(p.scaling, parts == 1 ? Sizes{p.T} : Sizes{p.T, parts});
+  q.U = pointer(U), q.V = pointer(V), q.A = pointer(A);
+  q.dA = out_pointer(result.lora_A), q.dB = out_pointer(result.lora_B);
+  q.dscaling = static_cast<float*>(out_pointer(sums));
+  dense_grads(q, stream_of(p.x));
+  if (sums) {
+    const Sizes along{1};
+    result.scaling =
+        parts == 1 ? *sums : torch::stable::sum(*sums, torch::headeronly::IntHeaderOnlyArrayRef(along), false);
   }
   return result;
 }

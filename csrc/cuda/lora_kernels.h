@@ -10,6 +10,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -102,6 +103,26 @@ struct LoraGrads {
 };
 // `like` tells where workspace is allocated (torch's caching allocator).
 void lora_grads(const LoraGrads& p, const Tensor& like, cudaStream_t stream);
+
+// Likewise of a sum, by way of the merged weight's gradient dW: from U[t] = B[t]^T dW and V[t] = A[t] dW^T
+// (dense_grads.cu).
+//   dA[t] = s_t U[t]     dB[t] = s_t V[t]^T     dscaling[t] = the sum of the products of U[t] and A[t]
+struct DenseGrads {
+  ScalarType dtype;
+  int64_t T, r, padded_r, in, out;
+  const float* scaling;           // [T]
+  std::vector<int64_t> adapters;  // those whose factors ask, ascending; the others' entries are written as 0
+  // U and A [n, padded_r, in], V [n, padded_r, out], whose padding is 0: V of the adapters from the first to the last
+  // that asks; U of those too, or of all with dscaling, which alone needs A
+  const void *U = nullptr, *V = nullptr, *A = nullptr;
+  void *dA = nullptr, *dB = nullptr;  // [T, r, in], [T, out, r]
+  float* dscaling = nullptr;          // [T, dense_parts], to be added up
+};
+void dense_grads(const DenseGrads& p, cudaStream_t stream);
+
+// In how many parts an adapter's dscaling is summed: one block for fewer than 2^17 products, whose reading takes it
+// about as long as another launch, which adds parts up.
+inline int64_t dense_parts(int64_t padded_r, int64_t in) { return std::max<int64_t>(padded_r * in >> 16, 1); }
 
 // The frozen layer and the low-rank part in one persistent product, for Hopper (fused_sm90.cu):
 //   forward     y = x W^T + bias + base + s h up^T + s bias_up       weight [N, K], down [T, r, K], up [T, N, r]
