@@ -120,8 +120,7 @@ struct DenseGrads {
 };
 void dense_grads(const DenseGrads& p, cudaStream_t stream);
 
-// In how many parts an adapter's dscaling is summed: one block for fewer than 2^17 products, whose reading takes it
-// about as long as another launch, which adds parts up.
+// In how many parts an adapter's dscaling is summed: no block has more than 2^17 products.
 inline int64_t dense_parts(int64_t padded_r, int64_t in) { return std::max<int64_t>(padded_r * in >> 16, 1); }
 
 // The frozen layer and the low-rank part in one persistent product, for Hopper (fused_sm90.cu):
