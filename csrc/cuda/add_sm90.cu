@@ -282,8 +282,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #endif
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 template <typename scalar, bool kTransposed>
 void launch(const Maps& maps, const Arguments& a, int64_t tiles, bool overlap, cudaStream_t stream) {
   launch_overlapped("low_rank", &add_kernel<scalar, kTransposed>, tiles, kThreads, kBytes, stream, overlap, maps, a);

@@ -2,6 +2,7 @@
 //   dA[t] = s_t U[t]     dB[t] = s_t V[t]^T     dscaling[t] = the sum of the products of U[t] and A[t].
 // An adapter has blocks of each kind: parts of dscaling, which take longest, pieces of dA, tiles of dB.
 
+#include "../common/lora_plan.h"
 #include "launch.cuh"
 #include "lora_kernels.h"
 #include "mma.cuh"
@@ -11,7 +12,7 @@ namespace {
 
 constexpr int kThreads = 512, kTile = 64;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+using lora_plan::ceil_div;
 
 template <typename scalar>
 struct Params {
@@ -128,9 +129,6 @@ __global__ void __launch_bounds__(kThreads, 2) dense_grads_kernel(const __grid_c
 template <typename scalar>
 void run(const DenseGrads& p, cudaStream_t stream) {
   constexpr int64_t kVec = kVector<scalar>;
-  const auto aligned = [](const void* a, const void* b) {
-    return (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 == 0;
-  };
   const int64_t asking = p.adapters.empty() ? 0 : p.adapters.front();
   Params<scalar> q{};
   q.r = p.r, q.padded_r = p.padded_r, q.in = p.in, q.out = p.out;
@@ -138,8 +136,8 @@ void run(const DenseGrads& p, cudaStream_t stream) {
   q.U = static_cast<const scalar*>(p.U), q.V = static_cast<const scalar*>(p.V), q.A = static_cast<const scalar*>(p.A);
   q.first_U = p.dscaling ? 0 : asking, q.first_V = asking;
   q.dA = static_cast<scalar*>(p.dA), q.dB = static_cast<scalar*>(p.dB), q.dscaling = p.dscaling;
-  q.fast_A = aligned(p.U, p.dA) && p.r * p.in % kVec == 0;
-  q.fast_dot = aligned(p.U, p.A);  // padded_r is a multiple of 8
+  q.fast_A = aligned(p.U) && aligned(p.dA) && p.r * p.in % kVec == 0;
+  q.fast_dot = aligned(p.U) && aligned(p.A);  // padded_r is a multiple of 8
   q.parts = p.dscaling ? static_cast<int>(dense_parts(p.padded_r, p.in)) : 0;
   q.share = q.parts ? ceil_div(p.padded_r * p.in / kVec, q.parts) : 0;
   q.pieces = p.dA ? static_cast<int>(ceil_div(p.r * p.in, kThreads * kVec)) : 0;

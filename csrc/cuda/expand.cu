@@ -88,7 +88,6 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_consta
 }  // namespace
 
 bool expands(const LowRank& p) {
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   return p.dtype != ScalarType::Float && !p.rows.ids && p.y_slab % 8 == 0 && p.y0_slab == 0 && p.rows.r % 8 == 0 &&
          p.N % 8 == 0 && p.ldy % 8 == 0 && p.ldy0 % 8 == 0 && p.rows.M < int64_t{1} << 30 && aligned(p.up) &&
          aligned(p.y) && aligned(p.y0) && aligned(p.bias_up);

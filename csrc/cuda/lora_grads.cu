@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "../common/lora_plan.h"
 #include "device.cuh"
 #include "launch.cuh"
 #include "lora_kernels.h"
@@ -30,7 +31,7 @@ constexpr int kMask = 1024;      // adapters, where some are frozen
 template <typename scalar>
 inline constexpr int kStep = 128 / static_cast<int>(sizeof(scalar));  // rows per stage of the product's pipeline
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+using lora_plan::ceil_div;
 
 __device__ void start() {
   launch_successor();

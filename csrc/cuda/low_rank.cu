@@ -396,8 +396,6 @@ int most_ranks() {
   return (row - 16) / 64 * 64 + 16;
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 template <typename scalar>
 void launch(const LowRank& p, cudaStream_t stream) {
   constexpr int V = kVector<scalar>;

@@ -313,8 +313,6 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
 #endif
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 template <typename scalar, int kGroups, bool kTransposed>
 void launch(const LowRank& p, cudaStream_t stream) {
   using S = Shape<kGroups>;
