@@ -147,6 +147,17 @@ def test_cut_after_every_save(
     assert again.curve == whole.curve
 
 
+def test_deterministic_is_torch_s_own(data: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    learn(data, None, epochs=1)
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    try:
+        learn(data, None, epochs=1, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoint").iterdir())
 

@@ -283,8 +283,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 template <typename scalar, bool kTransposed>
-void launch(const Maps& maps, const Arguments& a, int64_t tiles, bool overlap, cudaStream_t stream) {
-  launch_overlapped("low_rank", &add_kernel<scalar, kTransposed>, tiles, kThreads, kBytes, stream, overlap, maps, a);
+void launch(const Maps& maps, const Arguments& a, int64_t tiles, cudaStream_t stream) {
+  launch_overlapped("low_rank", &add_kernel<scalar, kTransposed>, tiles, kThreads, kBytes, stream, true, maps, a);
 }
 
 }  // namespace
@@ -323,9 +323,9 @@ bool low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
     using scalar = decltype(like);
     if constexpr (sizeof(scalar) == 2) {
       if (p.up_transposed)
-        launch<scalar, true>(maps, a, tiles, true, stream);
+        launch<scalar, true>(maps, a, tiles, stream);
       else
-        launch<scalar, false>(maps, a, tiles, true, stream);
+        launch<scalar, false>(maps, a, tiles, stream);
     }
   });
   return true;
