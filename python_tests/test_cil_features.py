@@ -10,9 +10,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from plora_ext.change import fingerprint, row_digests
 from plora_ext.cil import Images, Settings, run
 from plora_ext.cil.engine import Evaluator
-from plora_ext.cil.features import FeatureCache, fingerprint, row_digests, space_fingerprints
+from plora_ext.cil.features import FeatureCache, space_fingerprints
 from plora_ext.cil.methods import METHODS, Method
 from plora_ext.cil.stream import Task, TaskStream
 from plora_ext.cil.training import Trainer
