@@ -144,12 +144,11 @@ def test_cuts_give_the_same_bits_and_keep_to_the_memory(targets: list[str]) -> N
     plan = next(iter(whole._plans.values()))
     for slabs in (1, 3, 5, 9, 28):
         ensemble = Ensemble(adapters, memory=plan.fixed + slabs * plan.slab)
-        ensemble(images[:1])  # tries where to repeat, stacks the factors
+        ensemble(images[:1])  # tries where to repeat
         with _PeakMemory() as memory:
             result = ensemble(images)
         assert torch.equal(result, expected), slabs
-        # Nothing is cached under the mode that looks on: every layer stacks its factors anew.
-        factors = sum(t.nbytes for layer in adapters.layers.values() for t in layer._operands(tuple(layer.r))[:2])
+        factors = sum(t.nbytes for layer in adapters.layers.values() for t in layer.operands(tuple(layer.r))[:2])
         assert memory.peak <= plan.fixed + slabs * plan.slab + result.nbytes + 4 * factors, slabs
 
 
@@ -346,7 +345,7 @@ def test_an_error_inside_leaves_the_layers_as_they_were() -> None:
     with pytest.raises(ZeroDivisionError):
         ensemble(images)
     handle.remove()
-    assert all(layer._ensemble is None for layer in adapters.layers.values())
+    assert adapters._state.current.ensemble is None
     assert not any(module._forward_pre_hooks for module in adapters.model.modules())
     assert torch.equal(ensemble(images), expected)
 

@@ -19,12 +19,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from plora_ext import ops
 from plora_ext.nn.inject import BASE, Adapters
-from plora_ext.nn.linear import MultiLoRALinear
+from plora_ext.nn.linear import MultiLoRALinear, Operands, narrow
 
 __all__ = ["Ensemble", "free_memory"]
 
 SHARE = {"cuda": 1 / 2, "cpu": 1 / 4}  # of the free memory that a pass may take by default
 CPU_LIMIT = 2**30  # on a CPU, larger passes only leave the caches
+
+_OfLayers = dict[int, Operands]  # by the number of the layer
 
 
 class Ensemble:
@@ -37,7 +39,7 @@ class Ensemble:
     layer is one `plora_ext.ops.lora_indexed` with T segments. Where the batch is repeated is found by trying, once for
     each shape of image: at the innermost module around the first adapted layer whose first argument can be repeated.
     A model where that is nowhere gets plain repetition, or one adapter after the other, and a warning that says why.
-    A single adapter has nothing to share: it runs as `set_adapter` has it, merged into the weight.
+    A single adapter has nothing to share: it runs as `set_adapter` has it.
 
     Passes are cut so that their intermediate results stay within `memory`, over images and, where one image is too
     much, over adapters. A cut changes what is in a batch and nothing else, so results differ between cuts only as far
@@ -89,10 +91,11 @@ class Ensemble:
                 y = _tensor(model(images), 0)
             return y.expand(len(ids), *y.shape)
         plan = self._plan(images)
+        operands: _OfLayers = {}
         T, B = len(ids), len(images)
         result: Tensor | None = None
         for t, b in _cuts(T, B, self._slabs_at_once(plan, images.device)):
-            part = self._run(plan, images[b], ids[t], chosen[t], alone=T == 1)
+            part = self._run(plan, images[b], ids[t], chosen[t], operands, alone=T == 1)
             if part.shape[:2] == (T, B):
                 return part
             if result is None:
@@ -103,19 +106,23 @@ class Ensemble:
 
     # ------------------------------------------------------------------ one pass
 
-    def _run(self, plan: _Plan, images: Tensor, ids: list[int], names: list[str], alone: bool) -> Tensor:
+    def _run(
+        self, plan: _Plan, images: Tensor, ids: list[int], names: list[str], operands: _OfLayers, alone: bool
+    ) -> Tensor:
         if plan.split is not None and not alone:
-            return self._pass(_Slabs(self._on_device(ids, images.device), ids, len(images), plan.split), images)
+            on_device = self._on_device(ids, images.device)
+            return self._pass(_Slabs(self.adapters, on_device, ids, len(images), plan.split, operands), images)
         features = []
-        for name in names:  # one adapter after the other, each merged into the weight
-            with self.adapters._temporarily(_active=() if name == BASE else (name,), _coefficients=None, _batch=None):
+        for name in names:  # one adapter after the other
+            only = () if name == BASE else (name,)
+            with self.adapters._state.within(names=only, coefficients=None, batch=None):
                 features.append(_tensor(self.adapters.model(images), len(images)))
         return torch.stack(features)
 
     def _pass(self, slabs: _Slabs, images: Tensor) -> Tensor:
         hook = slabs.split.register_forward_pre_hook(slabs.repeat, prepend=True)
         try:
-            with self.adapters._temporarily(_ensemble=slabs):
+            with self.adapters._state.within(ensemble=slabs):
                 y = _tensor(self.adapters.model(images), slabs.T * len(images))
         finally:
             hook.remove()
@@ -153,7 +160,7 @@ class Ensemble:
             allowed = (expected[1] - expected[0]).norm() / 20 + 8 * eps * expected.norm()
             for module in self._around(first):
                 try:
-                    got = self._pass(_Probe(two, module), two).float()
+                    got = self._pass(_Probe(self.adapters, two, module), two).float()
                     off = (got - expected).norm()
                 except torch.OutOfMemoryError:
                     raise
@@ -175,10 +182,10 @@ class Ensemble:
 
     def _one_by_one(self, two: Tensor) -> tuple[MultiLoRALinear, Tensor]:
         """The adapted layer that is called first, and the features under each stand-in."""
-        calls = [_Probe(two, None, factor) for factor in (1, 2)]
+        calls = [_Probe(self.adapters, two, None, factor) for factor in (1, 2)]
         features = []
         for probe in calls:
-            with self.adapters._temporarily(_ensemble=probe):
+            with self.adapters._state.within(ensemble=probe):
                 features.append(_tensor(self.adapters.model(two), 2).float())
         if calls[0].first is None:
             raise RuntimeError("the model calls none of its adapted layers")
@@ -203,7 +210,7 @@ class Ensemble:
                     with self.adapters.disabled():
                         self.adapters.model(two[:n].repeat(2, *[1] * (two.dim() - 1)))
                 else:
-                    self._pass(_Probe(two[:n], split), two[:n])
+                    self._pass(_Probe(self.adapters, two[:n], split), two[:n])
             peaks.append(memory.peak)
         slab = max((peaks[1] - peaks[0]) // 2, 1)
         return max(peaks[0] - 2 * slab, 0), slab
@@ -235,13 +242,18 @@ class _Slabs:
     """What the adapted layers do in one pass: they call this instead of their own forward.
 
     Args:
+        adapters: handle on the model.
         ids: the adapters, -1 for the base, on the device.
         numbers: the same on the host.
         B: images.
         split: the module that repeats its input T times, adapter after adapter; an adapted layer has no need to.
+        operands: of the layers, as far as this or another pass of the same call has stacked them.
     """
 
-    def __init__(self, ids: Tensor, numbers: Sequence[int], B: int, split: nn.Module) -> None:
+    def __init__(
+        self, adapters: Adapters, ids: Tensor, numbers: Sequence[int], B: int, split: nn.Module, operands: _OfLayers
+    ) -> None:
+        self.adapters, self.operands = adapters, operands
         self.ids, self.numbers, self.T, self.B, self.split = ids, numbers, len(numbers), B, split
         self.first: MultiLoRALinear | None = None
         self._shared: Tensor | None = None  # the first layer's input, alike for all adapters
@@ -251,6 +263,8 @@ class _Slabs:
     def repeat(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._repeated or isinstance(module, MultiLoRALinear):
             return None  # a module that is called again has T * B samples by now
+        if id(self.adapters._state.current.ensemble) != id(self):
+            return None  # another thread's call
         if not args:
             raise RuntimeError(f"{type(module).__name__} is called without positional arguments")
         self._repeated = True
@@ -271,39 +285,40 @@ class _Slabs:
         """[T, B, ..., out] of x [B, ..., in], the same for all adapters."""
         if -1 in self.numbers:
             return self.each(layer, x.expand(self.T, *x.shape))
-        lora_A, lora_B, scaling, ranks, slices = self._operands(layer)
+        lora_A, lora_B, scaling, ranks, slices = self._operands(layer, x)
         if self.numbers != list(range(len(layer.r))):
             lora_A, lora_B, scaling = lora_A[self.ids], lora_B[self.ids], scaling[self.ids]
             ranks = None if ranks is None else ranks[self.ids]
-        base = layer.base_layer
-        return ops.lora_all(x, lora_A, lora_B, scaling, weight=base.weight, bias=base.bias, ranks=ranks, slices=slices)
+        return ops.lora_all(x, lora_A, lora_B, scaling, ranks=ranks, slices=slices, **layer.frozen_part(x))
 
     def each(self, layer: MultiLoRALinear, x: Tensor) -> Tensor:
         """[T, ..., out] of x [T, ..., in], a slab for each adapter."""
-        lora_A, lora_B, scaling, ranks, slices = self._operands(layer)
-        base = layer.base_layer
+        lora_A, lora_B, scaling, ranks, slices = self._operands(layer, x)
         return ops.lora_indexed(
-            x, self.ids, lora_A, lora_B, scaling, weight=base.weight, bias=base.bias, ranks=ranks, slices=slices
+            x, self.ids, lora_A, lora_B, scaling, ranks=ranks, slices=slices, **layer.frozen_part(x)
         )
 
-    @staticmethod
-    def _operands(layer: MultiLoRALinear) -> Any:
-        return layer._cached("operands", tuple(layer.r), layer._operands)
+    def _operands(self, layer: MultiLoRALinear, x: Tensor) -> Operands:
+        if layer._number not in self.operands:
+            lora_A, lora_B, scaling, ranks, slices = layer.operands(list(layer.r))
+            self.operands[layer._number] = narrow(lora_A, x), narrow(lora_B, x), scaling, ranks, slices
+        return self.operands[layer._number]
 
 
 class _Probe(_Slabs):
     """A pass with stand-ins for adapters: the base layer's output, times 1, times 2, ...
 
     Args:
+        adapters: handle on the model.
         images: what goes in.
         split: as in `_Slabs`; `None`: nothing is repeated, and there is but one stand-in, `factor`.
         factor: of the only stand-in.
     """
 
-    def __init__(self, images: Tensor, split: nn.Module | None, factor: int = 0) -> None:
+    def __init__(self, adapters: Adapters, images: Tensor, split: nn.Module | None, factor: int = 0) -> None:
         factors = [1, 2] if split is not None else [factor]
         ids = torch.tensor(factors, device=images.device)
-        super().__init__(ids, factors, len(images), split if split is not None else nn.Module())
+        super().__init__(adapters, ids, factors, len(images), split if split is not None else nn.Module(), {})
 
     def all(self, layer: MultiLoRALinear, x: Tensor) -> Tensor:
         y = layer.base_layer(x)

@@ -26,7 +26,7 @@ class CosineHead(nn.Module):
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.tensor(float(scale)))
+        self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float32))
 
     def forward(self, features: Tensor, prototypes: Tensor) -> Tensor:
         """Logits `[..., C]` of features `[..., D]` for prototypes `[C, D]` (`PrototypeBank.prototypes`).
@@ -55,7 +55,7 @@ class SubspaceHead(nn.Module):
     alpha / (T - 1) in the others (`plora_ext.ops.own_other_weights`; arXiv 2403.12030).
 
     Args:
-        alpha: weight that the other subspaces share.
+        alpha: weight that the other subspaces share; part of the state, where older files have none.
 
     Attributes:
         task_of_class: buffer `[C]` int64.
@@ -69,7 +69,7 @@ class SubspaceHead(nn.Module):
         super().__init__()
         self.alpha = float(alpha)
         self.register_buffer("task_of_class", torch.zeros(0, dtype=torch.int64))
-        self.register_buffer("weights", torch.zeros(0, 0), persistent=False)
+        self.register_buffer("weights", torch.zeros(0, 0, dtype=torch.float32), persistent=False)
 
     def assign(self, task_of_class: Tensor | Sequence[int]) -> None:
         """Say which task each class came with; the number of subspaces T is the number of tasks.
@@ -91,7 +91,14 @@ class SubspaceHead(nn.Module):
         """Logits `[B, C]` of features `[B, T, D]` for prototypes `[C, T, D]`, one product for all of them."""
         return ops.subspace_logits(features, prototypes, self.weights)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "alpha"] = torch.tensor(self.alpha, dtype=torch.float64)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         resize_buffers(self, state_dict, prefix, ["task_of_class"])
         super()._load_from_state_dict(state_dict, prefix, *args)
+        unexpected: list[str] = args[3]
+        unexpected[:] = [key for key in unexpected if key != prefix + "alpha"]
+        self.alpha = float(state_dict.get(prefix + "alpha", self.alpha))
         self.weights = self._weights()

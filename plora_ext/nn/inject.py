@@ -7,18 +7,20 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from plora_ext import ops
 from plora_ext.nn.linear import MultiLoRALinear, is_plain_linear
+from plora_ext.nn.state import Active, State
 
 __all__ = ["BASE", "Adapters", "inject"]
 
 BASE = "__base__"  # PEFT's name for "no adapter" among adapter_names
+_COMPILED = "__active__"  # what the active adapter is called inside of `compilable`
 
 
 def inject(
@@ -27,6 +29,7 @@ def inject(
     r: int = 16,
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
+    autocast_adapter_dtype: bool = True,
 ) -> Adapters:
     """Replace linear layers of `model` by `MultiLoRALinear`, in place, and freeze the whole model.
 
@@ -34,12 +37,13 @@ def inject(
         model: any torch model; its parameters stop training (only adapters train from here on).
         target_modules: which layers, matched as PEFT does: a list of names, each of which a module's full name equals
             or ends with after a dot (`"qkv"` matches `blocks.0.attn.qkv`), or one regular expression for the full
-            name. Where the model has no module of that name, `"q"`, `"k"` and `"v"` choose row slices of fused
-            `qkv` layers (rows in the order q, k, v, as in timm), each with an A and a B of its own. Modules other
-            than linear ones that share a name (`patch_embed.proj`, a convolution) are left alone.
+            name. `"q"`, `"k"` and `"v"` choose row slices of fused `qkv` layers as well (rows in the order q, k, v, as
+            in timm), each with an A and a B of its own. Modules other than linear ones that share a name
+            (`patch_embed.proj`, a convolution) are left alone.
         r: default rank of the adapters.
         lora_alpha: default alpha, the scale being alpha / r; `None` means alpha = r.
         lora_dropout: dropout before the adapters in training.
+        autocast_adapter_dtype: keep adapters in float32 where weights have 16 bits, as PEFT does.
 
     Returns:
         A handle on the adapters. No adapter exists yet: add one with `Adapters.add_adapter`.
@@ -58,10 +62,12 @@ def inject(
         _check_rank(r, name, layer.in_features, rows or {"": (0, layer.out_features)})
     # A module may be reachable under several names: it is wrapped once and replaced everywhere.
     wrapped: dict[nn.Module, MultiLoRALinear] = {}
+    state = State()
     for name, rows in targets.items():
         layer = _linear_at(model, name)
         if layer not in wrapped:
-            wrapped[layer] = MultiLoRALinear(layer, rows, lora_dropout).train(layer.training)
+            made = MultiLoRALinear(layer, rows, lora_dropout, autocast_adapter_dtype, state)
+            wrapped[layer] = made.train(layer.training)
         _replace(model, name, wrapped[layer])
     model.requires_grad_(False)
     return Adapters(model, r=r, lora_alpha=lora_alpha)
@@ -72,6 +78,10 @@ class Adapters:
 
     The state (factors, active set, coefficients) lives in the layers, so a handle can be made anew at any time, for
     example on a deep copy: `Adapters(copy.deepcopy(model))`.
+
+    Threads may share a model for inference: `set_adapter` is for all of them, `batch`, `disabled` and what `frozen`
+    gives for the thread (or asyncio task) alone that uses them. Adding, deleting, merging and training is for one at a
+    time.
 
     Args:
         model: a model that `inject` has changed.
@@ -90,6 +100,9 @@ class Adapters:
         }
         if not self.layers:
             raise ValueError("model carries no adapters: call inject(model, target_modules) first")
+        self._state = self._first._state
+        for number, layer in enumerate(self.layers.values()):
+            layer._state, layer._number = self._state, number  # those of parts that were injected one by one
 
     def __repr__(self) -> str:
         return f"Adapters(names={self.names}, active={self.active}, layers={len(self.layers)})"
@@ -162,10 +175,9 @@ class Adapters:
         """
         self._require_unmerged()
         self._check_known(name)
-        keep = [i for i, other in enumerate(self.active) if other != name]
+        active = self._state.common
+        self._state.set(active.only(tuple(other for other in active.names if other != name)))
         for layer in self.layers.values():
-            coeff = layer._coefficients
-            layer.set_adapter([layer._active[i] for i in keep], None if coeff is None else coeff[keep])
             layer.delete_adapter(name)
 
     def set_adapter(
@@ -185,8 +197,8 @@ class Adapters:
         self._require_unmerged()
         chosen = self._as_names(names)
         coeff = self._as_coefficients(chosen, coefficients)
-        for layer in self.layers.values():
-            layer.set_adapter(chosen, coeff)
+        on_host = coeff is not None and not coeff.requires_grad and not isinstance(coefficients, Tensor)
+        self._state.set(Active(tuple(chosen), coeff, tuple(map(float, coefficients or ())) if on_host else None))
 
     def train_adapter(self, name: str | Sequence[str] | None) -> None:
         """Let the named adapters train and freeze all others; `None` freezes all.
@@ -226,7 +238,7 @@ class Adapters:
             KeyError: a name is unknown.
         """
         self._require_unmerged()
-        device = self._first.base_layer.weight.device
+        device = self._first.device
         if isinstance(adapters, ops.AdapterBatch):
             if adapters.num_adapters > len(self.names):
                 raise IndexError(f"the batch was made for {adapters.num_adapters} adapters, there are {self.names}")
@@ -234,14 +246,14 @@ class Adapters:
         else:
             ids = adapters if isinstance(adapters, Tensor) else [self._id_of(adapter) for adapter in adapters]
             batch = ops.AdapterBatch(ids, len(self.names), device)
-        with self._temporarily(_batch=batch):
+        with self._state.within(batch=batch):
             yield
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model alone: `with adapters.disabled(): model(x)`."""
         self._require_unmerged()
-        with self._temporarily(_active=(), _coefficients=None, _batch=None):
+        with self._state.within(names=(), coefficients=None, batch=None):
             yield
 
     @torch.no_grad()
@@ -249,7 +261,8 @@ class Adapters:
         """The model under the active set as it is now, as a function for use in eval mode without gradients.
 
         It holds a merged weight for every adapted layer, so that it stays what it is whatever becomes of the adapters,
-        and costs no more than a plain model; under autocast the weights are merged in its dtype.
+        and costs no more than a plain model. Made under autocast, the weights have its dtype and the function runs
+        under it.
 
             before = adapters.frozen()
             ...                                 # train, add, set_adapter
@@ -259,26 +272,47 @@ class Adapters:
             RuntimeError: the adapters are merged, here or when the function is called.
         """
         self._require_unmerged()
-        weights = {f"{key}.base_layer.weight": layer._merge(layer._active) for key, layer in self.layers.items()}
+        kind, active = self._first.device.type, self._state.current
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        weights = {
+            layer._number: layer._merge(active).clone() if dtype is None else layer._merge(active).to(dtype)
+            for layer in self.layers.values()
+        }
 
         @torch.no_grad()
         def call(*inputs: Any) -> Any:
-            with self.disabled():
-                return functional_call(self.model, weights, inputs, tie_weights=False)
+            self._require_unmerged()
+            autocast = torch.autocast(kind, dtype, enabled=dtype is not None)
+            with self._state.within(weights=weights, batch=None), autocast:
+                return self.model(*inputs)
 
         return call
 
     @contextmanager
-    def _temporarily(self, **state: Any) -> Iterator[None]:
-        layers = list(self.layers.values())
-        before = [{key: getattr(layer, key) for key in state} for layer in layers]
+    def merged(self) -> Iterator[None]:
+        """What does not train is in the base weights for the while: `with adapters.merged(): model(x)`.
+
+        For passes over much data. Without gradients that is the whole active set, and the model costs what it costs
+        without adapters; otherwise the part of it that is frozen, and the rest is added to it as ever. It is the same
+        function as before, up to rounding. Writes to a merged adapter are seen after the block.
+
+        Raises:
+            RuntimeError: the adapters are merged already, or a weight also belongs to a module without adapters.
+        """
+        self._require_unmerged()
+        active, gradients = self._state.common, torch.is_grad_enabled()
+        learns = gradients and active.coefficients is not None and active.coefficients.requires_grad
+        frozen = tuple(
+            name for name in active.names if not (gradients and any(p.requires_grad for p in self.parameters(name)))
+        )
+        if learns or not frozen:
+            yield
+            return
+        self._merge(frozen)
         try:
-            for layer in layers:
-                layer.__dict__.update(state)
             yield
         finally:
-            for layer, old in zip(layers, before, strict=True):
-                layer.__dict__.update(old)
+            self.unmerge()
 
     @contextmanager
     def compilable(self) -> Iterator[None]:
@@ -287,23 +321,25 @@ class Adapters:
         Without gradients the active set is merged into the base weights. With gradients, a single active adapter goes
         by a name that is always the same; several active adapters stay as they are.
         """
-        active, common = self.active, "__active__"
-        if active and not torch.is_grad_enabled():
-            self.merge()
+        active = self._state.common
+        if not torch.is_grad_enabled():
+            with self.merged():
+                yield
+        elif len(active.names) == 1 and active.coefficients is None:
+            (name,) = active.names
+            self._rename(name, _COMPILED)
             try:
                 yield
             finally:
-                self.unmerge()
-        elif len(active) == 1 and self._first._coefficients is None:
-            for layer in self.layers.values():
-                layer.rename_adapter(active[0], common)
-            try:
-                yield
-            finally:
-                for layer in self.layers.values():
-                    layer.rename_adapter(common, active[0])
+                self._rename(_COMPILED, name)
         else:
             yield
+
+    def _rename(self, old: str, new: str) -> None:
+        for layer in self.layers.values():
+            layer.rename_adapter(old, new)
+        active = self._state.common
+        self._state.set(replace(active, names=tuple(new if name == old else name for name in active.names)))
 
     # ------------------------------------------------------------------ fusing and merging
 
@@ -351,12 +387,30 @@ class Adapters:
             RuntimeError: already merged, nothing is active, or a weight also belongs to a module without adapters.
         """
         self._require_unmerged()
+        if not self.active:
+            raise RuntimeError("merge needs an active set of adapters: call set_adapter first")
+        self._merge(self._state.common.names)
+
+    def _merge(self, names: tuple[str, ...]) -> None:
+        """Writes the adapters `names` of the active set into the base weights; the others stay active."""
+        self._require_unmerged()
+        if self._state.in_block:
+            raise RuntimeError("adapters cannot be merged inside of Adapters.batch or disabled(), here or in a thread")
         owners = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
         for key, layer in self.layers.items():
             if owners[id(layer.base_layer.weight)] > 1:
                 raise RuntimeError(f"layer {key!r} shares its weight with another module, which merge would change too")
-        for layer in self.layers.values():
-            layer.merge()
+        active = self._state.common
+        part, rest = active.only(names), active.only(tuple(name for name in active.names if name not in names))
+        try:
+            for layer in self.layers.values():
+                layer.merge(part)
+        except BaseException:  # out of memory, say
+            for layer in self.layers.values():
+                layer.unmerge()
+            raise
+        self._state.merged = active
+        self._state.set(rest)
 
     def unmerge(self) -> None:
         """Restore the base weights to the bits they had before `merge`.
@@ -364,11 +418,12 @@ class Adapters:
         Raises:
             RuntimeError: nothing is merged.
         """
-        if not self._first.merged:
+        if self._state.merged is None:
             raise RuntimeError("unmerge needs merged adapters: call merge first")
         for layer in self.layers.values():
-            if layer.merged:  # a merge that ran out of memory stopped half-way
-                layer.unmerge()
+            layer.unmerge()
+        before, self._state.merged = self._state.merged, None
+        self._state.set(before)
 
     def unload(self, merge: bool = True) -> nn.Module:
         """Put the original `nn.Linear` modules back and forget the adapters. This handle is of no use afterwards.
@@ -379,9 +434,9 @@ class Adapters:
         Returns:
             The model, changed in place; its parameters stay frozen.
         """
-        if merge and self.active and not self._first.merged:
+        if merge and self.active and self._state.merged is None:
             self.merge()
-        elif not merge and self._first.merged:
+        elif not merge and self._state.merged is not None:
             self.unmerge()
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
             if isinstance(module, MultiLoRALinear):
@@ -392,7 +447,10 @@ class Adapters:
     # ------------------------------------------------------------------ checks
 
     def _require_unmerged(self) -> None:
-        self._first.require_unmerged()
+        if not self.layers:
+            raise RuntimeError("these adapters were unloaded: inject the model again")
+        if self._state.merged is not None:
+            raise RuntimeError("the adapters are merged into the base weight: call unmerge() first")
 
     def _check_known(self, name: str) -> None:
         if name not in self.names:
@@ -403,7 +461,8 @@ class Adapters:
         if name in self.names:
             raise ValueError(f"adapter {name!r} exists already, known ones are {self.names}")
         # Names become attributes of a ParameterDict: no dots, and none of its own attributes.
-        if not isinstance(name, str) or not name or "." in name or name == BASE or hasattr(nn.ParameterDict(), name):
+        reserved = name in (BASE, _COMPILED) or (isinstance(name, str) and hasattr(nn.ParameterDict(), name))
+        if not isinstance(name, str) or not name or "." in name or reserved:
             raise ValueError(f"name must be a non-empty string without dots that is not reserved, got {name!r}")
 
     def _id_of(self, adapter: int | str) -> int:
@@ -425,7 +484,7 @@ class Adapters:
     def _as_coefficients(self, names: list[str], values: Tensor | Sequence[float] | None) -> Tensor | None:
         if values is None:
             return None
-        device = self._first.base_layer.weight.device
+        device = self._first.device
         coeff = values if isinstance(values, Tensor) else torch.tensor(list(values), dtype=torch.float32)
         if coeff.shape != (len(names),) or not coeff.is_floating_point():
             raise ValueError(
@@ -456,12 +515,12 @@ def _find_targets(
         raise ValueError("target_modules must name at least one module, got none")
     for target in target_modules:
         found = [name for name in linear if _ends_with(name, target)]
-        if not found and target in ("q", "k", "v") and not any(_ends_with(name, target) for name in modules):
-            found = [name for name in linear if _ends_with(name, "qkv")]
-            for name in found:
+        targets.update(dict.fromkeys(found))
+        if target in ("q", "k", "v"):
+            fused = [name for name in linear if _ends_with(name, "qkv")]
+            for name in fused:
                 sliced.setdefault(name, []).append(target)
-        elif found:
-            targets.update(dict.fromkeys(found))
+            found += fused
         if not found:
             others = sorted({type(modules[name]).__name__ for name in modules if _ends_with(name, target)})
             what = f"{target!r} (only {', '.join(others)})" if others else repr(target)

@@ -10,11 +10,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from plora_ext import ops
-from plora_ext.ops._register import is_plain, run_one
+from plora_ext.nn._torch import has_global_module_hooks
+from plora_ext.nn.state import Active, State, mark
+from plora_ext.ops._register import run_one
 
 __all__ = ["MultiLoRALinear"]
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -31,8 +36,26 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether a call of `module` runs `nn.Linear.forward` on plain tensors and nothing else.
+
+    Otherwise it has to be called: hooks and an instance's own forward (feature extractors, offloading, sharding) live
+    on the call, and a quantised or sharded weight is nobody else's to read.
+    """
+    own, parameters = module.__dict__, module._parameters
+    return (
+        type(module).forward is nn.Linear.forward
+        and "forward" not in own
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+        and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
+        and type(parameters.get("weight")) in _PLAIN
+        and (parameters.get("bias") is None or type(parameters["bias"]) in _PLAIN)
+        and (torch.compiler.is_compiling() or not has_global_module_hooks())
+    )
+
+
 # lora_A [T, r, in], lora_B [T, out, r], scaling [T]; where they differ, ranks [T]; where there are slices, their rows
-_Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, list[tuple[int, int]] | None]
+Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, list[tuple[int, int]] | None]
 
 
 class MultiLoRALinear(nn.Module):
@@ -42,16 +65,15 @@ class MultiLoRALinear(nn.Module):
     W [out, in], A_i [r_i, in] and B_i [out, r_i] (PEFT's orientation; Hu et al., LoRA, ICLR 2022). Inside
     `Adapters.batch` every sample has its own adapter instead of the common sum.
 
-    How `y` is computed follows from what trains:
+    It is one call of `plora_ext.ops.lora_sum`, per sample of `plora_ext.ops.lora_indexed`, on the parameters as they
+    are: nothing is kept from one call to the next that could be out of date. `Adapters.merge` and `Adapters.merged`
+    write what does not train into the weight for as long as one wants, and cost nothing per row from then on.
 
-    * what does not train is merged into one cached weight, `W + sum_i c_i s_i B_i A_i`, which costs nothing per row;
-      the cache follows every change of a parameter, of the active set and of its coefficients;
-    * what trains goes through `plora_ext.ops.lora_sum` together with that weight;
-    * per-sample adapters go through `plora_ext.ops.lora_indexed`.
+    The base layer is part of that call where it is plain. Where something hooks it, offloads it, shards or quantises
+    its weight or replaces its forward, it is called as a module, and the adapters are added to what it gives.
 
-    Writes that torch does not count (`parameter.data.add_()`, the replay of a CUDA graph) become visible to the
-    caches with the next call of `train()`, `eval()` or `set_adapter`. A CUDA graph that is being captured, like a
-    compiled one, merges anew each time it runs, so that it follows the parameters; `Adapters.merge` spares it that.
+    `state_dict` holds A and B of every adapter and its `lora_alpha`; files without the latter load as they did. The
+    active set is not part of it.
 
     Args:
         base: the linear layer to adapt; kept as `base_layer` (PEFT's name) and frozen.
@@ -59,6 +81,9 @@ class MultiLoRALinear(nn.Module):
             rows of a fused qkv). Together they act as one adapter of rank `len(slices) * r` whose B is
             block-diagonal, so one operator call serves all slices. `None` adapts all rows with one A and B.
         lora_dropout: probability of dropping an input of the adapters (not of the base layer) in training.
+        autocast_adapter_dtype: keep adapters in float32 where the weight has 16 bits or fewer, as PEFT does: small
+            steps of an optimizer would be rounded away there. They are computed with in the dtype of x.
+        state: what is active, shared with other layers of the model.
 
     Raises:
         TypeError: `base` is not a plain `nn.Linear`.
@@ -69,7 +94,12 @@ class MultiLoRALinear(nn.Module):
     _original_weight: Tensor | None
 
     def __init__(
-        self, base: nn.Linear, slices: Mapping[str, tuple[int, int]] | None = None, lora_dropout: float = 0.0
+        self,
+        base: nn.Linear,
+        slices: Mapping[str, tuple[int, int]] | None = None,
+        lora_dropout: float = 0.0,
+        autocast_adapter_dtype: bool = True,
+        state: State | None = None,
     ) -> None:
         super().__init__()
         if not is_plain_linear(base):
@@ -82,6 +112,7 @@ class MultiLoRALinear(nn.Module):
         self.base_layer = base.requires_grad_(False)
         self.slices = dict(slices) if slices else None
         self.lora_dropout = lora_dropout
+        self.autocast_adapter_dtype = autocast_adapter_dtype
         # state_dict keys: lora_A.<adapter>, or lora_A.<slice>.<adapter> where there are slices.
         self.lora_A = self._containers()
         self.lora_B = self._containers()
@@ -91,11 +122,9 @@ class MultiLoRALinear(nn.Module):
         # A sum's scaling is a concatenation of these, so that no forward copies numbers from the host.
         self._scaling: dict[str, Tensor] = {}
         self._ranks: dict[str, Tensor] = {}
-        self._active: tuple[str, ...] = ()
-        self._coefficients: Tensor | None = None
-        self._batch: ops.AdapterBatch | None = None
-        self._ensemble: Callable[[MultiLoRALinear, Tensor], Tensor] | None = None  # takes over inside of nn.Ensemble
-        self._cache: dict[str, tuple[list[Tensor], list[tuple[int, int, int]], Any]] = {}
+        self._state = State() if state is None else state
+        self._number = 0  # among the layers that share the state
+        self.register_load_state_dict_post_hook(_renew_constants)
 
     def _containers(self) -> Any:
         if self.slices is None:
@@ -109,8 +138,12 @@ class MultiLoRALinear(nn.Module):
 
     def _factors_of(self, names: Sequence[str]) -> list[Tensor]:
         """The A and B of every slice of every adapter."""
-        tables: list[Any] = [container._parameters for container in self._dicts()]
-        return [table[name] for name in names for table in tables]
+        containers = self._dicts()
+        tables: list[Any] = [container._parameters for container in containers]
+        try:
+            return [table[name] for name in names for table in tables]
+        except KeyError:  # a factor that is parametrized
+            return [getattr(container, name) for name in names for container in containers]
 
     # ------------------------------------------------------------------ what it looks like from outside
 
@@ -139,15 +172,15 @@ class MultiLoRALinear(nn.Module):
         Raises:
             RuntimeError: inside `Adapters.batch`, where no single weight exists.
         """
-        if self._batch is not None or self._ensemble is not None:
+        active = self._state.current
+        if active.batch is not None or active.ensemble is not None:
             raise RuntimeError(
                 "this model reads layer.weight instead of calling the layer: per-sample adapters cannot work here, "
                 "use set_adapter"
             )
-        if not self._active or self.merged:
-            return self.base_layer.weight
-        learns = self._training_of(self._active) or self._coefficients_train()
-        return self._merge(self._active) if learns else self._cached("weight", self._active, self._merge)
+        if active.weights is not None:
+            return active.weights[self._number]
+        return self._merge(active) if active.names else self.base_layer.weight
 
     @property
     def adapter_names(self) -> list[str]:
@@ -156,13 +189,22 @@ class MultiLoRALinear(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active set."""
-        return list(self._active)
+        """Names of the active set, which all layers of a model share."""
+        return list((self._state.merged or self._state.current).names)
 
     @property
     def merged(self) -> bool:
-        """Whether the active set is merged into the base weight (`merge`)."""
+        """Whether adapters are merged into the base weight (`merge`)."""
         return self._buffers["_original_weight"] is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapters are, or would be."""
+        for table in self._dicts():
+            for factor in table.parameters():
+                return factor.device
+        weight: Any = self.base_layer.weight
+        return weight.device if isinstance(weight, Tensor) else torch.device("cpu")  # some quantised layers have none
 
     def extra_repr(self) -> str:
         slices = f", slices={self.slices}" if self.slices else ""
@@ -180,118 +222,128 @@ class MultiLoRALinear(nn.Module):
 
         Args:
             name: a new name.
-            pairs: (A `[r, in]`, B `[rows, r]`), one for each slice; copied, in the dtype of the base weight.
+            pairs: (A `[r, in]`, B `[rows, r]`), one for each slice; copied, in the dtype that adapters have.
             lora_alpha: the scale is `lora_alpha / r`.
         """
-        weight, r = self.base_layer.weight, pairs[0][0].shape[0]
+        r, dtype, device = pairs[0][0].shape[0], self._dtype(), self.device
         for container, value in zip(self._dicts(), itertools.chain(*pairs), strict=True):
-            value = value.detach().to(weight, copy=True, memory_format=torch.contiguous_format)
+            value = value.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
             container[name] = nn.Parameter(value, requires_grad=False)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self._set_constants(name)
 
+    def _dtype(self) -> torch.dtype:
+        weight: Any = self.base_layer.weight
+        dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
+        return torch.promote_types(dtype, torch.float32) if self.autocast_adapter_dtype else dtype
+
     def init_factors(self, r: int) -> list[tuple[Tensor, Tensor]]:
         """Fresh factors of rank `r`: A from Kaiming's uniform distribution with a = sqrt(5), B zero (as PEFT)."""
-        weight = self.base_layer.weight
+        like: dict[str, Any] = {"dtype": self._dtype(), "device": self.device}
         rows = [(0, self.out_features)] if self.slices is None else list(self.slices.values())
-        pairs = [(weight.new_empty(r, self.in_features), weight.new_zeros(stop - start, r)) for start, stop in rows]
+        pairs = [(torch.empty(r, self.in_features, **like), torch.zeros(z - a, r, **like)) for a, z in rows]
         for A, _ in pairs:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         return pairs
 
     def delete_adapter(self, name: str) -> None:
         """Remove adapter `name`, which must not be active."""
-        records: list[Any] = [*self._dicts(), self.r, self.lora_alpha, self._scaling, self._ranks]
-        for record in records:
+        for record in self._records():
             del record[name]
-        self._cache.clear()
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give adapter `old` another name; its parameters stay the same objects, adapters stay in their order."""
-        records: list[Any] = [*self._dicts(), self.r, self.lora_alpha, self._scaling, self._ranks]
-        for record in records:
+        for record in self._records():
             for name in list(record):
                 value = record.pop(name)
                 record[new if name == old else name] = value
-        self._active = tuple(new if name == old else name for name in self._active)
-        self._cache.clear()
+
+    def _records(self) -> list[Any]:
+        return [*self._dicts(), self.r, self.lora_alpha, self._scaling, self._ranks]
 
     def set_adapter(self, names: Sequence[str], coefficients: Tensor | None = None) -> None:
-        """Make `names` the active set, with coefficients `[len(names)]` (ones where `None`)."""
-        self._active = tuple(names)
-        self.__dict__["_coefficients"] = coefficients  # an nn.Parameter stays its owner's, it is not registered here
-        self._cache.clear()
+        """Make `names` the active set of all layers that share this one's state (`Adapters.set_adapter`)."""
+        self._state.set(Active(tuple(names), coefficients))
 
     # ------------------------------------------------------------------ forward
 
     def forward(self, x: Tensor) -> Tensor:
-        y = None if torch.compiler.is_compiling() else self._of_one(x)
-        return self._of_any(x) if y is None else y
+        active, compiling = self._state.current, torch.compiler.is_compiling()
+        if active.ensemble is not None:
+            return active.ensemble(self, x)
+        if "_is_replica" in self.__dict__:
+            raise RuntimeError(
+                "torch.nn.DataParallel cannot run layers with adapters: use DistributedDataParallel, a process a GPU"
+            )
+        if active.weights is not None:
+            return self._with_weight(active.weights[self._number], x)
+        if active.batch is None and not active.names:
+            y: Tensor = self.base_layer(x)
+            return y
+        if not compiling:
+            self._state.check_recomputation(active)
+            x = mark(x, active)
+            one = self._of_one(x, active)
+            if one is not None:
+                return one
+        return self._of_any(x, active)
 
-    def _of_one(self, x: Tensor) -> Tensor | None:
+    def _of_one(self, x: Tensor, active: Active) -> Tensor | None:
         """The forward of one adapter that trains and acts on all rows, where nothing else is asked for; else None."""
         if (
-            len(self._active) != 1
-            or self._coefficients is not None
-            or self._batch is not None
-            or self._ensemble is not None
+            len(active.names) != 1
+            or active.coefficients is not None
+            or active.batch is not None
             or self.slices is not None
-            or self.merged
             or (self.lora_dropout and self.training)
         ):
             return None
-        (name,) = self._active
+        (name,) = active.names
         modules: dict[str, Any] = self._modules
-        base = modules["base_layer"]
-        lora_A, lora_B = modules["lora_A"]._parameters[name], modules["lora_B"]._parameters[name]
-        if not (lora_A.requires_grad or lora_B.requires_grad) or "weight" not in base._parameters:
+        base, table_A, table_B = modules["base_layer"], modules["lora_A"]._parameters, modules["lora_B"]._parameters
+        if name not in table_A or name not in table_B or not is_called_plainly(base):
             return None
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
-        return run_one(x, lora_A, lora_B, self._scaling[name], weight, bias)
+        lora_A, lora_B = table_A[name], table_B[name]
+        if not (lora_A.requires_grad or lora_B.requires_grad):
+            return None
+        lora_A, lora_B = narrow(mark(lora_A, active), x), narrow(lora_B, x)
+        return run_one(x, lora_A, lora_B, self._scaling[name], base._parameters["weight"], base._parameters["bias"])
 
-    def _of_any(self, x: Tensor) -> Tensor:
-        if self._ensemble is not None:
-            return self._ensemble(self, x)
-        base = self.base_layer
-        weight, bias = base.weight, base.bias
-        if self._batch is not None:
-            names = tuple(self.r)
-            return self._low_rank(ops.lora_indexed, x, weight, bias, names, self._training_of(names), self._batch)
-        if self.merged or not self._active:  # in this order: a compiled graph of the merged layer knows no names
-            return F.linear(x, weight, bias)
-
-        names, coeff = self._active, self._coefficients
+    def _of_any(self, x: Tensor, active: Active) -> Tensor:
+        op: Callable[..., Tensor] = ops.lora_sum
+        names = active.names
+        ids: tuple[ops.AdapterBatch, ...] = ()
+        keywords: dict[str, Any] = {}
+        if active.batch is not None:
+            op, names = ops.lora_indexed, tuple(self.r)
+            ids = (active.batch if active.batch.ids.device == x.device else active.batch.to(x.device),)
+        elif active.coefficients is not None:
+            keywords["coeff"] = active.coefficients.to(x.device)
         train = self._training_of(names)
-        if not self._coefficients_train():
-            # The frozen part of the sum costs nothing once it is in the weight.
-            if len(train) < len(names):
-                weight = self._cached("weight", tuple(name for name in names if name not in train), self._merge)
-            if not train:
-                return F.linear(x, weight, bias)
-            coeff, names = self._coefficients_of(train), train
-        return self._low_rank(ops.lora_sum, x, weight, bias, names, train, coeff=coeff)
-
-    def _low_rank(
-        self,
-        op: Callable[..., Tensor],
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        names: tuple[str, ...],
-        train: tuple[str, ...],
-        *ids: ops.AdapterBatch,
-        **keywords: Any,
-    ) -> Tensor:
-        operands = self._operands(names) if train else self._cached("operands", names, self._operands)
-        lora_A, lora_B, scaling, ranks, keywords["slices"] = operands
-        if self.training and self.lora_dropout:  # the base layer sees x itself
-            keywords["base"] = F.linear(x, weight, bias)
+        lora_A, lora_B, scaling, ranks, slices = self.operands(names, active)
+        if self.training and self.lora_dropout:
+            keywords["base"] = self.base_layer(x)  # which sees x itself
             x = F.dropout(x, self.lora_dropout)
         else:
-            keywords["weight"], keywords["bias"] = weight, bias
+            keywords |= self.frozen_part(x)
         if 0 < len(train) < len(names):  # only those that train get (and pay for) gradients
             keywords["trainable"] = [i for i, name in enumerate(names) if name in train]
-        return op(x, *ids, lora_A, lora_B, scaling, ranks=ranks, **keywords)
+        return op(x, *ids, narrow(lora_A, x), narrow(lora_B, x), scaling, ranks=ranks, slices=slices, **keywords)
+
+    def frozen_part(self, x: Tensor) -> dict[str, Any]:
+        """The base layer as an argument of an operator: weight and bias, or what it gives where it has to be called."""
+        base: Any = self.base_layer
+        if is_called_plainly(base):
+            return {"weight": base._parameters["weight"], "bias": base._parameters["bias"]}
+        return {"base": base(x)}
+
+    def _with_weight(self, weight: Tensor, x: Tensor) -> Tensor:
+        """What the base layer gives with another weight."""
+        base: Any = self.base_layer
+        if is_called_plainly(base):
+            return F.linear(x, weight, base._parameters["bias"])
+        y: Tensor = functional_call(base, {"weight": weight}, (x,))
+        return y
 
     def _training_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Those of `names` that receive gradients in this forward."""
@@ -299,27 +351,22 @@ class MultiLoRALinear(nn.Module):
             return ()
         return tuple(name for name in names if any([p.requires_grad for p in self._factors_of((name,))]))
 
-    def _coefficients_train(self) -> bool:
-        return self._coefficients is not None and self._coefficients.requires_grad and torch.is_grad_enabled()
-
-    def _coefficients_of(self, names: tuple[str, ...]) -> Tensor | None:
-        coefficients = self._coefficients
-        if coefficients is None or names == self._active:
-            return coefficients
-        return torch.cat([c for name, c in zip(self._active, coefficients.split(1), strict=True) if name in names])
-
-    def _operands(self, names: tuple[str, ...]) -> _Operands:
+    def operands(self, names: Sequence[str], active: Active | None = None) -> Operands:
+        """The adapters `names` as operators take them: A and B stacked, filled up to one rank; scales, ranks, rows."""
         factors, out = self._factors_of(names), self.out_features
+        if not names:
+            like: dict[str, Any] = {"dtype": self._dtype(), "device": self.device}
+            empty = torch.zeros(0, out, 1, **like), torch.zeros(0, dtype=torch.float32, device=self.device)
+            return torch.zeros(0, 1, self.in_features, **like), *empty, None, None
+        if active is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            factors = [mark(factors[0], active), *factors[1:]]
         if self.slices is None and len(names) == 1:
             return factors[0][None], factors[1][None], self._scaling[names[0]], None, None
-        if not names:
-            weight = self.base_layer.weight
-            empty = weight.new_zeros(0, out, 1), weight.new_zeros(0, dtype=torch.float32)
-            return weight.new_zeros(0, 1, self.in_features), *empty, None, None
         scaling = self._scaling[names[0]] if len(names) == 1 else torch.cat([self._scaling[name] for name in names])
         lora_A, lora_B = factors[::2], factors[1::2]
-        r, ranks = max(self.r[name] for name in names), None
-        if any(self.r[name] < r for name in names):
+        own, ranks = [self.r[name] for name in names], None
+        r = max(own)
+        if min(own) < r:
             lora_A = [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in lora_A]
             lora_B = [F.pad(B, (0, r - B.shape[1])) for B in lora_B]
             ranks = torch.cat([self._ranks[name] for name in names])
@@ -332,96 +379,91 @@ class MultiLoRALinear(nn.Module):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A `[R, in]` and B `[out, R]` that act on all rows; with slices R = len(slices) * r, B block-wise."""
-        lora_A, lora_B, *_ = self._operands((name,))
+        lora_A, lora_B, *_ = self.operands((name,))
         return lora_A[0], lora_B[0]
 
-    def _merge(self, names: tuple[str, ...]) -> Tensor:
-        lora_A, lora_B, scaling, ranks, _ = self._operands(names)
-        coeff = self._coefficients_of(names)
-        return ops.lora_merge(self.base_layer.weight, lora_A, lora_B, scaling, coeff=coeff, ranks=ranks)
+    # ------------------------------------------------------------------ merging
 
-    # ------------------------------------------------------------------ caches and merging
+    def _merge(self, active: Active) -> Tensor:
+        """The weight with the active set folded in: summed in float32 or wider, rounded once."""
+        weight: Any = self.base_layer.weight
+        if not isinstance(weight, Tensor) or type(weight) not in _PLAIN or weight.is_meta:
+            kind = f"on {weight.device}" if isinstance(weight, Tensor) and weight.is_meta else type(weight).__name__
+            raise RuntimeError(
+                f"adapters cannot be merged into a weight that is sharded, quantised or offloaded (it is {kind}): "
+                "use the model unmerged, or unload() the adapters before it is changed"
+            )
+        if not active.names:
+            return weight
+        lora_A, lora_B, scaling, ranks, _ = self.operands(active.names, active)
+        coeff = None if active.coefficients is None else active.coefficients.to(weight.device)
+        merged = ops.lora_merge(weight.to(lora_A.dtype), lora_A, lora_B, scaling, coeff=coeff, ranks=ranks)
+        return merged.to(weight.dtype)
 
-    def _cached(self, slot: str, names: tuple[str, ...], compute: Callable[[tuple[str, ...]], Any]) -> Any:
-        """`compute(names)` without gradients, kept until one of the tensors that it reads changes."""
-        weight = self.base_layer.weight
-        sources: list[Tensor] = [weight, *self._factors_of(names)]
-        if self._coefficients is not None:
-            sources.append(self._coefficients)
-        if not is_plain(*sources) or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return compute(names)  # a graph has no memory of its own; it computes the few products each time
-        countable = not any(t.is_inference() for t in sources)  # inference tensors carry no version
-        stamp = [(id(t), t._version, t.data_ptr()) for t in sources] if countable else []
-        kept = self._cache.get(slot)
-        if kept and countable and kept[1] == stamp:
-            return kept[2]
-        # Out of inference mode, so that a later training step may save the result for its backward.
-        with torch.inference_mode(False), torch.no_grad():
-            value = compute(names)
-        self._cache[slot] = (sources, stamp, value)  # holding the sources keeps their ids unique
-        return value
+    @torch.no_grad()
+    def merge(self, active: Active) -> None:
+        """Write adapters into the base weight, in place."""
+        merged = self._merge(active)
+        self._original_weight = self.base_layer.weight.detach().clone()
+        self.base_layer.weight.copy_(merged)
 
-    def merge(self) -> None:
-        """Write the active set into the base weight, in place. The forward is then the plain linear layer.
-
-        Raises:
-            RuntimeError: already merged, or nothing is active.
-        """
-        self.require_unmerged()
-        if not self._active:
-            raise RuntimeError("merge needs an active set of adapters: call set_adapter first")
-        with torch.no_grad():
-            merged = self._merge(self._active)
-            self._original_weight = self.base_layer.weight.detach().clone()
-            self.base_layer.weight.copy_(merged)
-        self._cache.clear()
-
+    @torch.no_grad()
     def unmerge(self) -> None:
-        """Restore the base weight to the bits it had before `merge`.
-
-        Raises:
-            RuntimeError: nothing is merged.
-        """
-        if self._original_weight is None:
-            raise RuntimeError("unmerge needs merged adapters: call merge first")
-        with torch.no_grad():
+        """Restore the base weight to the bits it had before `merge`."""
+        if self._original_weight is not None:
             self.base_layer.weight.copy_(self._original_weight)
-        self._original_weight = None
-        self._cache.clear()
+            self._original_weight = None
 
-    def require_unmerged(self) -> None:
-        """Raise RuntimeError while the adapters are merged into the base weight."""
-        if self.merged:
-            raise RuntimeError("the adapters are merged into the base weight: call unmerge() first")
+    # ------------------------------------------------------------------ constants and state
 
-    def train(self, mode: bool = True) -> MultiLoRALinear:
-        self._cache.clear()
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> MultiLoRALinear:
         super()._apply(fn, recurse)
-        self._cache.clear()
         self._set_constants(*self.r)
-        if self._coefficients is not None and not self._coefficients.requires_grad:
-            self._coefficients = self._coefficients.to(self.base_layer.weight.device)
         return self
 
     def _set_constants(self, *names: str) -> None:
-        """Scale and rank of each adapter as one-element tensors beside the weight, scales in float32 or wider."""
-        weight, slices = self.base_layer.weight, list((self.slices or {}).values())
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        """Scale and rank of each adapter as one-element tensors beside it, scales in float32 or wider."""
+        wide, device, slices = self._wide(), self.device, list((self.slices or {}).values())
         with torch.inference_mode(False):
             if slices:  # where row o of block i of B is in [out * slices, r]
                 rows = [torch.arange(start, stop) * len(slices) + i for i, (start, stop) in enumerate(slices)]
-                self._block_rows = torch.cat(rows).to(weight.device)
+                self._block_rows = torch.cat(rows).to(device)
             for name in names:
                 r = self.r[name]
-                self._scaling[name] = torch.tensor([self.lora_alpha[name] / r], dtype=wide, device=weight.device)
-                self._ranks[name] = torch.tensor([r], device=weight.device)
+                self._scaling[name] = torch.tensor([self.lora_alpha[name] / r], dtype=wide, device=device)
+                self._ranks[name] = torch.tensor([r], device=device)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles carry no cache and no graph: coefficients that are a result of other tensors are detached.
-        state = {**self.__dict__, "_cache": {}, "_batch": None, "_ensemble": None}
-        if self._coefficients is not None and not self._coefficients.is_leaf:
-            state["_coefficients"] = self._coefficients.detach()
-        return state
+    def _wide(self) -> torch.dtype:
+        factor = next((p for table in self._dicts() for p in table.parameters()), None)
+        return torch.promote_types(self._dtype() if factor is None else factor.dtype, torch.float32)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, alpha in self.lora_alpha.items():
+            destination[f"{prefix}lora_alpha.{name}"] = torch.tensor(alpha, dtype=torch.float64)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.merged and any(key.startswith(prefix) for key in state_dict):
+            raise RuntimeError(
+                "load_state_dict would be undone by unmerge(): the adapters are merged into the base weight, call "
+                "unmerge() first"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        alphas = {name: state_dict.get(f"{prefix}lora_alpha.{name}") for name in self.r}
+        for name, alpha in alphas.items():
+            if isinstance(alpha, Tensor) and not alpha.is_meta:
+                self.lora_alpha[name] = float(alpha)
+        unexpected: list[str] = args[3]
+        unexpected[:] = [key for key in unexpected if key not in {f"{prefix}lora_alpha.{name}" for name in self.r}]
+
+
+def _renew_constants(layer: MultiLoRALinear, _: Any) -> None:
+    """After load_state_dict: scales may have been loaded, and with `assign` adapters may be on another device."""
+    layer._set_constants(*layer.r)
+
+
+def narrow(factor: Tensor, x: Tensor) -> Tensor:
+    """A float32 factor in the dtype of a 16-bit x; autocast has rules of its own."""
+    if x.dtype in (torch.bfloat16, torch.float16) and factor.dtype == torch.float32:
+        return factor.to(x.dtype)
+    return factor

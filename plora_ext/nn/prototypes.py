@@ -46,9 +46,9 @@ class PrototypeBank(nn.Module):
         if num_features < 1:
             raise ValueError(f"num_features must be at least 1, got {num_features}")
         self.num_features = num_features
-        self.register_buffer("prototypes", torch.zeros(0, num_features))
+        self.register_buffer("prototypes", torch.zeros(0, num_features, dtype=torch.float32))
         self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
-        self.register_buffer("sums", torch.zeros(0, num_features))
+        self.register_buffer("sums", torch.zeros(0, num_features, dtype=torch.float32))
 
     @property
     def classes(self) -> list[int]:

@@ -448,6 +448,7 @@ def _vmap(name: str) -> Callable[..., Any]:
     row_like = {"x", "ids", "base"} if name in LORA else set()
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        in_dims = tuple(None if isinstance(a, list) else d for a, d in zip(args, in_dims, strict=True))
         mapped = {n for n, d in zip(arguments, in_dims, strict=True) if d is not None}
         n = info.batch_size
         if mapped and mapped <= row_like and n > 0 and args[0].numel():

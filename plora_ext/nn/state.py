@@ -1,0 +1,217 @@
+"""What the adapted layers of a model share: which adapters act, by how much, and on which sample.
+
+`set_adapter` is for everybody who uses the model. What holds for a `with` block alone (`Adapters.batch`, `disabled`, a
+pass of an `Ensemble`) is seen by the thread, and the asyncio task, that entered it and by nobody else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+from plora_ext import ops
+from plora_ext.nn._torch import has_saved_tensor_hooks, in_backward
+
+__all__ = ["Active", "State"]
+
+
+@dataclass(frozen=True, eq=False)
+class Active:
+    """What adapted layers compute with.
+
+    Attributes:
+        names: the active set.
+        coefficients: `[len(names)]`, `None` for ones.
+        written: the coefficients as numbers, where they were given so.
+        batch: an adapter for every sample, in place of the set.
+        weights: a weight for every layer, by its number, in place of base layer and adapters (`Adapters.frozen`).
+        ensemble: takes over a layer's forward (`Ensemble`).
+    """
+
+    names: tuple[str, ...] = ()
+    coefficients: Tensor | None = None
+    written: tuple[float, ...] | None = None
+    batch: ops.AdapterBatch | None = None
+    weights: dict[int, Tensor] | None = None
+    ensemble: Callable[..., Tensor] | None = None
+
+    def only(self, names: tuple[str, ...]) -> Active:
+        """The same with the adapters `names`, in the order of the active set, alone."""
+        keep = [i for i, name in enumerate(self.names) if name in names]
+        coefficients, written = self.coefficients, self.written
+        if coefficients is not None and len(keep) < len(self.names):
+            parts = coefficients.split(1)
+            coefficients = torch.cat([parts[i] for i in keep]) if keep else None
+            written = None if written is None or not keep else tuple(written[i] for i in keep)
+        return replace(self, names=tuple(self.names[i] for i in keep), coefficients=coefficients, written=written)
+
+    @cached_property
+    def key(self) -> int:
+        """The same number for the same adapters with the same coefficients."""
+        coefficients = self.written if self.written is not None else id(self.coefficients)
+        parts = (self.names, None if self.coefficients is None else coefficients, self.batch and id(self.batch))
+        return hash(parts) & 0x7FFFFFFF
+
+
+class _Block:
+    """What a `with` block changes, and what comes of it."""
+
+    def __init__(self, changes: dict[str, Any]):
+        self.changes = changes
+        self.on: Active | None = None
+        self.result = Active()
+
+    def over(self, below: Active) -> Active:
+        if self.on is not below:
+            self.on, self.result = below, replace(below, **self.changes)
+        return self.result
+
+
+_Blocks = dict[int, tuple[_Block, ...]]
+_blocks: ContextVar[_Blocks | None] = ContextVar("plora_ext_blocks", default=None)  # by state: those of this thread
+
+
+class State:
+    """The `Active` of a model, one object for all its layers.
+
+    Attributes:
+        common: what `set_adapter` said last.
+        merged: the adapters that are part of the base weights, as they were active; `None` where there are none.
+    """
+
+    def __init__(self) -> None:
+        self.common = Active()
+        self.merged: Active | None = None
+        self._open: list[tuple[_Block, ...]] = []  # of every thread that is in a block
+        self._latest = self.common  # for compiled graphs, which cannot ask who runs them
+        self._pending: set[int] = set()  # keys of forwards within a reentrant checkpoint ...
+        self._recomputed = False  # ... and whether one of them has been computed again
+
+    def set(self, active: Active) -> None:
+        """What holds from now on, in every thread."""
+        self.common = active
+        self._latest = self._of(self._open[-1]) if self._open else active
+
+    @property
+    def current(self) -> Active:
+        """What holds here and now."""
+        if torch.compiler.is_compiling():
+            return self._latest
+        if not self._open:
+            return self.common
+        blocks = (_blocks.get() or {}).get(id(self))
+        if blocks is None and in_backward():
+            # Backward passes on a GPU run in threads of torch's own: they belong to whoever is in a block.
+            if len({id(first) for first, *_ in self._open}) > 1:
+                raise RuntimeError(
+                    "a layer is computed again within a backward pass while several threads are inside of "
+                    "Adapters.batch or disabled(): it cannot be told which of them it belongs to. Let one thread at a "
+                    "time train with activation checkpointing"
+                )
+            blocks = self._open[-1]
+        return self.common if blocks is None else self._of(blocks)
+
+    def _of(self, blocks: tuple[_Block, ...]) -> Active:
+        active = self.common
+        for block in blocks:
+            active = block.over(active)
+        return active
+
+    @property
+    def in_block(self) -> bool:
+        """Whether any thread is inside of a `with` block."""
+        return bool(self._open)
+
+    @contextmanager
+    def within(self, **changes: Any) -> Iterator[None]:
+        """These fields of `Active` are others for the while, for this thread."""
+        before = _blocks.get() or {}
+        blocks = (*before.get(id(self), ()), _Block(changes))
+        token = _blocks.set({**before, id(self): blocks})
+        self._open.append(blocks)
+        self._latest = self._of(blocks)
+        try:
+            yield
+        finally:
+            _blocks.reset(token)
+            self._open.remove(blocks)
+            self._latest = self._of(self._open[-1]) if self._open else self.common
+
+    # ------------------------------------------------------------------ activation checkpointing
+
+    def check_recomputation(self, active: Active) -> None:
+        """Raise RuntimeError where a reentrant checkpoint computes a layer again with other adapters than before.
+
+        (A checkpoint that is not reentrant compares what is saved, see `mark`.)
+        """
+        if not torch.is_grad_enabled():
+            if _inside(CheckpointFunction.forward):
+                if self._recomputed:
+                    self._pending, self._recomputed = set(), False
+                self._pending.add(active.key)
+        elif self._pending and _inside(CheckpointFunction.backward):
+            self._recomputed = True
+            if self._pending != {active.key}:
+                raise RuntimeError(
+                    "the active adapters are not those of the forward pass that activation checkpointing computes "
+                    "again: call backward() before set_adapter, or checkpoint(..., use_reentrant=False)"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles carry no block and no graph: coefficients that are a result of other tensors are detached.
+        def kept(active: Active | None) -> Active | None:
+            if active is None or active.coefficients is None or active.coefficients.is_leaf:
+                return active
+            return replace(active, coefficients=active.coefficients.detach())
+
+        return {"common": kept(self.common), "merged": kept(self.merged)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.common = self._latest = state["common"]
+        self.merged = state["merged"]
+
+
+def _inside(function: Any) -> bool:
+    """Whether `function` is running, further up in this thread."""
+    frame, code = sys._getframe(1), function.__code__
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+class _Mark(torch.autograd.Function):
+    """x as it is; saves an empty tensor whose width is the key of what is active.
+
+    A checkpoint that is not reentrant compares the shapes of what is saved in the forward pass and in its
+    recomputation, so that other adapters there are an error of torch's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, key: int) -> Tensor:
+        ctx.save_for_backward(x.new_empty(0, key))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.saved_tensors  # noqa: B018 - this is what makes a checkpoint compare
+        return grad, None
+
+
+def mark(t: Tensor, active: Active) -> Tensor:
+    """`t`, marked by what is active, where something keeps an eye on saved tensors."""
+    if t.requires_grad and torch.is_grad_enabled() and has_saved_tensor_hooks():
+        marked: Tensor = _Mark.apply(t, active.key)
+        return marked
+    return t

@@ -1,0 +1,405 @@
+"""What adapted layers share and stand beside: threads, recomputation, hooks of the frozen layer, dtypes, state."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from plora_ext.nn import Adapters, CosineHead, Ensemble, PrototypeBank, SubspaceHead, inject
+
+
+def make(names: str = "ab", dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any) -> Adapters:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).to(device, dtype)
+    adapters = inject(model, ["0", "2"], r=2, **options)
+    for name in names:
+        adapters.add_adapter(name)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.normal_(0, 0.3)
+    return adapters
+
+
+def formula(adapters: Adapters, x: Tensor, coefficients: dict[str, float]) -> Tensor:
+    for i, layer in enumerate(adapters.layers.values()):
+        y = F.linear(x, layer.base_layer.weight, layer.base_layer.bias)
+        for name, c in coefficients.items():
+            s = c * layer.lora_alpha[name] / layer.r[name]
+            y = y + s * (x @ layer.lora_A[name].T.to(x)) @ layer.lora_B[name].T.to(x)
+        x = y if i else torch.tanh(y)
+    return x
+
+
+# ---------------------------------------------------------------------- threads
+
+
+def test_threads_keep_to_their_own_batch() -> None:
+    adapters, x = make(), torch.randn(3, 6)
+    expected = {name: formula(adapters, x, {name: 1.0}) for name in "ab"} | {"off": formula(adapters, x, {})}
+    common, barrier = formula(adapters, x, {"b": 1.0}), threading.Barrier(4)
+    adapters.set_adapter("b")
+    adapters.model.eval()
+    ensemble = Ensemble(adapters)
+    ensemble(x)
+    both = torch.stack([expected["a"], expected["b"]])
+
+    @torch.no_grad()
+    def within(name: str) -> int:
+        good = 0
+        for _ in range(50):
+            barrier.wait()
+            if name == "both":
+                good += torch.allclose(ensemble(x), both, atol=1e-5)
+                continue
+            with adapters.disabled() if name == "off" else adapters.batch([name] * 3):
+                good += torch.allclose(adapters.model(x), expected[name], atol=1e-5)
+            good += torch.allclose(adapters.model(x), common, atol=1e-5)
+        return good
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(within, ["a", "b", "off", "both"])) == [100, 100, 100, 50]
+    assert adapters.active == ["b"] and torch.allclose(adapters.model(x), common, atol=1e-5)
+
+
+def test_a_thread_outside_of_the_block_sees_the_common_set() -> None:
+    adapters, x = make(), torch.randn(3, 6)
+    before = adapters.frozen()
+    with adapters.batch(["a"] * 3), ThreadPoolExecutor(1) as pool:
+        assert torch.allclose(pool.submit(adapters.model, x).result(), formula(adapters, x, {"b": 1.0}), atol=1e-6)
+        assert torch.allclose(pool.submit(before, x).result(), formula(adapters, x, {"b": 1.0}), atol=1e-6)
+        assert torch.allclose(adapters.model(x), formula(adapters, x, {"a": 1.0}), atol=1e-6)
+        with pytest.raises(RuntimeError, match=r"cannot be merged inside of Adapters\.batch or disabled"):
+            adapters.merge()
+
+
+def test_asyncio_tasks_keep_to_their_own_batch() -> None:
+    adapters, x = make(), torch.randn(3, 6)
+
+    async def serve(name: str) -> bool:
+        with adapters.batch([name] * 3):
+            await asyncio.sleep(0.01 if name == "a" else 0.02)
+            return torch.allclose(adapters.model(x), formula(adapters, x, {name: 1.0}), atol=1e-6)
+
+    async def all_at_once() -> list[bool]:
+        return await asyncio.gather(*[serve(name) for name in "abab"])
+
+    assert asyncio.run(all_at_once()) == [True] * 4
+
+
+def test_a_choice_made_inside_of_a_block_holds_after_it() -> None:
+    adapters, x = make(), torch.randn(3, 6)
+    with adapters.batch([0, 0, 1]):
+        adapters.set_adapter("a")
+        assert torch.allclose(adapters.model(x)[2], formula(adapters, x, {"b": 1.0})[2], atol=1e-6)
+    assert torch.allclose(adapters.model(x), formula(adapters, x, {"a": 1.0}), atol=1e-6)
+
+
+def test_data_parallel_is_refused() -> None:
+    adapters = make()
+    replica = adapters.model[0]._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        replica(torch.randn(3, 6))
+
+
+# ---------------------------------------------------------------------- activation checkpointing
+
+Change = Callable[[Adapters], Any]
+
+
+def gradients(adapters: Adapters, changes: list[Change], **how: Any) -> list[Tensor]:
+    """Of a loss of one forward after each change, the backward pass after the last one."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    loss = torch.zeros(())
+    for change in changes:
+        change(adapters)
+        y = checkpoint(adapters.model, x, **how) if how else adapters.model(x)
+        loss = loss + y.square().sum()
+    loss.backward()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in adapters.parameters()]
+    for parameter in adapters.parameters():
+        parameter.grad = None
+    return grads
+
+
+def choose(*args: Any) -> Change:
+    return lambda adapters: adapters.set_adapter(*args)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [choose("a"), choose("b")],
+        [choose(["a", "b"]), choose(["a", "b"], [0.2, 0.2])],
+        [choose(["a", "b"], [1.0, 0.1]), choose(["b", "a"], [1.0, 0.1])],
+        [choose(["a", "b"], torch.tensor([1.0, 0.1])), choose(["a", "b"], torch.tensor([0.1, 1.0]))],
+    ],
+    ids=["names", "coefficients", "order", "tensors"],
+)
+def test_other_adapters_at_recomputation_are_an_error(reentrant, changes) -> None:
+    adapters = make()
+    adapters.train_adapter(["a", "b"])
+    error = "use_reentrant=False" if reentrant else "Recomputed values"
+    with pytest.raises(RuntimeError, match=error):
+        gradients(adapters, changes, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_same_adapters_at_recomputation_are_right(reentrant) -> None:
+    adapters = make()
+    adapters.train_adapter(["a", "b"])
+    for changes in ([choose("a")], [choose(["a", "b"], [0.5, 2.0])] * 2, [choose("b")]):
+        expected = gradients(adapters, changes)
+        for a, b in zip(gradients(adapters, changes, use_reentrant=reentrant), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_adapters_switched_off_at_recomputation_are_an_error() -> None:
+    adapters = make()
+    y = checkpoint(adapters.model, torch.randn(4, 6, requires_grad=True), use_reentrant=False)
+    with adapters.disabled(), pytest.raises(RuntimeError, match="Recomputed|different number of tensors"):
+        y.sum().backward()
+    with adapters.batch([0, 1, 1, -1]):
+        y = checkpoint(adapters.model, torch.randn(4, 6, requires_grad=True), use_reentrant=False)
+    with adapters.batch([1, 1, 1, -1]), pytest.raises(RuntimeError, match="Recomputed"):
+        y.sum().backward()
+
+
+def test_a_checkpointed_layer_may_be_written_to() -> None:
+    adapters = make()
+    model = nn.Sequential(adapters.model, nn.ReLU(inplace=True))
+    x = torch.randn(4, 6, requires_grad=True)
+    got = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).sum(), x)[0]
+    torch.testing.assert_close(got, torch.autograd.grad(model(x).sum(), x)[0])
+
+
+# ---------------------------------------------------------------------- a frozen layer that is not plain is called
+
+
+def one(**options: Any) -> tuple[nn.Sequential, Callable[[], Adapters]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4))
+
+    def adapt() -> Adapters:
+        adapters = inject(model, ["0"], r=2, **options)
+        adapters.add_adapter("a")
+        return adapters
+
+    return model, adapt
+
+
+def add_forward(layer: nn.Module) -> None:
+    before = layer.forward
+    layer.forward = lambda x: before(x) + 1
+
+
+HOOKS = {
+    "forward": lambda layer: layer.register_forward_hook(lambda module, args, y: y + 1),
+    "forward pre": lambda layer: layer.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "instance forward": add_forward,
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_of_the_frozen_layer_run(kind, when) -> None:
+    model, adapt = one()
+    x, plain = torch.randn(5, 4), copy.deepcopy(model)
+    HOOKS[kind](plain[0])
+    if when == "before":
+        HOOKS[kind](model[0])
+    adapters = adapt()
+    if when == "after":
+        HOOKS[kind](model[0].base_layer)
+    expected = plain(x)
+    for use in (lambda: model(x), lambda: Ensemble(adapters)(x)[0], lambda: adapters.frozen()(x)):
+        for train in ("a", None):  # B is zero: the adapter changes nothing
+            adapters.train_adapter(train)
+            for training in (True, False):
+                adapters.model.train(training)
+                if training and use.__code__.co_names[:1] == ("Ensemble",):
+                    continue
+                torch.testing.assert_close(use(), expected)
+    with adapters.batch([0, -1, 0, 0, 0]):
+        torch.testing.assert_close(model(x), expected)
+    with adapters.disabled():
+        torch.testing.assert_close(model(x), expected)
+    nn.init.normal_(adapters.parameters("a")[1])
+    difference = (x @ adapters.parameters("a")[0].T) @ adapters.parameters("a")[1].T
+    torch.testing.assert_close(model(x), expected + difference)
+    adapters.merge()
+    twice = 2 if kind == "forward pre" else 1
+    torch.testing.assert_close(model(x), expected + twice * difference)
+
+
+def test_backward_and_global_hooks_run() -> None:
+    model, adapt = one()
+    seen: list[str] = []
+    model[0].register_full_backward_hook(lambda *args: seen.append("backward"))
+    adapt()
+    model(torch.randn(3, 4, requires_grad=True)).sum().backward()
+    assert seen == ["backward"]
+    model, adapt = one()
+    adapt()
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, y: seen.append("Linear") if type(module) is nn.Linear else None
+    )
+    try:
+        model(torch.randn(3, 4))
+    finally:
+        handle.remove()
+    assert seen == ["backward", "Linear"]
+
+
+def test_a_weight_that_is_a_tensor_of_another_kind_is_left_to_its_layer() -> None:
+    class Kind(Tensor):
+        pass
+
+    model, adapt = one()
+    adapters = adapt()
+    nn.init.normal_(adapters.parameters("a")[1])
+    x = torch.randn(3, 4)
+    expected = model(x)
+    weight = model[0].base_layer.weight
+    model[0].base_layer.weight = nn.Parameter(weight.detach().as_subclass(Kind), requires_grad=False)
+    torch.testing.assert_close(Tensor.as_subclass(model(x), Tensor), expected)
+    with pytest.raises(RuntimeError, match=r"sharded, quantised or offloaded \(it is (Kind|Parameter)"):
+        adapters.merge()
+    assert not model[0].merged and adapters._state.merged is None
+
+
+# ---------------------------------------------------------------------- dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_adapters_of_a_16_bit_layer_train_in_float32(dtype) -> None:
+    adapters = make("a", dtype)
+    assert {p.dtype for p in adapters.parameters()} == {torch.float32}
+    x, target = torch.randn(32, 6).to(dtype), torch.randn(32, 6)
+    before = [p.detach().clone() for p in adapters.parameters()]
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-4, weight_decay=0)
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.mse_loss(adapters.model(x).float(), target).backward()
+        optimizer.step()
+    for old, new in zip(before, adapters.parameters(), strict=True):
+        assert new.isfinite().all() and (new != old).float().mean() > 0.9
+    y = adapters.model(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, formula(adapters, x, {"a": 1.0}), rtol=2e-2, atol=2e-2)
+    with adapters.batch([0] * 32):
+        torch.testing.assert_close(adapters.model(x), y, rtol=2e-2, atol=2e-2)
+    with torch.no_grad(), adapters.merged():
+        torch.testing.assert_close(adapters.model(x), y, rtol=2e-2, atol=2e-2)
+    assert {p.dtype for p in make("a", dtype, autocast_adapter_dtype=False).parameters()} == {dtype}
+
+
+def test_dtypes_are_those_of_the_layer_whatever_torchs_default_is() -> None:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        adapters = make("ab")
+        adapters.set_adapter(["a", "b"], [0.5, 2.0])
+        adapters.model(torch.randn(3, 6, dtype=torch.float32))
+        assert SubspaceHead().weights.dtype == CosineHead().scale.dtype == torch.float32
+        assert PrototypeBank(4).prototypes.dtype == torch.float32
+        assert {p.dtype for p in adapters.parameters()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(before)
+
+
+# ---------------------------------------------------------------------- what is saved and loaded
+
+
+def test_the_scale_is_part_of_the_state() -> None:
+    a, b, x = make("a", lora_alpha=16.0), make("a"), torch.randn(3, 6)
+    b.model.load_state_dict(a.model.state_dict())
+    assert torch.equal(a.model(x), b.model(x))
+    assert b.model[0].lora_alpha == {"a": 16.0}
+    old = {key: value for key, value in a.model.state_dict().items() if "lora_alpha" not in key}
+    c = make("a", lora_alpha=16.0)
+    c.model.load_state_dict(old)  # as it was written before
+    assert torch.equal(a.model(x), c.model(x))
+    head = SubspaceHead(alpha=0.5)
+    head.assign([0, 1, 1])
+    loaded = SubspaceHead()
+    loaded.load_state_dict(head.state_dict())
+    assert loaded.alpha == 0.5 and torch.equal(loaded.weights, head.weights)
+    loaded.load_state_dict({"task_of_class": torch.tensor([0, 1])})  # as it was written before
+    with pytest.raises(RuntimeError, match="Unexpected key.*lora_alpha.b"):
+        make("a").model.load_state_dict(make("ab").model.state_dict())
+
+
+@pytest.mark.parametrize("targets", [["qkv"], ["q", "v"]], ids="-".join)
+@pytest.mark.parametrize("train", ["a", None])
+def test_a_model_made_on_meta_and_filled_by_assignment(targets, train) -> None:
+    def build() -> Adapters:
+        adapters = inject(nn.ModuleDict({"qkv": nn.Linear(6, 9)}), targets, r=2, lora_alpha=3.0)
+        adapters.add_adapter("a")
+        adapters.train_adapter(train)
+        return adapters
+
+    source = build()
+    for parameter in source.parameters():
+        nn.init.normal_(parameter)
+    with torch.device("meta"):
+        target = build()
+    target.model.load_state_dict(source.model.state_dict(), assign=True)
+    target.train_adapter(train)
+    x = torch.randn(2, 6)
+    torch.testing.assert_close(target.model["qkv"](x), source.model["qkv"](x))
+
+
+def test_a_state_is_not_loaded_under_merged_weights() -> None:
+    adapters, x = make(), torch.randn(3, 6)
+    other = make()
+    nn.init.normal_(other.model[0].base_layer.weight)
+    adapters.merge()
+    with pytest.raises(RuntimeError, match=r"call unmerge\(\) first"):
+        adapters.model.load_state_dict(other.model.state_dict())
+    adapters.unmerge()
+    adapters.model.load_state_dict(other.model.state_dict())
+    assert torch.equal(adapters.model(x), other.model(x))
+
+
+# ---------------------------------------------------------------------- merged for a while
+
+
+def test_merged_for_a_while_is_the_same_function() -> None:
+    adapters, x = make("abc"), torch.randn(3, 6)
+    weights = [layer.base_layer.weight.clone() for layer in adapters.layers.values()]
+    adapters.set_adapter(["a", "b", "c"], [0.5, 2.0, -1.0])
+    adapters.train_adapter("b")
+    expected = formula(adapters, x, {"a": 0.5, "b": 2.0, "c": -1.0})
+    wanted = torch.autograd.grad(expected.sum(), adapters.parameters("b"))
+    with adapters.merged():
+        assert adapters.active == ["a", "b", "c"]
+        y = adapters.model(x)
+        torch.testing.assert_close(y, expected)
+        for a, b in zip(torch.autograd.grad(y.sum(), adapters.parameters("b")), wanted, strict=True):
+            torch.testing.assert_close(a, b)
+        with pytest.raises(RuntimeError, match=r"call unmerge\(\) first"):
+            adapters.set_adapter("a")
+    with torch.no_grad(), adapters.merged():
+        torch.testing.assert_close(adapters.model(x), expected)
+        assert not adapters._state.current.names
+    for layer, weight in zip(adapters.layers.values(), weights, strict=True):
+        assert torch.equal(layer.base_layer.weight, weight)
+    with pytest.raises(ZeroDivisionError), torch.no_grad(), adapters.merged():
+        _ = 1 / 0
+    torch.testing.assert_close(adapters.model(x), expected)
+    coefficients = torch.ones(3, requires_grad=True)
+    adapters.set_adapter(["a", "b", "c"], coefficients)
+    with adapters.merged():  # all of it learns
+        adapters.model(x).sum().backward()
+    assert coefficients.grad is not None and coefficients.grad.all()
