@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import fields, replace
@@ -29,6 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, 2 after an error of the user's, 130 after Ctrl-C."""
+    warnings.showwarning = _one_line
     words = sys.argv[1:] if arguments is None else arguments
     args, unknown = _parser().parse_known_args([_hyphens(word) for word in words])
     try:
@@ -58,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _one_line(message: Warning | str, *rest: Any, **keywords: Any) -> None:
+    """A warning as a user of the command line reads it: without the line of this package that it comes from."""
+    print("warning:", " ".join(str(message).split()), file=sys.stderr)
+
+
 def demo(args: argparse.Namespace) -> None:
     """PLoRA beside two baselines on the embedded benchmark."""
     settings = settings_from(args, out="plora-demo")
@@ -73,6 +80,10 @@ def train(args: argparse.Namespace) -> None:
         before = Checkpoint(Path(settings.out), resume=True, world=args.world)
         if before.manifest:
             settings = settings_from(args, **before.settings)
+        elif not set(_given(args, [f.name for f in fields(Settings)])) - {"out", "device", "workers"}:
+            raise ValueError(f"{settings.out} holds no checkpoint to resume: is it the right folder?")
+        elif args.world.first:
+            print(f"note: {settings.out} holds no checkpoint to resume, this run starts anew", file=sys.stderr)
     _run([settings], settings, args.world, args.resume, args.tensorboard)
 
 
@@ -118,6 +129,8 @@ def report(args: argparse.Namespace) -> None:
     from plora_ext.cil.runs import group
 
     results = [result for run in args.runs for result in reports.load_results(run)]
+    if (Path(args.out) / "checkpoint").exists():
+        raise ValueError(f"out must be a folder of its own, {args.out!r} holds a run, whose metrics would be replaced")
     folder = reports.prepare_folder(args.out)
     names = reports.write_report(folder, results)
     protocols = group(results)
@@ -168,6 +181,8 @@ def _run(
     from plora_ext.cil.tensorboard import TensorBoard
     from plora_ext.cil.training import Progress
 
+    if Path(shown.data).is_dir() and Path(shown.out).resolve().is_relative_to(Path(shown.data).resolve()):
+        raise ValueError(f"out must lie outside of the data folder {shown.data!r}, got {shown.out!r}")
     folder = world.from_first(lambda: reports.prepare_folder(shown.out))
     with ExitStack() as stack:
         if world.first:
@@ -182,6 +197,8 @@ def _run(
             data = load_data(shown)
         stream = make_stream(shown, data)
         if world.first:
+            for line in _odd(shown, data, stream):
+                print(f"note: {line}", file=sys.stderr)
             together = f", {world.size} processes" if world.size > 1 else ""
             print(
                 f"{shown.data}: {len(data.train_images)} training and {len(data.test_images)} test images, "
@@ -197,6 +214,20 @@ def _run(
         return
     console.console.print(reports.comparison_table(*group(results)))
     print(f"written to {folder}: metrics.json, accuracy.png, task_matrix.png, settings.yaml")
+
+
+def _odd(settings: Settings, data: Any, stream: Any) -> list[str]:
+    """What is allowed and yet hardly meant."""
+    from plora_ext.data.sets import doubles
+
+    lines = []
+    if number := doubles(data):
+        lines.append(f"{number} of {len(data.test_images)} test images are training images as well, byte for byte")
+    if settings.init_cls > stream.num_classes:
+        lines.append(f"init_cls is {settings.init_cls}, but there are only {stream.num_classes} classes")
+    if len(stream) == 1 and settings.method != "joint":
+        lines.append(f"all {stream.num_classes} classes fit into one task: nothing is incremental; lower increment")
+    return lines
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -302,4 +333,5 @@ def add_settings(parser: argparse.ArgumentParser, skip: Sequence[str] = ()) -> N
         choices = [str(c) for c in get_args(hints[f.name]) if isinstance(c, str)]
         text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
         text = f"{text} (default: {getattr(defaults, f.name)})"
-        group.add_argument(f"--{f.name.replace('_', '-')}", dest=f.name, metavar="VALUE", help=text)
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if hints[f.name] is bool else {}
+        group.add_argument(f"--{f.name.replace('_', '-')}", dest=f.name, metavar="VALUE", help=text, **switch)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from plora_ext.cil import Settings
+from plora_ext.cil import Settings, figures
 from plora_ext.cil.checkpoint import Checkpoint, exclusive
 from plora_ext.cil.engine import Result
 from plora_ext.cil.report import comparison_table, load_results, to_json, write_report
@@ -285,6 +285,29 @@ def test_sixty_runs(sixty: Path) -> None:
     with (sixty / "runs.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 60
     assert load_results(sixty) == many()  # a report is a run's folder again
+
+
+@pytest.mark.parametrize("after", [1e-5, 0.05])
+def test_figures_show_every_value(after: float) -> None:
+    """The dashed line too, where it lies far above the others; and no band leaves what an accuracy can be."""
+    runs = [result(seed=seed, measure_drift=True) for seed in (1, 2)]
+    for i, run in enumerate(runs):
+        run.drift = [
+            None,
+            *({"before": 3e-4 * (i + 1) * t, "after": after * 3e-4 * t, "spacing": 0.3} for t in (1, 2, 3)),
+        ]
+        run.curve = [100.0, 99.0 - 40 * i, 98.0, 60.0 * i]
+    (protocol,) = group(runs)
+    figure = figures.drift(protocol)
+    assert figure is not None
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    for line in axes.get_lines():
+        assert low <= min(line.get_ydata()) and max(line.get_ydata()) <= high
+    (axes,) = figures.accuracy(protocol).axes
+    for band in axes.collections:
+        heights = np.concatenate([path.vertices[:, 1] for path in band.get_paths()])
+        assert heights.min() >= 0 and heights.max() <= 100
 
 
 def test_one_run_without_spread_or_drift(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_words_of_the_command_line(name: str, text: str, value: object) -> None:
         ({"epochs": "many"}, "epochs must be int, got 'many'"),
         ({"epochs": True}, "epochs must be int, got True"),
         ({"lr": "fast"}, "lr must be float, got 'fast'"),
-        ({"lr": float("nan")}, "lr must be above 0, got nan"),
+        ({"lr": float("nan")}, "lr must be a finite number, got nan"),
         ({"r": 0}, "r must be at least 1, got 0"),
         ({"tau": 0}, "tau must be above 0"),
         ({"augment": "yes please"}, "augment must be bool"),
@@ -102,6 +102,13 @@ def test_words_of_the_command_line(name: str, text: str, value: object) -> None:
         ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"shrinkage": 2}, r"shrinkage must be in \[0, 1\], got 2"),
+        ({"weight_decay": float("inf")}, "weight_decay must be a finite number, got inf"),
+        ({"seed": 2**33}, r"seed must be in \[0, 4294967295\], got 8589934592"),
+        ({"image_size": 100_000}, "image_size must be at most 4096, got 100000"),
+        ({"projections": 10**8}, "projections must be at most 200000, got 100000000"),
+        ({"out": ""}, "out must be the name of a folder, got ''"),
+        ({"tasks": [[0], [1]], "class_order": [1, 0]}, "leave class_order out"),
+        ({3: 4}, "names of settings must be words, got 3: 4"),
     ],
 )
 def test_what_is_refused(values: dict, message: str) -> None:

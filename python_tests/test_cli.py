@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def problem(tmp_path: Path) -> list[str]:
     labels = np.tile(np.arange(6), 8)
     images = rng.integers(0, 60, (48, 16, 16, 3)) + 30 * labels[:, None, None, None]
     arrays = {"train_images": images.astype(np.uint8), "train_labels": labels}
-    np.savez(tmp_path / "toy.npz", **arrays, test_images=images.astype(np.uint8)[:24], test_labels=labels[:24])
+    np.savez(tmp_path / "toy.npz", **arrays, test_images=images.astype(np.uint8)[:24] + 1, test_labels=labels[:24])
     return ["--data", str(tmp_path / "toy.npz"), "--increment", "2", "--r", "2", "--epochs", "1", "--device", "cpu"]
 
 
@@ -138,6 +139,9 @@ def test_the_embedded_backbone_and_data(tmp_path: Path) -> None:
         (["train", "--tasks", "[[0, 1], [1, 2]]"], "tasks must name each of the 6 classes exactly once"),
         (["train", "--r", "33"], "r must be an integer in [1, 32]"),
         (["train", "--device", "tpu"], "device 'tpu' cannot be used"),
+        (["train", "--device", "meta"], "device 'meta' cannot be used: it must be auto, cpu or cuda, not meta"),
+        (["train", "--device", "mps"], "device 'mps' cannot be used: it must be auto, cpu or cuda, not mps"),
+        (["train", "--augment", "maybe"], "augment must be bool, got 'maybe'"),
         (["report", "nowhere"], "nowhere"),
         (["dmeo"], "invalid choice: 'dmeo'"),
         ([], "required"),
@@ -159,6 +163,44 @@ def test_errors_of_one_line(
     assert code == 2 and message in printed.err
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_is_hardly_meant_is_said(problem: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with np.load(problem[1]) as file:
+        arrays = dict(file)
+    np.savez(problem[1], **{**arrays, "test_images": arrays["train_images"][:24]})
+    options = ["--method", "simplecil", "--init-cls", "9", "--measure-drift", "--out", str(tmp_path / "out")]
+    assert main(["train", *problem, *options]) == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["runs"][0]["settings"]["measure_drift"] is True
+    printed = capsys.readouterr().err
+    assert "note: 24 of 24 test images are training images as well" in printed
+    assert "note: init_cls is 9, but there are only 6 classes" in printed
+    assert "note: all 6 classes fit into one task: nothing is incremental; lower increment" in printed
+    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "out")]) == 2
+    assert "out must be a folder of its own" in capsys.readouterr().err
+
+
+def test_nothing_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", "--out", str(tmp_path / "typo")]) == 2
+    assert "typo holds no checkpoint to resume: is it the right folder?" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_warnings_are_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    assert main(["info"]) == 0
+    capsys.readouterr()
+    warnings.showwarning(UserWarning("left out\n1 image"), UserWarning, "sets.py", 247)
+    assert capsys.readouterr().err == "warning: left out 1 image\n"
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_data_folder_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out in (tmp_path, tmp_path / "new"):
+        assert main(["train", "--data", str(tmp_path), "--out", str(out)]) == 2
+        assert "out must lie outside of the data folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("tiny")

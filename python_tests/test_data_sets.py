@@ -19,7 +19,7 @@ from plora_ext.cil import Settings
 from plora_ext.cil.engine import load_data
 from plora_ext.data import ImageFiles, Preparation, View, load_images
 from plora_ext.data import view as views
-from plora_ext.data.sets import FOLDERS
+from plora_ext.data.sets import FOLDERS, Images, checked, doubles
 
 SPLITS = ("train", "test")
 
@@ -150,6 +150,134 @@ def test_idx_files_cut_short(tmp_path: Path) -> None:
     labels.unlink()
     labels.with_suffix(".gz").write_bytes(gzip.compress(b"much")[:-4])
     with pytest.raises(ValueError, match="cut short or no gzip file"):
+        load_images(str(tmp_path))
+
+
+def write_npz(path: Path, **changes: object) -> Path:
+    arrays = {f"{split}_{kind}": pixels(4) if kind == "images" else np.arange(4) % 2
+              for split in SPLITS for kind in ("images", "labels")}  # fmt: skip
+    np.savez(path, **{name: value for name, value in {**arrays, **changes}.items() if value is not None})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: p.write_bytes(b""), "is no whole .npz file: it is empty, cut short, or something else"),
+        (lambda p: p.write_bytes(p.read_bytes()[:400]), "is no whole .npz file: it is empty, cut short"),
+        (lambda p: p.write_text("train_images"), "is no whole .npz file"),
+        (lambda p: np.save(p.open("wb"), pixels(2)), "is no whole .npz file"),
+        (
+            lambda p: p.write_bytes(p.read_bytes().replace(pixels(4).tobytes()[:64], bytes(64), 1)),
+            "train_images cannot be",
+        ),
+        (
+            lambda p: write_npz(p, train_labels=np.array([{}] * 4)),
+            "train_labels cannot be read: it holds Python objects",
+        ),
+        (lambda p: write_npz(p, test_images=None), "but lacks test_images"),
+        (
+            lambda p: write_npz(p, test_images=np.zeros((4, 0, 5, 3), np.uint8)),
+            "test_images must be of a height and a width",
+        ),
+        (
+            lambda p: write_npz(p, test_labels=np.arange(3)),
+            r"test_labels must be integers of shape \[4\], one an image",
+        ),
+        (lambda p: write_npz(p, class_names=np.array(["a"])), "class_names must name each of 2 classes, got 1"),
+        (
+            lambda p: write_npz(p, train_images=pixels(4).astype(np.int32) * 1000),
+            r"train_images must hold integers in \[0",
+        ),
+        (
+            lambda p: write_npz(p, train_images=np.full((4, 5, 5, 3), np.nan)),
+            r"train_images must hold floats in \[0, 1\]",
+        ),
+    ],
+    ids="empty short text npy bit objects lacks size labels names integers nan".split(),
+)
+def test_an_npz_file_that_is_not_whole_is_named(spoil, message: str, tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "x.npz")
+    spoil(path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_images(str(path))
+    assert "x.npz" in str(caught.value) and "allow_pickle" not in str(caught.value)
+
+
+def test_npz_of_other_number_types_and_with_names(tmp_path: Path) -> None:
+    wide = pixels(4).astype(np.uint16) * 257
+    data = load_images(str(write_npz(tmp_path / "x.npz", train_images=wide, test_images=pixels(4) / 255.0,
+                                     class_names=np.array(["ant", "bee"]))))  # fmt: skip
+    np.testing.assert_array_equal(data.train_images, pixels(4))
+    np.testing.assert_array_equal(data.test_images, pixels(4))
+    assert data.class_names == ["ant", "bee"]
+
+
+def test_images_of_more_than_8_bits_are_scaled(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    saved = {
+        "u16.png": ramp.astype(np.uint16),
+        "i32.tif": ramp.astype(np.int32),
+        "f01.tif": (ramp / 65535).astype(np.float32),
+        "f255.tif": (ramp / 257).astype(np.float32),
+    }
+    for name, values in saved.items():
+        Image.fromarray(values).save(tmp_path / name)
+        image = ImageFiles([tmp_path / name])[0]
+        assert image.shape == (8, 8, 3) and np.abs(image[..., 1] - ramp / 257).max() <= 1, name
+    for name, values in (("i.tif", ramp.astype(np.int32) * 9), ("f.tif", ramp.astype(np.float32) - 3)):
+        Image.fromarray(values).save(tmp_path / name)
+        with pytest.raises(
+            ValueError, match=rf"{name} is no image that can be decoded \(must hold .*: scale them to 8"
+        ):
+            ImageFiles([tmp_path / name])[0]
+
+
+def test_orientation_and_transparency(tmp_path: Path) -> None:
+    image = Image.fromarray(pixels(1, 8)[0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right
+    image.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(ImageFiles([tmp_path / "turned.png"])[0], np.rot90(pixels(1, 8)[0], -1))
+    clear = np.concatenate([pixels(1, 8)[0], np.zeros((8, 8, 1), np.uint8)], -1)
+    clear[0, 0, 3] = 255
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    seen = ImageFiles([tmp_path / "clear.png"])[0]
+    np.testing.assert_array_equal(seen[0, 0], clear[0, 0, :3])
+    assert (seen[1:] == 255).all()
+
+
+def test_test_images_that_are_training_images_are_counted(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    assert doubles(load_images(str(tmp_path))) == 0
+    for name in ("ant", "bee"):
+        (tmp_path / "test" / name / "again.png").write_bytes((tmp_path / "train" / name / "0.png").read_bytes())
+    assert doubles(load_images(str(tmp_path))) == 2
+    both = np.concatenate([pixels(3, seed=5), pixels(2)])
+    assert doubles(Images(pixels(4), np.arange(4), both, np.arange(5))) == 2
+    with pytest.raises(ValueError, match="class_names must name each of 5 classes"):
+        checked(Images(pixels(4), np.arange(4), both, np.arange(5), ["a"]))
+
+
+def test_hidden_files_and_links(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    (tmp_path / "train" / "ant" / "._0.png").write_bytes(b"what a Mac leaves")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    assert load_images(str(tmp_path)).train_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    (tmp_path / "train" / "bee" / "same.png").symlink_to(tmp_path / "train" / "bee" / "0.png")
+    with pytest.warns(UserWarning, match="left out 1 images that links lead to a second time"):
+        assert load_images(str(tmp_path)).train_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    (tmp_path / "train" / "ant" / "loop").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="ant/loop is a link to a folder above it"):
+        load_images(str(tmp_path))
+
+
+def test_a_file_that_is_no_image_is_found_before_anything_is_learned(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    for name in ("bee", "cat"):
+        (tmp_path / "test" / name / "1.png").write_bytes(b"no image")
+    bad = tmp_path / "test" / "bee" / "1.png"
+    with pytest.raises(ValueError, match=rf"^{bad} is no image .*set corrupt to skip \(and 1 images more\)$"):
         load_images(str(tmp_path))
 
 

@@ -116,9 +116,11 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if (kind := torch.device(device).type) not in ("cpu", "cuda"):
+            raise RuntimeError(f"it must be auto, cpu or cuda, not {kind}")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0][:200]}") from error
     return torch.device(device)
 
 

@@ -41,7 +41,7 @@ def accuracy(protocol: Protocol) -> Figure:
         if len(mean) == 1 < len(seen):  # joint training: one figure, drawn across as the bound it is
             mean, deviation, style = mean.repeat(len(seen)), deviation.repeat(len(seen)), {**style, "marker": ""}
             style["linestyle"] = (0, (4, 3))
-        _curve(axes, group.example.classes_seen if len(seen) == 1 else seen, mean, deviation, style)
+        _curve(axes, group.example.classes_seen if len(seen) == 1 else seen, mean, deviation, style, limits=(0, 100))
         ends.append((mean[-1], f"{group.short}  {mean[-1]:.1f}", style["color"]))
         low = min(low, float((mean - deviation).min()))
     for group in protocol.groups:
@@ -75,14 +75,16 @@ def drift(protocol: Protocol) -> Figure | None:
     before = [g.spread(lambda r: moved(r, "before")) for g, _ in curves]
     every = np.concatenate([spread[0] for spread in (*before, *(s for _, s in curves)) if spread is not None])
     log = every.min() > 0 and every.max() > 30 * every.min()
-    figure = _over_tasks(
-        protocol, curves, "after task", "mean 1 − cos to the true class mean", 2, 0, "log" if log else "linear"
+    return _over_tasks(
+        protocol,
+        curves,
+        "after task",
+        "mean 1 − cos to the true class mean (dashed: before the alignment)",
+        first=2,
+        bottom=0,
+        scale="log" if log else "linear",
+        dashed=[None if spread is None else spread[0] for spread in before],
     )
-    for spread, (g, _) in zip(before, curves):
-        if spread is not None:
-            x, color = np.arange(len(spread[0])) + 2, _style(protocol, g)["color"]
-            figure.axes[0].plot(x, spread[0], color=color, linewidth=1.2, linestyle=(0, (2, 2)))
-    return figure
 
 
 def cost(protocol: Protocol) -> Figure | None:
@@ -250,6 +252,7 @@ def _over_tasks(
     first: int = 1,
     bottom: float | None = None,
     scale: str = "linear",
+    dashed: Sequence[np.ndarray | None] = (),
 ) -> Figure:
     figure, axes = _axes()
     ends, last = [], 1
@@ -259,6 +262,10 @@ def _over_tasks(
         _curve(axes, x, mean, deviation if scale == "linear" else 0 * deviation, style)
         ends.append((mean[-1], group.short, style["color"]))
         last = max(last, int(x[-1]))
+    for values, (group, _) in zip(dashed, curves):
+        if values is not None:
+            color = _style(protocol, group)["color"]
+            axes.plot(np.arange(len(values)) + first, values, color=color, linewidth=1.2, linestyle=(0, (2, 2)))
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale=scale)
     if scale == "linear":
         axes.set_ylim(bottom=bottom)
@@ -273,9 +280,17 @@ def _style(protocol: Protocol, group: Group) -> dict[str, Any]:
     return {"color": COLORS[n % 7], "marker": _MARKERS[n % len(_MARKERS)], "linestyle": _LINES[n // 7 % len(_LINES)]}
 
 
-def _curve(axes: Axes, x: Any, mean: np.ndarray, deviation: np.ndarray, style: dict[str, Any]) -> None:
+def _curve(
+    axes: Axes,
+    x: Any,
+    mean: np.ndarray,
+    deviation: np.ndarray,
+    style: dict[str, Any],
+    limits: tuple[float, float] = (-np.inf, np.inf),
+) -> None:
     if deviation.any():
-        axes.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.16, linewidth=0)
+        low, high = np.clip(mean - deviation, *limits), np.clip(mean + deviation, *limits)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
     every = max(1, len(mean) // 15)
     axes.plot(x, mean, linewidth=1.8, markersize=4, markevery=every, **style)
 

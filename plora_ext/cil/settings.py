@@ -7,6 +7,7 @@ overrides both. Unknown names and values are refused with the closest valid one.
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -118,7 +119,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, kind in _types().items():
-            setattr(self, name, _checked(name, getattr(self, name), kind))
+            value = _checked(name, getattr(self, name), kind)
+            _require(not isinstance(value, float) or math.isfinite(value), name, "a finite number", value)
+            setattr(self, name, value)
+        _require(self.out != "", "out", "the name of a folder", self.out)
+        _require(0 <= self.seed < 2**32, "seed", "in [0, 4294967295]", self.seed)
+        most = {"image_size": 4096, "projections": 200_000, "workers": 1024}
+        for name, limit in most.items():
+            _require((getattr(self, name) or 0) <= limit, name, f"at most {limit}", getattr(self, name))
+        if self.tasks is not None and self.class_order not in (None, "none"):
+            raise ValueError("tasks spells out the classes of every task: leave class_order out")
         for name in (
             "increment",
             "r",
@@ -132,7 +142,7 @@ class Settings:
             _require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("fusion_tau", "tau", "ensemble_tau", "lr", "scale"):
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
-        for name in ("init_cls", "ridge", "ensemble_alpha", "weight_decay", "seed"):
+        for name in ("init_cls", "ridge", "ensemble_alpha", "weight_decay"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _require(self.workers is None or self.workers >= 0, "workers", "at least 0", self.workers)
         _require(0 < self.subspace <= 1, "subspace", "in (0, 1]", self.subspace)
@@ -165,6 +175,8 @@ class Settings:
         if path is not None:
             try:
                 loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is no text file: {error}") from error
             except yaml.YAMLError as error:
                 raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
             if not isinstance(loaded, Mapping | None):
@@ -173,6 +185,8 @@ class Settings:
         values.update(overrides or {})
         known = [f.name for f in fields(cls)]
         for name in values:
+            if not isinstance(name, str):
+                raise ValueError(f"names of settings must be words, got {name!r}: {values[name]!r}")
             if name not in known:
                 raise ValueError(f"unknown setting {name!r}{closest(name, known)}")
         return cls(**values)

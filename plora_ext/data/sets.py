@@ -9,15 +9,21 @@ from __future__ import annotations
 import difflib
 import gzip
 import hashlib
+import os
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from plora_ext.change import row_digests
+
+from .decode import decode, to_8_bits
 from .icon100 import load_icon100
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -33,6 +39,7 @@ FOLDERS = {
 NAMES = ("icon100", "cifar100", "fashion-mnist", *FOLDERS)
 _IDX = {split: [f"{stem}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
         for split, stem in (("train", "train"), ("test", "t10k"))}  # fmt: skip
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _FASHION = "t-shirt/top trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
 
 
@@ -53,8 +60,7 @@ class ImageFiles:
         """Raises ValueError naming the file when it is no whole image."""
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
-                return np.array(image.convert("RGB"))
+            return decode(path)
         except Exception as error:  # decoders raise all kinds
             raise ValueError(
                 f"{path} is no image that can be decoded ({error}); mend or remove it, or set corrupt to skip"
@@ -99,7 +105,8 @@ def load_images(data: str, root: str | Path = "data", *, download: bool = False,
     - `cub`, `imagenet-r`, `imagenet-a`, `objectnet`, `omnibenchmark` and `vtab` are class folders under `root`,
       `<root>/<name>/{train,test}/<class>/<image>` (vtab: `<root>/vtab-cil/vtab/...`), as LAMDA-PILOT distributes them.
     - A folder of `train` and `test` with one folder per class, or a folder of four IDX files (gzipped or not).
-    - An `.npz` file of train_images, train_labels, test_images and test_labels.
+    - An `.npz` file of train_images, train_labels, test_images and test_labels, and perhaps class_names. Images that
+      are not of 8 bits are scaled as those of files (`plora_ext.data.decode`).
 
     Labels of class folders follow the sorted names of the folders.
 
@@ -107,8 +114,9 @@ def load_images(data: str, root: str | Path = "data", *, download: bool = False,
         data: Name or path.
         root: Where named sets lie.
         download: Let torchvision download a set that is not there.
-        corrupt: "error": an image that cannot be decoded is an error, when it is met; "skip": every image file is
-            decoded once at the start, and those that cannot be are left out with a warning that names them.
+        corrupt: "error": an image file that cannot be opened is an error at the start, one whose pixels cannot be
+            decoded when they are met; "skip": every image file is decoded once at the start, and those that cannot be
+            are left out with a warning that names them.
 
     Raises:
         ValueError: An unknown name, arrays that do not fit together, class folders that differ between train and
@@ -140,11 +148,29 @@ def load_images(data: str, root: str | Path = "data", *, download: bool = False,
 
 
 def _npz(path: Path) -> Images:
-    with np.load(path, allow_pickle=False) as file:
-        missing = [name for name in ARRAYS if name not in file.files]
-        if missing:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}, looked for at {path.absolute()}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no whole .npz file: it is empty, cut short, or something else by that name")
+    arrays: dict[str, np.ndarray] = {}
+    with zipfile.ZipFile(path) as file:
+        held = {name.removesuffix(".npy") for name in file.namelist()}
+        if missing := [name for name in ARRAYS if name not in held]:
             raise ValueError(f"{str(path)!r} must hold {', '.join(ARRAYS)}, but lacks {', '.join(missing)}")
-        return checked(Images(*(file[name] for name in ARRAYS)))
+        for name in (*ARRAYS, *(["class_names"] if "class_names" in held else [])):
+            try:
+                with file.open(f"{name}.npy") as part:
+                    arrays[name] = np.lib.format.read_array(part, allow_pickle=False)
+            except Exception as error:  # a flipped bit, objects, half an array
+                objects = "it holds Python objects, not numbers" if "pickle" in str(error) else str(error)
+                raise ValueError(f"{path}: {name} cannot be read: {objects}") from error
+    names = arrays.pop("class_names", None)
+    for name in ("train_images", "test_images"):
+        arrays[name] = to_8_bits(arrays[name], f"{path}: {name}")
+    try:
+        return checked(Images(**arrays, class_names=None if names is None else [str(n) for n in names]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def checked(images: Images) -> Images:
@@ -157,10 +183,38 @@ def checked(images: Images) -> Images:
         pixels, labels = getattr(images, f"{split}_images"), getattr(images, f"{split}_labels")
         if isinstance(pixels, np.ndarray) and (pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3):
             raise ValueError(f"{split}_images must be uint8 [N, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
+        if isinstance(pixels, np.ndarray) and len(pixels) and 0 in pixels.shape:
+            raise ValueError(f"{split}_images must be of a height and a width above 0, got {list(pixels.shape)}")
         if labels.shape != (len(pixels),) or not np.issubdtype(labels.dtype, np.integer):
             wanted = f"integers of shape [{len(pixels)}], one an image"
             raise ValueError(f"{split}_labels must be {wanted}, got {labels.dtype} {list(labels.shape)}")
+    if images.class_names is not None:
+        classes = max(
+            (int(labels.max()) + 1 for labels in (images.train_labels, images.test_labels) if len(labels)), default=0
+        )
+        if len(images.class_names) < classes:
+            raise ValueError(f"class_names must name each of {classes} classes, got {len(images.class_names)} names")
     return images
+
+
+def doubles(images: Images) -> int:
+    """How many test images are, to the last pixel or byte, images of the training side."""
+    sides: list[Any] = [images.train_images, images.test_images]
+    if all(isinstance(side, ImageFiles) for side in sides):
+        sizes = [{path: path.stat().st_size for path in side.paths} for side in sides]
+        common = set(sizes[0].values()) & set(sizes[1].values())  # few files have to be read
+        train, test = (
+            [hashlib.blake2b(path.read_bytes()).digest() for path, size in side.items() if size in common]
+            for side in sizes
+        )
+    else:
+        if np.shape(sides[0])[1:] != np.shape(sides[1])[1:]:
+            return 0
+        train, test = (
+            row_digests(torch.from_numpy(np.asarray(side))).numpy().view("V16").ravel().tolist() for side in sides
+        )
+    seen = set(train)
+    return sum(digest in seen for digest in test)
 
 
 def _cifar100(root: Path, download: bool) -> Images:
@@ -235,19 +289,77 @@ def _class_folders(root: Path, corrupt: str) -> Images:
                 f"no data at {root.absolute()}: expected {root / 'train'}/<class>/<image> and "
                 f"{root / 'test'}/<class>/<image>; move it there, or set data_root"
             )
-    train, test = ImageFolder(str(root / "train")), ImageFolder(str(root / "test"))
+
+    class Folder(ImageFolder):
+        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+            names = sorted(p.name for p in Path(directory).iterdir() if p.is_dir() and not p.name.startswith("."))
+            if not names:
+                raise FileNotFoundError(f"there is no class folder in {directory}")
+            return names, {name: label for label, name in enumerate(names)}
+
+    try:
+        train, test = (Folder(str(root / split), is_valid_file=_is_image) for split in ("train", "test"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{root}: every class folder must hold an image; {error}") from error
     if train.classes != test.classes:
         only = {"train": set(train.classes) - set(test.classes), "test": set(test.classes) - set(train.classes)}
         said = "; ".join(f"only in {side}: {_some(sorted(names))}" for side, names in only.items() if names)
         raise ValueError(f"{root}: train and test must hold the same class folders; {said}")
     arrays: list[Any] = []
     for side in (train, test):
-        samples = [(Path(path), label) for path, label in side.samples]
+        samples = _once([(Path(path), label) for path, label in side.samples])
         if corrupt == "skip":
             samples = _whole(samples)
+        else:
+            _look(samples)
         arrays += [ImageFiles([path for path, _ in samples]), np.array([label for _, label in samples], dtype=np.int64)]
     arrays.append(list(train.classes))
     return Images(*arrays)
+
+
+def _is_image(path: str) -> bool:
+    """By its name; what is hidden (`._x.jpg`, `.ipynb_checkpoints`) is not meant to be one."""
+    return path.lower().endswith(IMG_EXTENSIONS) and not any(part.startswith(".") for part in Path(path).parts[-2:])
+
+
+def _once(samples: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
+    """The samples without those that links lead to a second time.
+
+    Raises:
+        ValueError: A link leads to a folder above itself, so that images of other classes would count as of this one.
+    """
+    real: dict[Path, str] = {}
+    for folder in {path.parent for path, _ in samples}:
+        for part in (folder, *folder.parents):
+            if part.is_symlink() and part.parent.resolve().is_relative_to(part.resolve()):
+                raise ValueError(
+                    f"{part} is a link to a folder above it, whose images are not all of one class: remove it"
+                )
+        real[folder] = os.path.realpath(folder)
+    found: dict[str, tuple[Path, int]] = {}
+    for path, label in samples:
+        key = os.path.realpath(path) if path.is_symlink() else os.path.join(real[path.parent], path.name)
+        found.setdefault(key, (path, label))
+    if len(found) < len(samples):
+        warnings.warn(f"left out {len(samples) - len(found)} images that links lead to a second time", stacklevel=2)
+    return list(found.values())
+
+
+def _look(samples: list[tuple[Path, int]]) -> None:
+    """Opens the header of every image, so that one that is none is found before anything is learned."""
+
+    def fault(path: Path) -> str | None:
+        try:
+            with Image.open(path):
+                return None
+        except Exception as error:  # decoders raise all kinds
+            return f"{path} is no image that can be decoded ({error}); mend or remove it, or set corrupt to skip"
+
+    with ThreadPoolExecutor() as pool:
+        faults = [found for found in pool.map(fault, [path for path, _ in samples]) if found]
+    if faults:
+        more = f" (and {len(faults) - 1} images more)" if len(faults) > 1 else ""
+        raise ValueError(faults[0] + more)
 
 
 def _whole(samples: list[tuple[Path, int]]) -> list[tuple[Path, int]]:

@@ -1,0 +1,52 @@
+"""Image files as 8-bit RGB: what every part of the package that opens one agrees on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
+
+
+def decode(path: Path) -> np.ndarray:
+    """The pixels of an image file, uint8 [H, W, 3], turned as its EXIF orientation says.
+
+    Integers of 16 bits and more are scaled by 1 / 257, floats in [0, 1] by 255; floats in [0, 255] stay, gray becomes
+    RGB and what is transparent is laid on white.
+
+    Raises:
+        ValueError: Values outside of these ranges.
+        Exception: What Pillow's decoders raise, which is all kinds.
+    """
+    with Image.open(path) as image:
+        turned = ImageOps.exif_transpose(image)
+        if turned.mode in ("F", "I") or turned.mode.startswith("I;16"):
+            return np.repeat(_to_8_bits(np.asarray(turned))[..., None], 3, axis=2)
+        if turned.mode in _ALPHA or "transparency" in turned.info:
+            turned = turned.convert("RGBA")
+            white = Image.new("RGBA", turned.size, "white")
+            turned = Image.alpha_composite(white, turned)
+        return np.array(turned.convert("RGB"))
+
+
+def to_8_bits(values: np.ndarray, what: str) -> np.ndarray:
+    """Pixels of any number type as uint8, by the rule of `decode`; `what` names them in errors."""
+    try:
+        return values if values.dtype == np.uint8 else _to_8_bits(values)
+    except ValueError as error:
+        raise ValueError(f"{what} {error}") from None
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    if not values.size:
+        return values.astype(np.uint8)
+    low, high = values.min(), values.max()
+    if values.dtype.kind in "iu":
+        if not 0 <= low <= high <= 65535:
+            raise ValueError(f"must hold integers in [0, 65535], got {low} to {high}: scale them to 8 bits first")
+        return np.round(values / 257).astype(np.uint8)
+    if values.dtype.kind != "f" or not 0 <= low <= high <= 255:  # NaN fails as well
+        raise ValueError(f"must hold floats in [0, 1] or [0, 255], got {low} to {high}: scale them to 8 bits first")
+    return np.round(values * (255 if high <= 1 else 1)).astype(np.uint8)
