@@ -20,6 +20,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import plora_ext.cil.engine
+import plora_ext.cil.speed
 from plora_ext.cil import Images, Result, Settings, run
 from plora_ext.cil import checkpoint as checkpoints
 from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, exclusive
@@ -407,8 +408,50 @@ def test_only_what_has_changed_is_written_again(tmp_path: Path, monkeypatch: pyt
     assert saved() == ["adapter:2"]
     parameters["adapter:0"]["alpha"] = 2.0
     assert saved() == ["adapter:0"]
+    fused = torch.optim.AdamW(parameters["adapter:1"]["factors"], fused=True)  # type: ignore[arg-type]
+    fused.step()  # nor this nor the next raises torch's count of writes
+    assert saved() == ["adapter:1"]
+    parameters["adapter:2"]["factors"][0].data.mul_(2)  # type: ignore[index]
+    assert saved() == ["adapter:2"]
+    parameters["adapter:2"]["factors"] = [parameters["adapter:2"]["factors"][0].clone()]  # type: ignore[index]
+    assert saved() == []
     for path in checkpoint.folder.glob("adapter-*"):
         path.unlink()
     assert saved() == ["adapter:0", "adapter:1", "adapter:2"]
     value = Checkpoint(tmp_path, resume=True).load()["state"]["adapter:1"]["factors"][0]
     assert torch.equal(value, parameters["adapter:1"]["factors"][0])  # type: ignore[index]
+
+
+def test_a_run_that_is_measured_on_in_place_is_saved_as_it_is(tmp_path: Path) -> None:
+    checkpoint, record = Checkpoint(tmp_path), {"curve": [1.0], "tasks": 3}
+    checkpoint.begin({}, {})
+    for accuracy in (2.0, 3.0):
+        checkpoint.save_task(record, {})
+        assert Checkpoint(tmp_path, resume=True).manifest["run"] == record
+        record["curve"].append(accuracy)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("writer", ["fused", "data"])
+def test_a_checkpoint_holds_the_live_adapter(
+    writer: str, data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`lora-sequential` trains the same tensors in every task; no write to them may pass unseen."""
+    if writer == "fused":
+        fused = lambda self, groups: torch.optim.AdamW(groups, 5e-3, fused=True)  # noqa: E731
+        monkeypatch.setattr(plora_ext.cil.speed.Speed, "optimizer", fused)
+    else:
+
+        def write(self: Trainer, task: int, parameters: list[torch.Tensor], *_) -> None:
+            for parameter in parameters:
+                parameter.data.add_(0.01)
+
+        monkeypatch.setattr(Trainer, "fit", write)
+    result, method = learn(data, Checkpoint(tmp_path), method="lora-sequential")
+    saved = Checkpoint(tmp_path, resume=True).load()["state"]["adapter:task0"]["factors"]
+    again, resumed = learn(data, Checkpoint(tmp_path, resume=True), method="lora-sequential")
+    assert again.curve == result.curve
+    for key, layer in method.adapters.layers.items():  # type: ignore[attr-defined]
+        other = resumed.adapters.layers[key]  # type: ignore[attr-defined]
+        live, back = ([p for pair in of.pairs("task0") for p in pair] for of in (layer, other))
+        for a, b, c in zip(live, saved[key], back, strict=True):
+            assert torch.equal(a, b) and torch.equal(a, c)

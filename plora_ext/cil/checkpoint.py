@@ -21,7 +21,6 @@ import os
 import random
 import re
 import shutil
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +32,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import plora_ext
+from plora_ext import change
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.settings import Settings
 from plora_ext.data import Images
@@ -67,8 +67,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path, resume: bool = False, world: World = SINGLE):
         self.folder, self.world = folder / "checkpoint", world
-        self._stamps: dict[str, Any] = {}  # of the parts on disk: what they were made of
-        self._run: tuple[Any, str] = None, ""  # the run last saved, and as JSON
+        self._stamps: dict[str, tuple[Any, str]] = {}  # of the parts on disk: their entry, a fingerprint of the content
+        self._run = ""  # what the run has measured, as JSON
         self.manifest: dict[str, Any] = world.from_first(lambda: _read_manifest(self.folder))
         if self.manifest and not resume:  # a finished run stays until the first save
             done, of = len(self.manifest["run"]["curve"]), self.manifest["run"]["tasks"]
@@ -127,6 +127,7 @@ class Checkpoint:
         Raises:
             OSError: It cannot be written; the checkpoint of before is whole.
         """
+        self._run = ""
         self._save(run, {**state, "rng": rng_state()}, keep={})
 
     # ------------------------------------------------------------------ epochs
@@ -190,16 +191,15 @@ class Checkpoint:
             for name, value in state.items():
                 tensors: dict[str, Tensor] = {}
                 tree = _pack(value, "", tensors)
-                if not self._is_kept(name, tree, tensors):
+                stamp = change.fingerprint(json.dumps(tree, allow_nan=False), *tensors.values())
+                parts[name] = self._kept(name, stamp)
+                if parts[name] is None:
                     content = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
                     parts[name] = {"tree": tree, **(self._write(name, save(content)) if content else {})}
-                    self._stamps[name] = parts[name], [(weakref.ref(t), _version(t)) for t in tensors.values()]
-                else:
-                    parts[name] = self._stamps[name][0]
-            if run is not self._run[0]:  # what a run has measured is long, and the same for every epoch of a task
-                self._run = run, json.dumps(run, allow_nan=False)
+                    self._stamps[name] = parts[name], stamp
+            measured = self._run or json.dumps(run, allow_nan=False)  # long, and the same for every epoch of a task
             rest = {name: value for name, value in {**self.manifest, "parts": parts}.items() if name != "run"}
-            manifest, text = {"run": run, **rest}, f'{{"run": {self._run[1]}, {json.dumps(rest, allow_nan=False)[1:]}'
+            manifest, text = {"run": run, **rest}, f'{{"run": {measured}, {json.dumps(rest, allow_nan=False)[1:]}'
             digest = hashlib.sha256(text.encode()).hexdigest()
             write_whole(self.folder / MANIFEST, f'{{"sha256": "{digest}", "manifest": {text}}}\n'.encode())
         except OSError as error:
@@ -208,23 +208,17 @@ class Checkpoint:
                 f"cannot write the checkpoint in {self.folder} ({why}); what it held before is whole: make room, then "
                 "continue with --resume"
             ) from error
-        self.manifest = manifest
+        self.manifest, self._run = manifest, measured
         self._sweep()
 
-    def _is_kept(self, name: str, tree: Any, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether part `name` is on disk already, made of these very tensors, which nobody has written to since.
+    def _kept(self, name: str, stamp: str) -> dict[str, Any] | None:
+        """The entry of part `name` if what is on disk has this fingerprint.
 
-        So a task costs the same however many adapters there are: those of old tasks are not read again.
+        So adapters of old tasks are read where they are, but neither copied nor written again.
         """
-        part, stamp = self._stamps.get(name, ({}, []))
-        if part != self.manifest["parts"].get(name) or part.get("tree") != tree or len(stamp) != len(tensors):
-            return False
-        if "file" in part and not (self.folder / part["file"]).is_file():
-            return False
-        return all(
-            ref() is t and version is not None and version == _version(t)
-            for (ref, version), t in zip(stamp, tensors.values())
-        )
+        part, before = self._stamps.get(name, (None, ""))
+        there = part is not None and ("file" not in part or (self.folder / part["file"]).is_file())
+        return part if there and before == stamp and part == self.manifest["parts"].get(name) else None
 
     def _write(self, name: str, content: bytes) -> dict[str, Any]:
         digest = hashlib.sha256(content).hexdigest()
@@ -420,11 +414,6 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [to_device(v, device) for v in value]
     return value
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to, None where torch does not count."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
