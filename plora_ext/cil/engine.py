@@ -17,6 +17,7 @@ from plora_ext.cil import drift, metrics
 from plora_ext.cil.checkpoint import Checkpoint, fingerprint_of, set_rng_state
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.features import FeatureCache
+from plora_ext.cil.frozen import check_backbone
 from plora_ext.cil.methods import METHODS, Method
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task, TaskStream
@@ -213,6 +214,7 @@ def run(
     stream = make_stream(settings, data)
     seed_everything(settings.seed, settings.deterministic)
     backbone = backbone or load_backbone(settings)
+    check_backbone(backbone.model)
     world.broadcast_([tensor.data for tensor in backbone.model.state_dict().values()])
     saved = checkpoint and checkpoint.begin(fingerprint_of(settings, data, backbone.model), settings.as_dict())
     trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, progress, world)

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 import plora_ext
 from plora_ext.change import fingerprint, row_digests
-from plora_ext.nn import Adapters, MultiLoRALinear
+from plora_ext.cil.frozen import base_modules
+from plora_ext.nn import Adapters
 from plora_ext.nn.ensemble import free_memory
 from plora_ext.nn.inject import BASE
 
@@ -315,27 +316,17 @@ def space_fingerprints(model: nn.Module | Adapters, names: Sequence[str], *conte
     return prints
 
 
-def _base_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """The modules but for those that hold adapters."""
-    layers = [module for module in model.modules() if isinstance(module, MultiLoRALinear)]
-    children = [child for layer in layers for name, child in layer.named_children() if name != "base_layer"]
-    of_adapters = {id(part) for child in children for part in child.modules()}
-    return ((prefix, module) for prefix, module in model.named_modules() if id(module) not in of_adapters)
-
-
 def _base_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    for prefix, module in _base_modules(model):
-        if not isinstance(module, MultiLoRALinear):  # what hangs on one are its adapters' rank and scale
-            for key, t in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
-                if isinstance(t, Tensor):
-                    yield f"{prefix}.{key}", t
+    for prefix, module in base_modules(model):
+        for key, t in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
+            if isinstance(t, Tensor):
+                yield f"{prefix}.{key}", t
 
 
 def _structure(model: nn.Module) -> Iterable[str]:
     """A line for each module: its class and those of its attributes that are numbers, switches or words."""
     plain = (int, float, bool, str, tuple)
-    for prefix, module in _base_modules(model):
+    for prefix, module in base_modules(model):
         values: dict[str, Any] = {k: v for k, v in vars(module).items() if isinstance(v, plain)}
         own = {k: v for k, v in values.items() if k != "training" and not k.startswith("_")}
-        extra = "" if isinstance(module, MultiLoRALinear) else module.extra_repr()
-        yield f"{prefix} {type(module).__module__}.{type(module).__qualname__} {extra} {own}"
+        yield f"{prefix} {type(module).__module__}.{type(module).__qualname__} {module.extra_repr()} {own}"

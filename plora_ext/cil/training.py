@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from plora_ext.cil.alignment import class_means
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.distributed import SINGLE, World
+from plora_ext.cil.frozen import hold_statistics, moving, unchanged
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.speed import Speed
 from plora_ext.data import View
@@ -134,6 +135,7 @@ class Trainer:
         self.num_tasks = 1
         self.checkpoint: Checkpoint | None = None
         self.phases = Phases(device)
+        self._held: list[nn.Module] | None = None  # modules that training would change, beside normalisations
 
     def _forward(self, images: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
         return self.speed.forward(images, model)
@@ -142,7 +144,7 @@ class Trainer:
         """Trains `parameters` by cross-entropy of a cosine classifier over the task's own classes.
 
         The classifier, a direction per class, lives for this call only. Its logits are scale * cos(feature, direction),
-        and it starts as the nearest-class-mean classifier.
+        and it starts as the nearest-class-mean classifier. Frozen modules with running statistics stay in eval mode.
 
         Args:
             images: The task's n training images.
@@ -150,7 +152,30 @@ class Trainer:
 
         Raises:
             FloatingPointError: The loss is not finite (names task, epoch and step), or the weights are after an epoch.
+            ValueError: A tensor of the frozen backbone has changed.
         """
+        first = self._held is None
+        if self._held is None:
+            self._held = moving(self.model, lambda: self._look(images))
+        with unchanged(self.model, parameters=first):  # parameters once: reading all of them takes time
+            self._fit(task, parameters, images, labels, num_classes, self._held)
+
+    def _look(self, images: View) -> None:
+        """A pass over a batch as the model is."""
+        rows = torch.arange(min(len(images), self.settings.batch_size))
+        with self.speed.passes(compiled=False), self.speed.autocast():
+            for batch in images[rows].split(len(rows)):
+                self.model(batch)
+
+    def _fit(
+        self,
+        task: int,
+        parameters: Sequence[Tensor],
+        images: View,
+        labels: Tensor,
+        num_classes: int,
+        held: Sequence[nn.Module],
+    ) -> None:
         s, world = self.settings, self.world
         # Started from the class means: random directions would first pull the features of every class elsewhere.
         own = world.rows(len(images))
@@ -165,9 +190,10 @@ class Trainer:
         losses = torch.zeros(steps, device=self.device)
         learned = [*parameters, directions]
         first = self.checkpoint.enter_fit(task, learned, optimizer, scaler) if self.checkpoint else 0
+        self.model.train()
+        hold_statistics(self.model, held)
         model = world.parallel(self.model, learned)
         self.progress.fit(task, len(images) * (s.epochs - first))
-        self.model.train()
         for epoch in range(first, s.epochs):
             order = torch.randperm(len(images))
             targets = labels[order.to(self.device)].split(s.batch_size)  # at once: every copy makes the host wait
