@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -192,13 +193,137 @@ def test_another_run_is_refused_with_every_difference(data: Images, tmp_path: Pa
     with pytest.raises(ValueError, match=r"of another run: r is 2 there and 4 here; lr is 0.005 there and 0.1 here"):
         learn(data, Checkpoint(tmp_path, resume=True), epochs=1, lr=0.1, r=4)
     other = Images(**{**arrays(), "test_labels": arrays()["test_labels"][::-1].copy()})
-    with pytest.raises(ValueError, match="of another run: the images or labels differ"):
+    with pytest.raises(ValueError, match="of another run: the images or labels differ, those of task 0, 1, 2, which"):
         learn(other, Checkpoint(tmp_path, resume=True), epochs=1)
     frozen = backbone()
     torch.nn.init.zeros_(frozen.model.blocks[0].mlp.fc1.weight)
     with pytest.raises(ValueError, match="of another run: the backbone's weights differ"):
         run(settings(epochs=1), data=data, backbone=frozen, checkpoint=Checkpoint(tmp_path, resume=True))
     learn(data, Checkpoint(tmp_path, resume=True), epochs=1, out="moved", workers=1)  # not what is computed
+
+
+def rewrite(folder: Path, change: Callable[[dict], object]) -> None:
+    """Changes the manifest of the run in `folder`, sealed as the package does."""
+    path = folder / "checkpoint" / MANIFEST
+    manifest = json.loads(path.read_text())["manifest"]
+    change(manifest)
+    seal = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    path.write_text(json.dumps({"sha256": seal, "manifest": manifest}))
+
+
+def cut_after(task: int, data: Images, folder: Path, epoch: int | None = None, **changes) -> None:
+    """A run that ends after its `task`, or after an epoch of it."""
+    save, name = Checkpoint.save_task, "save_task"
+    if epoch is not None:
+        save, name = Checkpoint.save_epoch, "save_epoch"  # type: ignore[assignment]
+
+    def save_and_cut(self: Checkpoint, *args, **keywords) -> None:
+        save(self, *args, **keywords)
+        if (len(args[0]["curve"]) == task + 1) if epoch is None else args[:2] == (task, epoch):
+            raise Cut
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, name, save_and_cut)
+        with pytest.raises(Cut):
+            learn(data, Checkpoint(folder, resume=True), **changes)
+
+
+def test_settings_that_came_later_have_their_default(data: Images, tmp_path: Path, tiny: None) -> None:
+    cut_after(1, data, tmp_path)
+
+    def older(manifest: dict) -> None:
+        for held in (manifest["settings"], manifest["fingerprint"]["settings"]):
+            for name in ("deterministic", "shrinkage", "init", "augment"):
+                held.pop(name, None)
+
+    rewrite(tmp_path, older)
+    with pytest.raises(ValueError, match="shrinkage is 0.7 there and 0.5 here"):
+        learn(data, Checkpoint(tmp_path, resume=True), shrinkage=0.5)
+    assert Checkpoint(tmp_path, resume=True).settings["shrinkage"] == 0.7
+    assert learn(data, Checkpoint(tmp_path, resume=True))[0].curve == learn(data, None)[0].curve
+
+
+def test_settings_that_are_gone_are_named(data: Images, tmp_path: Path, tiny: None) -> None:
+    cut_after(1, data, tmp_path)
+    rewrite(tmp_path, lambda manifest: manifest["settings"].update(momentum=0.9))
+    message = rf"{tmp_path}/checkpoint, written by plora_ext {plora_ext.__version__}: .* does not have: momentum"
+    with pytest.raises(ValueError, match=message):
+        Trained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        learn(data, Checkpoint(tmp_path, resume=True))
+    assert main(["train", "--resume", "--out", str(tmp_path)]) == 2
+
+
+def test_formats(data: Images, tmp_path: Path) -> None:
+    cut_after(1, data, tmp_path)
+
+    def second(manifest: dict) -> None:
+        manifest["format"] = 2
+        manifest["fingerprint"].pop("tasks")
+        manifest["fingerprint"]["settings"]["eval_batch_size"] = manifest["settings"]["eval_batch_size"]
+
+    rewrite(tmp_path, second)
+    assert learn(data, Checkpoint(tmp_path, resume=True))[0].curve == learn(data, None)[0].curve
+    rewrite(tmp_path, lambda manifest: manifest.update(format=1, plora_ext="0.0.1"))
+    with pytest.raises(ValueError, match=r"has format 1, of plora_ext 0\.0\.1; .* reads 2 and 3"):
+        Checkpoint(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        {"eval_batch_size": 5},
+        {"measure_drift": True},
+        {"amp": "bfloat16", "channels_last": True, "tf32": True},
+        {"deterministic": True},
+    ],
+)
+def test_settings_that_may_change(now: dict, data: Images, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    whole, _ = learn(data, None)
+    cut_after(1, data, tmp_path)
+    try:
+        result, _ = learn(data, Checkpoint(tmp_path, resume=True), **now)
+        learn(data, Checkpoint(tmp_path, resume=True), **now)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert result.curve[:2] == whole.curve[:2] and len(result.curve) == 3
+    if "measure_drift" in now:
+        assert result.drift[:2] == [None, None] and result.drift[2]["after"] > 0  # type: ignore[index]
+        assert result.curve == whole.curve and "changed" not in result.environment
+        cut_after(1, data, tmp_path / "other", measure_drift=True)
+        drift = learn(data, Checkpoint(tmp_path / "other", resume=True))[0].drift
+        assert drift[0] is None and drift[1] and drift[2] is None
+    else:
+        said = "; ".join(
+            f"{name} {settings().as_dict()[name]} -> {now[name]}" for name in checkpoints.ROUNDING if name in now
+        )
+        assert result.environment["changed"] == f"{said}, after 2 of 3 tasks"
+        assert f"not as it began: {said}" in capfd.readouterr().err
+        manifest = Checkpoint(tmp_path, resume=True).manifest
+        assert manifest["run"]["environment"]["changed"] == result.environment["changed"]
+
+
+def test_another_version_is_said(data: Images, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cut_after(1, data, tmp_path)
+    rewrite(tmp_path, lambda manifest: manifest.update(plora_ext="0.0.9", torch="2.9.0"))
+    result, _ = learn(data, Checkpoint(tmp_path, resume=True))
+    said = f"plora_ext 0.0.9 -> {plora_ext.__version__}; torch 2.9.0 -> {torch.__version__}"
+    assert result.environment["changed"] == f"{said}, after 2 of 3 tasks" and said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("epoch", [None, 0])
+def test_images_of_tasks_to_come_may_change(epoch: int | None, data: Images, tmp_path: Path) -> None:
+    """A picture that is mended does not cost the tasks that never saw it."""
+    cut_after(1 if epoch is None else 2, data, tmp_path, epoch, class_order="none")
+    mended = Images(**{name: value.copy() for name, value in arrays().items()})
+    mended.train_images[4], mended.test_images[5] = 0, 255  # of classes 4 and 5, the last task's
+    fresh, _ = learn(mended, None, class_order="none")
+    result, _ = learn(mended, Checkpoint(tmp_path, resume=True), class_order="none")
+    assert result.curve == fresh.curve and result.matrix == fresh.matrix
+    assert result.environment["changed"] == "images or labels of task 2, after 2 of 3 tasks"
+    mended.test_images[2] = 0
+    with pytest.raises(ValueError, match="the images or labels differ, those of task 1, which is learned"):
+        learn(mended, Checkpoint(tmp_path, resume=True), class_order="none")
 
 
 def test_damaged_checkpoints_are_refused(data: Images, tmp_path: Path) -> None:

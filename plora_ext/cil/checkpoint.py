@@ -23,6 +23,8 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,18 @@ import plora_ext
 from plora_ext import change
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.settings import Settings
-from plora_ext.data import Images
+from plora_ext.cil.stream import Task
+from plora_ext.data import ImageFiles, Images
 from plora_ext.nn import Adapters
 
-FORMAT = 2
+FORMAT, READS = 3, (2, 3)  # written; and read: 2 has no digests of single tasks
 MANIFEST = "checkpoint.json"
-# Settings under which a run may continue that began with others: they say where things are, not what is computed (what
-# the data and the weights are, their hashes say).
+# Settings under which a run may continue that began with others: they say where things are and what is measured, not
+# what is computed (what the data and the weights are, their hashes say).
 ELSEWHERE = ("out", "data", "data_root", "download", "corrupt", "weights", "workers", "cache_images", "device",
-             "feature_cache", "ensemble_memory")  # fmt: skip
-
+             "feature_cache", "ensemble_memory", "measure_drift")  # fmt: skip
+# Likewise, but results differ by rounding from there on, which is said and recorded.
+ROUNDING = ("eval_batch_size", "amp", "tf32", "channels_last", "compile", "deterministic")
 
 _OURS = re.compile(r".+-[0-9a-f]{16}\.safetensors|\..+\.part")
 
@@ -59,6 +63,7 @@ class Checkpoint:
 
     Attributes:
         manifest: What `checkpoint.json` says; empty where there is none.
+        changed: What `begin` found to be other than in the saved run, though the run may continue with it.
 
     Raises:
         ValueError: An unfinished run without `resume`, or a checkpoint that is damaged.
@@ -69,6 +74,7 @@ class Checkpoint:
         self.folder, self.world = folder / "checkpoint", world
         self._stamps: dict[str, tuple[Any, str]] = {}  # of the parts on disk: their entry, a fingerprint of the content
         self._run = ""  # what the run has measured, as JSON
+        self.changed: list[str] = []
         self.manifest: dict[str, Any] = world.from_first(lambda: _read_manifest(self.folder))
         if self.manifest and not resume:  # a finished run stays until the first save
             done, of = len(self.manifest["run"]["curve"]), self.manifest["run"]["tasks"]
@@ -81,8 +87,12 @@ class Checkpoint:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of the saved run."""
-        return dict(self.manifest["settings"])
+        """The settings of the saved run; one that came later has its default.
+
+        Raises:
+            ValueError: There is one that this version does not have.
+        """
+        return _settings(self.manifest["settings"], f"{self.folder}, written by plora_ext {self.manifest['plora_ext']}")
 
     # ------------------------------------------------------------------ tasks
 
@@ -94,10 +104,11 @@ class Checkpoint:
                 this run was started with something else.
         """
         if self.world.size > 1:
-            refuse_other(self.world.from_first(lambda: fingerprint), fingerprint, "the process of rank 0 is")
+            whole = {**fingerprint, "settings": {k: v for k, v in settings.items() if k not in ELSEWHERE}}
+            refuse_other(self.world.from_first(lambda: whole), whole, "the process of rank 0 is")
         saved = self.manifest
         if saved:
-            refuse_other(saved["fingerprint"], fingerprint, f"{self.folder} is the checkpoint")
+            self.changed = self._changed(fingerprint, settings)
             self.world.from_first(self._sweep)
         self.manifest = {
             "format": FORMAT,
@@ -109,6 +120,20 @@ class Checkpoint:
             "parts": saved.get("parts", {}),
         }
         return self.load() if saved and saved["run"]["curve"] else None
+
+    def _changed(self, fingerprint: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+        """Refuses another run; says what else differs, and forgets epochs of a task that has other images now."""
+        saved, before = self.manifest, self.settings
+        learned = len(saved["run"].get("curve", []))
+        tasks = refuse_other(saved["fingerprint"], fingerprint, f"{self.folder} is the checkpoint", learned)
+        changed = [f"{name} {before[name]} -> {settings[name]}" for name in ROUNDING if before[name] != settings[name]]
+        for name, now in (("plora_ext", plora_ext.__version__), ("torch", str(torch.__version__))):
+            changed += [f"{name} {saved[name]} -> {now}"] if saved[name] != now else []
+        if tasks:
+            if "fit" in saved["parts"] and self._read("fit")["task"] in tasks:
+                saved["parts"] = {name: part for name, part in saved["parts"].items() if name != "fit"}
+            changed.append(f"images or labels of task {', '.join(map(str, tasks))}")
+        return changed
 
     def load(self) -> dict[str, Any]:
         """What `save_task` was given: `run` and `state`; in it, as "rng", what `set_rng_state` takes.
@@ -274,8 +299,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         whole = hashlib.sha256(json.dumps(manifest, allow_nan=False).encode()).hexdigest() == sealed["sha256"]
     except (ValueError, KeyError, TypeError):
         whole, manifest, form = False, {}, FORMAT
-    if form != FORMAT:
-        raise ValueError(f"{path} has format {form}, this version of plora-ext reads {FORMAT}")
+    if form not in READS:
+        by, reads = manifest.get("plora_ext", "an unknown version"), " and ".join(map(str, READS))
+        raise ValueError(
+            f"{path} has format {form}, of plora_ext {by}; this one, {plora_ext.__version__}, reads {reads}"
+        )
     if not whole:
         raise ValueError(f"{path} is damaged: it is no checkpoint that plora-ext wrote whole")
     return manifest
@@ -322,10 +350,23 @@ os.register_at_fork(after_in_child=_let_go)
 # ---------------------------------------------------------------------- what a run is
 
 
-def fingerprint_of(settings: Settings, data: Images, model: nn.Module) -> dict[str, Any]:
+def fingerprint_of(settings: Settings, data: Images, tasks: Sequence[Task], model: nn.Module) -> dict[str, Any]:
     """What must be the same for a run to continue: settings, data, the backbone's weights."""
-    kept = {name: value for name, value in settings.as_dict().items() if name not in ELSEWHERE}
-    return {"settings": kept, "data": data.digest(), "backbone": weights_digest(model)}
+    kept = {name: value for name, value in settings.as_dict().items() if name not in (*ELSEWHERE, *ROUNDING)}
+    return {"settings": kept, **data_digests(data, tasks), "backbone": weights_digest(model)}
+
+
+def data_digests(data: Images, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Digests of the whole data set, `data`, and of the images and labels of each of the `tasks`."""
+
+    def chosen(images: Any, rows: np.ndarray) -> Any:
+        return ImageFiles([images.paths[i] for i in rows]) if isinstance(images, ImageFiles) else images[rows]
+
+    parts = [
+        Images(chosen(data.train_images, t.train), t.train_labels, chosen(data.test_images, t.test), t.test_labels)
+        for t in tasks
+    ]
+    return {"data": data.digest(), "tasks": [part.digest() for part in parts]}
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -337,19 +378,45 @@ def weights_digest(model: nn.Module) -> str:
     return weights.hexdigest()[:16]
 
 
-def refuse_other(saved: Mapping[str, Any], here: Mapping[str, Any], what: str) -> None:
-    """Raises ValueError, "`what` of another run", with every difference between two fingerprints, if there is one."""
-    there, now = saved["settings"], json.loads(json.dumps(here["settings"]))
+def refuse_other(saved: Mapping[str, Any], here: Mapping[str, Any], what: str, learned: int | None = None) -> list[int]:
+    """Raises ValueError, "`what` of another run", with every difference between two fingerprints, if there is one.
+
+    Args:
+        learned: How many tasks the saved run has learned, when the others may have other images.
+
+    Returns:
+        The tasks that have.
+    """
+    names = [name for name in here["settings"] if name not in ELSEWHERE]
+    there, now = (_settings(of["settings"], what) for of in (saved, here))
     differences = [
-        f"{name} is {there.get(name)!r} there and {now.get(name)!r} here"
-        for name in {**there, **now}
-        if there.get(name) != now.get(name)
+        f"{name} is {there[name]!r} there and {now[name]!r} here" for name in names if there[name] != now[name]
     ]
-    if not differences:
-        differences += ["the images or labels differ"] if saved["data"] != here["data"] else []
-        differences += ["the backbone's weights differ"] if saved["backbone"] != here["backbone"] else []
+    tasks: list[int] = []
+    if not differences and saved["data"] != here["data"]:
+        if learned is None or "tasks" not in saved:
+            differences.append("the images or labels differ")
+        else:
+            both = zip_longest(saved["tasks"], here["tasks"])
+            tasks = [t for t, (before, after) in enumerate(both) if before != after]
+            if tasks and tasks[0] < learned:
+                some = ", ".join(str(t) for t in tasks if t < learned)
+                differences.append(f"the images or labels differ, those of task {some}, which is learned")
+    if not differences and saved["backbone"] != here["backbone"]:
+        differences.append("the backbone's weights differ")
     if differences:
         raise ValueError(f"{what} of another run: {'; '.join(differences)}")
+    return tasks
+
+
+def _settings(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """All settings, those that `saved` lacks with their defaults."""
+    unknown = [name for name in saved if name not in {f.name for f in fields(Settings)}]
+    if unknown:
+        raise ValueError(
+            f"{where}: it has settings that this version, {plora_ext.__version__}, does not have: {', '.join(unknown)}"
+        )
+    return json.loads(json.dumps(Settings(**saved).as_dict()))
 
 
 def rng_state() -> dict[str, Any]:

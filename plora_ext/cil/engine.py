@@ -216,12 +216,13 @@ def run(
     backbone = backbone or load_backbone(settings)
     check_backbone(backbone.model)
     world.broadcast_([tensor.data for tensor in backbone.model.state_dict().values()])
-    saved = checkpoint and checkpoint.begin(fingerprint_of(settings, data, backbone.model), settings.as_dict())
+    tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
+    known = fingerprint_of(settings, data, tasks, backbone.model)
+    saved = checkpoint and checkpoint.begin(known, settings.as_dict())
     trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, progress, world)
     method = (make or METHODS[settings.method])(trainer, settings)
     look = prepare(settings, backbone, device, world)
     train, test = View(data.train_images, look), View(data.test_images, look)
-    tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
     trainer.num_tasks, trainer.checkpoint = len(tasks), checkpoint
     evaluator = Evaluator(method, tasks, test, stream.task_of_class(), make_cache(settings, trainer))
 
@@ -244,6 +245,16 @@ def run(
         trainer.phases.seconds, trainer.phases.peak_mb = dict(record["seconds"]), dict(record["peak_mb"])
         for done, accuracy in enumerate(record["curve"]):
             trainer.progress.task(done, accuracy)
+        if record["drift"] or settings.measure_drift:  # as many as tasks, also where it was not measured
+            record["drift"] += [None] * (len(record["curve"]) - len(record["drift"]))
+    if checkpoint and checkpoint.changed:
+        changed = f"{'; '.join(checkpoint.changed)}, after {len(record['curve'])} of {len(tasks)} tasks"
+        if world.first:
+            trainer.progress.note(f"the run continues, though not as it began: {changed}")
+        before = record.get("environment", {}).get("changed")
+        facts["environment"]["changed"] = f"{before}; {changed}" if before else changed
+    elif "changed" in record.get("environment", {}):
+        facts["environment"]["changed"] = record["environment"]["changed"]
     start = time.perf_counter() - record["total_seconds"]
     for task in tasks[len(record["curve"]) :]:
         if len(task.train) < world.size:
@@ -260,6 +271,8 @@ def run(
         if settings.measure_drift:
             with trainer.phases("drift"):
                 record["drift"].append(drift.measure(method, tasks[: task.index + 1], train, held))
+        elif record["drift"]:
+            record["drift"].append(None)
         record["costs"].append(trainer.phases.lap())
         record["total_seconds"] = time.perf_counter() - start
         if checkpoint:

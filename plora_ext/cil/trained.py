@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, refuse_other, weights_digest, write_whole
+from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, data_digests, refuse_other, weights_digest, write_whole
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.engine import (
     Evaluator,
@@ -74,12 +74,13 @@ class Trained:
         Raises:
             ValueError: They are not the images of the run.
         """
-        data = load_data(self.settings)
-        refuse_other(self.fingerprint, {**self.fingerprint, "data": data.digest()}, f"{self.settings.data} is the data")
+        data, learned = load_data(self.settings), len(self.run["curve"])
         stream = make_stream(self.settings, data)
         tasks = [stream.joined()] if self.settings.method == "joint" else stream.tasks
+        here = {**self.fingerprint, **data_digests(data, tasks)}
+        refuse_other(self.fingerprint, here, f"{self.settings.data} is the data", learned)
         evaluator = Evaluator(self.method, tasks, View(data.test_images, self.look), stream.task_of_class())
-        last = len(self.run["curve"]) - 1
+        last = learned - 1
         accuracy, row = evaluator.after(last)
         return {
             "tasks_learned": last + 1,

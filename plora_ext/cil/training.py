@@ -105,8 +105,10 @@ def lower_on_exhaustion(setting: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         if "lower " in str(error):  # an inner one has said it
             raise
+        # A run may continue with another amp or eval_batch_size, with another batch_size it would be another one.
+        anew = " in a new run" if setting == "batch_size" else ""
         raise torch.OutOfMemoryError(
-            f"{str(error).splitlines()[0]}; lower {setting}, or set amp to bfloat16"
+            f"{str(error).splitlines()[0]}; lower {setting}{anew}, or set amp to bfloat16"
         ) from error
 
 
