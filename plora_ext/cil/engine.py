@@ -6,7 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,9 @@ class Result:
         num_train, num_test: Images.
         costs: `seconds` and `peak_mb` of each phase, task by task.
         drift: Of the prototypes, task by task (plora_ext.cil.drift); None where there is none, empty if not measured.
-        environment: Versions and the device's name.
+        environment: Versions and the device's name; as `changed`, what was changed when the run was continued.
+        inputs: Digests of the data and of the backbone's weights; `data` and `backbone`, where `run` was given others
+            than the settings name, say so.
     """
 
     settings: dict[str, Any]
@@ -65,6 +67,7 @@ class Result:
     costs: list[dict[str, dict[str, float]]] = field(default_factory=list)
     drift: list[dict[str, float] | None] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -83,7 +86,7 @@ class Result:
 def load_data(settings: Settings) -> Images:
     """The data set that the settings name; raises what `plora_ext.data.load_images` does."""
     s = settings
-    return load_images(s.data, s.data_root, download=s.download, corrupt=s.corrupt)
+    return replace(load_images(s.data, s.data_root, download=s.download, corrupt=s.corrupt), source=s.data)
 
 
 def load_backbone(settings: Settings) -> Backbone:
@@ -197,8 +200,9 @@ def run(
 
     Args:
         settings: What to run.
-        data: The data set, when it is loaded already.
-        backbone: The backbone to use instead of the one that settings name; its model is changed in place.
+        data: The data set, when it is loaded already; the result says so if it is not the one that settings name.
+        backbone: The backbone to use instead of the one that settings name; its model is changed in place, and the
+            result names it.
         progress: Told of every step and task.
         make: Builds the method from (trainer, settings), instead of the one that settings name.
         checkpoint: Saved after every epoch and task; a run that it holds is continued.
@@ -213,11 +217,18 @@ def run(
     data = checked(data) if data else load_data(settings)
     stream = make_stream(settings, data)
     seed_everything(settings.seed, settings.deterministic)
-    backbone = backbone or load_backbone(settings)
+    own_backbone, backbone = backbone, backbone or load_backbone(settings)
     check_backbone(backbone.model)
     world.broadcast_([tensor.data for tensor in backbone.model.state_dict().values()])
     tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
     known = fingerprint_of(settings, data, tasks, backbone.model)
+    inputs = {"data_digest": known["data"], "backbone_digest": known["backbone"]}
+    if data.source != settings.data:
+        inputs["data"] = f"given images {known['data']}"
+    if own_backbone:
+        inputs["backbone"] = f"given {type(own_backbone.model).__name__} {known['backbone']}"
+    elif settings.weights == "random":
+        inputs["backbone_digest"] = "random"  # another with every seed
     saved = checkpoint and checkpoint.begin(known, settings.as_dict())
     trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, progress, world)
     method = (make or METHODS[settings.method])(trainer, settings)
@@ -236,6 +247,7 @@ def run(
         "num_train": len(train),
         "num_test": len(test),
         "environment": environment(device),
+        "inputs": inputs,
     }
     trainer.progress.begin(settings.method, len(tasks))
     if saved:
@@ -295,6 +307,7 @@ def run(
         costs=record["costs"],
         drift=record["drift"],
         environment=facts["environment"],
+        inputs=inputs,
     )
 
 
