@@ -224,6 +224,10 @@ def test_ragged_last_task(images: Images) -> None:
     for method in METHODS:
         result = learn(images, method=method, increment=4, epochs=1)
         assert result.classes_seen == ([6] if method == "joint" else [4, 6])
+        figures = result.summary()
+        assert figures["last_accuracy"] == result.curve[-1]
+        average = None if method == "joint" else pytest.approx(np.mean(result.curve))
+        assert figures["average_accuracy"] == average
 
 
 def test_one_task_only(images: Images) -> None:

@@ -164,7 +164,10 @@ class LoRASequential(_Adapted):
 
 
 class LoRAFirst(_Adapted):
-    """`lora-first`: an adapter trained on the first task only, class means from then on (APER with LoRA)."""
+    """`lora-first`: an adapter trained on the first task only, class means from then on.
+
+    First-session adaptation (Panos et al., ICCV 2023) with LoRA; APER also keeps the frozen model's features beside.
+    """
 
     def learn(self, task: Task, images: View, labels: Tensor) -> None:
         if task.index == 0:
@@ -177,7 +180,7 @@ class LoRAFirst(_Adapted):
 
 
 class Joint(LoRAFirst):
-    """`joint`: all classes at once as a single task, the upper bound; the engine hands it that task."""
+    """`joint`: all classes at once as a single task, the upper bound of this recipe; the engine hands it that task."""
 
 
 class PLoRA(_Adapted):
@@ -198,23 +201,19 @@ class PLoRA(_Adapted):
             return
         s, older = self.settings, (self.adapters.names, self.coefficients)
         # `learned` goes on to change the older adapters; elsewhere they need not be held as weights while one trains.
-        before = self._frozen() if s.fusion == "learned" else None
+        before = self.adapters.frozen() if s.fusion == "learned" else None
         self.train_and_fuse(task, images, labels)
         drift = Drift(s.alignment, self.prototypes, len(task.classes), tau=s.tau, ridge=s.ridge)
         with self.trainer.phases("prototypes"):
             if before is None:
                 self.adapters.set_adapter(*older)
-                before = self._frozen()
+                before = self.adapters.frozen()
                 self.activate()
             features = self._read_both(before, images, labels, drift)
         with self.trainer.phases("align"):
             self.prototypes = torch.cat([drift.align(), drift.means()[1]])
         if features is not None:
             self._teach(features[:, 0], features[:, 1], labels)
-
-    def _frozen(self) -> Callable[[Tensor], Tensor]:
-        with self.trainer.speed.autocast():
-            return self.adapters.frozen()
 
     def _read_both(
         self, before: Callable[[Tensor], Tensor], images: View, labels: Tensor, drift: Drift
