@@ -212,7 +212,8 @@ def run(
     Raises:
         ValueError: Settings, labels or layers that do not fit, or a checkpoint of another run.
         OSError: The checkpoint cannot be written.
-        FloatingPointError: A loss that is not finite.
+        FloatingPointError: A loss or a weight that is not finite.
+        torch.OutOfMemoryError: Memory is exhausted, the device's or the host's; names the setting to lower.
     """
     device = world.place(pick_device(settings.device))
     data = checked(data) if data else load_data(settings)

@@ -111,7 +111,9 @@ class Method(ABC):
         """Hands a task to the head that learns from features, where there is one (plora_ext.cil.heads)."""
         if self.classifier is not None:
             assert self.prototypes is not None
-            with self.trainer.phases("head"):
+            # The other heads keep a covariance for each class.
+            size = "projections" if self.settings.head == "ranpac" else "the demand: head ranpac or cosine takes less"
+            with self.trainer.phases("head"), lower_on_exhaustion(size):
                 self.classifier.learn(self.prototypes, before, after, labels)
 
 
@@ -143,7 +145,7 @@ class _Adapted(Method):
     def _fit(self, task: Task, images: View, labels: Tensor, extra: tuple[Tensor, ...] = ()) -> None:
         newest = self.adapters.parameters(self.adapters.names[-1])
         parameters = [*(p for p in newest if p.requires_grad), *extra]
-        with self.trainer.phases("train"), lower_on_exhaustion("batch_size"), self.trainer.speed.passes():
+        with self.trainer.phases("train"), lower_on_exhaustion("batch_size in a new run"), self.trainer.speed.passes():
             self.trainer.fit(task.index, parameters, images, labels, len(task.classes))
 
     def _add_adapter(self, task: Task) -> str:

@@ -99,17 +99,16 @@ def _resident_peak_mb() -> float:
 
 @contextmanager
 def lower_on_exhaustion(setting: str) -> Iterator[None]:
-    """Where a GPU's memory is exhausted inside, the error names the setting to lower."""
+    """Where memory is exhausted inside, a GPU's or the host's, the error says to lower `setting`."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        if "lower " in str(error):  # an inner one has said it
+    except (RuntimeError, MemoryError) as error:  # on the host torch raises the one and numpy the other
+        on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        if not (on_host or isinstance(error, torch.OutOfMemoryError)) or "lower " in str(error):  # an inner one says it
             raise
-        # A run may continue with another amp or eval_batch_size, with another batch_size it would be another one.
-        anew = " in a new run" if setting == "batch_size" else ""
-        raise torch.OutOfMemoryError(
-            f"{str(error).splitlines()[0]}; lower {setting}{anew}, or set amp to bfloat16"
-        ) from error
+        said = (str(error).splitlines() or ["out of memory"])[0]
+        amp = "" if on_host else ", or set amp to bfloat16"
+        raise torch.OutOfMemoryError(f"{said}; lower {setting}{amp}") from error
 
 
 class Trainer:
@@ -153,7 +152,8 @@ class Trainer:
             labels: int64 [n] in 0 ... num_classes - 1.
 
         Raises:
-            FloatingPointError: The loss is not finite (names task, epoch and step), or the weights are after an epoch.
+            FloatingPointError: The loss is not finite, or what trains after an epoch: names task, epoch, step, tensors,
+                and the settings that can be the cause.
             ValueError: A tensor of the frozen backbone has changed.
         """
         first = self._held is None
@@ -218,18 +218,34 @@ class Trainer:
                 self.progress.step(number)
             # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
             world.sum_(losses.div_(world.size))
-            bad = (~losses.isfinite()).nonzero()
-            if len(bad):
-                where = f"task {task}, epoch {epoch}, step {int(bad[0])}"
-                raise FloatingPointError(f"the loss is {losses[bad[0]].item()} at {where}; try a smaller lr")
-            if not torch.stack([p.detach().norm() for p in parameters]).isfinite().all():
-                where = f"task {task}, epoch {epoch}"
-                raise FloatingPointError(f"the weights are not finite after the last step of {where}; try a smaller lr")
+            self._refuse_infinite(f"task {task}, epoch {epoch}", losses, learned)
             self.progress.epoch(task * s.epochs + epoch + 1, float(losses.mean()))
             if self.checkpoint:
                 self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks, scaler)
         optimizer.zero_grad()  # a frozen adapter needs no memory for its gradient
         self.model.eval()
+
+    def _refuse_infinite(self, where: str, losses: Tensor, learned: Sequence[Tensor]) -> None:
+        """Raises FloatingPointError if a loss of an epoch, or what was learned in it, is not finite."""
+        bad = (~losses.isfinite()).nonzero()
+        sound = torch.stack([p.detach().norm() for p in learned]).isfinite()
+        if not len(bad) and sound.all():
+            return
+        what = f"the weights are not finite after the last step of {where}"
+        if len(bad):
+            what = f"the loss is {losses[bad[0]].item()} at {where}, step {int(bad[0])}"
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        tensors = [names.get(id(p), "classifier") for p, fine in zip(learned, sound.tolist()) if not fine]
+        if tensors:
+            more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
+            what += f"; not finite: {tensors[0]}{more}"
+        # What can be the cause: the learning rate, and whatever else is not as usual.
+        s, usual = self.settings, Settings()
+        unusual = [n for n in ("weight_decay", "scale", "lora_alpha", "amp") if getattr(s, n) != getattr(usual, n)]
+        causes = " or ".join(f"{name} {getattr(s, name)}" for name in ("lr", *unusual))
+        if len(bad) and not tensors:  # as in the first step: what goes in
+            causes += ", or the images or the backbone's weights"
+        raise FloatingPointError(f"{what}; the cause may be {causes}")
 
     def features(self, images: View, model: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Features float32 [n, D] of n images, by the test transform.
