@@ -580,3 +580,27 @@ def test_a_checkpoint_holds_the_live_adapter(
         live, back = ([p for pair in of.pairs("task0") for p in pair] for of in (layer, other))
         for a, b, c in zip(live, saved[key], back, strict=True):
             assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize(
+    ("changes", "again"),
+    [
+        ({"method": "simplecil", "head": "gaussian"}, set()),
+        ({"method": "plora", "head": "replay", "alignment": "shift"}, set()),
+        ({"method": "plora", "head": "gaussian"}, {"head:covariances:0", "head:covariances:1"}),
+        ({"method": "plora", "head": "ranpac"}, set()),
+    ],
+)
+def test_what_a_head_keeps_is_written_once(
+    changes: dict, again: set[str], data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Covariances of old tasks, unless a drift map moves them; the projections of ranpac."""
+    written: list[str] = []
+    write = Checkpoint._write
+    monkeypatch.setattr(
+        Checkpoint, "_write", lambda self, name, content: (written.append(name), write(self, name, content))[1]
+    )
+    learn(data, Checkpoint(tmp_path), **changes)
+    fixed = [name for name in written if "covariances" in name or name == "head:weights"]
+    tasks = {f"head:covariances:{t}" for t in range(3)} if changes["head"] != "ranpac" else {"head:weights"}
+    assert set(fixed) == tasks and {name for name in fixed if fixed.count(name) > 1} == again

@@ -87,14 +87,17 @@ class Method(ABC):
     def state(self) -> dict[str, Any]:
         """What the method has learned so far, for a checkpoint: tensors and plain values."""
         state: dict[str, Any] = {"method": {name: getattr(self, name) for name in self.STATE}}
-        return state if self.classifier is None else {**state, "head": self.classifier.state()}
+        if self.classifier is not None:
+            state |= {f"head:{name}": value for name, value in self.classifier.state().items()}
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes over what `state` returned, in a method that has learned nothing yet."""
         for name, value in to_device(state["method"], self.trainer.device).items():
             setattr(self, name, value)
         if self.classifier is not None:
-            self.classifier.restore(to_device(state["head"], self.trainer.device))
+            entries = {name.removeprefix("head:"): value for name, value in state.items() if name.startswith("head:")}
+            self.classifier.restore(to_device(entries or state["head"], self.trainer.device))  # format 2 had one entry
 
     def _append_means(self, task: Task, images: View, labels: Tensor) -> None:
         """Appends the means of the task's classes to the prototypes."""
