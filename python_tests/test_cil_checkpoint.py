@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -151,13 +152,73 @@ def test_cut_after_every_save(
 
 def test_deterministic_is_torch_s_own(data: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen: list[bool] = []
+    fit = Trainer.fit
+
+    def watched(*args) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        fit(*args)
+
+    monkeypatch.setattr(Trainer, "fit", watched)
     learn(data, None, epochs=1)
-    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    try:
-        learn(data, None, epochs=1, deterministic=True)
-        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    finally:
-        torch.use_deterministic_algorithms(False)
+    assert seen == [False] * 3 and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    learn(data, None, epochs=1, deterministic=True)
+    assert seen[3:] == [True] * 3 and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.parametrize("ends", ["well", "early"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_run_leaves_the_process_as_it_was(
+    ends: str, deterministic: bool, data: Images, tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    def drawn() -> list[float]:
+        switch = torch.are_deterministic_algorithms_enabled()
+        return [random.random(), float(np.random.rand()), float(torch.rand(())), switch]
+
+    def seed() -> None:
+        random.seed(5), np.random.seed(6), torch.manual_seed(7)
+
+    seed()
+    expected = drawn()
+    seed()
+    s = settings(epochs=1, optimizer="sgd", lr=1e30 if ends == "early" else 0.1, deterministic=deterministic)
+    if ends == "well":
+        run(s, data=data, checkpoint=Checkpoint(tmp_path))
+        Trained(tmp_path).predict(data.test_images)
+    else:
+        with pytest.raises(FloatingPointError):
+            run(s, data=data)
+    assert drawn() == expected
+
+
+def test_a_renamed_file_is_on_disk_before_others_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.begin({}, {})
+    checkpoint.save_task({"curve": [1.0], "tasks": 2}, {"method": {"prototypes": torch.zeros(2)}})
+    calls: list[str] = []
+    sync, rename, unlink = os.fsync, os.replace, Path.unlink
+
+    def synced(file: int) -> None:
+        calls.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file")
+        sync(file)
+
+    def renamed(source: Path, target: Path) -> None:
+        calls.append(f"rename {target.name.partition('-')[0]}")
+        rename(source, target)
+
+    def unlinked(path: Path, missing_ok: bool = False) -> None:
+        calls.extend(["unlink"] if path.exists() else [])
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(checkpoints.os, "fsync", synced)
+    monkeypatch.setattr(checkpoints.os, "replace", renamed)
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    checkpoint.save_task({"curve": [1.0, 2.0], "tasks": 2}, {"method": {"prototypes": torch.ones(2)}})
+    whole = ["file", "rename method", "folder", "file", f"rename {MANIFEST}", "folder"]
+    assert [call for call in calls if call != "unlink"] == whole and calls[-1] == "unlink"
+    assert "unlink" not in calls[: len(whole)]
 
 
 def _files(folder: Path) -> list[Path]:

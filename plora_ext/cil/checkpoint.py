@@ -276,7 +276,7 @@ class Checkpoint:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it appears whole or not at all, also when the machine stops."""
+    """Writes a file so that it appears whole or not at all, and stays thereafter, also when the machine stops."""
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
@@ -284,6 +284,14 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the renaming itself: files of before may go after this
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+                raise
+        finally:
+            os.close(folder)
     finally:
         part.unlink(missing_ok=True)
 
@@ -427,7 +435,7 @@ def rng_state() -> dict[str, Any]:
         "python": [version, torch.tensor(words), gauss],
         "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from plora_ext.cil import drift, metrics
-from plora_ext.cil.checkpoint import Checkpoint, fingerprint_of, set_rng_state
+from plora_ext.cil.checkpoint import Checkpoint, fingerprint_of, rng_state, set_rng_state
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.features import FeatureCache
 from plora_ext.cil.frozen import check_backbone
@@ -136,12 +137,12 @@ def make_cache(settings: Settings, trainer: Trainer) -> FeatureCache | None:
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seeds Python, numpy and torch: on a CPU, a run with the same settings then repeats bit for bit.
+    """Seeds the global generators of Python, numpy and torch.
 
     Args:
         seed: Of all of them.
-        deterministic: On a GPU, too: from here on, in the whole process, torch takes algorithms that repeat, and
-            raises a RuntimeError that names an operation which has none.
+        deterministic: From here on, in the whole process, torch takes algorithms that repeat, also on a GPU, and raises
+            a RuntimeError that names an operation which has none.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -149,6 +150,21 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
+
+
+@contextmanager
+def seeded(settings: Settings, device: torch.device) -> Iterator[None]:
+    """`seed_everything` as the settings say; afterwards generators and the switch are as they were before."""
+    if device.type == "cuda":
+        torch.cuda.init()  # else its generators have no state yet
+    state, deterministic = rng_state(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        seed_everything(settings.seed, settings.deterministic)
+        yield
+    finally:
+        set_rng_state(state)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 class Evaluator:
@@ -199,6 +215,9 @@ def run(
 ) -> Result:
     """Runs one method over the task stream; writes nothing but the checkpoint.
 
+    Global random generators are seeded for the run, and are afterwards as they were before; likewise torch's switch of
+    deterministic algorithms.
+
     Args:
         settings: What to run.
         data: The data set, when it is loaded already; the result says so if it is not the one that settings name.
@@ -217,8 +236,21 @@ def run(
     """
     device = world.place(pick_device(settings.device))
     data = checked(data) if data else load_data(settings)
+    with seeded(settings, device):
+        return _run(settings, device, data, backbone, progress, make, checkpoint, world)
+
+
+def _run(
+    settings: Settings,
+    device: torch.device,
+    data: Images,
+    backbone: Backbone | None,
+    progress: Progress | None,
+    make: Callable[[Trainer, Settings], Method] | None,
+    checkpoint: Checkpoint | None,
+    world: World,
+) -> Result:
     stream = make_stream(settings, data)
-    seed_everything(settings.seed, settings.deterministic)
     own_backbone, backbone = backbone, backbone or load_backbone(settings)
     check_backbone(backbone.model)
     world.broadcast_([tensor.data for tensor in backbone.model.state_dict().values()])
