@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import plora_ext.cil.engine
+import plora_ext.cil.speed
 from plora_ext.cil import Images, Result, Settings, run
 from plora_ext.cil import checkpoint as checkpoints
 from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, exclusive
@@ -149,13 +152,73 @@ def test_cut_after_every_save(
 
 def test_deterministic_is_torch_s_own(data: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen: list[bool] = []
+    fit = Trainer.fit
+
+    def watched(*args) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        fit(*args)
+
+    monkeypatch.setattr(Trainer, "fit", watched)
     learn(data, None, epochs=1)
-    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    try:
-        learn(data, None, epochs=1, deterministic=True)
-        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    finally:
-        torch.use_deterministic_algorithms(False)
+    assert seen == [False] * 3 and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    learn(data, None, epochs=1, deterministic=True)
+    assert seen[3:] == [True] * 3 and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.parametrize("ends", ["well", "early"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_run_leaves_the_process_as_it_was(
+    ends: str, deterministic: bool, data: Images, tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    def drawn() -> list[float]:
+        switch = torch.are_deterministic_algorithms_enabled()
+        return [random.random(), float(np.random.rand()), float(torch.rand(())), switch]
+
+    def seed() -> None:
+        random.seed(5), np.random.seed(6), torch.manual_seed(7)
+
+    seed()
+    expected = drawn()
+    seed()
+    s = settings(epochs=1, optimizer="sgd", lr=1e30 if ends == "early" else 0.1, deterministic=deterministic)
+    if ends == "well":
+        run(s, data=data, checkpoint=Checkpoint(tmp_path))
+        Trained(tmp_path).predict(data.test_images)
+    else:
+        with pytest.raises(FloatingPointError):
+            run(s, data=data)
+    assert drawn() == expected
+
+
+def test_a_renamed_file_is_on_disk_before_others_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.begin({}, {})
+    checkpoint.save_task({"curve": [1.0], "tasks": 2}, {"method": {"prototypes": torch.zeros(2)}})
+    calls: list[str] = []
+    sync, rename, unlink = os.fsync, os.replace, Path.unlink
+
+    def synced(file: int) -> None:
+        calls.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file")
+        sync(file)
+
+    def renamed(source: Path, target: Path) -> None:
+        calls.append(f"rename {target.name.partition('-')[0]}")
+        rename(source, target)
+
+    def unlinked(path: Path, missing_ok: bool = False) -> None:
+        calls.extend(["unlink"] if path.exists() else [])
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(checkpoints.os, "fsync", synced)
+    monkeypatch.setattr(checkpoints.os, "replace", renamed)
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    checkpoint.save_task({"curve": [1.0, 2.0], "tasks": 2}, {"method": {"prototypes": torch.ones(2)}})
+    whole = ["file", "rename method", "folder", "file", f"rename {MANIFEST}", "folder"]
+    assert [call for call in calls if call != "unlink"] == whole and calls[-1] == "unlink"
+    assert "unlink" not in calls[: len(whole)]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -191,13 +254,137 @@ def test_another_run_is_refused_with_every_difference(data: Images, tmp_path: Pa
     with pytest.raises(ValueError, match=r"of another run: r is 2 there and 4 here; lr is 0.005 there and 0.1 here"):
         learn(data, Checkpoint(tmp_path, resume=True), epochs=1, lr=0.1, r=4)
     other = Images(**{**arrays(), "test_labels": arrays()["test_labels"][::-1].copy()})
-    with pytest.raises(ValueError, match="of another run: the images or labels differ"):
+    with pytest.raises(ValueError, match="of another run: the images or labels differ, those of task 0, 1, 2, which"):
         learn(other, Checkpoint(tmp_path, resume=True), epochs=1)
     frozen = backbone()
     torch.nn.init.zeros_(frozen.model.blocks[0].mlp.fc1.weight)
     with pytest.raises(ValueError, match="of another run: the backbone's weights differ"):
         run(settings(epochs=1), data=data, backbone=frozen, checkpoint=Checkpoint(tmp_path, resume=True))
     learn(data, Checkpoint(tmp_path, resume=True), epochs=1, out="moved", workers=1)  # not what is computed
+
+
+def rewrite(folder: Path, change: Callable[[dict], object]) -> None:
+    """Changes the manifest of the run in `folder`, sealed as the package does."""
+    path = folder / "checkpoint" / MANIFEST
+    manifest = json.loads(path.read_text())["manifest"]
+    change(manifest)
+    seal = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    path.write_text(json.dumps({"sha256": seal, "manifest": manifest}))
+
+
+def cut_after(task: int, data: Images, folder: Path, epoch: int | None = None, **changes) -> None:
+    """A run that ends after its `task`, or after an epoch of it."""
+    save, name = Checkpoint.save_task, "save_task"
+    if epoch is not None:
+        save, name = Checkpoint.save_epoch, "save_epoch"  # type: ignore[assignment]
+
+    def save_and_cut(self: Checkpoint, *args, **keywords) -> None:
+        save(self, *args, **keywords)
+        if (len(args[0]["curve"]) == task + 1) if epoch is None else args[:2] == (task, epoch):
+            raise Cut
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, name, save_and_cut)
+        with pytest.raises(Cut):
+            learn(data, Checkpoint(folder, resume=True), **changes)
+
+
+def test_settings_that_came_later_have_their_default(data: Images, tmp_path: Path, tiny: None) -> None:
+    cut_after(1, data, tmp_path)
+
+    def older(manifest: dict) -> None:
+        for held in (manifest["settings"], manifest["fingerprint"]["settings"]):
+            for name in ("deterministic", "shrinkage", "init", "augment"):
+                held.pop(name, None)
+
+    rewrite(tmp_path, older)
+    with pytest.raises(ValueError, match="shrinkage is 0.7 there and 0.5 here"):
+        learn(data, Checkpoint(tmp_path, resume=True), shrinkage=0.5)
+    assert Checkpoint(tmp_path, resume=True).settings["shrinkage"] == 0.7
+    assert learn(data, Checkpoint(tmp_path, resume=True))[0].curve == learn(data, None)[0].curve
+
+
+def test_settings_that_are_gone_are_named(data: Images, tmp_path: Path, tiny: None) -> None:
+    cut_after(1, data, tmp_path)
+    rewrite(tmp_path, lambda manifest: manifest["settings"].update(momentum=0.9))
+    message = rf"{tmp_path}/checkpoint, written by plora_ext {plora_ext.__version__}: .* does not have: momentum"
+    with pytest.raises(ValueError, match=message):
+        Trained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        learn(data, Checkpoint(tmp_path, resume=True))
+    assert main(["train", "--resume", "--out", str(tmp_path)]) == 2
+
+
+def test_formats(data: Images, tmp_path: Path) -> None:
+    cut_after(1, data, tmp_path)
+
+    def second(manifest: dict) -> None:
+        manifest["format"] = 2
+        manifest["fingerprint"].pop("tasks")
+        manifest["fingerprint"]["settings"]["eval_batch_size"] = manifest["settings"]["eval_batch_size"]
+
+    rewrite(tmp_path, second)
+    assert learn(data, Checkpoint(tmp_path, resume=True))[0].curve == learn(data, None)[0].curve
+    rewrite(tmp_path, lambda manifest: manifest.update(format=1, plora_ext="0.0.1"))
+    with pytest.raises(ValueError, match=r"has format 1, of plora_ext 0\.0\.1; .* reads 2 and 3"):
+        Checkpoint(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        {"eval_batch_size": 5},
+        {"measure_drift": True},
+        {"amp": "bfloat16", "channels_last": True, "tf32": True},
+        {"deterministic": True},
+    ],
+)
+def test_settings_that_may_change(now: dict, data: Images, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    whole, _ = learn(data, None)
+    cut_after(1, data, tmp_path)
+    try:
+        result, _ = learn(data, Checkpoint(tmp_path, resume=True), **now)
+        learn(data, Checkpoint(tmp_path, resume=True), **now)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert result.curve[:2] == whole.curve[:2] and len(result.curve) == 3
+    if "measure_drift" in now:
+        assert result.drift[:2] == [None, None] and result.drift[2]["after"] > 0  # type: ignore[index]
+        assert result.curve == whole.curve and "changed" not in result.environment
+        cut_after(1, data, tmp_path / "other", measure_drift=True)
+        drift = learn(data, Checkpoint(tmp_path / "other", resume=True))[0].drift
+        assert drift[0] is None and drift[1] and drift[2] is None
+    else:
+        said = "; ".join(
+            f"{name} {settings().as_dict()[name]} -> {now[name]}" for name in checkpoints.ROUNDING if name in now
+        )
+        assert result.environment["changed"] == f"{said}, after 2 of 3 tasks"
+        assert f"not as it began: {said}" in capfd.readouterr().err
+        manifest = Checkpoint(tmp_path, resume=True).manifest
+        assert manifest["run"]["environment"]["changed"] == result.environment["changed"]
+
+
+def test_another_version_is_said(data: Images, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cut_after(1, data, tmp_path)
+    rewrite(tmp_path, lambda manifest: manifest.update(plora_ext="0.0.9", torch="2.9.0"))
+    result, _ = learn(data, Checkpoint(tmp_path, resume=True))
+    said = f"plora_ext 0.0.9 -> {plora_ext.__version__}; torch 2.9.0 -> {torch.__version__}"
+    assert result.environment["changed"] == f"{said}, after 2 of 3 tasks" and said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("epoch", [None, 0])
+def test_images_of_tasks_to_come_may_change(epoch: int | None, data: Images, tmp_path: Path) -> None:
+    """A picture that is mended does not cost the tasks that never saw it."""
+    cut_after(1 if epoch is None else 2, data, tmp_path, epoch, class_order="none")
+    mended = Images(**{name: value.copy() for name, value in arrays().items()})
+    mended.train_images[4], mended.test_images[5] = 0, 255  # of classes 4 and 5, the last task's
+    fresh, _ = learn(mended, None, class_order="none")
+    result, _ = learn(mended, Checkpoint(tmp_path, resume=True), class_order="none")
+    assert result.curve == fresh.curve and result.matrix == fresh.matrix
+    assert result.environment["changed"] == "images or labels of task 2, after 2 of 3 tasks"
+    mended.test_images[2] = 0
+    with pytest.raises(ValueError, match="the images or labels differ, those of task 1, which is learned"):
+        learn(mended, Checkpoint(tmp_path, resume=True), class_order="none")
 
 
 def test_damaged_checkpoints_are_refused(data: Images, tmp_path: Path) -> None:
@@ -407,8 +594,74 @@ def test_only_what_has_changed_is_written_again(tmp_path: Path, monkeypatch: pyt
     assert saved() == ["adapter:2"]
     parameters["adapter:0"]["alpha"] = 2.0
     assert saved() == ["adapter:0"]
+    fused = torch.optim.AdamW(parameters["adapter:1"]["factors"], fused=True)  # type: ignore[arg-type]
+    fused.step()  # nor this nor the next raises torch's count of writes
+    assert saved() == ["adapter:1"]
+    parameters["adapter:2"]["factors"][0].data.mul_(2)  # type: ignore[index]
+    assert saved() == ["adapter:2"]
+    parameters["adapter:2"]["factors"] = [parameters["adapter:2"]["factors"][0].clone()]  # type: ignore[index]
+    assert saved() == []
     for path in checkpoint.folder.glob("adapter-*"):
         path.unlink()
     assert saved() == ["adapter:0", "adapter:1", "adapter:2"]
     value = Checkpoint(tmp_path, resume=True).load()["state"]["adapter:1"]["factors"][0]
     assert torch.equal(value, parameters["adapter:1"]["factors"][0])  # type: ignore[index]
+
+
+def test_a_run_that_is_measured_on_in_place_is_saved_as_it_is(tmp_path: Path) -> None:
+    checkpoint, record = Checkpoint(tmp_path), {"curve": [1.0], "tasks": 3}
+    checkpoint.begin({}, {})
+    for accuracy in (2.0, 3.0):
+        checkpoint.save_task(record, {})
+        assert Checkpoint(tmp_path, resume=True).manifest["run"] == record
+        record["curve"].append(accuracy)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("writer", ["fused", "data"])
+def test_a_checkpoint_holds_the_live_adapter(
+    writer: str, data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`lora-sequential` trains the same tensors in every task; no write to them may pass unseen."""
+    if writer == "fused":
+        fused = lambda self, groups: torch.optim.AdamW(groups, 5e-3, fused=True)  # noqa: E731
+        monkeypatch.setattr(plora_ext.cil.speed.Speed, "optimizer", fused)
+    else:
+
+        def write(self: Trainer, task: int, parameters: list[torch.Tensor], *_) -> None:
+            for parameter in parameters:
+                parameter.data.add_(0.01)
+
+        monkeypatch.setattr(Trainer, "fit", write)
+    result, method = learn(data, Checkpoint(tmp_path), method="lora-sequential")
+    saved = Checkpoint(tmp_path, resume=True).load()["state"]["adapter:task0"]["factors"]
+    again, resumed = learn(data, Checkpoint(tmp_path, resume=True), method="lora-sequential")
+    assert again.curve == result.curve
+    for key, layer in method.adapters.layers.items():  # type: ignore[attr-defined]
+        other = resumed.adapters.layers[key]  # type: ignore[attr-defined]
+        live, back = ([p for pair in of.pairs("task0") for p in pair] for of in (layer, other))
+        for a, b, c in zip(live, saved[key], back, strict=True):
+            assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize(
+    ("changes", "again"),
+    [
+        ({"method": "simplecil", "head": "gaussian"}, set()),
+        ({"method": "plora", "head": "replay", "alignment": "shift"}, set()),
+        ({"method": "plora", "head": "gaussian"}, {"head:covariances:0", "head:covariances:1"}),
+        ({"method": "plora", "head": "ranpac"}, set()),
+    ],
+)
+def test_what_a_head_keeps_is_written_once(
+    changes: dict, again: set[str], data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Covariances of old tasks, unless a drift map moves them; the projections of ranpac."""
+    written: list[str] = []
+    write = Checkpoint._write
+    monkeypatch.setattr(
+        Checkpoint, "_write", lambda self, name, content: (written.append(name), write(self, name, content))[1]
+    )
+    learn(data, Checkpoint(tmp_path), **changes)
+    fixed = [name for name in written if "covariances" in name or name == "head:weights"]
+    tasks = {f"head:covariances:{t}" for t in range(3)} if changes["head"] != "ranpac" else {"head:weights"}
+    assert set(fixed) == tasks and {name for name in fixed if fixed.count(name) > 1} == again

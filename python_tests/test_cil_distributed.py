@@ -25,6 +25,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_cil_checkpoint import TINY, VARIANTS, Cut, arrays, backbone, settings
+from test_cil_frozen import Behind
+from test_cil_frozen import backbone as frozen_backbone
 from torch import Tensor, nn
 
 import plora_ext.cil.engine
@@ -151,6 +153,24 @@ def test_many_are_as_one(size: int, ones: list[dict[str, Any]]) -> None:
             agree(one, many[rank][i])
             assert torch.equal(many[rank][i]["prototypes"], many[0][i]["prototypes"])  # to the last bit
             assert torch.equal(many[rank][i]["logits"], many[0][i]["logits"])
+
+
+def learn_normalised(world: World) -> dict[str, Any]:
+    made: list[Method] = []
+
+    def make(trainer: Trainer, s: Any) -> Method:
+        made.append(METHODS[s.method](trainer, s))
+        return made[0]
+
+    frozen = frozen_backbone(lambda: Behind(nn.BatchNorm2d(3)))
+    frozen.model.vit.blocks[0].mlp.drop1.p = 0.0  # each process would draw its own
+    return figures(run(settings(), data=data(), backbone=frozen, make=make, world=world), made[0])
+
+
+def test_frozen_batch_normalisation_sees_no_batch() -> None:
+    one, many = spawn(1, learn_normalised)[0], spawn(2, learn_normalised)
+    for rank in range(2):
+        agree(one, many[rank])
 
 
 def learn_with_dropout(world: World) -> list[tuple[dict[str, Any], Tensor]]:

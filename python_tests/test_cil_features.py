@@ -125,6 +125,16 @@ def test_a_space_depends_on_the_weights_the_modules_and_its_own_adapter() -> Non
     adapters.model.blocks[0].attn.scale /= 2
     assert changed() == [False] * 3
     assert space_fingerprints(adapters, names, "bfloat16") != before
+    block = adapters.model.blocks[0]
+    block.table = torch.zeros(2)  # no parameter and no buffer
+    block.own = torch.nn.ParameterDict({"bias": torch.zeros(2)})  # what adapters live in, but the model's
+    before = space_fingerprints(adapters, names)
+    for tensor in (block.table, block.own["bias"].data):
+        tensor[0] += 1
+        assert changed() == [True, True, True]
+        tensor[0] -= 1
+    del block.table, block.own
+    before = space_fingerprints(adapters, names)
     copy = adapted(0)
     copy.add_adapter("task0", r=2, lora_alpha=4)
     for mine, other in zip(copy.parameters("task0"), adapters.parameters("task0")):

@@ -11,7 +11,7 @@ from torch import Tensor
 from plora_ext.cil import Settings
 from plora_ext.cil.alignment import align, class_means, drift_map
 from plora_ext.cil.heads import HEADS, create_head
-from plora_ext.cil.heads.ranpac import RIDGES, best_ridge
+from plora_ext.cil.heads.ranpac import RIDGES, best_ridge, spectrum
 
 CPU = torch.device("cpu")
 D = 6
@@ -92,13 +92,41 @@ def test_the_ridge_with_the_least_error_on_held_out_rows() -> None:
     assert best_ridge(hidden[:1], targets[:1], torch.Generator()) > 0  # nothing to hold out
 
 
-def test_ranpac_follows_the_drift_map_of_its_projections() -> None:
+@pytest.mark.parametrize("size", [(40, 12), (12, 40), (20, 20)])
+def test_both_forms_of_the_ridge_are_the_formula(size: tuple[int, int]) -> None:
+    hidden, others = torch.randn(size, dtype=torch.float64), torch.randn(7, size[1], dtype=torch.float64)
+    targets = F.one_hot(torch.arange(size[0]) % 3)
+    values, across, right = spectrum(hidden, others, targets)
+    wide = F.pad(hidden, (0, size[0])), F.pad(others, (0, size[0]))  # features of zeros: now n < M
+    dual = spectrum(*wide, targets)
+    assert len(values) == min(size) and len(dual[0]) == size[0]
+    for ridge in RIDGES[6:]:
+        gram = hidden.T @ hidden + ridge * torch.eye(size[1], dtype=torch.float64)
+        expected = others @ torch.linalg.solve(gram, hidden.T @ targets.double())
+        torch.testing.assert_close(across / (values + ridge) @ right, expected, rtol=0, atol=1e-8)
+        torch.testing.assert_close(dual[1] / (dual[0] + ridge) @ dual[2], expected, rtol=0, atol=1e-8)
+
+
+def test_the_ridge_takes_no_cube_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, eigh, factor = [], torch.linalg.eigh, torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "eigh", lambda a: (sizes.append(a.shape), eigh(a))[1])
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda a: (sizes.append(a.shape), factor(a))[1])
+    for each in (3, 20, 200):
+        head = create_head("ranpac", Settings(projections=30), CPU)
+        (x, y), (more, z) = blobs(range(2), each), blobs(range(2, 4), each)
+        head.learn(class_means(x, y, 2), None, x, y)
+        head.learn(torch.zeros(4, D), more @ moving(), more, z)
+    assert len(sizes) >= 3 * 5 and max(max(shape) for shape in sizes) == 30
+
+
+@pytest.mark.parametrize("each", [8, 40])  # fewer and more images than projections
+def test_ranpac_follows_the_drift_map_of_its_projections(each: int) -> None:
     s = Settings(projections=20, alignment="semantic", ridge=0.1)
     head = create_head("ranpac", s, CPU)
     x, y = blobs(range(3))
     head.learn(class_means(x, y, 3), None, x, y)
     gram, target = head.gram.double(), head.target.double()
-    before, y2 = blobs(range(3, 5))
+    before, y2 = blobs(range(3, 5), each)
     after = before @ moving()
     head.learn(torch.zeros(5, D), before, after, y2)
     h, k = (torch.relu(f @ head.weights) for f in (before, after))
@@ -125,6 +153,11 @@ def test_state_brings_a_head_back(name: str) -> None:
     again = create_head(name, s, CPU)
     again.restore(head.state())
     assert torch.equal(again(x), head(x))
+    if name != "ranpac":  # as older checkpoints have it
+        older = {key: value for key, value in head.state().items() if not key.startswith("covariances")}
+        again = create_head(name, s, CPU)
+        again.restore({**older, "covariances": head.covariances})
+        assert torch.equal(again(x), head(x))
 
 
 @pytest.mark.parametrize("name", HEADS)

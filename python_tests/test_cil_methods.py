@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from plora_ext.cil import Images, Result, Settings, run
 from plora_ext.cil.alignment import align, class_means
 from plora_ext.cil.engine import pick_device
-from plora_ext.cil.heads import HEADS
+from plora_ext.cil.heads import HEADS, RanPAC
 from plora_ext.cil.inflora import Subspaces, share_after
 from plora_ext.cil.methods import METHODS, Method, PLoRA
 from plora_ext.cil.stream import Task
@@ -224,6 +224,10 @@ def test_ragged_last_task(images: Images) -> None:
     for method in METHODS:
         result = learn(images, method=method, increment=4, epochs=1)
         assert result.classes_seen == ([6] if method == "joint" else [4, 6])
+        figures = result.summary()
+        assert figures["last_accuracy"] == result.curve[-1]
+        average = None if method == "joint" else pytest.approx(np.mean(result.curve))
+        assert figures["average_accuracy"] == average
 
 
 def test_one_task_only(images: Images) -> None:
@@ -233,12 +237,43 @@ def test_one_task_only(images: Images) -> None:
 
 def test_a_loss_that_is_not_finite_names_its_place(images: Images) -> None:
     with pytest.raises(
-        FloatingPointError, match=r"the loss is (nan|inf) at task 0, epoch \d, step \d; try a smaller lr"
+        FloatingPointError, match=r"the loss is (nan|inf) at task 0, epoch \d, step \d; .*the cause may be lr 1e\+30$"
     ):
         learn(images, optimizer="sgd", lr=1e30)
 
 
-@pytest.mark.parametrize(("training", "setting"), [(True, "batch_size"), (False, "eval_batch_size")])
+def test_what_is_not_finite_is_said_and_what_can_be_the_cause(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = r"at task 0, epoch 0, step 1; not finite: blocks\.0.*lora_A\.task0 and \d+ more tensors; "
+    with pytest.raises(FloatingPointError, match=message + "the cause may be lr 0.005 or weight_decay 1e.300$"):
+        learn(images, weight_decay=1e300)
+    monkeypatch.setattr(Trainer, "_forward", lambda self, batch, model: model(batch) * float("nan"))
+    with pytest.raises(FloatingPointError, match=r"at task 0, epoch 0, step 0;"):
+        learn(images)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: 9.\nat"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+    ],
+)
+def test_exhausted_memory_of_a_head_names_its_size(
+    error: Exception, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(RanPAC, "learn", full)
+    with pytest.raises(torch.OutOfMemoryError, match="memory.*; lower projections"):
+        learn(images, head="ranpac")
+    monkeypatch.setattr(RanPAC, "learn", lambda *_: learn(images, head="unknown"))
+    with pytest.raises(ValueError, match="unknown head"):  # other errors pass as they are
+        learn(images, head="ranpac")
+
+
+@pytest.mark.parametrize(("training", "setting"), [(True, "batch_size in a new run"), (False, "eval_batch_size")])
 def test_exhausted_memory_names_the_setting(
     training: bool, setting: str, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -225,7 +225,7 @@ def test_a_loss_that_is_not_finite_writes_nothing(
     problem: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", *problem, "--lr", "1e30", "--optimizer", "sgd", "--out", str(tmp_path / "out")]) == 2
-    assert "not finite after the last step of task 0" in capsys.readouterr().err
+    assert "the weights are not finite after the last step of task 0" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
 
 

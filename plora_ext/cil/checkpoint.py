@@ -21,9 +21,10 @@ import os
 import random
 import re
 import shutil
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,21 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import plora_ext
+from plora_ext import change
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.settings import Settings
-from plora_ext.data import Images
+from plora_ext.cil.stream import Task
+from plora_ext.data import ImageFiles, Images
 from plora_ext.nn import Adapters
 
-FORMAT = 2
+FORMAT, READS = 3, (2, 3)  # written; and read: 2 has no digests of single tasks
 MANIFEST = "checkpoint.json"
-# Settings under which a run may continue that began with others: they say where things are, not what is computed (what
-# the data and the weights are, their hashes say).
+# Settings under which a run may continue that began with others: they say where things are and what is measured, not
+# what is computed (what the data and the weights are, their hashes say).
 ELSEWHERE = ("out", "data", "data_root", "download", "corrupt", "weights", "workers", "cache_images", "device",
-             "feature_cache", "ensemble_memory")  # fmt: skip
-
+             "feature_cache", "ensemble_memory", "measure_drift")  # fmt: skip
+# Likewise, but results differ by rounding from there on, which is said and recorded.
+ROUNDING = ("eval_batch_size", "amp", "tf32", "channels_last", "compile", "deterministic")
 
 _OURS = re.compile(r".+-[0-9a-f]{16}\.safetensors|\..+\.part")
 
@@ -59,6 +63,7 @@ class Checkpoint:
 
     Attributes:
         manifest: What `checkpoint.json` says; empty where there is none.
+        changed: What `begin` found to be other than in the saved run, though the run may continue with it.
 
     Raises:
         ValueError: An unfinished run without `resume`, or a checkpoint that is damaged.
@@ -67,8 +72,9 @@ class Checkpoint:
 
     def __init__(self, folder: Path, resume: bool = False, world: World = SINGLE):
         self.folder, self.world = folder / "checkpoint", world
-        self._stamps: dict[str, Any] = {}  # of the parts on disk: what they were made of
-        self._run: tuple[Any, str] = None, ""  # the run last saved, and as JSON
+        self._stamps: dict[str, tuple[Any, str]] = {}  # of the parts on disk: their entry, a fingerprint of the content
+        self._run = ""  # what the run has measured, as JSON
+        self.changed: list[str] = []
         self.manifest: dict[str, Any] = world.from_first(lambda: _read_manifest(self.folder))
         if self.manifest and not resume:  # a finished run stays until the first save
             done, of = len(self.manifest["run"]["curve"]), self.manifest["run"]["tasks"]
@@ -81,8 +87,12 @@ class Checkpoint:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of the saved run."""
-        return dict(self.manifest["settings"])
+        """The settings of the saved run; one that came later has its default.
+
+        Raises:
+            ValueError: There is one that this version does not have.
+        """
+        return _settings(self.manifest["settings"], f"{self.folder}, written by plora_ext {self.manifest['plora_ext']}")
 
     # ------------------------------------------------------------------ tasks
 
@@ -94,10 +104,11 @@ class Checkpoint:
                 this run was started with something else.
         """
         if self.world.size > 1:
-            refuse_other(self.world.from_first(lambda: fingerprint), fingerprint, "the process of rank 0 is")
+            whole = {**fingerprint, "settings": {k: v for k, v in settings.items() if k not in ELSEWHERE}}
+            refuse_other(self.world.from_first(lambda: whole), whole, "the process of rank 0 is")
         saved = self.manifest
         if saved:
-            refuse_other(saved["fingerprint"], fingerprint, f"{self.folder} is the checkpoint")
+            self.changed = self._changed(fingerprint, settings)
             self.world.from_first(self._sweep)
         self.manifest = {
             "format": FORMAT,
@@ -109,6 +120,20 @@ class Checkpoint:
             "parts": saved.get("parts", {}),
         }
         return self.load() if saved and saved["run"]["curve"] else None
+
+    def _changed(self, fingerprint: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+        """Refuses another run; says what else differs, and forgets epochs of a task that has other images now."""
+        saved, before = self.manifest, self.settings
+        learned = len(saved["run"].get("curve", []))
+        tasks = refuse_other(saved["fingerprint"], fingerprint, f"{self.folder} is the checkpoint", learned)
+        changed = [f"{name} {before[name]} -> {settings[name]}" for name in ROUNDING if before[name] != settings[name]]
+        for name, now in (("plora_ext", plora_ext.__version__), ("torch", str(torch.__version__))):
+            changed += [f"{name} {saved[name]} -> {now}"] if saved[name] != now else []
+        if tasks:
+            if "fit" in saved["parts"] and self._read("fit")["task"] in tasks:
+                saved["parts"] = {name: part for name, part in saved["parts"].items() if name != "fit"}
+            changed.append(f"images or labels of task {', '.join(map(str, tasks))}")
+        return changed
 
     def load(self) -> dict[str, Any]:
         """What `save_task` was given: `run` and `state`; in it, as "rng", what `set_rng_state` takes.
@@ -127,6 +152,7 @@ class Checkpoint:
         Raises:
             OSError: It cannot be written; the checkpoint of before is whole.
         """
+        self._run = ""
         self._save(run, {**state, "rng": rng_state()}, keep={})
 
     # ------------------------------------------------------------------ epochs
@@ -190,16 +216,15 @@ class Checkpoint:
             for name, value in state.items():
                 tensors: dict[str, Tensor] = {}
                 tree = _pack(value, "", tensors)
-                if not self._is_kept(name, tree, tensors):
+                stamp = change.fingerprint(json.dumps(tree, allow_nan=False), *tensors.values())
+                parts[name] = self._kept(name, stamp)
+                if parts[name] is None:
                     content = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
                     parts[name] = {"tree": tree, **(self._write(name, save(content)) if content else {})}
-                    self._stamps[name] = parts[name], [(weakref.ref(t), _version(t)) for t in tensors.values()]
-                else:
-                    parts[name] = self._stamps[name][0]
-            if run is not self._run[0]:  # what a run has measured is long, and the same for every epoch of a task
-                self._run = run, json.dumps(run, allow_nan=False)
+                    self._stamps[name] = parts[name], stamp
+            measured = self._run or json.dumps(run, allow_nan=False)  # long, and the same for every epoch of a task
             rest = {name: value for name, value in {**self.manifest, "parts": parts}.items() if name != "run"}
-            manifest, text = {"run": run, **rest}, f'{{"run": {self._run[1]}, {json.dumps(rest, allow_nan=False)[1:]}'
+            manifest, text = {"run": run, **rest}, f'{{"run": {measured}, {json.dumps(rest, allow_nan=False)[1:]}'
             digest = hashlib.sha256(text.encode()).hexdigest()
             write_whole(self.folder / MANIFEST, f'{{"sha256": "{digest}", "manifest": {text}}}\n'.encode())
         except OSError as error:
@@ -208,23 +233,17 @@ class Checkpoint:
                 f"cannot write the checkpoint in {self.folder} ({why}); what it held before is whole: make room, then "
                 "continue with --resume"
             ) from error
-        self.manifest = manifest
+        self.manifest, self._run = manifest, measured
         self._sweep()
 
-    def _is_kept(self, name: str, tree: Any, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether part `name` is on disk already, made of these very tensors, which nobody has written to since.
+    def _kept(self, name: str, stamp: str) -> dict[str, Any] | None:
+        """The entry of part `name` if what is on disk has this fingerprint.
 
-        So a task costs the same however many adapters there are: those of old tasks are not read again.
+        So adapters of old tasks are read where they are, but neither copied nor written again.
         """
-        part, stamp = self._stamps.get(name, ({}, []))
-        if part != self.manifest["parts"].get(name) or part.get("tree") != tree or len(stamp) != len(tensors):
-            return False
-        if "file" in part and not (self.folder / part["file"]).is_file():
-            return False
-        return all(
-            ref() is t and version is not None and version == _version(t)
-            for (ref, version), t in zip(stamp, tensors.values())
-        )
+        part, before = self._stamps.get(name, (None, ""))
+        there = part is not None and ("file" not in part or (self.folder / part["file"]).is_file())
+        return part if there and before == stamp and part == self.manifest["parts"].get(name) else None
 
     def _write(self, name: str, content: bytes) -> dict[str, Any]:
         digest = hashlib.sha256(content).hexdigest()
@@ -257,7 +276,7 @@ class Checkpoint:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it appears whole or not at all, also when the machine stops."""
+    """Writes a file so that it appears whole or not at all, and stays thereafter, also when the machine stops."""
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
@@ -265,6 +284,14 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the renaming itself: files of before may go after this
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+                raise
+        finally:
+            os.close(folder)
     finally:
         part.unlink(missing_ok=True)
 
@@ -280,8 +307,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         whole = hashlib.sha256(json.dumps(manifest, allow_nan=False).encode()).hexdigest() == sealed["sha256"]
     except (ValueError, KeyError, TypeError):
         whole, manifest, form = False, {}, FORMAT
-    if form != FORMAT:
-        raise ValueError(f"{path} has format {form}, this version of plora-ext reads {FORMAT}")
+    if form not in READS:
+        by, reads = manifest.get("plora_ext", "an unknown version"), " and ".join(map(str, READS))
+        raise ValueError(
+            f"{path} has format {form}, of plora_ext {by}; this one, {plora_ext.__version__}, reads {reads}"
+        )
     if not whole:
         raise ValueError(f"{path} is damaged: it is no checkpoint that plora-ext wrote whole")
     return manifest
@@ -328,10 +358,23 @@ os.register_at_fork(after_in_child=_let_go)
 # ---------------------------------------------------------------------- what a run is
 
 
-def fingerprint_of(settings: Settings, data: Images, model: nn.Module) -> dict[str, Any]:
+def fingerprint_of(settings: Settings, data: Images, tasks: Sequence[Task], model: nn.Module) -> dict[str, Any]:
     """What must be the same for a run to continue: settings, data, the backbone's weights."""
-    kept = {name: value for name, value in settings.as_dict().items() if name not in ELSEWHERE}
-    return {"settings": kept, "data": data.digest(), "backbone": weights_digest(model)}
+    kept = {name: value for name, value in settings.as_dict().items() if name not in (*ELSEWHERE, *ROUNDING)}
+    return {"settings": kept, **data_digests(data, tasks), "backbone": weights_digest(model)}
+
+
+def data_digests(data: Images, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Digests of the whole data set, `data`, and of the images and labels of each of the `tasks`."""
+
+    def chosen(images: Any, rows: np.ndarray) -> Any:
+        return ImageFiles([images.paths[i] for i in rows]) if isinstance(images, ImageFiles) else images[rows]
+
+    parts = [
+        Images(chosen(data.train_images, t.train), t.train_labels, chosen(data.test_images, t.test), t.test_labels)
+        for t in tasks
+    ]
+    return {"data": data.digest(), "tasks": [part.digest() for part in parts]}
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -343,19 +386,45 @@ def weights_digest(model: nn.Module) -> str:
     return weights.hexdigest()[:16]
 
 
-def refuse_other(saved: Mapping[str, Any], here: Mapping[str, Any], what: str) -> None:
-    """Raises ValueError, "`what` of another run", with every difference between two fingerprints, if there is one."""
-    there, now = saved["settings"], json.loads(json.dumps(here["settings"]))
+def refuse_other(saved: Mapping[str, Any], here: Mapping[str, Any], what: str, learned: int | None = None) -> list[int]:
+    """Raises ValueError, "`what` of another run", with every difference between two fingerprints, if there is one.
+
+    Args:
+        learned: How many tasks the saved run has learned, when the others may have other images.
+
+    Returns:
+        The tasks that have.
+    """
+    names = [name for name in here["settings"] if name not in ELSEWHERE]
+    there, now = (_settings(of["settings"], what) for of in (saved, here))
     differences = [
-        f"{name} is {there.get(name)!r} there and {now.get(name)!r} here"
-        for name in {**there, **now}
-        if there.get(name) != now.get(name)
+        f"{name} is {there[name]!r} there and {now[name]!r} here" for name in names if there[name] != now[name]
     ]
-    if not differences:
-        differences += ["the images or labels differ"] if saved["data"] != here["data"] else []
-        differences += ["the backbone's weights differ"] if saved["backbone"] != here["backbone"] else []
+    tasks: list[int] = []
+    if not differences and saved["data"] != here["data"]:
+        if learned is None or "tasks" not in saved:
+            differences.append("the images or labels differ")
+        else:
+            both = zip_longest(saved["tasks"], here["tasks"])
+            tasks = [t for t, (before, after) in enumerate(both) if before != after]
+            if tasks and tasks[0] < learned:
+                some = ", ".join(str(t) for t in tasks if t < learned)
+                differences.append(f"the images or labels differ, those of task {some}, which is learned")
+    if not differences and saved["backbone"] != here["backbone"]:
+        differences.append("the backbone's weights differ")
     if differences:
         raise ValueError(f"{what} of another run: {'; '.join(differences)}")
+    return tasks
+
+
+def _settings(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """All settings, those that `saved` lacks with their defaults."""
+    unknown = [name for name in saved if name not in {f.name for f in fields(Settings)}]
+    if unknown:
+        raise ValueError(
+            f"{where}: it has settings that this version, {plora_ext.__version__}, does not have: {', '.join(unknown)}"
+        )
+    return json.loads(json.dumps(Settings(**saved).as_dict()))
 
 
 def rng_state() -> dict[str, Any]:
@@ -366,7 +435,7 @@ def rng_state() -> dict[str, Any]:
         "python": [version, torch.tensor(words), gauss],
         "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
@@ -420,11 +489,6 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [to_device(v, device) for v in value]
     return value
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to, None where torch does not count."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

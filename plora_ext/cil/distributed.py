@@ -180,12 +180,12 @@ class World:
         The tensors that train, `learned`, get rank 0's values here and the mean gradient over the processes then.
 
         Raises:
-            ValueError: The model has batch normalisation, which would see the rows of one process only.
+            ValueError: Batch normalisation is in training mode: it would see the rows of one process only.
         """
         if self.size == 1:
             return model
         for name, module in model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise ValueError(
                     f"{name} normalises over the batch, of which each of {self.size} processes sees a part: use one "
                     "process, or a backbone with layer normalisation"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from plora_ext.cil import drift, metrics
-from plora_ext.cil.checkpoint import Checkpoint, fingerprint_of, set_rng_state
+from plora_ext.cil.checkpoint import Checkpoint, fingerprint_of, rng_state, set_rng_state
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.features import FeatureCache
+from plora_ext.cil.frozen import check_backbone
 from plora_ext.cil.methods import METHODS, Method
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task, TaskStream
@@ -47,7 +49,9 @@ class Result:
         num_train, num_test: Images.
         costs: `seconds` and `peak_mb` of each phase, task by task.
         drift: Of the prototypes, task by task (plora_ext.cil.drift); None where there is none, empty if not measured.
-        environment: Versions and the device's name.
+        environment: Versions and the device's name; as `changed`, what was changed when the run was continued.
+        inputs: Digests of the data and of the backbone's weights; `data` and `backbone`, where `run` was given others
+            than the settings name, say so.
     """
 
     settings: dict[str, Any]
@@ -64,15 +68,17 @@ class Result:
     costs: list[dict[str, dict[str, float]]] = field(default_factory=list)
     drift: list[dict[str, float] | None] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
         return str(self.settings["method"])
 
     def summary(self) -> dict[str, float | None]:
-        """The figures of a comparison: Ā, A_B, forgetting and BWT (None for joint, which has one step)."""
+        """The figures of a comparison: Ā, A_B, forgetting and BWT (None for joint but A_B: it has one step)."""
         return {
-            "average_accuracy": metrics.average_accuracy(self.curve),
+            # its accuracy over all classes beside means that hold easy early tasks would say that these are ahead
+            "average_accuracy": None if self.method == "joint" else metrics.average_accuracy(self.curve),
             "last_accuracy": metrics.last_accuracy(self.curve),
             "forgetting": metrics.forgetting(self.matrix),
             "backward_transfer": metrics.backward_transfer(self.matrix),
@@ -82,7 +88,7 @@ class Result:
 def load_data(settings: Settings) -> Images:
     """The data set that the settings name; raises what `plora_ext.data.load_images` does."""
     s = settings
-    return load_images(s.data, s.data_root, download=s.download, corrupt=s.corrupt)
+    return replace(load_images(s.data, s.data_root, download=s.download, corrupt=s.corrupt), source=s.data)
 
 
 def load_backbone(settings: Settings) -> Backbone:
@@ -133,12 +139,12 @@ def make_cache(settings: Settings, trainer: Trainer) -> FeatureCache | None:
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seeds Python, numpy and torch: on a CPU, a run with the same settings then repeats bit for bit.
+    """Seeds the global generators of Python, numpy and torch.
 
     Args:
         seed: Of all of them.
-        deterministic: On a GPU, too: from here on, in the whole process, torch takes algorithms that repeat, and
-            raises a RuntimeError that names an operation which has none.
+        deterministic: From here on, in the whole process, torch takes algorithms that repeat, also on a GPU, and raises
+            a RuntimeError that names an operation which has none.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -146,6 +152,21 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
+
+
+@contextmanager
+def seeded(settings: Settings, device: torch.device) -> Iterator[None]:
+    """`seed_everything` as the settings say; afterwards generators and the switch are as they were before."""
+    if device.type == "cuda":
+        torch.cuda.init()  # else its generators have no state yet
+    state, deterministic = rng_state(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        seed_everything(settings.seed, settings.deterministic)
+        yield
+    finally:
+        set_rng_state(state)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 class Evaluator:
@@ -196,10 +217,14 @@ def run(
 ) -> Result:
     """Runs one method over the task stream; writes nothing but the checkpoint.
 
+    Global random generators are seeded for the run, and are afterwards as they were before; likewise torch's switch of
+    deterministic algorithms.
+
     Args:
         settings: What to run.
-        data: The data set, when it is loaded already.
-        backbone: The backbone to use instead of the one that settings name; its model is changed in place.
+        data: The data set, when it is loaded already; the result says so if it is not the one that settings name.
+        backbone: The backbone to use instead of the one that settings name; its model is changed in place, and the
+            result names it.
         progress: Told of every step and task.
         make: Builds the method from (trainer, settings), instead of the one that settings name.
         checkpoint: Saved after every epoch and task; a run that it holds is continued.
@@ -208,20 +233,43 @@ def run(
     Raises:
         ValueError: Settings, labels or layers that do not fit, or a checkpoint of another run.
         OSError: The checkpoint cannot be written.
-        FloatingPointError: A loss that is not finite.
+        FloatingPointError: A loss or a weight that is not finite.
+        torch.OutOfMemoryError: Memory is exhausted, the device's or the host's; names the setting to lower.
     """
     device = world.place(pick_device(settings.device))
     data = checked(data) if data else load_data(settings)
+    with seeded(settings, device):
+        return _run(settings, device, data, backbone, progress, make, checkpoint, world)
+
+
+def _run(
+    settings: Settings,
+    device: torch.device,
+    data: Images,
+    backbone: Backbone | None,
+    progress: Progress | None,
+    make: Callable[[Trainer, Settings], Method] | None,
+    checkpoint: Checkpoint | None,
+    world: World,
+) -> Result:
     stream = make_stream(settings, data)
-    seed_everything(settings.seed, settings.deterministic)
-    backbone = backbone or load_backbone(settings)
+    own_backbone, backbone = backbone, backbone or load_backbone(settings)
+    check_backbone(backbone.model)
     world.broadcast_([tensor.data for tensor in backbone.model.state_dict().values()])
-    saved = checkpoint and checkpoint.begin(fingerprint_of(settings, data, backbone.model), settings.as_dict())
+    tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
+    known = fingerprint_of(settings, data, tasks, backbone.model)
+    inputs = {"data_digest": known["data"], "backbone_digest": known["backbone"]}
+    if data.source != settings.data:
+        inputs["data"] = f"given images {known['data']}"
+    if own_backbone:
+        inputs["backbone"] = f"given {type(own_backbone.model).__name__} {known['backbone']}"
+    elif settings.weights == "random":
+        inputs["backbone_digest"] = "random"  # another with every seed
+    saved = checkpoint and checkpoint.begin(known, settings.as_dict())
     trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, progress, world)
     method = (make or METHODS[settings.method])(trainer, settings)
     look = prepare(settings, backbone, device, world)
     train, test = View(data.train_images, look), View(data.test_images, look)
-    tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
     trainer.num_tasks, trainer.checkpoint = len(tasks), checkpoint
     evaluator = Evaluator(method, tasks, test, stream.task_of_class(), make_cache(settings, trainer))
 
@@ -235,6 +283,7 @@ def run(
         "num_train": len(train),
         "num_test": len(test),
         "environment": environment(device),
+        "inputs": inputs,
     }
     trainer.progress.begin(settings.method, len(tasks))
     if saved:
@@ -244,6 +293,16 @@ def run(
         trainer.phases.seconds, trainer.phases.peak_mb = dict(record["seconds"]), dict(record["peak_mb"])
         for done, accuracy in enumerate(record["curve"]):
             trainer.progress.task(done, accuracy)
+        if record["drift"] or settings.measure_drift:  # as many as tasks, also where it was not measured
+            record["drift"] += [None] * (len(record["curve"]) - len(record["drift"]))
+    if checkpoint and checkpoint.changed:
+        changed = f"{'; '.join(checkpoint.changed)}, after {len(record['curve'])} of {len(tasks)} tasks"
+        if world.first:
+            trainer.progress.note(f"the run continues, though not as it began: {changed}")
+        before = record.get("environment", {}).get("changed")
+        facts["environment"]["changed"] = f"{before}; {changed}" if before else changed
+    elif "changed" in record.get("environment", {}):
+        facts["environment"]["changed"] = record["environment"]["changed"]
     start = time.perf_counter() - record["total_seconds"]
     for task in tasks[len(record["curve"]) :]:
         if len(task.train) < world.size:
@@ -260,6 +319,8 @@ def run(
         if settings.measure_drift:
             with trainer.phases("drift"):
                 record["drift"].append(drift.measure(method, tasks[: task.index + 1], train, held))
+        elif record["drift"]:
+            record["drift"].append(None)
         record["costs"].append(trainer.phases.lap())
         record["total_seconds"] = time.perf_counter() - start
         if checkpoint:
@@ -282,6 +343,7 @@ def run(
         costs=record["costs"],
         drift=record["drift"],
         environment=facts["environment"],
+        inputs=inputs,
     )
 
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 import plora_ext
 from plora_ext.change import fingerprint, row_digests
-from plora_ext.nn import Adapters, MultiLoRALinear
+from plora_ext.cil.frozen import base_modules
+from plora_ext.nn import Adapters
 from plora_ext.nn.ensemble import free_memory
 from plora_ext.nn.inject import BASE
 
@@ -287,9 +288,9 @@ def _as_bytes(digests: Tensor) -> list[bytes]:
 def space_fingerprints(model: nn.Module | Adapters, names: Sequence[str], *context: str) -> dict[str, str]:
     """For each adapter the fingerprint of all that its features depend on.
 
-    That is: the frozen weights and buffers, the modules and their numbers and switches, the adapter's factors and
-    scale, the versions of torch and of this package, the type of device, and `context`, whatever else there is (the
-    dtype of autocast). Pixels are known by their own digests.
+    That is: the frozen weights, buffers and other tensors, the modules and their numbers and switches, the adapter's
+    factors and scale, the versions of torch and of this package, the type of device, and `context`, whatever else
+    there is (the dtype of autocast). Pixels are known by their own digests.
 
     Args:
         model: a model, or a handle on its adapters.
@@ -316,20 +317,16 @@ def space_fingerprints(model: nn.Module | Adapters, names: Sequence[str], *conte
 
 
 def _base_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    for prefix, module in model.named_modules():
-        if not isinstance(module, nn.ParameterDict):  # those of adapters; models have them seldom
-            for key, t in (*module._parameters.items(), *module._buffers.items()):
-                if t is not None:
-                    yield f"{prefix}.{key}", t
+    for prefix, module in base_modules(model):
+        for key, t in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
+            if isinstance(t, Tensor):
+                yield f"{prefix}.{key}", t
 
 
 def _structure(model: nn.Module) -> Iterable[str]:
     """A line for each module: its class and those of its attributes that are numbers, switches or words."""
     plain = (int, float, bool, str, tuple)
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.ParameterDict):
-            continue
+    for prefix, module in base_modules(model):
         values: dict[str, Any] = {k: v for k, v in vars(module).items() if isinstance(v, plain)}
         own = {k: v for k, v in values.items() if k != "training" and not k.startswith("_")}
-        extra = "" if isinstance(module, MultiLoRALinear) else module.extra_repr()
-        yield f"{prefix} {type(module).__module__}.{type(module).__qualname__} {extra} {own}"
+        yield f"{prefix} {type(module).__module__}.{type(module).__qualname__} {module.extra_repr()} {own}"

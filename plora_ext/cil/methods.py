@@ -87,14 +87,17 @@ class Method(ABC):
     def state(self) -> dict[str, Any]:
         """What the method has learned so far, for a checkpoint: tensors and plain values."""
         state: dict[str, Any] = {"method": {name: getattr(self, name) for name in self.STATE}}
-        return state if self.classifier is None else {**state, "head": self.classifier.state()}
+        if self.classifier is not None:
+            state |= {f"head:{name}": value for name, value in self.classifier.state().items()}
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes over what `state` returned, in a method that has learned nothing yet."""
         for name, value in to_device(state["method"], self.trainer.device).items():
             setattr(self, name, value)
         if self.classifier is not None:
-            self.classifier.restore(to_device(state["head"], self.trainer.device))
+            entries = {name.removeprefix("head:"): value for name, value in state.items() if name.startswith("head:")}
+            self.classifier.restore(to_device(entries or state["head"], self.trainer.device))  # format 2 had one entry
 
     def _append_means(self, task: Task, images: View, labels: Tensor) -> None:
         """Appends the means of the task's classes to the prototypes."""
@@ -111,7 +114,9 @@ class Method(ABC):
         """Hands a task to the head that learns from features, where there is one (plora_ext.cil.heads)."""
         if self.classifier is not None:
             assert self.prototypes is not None
-            with self.trainer.phases("head"):
+            # The other heads keep a covariance for each class.
+            size = "projections" if self.settings.head == "ranpac" else "the demand: head ranpac or cosine takes less"
+            with self.trainer.phases("head"), lower_on_exhaustion(size):
                 self.classifier.learn(self.prototypes, before, after, labels)
 
 
@@ -143,7 +148,7 @@ class _Adapted(Method):
     def _fit(self, task: Task, images: View, labels: Tensor, extra: tuple[Tensor, ...] = ()) -> None:
         newest = self.adapters.parameters(self.adapters.names[-1])
         parameters = [*(p for p in newest if p.requires_grad), *extra]
-        with self.trainer.phases("train"), lower_on_exhaustion("batch_size"), self.trainer.speed.passes():
+        with self.trainer.phases("train"), lower_on_exhaustion("batch_size in a new run"), self.trainer.speed.passes():
             self.trainer.fit(task.index, parameters, images, labels, len(task.classes))
 
     def _add_adapter(self, task: Task) -> str:
@@ -164,7 +169,10 @@ class LoRASequential(_Adapted):
 
 
 class LoRAFirst(_Adapted):
-    """`lora-first`: an adapter trained on the first task only, class means from then on (APER with LoRA)."""
+    """`lora-first`: an adapter trained on the first task only, class means from then on.
+
+    First-session adaptation (Panos et al., ICCV 2023) with LoRA; APER also keeps the frozen model's features beside.
+    """
 
     def learn(self, task: Task, images: View, labels: Tensor) -> None:
         if task.index == 0:
@@ -177,7 +185,7 @@ class LoRAFirst(_Adapted):
 
 
 class Joint(LoRAFirst):
-    """`joint`: all classes at once as a single task, the upper bound; the engine hands it that task."""
+    """`joint`: all classes at once as a single task, the upper bound of this recipe; the engine hands it that task."""
 
 
 class PLoRA(_Adapted):
@@ -198,23 +206,19 @@ class PLoRA(_Adapted):
             return
         s, older = self.settings, (self.adapters.names, self.coefficients)
         # `learned` goes on to change the older adapters; elsewhere they need not be held as weights while one trains.
-        before = self._frozen() if s.fusion == "learned" else None
+        before = self.adapters.frozen() if s.fusion == "learned" else None
         self.train_and_fuse(task, images, labels)
         drift = Drift(s.alignment, self.prototypes, len(task.classes), tau=s.tau, ridge=s.ridge)
         with self.trainer.phases("prototypes"):
             if before is None:
                 self.adapters.set_adapter(*older)
-                before = self._frozen()
+                before = self.adapters.frozen()
                 self.activate()
             features = self._read_both(before, images, labels, drift)
         with self.trainer.phases("align"):
             self.prototypes = torch.cat([drift.align(), drift.means()[1]])
         if features is not None:
             self._teach(features[:, 0], features[:, 1], labels)
-
-    def _frozen(self) -> Callable[[Tensor], Tensor]:
-        with self.trainer.speed.autocast():
-            return self.adapters.frozen()
 
     def _read_both(
         self, before: Callable[[Tensor], Tensor], images: View, labels: Tensor, drift: Drift

@@ -112,8 +112,8 @@ def _overview(protocol: Protocol, name: str) -> Section:
     lines = rows(protocol)
     best: set[tuple[int, int]] = set()
     for column in (2, 3) if len(lines) > 1 else ():
-        values = [float(line[column].split()[0]) for line in lines]
-        best |= {(i, column) for i, value in enumerate(values) if value == max(values)}
+        values = {i: float(line[column].split()[0]) for i, line in enumerate(lines) if line[column] != "–"}
+        best |= {(i, column) for i, value in values.items() if value == max(values.values())}
     if lines:
         head = ("Method", "Seeds", *(title for title, *_ in COLUMNS))
         spread = ", mean ± standard deviation over seeds" if any(len(g.results) > 1 for g in groups) else ""

@@ -112,7 +112,8 @@ def comparison_table(protocol: Protocol) -> Table:
     titles = ["Method", "Seeds", *(title for title, *_ in COLUMNS)]
     shown = ("Method", "Seeds", "Ā", "A_B", "Forgetting", "Time s") if several else [t for t in titles if t != "Seeds"]
     lines = rows(protocol)
-    best = {k: max(lines, key=lambda line: float(line[k].split()[0])) for k in (2, 3)} if len(lines) > 1 else {}
+    known = {k: [line for line in lines if line[k] != "–"] if len(lines) > 1 else [] for k in (2, 3)}
+    best = {k: max(own, key=lambda line: float(line[k].split()[0])) for k, own in known.items() if own}
     for title in shown:
         first = title == "Method"
         table.add_column(

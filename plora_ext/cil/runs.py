@@ -1,7 +1,8 @@
 """Runs side by side: read from their folders, grouped by what they are, to be averaged over seeds.
 
 Runs are in one *group* if they differ in nothing but the seed and in where things were, and in one *protocol* if they
-saw the same data, in the same tasks, through the same backbone. Only a group's finished runs are averaged.
+saw the same data, in the same tasks, through the same backbone: by name and by content. Only finished runs of a group
+are averaged.
 """
 
 from __future__ import annotations
@@ -179,6 +180,9 @@ def protocol_of(result: Result) -> dict[str, Any]:
     facts = {name: s[name] for name in PROTOCOL}
     facts["init_cls"] = s["init_cls"] or s["increment"]  # 0 says the same
     facts["images"] = [result.num_train, result.num_test]
+    for name in ("data", "backbone"):
+        facts[name] = result.inputs.get(name, facts[name])
+    facts["digests"] = [result.inputs.get(f"{name}_digest", "unknown") for name in ("data", "backbone")]
     return facts if facts["tasks"] is None else {**facts, "init_cls": None, "increment": None}
 
 
@@ -250,7 +254,7 @@ def _usual(values: list[Any], default: Any) -> str | None:
 def _names(firsts: Sequence[Result]) -> list[str]:
     """A title for each protocol: data, tasks and backbone, and whatever else tells them apart."""
     facts = [protocol_of(r) for r in firsts]
-    telling = ("class_order", "weights", "image_size", "transform", "normalize", "corrupt", "images")
+    telling = ("class_order", "weights", "image_size", "transform", "normalize", "corrupt", "images", "digests")
     others = [n for n in telling if len({_key(f[n]) for f in facts}) > 1]
     titles = []
     for f in facts:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, refuse_other, weights_digest, write_whole
+import plora_ext
+from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, data_digests, refuse_other, weights_digest, write_whole
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.engine import (
     Evaluator,
@@ -22,7 +23,7 @@ from plora_ext.cil.engine import (
     make_stream,
     pick_device,
     prepare,
-    seed_everything,
+    seeded,
 )
 from plora_ext.cil.methods import METHODS
 from plora_ext.cil.settings import Settings
@@ -54,19 +55,23 @@ class Trained:
         self.settings = Settings(**{**checkpoint.settings, "cache_images": False, **elsewhere})  # each is read once
         self.fingerprint = checkpoint.manifest["fingerprint"]
         device = world.place(pick_device(self.settings.device))
-        seed_everything(self.settings.seed, self.settings.deterministic)
-        backbone = load_backbone(self.settings)
-        refuse_other(
-            self.fingerprint,
-            {**self.fingerprint, "backbone": weights_digest(backbone.model)},
-            f"{checkpoint.folder} is the checkpoint",
-        )
-        trainer = Trainer(backbone.model.to(device).requires_grad_(False), self.settings, device, world=world)
-        saved = checkpoint.load()
-        self.run: dict[str, Any] = saved["run"]
-        self.method = METHODS[self.settings.method](trainer, self.settings)
-        self.method.restore(saved["state"])
-        self.look = prepare(self.settings, backbone, device, world)
+        self._device = device
+        with seeded(self.settings, device):
+            backbone = load_backbone(self.settings)
+            refuse_other(
+                self.fingerprint,
+                {**self.fingerprint, "backbone": weights_digest(backbone.model)},
+                f"{checkpoint.folder} is the checkpoint",
+            )
+            trainer = Trainer(backbone.model.to(device).requires_grad_(False), self.settings, device, world=world)
+            saved = checkpoint.load()
+            self.run: dict[str, Any] = saved["run"]
+            self.method = METHODS[self.settings.method](trainer, self.settings)
+            self.method.restore(saved["state"])
+            by, ours = checkpoint.manifest["plora_ext"], plora_ext.__version__
+            if by != ours and world.first:
+                trainer.progress.note(f"{checkpoint.folder} was written by plora_ext {by}, this is {ours}")
+            self.look = prepare(self.settings, backbone, device, world)
 
     def evaluate(self) -> dict[str, Any]:
         """Accuracy over all classes seen and on each task, on the run's own test images.
@@ -74,13 +79,15 @@ class Trained:
         Raises:
             ValueError: They are not the images of the run.
         """
-        data = load_data(self.settings)
-        refuse_other(self.fingerprint, {**self.fingerprint, "data": data.digest()}, f"{self.settings.data} is the data")
+        data, learned = load_data(self.settings), len(self.run["curve"])
         stream = make_stream(self.settings, data)
         tasks = [stream.joined()] if self.settings.method == "joint" else stream.tasks
+        here = {**self.fingerprint, **data_digests(data, tasks)}
+        refuse_other(self.fingerprint, here, f"{self.settings.data} is the data", learned)
         evaluator = Evaluator(self.method, tasks, View(data.test_images, self.look), stream.task_of_class())
-        last = len(self.run["curve"]) - 1
-        accuracy, row = evaluator.after(last)
+        last = learned - 1
+        with seeded(self.settings, self._device):
+            accuracy, row = evaluator.after(last)
         return {
             "tasks_learned": last + 1,
             "tasks": len(tasks),
@@ -95,7 +102,8 @@ class Trained:
         The score is the head's own: a scaled cosine, a log-likelihood, or a regression value; it orders the classes of
         one image.
         """
-        best = self.method.world.spread(self._best, View(images, self.look))
+        with seeded(self.settings, self._device):
+            best = self.method.world.spread(self._best, View(images, self.look))
         order, names = self.run["class_order"], self.run["class_names"]
         return [
             {"class": order[int(c)], "name": names[int(c)] if names else str(order[int(c)]), "score": score}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from plora_ext.cil.alignment import class_means
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.distributed import SINGLE, World
+from plora_ext.cil.frozen import hold_statistics, moving, unchanged
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.speed import Speed
 from plora_ext.data import View
@@ -98,15 +99,16 @@ def _resident_peak_mb() -> float:
 
 @contextmanager
 def lower_on_exhaustion(setting: str) -> Iterator[None]:
-    """Where a GPU's memory is exhausted inside, the error names the setting to lower."""
+    """Where memory is exhausted inside, a GPU's or the host's, the error says to lower `setting`."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        if "lower " in str(error):  # an inner one has said it
+    except (RuntimeError, MemoryError) as error:  # on the host torch raises the one and numpy the other
+        on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        if not (on_host or isinstance(error, torch.OutOfMemoryError)) or "lower " in str(error):  # an inner one says it
             raise
-        raise torch.OutOfMemoryError(
-            f"{str(error).splitlines()[0]}; lower {setting}, or set amp to bfloat16"
-        ) from error
+        said = (str(error).splitlines() or ["out of memory"])[0]
+        amp = "" if on_host else ", or set amp to bfloat16"
+        raise torch.OutOfMemoryError(f"{said}; lower {setting}{amp}") from error
 
 
 class Trainer:
@@ -134,6 +136,7 @@ class Trainer:
         self.num_tasks = 1
         self.checkpoint: Checkpoint | None = None
         self.phases = Phases(device)
+        self._held: list[nn.Module] | None = None  # modules that training would change, beside normalisations
 
     def _forward(self, images: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
         return self.speed.forward(images, model)
@@ -142,15 +145,39 @@ class Trainer:
         """Trains `parameters` by cross-entropy of a cosine classifier over the task's own classes.
 
         The classifier, a direction per class, lives for this call only. Its logits are scale * cos(feature, direction),
-        and it starts as the nearest-class-mean classifier.
+        and it starts as the nearest-class-mean classifier. Frozen modules with running statistics stay in eval mode.
 
         Args:
             images: The task's n training images.
             labels: int64 [n] in 0 ... num_classes - 1.
 
         Raises:
-            FloatingPointError: The loss is not finite (names task, epoch and step), or the weights are after an epoch.
+            FloatingPointError: The loss is not finite, or what trains after an epoch: names task, epoch, step, tensors,
+                and the settings that can be the cause.
+            ValueError: A tensor of the frozen backbone has changed.
         """
+        first = self._held is None
+        if self._held is None:
+            self._held = moving(self.model, lambda: self._look(images))
+        with unchanged(self.model, parameters=first):  # parameters once: reading all of them takes time
+            self._fit(task, parameters, images, labels, num_classes, self._held)
+
+    def _look(self, images: View) -> None:
+        """A pass over a batch as the model is."""
+        rows = torch.arange(min(len(images), self.settings.batch_size))
+        with self.speed.passes(compiled=False), self.speed.autocast():
+            for batch in images[rows].split(len(rows)):
+                self.model(batch)
+
+    def _fit(
+        self,
+        task: int,
+        parameters: Sequence[Tensor],
+        images: View,
+        labels: Tensor,
+        num_classes: int,
+        held: Sequence[nn.Module],
+    ) -> None:
         s, world = self.settings, self.world
         # Started from the class means: random directions would first pull the features of every class elsewhere.
         own = world.rows(len(images))
@@ -165,9 +192,10 @@ class Trainer:
         losses = torch.zeros(steps, device=self.device)
         learned = [*parameters, directions]
         first = self.checkpoint.enter_fit(task, learned, optimizer, scaler) if self.checkpoint else 0
+        self.model.train()
+        hold_statistics(self.model, held)
         model = world.parallel(self.model, learned)
         self.progress.fit(task, len(images) * (s.epochs - first))
-        self.model.train()
         for epoch in range(first, s.epochs):
             order = torch.randperm(len(images))
             targets = labels[order.to(self.device)].split(s.batch_size)  # at once: every copy makes the host wait
@@ -190,18 +218,34 @@ class Trainer:
                 self.progress.step(number)
             # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
             world.sum_(losses.div_(world.size))
-            bad = (~losses.isfinite()).nonzero()
-            if len(bad):
-                where = f"task {task}, epoch {epoch}, step {int(bad[0])}"
-                raise FloatingPointError(f"the loss is {losses[bad[0]].item()} at {where}; try a smaller lr")
-            if not torch.stack([p.detach().norm() for p in parameters]).isfinite().all():
-                where = f"task {task}, epoch {epoch}"
-                raise FloatingPointError(f"the weights are not finite after the last step of {where}; try a smaller lr")
+            self._refuse_infinite(f"task {task}, epoch {epoch}", losses, learned)
             self.progress.epoch(task * s.epochs + epoch + 1, float(losses.mean()))
             if self.checkpoint:
                 self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks, scaler)
         optimizer.zero_grad()  # a frozen adapter needs no memory for its gradient
         self.model.eval()
+
+    def _refuse_infinite(self, where: str, losses: Tensor, learned: Sequence[Tensor]) -> None:
+        """Raises FloatingPointError if a loss of an epoch, or what was learned in it, is not finite."""
+        bad = (~losses.isfinite()).nonzero()
+        sound = torch.stack([p.detach().norm() for p in learned]).isfinite()
+        if not len(bad) and sound.all():
+            return
+        what = f"the weights are not finite after the last step of {where}"
+        if len(bad):
+            what = f"the loss is {losses[bad[0]].item()} at {where}, step {int(bad[0])}"
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        tensors = [names.get(id(p), "classifier") for p, fine in zip(learned, sound.tolist()) if not fine]
+        if tensors:
+            more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
+            what += f"; not finite: {tensors[0]}{more}"
+        # What can be the cause: the learning rate, and whatever else is not as usual.
+        s, usual = self.settings, Settings()
+        unusual = [n for n in ("weight_decay", "scale", "lora_alpha", "amp") if getattr(s, n) != getattr(usual, n)]
+        causes = " or ".join(f"{name} {getattr(s, name)}" for name in ("lr", *unusual))
+        if len(bad) and not tensors:  # as in the first step: what goes in
+            causes += ", or the images or the backbone's weights"
+        raise FloatingPointError(f"{what}; the cause may be {causes}")
 
     def features(self, images: View, model: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Features float32 [n, D] of n images, by the test transform.

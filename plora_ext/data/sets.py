@@ -75,6 +75,7 @@ class Images:
         train_images, test_images: uint8 [N, H, W, 3], or files.
         train_labels, test_labels: int64 [N], from 0.
         class_names: A name for each label, where there are names.
+        source: What the setting `data` named, where it did.
     """
 
     train_images: np.ndarray | ImageFiles
@@ -82,6 +83,7 @@ class Images:
     test_images: np.ndarray | ImageFiles
     test_labels: np.ndarray
     class_names: list[str] | None = None
+    source: str | None = None
 
     def digest(self) -> str:
         """A fingerprint of labels and images (of files: their names and sizes), 16 hexadecimal digits."""

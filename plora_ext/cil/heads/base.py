@@ -34,7 +34,7 @@ class Head(ABC):
         """Logits [n, C] of features [n, D]."""
 
     def state(self) -> dict[str, Any]:
-        """Everything it has learned, tensors by name."""
+        """Everything it has learned, tensors by name; a checkpoint writes an entry again only when it has changed."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ class CovarianceHead(Head):
     """A head that keeps a covariance for each class: D^2 numbers a class.
 
     Where the alignment of prototypes has a linear drift map R, covariances follow it: S_c becomes
-    (I + R)' S_c (I + R).
+    (I + R)' S_c (I + R). Elsewhere they stay as they are, and so does a task's entry in the checkpoint.
 
     Attributes:
         covariances: float32 [C, D, D], of the samples around their class mean.
@@ -55,6 +55,7 @@ class CovarianceHead(Head):
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__(settings, device)
         self.covariances = torch.empty(0)
+        self._classes: list[int] = []  # of each task
 
     def take_in(self, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
         """Moves the old covariances into the new space and adds those of the task's classes."""
@@ -64,6 +65,17 @@ class CovarianceHead(Head):
             old = torch.stack([(moved.T @ c.double() @ moved).float() for c in old])
         new = torch.stack([_covariance(after[labels == c]) for c in range(int(labels.max()) + 1)])
         self.covariances = torch.cat([old, new]) if len(old) else new
+        self._classes.append(len(new))
+
+    def state(self) -> dict[str, Any]:
+        state = {name: value for name, value in super().state().items() if name != "covariances"}
+        return state | {f"covariances:{t}": part for t, part in enumerate(self.covariances.split(self._classes))}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        tasks = [name for name in state if name.partition(":")[0] == "covariances"]
+        super().restore({name: value for name, value in state.items() if name not in tasks})
+        parts = [state[name] for name in sorted(tasks, key=lambda name: int(name.partition(":")[2] or 0))]
+        self.covariances, self._classes = torch.cat(parts), [len(part) for part in parts]
 
 
 def _covariance(features: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ is FeCAM's (NeurIPS 2023). Here means and covariances follow the drift of the fu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,9 +51,10 @@ class Gaussian(CovarianceHead):
         distances = [((features.float() - mean) @ whiten.T).square().sum(1) for mean, whiten in centred]
         return self.offsets - torch.stack(distances, 1) / 2
 
-    def state(self) -> dict[str, Tensor]:
-        return {"covariances": self.covariances, "means": self.means}
+    def state(self) -> dict[str, Any]:
+        derived = ("whitening", "offsets")
+        return {name: value for name, value in super().state().items() if name not in derived}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         self._factorise()

@@ -56,8 +56,14 @@ class RanPAC(Head):
         self.solution = _solve(self.gram, self.target, best_ridge(hidden, new, generator))
 
     def _move(self, before: Tensor, after: Tensor) -> None:
-        """G and Q under the drift map, written out so that no product is larger than [M, n] by [n, M]."""
+        """G and Q under the drift map, by whichever is smaller, n or M."""
         ridge = self.settings.ridge * before.double().square().sum(0).mean()
+        if len(before) > before.shape[1]:  # R = (H' H + m I)^-1 H' (K - H), the same
+            move = solve_ridge((before.T @ before).double(), (before.T @ (after - before)).double(), ridge).float()
+            move.diagonal().add_(1)
+            self.gram, self.target = move.T @ self.gram @ move, move.T @ self.target
+            return
+        # Written out so that no product is larger than [M, n] by [n, M].
         drift = solve_ridge((before @ before.T).double(), (after - before).double(), ridge).float()  # R = before' drift
         across = before @ self.gram
         twice = across.T @ drift
@@ -72,21 +78,34 @@ class RanPAC(Head):
 
 
 def best_ridge(hidden: Tensor, targets: Tensor, generator: torch.Generator) -> float:
-    """The ridge of RIDGES with the least squared error on a random fifth of the rows, fitted to the others.
-
-    In the dual form (hidden = H [n, M]): one eigendecomposition of H H' serves all of them.
-    """
+    """The ridge of RIDGES with the least squared error on a random fifth of the rows, fitted to the others."""
     order = torch.randperm(len(hidden), generator=generator).to(hidden.device)
     held_out, fitted = order[: max(len(order) // 5, 1)], order[max(len(order) // 5, 1) :]
     if not len(fitted):
         return 1.0
-    kernel = (hidden[fitted] @ hidden[fitted].T).double()
-    values, vectors = torch.linalg.eigh(kernel)
-    across = (hidden[held_out] @ hidden[fitted].T).double() @ vectors
-    right = vectors.T @ targets[fitted].double()
+    values, across, right = spectrum(hidden[fitted], hidden[held_out], targets[fitted])
     wanted = targets[held_out].double()
-    errors = [(across / (values.clamp_min(0) + ridge) @ right - wanted).square().mean().item() for ridge in RIDGES]
+    errors = [(across / (values + ridge) @ right - wanted).square().mean().item() for ridge in RIDGES]
     return RIDGES[errors.index(min(errors))]
+
+
+def spectrum(fitted: Tensor, others: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """v, X and Y, float64, with X / (v + l) Y = F (H' H + l I)^-1 H' T for every ridge l: one eigendecomposition.
+
+    Of H' H [M, M], or of H H' [n, n] where that is smaller: it takes the cube of its size.
+
+    Args:
+        fitted: H [n, M].
+        others: F [k, M].
+        targets: T [n, C].
+    """
+    targets = targets.to(fitted.dtype)
+    if len(fitted) > fitted.shape[1]:
+        gram, across, right = fitted.T @ fitted, others, fitted.T @ targets
+    else:
+        gram, across, right = fitted @ fitted.T, others @ fitted.T, targets
+    values, vectors = torch.linalg.eigh(gram.double())
+    return values.clamp_min(0), across.double() @ vectors, vectors.T @ right.double()
 
 
 def _solve(gram: Tensor, target: Tensor, ridge: float) -> Tensor:
