@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -98,6 +98,139 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_one_adapter(shape: tuple[int, ...], counted: dict[str, int], way: str) -> None:
     same(*both(net(), lambda model: model(images(*shape))))
     assert counted[way] == sum(counted.values()) == 2
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 24), (0, 5, 24), (0, 3, 5, 24), (0, 24), (2, 0, 0, 24), (24,), (1, 1, 24)])
+@pytest.mark.parametrize("names", [["one"], ["one", "three"]])
+def test_empty_and_one_dimensional_inputs(shape: tuple[int, ...], names: list[str], counted: dict[str, int]) -> None:
+    model = net()
+    model.base_model.set_adapter(names)
+    same(*both(model, lambda m: m(images(*shape))))
+    assert sum(counted.values()) == 2
+    if len(shape) > 1:
+        mixed = ["two", "one", "__base__"][: shape[0]] if shape[0] else []
+        same(*both(model, lambda m: m(images(*shape), adapter_names=mixed)))
+
+
+@pytest.mark.parametrize("width, out", [(0, 3), (3, 0), (0, 0)])
+@pytest.mark.parametrize("shape", [(2, 4), (4,), (5, 0), ()])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_inputs_or_outputs(width: int, out: int, shape: tuple[int, ...]) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(width, out)), config)
+    same(*both(model, lambda m: m(images(*shape, width))))
+
+
+def test_inputs_that_are_not_contiguous() -> None:
+    whole = images(24, 12, 5)
+    for x in (whole.permute(1, 2, 0), whole[:, ::2].permute(1, 2, 0), whole[:, :1, 0].T.expand(6, 24), whole.T[..., :]):
+        same(*both(net(), lambda m: m(x)))  # noqa: B023
+        if len(x) == 6:
+            same(*both(net(), lambda m: m(x, adapter_names=MIXED)))  # noqa: B023
+
+
+def test_wrong_inputs_get_peft_s_own_errors() -> None:
+    for x in (images(3, 23), torch.tensor(1.0), images(24).to("meta"), images(3, 24).double()):
+        messages = []
+        for patched in (False, True):
+            with integration.patch() as patch:
+                if not patched:
+                    patch.restore()
+                try:
+                    messages.append(str(net()(x).shape))
+                except RuntimeError as error:
+                    messages.append(str(error))
+        assert messages[0] == messages[1]
+
+
+class Wrapped(torch.Tensor):
+    """A weight of a class of its own, as quantized ones are: known to `F.linear` alone, which notes its inputs."""
+
+    seen: ClassVar[list[tuple[int, ...]]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [a.as_subclass(Tensor) if isinstance(a, Wrapped) else a for a in args]
+        if func is nn.functional.linear:
+            cls.seen.append(tuple(plain[0].shape))
+        elif func.__name__ not in ("__get__", "dim", "size", "as_subclass"):
+            raise NotImplementedError(f"a wrapped weight knows no {func}")
+        return func(*plain, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("names", [None, MIXED, ["two"] * 6])
+def test_a_frozen_layer_of_another_kind_is_called_as_peft_calls_it(names: list[str] | None) -> None:
+    keywords = {} if names is None else {"adapter_names": names}
+
+    def call(model: Any) -> Tensor:
+        base = model.base_model.model[0].base_layer
+        base._parameters["weight"] = base.weight.data.as_subclass(Wrapped)
+        y: Tensor = model(images(6, 5, 24), **keywords)
+        return y
+
+    Wrapped.seen.clear()
+    same(*both(net(), call))
+    assert Wrapped.seen == [(6, 5, 24)] * 2
+
+
+@pytest.mark.parametrize("names", [None, MIXED])
+@pytest.mark.parametrize("hook", ["wider", "narrower", "of another class", "broadcast"])
+def test_what_hooks_make_of_the_frozen_layer_s_output(hook: str, names: list[str] | None) -> None:
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "wider": lambda y: y.double(),
+        "narrower": lambda y: y.bfloat16(),
+        "of another class": lambda y: y.as_subclass(Noted),
+        "broadcast": lambda y: y[:, :1],
+    }
+    if hook == "broadcast" and names:
+        pytest.skip("PEFT writes into the rows that are there")
+    keywords = {} if names is None else {"adapter_names": names}
+
+    def call(model: Any) -> Tensor:
+        model.base_model.model[2].base_layer.register_forward_hook(lambda module, inputs, y: changes[hook](y))
+        y: Tensor = model(images(6, 5, 24), **keywords)
+        assert isinstance(y, Noted) == (hook == "of another class")
+        return y.as_subclass(Tensor)
+
+    same(*both(net(), call), 0.02 if hook == "narrower" else 1e-5)
+
+
+class Noted(torch.Tensor):
+    """A tensor of a class of its own that does all that tensors do."""
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_inputs_are_peft_s(counted: dict[str, int]) -> None:
+    x = torch.nested.nested_tensor([images(3, 24), images(5, 24)])
+    model = net()
+    with torch.no_grad():
+        theirs = model(x)
+        with integration.patch():
+            ours = model(x)
+    assert not sum(counted.values())
+    for a, b in zip(theirs.unbind(), ours.unbind(), strict=True):
+        torch.testing.assert_close(b, a)
+
+
+def test_a_sparse_frozen_weight() -> None:
+    def call(model: Any) -> Tensor:
+        base = model.base_model.model[0].base_layer
+        base._parameters["weight"] = nn.Parameter(base.weight.data.to_sparse_csr(), requires_grad=False)
+        y: Tensor = model(images(6, 24))
+        return y
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR")
+        same(*both(net(), call))
+
+
+def test_a_scale_that_is_a_tensor_is_peft_s(counted: dict[str, int]) -> None:
+    model = net(target_modules=["0"])
+    model.base_model.model[0].scaling["one"] = nn.Parameter(torch.tensor(2.0))
+    with integration.patch():
+        assert "no number" in integration.report(model).left["base_model.model.0"]
+        model(images(3, 24)).sum().backward()
+    assert model.base_model.model[0].scaling["one"].grad is not None and not sum(counted.values())
 
 
 @pytest.mark.parametrize("train", [False, True])
