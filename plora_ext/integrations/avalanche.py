@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from plora_ext.integrations._patch import require
-from plora_ext.integrations._plora import UNSEEN, PLoRANet
+from plora_ext.integrations._plora import UNSEEN, PLoRANet, hold_statistics
 from plora_ext.nn import CosineHead, PrototypeBank
 
 _HOW = 'pip install "plora_ext[integrations]"'
@@ -109,6 +109,8 @@ class PrototypeClassifier(_models.DynamicModule):
 class PrototypePlugin(_core.SupervisedPlugin):
     """After each experience, adds its data to a `PrototypeClassifier`.
 
+    An extractor without a parameter that trains keeps its running statistics too, in training mode as well.
+
     Args:
         extractor: maps images to features; part of the strategy's model.
         classifier: the classifier to update.
@@ -118,6 +120,10 @@ class PrototypePlugin(_core.SupervisedPlugin):
     def __init__(self, extractor: nn.Module, classifier: PrototypeClassifier, batch_size: int | None = None) -> None:
         super().__init__()
         self.extractor, self.classifier, self.batch_size = extractor, classifier, batch_size
+
+    def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        if not any(parameter.requires_grad for parameter in self.extractor.parameters()):
+            hold_statistics(self.extractor)
 
     @torch.no_grad()
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
