@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from plora_ext import ops
+from plora_ext.integrations import _layers
 from plora_ext.integrations import peft as integration
 
 peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'plora_ext[integrations]'")
@@ -477,3 +479,106 @@ def test_a_version_without_a_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         integration.unpatch()
+
+
+@pytest.mark.parametrize(
+    "version, warns", [("0.11.1", 1), ("0.12.0", 0), ("0.21.9", 0), ("0.22.0.dev0", 1), ("1.0", 1)]
+)
+def test_a_version_that_was_not_tested(version: str, warns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft, "__version__", version)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with integration.patch(), integration.patch():
+            pass
+    assert len(caught) == warns
+    for warning in caught:
+        assert f"tested with peft 0.12 to 0.21, this is {version}" in str(warning.message)
+        assert warning.filename == __file__
+
+
+def test_a_version_whose_functions_take_other_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, x: Tensor, scale: float, *args: Any, **kwargs: Any) -> Tensor:
+        return x
+
+    def hooks(self: Any, names: Any, **kwargs: Any) -> Any:
+        return None
+
+    theirs = lora.Linear.forward
+    with monkeypatch.context() as patched:
+        patched.setattr(lora.Linear, "forward", forward)
+        message = r"\(self, x, scale, \*args, \*\*kwargs\) here, .* for \(self, x, \*args, \*\*kwargs\).*0\.12 to 0\.21"
+        with pytest.raises(TypeError, match=f"forward takes {message}"):
+            integration.patch()
+    monkeypatch.setattr(lora.LoraModel, "_enable_peft_forward_hooks", hooks)
+    with pytest.raises(TypeError, match="_enable_peft_forward_hooks takes"):
+        integration.patch()
+    assert lora.Linear.forward is theirs  # nothing is half patched
+    monkeypatch.undo()
+    with integration.patch() as patch:
+        assert len(patch.report.replaced) == 2
+
+
+def test_unpatching_below_somebody_else_s_patch() -> None:
+    theirs = lora.Linear.forward, lora.LoraModel._enable_peft_forward_hooks
+    model, x = net(), images(6, 24)
+    expected = model(x)
+    integration.patch()
+    ours = lora.Linear.forward
+
+    def doubled(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * ours(self, x, *args, **kwargs)
+
+    lora.Linear.forward = doubled
+    twice = model(x)
+    assert (twice - expected).abs().max() > 0.1
+    with pytest.warns(UserWarning, match=r"Linear\.forward was replaced again after peft .* undo that first") as caught:
+        integration.unpatch()
+    assert len(caught) == 1 and lora.Linear.forward is doubled and torch.equal(model(x), twice)
+    assert lora.LoraModel._enable_peft_forward_hooks is not theirs[1]  # all or nothing
+    lora.Linear.forward = ours
+    integration.unpatch()
+    assert (lora.Linear.forward, lora.LoraModel._enable_peft_forward_hooks) == theirs
+    assert torch.equal(model(x), expected)
+
+
+def test_values_of_a_captured_graph_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing, made = [False], []
+    monkeypatch.setattr(_layers, "_is_capturing", lambda device: capturing[0])
+
+    @_layers.kept_on_device
+    def squares(n: int, device: torch.device) -> Tensor:
+        made.append(n)
+        return torch.arange(n, device=device) ** 2
+
+    cpu = torch.device("cpu")
+    first = squares(3, cpu)
+    assert first.tolist() == [0, 1, 4] and squares(3, cpu) is first and made == [3]
+    capturing[0] = True
+    assert squares(3, cpu) is first
+    with pytest.raises(RuntimeError, match=r"squares\(4,\) is not on cpu yet.*call the model once"):
+        squares(4, cpu)
+    capturing[0] = False
+    address = first.data_ptr()
+    del first
+    for n in range(10, 5010):  # more than are remembered
+        squares(n % 4500 + 5, cpu)
+    assert made.count(3) == 1
+    kept = [t for t in gc.get_objects() if type(t) is Tensor and t.data_ptr() == address]
+    assert len(kept) == 1 and kept[0].tolist() == [0, 1, 4]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("names", [None, MIXED])
+def test_a_captured_graph(names: list[str] | None) -> None:
+    model, keywords = net().cuda(), {} if names is None else {"adapter_names": names}
+    x = images(6, 24).cuda()
+    with torch.no_grad(), integration.patch():
+        graph = torch.cuda.CUDAGraph()
+        model(x, **keywords)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y = model(x, **keywords)
+        x.copy_(images(6, 24).flip(0))
+        graph.replay()
+        torch.testing.assert_close(y, model(x, **keywords))

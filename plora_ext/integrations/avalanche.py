@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from plora_ext.integrations._patch import require
+from plora_ext.integrations._patch import check_version, require
 from plora_ext.integrations._plora import UNSEEN, PLoRANet, hold_statistics
 from plora_ext.nn import CosineHead, PrototypeBank
 
 _HOW = 'pip install "plora_ext[integrations]"'
 _models: Any = require("avalanche.models", _HOW)
 _core: Any = require("avalanche.core", _HOW)
+TESTED = "0.6", "0.6"  # the oldest and the newest version
+check_version("Avalanche", require("avalanche", _HOW).__version__, *TESTED, stacklevel=2)
 
 __all__ = ["PLoRAModule", "PLoRAPlugin", "PrototypeClassifier", "PrototypePlugin"]
 

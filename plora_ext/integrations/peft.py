@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from plora_ext import ops
 from plora_ext.integrations import _patch
-from plora_ext.integrations._layers import constant, is_called_plainly, stack
+from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_device, stack
 from plora_ext.integrations._patch import Patch, Report
 from plora_ext.ops._register import is_plain, run_one
 
@@ -28,6 +27,7 @@ __all__ = ["patch", "report", "unpatch"]
 
 _LINEAR = "peft.tuners.lora.layer:Linear.forward"
 _BASE = "__base__"
+TESTED = "0.12", "0.21"  # the oldest and the newest version
 
 
 def patch(train_mixed_batches: bool = True) -> Patch:
@@ -45,11 +45,16 @@ def patch(train_mixed_batches: bool = True) -> Patch:
 
     Raises:
         ImportError: PEFT is not installed.
+        TypeError: this version's functions take other arguments; nothing is patched then.
+
+    Warns:
+        UserWarning: this version was not tested, or lacks a function.
     """
     host = _patch.require("peft", 'pip install "plora_ext[integrations]"')
 
     def build(patch: Patch) -> None:
-        patch.report.host = f"peft {host.__version__}"
+        patch.report.host = f"peft {host.__version__}, tested: {TESTED[0]} to {TESTED[1]}"
+        _patch.check_version("peft", host.__version__, *TESTED, stacklevel=4)
         patch.replace(_LINEAR, _make_forward)
         if train_mixed_batches:
             patch.replace("peft.tuners.lora.model:LoraModel._enable_peft_forward_hooks", _make_hooks)
@@ -238,10 +243,9 @@ def _each(
     return y
 
 
-@lru_cache(maxsize=256)
+@kept_on_device
 def _samples_of(name: str, adapter_names: tuple[str, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=device)
+    return torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=device)
 
 
 def _drops(dropout: nn.Module) -> bool:
@@ -329,11 +333,10 @@ def _biases(layer: Any, names: Sequence[str]) -> Tensor | None:
     return torch.stack([torch.zeros_like(given) if bias is None else bias for bias in biases])
 
 
-@lru_cache(maxsize=256)
+@kept_on_device
 def _ids(adapter_names: tuple[str, ...], names: tuple[str, ...], device: torch.device) -> ops.AdapterBatch:
     index = {name: i for i, name in enumerate(names)}  # others, such as __base__, take the frozen layer alone
-    with torch.inference_mode(False):
-        return ops.AdapterBatch([index.get(name, -1) for name in adapter_names], len(names), device)
+    return ops.AdapterBatch([index.get(name, -1) for name in adapter_names], len(names), device)
 
 
 def _make_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
