@@ -22,15 +22,20 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # where PEFT keeps the model
 _KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 
-# Fields of PEFT's configuration under which lora_A, lora_B and alpha are not the whole adapter, with the values
-# under which they are. Absent or null is always right.
+# Fields of PEFT's configuration that are read, or that leave the function what lora_A, lora_B and alpha make of it.
+_READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_HARMLESS = (
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
+    "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "target_modules", "task_type", "velora_config",
+)  # fmt: skip
+# Those with a value under which lora_A, lora_B and alpha are the whole adapter. Any other field must be null, false
+# or empty: what a later PEFT may add is not known.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others change the base weights too
-    **dict.fromkeys(("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out"), (False,)),
-    **dict.fromkeys(("modules_to_save", "layer_replication", "alora_invocation_tokens", "target_parameters"), ([],)),
-    **dict.fromkeys(("trainable_token_indices", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora"), ()),
 }
 
 
@@ -72,8 +77,8 @@ def save_adapter(adapters: Adapters, folder: str | os.PathLike[str], name: str) 
         "lora_alpha": alpha,
         "lora_dropout": first.lora_dropout,
         "target_modules": _exact_targets(adapters),
-        "rank_pattern": {key: rank for key, rank in ranks.items() if rank != r},
-        "alpha_pattern": {key: value for key, value in alphas.items() if value != alpha},
+        "rank_pattern": {_only(key): rank for key, rank in ranks.items() if rank != r},
+        "alpha_pattern": {_only(key): value for key, value in alphas.items() if value != alpha},
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -88,7 +93,8 @@ def load_adapter(adapters: Adapters, folder: str | os.PathLike[str], name: str) 
     """Read an adapter that `save_adapter` or PEFT wrote, bit for bit, as a new adapter, frozen and not active.
 
     The file must cover exactly the layers that were injected. Where those have row slices, the file must hold a
-    block-wise adapter of them. Factors take the dtype of the base weights.
+    block-wise adapter of them. Factors take the dtype that new adapters have. Where several expressions of a pattern
+    match a layer, the first one counts, as it does to PEFT.
 
     Args:
         adapters: handle on the model; nothing changes in it if anything is wrong.
@@ -111,7 +117,7 @@ def load_adapter(adapters: Adapters, folder: str | os.PathLike[str], name: str) 
         lora_A, lora_B = factors[key]
         r = _of_pattern(config, "rank_pattern", key, config["r"])
         alpha = _of_pattern(config, "alpha_pattern", key, config["lora_alpha"])
-        if not isinstance(alpha, int | float):
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise ValueError(f"{config_path}: lora_alpha must be a number, got {alpha!r} for {key}")
         if config.get("use_rslora"):
             alpha *= math.sqrt(r)  # its scale is alpha / sqrt(r)
@@ -132,10 +138,18 @@ def load_adapter(adapters: Adapters, folder: str | os.PathLike[str], name: str) 
 def _exact_targets(adapters: Adapters) -> list[str] | str:
     """`target_modules` that PEFT matches to the adapted layers and nothing else."""
     ours = list(adapters.layers)
-    names = [name for name, _ in adapters.model.named_modules() if not name.endswith(".base_layer")]
-    if any(name.endswith("." + key) for name in names if name not in adapters.layers for key in ours):
+    others = {name for name, _ in adapters.model.named_modules()} - {*ours, *(f"{key}.base_layer" for key in ours)}
+    if any(name.endswith("." + key) for name in others for key in ours):
         return "|".join(re.escape(key) for key in ours)  # a suffix would match more: the full names, as an expression
     return ours
+
+
+def _only(key: str) -> str:
+    r"""An expression in a pattern that is this layer to every PEFT, and no other.
+
+    PEFT matches `.*\.KEY$` up to 0.14 and `(.*\.)?(KEY)$` since; `^` alone would match nothing to the former.
+    """
+    return rf"(?!)|^{re.escape(key)}"
 
 
 def _write_pair(folder: Path, config: bytes, weights: bytes) -> None:
@@ -166,10 +180,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} lacks {missing}: it is not the configuration of a LoRA adapter")
     odd = {
-        key: config[key] for key, plain in _PLAIN.items() if config.get(key) is not None and config[key] not in plain
+        key: value
+        for key, value in config.items()
+        if key not in _READ and key not in _HARMLESS and value and value not in _PLAIN.get(key, ())
     }
     if odd:
-        raise ValueError(f"{path} asks for more than plain LoRA on linear layers: {odd} is not supported")
+        raise ValueError(
+            f"{path} asks for more than plain LoRA on linear layers: {odd} is not supported; delete from the file what "
+            "changes nothing"
+        )
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        for expression in config.get(pattern) or {}:
+            try:
+                re.compile(_as_peft_reads(expression))
+            except re.error as error:
+                raise ValueError(f"{path}: {pattern} has {expression!r}, no regular expression: {error}") from None
     return config
 
 
@@ -180,8 +205,9 @@ def _read_factors(path: Path, adapters: Adapters) -> dict[str, tuple[Tensor, Ten
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
     found: dict[tuple[str, str], Tensor] = {}
     unexpected = []
+    prefix = PREFIX if all(key.startswith(PREFIX) for key in tensors) else ""
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key.removeprefix(PREFIX))
+        match = _KEY.fullmatch(key.removeprefix(prefix))
         if match is None or match["layer"] not in adapters.layers:
             unexpected.append(f"{key} {list(tensor.shape)}")
         else:
@@ -201,11 +227,13 @@ def _some(keys: list[str]) -> str:
 
 
 def _of_pattern(config: dict[str, Any], pattern: str, key: str, default: Any) -> Any:
-    """PEFT's rule: the first expression of the pattern that matches the end of the module's name."""
-    for expression, value in (config.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({expression})$", key):
-            return value
-    return default
+    """PEFT's rule (since 0.15): the first expression that matches the end of the module's name, or else its name."""
+    given = config.get(pattern) or {}
+    return next((v for e, v in given.items() if re.match(_as_peft_reads(e), key)), given.get(key, default))
+
+
+def _as_peft_reads(expression: str) -> str:
+    return rf"(.*\.)?({expression})$"
 
 
 def _into_slices(

@@ -144,6 +144,26 @@ def test_prototype_classifier() -> None:
     torch.testing.assert_close(fresh(features), classifier(features)[:, :known])
 
 
+def test_frozen_extractors_keep_their_running_statistics() -> None:
+    scenario = benchmark()
+    for train in (False, True):
+        norm = nn.BatchNorm2d(1)
+        backbone = nn.Sequential(norm, Backbone()).requires_grad_(train)
+        classifier = integration.PrototypeClassifier(24)
+        model = nn.Sequential(backbone, classifier)
+        model.register_parameter("scale", nn.Parameter(torch.ones(())))  # something for the optimizer
+        run = strategy(model, [integration.PrototypePlugin(backbone, classifier)])
+        run._criterion = lambda logits, labels, model=model: logits.sum() * model.scale
+        run.train(scenario.train_stream[0])
+        assert bool(norm.running_mean.abs().sum()) is train  # type: ignore[union-attr]
+    norm = nn.BatchNorm2d(1)
+    module = integration.PLoRAModule(
+        nn.Sequential(norm, Backbone()), target_modules=["fc1", "fc2"], r=4, num_features=24
+    )
+    strategy(module, [integration.PLoRAPlugin()]).train(scenario.train_stream[0])
+    assert torch.equal(norm.running_mean, torch.zeros(1))  # type: ignore[arg-type]
+
+
 def test_the_plugin_needs_its_module() -> None:
     run = strategy(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), [integration.PLoRAPlugin()])
     with pytest.raises(TypeError, match="PLoRAModule"):

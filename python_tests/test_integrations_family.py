@@ -1,4 +1,4 @@
-"""InfLoRA, SD-LoRA and CL-LoRA from real checkouts: their LoRA layers with and without the patch.
+"""InfLoRA, SD-LoRA and CL-LoRA, real checkouts or stand-ins: their LoRA layers with and without the patch.
 
 Each in a process of its own, since their modules have the same names. They move things to the GPU by name, which is
 made to do nothing here.
@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -108,9 +109,7 @@ CODE = {
 
 @pytest.mark.parametrize("host", CODE)
 def test_layers(host: str) -> None:
-    folder = os.environ.get(f"PLORA_{host}")
-    if not folder:
-        pytest.skip(f"set PLORA_{host} to a checkout")
+    folder = os.environ.get(f"PLORA_{host}") or str(Path(__file__).parent / "hosts" / host.lower())
     program = START.replace("FOLDER", repr(folder)) + textwrap.dedent(CODE[host]) + END
     command = [sys.executable, "-W", "ignore", "-c", program]
     result = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=folder)
@@ -119,3 +118,46 @@ def test_layers(host: str) -> None:
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
     if host == "CLLORA":  # 3 x 4 blocks, and 4 of the frozen backbone; shared: 2 + 3 x 2
         assert [line for line in result.stdout.splitlines() if line.isdigit()] == ["28", "20"]
+
+
+OTHERS = {
+    "other": (
+        "class _LoRA_qkv: pass",
+        "ImportError: this is not WuYichen-97/SD-Lora-CL 8bacded (as tested), nothing of it",
+    ),
+    "newer": (
+        """
+        class _LoRA_qkv_timm_train:
+            def forward(self, x, task): return x
+        """,
+        "TypeError: backbone.lora:_LoRA_qkv_timm_train.forward takes (self, x, task) here, and what would replace it "
+        "was written for (self, x): use a version that this package is tested with (WuYichen-97/SD-Lora-CL 8bacded",
+    ),
+    "broken": ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_modules_of_the_same_name_that_are_others(case: str, tmp_path: Path) -> None:
+    source, message = OTHERS[case]
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "lora.py").write_text(textwrap.dedent(source))
+    program = """
+        import sys
+        from plora_ext.integrations import pilot
+        names = set(sys.modules)
+        try:
+            pilot.patch()
+        except (ImportError, TypeError) as error:
+            print(f"{type(error).__name__}: {error}")
+        assert not [name for name in set(sys.modules) - names if name.startswith("timm.models.layers.")]
+        with_names = pilot._old_timm_names()
+        assert sys.modules["timm.models.layers.helpers"] is sys.modules["timm.layers.helpers"]
+        with_names()
+        assert "timm.models.layers.helpers" not in sys.modules
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert message in result.stdout and result.stdout.count("\n") == 1

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from plora_ext import ops
+from plora_ext.integrations import _layers
 from plora_ext.integrations import peft as integration
 
 peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'plora_ext[integrations]'")
@@ -98,6 +100,139 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_one_adapter(shape: tuple[int, ...], counted: dict[str, int], way: str) -> None:
     same(*both(net(), lambda model: model(images(*shape))))
     assert counted[way] == sum(counted.values()) == 2
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 24), (0, 5, 24), (0, 3, 5, 24), (0, 24), (2, 0, 0, 24), (24,), (1, 1, 24)])
+@pytest.mark.parametrize("names", [["one"], ["one", "three"]])
+def test_empty_and_one_dimensional_inputs(shape: tuple[int, ...], names: list[str], counted: dict[str, int]) -> None:
+    model = net()
+    model.base_model.set_adapter(names)
+    same(*both(model, lambda m: m(images(*shape))))
+    assert sum(counted.values()) == 2
+    if len(shape) > 1:
+        mixed = ["two", "one", "__base__"][: shape[0]] if shape[0] else []
+        same(*both(model, lambda m: m(images(*shape), adapter_names=mixed)))
+
+
+@pytest.mark.parametrize("width, out", [(0, 3), (3, 0), (0, 0)])
+@pytest.mark.parametrize("shape", [(2, 4), (4,), (5, 0), ()])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_inputs_or_outputs(width: int, out: int, shape: tuple[int, ...]) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(width, out)), config)
+    same(*both(model, lambda m: m(images(*shape, width))))
+
+
+def test_inputs_that_are_not_contiguous() -> None:
+    whole = images(24, 12, 5)
+    for x in (whole.permute(1, 2, 0), whole[:, ::2].permute(1, 2, 0), whole[:, :1, 0].T.expand(6, 24), whole.T[..., :]):
+        same(*both(net(), lambda m: m(x)))  # noqa: B023
+        if len(x) == 6:
+            same(*both(net(), lambda m: m(x, adapter_names=MIXED)))  # noqa: B023
+
+
+def test_wrong_inputs_get_peft_s_own_errors() -> None:
+    for x in (images(3, 23), torch.tensor(1.0), images(24).to("meta"), images(3, 24).double()):
+        messages = []
+        for patched in (False, True):
+            with integration.patch() as patch:
+                if not patched:
+                    patch.restore()
+                try:
+                    messages.append(str(net()(x).shape))
+                except RuntimeError as error:
+                    messages.append(str(error))
+        assert messages[0] == messages[1]
+
+
+class Wrapped(torch.Tensor):
+    """A weight of a class of its own, as quantized ones are: known to `F.linear` alone, which notes its inputs."""
+
+    seen: ClassVar[list[tuple[int, ...]]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [a.as_subclass(Tensor) if isinstance(a, Wrapped) else a for a in args]
+        if func is nn.functional.linear:
+            cls.seen.append(tuple(plain[0].shape))
+        elif func.__name__ not in ("__get__", "dim", "size", "as_subclass"):
+            raise NotImplementedError(f"a wrapped weight knows no {func}")
+        return func(*plain, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("names", [None, MIXED, ["two"] * 6])
+def test_a_frozen_layer_of_another_kind_is_called_as_peft_calls_it(names: list[str] | None) -> None:
+    keywords = {} if names is None else {"adapter_names": names}
+
+    def call(model: Any) -> Tensor:
+        base = model.base_model.model[0].base_layer
+        base._parameters["weight"] = base.weight.data.as_subclass(Wrapped)
+        y: Tensor = model(images(6, 5, 24), **keywords)
+        return y
+
+    Wrapped.seen.clear()
+    same(*both(net(), call))
+    assert Wrapped.seen == [(6, 5, 24)] * 2
+
+
+@pytest.mark.parametrize("names", [None, MIXED])
+@pytest.mark.parametrize("hook", ["wider", "narrower", "of another class", "broadcast"])
+def test_what_hooks_make_of_the_frozen_layer_s_output(hook: str, names: list[str] | None) -> None:
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "wider": lambda y: y.double(),
+        "narrower": lambda y: y.bfloat16(),
+        "of another class": lambda y: y.as_subclass(Noted),
+        "broadcast": lambda y: y[:, :1],
+    }
+    if hook == "broadcast" and names:
+        pytest.skip("PEFT writes into the rows that are there")
+    keywords = {} if names is None else {"adapter_names": names}
+
+    def call(model: Any) -> Tensor:
+        model.base_model.model[2].base_layer.register_forward_hook(lambda module, inputs, y: changes[hook](y))
+        y: Tensor = model(images(6, 5, 24), **keywords)
+        assert isinstance(y, Noted) == (hook == "of another class")
+        return y.as_subclass(Tensor)
+
+    same(*both(net(), call), 0.02 if hook == "narrower" else 1e-5)
+
+
+class Noted(torch.Tensor):
+    """A tensor of a class of its own that does all that tensors do."""
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_inputs_are_peft_s(counted: dict[str, int]) -> None:
+    x = torch.nested.nested_tensor([images(3, 24), images(5, 24)])
+    model = net()
+    with torch.no_grad():
+        theirs = model(x)
+        with integration.patch():
+            ours = model(x)
+    assert not sum(counted.values())
+    for a, b in zip(theirs.unbind(), ours.unbind(), strict=True):
+        torch.testing.assert_close(b, a)
+
+
+def test_a_sparse_frozen_weight() -> None:
+    def call(model: Any) -> Tensor:
+        base = model.base_model.model[0].base_layer
+        base._parameters["weight"] = nn.Parameter(base.weight.data.to_sparse_csr(), requires_grad=False)
+        y: Tensor = model(images(6, 24))
+        return y
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR")
+        same(*both(net(), call))
+
+
+def test_a_scale_that_is_a_tensor_is_peft_s(counted: dict[str, int]) -> None:
+    model = net(target_modules=["0"])
+    model.base_model.model[0].scaling["one"] = nn.Parameter(torch.tensor(2.0))
+    with integration.patch():
+        assert "no number" in integration.report(model).left["base_model.model.0"]
+        model(images(3, 24)).sum().backward()
+    assert model.base_model.model[0].scaling["one"].grad is not None and not sum(counted.values())
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -344,3 +479,106 @@ def test_a_version_without_a_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         integration.unpatch()
+
+
+@pytest.mark.parametrize(
+    "version, warns", [("0.11.1", 1), ("0.12.0", 0), ("0.21.9", 0), ("0.22.0.dev0", 1), ("1.0", 1)]
+)
+def test_a_version_that_was_not_tested(version: str, warns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft, "__version__", version)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with integration.patch(), integration.patch():
+            pass
+    assert len(caught) == warns
+    for warning in caught:
+        assert f"tested with peft 0.12 to 0.21, this is {version}" in str(warning.message)
+        assert warning.filename == __file__
+
+
+def test_a_version_whose_functions_take_other_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, x: Tensor, scale: float, *args: Any, **kwargs: Any) -> Tensor:
+        return x
+
+    def hooks(self: Any, names: Any, **kwargs: Any) -> Any:
+        return None
+
+    theirs = lora.Linear.forward
+    with monkeypatch.context() as patched:
+        patched.setattr(lora.Linear, "forward", forward)
+        message = r"\(self, x, scale, \*args, \*\*kwargs\) here, .* for \(self, x, \*args, \*\*kwargs\).*0\.12 to 0\.21"
+        with pytest.raises(TypeError, match=f"forward takes {message}"):
+            integration.patch()
+    monkeypatch.setattr(lora.LoraModel, "_enable_peft_forward_hooks", hooks)
+    with pytest.raises(TypeError, match="_enable_peft_forward_hooks takes"):
+        integration.patch()
+    assert lora.Linear.forward is theirs  # nothing is half patched
+    monkeypatch.undo()
+    with integration.patch() as patch:
+        assert len(patch.report.replaced) == 2
+
+
+def test_unpatching_below_somebody_else_s_patch() -> None:
+    theirs = lora.Linear.forward, lora.LoraModel._enable_peft_forward_hooks
+    model, x = net(), images(6, 24)
+    expected = model(x)
+    integration.patch()
+    ours = lora.Linear.forward
+
+    def doubled(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * ours(self, x, *args, **kwargs)
+
+    lora.Linear.forward = doubled
+    twice = model(x)
+    assert (twice - expected).abs().max() > 0.1
+    with pytest.warns(UserWarning, match=r"Linear\.forward was replaced again after peft .* undo that first") as caught:
+        integration.unpatch()
+    assert len(caught) == 1 and lora.Linear.forward is doubled and torch.equal(model(x), twice)
+    assert lora.LoraModel._enable_peft_forward_hooks is not theirs[1]  # all or nothing
+    lora.Linear.forward = ours
+    integration.unpatch()
+    assert (lora.Linear.forward, lora.LoraModel._enable_peft_forward_hooks) == theirs
+    assert torch.equal(model(x), expected)
+
+
+def test_values_of_a_captured_graph_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing, made = [False], []
+    monkeypatch.setattr(_layers, "_is_capturing", lambda device: capturing[0])
+
+    @_layers.kept_on_device
+    def squares(n: int, device: torch.device) -> Tensor:
+        made.append(n)
+        return torch.arange(n, device=device) ** 2
+
+    cpu = torch.device("cpu")
+    first = squares(3, cpu)
+    assert first.tolist() == [0, 1, 4] and squares(3, cpu) is first and made == [3]
+    capturing[0] = True
+    assert squares(3, cpu) is first
+    with pytest.raises(RuntimeError, match=r"squares\(4,\) is not on cpu yet.*call the model once"):
+        squares(4, cpu)
+    capturing[0] = False
+    address = first.data_ptr()
+    del first
+    for n in range(10, 5010):  # more than are remembered
+        squares(n % 4500 + 5, cpu)
+    assert made.count(3) == 1
+    kept = [t for t in gc.get_objects() if type(t) is Tensor and t.data_ptr() == address]
+    assert len(kept) == 1 and kept[0].tolist() == [0, 1, 4]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("names", [None, MIXED])
+def test_a_captured_graph(names: list[str] | None) -> None:
+    model, keywords = net().cuda(), {} if names is None else {"adapter_names": names}
+    x = images(6, 24).cuda()
+    with torch.no_grad(), integration.patch():
+        graph = torch.cuda.CUDAGraph()
+        model(x, **keywords)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y = model(x, **keywords)
+        x.copy_(images(6, 24).flip(0))
+        graph.replay()
+        torch.testing.assert_close(y, model(x, **keywords))

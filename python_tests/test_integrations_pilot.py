@@ -158,6 +158,15 @@ def test_features_of_frozen_adapters_are_computed_once(monkeypatch: pytest.Monke
         learner._eval_cnn(learner.test_loader)
         assert sum(n * t for n, t in seen) == per_task * (task + 1)  # that adapter alone
         seen.clear()
+        with torch.no_grad():  # a change that neither a sum nor one with evenly growing weights shows
+            weight.view(-1)[:3] += torch.tensor([1.0, -2.0, 1.0])
+        learner._eval_cnn(learner.test_loader)
+        assert sum(n * t for n, t in seen) == per_task * (task + 1)
+        seen.clear()
+        learner._network.backbone.cur_adapter[0].scale *= 2
+        learner._eval_cnn(learner.test_loader)
+        assert sum(n * t for n, t in seen) == per_task * (task + 1)
+        seen.clear()
 
     with pilot.patch():
         seen = passes(monkeypatch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,151 @@ def test_names_that_end_like_others_are_told_apart(tmp_path: Path) -> None:
     assert len(peft.get_peft_model_state_dict(theirs)) == 2
 
 
+class Named(nn.Module):
+    """Linear layers [4, 4] of any names, dots included, one after the other."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        for name in names:
+            at: nn.Module = self
+            *parents, last = name.split(".")
+            for part in parents:
+                if part not in at._modules:
+                    at.add_module(part, nn.Module())
+                at = at._modules[part]  # type: ignore[assignment]
+            at.add_module(last, nn.Linear(4, 4))
+        self.names = names
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.names:
+            x = x + torch.tanh(self.get_submodule(name)(x))
+        return x
+
+
+NESTED = ["fc", "block.fc", "head.block.fc"]
+SPECIAL = ["h_0.fc", "h.0.fc", "a+b", "x.a+b", "aab", "n(1)[2]", "x.n(1)[2]", "a|b", "^c$", "d*", "e\\d", "e5"]
+
+
+@pytest.mark.parametrize("names", [NESTED, NESTED[::-1], [NESTED[1], NESTED[0], NESTED[2]], SPECIAL, SPECIAL[::-1]])
+@pytest.mark.parametrize("adapted", ["all", "but the last"])
+def test_every_layer_keeps_its_rank_and_alpha(names: list[str], adapted: str, tmp_path: Path) -> None:
+    """Names that end like others, and names that are other expressions: read by this package and by PEFT alike."""
+    peft = pytest.importorskip("peft")
+    ours = names if adapted == "all" else names[:-1]
+    targets = "|".join(map(re.escape, ours))
+    adapters = inject(Named(names), targets, r=1)
+    pairs = {n: (1 + i % 3, 2.0 + i) for i, n in enumerate(ours)}  # r, alpha
+    for name, layer in adapters.layers.items():
+        r, alpha = pairs[name]
+        layer.add_adapter("a", [(torch.randn(r, 4), torch.randn(4, r))], alpha)
+    adapters.set_adapter("a")
+    x = torch.randn(5, 4)
+    expected = adapters.model(x)
+    save_adapter(adapters, tmp_path, "a")
+
+    fresh = inject(Named(names), targets, r=1)
+    load_adapter(fresh, tmp_path, "b")
+    assert {n: (layer.r["b"], layer.lora_alpha["b"]) for n, layer in fresh.layers.items()} == pairs
+    fresh.set_adapter("b")
+    torch.testing.assert_close(fresh.model(x), expected, rtol=0, atol=1e-6)
+
+    theirs = peft.PeftModel.from_pretrained(Named(names), str(tmp_path))
+    assert len(peft.get_peft_model_state_dict(theirs)) == 2 * len(ours)
+    torch.testing.assert_close(theirs(x), expected, rtol=1e-5, atol=1e-5)
+
+    config = json.loads((tmp_path / CONFIG).read_text())
+    for name in ours:  # PEFT up to 0.13: one expression for both, or the name itself
+        both = [*config["rank_pattern"], *config["alpha_pattern"]]
+        key = next((key for key in both if re.match(rf".*\.{key}$", name)), name)
+        found = config["rank_pattern"].get(key, config["r"]), config["alpha_pattern"].get(key, config["lora_alpha"])
+        assert found == pairs[name], name
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        {"block.fc": 8},
+        {"^fc": 8},
+        {"fc": 8, "block.fc": 4},
+        {"block.fc": 8, "head.*": 4},
+        {".*fc": 3, "head.block.fc": 8},  # the first one counts, for all three
+        {"head.block.fc": 3, "block.fc": 8},
+        {"(head|block).*": 5},
+        {"head.block": 5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("which", ["rank_pattern", "alpha_pattern"])
+def test_patterns_are_read_as_peft_reads_them(which: str, pattern: dict[str, int], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", minversion="0.15", reason="PEFT had another rule before 0.15")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=2, target_modules=["fc"], init_lora_weights=False, use_rslora=True, **{which: pattern}
+    )
+    peft.get_peft_model(Named(NESTED), config).save_pretrained(tmp_path / "theirs")  # sorts the patterns by their keys
+    adapters, x = inject(Named(NESTED), ["fc"], r=2), torch.randn(3, 4)
+    try:
+        theirs = peft.PeftModel.from_pretrained(Named(NESTED), str(tmp_path / "theirs")).eval()
+    except RuntimeError as error:
+        assert "size mismatch" in str(error)  # sorted, the ranks are others: PEFT cannot read it again either
+        with pytest.raises(ValueError, match="weight must be"):
+            load_adapter(adapters, tmp_path / "theirs", "a")
+        return
+    load_adapter(adapters, tmp_path / "theirs", "a")
+    save_adapter(adapters, tmp_path / "again", "a")
+    adapters.set_adapter("a")
+    torch.testing.assert_close(adapters.model(x), theirs(x), rtol=0, atol=1e-5)
+    again = peft.PeftModel.from_pretrained(Named(NESTED), str(tmp_path / "again"))
+    torch.testing.assert_close(again(x), theirs(x), rtol=0, atol=1e-5)
+
+
+def test_a_name_that_is_no_expression_counts_as_a_name(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=2, target_modules=["a+b", "fc"], init_lora_weights=False, alpha_pattern={"a+b": 8}
+    )
+    theirs, x = peft.get_peft_model(Named(["a+b", "fc"]), config).eval(), torch.randn(3, 4)
+    theirs.save_pretrained(tmp_path)
+    adapters = inject(Named(["a+b", "fc"]), ["a+b", "fc"], r=2)
+    load_adapter(adapters, tmp_path, "a")
+    assert [layer.lora_alpha["a"] for layer in adapters.layers.values()] == [8, 2]
+    adapters.set_adapter("a")
+    torch.testing.assert_close(adapters.model(x), theirs(x), rtol=0, atol=1e-5)
+
+
+def test_an_expression_that_is_none(saved: Path) -> None:
+    config = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps({**config, "alpha_pattern": {"(fc": 2}}))
+    refused(saved, r"adapter_config\.json: alpha_pattern has '\(fc', no regular expression")
+
+
+def test_a_model_whose_own_names_begin_like_peft_s(tmp_path: Path) -> None:
+    names = ["fc", "base_model.model.fc"]
+    adapters = inject(Named(names), ["fc"], r=2)
+    adapters.add_adapter("a")
+    torch.manual_seed(2)
+    for parameter in adapters.parameters("a"):
+        nn.init.normal_(parameter)
+    save_adapter(adapters, tmp_path, "a")
+    for keys in ("PEFT's", "without the prefix"):
+        if keys != "PEFT's":
+            state = load_file(tmp_path / WEIGHTS)
+            save_file({k.removeprefix("base_model.model."): v for k, v in state.items()}, tmp_path / WEIGHTS)
+        load_adapter(adapters, tmp_path, "b")
+        same_parameters(adapters, "a", adapters, "b")
+        adapters.delete_adapter("b")
+
+
+def test_a_module_named_base_layer_is_told_apart(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    names = ["base_layer", "block.base_layer"]
+    adapters = inject(Named(names), "base_layer", r=2)
+    adapters.add_adapter("a")
+    save_adapter(adapters, tmp_path, "a")
+    theirs = peft.PeftModel.from_pretrained(Named(names), str(tmp_path))
+    assert len(peft.get_peft_model_state_dict(theirs)) == 2
+
+
 def test_keys_without_peft_s_prefix(tmp_path: Path) -> None:
     adapters = make()
     save_adapter(adapters, tmp_path, "a")
@@ -221,8 +367,17 @@ def refused(folder: Path, message: str, error: type[Exception] = ValueError) -> 
         {"init_lora_weights": "pissa"},
         {"lora_bias": True},
         {"trainable_token_indices": [1]},
+        {"init_lora_weights": "corda"},
+        {"init_lora_weights": "olora"},
+        {"arrow_config": {"top_k": 2}},
+        {"alora_invocation_tokens": [3]},
+        {"target_parameters": ["fc.weight"]},
+        {"layer_replication": [[0, 2]]},
+        {"use_bdlora": {"nblocks": 2}},
+        {"use_something_of_tomorrow": True},
+        {"something_of_tomorrow": {"scale": 2.0}},
     ],
-    ids=lambda field: next(iter(field)),
+    ids=str,
 )
 def test_more_than_plain_lora_is_refused(field, saved: Path) -> None:
     config = json.loads((saved / CONFIG).read_text())
@@ -242,8 +397,18 @@ def test_configuration_that_is_none(saved: Path) -> None:
 
 def test_an_alpha_that_is_no_number(saved: Path) -> None:
     config = json.loads((saved / CONFIG).read_text())
-    (saved / CONFIG).write_text(json.dumps({**config, "alpha_pattern": {"proj": "8"}}))
-    refused(saved, r"lora_alpha must be a number, got '8' for blocks\.0\.attn\.proj")
+    for value, text in (("8", "'8'"), (float("nan"), "nan"), (float("inf"), "inf")):
+        (saved / CONFIG).write_text(json.dumps({**config, "alpha_pattern": {"proj": value}}))
+        refused(saved, rf"lora_alpha must be a number, got {text} for blocks\.0\.attn\.proj")
+
+
+def test_what_later_versions_may_add_and_leave_off(saved: Path) -> None:
+    config = json.loads((saved / CONFIG).read_text())
+    off = {"use_something_of_tomorrow": False, "something": None, "list_of_tomorrow": []}
+    (saved / CONFIG).write_text(json.dumps({**config, **off, "peft_version": "9.0"}))
+    adapters = make()
+    load_adapter(adapters, saved, "again")
+    same_parameters(adapters, "a", adapters, "again")
 
 
 def test_missing_files(saved: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,11 +38,16 @@ class Patch:
 
     def __init__(self, host: str) -> None:
         self.report = Report(host)
-        self._originals: list[tuple[Any, str, Any]] = []
+        self._originals: list[tuple[Any, str, Any, Any]] = []
         self._missing: list[str] = []
+        self._undo: list[Callable[[], object]] = []
 
     def replace(self, path: str, make: Callable[[Any], Any]) -> None:
-        """Replace `package.module:Class.function` by `make(it)`; a path that does not exist is noted, not an error."""
+        """Replace `package.module:Class.function` by `make(it)`; a path that does not exist is noted, not an error.
+
+        Raises:
+            TypeError: the host's function has other parameters than the one in its place.
+        """
         module, _, attribute = path.partition(":")
         *owners, name = attribute.split(".")
         try:
@@ -52,23 +59,47 @@ class Patch:
             self._missing.append(path)
             self.report.left[path] = f"this version has no such hook ({type(error).__name__}: {error})"
             return
+        ours = make(original)
+        if callable(ours) and (found := _parameters(original)) != (expected := _parameters(ours)):
+            raise TypeError(
+                f"{path} takes ({found}) here, and what would replace it was written for ({expected}): use a version "
+                f"that this package is tested with ({self.report.host}), or the host without the patch"
+            )
         # What the class itself holds: an inherited function comes back by deleting ours.
-        self._originals.append((owner, name, vars(owner).get(name, _ABSENT)))
-        setattr(owner, name, make(original))
+        self._originals.append((owner, name, vars(owner).get(name, _ABSENT), ours))
+        setattr(owner, name, ours)
         self.report.replaced.append(path)
+
+    def afterwards(self, undo: Callable[[], object]) -> None:
+        """Call this when the host's own functions come back."""
+        self._undo.append(undo)
 
     def leave(self, what: str, why: str) -> None:
         """Say what stays the host's."""
         self.report.left[what] = why
 
     def restore(self) -> None:
-        """Put the host's own functions back; harmless when they are."""
+        """Put the host's own functions back; harmless when they are.
+
+        Where somebody else has replaced one of ours in the meantime, everything stays, with a warning that names it:
+        to put the host's back would take theirs away, and theirs still calls ours.
+        """
+        for owner, name, _, ours in self._originals:
+            if vars(owner).get(name) is not ours:
+                warnings.warn(
+                    f"{owner.__name__}.{name} was replaced again after {self.report.host} was patched; undo that "
+                    "first, then unpatch. Until then all stays patched",
+                    stacklevel=3,
+                )
+                return
         while self._originals:
-            owner, name, original = self._originals.pop()
+            owner, name, original, _ = self._originals.pop()
             if original is _ABSENT:
                 delattr(owner, name)
             else:
                 setattr(owner, name, original)
+        while self._undo:
+            self._undo.pop()()
         for host, active in list(_active.items()):
             if active is self:
                 del _active[host]
@@ -98,6 +129,10 @@ def apply(host: str, build: Callable[[Patch], None]) -> Patch:
     except BaseException:
         patch.restore()
         raise
+    if not patch.report.replaced and patch._missing:
+        patch.restore()
+        reasons = "; ".join(f"{path}: {patch.report.left[path]}" for path in patch._missing)
+        raise ImportError(f"this is not {patch.report.host}, nothing of it was found. {reasons}")
     if patch._missing:
         warnings.warn(
             f"{host}: this version has no {', '.join(patch._missing)}; that part stays the host's, the rest is patched",
@@ -105,6 +140,22 @@ def apply(host: str, build: Callable[[Patch], None]) -> Patch:
         )
     _active[host] = patch
     return patch
+
+
+def _parameters(function: Callable[..., Any]) -> str:
+    """Its parameters' names, `self, x, *args, **kwargs`."""
+    star: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return ", ".join(star.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values())
+
+
+def check_version(host: str, version: str, oldest: str, newest: str, stacklevel: int) -> None:
+    """Warn if the host's version, by its first two numbers, is not within those that were tested."""
+    low, here, high = (tuple(map(int, re.findall(r"\d+", v)[:2])) for v in (oldest, version, newest))
+    if not low <= here <= high:
+        warnings.warn(
+            f"this package is tested with {host} {oldest} to {newest}, this is {version}: results may differ",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def remove(host: str) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plora_ext import ops
+from plora_ext.change import fingerprint
 from plora_ext.integrations._layers import constant
 
 IMAGES = 512
@@ -108,7 +109,7 @@ def is_served(vit: Any) -> bool:
 
 
 kept: WeakKeyDictionary[Any, tuple[Any, list[Any], Tensor]] = WeakKeyDictionary()
-"""What was computed at earlier evaluations: images, checksums of the adapters, features [N, T, D]."""
+"""What was computed at earlier evaluations: images, fingerprints of the adapters, features [N, T, D]."""
 
 
 def features_of(learner: Any, loader: Any, cache: bool, subspaces: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -120,19 +121,19 @@ def features_of(learner: Any, loader: Any, cache: bool, subspaces: Sequence[Any]
             yield torch.cat(adapter_features(vit, images.to(device), subspaces), 2)[:, 0], labels
         return
 
-    sums = _checksums(vit, subspaces, device)
+    prints = _fingerprints(vit, subspaces)
     look = (repr(dataset.trsf), torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
     features = torch.empty(len(dataset), len(subspaces), vit.out_dim, device=device)
     known, valid = 0, [False] * len(subspaces)
     if learner in kept:
-        (images, before), old_sums, old = kept[learner]
+        (images, before), old_prints, old = kept[learner]
         n = len(images)
         if before == look and n <= len(dataset) and np.array_equal(images, dataset.images[:n]):
             known = n
-            for i, of_adapter in enumerate(sums):
-                if of_adapter in old_sums:
+            for i, of_adapter in enumerate(prints):
+                if of_adapter in old_prints:
                     valid[i] = True
-                    features[:n, i] = old[:, old_sums.index(of_adapter)]
+                    features[:n, i] = old[:, old_prints.index(of_adapter)]
         del old
     start = 0
     for _, images, labels in loader:
@@ -148,21 +149,21 @@ def features_of(learner: Any, loader: Any, cache: bool, subspaces: Sequence[Any]
                     features[rows, i] = part[:, 0].to(features)
         yield features[start:stop].flatten(1), labels
         start = stop
-    kept[learner] = ((np.array(dataset.images), look), sums, features)  # a copy: images may be changed in place
+    kept[learner] = ((np.array(dataset.images), look), prints, features)  # a copy: images may be changed in place
 
 
-def _checksums(vit: Any, subspaces: Sequence[Any], device: torch.device) -> list[tuple[float, ...]]:
-    """Two sums over the weights of the backbone and of each adapter; what trains in between gets others."""
-    groups = [[p for name, p in vit.named_parameters() if "adapter" not in name]]
-    groups += [[] if adapters is None else list(adapters.parameters()) for adapters in subspaces]
-    flat = [torch.stack([_two_sums(p) for p in group]).sum(0) if group else torch.zeros(2) for group in groups]
-    backbone, *rest = torch.stack([t.to(device, torch.float64) for t in flat]).tolist()
-    return [(*backbone, *of_adapter) for of_adapter in rest]
+def _fingerprints(vit: Any, subspaces: Sequence[Any]) -> list[str]:
+    """What the features of each subspace follow from: the backbone's tensors, the adapter's, and its scales."""
+    named = [*vit.named_parameters(), *vit.named_buffers()]
+    backbone = fingerprint(*(tensor for name, tensor in named if "adapter" not in name))
+    return [
+        fingerprint(backbone, *(() if adapters is None else (*adapters.parameters(), *map(_scale, adapters))))
+        for adapters in subspaces
+    ]
 
 
-def _two_sums(p: Tensor) -> Tensor:
-    values = p.detach().double().flatten()
-    return torch.stack([values.sum(), values @ torch.linspace(1, 2, len(values), dtype=values.dtype, device=p.device)])
+def _scale(adapter: Any) -> str:
+    return str(float(adapter.scale))
 
 
 def draw_as_if_read(loader: Any) -> None:

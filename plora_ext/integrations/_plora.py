@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,12 +20,22 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 UNSEEN = -1000.0  # the logit of a class that has no prototype: as good as none, and a loss stays finite
 
 
+def hold_statistics(module: nn.Module) -> None:
+    """Put what keeps running statistics into evaluation mode: trained on, they would no longer be the old classes'."""
+    for part in module.modules():
+        if part._buffers.get("running_mean") is not None:
+            part.eval()
+
+
 class PLoRANet(nn.Module):
     """A frozen backbone with a LoRA adapter per task, fused into one, and prototypes that follow the fused model.
 
     For every task: `add_task` and `start`, train `parameters_to_train()` with the cross-entropy of `forward` in
     training mode, then `end_task`. In evaluation mode `forward` classifies among all classes seen, in one pass. Loading
-    a `state_dict` gives a fresh network the tasks and classes of the saved one.
+    a `state_dict` gives a fresh network the tasks and classes of the saved one, and its settings (r, lora_alpha,
+    alignment, tau, ridge, scale), whatever it was made with; files of 0.1 hold no settings but `scale`.
+
+    The backbone stays as it is in training mode too: its modules with running statistics are always in evaluation mode.
 
     Args:
         backbone: maps images to features [B, D]; changed in place.
@@ -138,8 +149,28 @@ class PLoRANet(nn.Module):
         logits = self.head(features, self.bank.prototypes).clamp(min=UNSEEN)
         return F.pad(logits, (0, max(0, self.num_classes - logits.shape[1])), value=UNSEEN)
 
+    def train(self, mode: bool = True) -> PLoRANet:
+        super().train(mode)
+        hold_statistics(self.backbone)
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """The settings as JSON in a tensor of bytes: whatever keeps state dicts keeps tensors."""
+        names = ("alignment", "tau", "ridge")
+        settings = {name: getattr(self, name) for name in names}
+        text = json.dumps({**settings, "r": self.adapters.r, "lora_alpha": self.adapters.lora_alpha})
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        settings = json.loads(bytes(state.tolist()))
+        self.adapters.r, self.adapters.lora_alpha = settings.pop("r"), settings.pop("lora_alpha")
+        self.__dict__.update(settings)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take over the number of tasks and of classes; in the midst of a task also what it trains."""
+        """Take over settings, the number of tasks and of classes; in the midst of a task also what it trains."""
+        extra = prefix + "_extra_state"
+        if extra in state_dict:  # before adapters are made by it
+            self.set_extra_state(state_dict[extra])
         layer = next(iter(self.adapters.layers))
         first = next(iter(self.adapters.layers.values()))
         stem = f"{prefix}backbone.{layer}.lora_A." + (f"{next(iter(first.slices))}." if first.slices else "")
@@ -159,3 +190,5 @@ class PLoRANet(nn.Module):
             self._fuse(saved)
             self.adapters.train_adapter(None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        missing: list[str] = args[2]
+        missing[:] = [key for key in missing if key != extra]  # a file of 0.1

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from plora_ext.integrations._patch import require
-from plora_ext.integrations._plora import UNSEEN, PLoRANet
+from plora_ext.integrations._patch import check_version, require
+from plora_ext.integrations._plora import UNSEEN, PLoRANet, hold_statistics
 from plora_ext.nn import CosineHead, PrototypeBank
 
 _HOW = 'pip install "plora_ext[integrations]"'
 _models: Any = require("avalanche.models", _HOW)
 _core: Any = require("avalanche.core", _HOW)
+TESTED = "0.6", "0.6"  # the oldest and the newest version
+check_version("Avalanche", require("avalanche", _HOW).__version__, *TESTED, stacklevel=2)
 
 __all__ = ["PLoRAModule", "PLoRAPlugin", "PrototypeClassifier", "PrototypePlugin"]
 
@@ -109,6 +111,8 @@ class PrototypeClassifier(_models.DynamicModule):
 class PrototypePlugin(_core.SupervisedPlugin):
     """After each experience, adds its data to a `PrototypeClassifier`.
 
+    An extractor without a parameter that trains keeps its running statistics too, in training mode as well.
+
     Args:
         extractor: maps images to features; part of the strategy's model.
         classifier: the classifier to update.
@@ -118,6 +122,10 @@ class PrototypePlugin(_core.SupervisedPlugin):
     def __init__(self, extractor: nn.Module, classifier: PrototypeClassifier, batch_size: int | None = None) -> None:
         super().__init__()
         self.extractor, self.classifier, self.batch_size = extractor, classifier, batch_size
+
+    def before_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        if not any(parameter.requires_grad for parameter in self.extractor.parameters()):
+            hold_statistics(self.extractor)
 
     @torch.no_grad()
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:

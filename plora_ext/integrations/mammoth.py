@@ -25,6 +25,8 @@ from plora_ext.ops._register import is_plain
 
 __all__ = ["patch", "unpatch"]
 
+TESTED = "aimagelab/mammoth e75a491"
+
 
 def patch(model: bool = True) -> Patch:
     """Replace `LoRALinear.forward` and register the model `plora`.
@@ -42,11 +44,13 @@ def patch(model: bool = True) -> Patch:
 
     Raises:
         ImportError: no checkout of Mammoth is on `sys.path`.
+        TypeError: the checkout's functions take other arguments; nothing is patched then.
     """
     how = "run in a checkout of Mammoth with its requirements, or put it on sys.path"
     _patch.require("backbone.utils.lora_utils", how)
 
     def build(patch: Patch) -> None:
+        patch.report.host = f"{TESTED} (as tested)"
         patch.replace("backbone.utils.lora_utils:LoRALinear.forward", _make_forward)
         if model:
             patch.replace("models:REGISTERED_MODELS", _with_plora)
@@ -68,10 +72,10 @@ def _make_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         weight, bias = self.weight, self.bias
         served = (
             isinstance(B, Tensor)
+            and is_plain(x, weight, bias, A, B)
             and not self.fan_in_fan_out
             and x.dim() == B.dim() == 3
             and (A is None or (A.dim() == 3 and len(A) == len(B)))
-            and is_plain(x, weight, bias, A, B)
             and (torch.is_autocast_enabled(x.device.type) or x.dtype == weight.dtype == B.dtype)
         )
         if not served:

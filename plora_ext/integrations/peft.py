@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from plora_ext import ops
 from plora_ext.integrations import _patch
-from plora_ext.integrations._layers import constant, is_called_plainly, stack
+from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_device, stack
 from plora_ext.integrations._patch import Patch, Report
 from plora_ext.ops._register import is_plain, run_one
 
@@ -28,6 +27,7 @@ __all__ = ["patch", "report", "unpatch"]
 
 _LINEAR = "peft.tuners.lora.layer:Linear.forward"
 _BASE = "__base__"
+TESTED = "0.12", "0.21"  # the oldest and the newest version
 
 
 def patch(train_mixed_batches: bool = True) -> Patch:
@@ -45,11 +45,16 @@ def patch(train_mixed_batches: bool = True) -> Patch:
 
     Raises:
         ImportError: PEFT is not installed.
+        TypeError: this version's functions take other arguments; nothing is patched then.
+
+    Warns:
+        UserWarning: this version was not tested, or lacks a function.
     """
     host = _patch.require("peft", 'pip install "plora_ext[integrations]"')
 
     def build(patch: Patch) -> None:
-        patch.report.host = f"peft {host.__version__}"
+        patch.report.host = f"peft {host.__version__}, tested: {TESTED[0]} to {TESTED[1]}"
+        _patch.check_version("peft", host.__version__, *TESTED, stacklevel=4)
         patch.replace(_LINEAR, _make_forward)
         if train_mixed_batches:
             patch.replace("peft.tuners.lora.model:LoraModel._enable_peft_forward_hooks", _make_hooks)
@@ -93,6 +98,8 @@ def _why_left(layer: Any, adapter: str) -> str:
         return "has factors that are not plain linear layers, or are hooked"
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return "has a dropout of another kind"
+    if not isinstance(layer.scaling[adapter], int | float):
+        return "has a scale that is no number"
     return ""
 
 
@@ -159,27 +166,39 @@ def _plainly(
         if not getattr(layer, "cast_input_dtype_enabled", True):
             return None
         z = x.to(dtype)
-    fresh = is_called_plainly(base)
+    if not _is_plain_layer(base):
+        return _added(layer, base(x), z, names, factors, dropouts)
     rows = _rows(x)
-    y = F.linear(rows, base._parameters["weight"], base._parameters["bias"]) if fresh else _rows(base(x))
-    total = y
+    y = total = F.linear(rows, base._parameters["weight"], base._parameters["bias"])
     for i, name in enumerate(names):
         A, B, scaling = factors[2 * i], factors[2 * i + 1], layer.scaling[name]
         bias = layer._modules["lora_B"]._modules[name]._parameters["bias"]
         h = F.linear(_rows(dropouts[i](z)) if dropouts else rows if z is x else _rows(z), A)
         if bias is not None or total.dtype != h.dtype:
             total = torch.add(total, F.linear(h, B, bias), alpha=scaling)
-        elif fresh and not autocast:  # which does not reach what is done in place
+        elif not autocast:  # which does not reach what is done in place
             total.addmm_(h, B.t(), alpha=scaling)
         else:
             total = torch.addmm(total, h, B.t(), alpha=scaling)
     if total.dtype != y.dtype:
         total = total.to(y.dtype)
-    return total if x.dim() == 2 else total.view(*x.shape[:-1], -1)
+    return total if x.dim() == 2 else total.reshape(*x.shape[:-1], total.shape[1])
+
+
+def _added(
+    layer: Any, y: Any, z: Tensor, names: Sequence[str], factors: list[Tensor], dropouts: Sequence[Any] = ()
+) -> Any:
+    """PEFT's own sum, onto whatever the frozen layer gives."""
+    total = y
+    for i, name in enumerate(names):
+        bias = layer._modules["lora_B"]._modules[name]._parameters["bias"]
+        h = F.linear(dropouts[i](z) if dropouts else z, factors[2 * i])
+        total = total + F.linear(h, factors[2 * i + 1], bias) * layer.scaling[name]
+    return total.to(y.dtype)
 
 
 def _rows(t: Tensor) -> Tensor:
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])  # -1 says nothing where one size is 0
 
 
 def _indexed(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor | None:
@@ -189,18 +208,17 @@ def _indexed(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor | No
     if len(asked) == len(names) == 1:
         return _sum(layer, x, names)
     factors = _factors(layer, x, names)
-    if factors is None or _is_wider(x, factors[0], torch.is_autocast_enabled(x.device.type)):
+    if factors is None or x.dim() < 2 or _is_wider(x, factors[0], torch.is_autocast_enabled(x.device.type)):
         return None
     dropped = x
     drops = any([_drops(layer.lora_dropout[name]) for name in names])
     if not drops and _are_few(x, factors):
-        return _each(layer, x, adapter_names, names, factors)
+        return _each(layer, layer._modules["base_layer"](x), x, adapter_names, names, factors)
     if drops:
         if len({getattr(layer.lora_dropout[name], "p", 0.0) for name in names}) > 1:
             return None
         dropped = layer.lora_dropout[names[0]](x.to(factors[0].dtype))
-    ids = _ids(tuple(adapter_names), tuple(names), x.device)
-    return _run(layer, ops.lora_indexed, x, dropped, names, factors, ids)
+    return _run(layer, ops.lora_indexed, x, dropped, names, factors, adapter_names)
 
 
 def _are_few(x: Tensor, factors: list[Tensor]) -> bool:
@@ -210,21 +228,24 @@ def _are_few(x: Tensor, factors: list[Tensor]) -> bool:
     return few and x.dtype == dtype and dtype.itemsize > 2 and not torch.is_autocast_enabled("cpu")
 
 
-def _each(layer: Any, x: Tensor, adapter_names: Sequence[str], names: Sequence[str], factors: list[Tensor]) -> Tensor:
-    """A mixed batch, one adapter after the other."""
-    y: Tensor = layer._modules["base_layer"](x)
+def _each(
+    layer: Any, y: Any, x: Tensor, adapter_names: Sequence[str], names: Sequence[str], factors: list[Tensor]
+) -> Any:
+    """A mixed batch, one adapter after the other, onto whatever the frozen layer gives."""
     for i, name in enumerate(names):
         samples = _samples_of(name, tuple(adapter_names), x.device)
         bias = layer._modules["lora_B"]._modules[name]._parameters["bias"]
         part = F.linear(F.linear(x.index_select(0, samples), factors[2 * i]), factors[2 * i + 1], bias)
-        y = y.index_add(0, samples, part, alpha=layer.scaling[name])
+        if _is_strided(y) and y.dtype == part.dtype:
+            y = y.index_add(0, samples, part, alpha=layer.scaling[name])
+        else:  # as PEFT does it
+            y[samples] += (part * layer.scaling[name]).to(y.dtype)
     return y
 
 
-@lru_cache(maxsize=256)
+@kept_on_device
 def _samples_of(name: str, adapter_names: tuple[str, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=device)
+    return torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=device)
 
 
 def _drops(dropout: nn.Module) -> bool:
@@ -237,10 +258,28 @@ def _factors(layer: Any, x: Tensor, names: Sequence[str]) -> list[Tensor] | None
         return None
     lora_A, lora_B = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
     factors = [of[name]._parameters["weight"] for name in names for of in (lora_A, lora_B)]
-    dtype = factors[0].dtype
-    if not is_plain(x, *factors) or any([factor.dtype != dtype for factor in factors]):
+    biases = [lora_B[name]._parameters["bias"] for name in names]
+    # What kind of tensors these are, before anything looks at their shapes.
+    if not _is_strided(x, *factors, *biases):
         return None
+    dtype, device = factors[0].dtype, x.device
+    if any([factor.dtype != dtype or factor.device != device for factor in factors]):
+        return None
+    if x.dim() == 0 or x.shape[-1] != factors[0].shape[1] or not factors[0].numel() or not factors[1].numel():
+        return None  # PEFT's own errors, and layers without inputs or outputs
     return factors
+
+
+def _is_strided(*tensors: Tensor | None) -> bool:
+    """Whether these are eager tensors of numbers side by side: no subclass, not sparse, nested or quantized."""
+    return is_plain(*tensors) and all(
+        [t is None or (t.layout is torch.strided and not t.is_nested and not t.is_quantized) for t in tensors]
+    )
+
+
+def _is_plain_layer(base: Any) -> bool:
+    """Whether the frozen layer is its weight and bias and nothing else, so that it need not be called."""
+    return is_called_plainly(base) and _is_strided(base._parameters["weight"], base._parameters["bias"])
 
 
 def _run(
@@ -250,14 +289,15 @@ def _run(
     dropped: Tensor,
     names: Sequence[str],
     factors: list[Tensor],
-    *ids: ops.AdapterBatch,
+    adapter_names: Sequence[str] = (),
 ) -> Tensor | None:
+    ids = (_ids(tuple(adapter_names), tuple(names), x.device),) if adapter_names else ()
     dtype, base, biases = factors[0].dtype, layer._modules["base_layer"], _biases(layer, names)
     scaling = constant(
         tuple([float(layer.scaling[name]) for name in names]), torch.promote_types(dtype, torch.float32), x.device
     )
     # The frozen layer belongs to the product if nobody looks at it, and all is of one dtype.
-    fused = is_called_plainly(base) and dropped is x and is_plain(base.weight, base.bias)
+    fused = dropped is x and _is_plain_layer(base)
     if fused and biases is None and len(names) == 1 and not ids:
         y = run_one(x, factors[0], factors[1], scaling, base.weight, base.bias)
         if y is not None:
@@ -270,6 +310,16 @@ def _run(
     if not autocast and dropped.dtype != dtype and not getattr(layer, "cast_input_dtype_enabled", True):
         return None
     y = base(x)
+    out = factors[1].shape[0]
+    if (
+        not _is_strided(y)
+        or y.shape != (*x.shape[:-1], out)
+        or y.device != x.device
+        or _is_wider(y, factors[0], autocast)
+    ):
+        if ids:
+            return _each(layer, y, dropped.to(dtype), adapter_names, names, factors)
+        return _added(layer, y, dropped if autocast else dropped.to(dtype), names, factors)
     if autocast:
         return op(dropped, *ids, lora_A, lora_B, scaling, base=y, **keywords).to(y.dtype)
     return op(dropped.to(dtype), *ids, lora_A, lora_B, scaling, base=y.to(dtype), **keywords).to(y.dtype)
@@ -283,11 +333,10 @@ def _biases(layer: Any, names: Sequence[str]) -> Tensor | None:
     return torch.stack([torch.zeros_like(given) if bias is None else bias for bias in biases])
 
 
-@lru_cache(maxsize=256)
+@kept_on_device
 def _ids(adapter_names: tuple[str, ...], names: tuple[str, ...], device: torch.device) -> ops.AdapterBatch:
     index = {name: i for i, name in enumerate(names)}  # others, such as __base__, take the frozen layer alone
-    with torch.inference_mode(False):
-        return ops.AdapterBatch([index.get(name, -1) for name in adapter_names], len(names), device)
+    return ops.AdapterBatch([index.get(name, -1) for name in adapter_names], len(names), device)
 
 
 def _make_hooks(original: Callable[..., Any]) -> Callable[..., Any]:

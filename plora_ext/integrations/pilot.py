@@ -19,7 +19,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from plora_ext import ops
 from plora_ext.integrations import _patch, _pilot_family
+from plora_ext.integrations._layers import kept_on_device
 from plora_ext.integrations._patch import Patch
 from plora_ext.integrations._pilot_vit import (
     adapter_features,
@@ -40,6 +41,17 @@ from plora_ext.integrations._pilot_vit import (
 )
 
 __all__ = ["adapter_features", "patch", "unpatch"]
+
+# What the hooks were written for, by the module that tells whether a checkout is that project.
+TESTED = {
+    "backbone.vit_ease": "LAMDA-CL/LAMDA-PILOT 5240714",
+    "backbone.vit_mos": "LAMDA-CL/LAMDA-PILOT 5240714",
+    "models.vit_inflora": "liangyanshuo/InfLoRA e08b00e",
+    "backbone.lora": "WuYichen-97/SD-Lora-CL 8bacded",
+    "backbone.vit_cllora": "JiangpengHe/CL-LoRA df4e74e",
+    "backbone.vit_tuna": "LAMDA-CL/ICCV2025-TUNA 77d4f10",
+    "acmap.backbone.vit_acmap": "tf63/ACMap 8807d3d",
+}
 
 
 def patch(mos: str = "as shipped", cache: bool = True, tuna: str = "as shipped", acmap: str = "as shipped") -> Patch:
@@ -64,20 +76,23 @@ def patch(mos: str = "as shipped", cache: bool = True, tuna: str = "as shipped",
         What was replaced and what was left; also a context manager.
 
     Raises:
-        ImportError: no checkout of PILOT is on `sys.path`.
+        ImportError: no checkout of PILOT or its family is on `sys.path`, or modules of the same names are others'.
+        TypeError: the checkout's functions take other arguments; nothing is patched then.
         ValueError: `mos`, `tuna` or `acmap` is neither of the two.
     """
     for name, value in {"mos": mos, "tuna": tuna, "acmap": acmap}.items():
         if value not in ("as shipped", "fixed"):
             raise ValueError(f'{name} must be "as shipped" or "fixed", got {value!r}')
-    _old_timm_names()
     known = {**_hooks(mos, cache), **_family_hooks(cache, tuna == "as shipped", acmap == "as shipped")}
     groups = {marker: hooks for marker, hooks in known.items() if _is_here(marker)}
+    projects = ", ".join(sorted({TESTED[marker] for marker in groups}))
     if not groups:
         how = "run in a checkout of LAMDA-PILOT with its requirements, or put it on sys.path"
         raise ImportError(f"none of {', '.join(known)} can be imported: {how}")
 
     def build(patch: Patch) -> None:
+        patch.report.host = f"{projects} (as tested)"
+        patch.afterwards(_old_timm_names())
         for hooks in groups.values():
             for path, make in hooks.items():
                 patch.replace(path, make)
@@ -164,10 +179,18 @@ def _is_here(module: str) -> bool:
         return False
 
 
-def _old_timm_names() -> None:
-    """PILOT imports two modules of timm 0.6 that timm 1 has elsewhere."""
-    for name in ("helpers", "weight_init"):
-        sys.modules.setdefault(f"timm.models.layers.{name}", importlib.import_module(f"timm.layers.{name}"))
+def _old_timm_names() -> Callable[[], None]:
+    """PILOT imports two modules of timm 0.6 that timm 1 has elsewhere. Returns what takes these names away again."""
+    names = {f"timm.models.layers.{name}": f"timm.layers.{name}" for name in ("helpers", "weight_init")}
+    new = {old: importlib.import_module(name) for old, name in names.items() if old not in sys.modules}
+    sys.modules.update(new)
+
+    def undo() -> None:
+        for name, module in new.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+
+    return undo
 
 
 def unpatch() -> None:
@@ -223,12 +246,15 @@ def _make_add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _make_load(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
         """A network that has seen fewer tasks grows to those of the file."""
         saved = {key[len(prefix) :].split(".")[1] for key in state_dict if key.startswith(prefix + "adapter_list.")}
         while len(self.adapter_list) < len(saved):
             self.add_adapter_to_list()
-        original(self, state_dict, prefix, *args, **kwargs)
+        original(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     return _load_from_state_dict
 
@@ -282,25 +308,23 @@ def _make_solve(original: Callable[..., None], mode: str) -> Callable[..., None]
     return solve
 
 
-@lru_cache(maxsize=64)
+@kept_on_device
 def _task_of_class(num_classes: int, init_cls: int, inc: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return ((torch.arange(num_classes) - init_cls).div(inc, rounding_mode="floor") + 1).clamp_(min=0).to(device)
+    return ((torch.arange(num_classes) - init_cls).div(inc, rounding_mode="floor") + 1).clamp_(min=0).to(device)
 
 
-@lru_cache(maxsize=64)
+@kept_on_device
 def _reweights(
     num_classes: int, blocks: int, cur_task: int, alpha: float, beta: float, init_cls: int, inc: int, ptm: bool,
     device: torch.device,
 ) -> Tensor:  # fmt: skip
     """What `forward_reweight` multiplies the cosine of a class with in every block."""
-    with torch.inference_mode(False):
-        weights = torch.full((num_classes, blocks), alpha / max(cur_task, 1))
-        own = _task_of_class(num_classes, init_cls, inc, torch.device("cpu")) + int(ptm)
-        weights.scatter_(1, own[:, None].clamp(max=blocks - 1), 1.0)
-        if ptm:
-            weights[:, 0] = beta
-        return weights.to(device)
+    weights = torch.full((num_classes, blocks), alpha / max(cur_task, 1))
+    own = _task_of_class(num_classes, init_cls, inc, torch.device("cpu")) + int(ptm)
+    weights.scatter_(1, own[:, None].clamp(max=blocks - 1), 1.0)
+    if ptm:
+        weights[:, 0] = beta
+    return weights.to(device)
 
 
 def _make_reweight(original: Callable[..., Any]) -> Callable[..., Any]:

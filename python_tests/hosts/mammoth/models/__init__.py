@@ -1,0 +1,3 @@
+"""Mammoth's registry of models."""
+
+REGISTERED_MODELS = {"sgd": {"class": object, "parsable_args": {}}}

@@ -1,0 +1,120 @@
+"""PLoRANet, the module that the hosts drive: its state decides what it computes, and its backbone stays frozen."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from plora_ext.integrations._plora import PLoRANet
+
+SETTINGS: dict[str, Any] = {
+    "r": 3, "lora_alpha": 16.0, "alignment": "semantic", "tau": 0.5, "ridge": 0.7, "scale": 4.0
+}  # fmt: skip
+
+
+class Backbone(nn.Module):
+    """[B, 6] to 5 features, normalised over the batch in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.norm, self.last, self.num_features = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 5), 5
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(torch.tanh(self.norm(self.fc(x))))
+        return y
+
+
+def network(**settings: Any) -> PLoRANet:
+    return PLoRANet(Backbone(), ["fc", "last"], **{"r": 2, "alignment": "none", **settings})
+
+
+def learn(net: PLoRANet, task: int, steps: int = 3) -> None:
+    torch.manual_seed(task)
+    images, labels = 3 * torch.randn(24, 6), 2 * task + torch.arange(24) % 2
+    net.add_task([2 * task, 2 * task + 1])
+    net.start([(images, labels)])
+    optimizer = torch.optim.SGD(net.parameters_to_train(), 0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+    net.end_task([(images, labels)])
+
+
+def images() -> Tensor:
+    return torch.randn(7, 6, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("way", ["in memory", "torch.save", "safetensors"])
+def test_a_network_of_other_settings_takes_over_those_of_the_file(way: str) -> None:
+    net, fresh = network(**SETTINGS), network()
+    for task in range(2):
+        learn(net, task)
+    state = net.state_dict()
+    if way == "torch.save":
+        torch.save(state, file := io.BytesIO())
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+    elif way == "safetensors":
+        state = load(save({key: value.contiguous() for key, value in state.items()}))
+    fresh.load_state_dict(state)
+    torch.testing.assert_close(fresh.eval()(images()), net.eval()(images()))
+    learn(net, 2)  # and goes on by its rules
+    learn(fresh, 2)
+    torch.testing.assert_close(fresh.eval()(images()), net.eval()(images()))
+    assert fresh.bank.classes == list(range(6))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_each_setting_decides_what_comes_next(name: str) -> None:
+    """What the test above would not see if it did nothing."""
+    one, other = network(**SETTINGS), network(**{k: v for k, v in SETTINGS.items() if k != name})
+    for task in range(3):
+        learn(one, task)
+        learn(other, task)
+    assert (one.eval()(images()) - other.eval()(images())).abs().max() > 1e-4
+
+
+def test_files_without_settings_stay_readable() -> None:
+    net, fresh = network(), network()
+    learn(net, 0)
+    old = {key: value for key, value in net.state_dict().items() if key != "_extra_state"}
+    assert len(old) == len(net.state_dict()) - 1
+    assert str(fresh.load_state_dict(old)) == "<All keys matched successfully>"
+    torch.testing.assert_close(fresh.eval()(images()), net.eval()(images()))
+    del old["bank.sums"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "bank.sums"'):
+        network().load_state_dict(old)
+
+
+def test_copies_and_moving_averages_keep_the_settings() -> None:
+    net = network(**SETTINGS)
+    learn(net, 0)
+    twin = copy.deepcopy(net)
+    ema = ModelEmaV3(net, decay=0.5)
+    ema.update(net)
+    for other in (twin, ema.module):
+        torch.testing.assert_close(other.eval()(images()), net.eval()(images()))
+        assert torch.equal(other.get_extra_state(), net.get_extra_state())
+
+
+def test_running_statistics_stay_those_of_the_backbone() -> None:
+    net = network()
+    before = {name: buffer.clone() for name, buffer in net.backbone.named_buffers()}
+    assert "norm.running_mean" in before
+    learn(net, 0)
+    features = net.eval().backbone(images())
+    net.train()
+    assert net.training and net.backbone.training
+    torch.testing.assert_close(net.backbone(images()), features)  # nor do features depend on the rest of the batch
+    learn(net, 1)
+    for name, buffer in net.backbone.named_buffers():
+        assert torch.equal(buffer, before[name]), name
