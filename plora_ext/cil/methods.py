@@ -228,9 +228,9 @@ class PLoRA(_Adapted):
         Returns:
             Features [n, 2, D] of all images where a head learns from them, else nothing.
         """
-        own, kept = self.world.rows(len(images)), []
+        own, kept, after = self.world.rows(len(images)), [], self._frozen()
         parts = labels[own.to(labels.device)].split(self.settings.eval_batch_size)
-        both = self.trainer.read(images[own], lambda batch: torch.stack([before(batch), self.trainer.model(batch)], 1))
+        both = self.trainer.read(images[own], lambda batch: torch.stack([before(batch), after(batch)], 1))
         for features, part in zip(both, parts, strict=True):
             drift.add(features[:, 0], features[:, 1], part)
             if self.classifier is not None:

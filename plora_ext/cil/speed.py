@@ -58,17 +58,18 @@ class Speed:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     @contextmanager
-    def passes(self, compiled: bool = True) -> Iterator[None]:
-        """Around passes through the model, with gradients or without: TF32, and graphs that serve every task.
+    def passes(self, alone: bool = True) -> Iterator[None]:
+        """Around passes through the model, with gradients or without: TF32, merged weights, graphs for every task.
 
         Args:
-            compiled: Otherwise they run uncompiled, whatever the settings say.
+            alone: These are passes of the model itself, whose frozen adapters are merged for the while. Otherwise
+                something else calls it, an ensemble say: it stays as it is and runs uncompiled.
         """
-        graphs = self._eager(not compiled)
-        if self.settings.compile and compiled and any(isinstance(m, MultiLoRALinear) for m in self.model.modules()):
+        graphs = self._eager(not alone)
+        if alone and any(isinstance(m, MultiLoRALinear) for m in self.model.modules()):
             adapters = Adapters(self.model)
-            graphs = adapters.compilable()
-            if torch.is_grad_enabled() and len(adapters.active) > 1:
+            graphs = adapters.compilable() if self.settings.compile else adapters.merged()
+            if self.settings.compile and torch.is_grad_enabled() and len(adapters.active) > 1:
                 torch._dynamo.reset()  # every task has graphs of its own here: those of the last one only add up
         before = torch.get_float32_matmul_precision()
         tf32 = self.settings.tf32 and self.device.type == "cuda"

@@ -165,7 +165,7 @@ class Trainer:
     def _look(self, images: View) -> None:
         """A pass over a batch as the model is."""
         rows = torch.arange(min(len(images), self.settings.batch_size))
-        with self.speed.passes(compiled=False), self.speed.autocast():
+        with self.speed.passes(alone=False), self.speed.autocast():
             for batch in images[rows].split(len(rows)):
                 self.model(batch)
 

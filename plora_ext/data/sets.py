@@ -169,8 +169,10 @@ def _npz(path: Path) -> Images:
     names = arrays.pop("class_names", None)
     for name in ("train_images", "test_images"):
         arrays[name] = to_8_bits(arrays[name], f"{path}: {name}")
+    images = Images(arrays["train_images"], arrays["train_labels"], arrays["test_images"], arrays["test_labels"])
+    images.class_names = None if names is None else [str(name) for name in names]
     try:
-        return checked(Images(**arrays, class_names=None if names is None else [str(n) for n in names]))
+        return checked(images)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

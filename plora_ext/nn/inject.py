@@ -296,10 +296,14 @@ class Adapters:
         without adapters; otherwise the part of it that is frozen, and the rest is added to it as ever. It is the same
         function as before, up to rounding. Writes to a merged adapter are seen after the block.
 
+        Where adapters are merged already, nothing changes.
+
         Raises:
-            RuntimeError: the adapters are merged already, or a weight also belongs to a module without adapters.
+            RuntimeError: a weight also belongs to a module without adapters.
         """
-        self._require_unmerged()
+        if self._state.merged is not None:
+            yield
+            return
         active, gradients = self._state.common, torch.is_grad_enabled()
         learns = gradients and active.coefficients is not None and active.coefficients.requires_grad
         frozen = tuple(
