@@ -206,19 +206,24 @@ class PLoRA(_Adapted):
             return
         s, older = self.settings, (self.adapters.names, self.coefficients)
         # `learned` goes on to change the older adapters; elsewhere they need not be held as weights while one trains.
-        before = self.adapters.frozen() if s.fusion == "learned" else None
+        before = self._frozen() if s.fusion == "learned" else None
         self.train_and_fuse(task, images, labels)
         drift = Drift(s.alignment, self.prototypes, len(task.classes), tau=s.tau, ridge=s.ridge)
         with self.trainer.phases("prototypes"):
             if before is None:
                 self.adapters.set_adapter(*older)
-                before = self.adapters.frozen()
+                before = self._frozen()
                 self.activate()
             features = self._read_both(before, images, labels, drift)
         with self.trainer.phases("align"):
             self.prototypes = torch.cat([drift.align(), drift.means()[1]])
         if features is not None:
             self._teach(features[:, 0], features[:, 1], labels)
+
+    def _frozen(self) -> Callable[[Tensor], Tensor]:
+        """The model as it is now, its merged weights in the dtype of autocast, which would cast them at every pass."""
+        with self.trainer.speed.autocast():
+            return self.adapters.frozen()
 
     def _read_both(
         self, before: Callable[[Tensor], Tensor], images: View, labels: Tensor, drift: Drift
