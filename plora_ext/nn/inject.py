@@ -296,12 +296,12 @@ class Adapters:
         without adapters; otherwise the part of it that is frozen, and the rest is added to it as ever. It is the same
         function as before, up to rounding. Writes to a merged adapter are seen after the block.
 
-        Where adapters are merged already, nothing changes.
+        Where adapters are merged already, or inside of `batch` and `disabled`, nothing changes.
 
         Raises:
             RuntimeError: a weight also belongs to a module without adapters.
         """
-        if self._state.merged is not None:
+        if self._state.merged is not None or self._state.in_block:
             yield
             return
         active, gradients = self._state.common, torch.is_grad_enabled()
