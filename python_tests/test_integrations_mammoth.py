@@ -1,4 +1,4 @@
-"""Mammoth, real or a stand-in: its LoRA layer with and without the patch, and `--model plora` through main.py.
+"""Mammoth, a real checkout or a stand-in: its LoRA layer with and without the patch, and `--model plora` in main.py.
 
 In a process of its own: Mammoth changes the working folder, and its modules have the names of LAMDA-PILOT's.
 """
