@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from plora_ext._private import kernels
+
 FOLDER = Path(__file__).resolve().parent / "lib"
 REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir ."
 
@@ -69,7 +71,7 @@ def load() -> None:
     else:
         _load("cuda")
     for key in ("CPU", "CUDA"):
-        names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+        names = kernels(key)
         _kernels[key.lower()] = frozenset(
             name.removeprefix("plora_ext::").partition(".")[0] for name in names if name.startswith("plora_ext::")
         )

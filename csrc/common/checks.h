@@ -9,8 +9,9 @@
 #include <array>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace plora {
@@ -20,28 +21,46 @@ using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
 using OptInts = std::optional<std::vector<int64_t>>;
 
-inline std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << "]";
-  return text.str();
+template <typename T>
+std::string text_of(const T& part) {
+  if constexpr (std::is_arithmetic_v<T>)
+    return std::to_string(part);
+  else
+    return part;
 }
+
+// A Python RuntimeError. No text streams: their locale is the C++ runtime's, of which a process may hold two, torch's
+// and one that a compiler linked into this library.
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  throw std::runtime_error((text_of(parts) + ...));
+}
+
+#define PLORA_CHECK(holds, ...)               \
+  do {                                        \
+    if (!(holds)) ::plora::fail(__VA_ARGS__); \
+  } while (false)
 
 inline std::string shape_text(std::initializer_list<int64_t> sizes) {
-  std::ostringstream text;
-  text << "[";
-  const char* comma = "";
-  for (int64_t size : sizes) {
-    text << comma << (size < 0 ? std::string("any") : std::to_string(size));
-    comma = ", ";
-  }
-  text << "]";
-  return text.str();
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? "" : ", ") + (size < 0 ? "any" : std::to_string(size));
+  return "[" + text + "]";
 }
 
-// Sizes must match; -1 accepts any. Also the same device type and index as `like`. No text is made where all is well:
-// a stream costs as much as a small launch.
+inline std::string shape_of(const Tensor& t) {
+  std::string text;
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return "[" + text + "]";
+}
+
+// The type of device, which tells the CPU from "meta".
+inline int32_t device_of(const Tensor& t) {
+  int32_t type = 0;
+  if (aoti_torch_get_device_type(t.get(), &type) != AOTI_TORCH_SUCCESS) fail("a tensor has no device");
+  return type;
+}
+
+// Sizes must match; -1 accepts any. Also the same device type and index as `like`. No text is made where all is well.
 inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
                         const Tensor& like) {
   bool same = t.dim() == static_cast<int64_t>(sizes.size());
@@ -50,14 +69,14 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, std::
     if (same && size >= 0 && t.size(d) != size) same = false;
     ++d;
   }
-  STD_TORCH_CHECK(same, op, ": ", name, " must have the shape ", shape_text(sizes), ", got ", shape_of(t));
-  STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
-                  " must be on the device of the first argument");
+  PLORA_CHECK(same, op, ": ", name, " must have the shape ", shape_text(sizes), ", got ", shape_of(t));
+  PLORA_CHECK(device_of(t) == device_of(like) && t.get_device_index() == like.get_device_index(), op, ": ", name,
+              " must be on the device of the first argument");
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", torch::headeronly::toString(dtype), ", got ",
-                  torch::headeronly::toString(t.scalar_type()));
+  PLORA_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", torch::headeronly::toString(dtype), ", got ",
+              torch::headeronly::toString(t.scalar_type()));
 }
 
 // The type that sums are kept in: float64 for float64, else float32.
@@ -67,7 +86,7 @@ inline ScalarType wide(ScalarType dtype) {
 
 // For calls of the C shim; the macro that torch offers for this has another name in every version.
 inline void check_call(AOTITorchError error, const char* what) {
-  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, what, " failed");
+  PLORA_CHECK(error == AOTI_TORCH_SUCCESS, what, " failed");
 }
 
 inline Tensor compact(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -79,7 +98,7 @@ inline OptTensor compact(const OptTensor& t) { return t ? OptTensor(compact(*t))
 inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                        std::optional<ScalarType> dtype = std::nullopt) {
   std::array<int64_t, 4> strides{};
-  STD_TORCH_CHECK(sizes.size() <= strides.size(), "allocate: at most 4 dimensions");
+  PLORA_CHECK(sizes.size() <= strides.size(), "allocate: at most 4 dimensions");
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
   int32_t type = 0, device = 0, index = 0;

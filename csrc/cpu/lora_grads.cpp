@@ -234,7 +234,7 @@ class Backward {
         const int64_t at = i * a.R + j;
         if (g) {
           if (wants_s_) sum_gh[j] += static_cast<double>(g[at]) * h[at];
-          g[at] = p_.relu && !(h[at] > 0) ? acc(0) : g[at] * a.scale[j];
+          g[at] = p_.relu && h[at] <= 0 ? acc(0) : g[at] * a.scale[j];
           sum_dh[j] += g[at];
         }
         if (h) h[at] *= a.scale[j];

@@ -191,12 +191,15 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
   check_class_sums(sums, counts, features, labels);
   const int64_t N = features.size(0), D = features.size(1), C = sums.size(0);
   if (N == 0) return;
-  STD_TORCH_CHECK(N < INT32_MAX - kChunk && C < INT32_MAX / kChunk - 1 && D < INT32_MAX, op,
-                  ": N, C or D is too large, got ", N, ", ", C, " and ", D);
+  PLORA_CHECK(N < INT32_MAX - kChunk && C < INT32_MAX / kChunk - 1 && D < INT32_MAX, op,
+              ": N, C or D is too large, got ", N, ", ", C, " and ", D);
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const cudaStream_t stream = stream_of(features);
   const Tensor rows = compact(features), classes = compact(labels);
   const int64_t chunks = (N + kChunk - 1) / kChunk;
+  // what is noted of every class in every chunk
+  PLORA_CHECK(C * chunks <= int64_t{1} << 28, op, ": ", C, " classes and ", N, " rows in one call would take ",
+              C * chunks >> 18, " MiB beside the features: give the rows in batches (class_sums_ adds them up)");
   const Tensor order = allocate(labels, {N}, ScalarType::Int);
   const Tensor bounds = allocate(labels, {C, chunks}, ScalarType::Int);
   dispatch(op, features.scalar_type(), [&](auto tag) {

@@ -21,6 +21,7 @@
 #include "overlap.cuh"
 #include "sm90.cuh"
 #include "tensor_map.cuh"
+#include "tile_ring.h"
 
 namespace plora::cuda {
 namespace {
@@ -49,13 +50,13 @@ struct Tile {
   int16_t of_row[kRows];  // -1: none
   alignas(16) uint16_t bias[kColumns];
 };
-constexpr int kTiles = 8;  // more than the feeding warps can be ahead: a tile has a stage at least
+constexpr int kTiles = tile_ring::kTiles;
 
 template <bool kTransposed, bool kInLoop>
 struct Shape {
   static constexpr uint32_t kBytesDown = kInLoop ? kSlot * kDepth * 2 : 0;
   static constexpr uint32_t kStage = kBytesX + kBytesW + kBytesDown;
-  static constexpr int kStages = kInLoop ? 4 : 5;
+  static constexpr int kStages = kInLoop ? tile_ring::kStagesInLoop : tile_ring::kStagesGiven;
   static constexpr uint32_t kUp = kInLoop ? 2 * kSlotB : 0;  // B of the slots made in the loop, one for each warpgroup
 };
 
@@ -356,7 +357,7 @@ struct Multiplier {
             const float2 a = two<scalar>(p.bias_down, t * p.r + j);
             x += a.x, y += a.y;
           }
-          if (p.relu) x = fmaxf(x, 0.f), y = fmaxf(y, 0.f);
+          if (p.relu) x = x < 0.f ? 0.f : x, y = y < 0.f ? 0.f : y;  // fmaxf would lose a NaN
           const int64_t at = static_cast<int64_t>(m) * p.R + j;
           if (keep) *reinterpret_cast<uint32_t*>(static_cast<scalar*>(p.kept) + at) = pair<scalar>(x, y);
         } else {
@@ -583,7 +584,7 @@ void fused(const Fused& p, cudaStream_t stream) {
           a, static_cast<const scalar*>(p.base), p.ld_base, static_cast<const scalar*>(p.bias_up));
       check_launch("the fused LoRA product");
     } else {
-      STD_TORCH_CHECK(false, "the fused LoRA product: the dtype must be bfloat16 or float16");
+      PLORA_CHECK(false, "the fused LoRA product: the dtype must be bfloat16 or float16");
     }
   });
 }

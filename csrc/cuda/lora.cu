@@ -164,9 +164,16 @@ LoraShape shape_of(const Inputs& p, const Tensor& rows, const OptTensor& base, c
 
 void check_served(const Inputs& p) {
   const ScalarType dtype = p.x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, p.op,
-                  ": x must be float32, bfloat16 or float16 on CUDA, got ", torch::headeronly::toString(dtype),
-                  dtype == ScalarType::Double ? "; the nearest is float32" : "");
+  PLORA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, p.op,
+              ": x must be float32, bfloat16 or float16 on CUDA, got ", torch::headeronly::toString(dtype),
+              dtype == ScalarType::Double ? "; the nearest is float32" : "");
+  // Rows, columns and ranks are counted in 32 bits, elements in 64.
+  for (const auto& [name, size] : {std::pair{"rows of x", p.M},
+                                   {"columns of x", p.in},
+                                   {"rows of lora_B", p.out},
+                                   {"adapters times their rank", p.T * padded_rank(p.r)}})
+    PLORA_CHECK(size < INT32_MAX - 256, p.op, ": at most 2,147,483,390 ", name, " on CUDA, got ", size,
+                ": call it on parts");
 }
 
 // Space for s h as the fused product takes it.

@@ -43,7 +43,7 @@ struct LowRank {
   bool down_transposed = false;     // it is [T, K, r], which low_rank_sm90 alone takes
   const void* bias_down = nullptr;  // [T, r]
   bool relu = false;
-  const void* gate = nullptr;  // [M, R]: h becomes 0 where the gate is not > 0
+  const void* gate = nullptr;  // [M, R]: h becomes 0 where the gate is <= 0 (not where it is NaN)
   void* h = nullptr;           // [M, R], written where x is given (if not null), else read
   // [M, places, r], written with h: s h of the adapters that the row's aligned block of 128 met, ascending, zero but
   // for the row's own; with ids by low_rank_sm90 alone. Without ids it is [M, T r].

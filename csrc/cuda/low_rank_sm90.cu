@@ -198,7 +198,7 @@ __device__ inline void write(const LowRank& p, float (&d)[kN / 2], float* out, c
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           const float sum = sums[e] + to_float(bias[e]);
-          const bool open = (!p.gate | (to_float(gate[e]) > 0)) & !(p.relu & (sum < 0));
+          const bool open = (!p.gate | !(to_float(gate[e]) <= 0)) & !(p.relu & (sum < 0));
           const float x = open ? sum : 0.f;
           h[e] = from_float<scalar>(x), scaled[e] = from_float<scalar>(scale * x);
         }

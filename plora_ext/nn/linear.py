@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from plora_ext import ops
-from plora_ext.nn._torch import has_global_module_hooks
+from plora_ext._private import has_global_module_hooks
 from plora_ext.nn.state import Active, State, mark
 from plora_ext.ops._register import run_one
 

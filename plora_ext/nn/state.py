@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from plora_ext import ops
-from plora_ext.nn._torch import has_saved_tensor_hooks, in_backward
+from plora_ext._private import has_saved_tensor_hooks, in_backward
 
 __all__ = ["Active", "State"]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,16 @@ from torch import Tensor
 def shape(t: Tensor) -> list[int]:
     """The shape as an error message shows it."""
     return list(t.shape)
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a type of device; some types have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """No autocast inside."""
+    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
 
 
 def wide(t: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from plora_ext._private import softmax_backward
 from plora_ext.ops._checks import wide
 from plora_ext.reference import EPS
 
@@ -24,7 +25,7 @@ def through_unit(d: Tensor, u: Tensor, norm: Tensor) -> Tensor:
 
 def _of_scores(p: Tensor, dp: Tensor) -> Tensor:
     """The gradient of what the softmax p was taken of, from that of p: p (dp - sum p dp), in one kernel."""
-    return torch._softmax_backward_data(dp, p, -1, p.dtype)
+    return softmax_backward(p, dp)
 
 
 def reconstruct_prototypes(

@@ -6,19 +6,16 @@ products are written here in torch; the rest are operators of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._C import _get_tracing_state
-from torch._C import _len_torch_dispatch_stack as _count_dispatch_modes
-from torch._C import _len_torch_function_stack as _count_function_modes
-from torch._C._functorch import peek_interpreter_stack as _peek_transforms
+from torch import Tensor
 
-from plora_ext import _library
+from plora_ext import _library, reference
+from plora_ext._private import any_requires_grad, below, forward_mode, is_plain, needs_twin
 from plora_ext.ops import _gradients
-from plora_ext.ops._checks import wide
+from plora_ext.ops._checks import autocasts, wide, without_autocast
 from plora_ext.ops._gradients import through_unit, unit
 
 LORA = ("lora_indexed", "lora_sum", "lora_all")
@@ -51,17 +48,6 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     return value.to(dtype)
 
 
-def run_reference(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Calls a plain-torch twin with the same casts under autocast as the compiled operator has."""
-    device_type = args[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return function(*args, **kwargs)
-    dtype = _autocast_dtype(function.__name__, device_type)
-    with torch.autocast(device_type, enabled=False):
-        cast = [_cast(a, dtype) for a in args]
-        return function(*cast, **{name: _cast(a, dtype) for name, a in kwargs.items()})
-
-
 def _names(name: str) -> list[str]:
     return [argument.name for argument in op[name]._schema.arguments]
 
@@ -82,11 +68,86 @@ def _register_autocast(name: str, device_type: str) -> None:
     cast = _caster(name)
 
     def kernel(*args: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+        with without_autocast(device_type):
             return op[name](*cast(device_type, args))
 
     assert _lib is not None
     _lib.impl(name, kernel, key)
+
+
+# --- the plain-torch twins, with the operators' own arguments ---------------------------------------------------------
+
+
+def _lora_twin(name: str) -> Callable[..., Tensor]:
+    function = getattr(reference, name)
+
+    def twin(x: Tensor, *rest: Any) -> Tensor:
+        *front, base, weight, bias, bias_A, bias_B, ranks, relu, trainable, _, _ = rest
+        flat = rows(x)
+        if name == "lora_indexed" and len(front[0]) != len(flat):
+            front[0] = front[0].repeat_interleave(len(flat) // max(len(front[0]), 1))
+        y: Tensor = function(
+            flat, *front, base=None if base is None else rows(base), weight=weight, bias=bias, bias_A=bias_A,
+            bias_B=bias_B, activation="relu" if relu else "none", ranks=ranks, trainable=trainable,
+        )  # fmt: skip
+        return y if x.dim() == 2 else unflat(y, x)
+
+    return twin
+
+
+def _reconstruct_twin(old: Tensor, new: Tensor, moved: Tensor, tau: float, add_old: bool, tf32: bool) -> Tensor:
+    kept = wide(old)
+    result = reference.reconstruct_prototypes(old.to(kept), new.to(kept), moved.to(kept), tau=tau)
+    return (old.to(kept) + result if add_old else result).to(moved.dtype)
+
+
+_twins: dict[str, Callable[..., Any]] = {
+    **{name: _lora_twin(name) for name in LORA},
+    "lora_merge": lambda weight, A, B, scaling, ranks: reference.lora_merge(weight, A, B, scaling, ranks=ranks),
+    "class_sums": reference.class_sums,
+    "reconstruct_prototypes": _reconstruct_twin,
+    "complete_prototypes": lambda p, task_of_class, tau, last: reference.complete_prototypes(
+        p, task_of_class, tau=tau, mode="last" if last else "reset"
+    ),
+    "subspace_logits": lambda features, prototypes, weights, tf32: reference.subspace_logits(
+        features, prototypes, weights
+    ),
+}
+
+
+def run_twin(name: str, *args: Any) -> Any:
+    """An operator's plain-torch twin, with the same casts under autocast."""
+    device_type = args[0].device.type
+    if not autocasts(device_type):
+        return _twins[name](*args)
+    dtype = _autocast_dtype(name, device_type)
+    with without_autocast(device_type):
+        return _twins[name](*(_cast(a, dtype) for a in args))
+
+
+def _differentiated_again(grad: Tensor) -> bool:
+    """Whether a backward is itself differentiated: under create_graph, or in forward mode."""
+    return torch.is_grad_enabled() or forward_mode(grad)
+
+
+def _twin_gradients(name: str, args: Sequence[Any], asks: Sequence[bool], grad: Tensor) -> list[Any]:
+    """The gradients of an operator as torch's own operators make them, which may be differentiated in turn.
+
+    Every argument that asks enters as a view of its own, so that none counts for another that was computed from it.
+    """
+    with torch.enable_grad():
+        own = [a.view_as(a) if asked else a for a, asked in zip(args, asks, strict=True)]
+    wanted = [a for a, asked in zip(own, asks, strict=True) if asked]
+    with without_autocast(grad.device.type):
+        with torch.enable_grad():
+            y = _twins[name](*own)
+            y = y if isinstance(y, Tensor) else y[0]
+        if y.requires_grad:
+            found = torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled(), materialize_grads=True)
+        else:  # as without any adapter
+            found = tuple(torch.zeros_like(a) for a in wanted)
+    rest = iter(found)
+    return [next(rest) if asked else None for asked in asks]
 
 
 # --- fake implementations: shapes only --------------------------------------------------------------------------------
@@ -162,30 +223,23 @@ _functions: dict[str, type[torch.autograd.Function]] = {}
 _casters: dict[str, Callable[[str, tuple[Any, ...]], list[Any]]] = {}
 _BASE = {name: 5 if name == "lora_indexed" else 4 for name in LORA}  # where base is among their arguments
 _SERVES_CUDA = _library.has_kernel("lora_sum", "cuda")
-_PLAIN = {Tensor, nn.Parameter, type(None), bool, list}  # the types of the arguments of the low-rank operators
-_ABOVE = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
-for _key in ("ADInplaceOrView", "AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastCUDA"):
-    _ABOVE |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
-
-
-def _call(name: str, args: tuple[Any, ...]) -> Any:
-    return op[name](*args)
-
-
-def _below(name: str, args: tuple[Any, ...]) -> Any:
-    """The kernel itself, past autograd and autocast."""
-    with torch._C._ExcludeDispatchKeyGuard(_ABOVE):
-        return op[name](*args)
 
 
 def rows(t: Tensor) -> Tensor:
     """[M, n] of [..., n]."""
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+    return t if t.dim() == 2 else t.flatten(0, -2) if t.dim() > 2 else t[None]
 
 
 def unflat(y: Tensor, x: Tensor) -> Tensor:
     """[..., out] or [T, ..., out] of rows of y, where x is [..., in]."""
     return y.view(*y.shape[:-2], *x.shape[:-1], y.shape[-1])
+
+
+def _rows_of_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """grad [..., out] or [T, ..., out] as rows, where x is [..., in]; the inverse of `unflat`."""
+    if x.dim() == 1:
+        return grad.unsqueeze(-2)
+    return grad if x.dim() == 2 else grad.flatten(grad.dim() - x.dim(), -2)
 
 
 def _lora_autograd(name: str) -> type[torch.autograd.Function]:
@@ -204,11 +258,17 @@ def _lora_autograd(name: str) -> type[torch.autograd.Function]:
         ctx.mark_non_differentiable(output[1])
         setup_context(ctx, inputs, output)
 
-    def gradients(ctx: Any, grad: Tensor, saved: tuple[Any, ...]) -> list[Any]:
+    def gradients(ctx: Any, grad: Tensor, x: Tensor, saved: Sequence[Any], again: bool) -> list[Any]:
         X, *ids, A, B, s, base, W, bias, a, b, _, _, _, _, _ = ctx.needs_input_grad
         dx = dA = dB = ds = da = db = None
         if needs := X | A << 1 | B << 2 | s << 3 | a << 4 | b << 5:
-            dx, dA, dB, ds, da, db = op[backward_name](grad, *saved, ctx.relu, ctx.trainable, needs)
+            if again:
+                *front, weight, bias_A, bias_B, ranks, _ = saved
+                args = [x, *front, None, weight, None, bias_A, bias_B, ranks, ctx.relu, ctx.trainable, None, False]
+                asks = [X, *ids, A, B, s, False, False, False, a, b, *[False] * 5]
+                dx, *_, dA, dB, ds, _, _, _, da, db, _, _, _, _, _ = _twin_gradients(name, args, asks, grad)
+            else:
+                dx, dA, dB, ds, da, db = op[backward_name](grad, x, *saved, ctx.relu, ctx.trainable, needs)
         total = grad.sum(0) if of_all and (base or W or bias) else grad
         return [
             dx if X else None,
@@ -217,7 +277,7 @@ def _lora_autograd(name: str) -> type[torch.autograd.Function]:
             dB if B else None,
             ds if s else None,
             total if base else None,
-            total.T @ saved[0] if W else None,
+            total.T @ x if W else None,
             total.sum(0) if bias else None,
             da if a else None,
             db if b else None,
@@ -225,68 +285,79 @@ def _lora_autograd(name: str) -> type[torch.autograd.Function]:
         ]
 
     def registered(ctx: Any, grad: Tensor, of_kept: Tensor | None) -> tuple[Any, ...]:
-        return tuple(gradients(ctx, grad, ctx.saved_tensors))
+        x, *saved = ctx.saved_tensors
+        with without_autocast(grad.device.type):
+            return tuple(gradients(ctx, grad, x, saved, _differentiated_again(grad)))
 
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, base = inputs[0], inputs[i_base]
-        ctx.lead = None if x.dim() == 2 else x.shape[:-1]
-        if ctx.lead is not None:
+        flat = inputs
+        if x.dim() != 2:
             base = None if base is None else rows(base)
-            inputs = (rows(x), *inputs[1:i_base], base, *inputs[i_base + 1 :])
-        with torch._C._ExcludeDispatchKeyGuard(_ABOVE):  # a view made here counts as none: what follows may write to y
-            output = op[name](*inputs)
-            y: Tensor = output[0] if ctx.lead is None else unflat(output[0], x)
+            flat = (rows(x), *inputs[1:i_base], base, *inputs[i_base + 1 :])
+        with below():  # a view made here counts as none: what follows may write to y
+            output = op[name](*flat)
+            y: Tensor = output[0] if x.dim() == 2 else unflat(output[0], x)
         setup_context(ctx, inputs, output)
         return y
 
-    def shaped_gradients(ctx: Any, grad: Tensor, saved: tuple[Any, ...]) -> tuple[Any, ...]:
-        if ctx.lead is not None:
-            grad = grad.reshape(*grad.shape[:of_all], len(saved[0]), grad.shape[-1])
-        found = gradients(ctx, grad, saved)
-        if ctx.lead is not None:
+    def shaped_gradients(ctx: Any, grad: Tensor, x: Tensor, saved: Sequence[Any], again: bool) -> tuple[Any, ...]:
+        found = gradients(ctx, _rows_of_grad(grad, x), rows(x), saved, again)
+        if x.dim() != 2:
             for i in (0, i_base):
                 if found[i] is not None:
-                    found[i] = found[i].view(*ctx.lead, found[i].shape[-1])
+                    found[i] = unflat(found[i], x)
         return tuple(found)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # hooks may compute them anew, with autograd
-        if torch.is_grad_enabled():  # create_graph: what is registered says that there are no second gradients
-            return shaped_gradients(ctx, grad, saved)
-        with torch._C._ExcludeDispatchKeyGuard(_ABOVE):
-            return shaped_gradients(ctx, grad, saved)
+        x, *saved = ctx.saved_tensors  # hooks may compute them anew, with autograd
+        if _differentiated_again(grad):
+            with without_autocast(grad.device.type):
+                return shaped_gradients(ctx, grad, x, saved, True)
+        with below():
+            return shaped_gradients(ctx, grad, x, saved, False)
 
     torch.library.register_autograd(f"plora_ext::{name}", registered, setup_context=setup_registered)
     namespace = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"{name}_function", (torch.autograd.Function,), namespace)
 
 
-def is_plain(*args: Any) -> bool:
-    """Whether this is eager code on plain tensors: nothing traces it, transforms it or looks on."""
-    return (
-        not torch.compiler.is_compiling()
-        and _peek_transforms() is None
-        and not _count_dispatch_modes()
-        and not _count_function_modes()
-        and _get_tracing_state() is None
-        and _PLAIN.issuperset(map(type, args))
-    )
+def run(name: str, serves: bool, *args: Any) -> Any:
+    """An operator by the dispatcher's rules, or its twin where no kernel serves, or only torch's own operators do."""
+    if not serves or (not is_plain(*args) and needs_twin(*args)):
+        return run_twin(name, *args)
+    return op[name](*args)
 
 
-def run_lora(name: str, *args: Any) -> Tensor:
-    """y [..., out] of a low-rank operator: by the dispatcher's rules where something needs them, else past them."""
-    plain = is_plain(*args)
+def run_lora(name: str, serves: bool, *args: Any) -> Tensor:
+    """y [..., out] of a low-rank operator: as `run` does, but past the dispatcher's rules where nothing needs them."""
+    plain = serves and is_plain(*args)
+    if not plain and (not serves or needs_twin(*args)):
+        by_twin: Tensor = run_twin(name, *args)
+        return by_twin
     if plain:
         device_type = args[0].device.type
         if torch.is_autocast_enabled(device_type):
             args = tuple(_casters[name](device_type, args))
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and any_requires_grad(*args):
             return _functions[name].apply(*args)
-    x, base = args[0], _BASE[name]
+    x, i_base = args[0], _BASE[name]
     if x.dim() != 2:
-        args = (rows(x), *args[1:base], None if args[base] is None else rows(args[base]), *args[base + 1 :])
-    y: Tensor = (_below if plain else _call)(name, args)[0]
+        args = (rows(x), *args[1:i_base], None if args[i_base] is None else rows(args[i_base]), *args[i_base + 1 :])
+    if plain:
+        with below():
+            y: Tensor = op[name](*args)[0]
+    else:
+        y = op[name](*args)[0]
     return y if x.dim() == 2 else unflat(y, x)
+
+
+def run_in_place(name: str, *args: Any) -> None:
+    """An operator that writes to its first arguments, which autograd is told as of torch's own."""
+    getattr(torch.ops.plora_ext, name)(*args)
+    if not torch.compiler.is_compiling():
+        written = args[: 2 if name == "class_sums_" else 1]
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
 class _OneAdapter(torch.autograd.Function):
@@ -296,57 +367,40 @@ class _OneAdapter(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any) -> Tensor:
         X, _, B, *_ = ctx.needs_input_grad
         flat = rows(x)
-        with torch._C._ExcludeDispatchKeyGuard(_ABOVE):  # a view made here counts as none: what follows may write to y
+        with below():  # a view made here counts as none: what follows may write to y
             A = lora_A[None]
             keep = X if dense("lora_sum", A, weight, None, None, False) else B
             y, kept = op["lora_sum"](
                 flat, A, lora_B[None], scaling, None, weight, bias, None, None, None, False, None, None, keep
             )
             y = y if flat is x else unflat(y, x)
-        ctx.lead = None if flat is x else x.shape[:-1]
-        ctx.save_for_backward(flat, lora_A, lora_B, scaling, weight, kept)
+        ctx.save_for_backward(x, lora_A, lora_B, scaling, weight, kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # hooks may compute them anew, with autograd
-        if torch.is_grad_enabled():  # create_graph: what is registered says that there are no second gradients
-            return _OneAdapter.gradients(ctx, grad, *saved)
-        with torch._C._ExcludeDispatchKeyGuard(_ABOVE):
-            return _OneAdapter.gradients(ctx, grad, *saved)
-
-    @staticmethod
-    def gradients(
-        ctx: Any, grad: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, kept: Tensor
-    ) -> tuple[Any, ...]:
+        x, lora_A, lora_B, scaling, weight, kept = ctx.saved_tensors  # hooks may compute them anew, with autograd
         X, A, B, *_ = ctx.needs_input_grad
-        if ctx.lead is not None:
-            grad = grad.reshape(len(x), grad.shape[-1])
-        dx, dA, dB, *_ = op["lora_sum_backward"](
-            grad,
-            x,
-            lora_A[None],
-            lora_B[None],
-            scaling,
-            weight,
-            None,
-            None,
-            None,
-            kept,
-            False,
-            None,
-            X | A << 1 | B << 2,
-        )
-        if X and ctx.lead is not None:
-            dx = dx.view(*ctx.lead, dx.shape[-1])
+        if _differentiated_again(grad):
+            args = [x, lora_A[None], lora_B[None], scaling, None, weight, *[None] * 4, False, None, None, False]
+            asks = [X, A, B, *[False] * 11]
+            dx, dA, dB, *_ = _twin_gradients("lora_sum", args, asks, grad)
+        else:
+            with below():
+                dx, dA, dB, *_ = op["lora_sum_backward"](
+                    _rows_of_grad(grad, x), rows(x), lora_A[None], lora_B[None], scaling, weight, None, None, None,
+                    kept, False, None, X | A << 1 | B << 2,
+                )  # fmt: skip
+                dx = unflat(dx, x) if X and x.dim() != 2 else dx
         return dx if X else None, dA[0] if A else None, dB[0] if B else None, None, None, None
 
 
 def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any) -> Tensor | None:
     """`lora_sum` of one adapter, [r, in] and [out, r], that trains beside its frozen layer, with few looks at them.
 
-    None where this is not eager code on plain tensors of one dtype without autocast, or the widths do not fit, or the
-    layer is not frozen: that is for `lora_sum` to serve or to refuse. Whatever else is wrong the kernel refuses.
+    None where this is not eager code on plain tensors of one dtype and device without autocast, or the widths do not
+    fit, or the layer is not frozen: that is for `lora_sum` to serve or to refuse. Whatever else is wrong the kernel
+    refuses.
     """
     cuda, dtype = x.is_cuda, x.dtype
     if (
@@ -355,6 +409,8 @@ def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: 
         or torch.is_autocast_enabled("cuda" if cuda else "cpu")
         or not (_SERVES_CUDA and dtype != torch.float64 if cuda else x.is_cpu and _lib is not None)
         or not dtype == lora_A.dtype == lora_B.dtype == weight.dtype
+        or not x.device == lora_A.device == lora_B.device == scaling.device == weight.device
+        or not (bias is None or bias.device == x.device)
         or x.dim() == 0
         or x.size(-1) != lora_A.size(1)
         or weight.requires_grad
@@ -379,6 +435,8 @@ def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _subspace_logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if _differentiated_again(grad):
+        return tuple(_twin_gradients("subspace_logits", [*ctx.saved_tensors, False], ctx.needs_input_grad, grad))
     features, prototypes, weights = ctx.saved_tensors
     kept = weights.dtype
     g = grad.to(kept)
@@ -412,11 +470,17 @@ def _backward(name: str, grad: Tensor) -> Callable[..., Any]:
 
 
 def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if _differentiated_again(grad):
+        args = [*ctx.saved_tensors, ctx.tau, ctx.add_old, ctx.tf32]
+        return tuple(_twin_gradients("reconstruct_prototypes", args, ctx.needs_input_grad, grad))
     d_old, d_new, d_values = _backward("reconstruct_prototypes", grad)(grad, *ctx.saved_tensors, ctx.tau)
     return d_old + grad if ctx.add_old else d_old, d_new, d_values, None, None, None
 
 
 def _complete_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if _differentiated_again(grad):
+        args = [*ctx.saved_tensors, ctx.tau, ctx.last]
+        return tuple(_twin_gradients("complete_prototypes", args, ctx.needs_input_grad, grad))
     return _backward("complete_prototypes", grad)(grad, *ctx.saved_tensors, ctx.tau, ctx.last), None, None, None
 
 

@@ -24,11 +24,17 @@ class AdapterBatch:
     def __init__(
         self, ids: Tensor | Sequence[int], num_adapters: int, device: torch.device | str | None = None
     ) -> None:
+        if not isinstance(ids, Tensor) and any(isinstance(i, bool) for i in ids):
+            raise TypeError(f"ids must be integers, got {list(ids)}")
         ids = torch.as_tensor(ids)
         if ids.numel() == 0:
             ids = ids.long()
         if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
             raise TypeError(f"ids must be integers, got {ids.dtype}")
+        if (
+            ids.dtype != torch.uint8 and not ids.dtype.is_signed
+        ):  # torch knows little of these; larger ones turn negative
+            ids = ids.to(torch.int64)
         if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < num_adapters:
             bad = int(ids.max()) if int(ids.max()) >= num_adapters else int(ids.min())
             raise IndexError(f"ids must be between -1 (base only) and {num_adapters - 1}, got {bad}")

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from plora_ext import _library, reference
+from plora_ext import _library
+from plora_ext._private import forward_mode, is_plain
 from plora_ext.ops import _register
-from plora_ext.ops._checks import check, shape, wide
+from plora_ext.ops._checks import autocasts, check, shape, wide, without_autocast
 from plora_ext.ops._register import rows as _rows
 from plora_ext.ops.adapter_batch import AdapterBatch
 
@@ -48,7 +49,7 @@ def _prepare(
     shapes = ((T, r, n_in), (T, out, r), (*lead, out), (out, n_in), (out,), (T, r), (T, out))
     for name, t, expected in zip(_OPERANDS, (lora_A, lora_B, *optional), shapes, strict=True):
         if t is not None and (t.shape != expected or t.dtype != dtype or t.device != device):
-            check(op, name, t, expected, x, None if torch.is_autocast_enabled(device.type) else dtype)
+            check(op, name, t, expected, x, None if autocasts(device.type) else dtype)
     if optional[2] is not None and optional[1] is None:
         raise ValueError(f"{op}: bias belongs to the frozen layer and needs weight; an adapter's own bias is bias_B")
     if activation not in _ACTIVATIONS:
@@ -120,16 +121,11 @@ def _run(
     scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
     rows = () if ids is None else (_ids(op, ids, x),)
     flat = None if slices is None else _flat(op, slices, lora_A.shape[1], lora_B.shape[1])
-    if not _native(op, x):
-        return _register.run_reference(
-            getattr(reference, op), x, *rows, lora_A, lora_B, scale, activation=activation, ranks=ranks,
-            trainable=trainable, **dict(zip(_OPERANDS[2:], optional, strict=True)),
-        )  # fmt: skip
     base, weight, bias, bias_A, bias_B = optional
     relu = activation == "relu"
     return _register.run_lora(
-        op, x, *(t.reshape(-1) for t in rows), lora_A, lora_B, scale, base, weight, bias, bias_A, bias_B, ranks, relu,
-        None if trainable is None else list(trainable), flat,
+        op, _native(op, x), x, *(t.reshape(-1) for t in rows), lora_A, lora_B, scale, base, weight, bias, bias_A,
+        bias_B, ranks, relu, None if trainable is None else list(trainable), flat,
         torch.is_grad_enabled() and _register.keeps(op, x, lora_A, lora_B, scale, weight, bias_A, bias_B, relu),
     )  # fmt: skip
 
@@ -158,7 +154,8 @@ def _run_in_place(
     if target is None:
         family = op.removesuffix("_")
         return y.add_(_run(family, x, ids, lora_A, lora_B, scale, None, optional, activation, ranks, trainable, None))
-    _register.op[op](
+    _register.run_in_place(
+        op,
         target,
         _rows(x),
         *(t.reshape(-1) for t in rows),
@@ -176,9 +173,9 @@ def _writable(op: str, y: Tensor, x: Tensor, asks: Sequence[Tensor | None]) -> T
     """y as rows where the kernel can write in place; None where torch must (gradients, odd strides, autocast)."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asks):
         return None
-    if y.dtype != x.dtype or torch.is_autocast_enabled(x.device.type) or y.stride(-1) != 1:
+    if y.dtype != x.dtype or autocasts(x.device.type) or y.stride(-1) != 1:
         return None
-    if not _native(op, x):
+    if not _native(op, x) or (not is_plain(y, *asks) and not torch.compiler.is_compiling()) or forward_mode(*asks):
         return None
     try:
         return y.view(*(y.shape[:1] if op == "lora_all_" else ()), -1, y.shape[-1])
@@ -328,13 +325,12 @@ def lora_all(
         inputs = (x, lora_A, lora_B, scale, *optional, out)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
             raise ValueError(f"{op}: out= records no gradients; leave it out, or call this under torch.no_grad()")
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if _library.has_kernel("lora_all_out", x.device.type) and out.is_contiguous() and not autocast:
+        native = _library.has_kernel("lora_all_out", x.device.type) and is_plain(*inputs)
+        if native and out.is_contiguous() and not autocasts(x.device.type):
             base = None if base is None else _rows(base)
-            torch.ops.plora_ext.lora_all_out(
-                out.view(out.shape[0], -1, out.shape[-1]), _rows(x), lora_A, lora_B, scale, base, *optional[1:], ranks,
-                activation == "relu",
-            )  # fmt: skip
+            rows, slabs = _rows(x), out.view(out.shape[0], -1, out.shape[-1])
+            rest = (scale, base, *optional[1:], ranks, activation == "relu")
+            _register.run_in_place("lora_all_out", slabs, rows, lora_A, lora_B, *rest)
             return out
     y = _run(op, x, None, lora_A, lora_B, scaling, None, optional, activation, ranks, trainable, slices)
     return y if out is None else out.copy_(y)
@@ -445,8 +441,8 @@ def lora_merge(
         raise ValueError(f"{op}: weight must be [out, in], got {shape(weight)}")
     if lora_B.dim() == 3 and lora_B.shape[1] != weight.shape[0]:
         raise ValueError(f"{op}: lora_B must be [T, {weight.shape[0]}, r] for this weight, got {shape(lora_B)}")
-    with torch.autocast(weight.device.type, enabled=False):  # weights are merged in their own dtype
+    with without_autocast(weight.device.type):  # weights are merged in their own dtype
         scale, ranks = _prepare(op, weight, lora_A, lora_B, scaling, coeff, (None,) * 5, "none", ranks, None)
-        if not _library.has_kernel(op, weight.device.type):
-            return reference.lora_merge(weight, lora_A, lora_B, scale, ranks=ranks)
-        return torch.ops.plora_ext.lora_merge(weight, lora_A, lora_B, scale, ranks)
+        serves = _library.has_kernel(op, weight.device.type)
+        merged: Tensor = _register.run(op, serves, weight, lora_A, lora_B, scale, ranks)
+        return merged

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plora_ext import _library, reference
 from plora_ext.ops import _register
-from plora_ext.ops._checks import check, shape, wide
+from plora_ext.ops._checks import autocasts, check, shape, wide
 
 # Below this tau a sum of exp((cos - 1) / tau) may vanish in float32; CUDA's kernels then shift by the largest cosine.
 _COLD = 0.025
@@ -72,9 +72,10 @@ def class_sums(
         raise ValueError(f"{op}: sums and counts are one running total: give both or neither")
     labels = labels.to(torch.int64)
     if sums is None or counts is None:
-        if not _library.has_kernel(op, features.device.type):
-            return reference.class_sums(features, labels, num_classes)
-        return torch.ops.plora_ext.class_sums(features, labels, num_classes)
+        made: tuple[Tensor, Tensor] = _register.run(
+            op, _library.has_kernel(op, features.device.type), features, labels, num_classes
+        )
+        return made
     for name, total, expected, dtype in (
         ("sums", sums, (num_classes, features.shape[1]), wide(features)),
         ("counts", counts, (num_classes,), torch.int64),
@@ -84,7 +85,7 @@ def class_sums(
             raise TypeError(f"{op}: {name} must be contiguous {dtype}, got {total.dtype}, strides {total.stride()}")
     with torch.no_grad():
         if _library.has_kernel("class_sums_", features.device.type):
-            torch.ops.plora_ext.class_sums_(sums, counts, features, labels)
+            _register.run_in_place("class_sums_", sums, counts, features, labels)
         else:
             reference.class_sums(features, labels, num_classes, sums=sums, counts=counts)
     return sums, counts
@@ -125,16 +126,15 @@ def reconstruct_prototypes(
     if not tau > 0:
         raise ValueError(f"{op}: tau must be positive, got {tau}")
     D = old.shape[1]
-    dtype = None if torch.is_autocast_enabled(old.device.type) else old.dtype
+    dtype = None if autocasts(old.device.type) else old.dtype
     check(op, "new", new, ("Cn", D), old, dtype)
     check(op, "values", values, (new.shape[0], D if mode == "shift" else "Dv"), old, dtype)
     if new.shape[0] == 0 and old.shape[0] > 0:
         raise ValueError(f"{op}: new must hold at least one class to reconstruct from, got {shape(new)}")
-    if not _native(op, old, tau):
-        return _register.run_reference(reference.reconstruct_prototypes, old, new, values, tau=tau, mode=mode)
     shift = mode == "shift"
     moved = values - new if shift else values
-    return torch.ops.plora_ext.reconstruct_prototypes(old, new, moved, tau, shift, _tf32(old))
+    made: Tensor = _register.run(op, _native(op, old, tau), old, new, moved, tau, shift, _tf32(old))
+    return made
 
 
 def complete_prototypes(prototypes: Tensor, task_of_class: Tensor, *, tau: float = 1.0, mode: str = "reset") -> Tensor:
@@ -172,9 +172,8 @@ def complete_prototypes(prototypes: Tensor, task_of_class: Tensor, *, tau: float
     if not tau > 0:
         raise ValueError(f"{op}: tau must be positive, got {tau}")
     task_of_class = task_of_class.to(torch.int64)
-    if not _native(op, prototypes, tau):
-        return _register.run_reference(reference.complete_prototypes, prototypes, task_of_class, tau=tau, mode=mode)
-    return torch.ops.plora_ext.complete_prototypes(prototypes, task_of_class, tau, mode == "last")
+    made: Tensor = _register.run(op, _native(op, prototypes, tau), prototypes, task_of_class, tau, mode == "last")
+    return made
 
 
 def own_other_weights(task_of_class: Tensor, num_tasks: int, alpha: float) -> Tensor:
@@ -215,10 +214,9 @@ def subspace_logits(features: Tensor, prototypes: Tensor, weights: Tensor) -> Te
     op = "subspace_logits"
     if features.dim() != 3 or not features.is_floating_point():
         raise ValueError(f"{op}: features must be floating point [B, T, D], got {features.dtype} {shape(features)}")
-    dtype = None if torch.is_autocast_enabled(features.device.type) else features.dtype
+    dtype = None if autocasts(features.device.type) else features.dtype
     check(op, "prototypes", prototypes, ("C", *features.shape[1:]), features, dtype)
     check(op, "weights", weights, (prototypes.shape[0], features.shape[1]), features, None)
     weights = weights.to(wide(features))
-    if not _native(op, features):
-        return _register.run_reference(reference.subspace_logits, features, prototypes, weights)
-    return torch.ops.plora_ext.subspace_logits(features, prototypes, weights, _tf32(features))
+    made: Tensor = _register.run(op, _native(op, features), features, prototypes, weights, _tf32(features))
+    return made

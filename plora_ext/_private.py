@@ -1,0 +1,157 @@
+"""The one place for names of torch that are not public; where one is missing, what would need it goes another way.
+
+Without them nothing is eager enough for the short ways (`is_plain`), and the operators are called as torch's dispatcher
+does it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+def _found(module: Any, *names: str) -> Any:
+    """The attribute at the end of a path of names, or None."""
+    for name in names:
+        module = getattr(module, name, None)
+    return module
+
+
+_count_dispatch_modes = _found(torch._C, "_len_torch_dispatch_stack")
+_count_function_modes = _found(torch._C, "_len_torch_function_stack")
+_tracing_state = _found(torch._C, "_get_tracing_state")
+_top_transform = _found(torch._C, "_functorch", "peek_interpreter_stack")
+_all_transforms = _found(torch._C, "_functorch", "get_interpreter_stack")
+_transform_type = _found(torch._C, "_functorch", "TransformType")
+_any_requires_grad = _found(torch._C, "_any_requires_grad")
+_exclude = _found(torch._C, "_ExcludeDispatchKeyGuard")
+_key_set, _keys = _found(torch._C, "DispatchKeySet"), _found(torch._C, "DispatchKey")
+_softmax_backward = _found(torch, "_softmax_backward_data")
+_names_with_kernels = _found(torch._C, "_dispatch_get_registrations_for_dispatch_key")
+_own_dispatch = _found(Tensor, "__torch_dispatch__")
+_graph_task = _found(torch._C, "_current_graph_task_id")
+_saved_tensor_hooks = _found(torch._C, "_autograd", "_top_saved_tensors_default_hooks")
+_global_hooks = _found(nn, "modules", "module", "_has_any_global_hook")
+_LEVELS = hasattr(forward_ad, "_current_level")
+
+# Tensors of torch's own tracers: they know compiled operators by their fake implementations.
+_TRACED = tuple(
+    found
+    for file, name in (("fake_tensor", "FakeTensor"), ("functional_tensor", "FunctionalTensor"))
+    if (found := _found(torch, "_subclasses", file, name)) is not None
+)
+
+
+def _keys_above() -> Any:
+    """The dispatch keys that come before a kernel's: autograd's and autocast's; None where they have other names."""
+    names = ["AutogradFunctionality", "ADInplaceOrView", "AutogradOther", "AutogradNestedTensor"]
+    keys = [getattr(_keys, name, None) for name in (*names, "AutocastCPU", "AutocastCUDA")]
+    if _exclude is None or _key_set is None or None in keys:
+        return None
+    above = _key_set(keys[0])
+    for key in keys[1:]:
+        above |= _key_set(key)
+    return above
+
+
+_above = _keys_above()
+_EAGER = _LEVELS and not any(
+    name is None
+    for name in (
+        _above, _count_dispatch_modes, _count_function_modes, _tracing_state, _top_transform, _any_requires_grad,
+    )
+)  # fmt: skip
+_PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, list}  # the types of the arguments of the operators
+
+
+def is_plain(*args: Any) -> bool:
+    """Whether this is eager code on plain tensors: nothing traces it, transforms it, differentiates it or looks on."""
+    return (
+        _EAGER
+        and not torch.compiler.is_compiling()
+        and _top_transform() is None
+        and forward_ad._current_level < 0
+        and not _count_dispatch_modes()
+        and not _count_function_modes()
+        and _tracing_state() is None
+        and _PLAIN.issuperset(map(type, args))
+    )
+
+
+def below() -> AbstractContextManager[Any]:
+    """Calls go to the kernels themselves, past autograd and autocast. Only where `is_plain`."""
+    return _exclude(_above)
+
+
+def any_requires_grad(*args: Any) -> bool:
+    """Whether one of these is a tensor that requires a gradient. Only where `is_plain`."""
+    return _any_requires_grad(*args)
+
+
+def forward_mode(*args: Any) -> bool:
+    """Whether derivatives are computed in forward mode; by the tensors among these where torch does not say so."""
+    if _LEVELS:
+        return forward_ad._current_level >= 0
+    return any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args)
+
+
+def _transforms_derive() -> bool:
+    """Whether one of torch.func's derivatives, or forward mode, is at work; `vmap` is neither."""
+    if _LEVELS and forward_ad._current_level >= 0:
+        return True
+    if _all_transforms is None or _transform_type is None:
+        return False
+    derivatives = (_transform_type.Grad, _transform_type.Jvp)
+    return any(transform.key() in derivatives for transform in _all_transforms() or ())
+
+
+# Compiled code belongs to the transforms that it was traced under: what torch.compiler.assume_constant_result says,
+# which would import all of the compiler.
+_transforms_derive._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def needs_twin(*args: Any) -> bool:
+    """Whether only torch's own operators serve these: what looks on cannot look into compiled ones.
+
+    That is so for forward mode and torch.func's derivatives, and for tensors whose class says itself what operators do.
+    """
+    if _transforms_derive():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    own = any(
+        isinstance(a, Tensor) and type(a).__torch_dispatch__ != _own_dispatch and not isinstance(a, _TRACED)
+        for a in args
+    )
+    return own or forward_mode(*args)
+
+
+def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
+    """The gradient of what the softmax p was taken of, from that of p: p (dp - sum p dp), in one kernel if there is."""
+    if _softmax_backward is None:
+        return p * (dp - (p * dp).sum(-1, keepdim=True))
+    return _softmax_backward(dp, p, -1, p.dtype)
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside of a backward pass; False where torch does not say."""
+    return _graph_task is not None and _graph_task() != -1
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether something keeps an eye on saved tensors, as checkpointing does; True where torch does not say."""
+    return _saved_tensor_hooks is None or _saved_tensor_hooks(True) is not None
+
+
+def has_global_module_hooks() -> bool:
+    """Whether hooks are registered for every module; True where torch does not say."""
+    return _global_hooks is None or bool(_global_hooks())
+
+
+def kernels(key: str) -> list[str]:
+    """The operators that have a kernel under a dispatch key, with their overloads; none where torch does not say."""
+    return [] if _names_with_kernels is None else list(_names_with_kernels(key))
