@@ -235,6 +235,63 @@ def test_a_scale_that_is_a_tensor_is_peft_s(counted: dict[str, int]) -> None:
     assert model.base_model.model[0].scaling["one"].grad is not None and not sum(counted.values())
 
 
+# ---------------------------------------------------------------------- derivatives of derivatives
+
+ROWS = [1, 5, 48]  # on both sides of what decides between the operator and the plain products
+
+
+def double(rows: int, width: int = 24) -> tuple[Any, Tensor]:
+    return net(width).double().train(), images(rows, width).double().requires_grad_()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("case", ["one", "two", "mixed", "frozen layer too"])
+def test_second_derivatives(rows: int, case: str) -> None:
+    model, x = double(rows)
+    model.base_model.set_adapter(["one", "three"] if case == "two" else ["one"])
+    if case == "mixed":
+        model.base_model.set_adapter(["one", "two", "three"])
+        model.eval()
+    names = {"adapter_names": [MIXED[i % 6] for i in range(rows)]} if case == "mixed" else {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name or case == "frozen layer too")
+    parameters = [x, *(p for p in model.parameters() if p.requires_grad)]
+
+    def second() -> list[Tensor]:
+        y = model(x, **names).pow(3).sum()
+        first = torch.autograd.grad(y, parameters, create_graph=True, allow_unused=True)
+        total = sum(g.square().sum() for g in first if g is not None)
+        found = torch.autograd.grad(total, parameters, allow_unused=True)  # type: ignore[arg-type]
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+
+    theirs = second()
+    assert sum(bool(g.abs().max() > 1e-3) for g in theirs) > 3
+    with integration.patch():
+        same(theirs, second(), 1e-9)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("names", [["one"], ["one", "three"]])
+def test_forward_mode(rows: int, train: bool, names: list[str]) -> None:
+    model, x = double(rows)
+    model.base_model.set_adapter(names)
+    model.requires_grad_(train)
+    direction = torch.randn_like(x)
+
+    def derivative() -> Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            y = model(torch.autograd.forward_ad.make_dual(x.detach(), direction))
+            tangent: Tensor = torch.autograd.forward_ad.unpack_dual(y).tangent
+            return tangent.detach()
+
+    theirs = derivative()
+    assert theirs.abs().max() > 0.1
+    with integration.patch():
+        same([theirs], [derivative()], 1e-9)
+        same([theirs], [torch.func.jvp(lambda x: model(x), (x.detach(),), (direction,))[1].detach()], 1e-9)
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_several_active_adapters_are_summed(train: bool, counted: dict[str, int], way: str) -> None:
     model = net()
