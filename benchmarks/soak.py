@@ -33,7 +33,7 @@ from test_cuda_lora import FAMILIES, PATHS, problem
 
 IN_FLIGHT = 4
 RANKS = (1, 3, 4, 8, 12, 16, 16, 17, 24, 32, 48, 64, 100, 128)
-WIDTHS = (1, 7, 8, 13, 33, 64, 72, 136, 192, 200, 264, 384, 576, 768)
+WIDTHS = (1, 7, 8, 13, 33, 64, 64, 72, 136, 192, 200, 264, 384, 576, 768, 960, 1280)
 DTYPES = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)
 CORRUPTED = (10**12, -7, 2**31, 2**32, 2**32 + 1, -(2**63), 2**63 - 1)
 
@@ -52,7 +52,8 @@ class Case:
 
 def draw(rng: random.Random) -> Case:
     family, r = rng.choice(FAMILIES), rng.choice(RANKS)
-    M = rng.choice((rng.randint(0, 300), rng.randint(400, 1500), rng.choice((127, 128, 129, 511, 512, 513))))
+    few = (rng.randint(0, 300), rng.randint(400, 1500), rng.choice((127, 128, 129, 511, 512, 513)))
+    M = rng.choice((*few, rng.randint(1500, 40_000) if rng.random() < 0.2 else rng.randint(0, 300)))
     frozen = rng.choice(("", "weight", "weight bias", "weight bias"))
     extras = [name for name in ("base", "bias_A", "bias_B", "relu", "ranks") if rng.random() < 0.25]
     shape: dict[str, Any] = {

@@ -534,6 +534,108 @@ def test_added_to_many_rows(family: str, ids: str, T: int, r: int, options: str)
         assert torch.equal(ours(y0, *args, **added), ours(y0, *args, **added))
 
 
+# ---------------------------------------------------------------------- what is rare
+
+
+def test_tiles_keep_their_bias() -> None:
+    """Tiles of one step, many of them a block: no column tile gets the bias of another."""
+    args, kwargs, _ = problem("lora_indexed", 24_576, 64, 1280, ids="none", grad=False)
+    expected = F.linear(args[0], kwargs["weight"], kwargs["bias"])
+    first = ops.lora_indexed(*args, **kwargs)
+    torch.testing.assert_close(first, expected, rtol=2e-2, atol=2e-2)
+    for _ in range(20):
+        assert torch.equal(ops.lora_indexed(*args, **kwargs), first)
+
+
+@both_paths
+@families
+@pytest.mark.parametrize("M", [1, 127, 128, 200, 2000])
+def test_an_adapter_that_is_not_a_number_shows(family: str, M: int) -> None:
+    args, kwargs, dy = problem(family, M, 768, 768, T=3, options="weight bias relu", ids="one")
+    A = args[-3]
+    with torch.no_grad():
+        A[-1, 0] = torch.nan
+    y = getattr(ops, family)(*args, **kwargs)
+    own = y[-1] if family == "lora_all" else y
+    assert own.isnan().all()
+    if family == "lora_all":
+        assert y[:-1].isfinite().all()
+    (dA,) = torch.autograd.grad(y, A, dy)
+    assert dA[-1].isnan().any()
+
+
+@both_paths
+@pytest.mark.parametrize("M", [1, 197, 1024, 8192])
+@pytest.mark.parametrize("n", [72, 768])
+def test_y_may_be_x(M: int, n: int) -> None:
+    (x, A, B, s), _, _ = problem("lora_sum", M, n, n, T=2, options="", grad=False)
+    expected = x.double() + reference.lora_sum(x.double(), A.double(), B.double(), s.double())
+    y = x.clone()
+    ops.lora_sum_(y, y, A, B, s)
+    torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=2e-2)
+    buffer = torch.cat([x, x[:1]])
+    before = buffer.clone()
+    ops.lora_sum_(buffer[1:], buffer[:-1], A, B, s)
+    apart = before[1:].clone()
+    ops.lora_sum_(apart, before[:-1], A, B, s)
+    assert torch.equal(buffer[1:], apart)
+
+
+@pytest.mark.parametrize("T", [1025, 1200])
+@pytest.mark.parametrize(("family", "options"), [("lora_indexed", "weight"), ("lora_sum", "relu")])
+def test_thousands_of_adapters_of_which_one_trains(family: str, options: str, T: int) -> None:
+    args, kwargs, dy = problem(family, 300, 64, 64, r=4, T=T, options=options, ids="one")
+    y = getattr(ops, family)(*args, **kwargs, trainable=[T - 1])
+    dA, dB = torch.autograd.grad(y, args[-3:-1], dy)
+    exact = [a.detach().double().requires_grad_() if a.is_floating_point() else a for a in args]
+    of = {k: v.detach().double() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    wanted = torch.autograd.grad(getattr(reference, family)(*exact, **of), exact[-3:-1], dy.double())
+    for got, right in zip((dA, dB), wanted, strict=True):
+        torch.testing.assert_close(got[-1].double(), right[-1], rtol=5e-2, atol=5e-2)
+        assert not got[:-1].any()
+
+
+@pytest.mark.slow
+def test_more_rows_than_can_be_counted() -> None:
+    x = torch.empty(2**31, 1, dtype=BF16, device=DEVICE)
+    A, B = torch.zeros(1, 8, 1, dtype=BF16, device=DEVICE), torch.zeros(1, 1, 8, dtype=BF16, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"lora_sum: at most 2,147,483,390 rows of x on CUDA, got 2147483648"):
+        ops.lora_sum(x, A, B)
+
+
+@pytest.mark.slow
+def test_more_elements_than_can_be_counted() -> None:
+    """Of y, 2.3e9 of them."""
+    M = 3_000_000
+    args, kwargs, _ = problem("lora_indexed", 64, 64, 768, T=2, grad=False)
+    x, ids = args[0].repeat(M // 64, 1), args[1].repeat(M // 64)
+    y = ops.lora_indexed(x, ids, *args[2:], **kwargs)
+    few = ops.lora_indexed(x[-6400:], ids[-6400:], *args[2:], **kwargs)
+    torch.testing.assert_close(y[-6400:], few, rtol=2e-2, atol=2e-2)
+
+
+def test_two_threads_are_the_first_to_call() -> None:
+    script = """
+import threading, torch
+from plora_ext import ops
+def call(results, seed):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    def randn(*shape): return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        x, A, B, W = randn(4096, 768), randn(2, 16, 768), randn(2, 768, 16), randn(768, 768)
+        results[seed] = [ops.lora_sum(x, A, B, weight=W) for _ in range(10)]
+        torch.cuda.current_stream().synchronize()
+together, alone = {}, {}
+threads = [threading.Thread(target=call, args=(together, seed)) for seed in (0, 1)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+for seed in (0, 1): call(alone, seed)
+assert all(torch.equal(a, b) for seed in (0, 1) for a, b in zip(together[seed], alone[seed]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+
+
 # ---------------------------------------------------------------------- corrupted ids
 
 
