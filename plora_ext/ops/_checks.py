@@ -14,9 +14,13 @@ def shape(t: Tensor) -> list[int]:
     return list(t.shape)
 
 
+# The types of device that know autocast; asked once, since the compiler cannot trace the question.
+_AUTOCAST = frozenset(t for t in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if torch.amp.is_autocast_available(t))
+
+
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for a type of device; some types have none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _AUTOCAST and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
