@@ -7,13 +7,41 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdio>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+// Throws std::runtime_error, in Python RuntimeError; the parts side by side are its text. STD_TORCH_CHECK makes the
+// text in a stream, which crashes where a second, statically linked C++ runtime is in the process.
+#define PLORA_CHECK(condition, ...)               \
+  do {                                            \
+    if (!(condition)) ::plora::fail(__VA_ARGS__); \
+  } while (false)
+
 namespace plora {
+
+inline std::string text_of(const char* text) { return text; }
+inline std::string text_of(const std::string& text) { return text; }
+
+template <typename T, typename = std::enable_if_t<std::is_arithmetic_v<T>>>
+std::string text_of(T number) {
+  if constexpr (std::is_integral_v<T>) {
+    return std::to_string(number);
+  } else {
+    char text[32];
+    std::snprintf(text, sizeof text, "%g", static_cast<double>(number));
+    return text;
+  }
+}
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  throw std::runtime_error((std::string() + ... + text_of(parts)));
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -21,27 +49,23 @@ using OptTensor = std::optional<Tensor>;
 using OptInts = std::optional<std::vector<int64_t>>;
 
 inline std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << "]";
-  return text.str();
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
 }
 
 inline std::string shape_text(std::initializer_list<int64_t> sizes) {
-  std::ostringstream text;
-  text << "[";
+  std::string text = "[";
   const char* comma = "";
   for (int64_t size : sizes) {
-    text << comma << (size < 0 ? std::string("any") : std::to_string(size));
+    text += comma + (size < 0 ? std::string("any") : std::to_string(size));
     comma = ", ";
   }
-  text << "]";
-  return text.str();
+  return text + "]";
 }
 
 // Sizes must match; -1 accepts any. Also the same device type and index as `like`. No text is made where all is well:
-// a stream costs as much as a small launch.
+// it would cost as much as a small launch.
 inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
                         const Tensor& like) {
   bool same = t.dim() == static_cast<int64_t>(sizes.size());
@@ -50,14 +74,14 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, std::
     if (same && size >= 0 && t.size(d) != size) same = false;
     ++d;
   }
-  STD_TORCH_CHECK(same, op, ": ", name, " must have the shape ", shape_text(sizes), ", got ", shape_of(t));
-  STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
-                  " must be on the device of the first argument");
+  PLORA_CHECK(same, op, ": ", name, " must have the shape ", shape_text(sizes), ", got ", shape_of(t));
+  PLORA_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
+              " must be on the device of the first argument");
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", torch::headeronly::toString(dtype), ", got ",
-                  torch::headeronly::toString(t.scalar_type()));
+  PLORA_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", torch::headeronly::toString(dtype), ", got ",
+              torch::headeronly::toString(t.scalar_type()));
 }
 
 // The type that sums are kept in: float64 for float64, else float32.
@@ -67,7 +91,7 @@ inline ScalarType wide(ScalarType dtype) {
 
 // For calls of the C shim; the macro that torch offers for this has another name in every version.
 inline void check_call(AOTITorchError error, const char* what) {
-  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, what, " failed");
+  PLORA_CHECK(error == AOTI_TORCH_SUCCESS, what, " failed");
 }
 
 inline Tensor compact(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -79,7 +103,7 @@ inline OptTensor compact(const OptTensor& t) { return t ? OptTensor(compact(*t))
 inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                        std::optional<ScalarType> dtype = std::nullopt) {
   std::array<int64_t, 4> strides{};
-  STD_TORCH_CHECK(sizes.size() <= strides.size(), "allocate: at most 4 dimensions");
+  PLORA_CHECK(sizes.size() <= strides.size(), "allocate: at most 4 dimensions");
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
   int32_t type = 0, device = 0, index = 0;

@@ -24,8 +24,8 @@ void dispatch_as(const char* op, ScalarType dtype, const F& f) {
     case ScalarType::Half:
       return f(float16{});
     default:
-      STD_TORCH_CHECK(false, op, ": the dtype must be float32, bfloat16, float16 or float64, got ",
-                      torch::headeronly::toString(dtype));
+      PLORA_CHECK(false, op, ": the dtype must be float32, bfloat16, float16 or float64, got ",
+                  torch::headeronly::toString(dtype));
   }
 }
 

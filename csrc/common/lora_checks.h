@@ -8,8 +8,8 @@ namespace plora {
 inline void check_merge(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scaling,
                         const OptTensor& ranks) {
   const char* op = "lora_merge";
-  STD_TORCH_CHECK(weight.dim() == 2, op, ": weight must be [out, in], got ", shape_of(weight));
-  STD_TORCH_CHECK(A.dim() == 3, op, ": lora_A must be [T, r, in], got ", shape_of(A));
+  PLORA_CHECK(weight.dim() == 2, op, ": weight must be [out, in], got ", shape_of(weight));
+  PLORA_CHECK(A.dim() == 3, op, ": lora_A must be [T, r, in], got ", shape_of(A));
   const int64_t T = A.size(0), r = A.size(1);
   check_shape(op, "lora_A", A, {T, r, weight.size(1)}, weight);
   check_shape(op, "lora_B", B, {T, weight.size(0), r}, weight);

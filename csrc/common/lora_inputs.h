@@ -24,9 +24,9 @@ struct Inputs {
          const Tensor& scaling_, const OptTensor& weight_, const OptTensor& bias_, const OptTensor& bias_A_,
          const OptTensor& bias_B_, const OptTensor& ranks_, bool relu)
       : op(op), family(family), relu(relu) {
-    STD_TORCH_CHECK(x_.dim() == 2, op, ": x must be [M, in], got ", shape_of(x_));
-    STD_TORCH_CHECK(A.dim() == 3, op, ": lora_A must be [T, r, in], got ", shape_of(A));
-    STD_TORCH_CHECK(B.dim() == 3, op, ": lora_B must be [T, out, r], got ", shape_of(B));
+    PLORA_CHECK(x_.dim() == 2, op, ": x must be [M, in], got ", shape_of(x_));
+    PLORA_CHECK(A.dim() == 3, op, ": lora_A must be [T, r, in], got ", shape_of(A));
+    PLORA_CHECK(B.dim() == 3, op, ": lora_B must be [T, out, r], got ", shape_of(B));
     M = x_.size(0), in = x_.size(1), T = A.size(0), r = A.size(1), out = B.size(1);
     const ScalarType dtype = x_.scalar_type();
     check_shape(op, "lora_A", A, {T, r, in}, x_);
@@ -48,8 +48,8 @@ struct Inputs {
     optional("ranks", ranks_, {T}, ScalarType::Long);
     optional("ids", ids_, {-1}, ScalarType::Long);
     if (ids_)
-      STD_TORCH_CHECK(ids_->size(0) == 0 ? M == 0 : M % ids_->size(0) == 0, op,
-                      ": the rows of x must be a multiple of the ids, got ", M, " rows and ", ids_->size(0), " ids");
+      PLORA_CHECK(ids_->size(0) == 0 ? M == 0 : M % ids_->size(0) == 0, op,
+                  ": the rows of x must be a multiple of the ids, got ", M, " rows and ", ids_->size(0), " ids");
     x = compact(x_), lora_A = compact(A), lora_B = compact(B), scaling = compact(scaling_);
     ids = compact(ids_), weight = compact(weight_), bias = compact(bias_), bias_A = compact(bias_A_);
     bias_B = compact(bias_B_), ranks = compact(ranks_);
@@ -190,9 +190,9 @@ struct LoraOperators {
 
   static void in_place(const Inputs& p, const Tensor& y) {
     p.check_output("y", y, p.family == Family::all);
-    STD_TORCH_CHECK(y.stride(y.dim() - 1) == 1 || p.out <= 1, p.op, ": the last dimension of y must be contiguous");
+    PLORA_CHECK(y.stride(y.dim() - 1) == 1 || p.out <= 1, p.op, ": the last dimension of y must be contiguous");
     for (int64_t d = 0; d + 1 < y.dim(); ++d)
-      STD_TORCH_CHECK(y.size(d) <= 1 || y.stride(d) >= p.out, p.op, ": the rows of y must not overlap");
+      PLORA_CHECK(y.size(d) <= 1 || y.stride(d) >= p.out, p.op, ": the rows of y must not overlap");
     const NoGrad guard;
     Device::in_place(p, y);
   }
@@ -202,7 +202,7 @@ struct LoraOperators {
     p.check_output("grad", grad, p.family == Family::all);
     if (trainable)
       for (int64_t t : *trainable)
-        STD_TORCH_CHECK(t >= 0 && t < p.T, p.op, ": trainable must be between 0 and ", p.T - 1, ", got ", t);
+        PLORA_CHECK(t >= 0 && t < p.T, p.op, ": trainable must be between 0 and ", p.T - 1, ", got ", t);
     if (!p.bias_A) needs &= ~kNeedBiasA;
     if (!p.bias_B) needs &= ~kNeedBiasB;
     const NoGrad guard;
@@ -214,12 +214,12 @@ struct LoraOperators {
 
   static void check_slices(const Inputs& p, const std::vector<int64_t>& slices) {
     const auto blocks = static_cast<int64_t>(slices.size() / 2);
-    STD_TORCH_CHECK(slices.size() % 2 == 0 && (blocks == 0 || p.r % blocks == 0), p.op,
-                    ": slices must be pairs of start and stop, as many as divide the rank ", p.r, ", got ",
-                    slices.size(), " numbers");
+    PLORA_CHECK(slices.size() % 2 == 0 && (blocks == 0 || p.r % blocks == 0), p.op,
+                ": slices must be pairs of start and stop, as many as divide the rank ", p.r, ", got ", slices.size(),
+                " numbers");
     for (int64_t i = 0; i < blocks; ++i)
-      STD_TORCH_CHECK(0 <= slices[2 * i] && slices[2 * i] <= slices[2 * i + 1] && slices[2 * i + 1] <= p.out, p.op,
-                      ": slices must lie between 0 and ", p.out, ", got ", slices[2 * i], " to ", slices[2 * i + 1]);
+      PLORA_CHECK(0 <= slices[2 * i] && slices[2 * i] <= slices[2 * i + 1] && slices[2 * i + 1] <= p.out, p.op,
+                  ": slices must lie between 0 and ", p.out, ", got ", slices[2 * i], " to ", slices[2 * i + 1]);
   }
 };
 

@@ -23,8 +23,8 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
   const Tensor rows = compact(features), classes = compact(labels);
   const int64_t* label = data<int64_t>(classes);
   for (int64_t n = 0; n < N; ++n)
-    STD_TORCH_CHECK(label[n] >= -1 && label[n] < C, "class_sums: labels must be between -1 and ", C - 1, ", got ",
-                    label[n], " at position ", n);
+    PLORA_CHECK(label[n] >= -1 && label[n] < C, "class_sums: labels must be between -1 and ", C - 1, ", got ", label[n],
+                " at position ", n);
   std::vector<int64_t> start(C + 1, 0);  // of the rows counted by class
   for (int64_t n = 0; n < N; ++n)
     if (label[n] >= 0) ++start[label[n] + 1];

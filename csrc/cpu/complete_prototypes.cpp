@@ -26,8 +26,8 @@ struct Sorted {
       : C(prototypes.size(0)), T(prototypes.size(1)), D(prototypes.size(2)), order(C), start(T + 1) {
     const int64_t* task = data<int64_t>(task_of_class);
     for (int64_t c = 0; c < C; ++c) {
-      STD_TORCH_CHECK(task[c] >= 0 && task[c] < T, "complete_prototypes: task_of_class must be between 0 and ", T - 1,
-                      ", got ", task[c], " for class ", c);
+      PLORA_CHECK(task[c] >= 0 && task[c] < T, "complete_prototypes: task_of_class must be between 0 and ", T - 1,
+                  ", got ", task[c], " for class ", c);
       ++start[task[c] + 1];
     }
     std::partial_sum(start.begin(), start.end(), start.begin());

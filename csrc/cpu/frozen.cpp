@@ -45,8 +45,8 @@ bool own_is_faster(const Inputs& p) {
 int wish() {  // 1: here, 0: torch, -1: measure
   const char* value = std::getenv("PLORA_CPU_BASE");
   if (value == nullptr || std::strcmp(value, "auto") == 0) return -1;
-  STD_TORCH_CHECK(std::strcmp(value, "own") == 0 || std::strcmp(value, "torch") == 0,
-                  "PLORA_CPU_BASE must be auto, own or torch, got ", value);
+  PLORA_CHECK(std::strcmp(value, "own") == 0 || std::strcmp(value, "torch") == 0,
+              "PLORA_CPU_BASE must be auto, own or torch, got ", value);
   return std::strcmp(value, "own") == 0;
 }
 

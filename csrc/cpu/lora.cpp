@@ -259,7 +259,7 @@ void lora_all_out(const Tensor& out, const Tensor& x, const Tensor& A, const Ten
   const Inputs p("lora_all_out", Family::all, x, {}, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu);
   p.check_output("out", out, true);
   if (base) p.check_output("base", *base, false);
-  STD_TORCH_CHECK(out.is_contiguous(), p.op, ": out must be contiguous");
+  PLORA_CHECK(out.is_contiguous(), p.op, ": out must be contiguous");
   const NoGrad guard;
   const bool own = p.weight && own_frozen_product(p);
   write(p, compact(base), torch_product(p, own), own, out);

@@ -88,7 +88,7 @@ class Factors {
   static int64_t rank_of(const Inputs& p, int64_t t) {
     if (!p.ranks) return p.r;
     const int64_t rank = data<int64_t>(*p.ranks)[t];
-    STD_TORCH_CHECK(rank >= 0 && rank <= p.r, p.op, ": ranks[", t, "] must be between 0 and ", p.r, ", got ", rank);
+    PLORA_CHECK(rank >= 0 && rank <= p.r, p.op, ": ranks[", t, "] must be between 0 and ", p.r, ", got ", rank);
     return rank;
   }
 

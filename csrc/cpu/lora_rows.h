@@ -24,8 +24,8 @@ class Order {
     used.assign(p.T, 0);
     bool sorted = true;
     for (int64_t g = 0; g < G; ++g) {
-      STD_TORCH_CHECK(ids[g] >= -1 && ids[g] < p.T, p.op, ": ids must be between -1 and ", p.T - 1, ", got ", ids[g],
-                      " at position ", g);
+      PLORA_CHECK(ids[g] >= -1 && ids[g] < p.T, p.op, ": ids must be between -1 and ", p.T - 1, ", got ", ids[g],
+                  " at position ", g);
       start_[ids[g] + 2] += rows_per_id;
       if (ids[g] >= 0) used[ids[g]] = 1;
       if (g > 0 && ids[g] < ids[g - 1]) sorted = false;

@@ -191,8 +191,8 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
   check_class_sums(sums, counts, features, labels);
   const int64_t N = features.size(0), D = features.size(1), C = sums.size(0);
   if (N == 0) return;
-  STD_TORCH_CHECK(N < INT32_MAX - kChunk && C < INT32_MAX / kChunk - 1 && D < INT32_MAX, op,
-                  ": N, C or D is too large, got ", N, ", ", C, " and ", D);
+  PLORA_CHECK(N < INT32_MAX - kChunk && C < INT32_MAX / kChunk - 1 && D < INT32_MAX, op,
+              ": N, C or D is too large, got ", N, ", ", C, " and ", D);
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const cudaStream_t stream = stream_of(features);
   const Tensor rows = compact(features), classes = compact(labels);

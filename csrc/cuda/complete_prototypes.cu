@@ -324,10 +324,10 @@ Tensor complete_prototypes(const Tensor& prototypes_, const Tensor& task_of_clas
   const Tensor out = allocate(prototypes, prototypes.sizes());
   const auto result = [&] { return dtype == ScalarType::Float ? out : torch::stable::to(out, dtype); };
   if (C == 0 || T == 0 || D == 0) return result();
-  STD_TORCH_CHECK(C * T < INT32_MAX && D < INT32_MAX, op, ": C T and D must be below 2^31");
+  PLORA_CHECK(C * T < INT32_MAX && D < INT32_MAX, op, ": C T and D must be below 2^31");
   const int bytes = shared_bytes(C, T);
-  STD_TORCH_CHECK(bytes <= shared_memory_limit(), op, ": this GPU sorts at most ",
-                  (shared_memory_limit() - static_cast<int64_t>(sizeof(Work)) - 4 * T) / 8 - 4, " classes, got ", C);
+  PLORA_CHECK(bytes <= shared_memory_limit(), op, ": this GPU sorts at most ",
+              (shared_memory_limit() - static_cast<int64_t>(sizeof(Work)) - 4 * T) / 8 - 4, " classes, got ", C);
 
   const Tensor cosines = allocate(prototypes, {C, C});
   const auto aligned = [](const Tensor& t, uintptr_t bytes) {

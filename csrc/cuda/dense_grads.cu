@@ -159,7 +159,7 @@ void run(const DenseGrads& p, cudaStream_t stream) {
 void dense_grads(const DenseGrads& p, cudaStream_t stream) {
   dispatch("dense_grads", p.dtype, [&](auto like) {
     using scalar = decltype(like);
-    STD_TORCH_CHECK(sizeof(scalar) < 8, "dense_grads: float64 has no kernel");
+    PLORA_CHECK(sizeof(scalar) < 8, "dense_grads: float64 has no kernel");
     if constexpr (sizeof(scalar) < 8) run<scalar>(p, stream);
   });
 }

@@ -583,7 +583,7 @@ void fused(const Fused& p, cudaStream_t stream) {
           a, static_cast<const scalar*>(p.base), p.ld_base, static_cast<const scalar*>(p.bias_up));
       check_launch("the fused LoRA product");
     } else {
-      STD_TORCH_CHECK(false, "the fused LoRA product: the dtype must be bfloat16 or float16");
+      PLORA_CHECK(false, "the fused LoRA product: the dtype must be bfloat16 or float16");
     }
   });
 }

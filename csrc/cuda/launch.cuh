@@ -28,7 +28,7 @@ inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(po
 
 inline void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": the kernel could not be launched: ", cudaGetErrorString(error));
+  PLORA_CHECK(error == cudaSuccess, op, ": the kernel could not be launched: ", cudaGetErrorString(error));
 }
 
 }  // namespace plora::cuda

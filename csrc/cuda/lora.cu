@@ -164,9 +164,9 @@ LoraShape shape_of(const Inputs& p, const Tensor& rows, const OptTensor& base, c
 
 void check_served(const Inputs& p) {
   const ScalarType dtype = p.x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, p.op,
-                  ": x must be float32, bfloat16 or float16 on CUDA, got ", torch::headeronly::toString(dtype),
-                  dtype == ScalarType::Double ? "; the nearest is float32" : "");
+  PLORA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, p.op,
+              ": x must be float32, bfloat16 or float16 on CUDA, got ", torch::headeronly::toString(dtype),
+              dtype == ScalarType::Double ? "; the nearest is float32" : "");
 }
 
 // Space for s h as the fused product takes it.

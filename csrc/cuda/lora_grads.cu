@@ -469,7 +469,7 @@ void run(const LoraGrads& p, const Tensor& like, cudaStream_t stream) {
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r, padded_r = std::max(p.padded_r, r);
   const bool ids = p.rows.ids;
   if (T == 0) return;
-  STD_TORCH_CHECK(std::max({M, p.ldx, p.lddy, T * padded_r}) <= INT32_MAX, "lora_grads: sizes beyond 2^31");
+  PLORA_CHECK(std::max({M, p.ldx, p.lddy, T * padded_r}) <= INT32_MAX, "lora_grads: sizes beyond 2^31");
   bool overlap = false;  // the first launch follows whatever the stream holds
   const auto launch = [&](auto kernel, int64_t blocks, int threads, size_t shared, const auto&... arguments) {
     if (blocks > 0)
@@ -480,7 +480,7 @@ void run(const LoraGrads& p, const Tensor& like, cudaStream_t stream) {
   Asks asks{};
   asks.count = static_cast<int>(p.adapters.size());
   asks.all = asks.count == T;
-  STD_TORCH_CHECK(asks.all || T <= kMask, "lora_grads: at most ", kMask, " adapters where some are frozen, got ", T);
+  PLORA_CHECK(asks.all || T <= kMask, "lora_grads: at most ", kMask, " adapters where some are frozen, got ", T);
   if (!asks.all)
     for (int64_t t : p.adapters) asks.bits[t / 32] |= 1u << t % 32;
 
@@ -608,7 +608,7 @@ void run(const LoraGrads& p, const Tensor& like, cudaStream_t stream) {
 void lora_grads(const LoraGrads& p, const Tensor& like, cudaStream_t stream) {
   dispatch("lora_grads", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    STD_TORCH_CHECK(sizeof(scalar) < 8, "lora_grads: float64 has no kernel");
+    PLORA_CHECK(sizeof(scalar) < 8, "lora_grads: float64 has no kernel");
     if constexpr (sizeof(scalar) < 8) run<scalar>(p, like, stream);
   });
 }

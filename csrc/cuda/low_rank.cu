@@ -400,13 +400,13 @@ template <typename scalar>
 void launch(const LowRank& p, cudaStream_t stream) {
   constexpr int V = kVector<scalar>;
   const int64_t r = p.rows.r, width = p.rows.ids || (p.y && p.y_slab) ? r : p.rows.T * r;
-  STD_TORCH_CHECK(std::max({p.x ? p.K : 0, p.y ? p.N : 0, width}) < int64_t(1) << 25,  // offsets of 32 bits
-                  "low_rank: K, N and the number of ranks must be less than 2^25");
+  PLORA_CHECK(std::max({p.x ? p.K : 0, p.y ? p.N : 0, width}) < int64_t(1) << 25,  // offsets of 32 bits
+              "low_rank: K, N and the number of ranks must be less than 2^25");
   if (low_rank_sm90(p, stream)) return;
-  STD_TORCH_CHECK(!p.scaled_h || !p.rows.ids, "low_rank: s h of all the adapters of a tile is Hopper's kernel's alone");
+  PLORA_CHECK(!p.scaled_h || !p.rows.ids, "low_rank: s h of all the adapters of a tile is Hopper's kernel's alone");
   const int most = p.y ? most_ranks<scalar>() : 0;
   if (p.x && p.y && width > most) {
-    STD_TORCH_CHECK(p.h, "low_rank: more than ", most, " ranks need space for h");
+    PLORA_CHECK(p.h, "low_rank: more than ", most, " ranks need space for h");
     LowRank down = p, up = p;
     down.y = nullptr, down.y0 = nullptr;
     up.x = nullptr;
@@ -441,7 +441,7 @@ void low_rank(const LowRank& p, cudaStream_t stream) {
   dispatch("low_rank", p.dtype, [&](auto like) {
     using scalar = decltype(like);
     if constexpr (std::is_same_v<scalar, double>) {
-      STD_TORCH_CHECK(false, "low_rank: float64 has no kernel");
+      PLORA_CHECK(false, "low_rank: float64 has no kernel");
     } else {
       launch<scalar>(p, stream);
     }

@@ -60,7 +60,7 @@ void pack(ScalarType dtype, const void* from, void* to, int64_t T, int64_t rows,
   const dim3 block(kTile, kThreadRows);
   dispatch("pack", dtype, [&](auto like) {
     using scalar = decltype(like);
-    STD_TORCH_CHECK(sizeof(scalar) < 8, "pack: float64 has no kernel");
+    PLORA_CHECK(sizeof(scalar) < 8, "pack: float64 has no kernel");
     if constexpr (sizeof(scalar) < 8)
       pack_kernel<scalar>
           <<<grid, block, 0, stream>>>(static_cast<const scalar*>(from), static_cast<scalar*>(to), s, ranks, scaling);

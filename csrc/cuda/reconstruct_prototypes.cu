@@ -417,7 +417,7 @@ Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tens
     return compact(dtype == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
   };
   const int64_t Co = old_.size(0), Cn = new_.size(0), D = old_.size(1), Dv = values_.size(1);
-  STD_TORCH_CHECK(std::max({Co, Cn, D, Dv}) < INT32_MAX / 2, op, ": sizes beyond 2^30");
+  PLORA_CHECK(std::max({Co, Cn, D, Dv}) < INT32_MAX / 2, op, ": sizes beyond 2^30");
   const Tensor old = widened(old_), fresh = widened(new_), values = widened(values_);
   const Tensor out = allocate(old, {Co, Dv});
   const auto result = [&] { return dtype == ScalarType::Float ? out : torch::stable::to(out, dtype); };

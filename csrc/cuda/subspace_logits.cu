@@ -135,7 +135,7 @@ Tensor subspace_logits(const Tensor& features_, const Tensor& prototypes_, const
     return compact(dtype == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
   };
   const int64_t B = features_.size(0), T = features_.size(1), D = features_.size(2), C = prototypes_.size(0);
-  STD_TORCH_CHECK(std::max({B, C, T, D}) < INT32_MAX / 2, op, ": sizes beyond 2^30");
+  PLORA_CHECK(std::max({B, C, T, D}) < INT32_MAX / 2, op, ": sizes beyond 2^30");
   const Tensor features = widened(features_), prototypes = widened(prototypes_), weights = compact(weights_);
   const auto result = [&](const Tensor& logits) {
     return dtype == ScalarType::Float ? logits : torch::stable::to(logits, dtype);

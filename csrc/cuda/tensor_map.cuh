@@ -17,8 +17,8 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 #else
     const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found);
 #endif
-    STD_TORCH_CHECK(error == cudaSuccess && f != nullptr,
-                    "the CUDA driver has no cuTensorMapEncodeTiled: it must be 12.0 or newer");
+    PLORA_CHECK(error == cudaSuccess && f != nullptr,
+                "the CUDA driver has no cuTensorMapEncodeTiled: it must be 12.0 or newer");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(f);
   }();
   return encode;
@@ -46,8 +46,8 @@ void describe_tensor(CUtensorMap& map, ScalarType dtype, const void* data, const
   const CUresult result = tensor_map_encoder()(&map, type, kDims, const_cast<void*>(data), dims, bytes, extent, ones,
                                                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                                                CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  STD_TORCH_CHECK(result == CUDA_SUCCESS, "a tensor could not be described to the copy engine (CUDA error ",
-                  static_cast<int>(result), ")");
+  PLORA_CHECK(result == CUDA_SUCCESS, "a tensor could not be described to the copy engine (CUDA error ",
+              static_cast<int>(result), ")");
 }
 
 }  // namespace plora::cuda
