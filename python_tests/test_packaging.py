@@ -247,6 +247,56 @@ def test_library_uses_only_the_stable_interface(name: str) -> None:
     assert not unstable
 
 
+@NATIVE
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_libraries_export_nothing_of_the_cpp_runtime() -> None:
+    """Operators register themselves; whatever else is visible could be taken for another library's."""
+    for library in INSTALLED.rglob("*.so"):
+        exported = [line.split()[-1] for line in run("nm", "-D", "--defined-only", library).stdout.splitlines()]
+        assert not [name for name in exported if not re.fullmatch(r"PyInit__C", name)], library
+
+
+ERRORS = {
+    "class_sums(ones(3, 2), ids(0, 1, 7), 3)": "labels must be between -1 and 2, got 7 at position 2",
+    "class_sums(ones(3, 2), ids(0, 1, 2).int(), 3)": "class_sums: labels must be Long, got Int",
+    "class_sums(ones(3, 2).int(), ids(0, 1, 2), 3)": "class_sums: the dtype must be float32, bfloat16, .*, got Int",
+    "class_sums(ones(3, 2), ids(0, 1, 2), 2**50)": "can't allocate memory",  # made by torch's headers
+    "lora_merge(ones(4, 3), ones(2, 1, 5), ones(2, 4, 1), ones(2), None)": r"shape \[2, 1, 3\], got \[2, 1, 5\]",
+    "lora_indexed_(ones(2, 4), ones(2, 3), ids(0, 9), ones(2, 1, 3), ones(2, 4, 1), ones(2), *[None] * 3, False)": (
+        "lora_indexed_: ids must be between -1 and 1, got 9 at position 1"
+    ),
+    "reconstruct_prototypes(ones(1, 2), ones(1, 2), ones(1, 2), -0.5, True, False)": "tau must be positive, got -0.5",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("shared", ["ON", "OFF"])
+def test_errors_with_a_static_cpp_runtime(distributions: Distributions, shared: str) -> None:
+    """Toolchains that link libstdc++ statically: the shared one is named first, or none of the static one shows."""
+    cmake = shutil.which("cmake")
+    if cmake is None or run("g++", "-print-file-name=libstdc++.a").stdout.strip() == "libstdc++.a":
+        pytest.skip("needs cmake and a static libstdc++")
+    (folder,) = distributions.wheel.parent.glob("unpacked/*/build/cmake-*")  # its objects only need to be linked
+    settings = ["-DPLORA_PYTHON=OFF", "-DPLORA_CUDA=OFF", "-DCMAKE_SHARED_LINKER_FLAGS=-static-libstdc++"]
+    settings += [f"-DCMAKE_MAKE_PROGRAM={ninja}"] if (ninja := shutil.which("ninja")) else []
+    settings += [f"-DPLORA_SHARED_LIBSTDCXX={shared}", "-S", str(folder.parents[1]), "-B", str(folder)]
+    for command in (settings, ["--build", folder]):
+        result = run(cmake, *command)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert not run("nm", "-D", "--defined-only", folder / "libplora_cpu.so").stdout
+    for call, message in ERRORS.items():
+        code = (
+            "import torch; from torch import ones\n"
+            f"torch.ops.load_library({str(folder / 'libplora_cpu.so')!r})\n"
+            "ids = lambda *values: torch.tensor(values)\n"
+            f"try: torch.ops.plora_ext.{call}\n"
+            "except RuntimeError as error: print(error)"
+        )
+        result = python(code)
+        assert result.returncode == 0 and re.search(message, result.stdout), (call, result.stdout, result.stderr)
+
+
 def test_info_names_versions_libraries_and_processor() -> None:
     result = run(sys.executable, "-m", "plora_ext.info")
     assert result.returncode == 0, result.stderr

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdio>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -14,53 +15,64 @@
 #include <type_traits>
 #include <vector>
 
+// Throws std::runtime_error, in Python RuntimeError; the parts side by side are its text. STD_TORCH_CHECK makes the
+// text in a stream, which crashes where a second, statically linked C++ runtime is in the process.
+#define PLORA_CHECK(condition, ...)               \
+  do {                                            \
+    if (!(condition)) ::plora::fail(__VA_ARGS__); \
+  } while (false)
+
 namespace plora {
+
+inline std::string text_of(const char* text) { return text; }
+inline std::string text_of(const std::string& text) { return text; }
+
+template <typename T, typename = std::enable_if_t<std::is_arithmetic_v<T>>>
+std::string text_of(T number) {
+  if constexpr (std::is_integral_v<T>) {
+    return std::to_string(number);
+  } else {
+    char text[32];
+    std::snprintf(text, sizeof text, "%g", static_cast<double>(number));
+    return text;
+  }
+}
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  throw std::runtime_error((std::string() + ... + text_of(parts)));
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
 using OptInts = std::optional<std::vector<int64_t>>;
 
-template <typename T>
-std::string text_of(const T& part) {
-  if constexpr (std::is_arithmetic_v<T>)
-    return std::to_string(part);
-  else
-    return part;
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
 }
-
-// A Python RuntimeError. No text streams: their locale is the C++ runtime's, of which a process may hold two, torch's
-// and one that a compiler linked into this library.
-template <typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  throw std::runtime_error((text_of(parts) + ...));
-}
-
-#define PLORA_CHECK(holds, ...)               \
-  do {                                        \
-    if (!(holds)) ::plora::fail(__VA_ARGS__); \
-  } while (false)
 
 inline std::string shape_text(std::initializer_list<int64_t> sizes) {
-  std::string text;
-  for (int64_t size : sizes) text += (text.empty() ? "" : ", ") + (size < 0 ? "any" : std::to_string(size));
-  return "[" + text + "]";
-}
-
-inline std::string shape_of(const Tensor& t) {
-  std::string text;
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return "[" + text + "]";
+  std::string text = "[";
+  const char* comma = "";
+  for (int64_t size : sizes) {
+    text += comma + (size < 0 ? std::string("any") : std::to_string(size));
+    comma = ", ";
+  }
+  return text + "]";
 }
 
 // The type of device, which tells the CPU from "meta".
 inline int32_t device_of(const Tensor& t) {
   int32_t type = 0;
-  if (aoti_torch_get_device_type(t.get(), &type) != AOTI_TORCH_SUCCESS) fail("a tensor has no device");
+  PLORA_CHECK(aoti_torch_get_device_type(t.get(), &type) == AOTI_TORCH_SUCCESS, "a tensor has no device");
   return type;
 }
 
-// Sizes must match; -1 accepts any. Also the same device type and index as `like`. No text is made where all is well.
+// Sizes must match; -1 accepts any. Also the same device type and index as `like`. No text is made where all is well:
+// it would cost as much as a small launch.
 inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
                         const Tensor& like) {
   bool same = t.dim() == static_cast<int64_t>(sizes.size());

@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -17,12 +16,7 @@ namespace py = pybind11;
 
 namespace {
 
-py::list words(const std::string& text) {
-  py::list list;
-  std::istringstream stream(text);
-  for (std::string word; stream >> word;) list.append(word);
-  return list;
-}
+py::list words(const char* text) { return py::str(text).attr("split")(); }
 
 py::object text_or_none(const std::string& text) {
   return text.empty() ? py::object(py::none()) : py::object(py::str(text));
