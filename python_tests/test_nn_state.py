@@ -372,6 +372,44 @@ def test_a_state_is_not_loaded_under_merged_weights() -> None:
     assert torch.equal(adapters.model(x), other.model(x))
 
 
+# ---------------------------------------------------------------------- adapters that are not finite
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_an_adapter_that_is_not_finite_does_not_share_a_batch(bad: float) -> None:
+    adapters, x = make("abc"), torch.randn(3, 6)
+    adapters.model.eval()
+
+    def uses() -> list[Callable[[], Any]]:
+        return [lambda: adapters.batch([0, 1, -1]).__enter__(), lambda: Ensemble(adapters)(x)]
+
+    with torch.no_grad():
+        adapters.parameters("c")[-1][0, 0] = bad  # in training: c is the newest
+        for use in uses():
+            with pytest.raises(
+                ValueError, match="adapter 'c' holds inf or NaN and would spoil samples of other adapters"
+            ):
+                use()
+    with adapters.batch([2, 0, 0]):  # where it trains, the loss shows it
+        assert not adapters.model(x)[0].isfinite().all()
+    adapters.train_adapter(None)
+    for use in uses():
+        with pytest.raises(ValueError, match="adapter 'c' holds inf or NaN"):
+            use()
+    state = adapters.model.state_dict()
+    adapters.delete_adapter("c")
+    with adapters.batch([0, 1, -1]):
+        assert adapters.model(x).isfinite().all()
+    assert not adapters._state.unchecked
+    other = make("abc")
+    other.train_adapter(None)
+    with other.batch([0, 1, 2]):
+        other.model(x)
+    other.model.load_state_dict(state)
+    with pytest.raises(ValueError, match="adapter 'c' holds inf or NaN"), other.batch([0, 1, 0]):
+        pass
+
+
 # ---------------------------------------------------------------------- merged for a while
 
 

@@ -80,6 +80,7 @@ class Ensemble:
         """
         adapters, model = self.adapters, self.adapters.model
         adapters._require_unmerged()
+        adapters._check_finite()
         if model.training:
             raise RuntimeError("an ensemble needs the model in eval mode: call model.eval() first")
         chosen = list(adapters.names if names is None else names)

@@ -210,6 +210,7 @@ class Adapters:
         for other in self.names:
             for parameter in self.parameters(other):
                 parameter.requires_grad_(other in chosen)
+        self._state.unchecked.update(chosen)
 
     def parameters(self, name: str | None = None) -> list[nn.Parameter]:
         """The A and B of adapter `name` in every layer, or of all adapters.
@@ -236,8 +237,11 @@ class Adapters:
         Raises:
             IndexError: an id is out of range.
             KeyError: a name is unknown.
+            ValueError: an adapter that does not train here holds inf or NaN. (Samples of several adapters share
+                products, in which what a sample does not choose is multiplied by zero.)
         """
         self._require_unmerged()
+        self._check_finite()
         device = self._first.device
         if isinstance(adapters, ops.AdapterBatch):
             if adapters.num_adapters > len(self.names):
@@ -342,6 +346,7 @@ class Adapters:
     def _rename(self, old: str, new: str) -> None:
         for layer in self.layers.values():
             layer.rename_adapter(old, new)
+        self._state.unchecked = {new if name == old else name for name in self._state.unchecked}
         active = self._state.common
         self._state.set(replace(active, names=tuple(new if name == old else name for name in active.names)))
 
@@ -449,6 +454,24 @@ class Adapters:
         return self.model
 
     # ------------------------------------------------------------------ checks
+
+    def _check_finite(self) -> None:
+        """Refuses adapters that are not finite, before samples of several share a product; once after each change."""
+        cuda = self._first.device.type == "cuda"
+        if not self._state.unchecked or (cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        for name in [name for name in self.names if name in self._state.unchecked]:
+            factors = [p.detach() for p in self.parameters(name) if not p.is_meta]
+            trains = any(p.requires_grad for p in self.parameters(name))
+            if trains and torch.is_grad_enabled():
+                continue  # the loss will show it
+            if factors and not bool(torch.stack([p.isfinite().all().to(factors[0].device) for p in factors]).all()):
+                raise ValueError(
+                    f"adapter {name!r} holds inf or NaN and would spoil samples of other adapters in the same batch: "
+                    "delete_adapter, or train it anew with a smaller learning rate"
+                )
+            if not trains:
+                self._state.unchecked.discard(name)
 
     def _require_unmerged(self) -> None:
         if not self.layers:

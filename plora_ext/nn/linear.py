@@ -230,6 +230,7 @@ class MultiLoRALinear(nn.Module):
             value = value.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
             container[name] = nn.Parameter(value, requires_grad=False)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
+        self._state.unchecked.add(name)
         self._set_constants(name)
 
     def _dtype(self) -> torch.dtype:
@@ -250,6 +251,7 @@ class MultiLoRALinear(nn.Module):
         """Remove adapter `name`, which must not be active."""
         for record in self._records():
             del record[name]
+        self._state.unchecked.discard(name)
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give adapter `old` another name; its parameters stay the same objects, adapters stay in their order."""
@@ -460,6 +462,7 @@ class MultiLoRALinear(nn.Module):
 def _renew_constants(layer: MultiLoRALinear, _: Any) -> None:
     """After load_state_dict: scales may have been loaded, and with `assign` adapters may be on another device."""
     layer._set_constants(*layer.r)
+    layer._state.unchecked.update(layer.r)
 
 
 def narrow(factor: Tensor, x: Tensor) -> Tensor:

@@ -86,11 +86,13 @@ class State:
     Attributes:
         common: what `set_adapter` said last.
         merged: the adapters that are part of the base weights, as they were active; `None` where there are none.
+        unchecked: adapters that were added, loaded or trained since they were last found to be finite.
     """
 
     def __init__(self) -> None:
         self.common = Active()
         self.merged: Active | None = None
+        self.unchecked: set[str] = set()
         self._open: list[tuple[_Block, ...]] = []  # of every thread that is in a block
         self._latest = self.common  # for compiled graphs, which cannot ask who runs them
         self._pending: set[int] = set()  # keys of forwards within a reentrant checkpoint ...
@@ -173,12 +175,12 @@ class State:
                 return active
             return replace(active, coefficients=active.coefficients.detach())
 
-        return {"common": kept(self.common), "merged": kept(self.merged)}
+        return {"common": kept(self.common), "merged": kept(self.merged), "unchecked": set(self.unchecked)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
         self.common = self._latest = state["common"]
-        self.merged = state["merged"]
+        self.merged, self.unchecked = state["merged"], state["unchecked"]
 
 
 def _inside(function: Any) -> bool:
