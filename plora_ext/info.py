@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -59,7 +59,19 @@ def _cpu() -> list[tuple[str, str]]:
         return []
     features = [name for name, present in _C.cpu_features().items() if present]
     threads = f"{torch.get_num_threads()} threads"
-    return [("cpu features", " ".join(features) or "baseline"), ("cpu kernels", f"{_C.cpu_isa()}, {threads}")]
+    return [
+        ("cpu features", " ".join(features) or "baseline"),
+        ("cpu kernels", f"{_C.cpu_isa()}, {threads}"),
+        ("frozen layers", f"in float32 on the CPU: {_base_maker(_C.cpu_makes_base)}"),
+    ]
+
+
+def _base_maker(own: Callable[[int, int, int], bool]) -> str:
+    """Who makes the frozen layer's product, for the width of ViT-B."""
+    if wish := os.environ.get("PLORA_CPU_BASE"):
+        return f"PLORA_CPU_BASE={wish}"
+    rows = next((M for M in range(1, 4096) if own(M, 768, 768)), None)
+    return f"plora_ext's product from {rows} rows on (768 x 768), else torch's" if rows else "torch's product"
 
 
 def _gpu() -> list[tuple[str, str]]:
