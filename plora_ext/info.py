@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 import plora_ext
-from plora_ext import _library
+from plora_ext import _environment, _library
 
 
 def report() -> str:
     """The versions, libraries, CPU and GPUs of this installation, one fact a line: paste it into a bug report."""
-    sections = [_versions(), _libraries(), _cpu(), _gpu()]
-    return "\n".join(f"{name:<16}{text}" for section in sections for name, text in section)
+    sections = [_versions(), _libraries(), _cpu(), _gpu(), _variables()]
+    return "\n".join(f"{name:<15} {text}" for section in sections for name, text in section)
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -84,6 +84,12 @@ def _gpu() -> list[tuple[str, str]]:
         size = f"{device.total_memory / 2**30:.0f} GiB"
         lines.append((f"gpu {index}", f"{device.name}, compute capability {device.major}.{device.minor}, {size}"))
     return lines
+
+
+def _variables() -> list[tuple[str, str]]:
+    """The environment variables that change how this process computes, as far as they are set."""
+    waiting = {name: os.environ[name] for name in _environment.WAITING if name in os.environ}
+    return [*_environment.in_force.items(), *waiting.items()]
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -167,9 +167,13 @@ def in_processes(code: str, threads: Sequence[int], folder: Path) -> list[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PLORA_", "OMP_"))}
     results = []
     for n in threads:
-        env = environment | {"OMP_NUM_THREADS": str(n)}
         done = subprocess.run(
-            [sys.executable, "-c", code], env=env, cwd=folder, capture_output=True, check=True, text=True
+            [sys.executable, "-c", code],
+            env=environment | {"OMP_NUM_THREADS": str(n)},
+            cwd=folder,
+            capture_output=True,
+            check=True,
+            text=True,
         )
         results.append(done.stdout)
     return results

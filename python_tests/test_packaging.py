@@ -174,9 +174,70 @@ def test_reference_backend_loads_no_library_and_computes() -> None:
     assert result.stdout.strip() == "[[1.0, 1.0], [0.0, 0.0], [2.0, 2.0]] [1, 0, 2]", result.stderr
 
 
-def test_unknown_backend_is_an_error() -> None:
-    result = python("import plora_ext", PLORA_BACKEND="fast")
-    assert result.stderr.strip().endswith("PLORA_BACKEND must be 'native' or 'reference', got 'fast'")
+# --- the environment --------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "PLORA_BACKEND": "must be 'native' or 'reference'",
+    "PLORA_CPU_BASE": "must be 'own' or 'torch'",
+    "PLORA_CPU_ISA": "must be 'default', 'avx2', 'avx512' or 'amx'",
+    "PLORA_CUDA_PATH": "must be 'auto' or 'mma'",
+}
+COMMANDS = ([sys.executable, "-m", "plora_ext"], [str(Path(sys.executable).with_name("plora-ext"))])
+
+
+def test_a_wrong_value_is_one_line() -> None:
+    for name, problem in WRONG.items():
+        message = f"{name} {problem}, got 'fast '"
+        assert python("import plora_ext", **{name: "fast "}).stderr.strip().endswith(f"ValueError: {message}")
+        result = run(*COMMANDS[0], "train", **{name: "fast "})
+        assert (result.returncode, result.stderr) == (2, f"error: {message}\n")
+    for command in ([*COMMANDS[0], "info"], [sys.executable, "-m", "plora_ext.info"]):
+        result = run(*command, **dict.fromkeys(WRONG, "fast "))
+        assert result.returncode == 0 and not result.stderr
+        for name, problem in WRONG.items():
+            assert re.search(rf"^{name} +ignored: {name} {problem}, got 'fast '$", result.stdout, re.M)
+    assert python("import plora_ext", **dict.fromkeys(WRONG, "")).returncode == 0
+
+
+def test_an_unknown_variable_is_one_line() -> None:
+    message = "unknown environment variable PLORA_BAKEND: did you mean PLORA_BACKEND?"
+    result = python("import plora_ext", PLORA_BAKEND="reference")
+    assert result.returncode == 0 and f"UserWarning: {message}" in result.stderr
+    assert run(*COMMANDS[0], "report", PLORA_BAKEND="reference").stderr.startswith(f"warning: {message}\n")
+    text = run(*COMMANDS[0], "info", PLORA_BAKEND="no", PLORA_CPU_ISA="avx2").stdout
+    assert re.search(r"^PLORA_BAKEND +no \(unknown variable: did you mean PLORA_BACKEND\?\)$", text, re.M)
+    assert re.search(r"^PLORA_CPU_ISA +avx2$", text, re.M)
+
+
+@pytest.mark.parametrize(
+    "command, chosen",
+    [
+        (0, {}),
+        (1, {}),
+        (0, {"OMP_WAIT_POLICY": "active"}),
+        (0, {"GOMP_SPINCOUNT": "1000"}),
+        (0, {"KMP_BLOCKTIME": "0"}),
+    ],
+    ids=str,
+)
+def test_threads_of_the_command_sleep_while_they_wait(command: int, chosen: dict[str, str]) -> None:
+    """Before torch loads the OpenMP runtime, which shows what it has read; the user's choice stands."""
+    if not Path(COMMANDS[command][0]).is_file():
+        pytest.skip("the package is not installed as a command")
+    clean = {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": None, "KMP_BLOCKTIME": None}
+    result = run(*COMMANDS[command], "info", **{**clean, **chosen, "OMP_DISPLAY_ENV": "verbose"})
+    shown = re.findall(r"^(OMP_WAIT_POLICY|GOMP_SPINCOUNT|KMP_BLOCKTIME) +(\S+)$", result.stdout, re.M)
+    assert dict(shown) == (chosen or {"OMP_WAIT_POLICY": "passive"}), result.stdout + result.stderr
+    if spins := re.search(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr):
+        assert (spins[1] == "0") == (not chosen)
+
+
+def test_an_import_leaves_the_environment_alone(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import os\nbefore = dict(os.environ)\nimport plora_ext\nassert dict(os.environ) == before\n")
+    for command in ([script, "info"], ["-c", script.read_text(), "plora_ext"]):
+        result = run(sys.executable, *command, OMP_WAIT_POLICY=None, GOMP_SPINCOUNT=None, KMP_BLOCKTIME=None)
+        assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture
