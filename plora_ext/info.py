@@ -77,6 +77,9 @@ def _base_maker(own: Callable[[int, int, int], bool]) -> str:
 def _gpu() -> list[tuple[str, str]]:
     info = _library.build_info()
     lines = [("gpu kernels", " ".join(info["cuda_archs"]) or "none" if info else "unknown")]
+    if info and info["cuda_archs"]:
+        hopper = "sm_90a" in info["cuda_archs"]
+        lines.append(("hopper kernels", "yes" if hopper else "no: not built for 9.0a (TORCH_CUDA_ARCH_LIST)"))
     if not torch.cuda.is_available():
         return [*lines, ("gpus", "none seen by torch")]
     for index in range(torch.cuda.device_count()):

@@ -248,6 +248,43 @@ def copied_package(tmp_path: Path) -> Path:
     return package
 
 
+@pytest.mark.parametrize(
+    "driver, nvcc, loads",
+    [(12080, "13.0.88", False), (13000, "13.0.88", True), (12040, "12.8.1", True), (0, "13.0", True)],
+)
+def test_library_for_a_newer_driver_is_left_out(
+    driver: int, nvcc: str, loads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would import and then fail at every call; so operators take their twin, and `info` says why."""
+    (tmp_path / "libplora_cuda.so").touch()
+    asked: list[str] = []
+    for name, value in {
+        "FOLDER": tmp_path,
+        "loaded": {},
+        "missing": {},
+        "_kernels": {},
+        "_load": asked.append,
+        "build_info": lambda: {"nvcc": nvcc},
+        "_driver_version": lambda: driver,
+    }.items():
+        monkeypatch.setattr(_library, name, value)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.delenv("PLORA_BACKEND", raising=False)
+    _library.load()
+    assert asked == ["cpu", "cuda"][: 1 + loads]
+    if not loads:
+        assert _library.missing["cuda"].startswith("built with CUDA 13.0.88, but this driver serves CUDA 12.8: update")
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_driver_is_asked_for_its_version(tmp_path: Path) -> None:
+    source = tmp_path / "driver.c"
+    source.write_text("int cuDriverGetVersion(int *version) { *version = 12040; return 0; }")
+    assert run("cc", "-shared", "-fPIC", source, "-o", tmp_path / "libcuda.so.1").returncode == 0
+    code = "from plora_ext import _library; print(_library._driver_version())"
+    assert python(code, LD_LIBRARY_PATH=str(tmp_path)).stdout == "12040\n"
+
+
 @NATIVE
 def test_library_that_does_not_load_is_one_clear_error(copied_package: Path) -> None:
     library = copied_package / "lib" / "libplora_cpu.so"
@@ -408,6 +445,69 @@ def test_cuda_can_be_switched_off(repository: Path, tmp_path: Path, name: str, v
     assert f"no CUDA because {name}={value}" in configure(repository, tmp_path, **{name: value})
 
 
+@pytest.fixture
+def nvcc(tmp_path: Path) -> Path:
+    """The folder of a toolkit whose nvcc hands everything to the real one, of this machine."""
+    real = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not Path(real).is_file():
+        pytest.skip("needs nvcc")
+    tool = tmp_path / "toolkit" / "bin" / "nvcc"
+    tool.parent.mkdir(parents=True)
+    tool.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    tool.chmod(0o755)
+    return tool
+
+
+@pytest.mark.parametrize(
+    "archs, targets, changes",
+    [
+        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", "sm_80 sm_86 sm_90a sm_100 sm_120 compute_120", ["7.5", "9.0"]),  # NGC's
+        ("9.0", "sm_90a", ["9.0"]),
+        ("9.0a;9.0+PTX", "sm_90a compute_90", ["9.0+PTX"]),
+        ("8.0+PTX", "sm_80 compute_80", []),
+    ],
+)
+@pytest.mark.usefixtures("nvcc")
+def test_gpu_lists_of_other_software(
+    repository: Path, tmp_path: Path, archs: str, targets: str, changes: list[str]
+) -> None:
+    text = configure(repository, tmp_path / "build", TORCH_CUDA_ARCH_LIST=archs)
+    assert f"; {targets})" in text
+    assert [name for name in archs.split() if f"{name} of TORCH_CUDA_ARCH_LIST is left out" in text] == changes[:-1]
+    assert re.findall(r"(\S+) of TORCH_CUDA_ARCH_LIST is taken for 9.0a", text)[:1] == changes[-1:]
+
+
+@pytest.mark.usefixtures("nvcc")
+def test_gpus_that_are_all_too_old(repository: Path, tmp_path: Path) -> None:
+    reason = "TORCH_CUDA_ARCH_LIST='7.0 7.5' names no GPU of compute capability 8.0 or newer"
+    assert f"no CUDA because {reason}" in configure(repository, tmp_path / "1", TORCH_CUDA_ARCH_LIST="7.0 7.5")
+    text = configure(repository, tmp_path / "2", TORCH_CUDA_ARCH_LIST="7.0 7.5", FORCE_CUDA="1")
+    assert f"FORCE_CUDA=1 asks for the CUDA library, but {reason}" in text
+    assert "no CUDA because PLORA_FORCE_CPU=1" in configure(
+        repository, tmp_path / "3", TORCH_CUDA_ARCH_LIST="Turing", PLORA_FORCE_CPU="1"
+    )
+
+
+def test_another_nvcc_in_the_same_folder_is_an_error(repository: Path, tmp_path: Path, nvcc: Path) -> None:
+    folder = tmp_path / "build"
+    assert "CUDA because" in configure(repository, folder)
+    text = configure(repository, folder, CUDA_HOME=str(nvcc.parents[1]))
+    assert "This build folder was made with another nvcc" in text and f"{nvcc} " in text
+
+
+def test_nvcc_newer_than_torchs_cuda_is_warned_of(repository: Path, tmp_path: Path, nvcc: Path) -> None:
+    """A torch folder that says CUDA 11, older than any nvcc that is taken."""
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    for name in ("include", "lib"):
+        (folder / name).symlink_to(Path(torch.__file__).parent / name)
+    for cuda, warned in (("11.8", True), ("99.0", False)):
+        (folder / "version.py").write_text(f"__version__ = '2.14.1'\ncuda: Optional[str] = '{cuda}'\n")
+        text = configure(repository, tmp_path / cuda, f"-DPLORA_TORCH_DIR={folder}")
+        assert "CUDA because" in text
+        assert (f"torch of CUDA {cuda}. A driver of CUDA 11 cannot run what is built now" in text) == warned
+
+
 def test_missing_torch_folder_is_one_clear_error(repository: Path, tmp_path: Path) -> None:
     text = configure(repository, tmp_path, "-DPLORA_TORCH_DIR=/nowhere")
     assert "PLORA_TORCH_DIR must be the folder of an installed torch 2.10 or newer" in text
@@ -436,6 +536,22 @@ def test_old_torch_does_not_count(toolchain: ModuleType, tmp_path: Path, monkeyp
     assert toolchain.find_torch() is None
     (tmp_path / "version.py").write_text("__version__ = '2.10.0'\n")
     assert toolchain.find_torch() == tmp_path
+
+
+def test_compilers_of_the_environment(toolchain: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a build folder remembers, to be dropped when it changes: paths and versions."""
+    before = toolchain.compilers()
+    assert before == toolchain.compilers()
+    for variable, name in (("CXX", "g++-new"), ("CUDA_HOME", "bin/nvcc")):
+        tool = tmp_path / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text("#!/bin/sh\necho 1.0\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv(variable, str(tool if variable == "CXX" else tmp_path))
+        first = toolchain.compilers()
+        tool.write_text("#!/bin/sh\necho 2.0\n")  # an upgrade in place
+        assert len({before, first, toolchain.compilers()}) == 3
+        monkeypatch.delenv(variable)
 
 
 def test_jobs(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
