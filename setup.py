@@ -19,6 +19,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+COMPILERS = "compilers.txt"  # in the build folder: what it was configured with
 sys.path.insert(0, str(ROOT / "build_backend"))
 
 import plora_toolchain as toolchain  # noqa: E402
@@ -48,6 +49,7 @@ class CMakeBuild(build_ext):
         generator = "Ninja" if ninja else "Unix Makefiles"
         self._forget_other_build(folder, generator)
         self._call([cmake, "-S", str(ROOT), "-B", str(folder), *self._settings(generator, ninja)])
+        (folder / COMPILERS).write_text(toolchain.compilers())
         self._call([cmake, "--build", str(folder), "--parallel", str(toolchain.jobs())])
         for stale in package.glob("lib/libplora_*.so"):
             stale.unlink()
@@ -82,13 +84,15 @@ class CMakeBuild(build_ext):
 
     @staticmethod
     def _forget_other_build(folder: Path, generator: str) -> None:
-        """Drops a build folder that CMake would refuse: copied from elsewhere, or made by a CMake that is gone."""
+        """Drops a build folder that CMake would refuse, or where it would keep to the compilers of another build."""
         cache = folder / "CMakeCache.txt"
         if not cache.is_file():
             return
         entries = dict(re.findall(r"^(CMAKE_[A-Z_]+):INTERNAL=(.*)$", cache.read_text(), re.M))
         same = entries.get("CMAKE_HOME_DIRECTORY") == str(ROOT) and entries.get("CMAKE_GENERATOR") == generator
-        if not same or not Path(entries.get("CMAKE_COMMAND", "")).is_file():
+        same = same and Path(entries.get("CMAKE_COMMAND", "")).is_file()
+        compilers = folder / COMPILERS
+        if not same or not compilers.is_file() or compilers.read_text() != toolchain.compilers():
             shutil.rmtree(folder)
 
     @staticmethod

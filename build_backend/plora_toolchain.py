@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -81,6 +82,26 @@ def find_tool(name: str) -> str | None:
         if result.returncode == 0 and (name != "cmake" or _numbers(result.stdout) >= MIN_CMAKE):
             return path
     return None
+
+
+def compilers() -> str:
+    """The compilers that CMake takes in this environment, with paths and versions."""
+    lines = []
+    for variable, default in (("CC", "cc"), ("CXX", "c++"), ("CUDAHOSTCXX", "")):
+        lines.append(_tool_and_version(variable, os.environ.get(variable) or default))
+    homes = [Path(home, "bin") for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
+    folders = [str(path) for path in homes] + [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    lines.append(_tool_and_version("nvcc", shutil.which("nvcc", path=os.pathsep.join(folders)) or ""))
+    return "\n".join(lines)
+
+
+def _tool_and_version(name: str, command: str) -> str:
+    words = shlex.split(command)
+    path = shutil.which(words[0]) if words else None
+    if path is None:
+        return f"{name}: {command or 'none'}"
+    result = subprocess.run([path, *words[1:], "--version"], capture_output=True, text=True)
+    return f"{name}: {path} {' '.join(words[1:])}\n{result.stdout}"
 
 
 def jobs() -> int:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from plora_ext import _library
+from plora_ext import _environment
 
 __version__ = "0.1.0"
+
+_environment.settle()
+
+from plora_ext import _library  # noqa: E402  imports torch
 
 _library.load()
 

@@ -6,7 +6,9 @@ load, and the CUDA one must where it was built and torch has CUDA. Nothing is co
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,9 @@ def load() -> None:
     """Loads the libraries that belong to this torch.
 
     Raises:
-        ValueError: ``PLORA_BACKEND`` is neither ``native`` nor ``reference``.
         ImportError: a library that should load does not.
     """
-    choice = os.environ.get("PLORA_BACKEND") or "native"
-    if choice not in ("native", "reference"):
-        raise ValueError(f"PLORA_BACKEND must be 'native' or 'reference', got {choice!r}")
-    if choice == "reference":
+    if os.environ.get("PLORA_BACKEND") == "reference":
         missing["cpu"] = missing["cuda"] = "PLORA_BACKEND=reference"
         return
 
@@ -68,6 +66,8 @@ def load() -> None:
     elif not _path("cuda").is_file():
         info = build_info()
         missing["cuda"] = f"not built: {info['cuda_reason']}" if info else "not built"
+    elif problem := _driver_problem():
+        missing["cuda"] = problem
     else:
         _load("cuda")
     for key in ("CPU", "CUDA"):
@@ -75,6 +75,26 @@ def load() -> None:
         _kernels[key.lower()] = frozenset(
             name.removeprefix("plora_ext::").partition(".")[0] for name in names if name.startswith("plora_ext::")
         )
+
+
+def _driver_problem() -> str | None:
+    """Why the driver cannot run the CUDA runtime inside the CUDA library; None where it can, or is not there."""
+    info, driver = build_info(), _driver_version()
+    if info is None or not driver or driver // 1000 >= int(info["nvcc"].partition(".")[0]):
+        return None
+    version = f"{driver // 1000}.{driver % 1000 // 10}"
+    return (
+        f"built with CUDA {info['nvcc']}, but this driver serves CUDA {version}: update the driver, or rebuild with "
+        f"CUDA_HOME set to a toolkit of CUDA {driver // 1000}, in the source folder of plora_ext: {REINSTALL}"
+    )
+
+
+def _driver_version() -> int:
+    """1000 x major + 10 x minor of the newest CUDA that the driver serves; 0 without one. CUDA is not initialised."""
+    version = ctypes.c_int(0)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def _path(name: str) -> Path:

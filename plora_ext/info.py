@@ -6,20 +6,20 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 import plora_ext
-from plora_ext import _library
+from plora_ext import _environment, _library
 
 
 def report() -> str:
     """The versions, libraries, CPU and GPUs of this installation, one fact a line: paste it into a bug report."""
-    sections = [_versions(), _libraries(), _cpu(), _gpu()]
-    return "\n".join(f"{name:<16}{text}" for section in sections for name, text in section)
+    sections = [_versions(), _libraries(), _cpu(), _gpu(), _variables()]
+    return "\n".join(f"{name:<15} {text}" for section in sections for name, text in section)
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -59,12 +59,27 @@ def _cpu() -> list[tuple[str, str]]:
         return []
     features = [name for name, present in _C.cpu_features().items() if present]
     threads = f"{torch.get_num_threads()} threads"
-    return [("cpu features", " ".join(features) or "baseline"), ("cpu kernels", f"{_C.cpu_isa()}, {threads}")]
+    return [
+        ("cpu features", " ".join(features) or "baseline"),
+        ("cpu kernels", f"{_C.cpu_isa()}, {threads}"),
+        ("frozen layers", f"in float32 on the CPU: {_base_maker(_C.cpu_makes_base)}"),
+    ]
+
+
+def _base_maker(own: Callable[[int, int, int], bool]) -> str:
+    """Who makes the frozen layer's product, for the width of ViT-B."""
+    if wish := os.environ.get("PLORA_CPU_BASE"):
+        return f"PLORA_CPU_BASE={wish}"
+    rows = next((M for M in range(1, 4096) if own(M, 768, 768)), None)
+    return f"plora_ext's product from {rows} rows on (768 x 768), else torch's" if rows else "torch's product"
 
 
 def _gpu() -> list[tuple[str, str]]:
     info = _library.build_info()
     lines = [("gpu kernels", " ".join(info["cuda_archs"]) or "none" if info else "unknown")]
+    if info and info["cuda_archs"]:
+        hopper = "sm_90a" in info["cuda_archs"]
+        lines.append(("hopper kernels", "yes" if hopper else "no: not built for 9.0a (TORCH_CUDA_ARCH_LIST)"))
     if not torch.cuda.is_available():
         return [*lines, ("gpus", "none seen by torch")]
     for index in range(torch.cuda.device_count()):
@@ -72,6 +87,12 @@ def _gpu() -> list[tuple[str, str]]:
         size = f"{device.total_memory / 2**30:.0f} GiB"
         lines.append((f"gpu {index}", f"{device.name}, compute capability {device.major}.{device.minor}, {size}"))
     return lines
+
+
+def _variables() -> list[tuple[str, str]]:
+    """The environment variables that change how this process computes, as far as they are set."""
+    waiting = {name: os.environ[name] for name in _environment.WAITING if name in os.environ}
+    return [*_environment.in_force.items(), *waiting.items()]
 
 
 def environment(device: torch.device) -> dict[str, str]:

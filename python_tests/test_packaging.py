@@ -174,9 +174,70 @@ def test_reference_backend_loads_no_library_and_computes() -> None:
     assert result.stdout.strip() == "[[1.0, 1.0], [0.0, 0.0], [2.0, 2.0]] [1, 0, 2]", result.stderr
 
 
-def test_unknown_backend_is_an_error() -> None:
-    result = python("import plora_ext", PLORA_BACKEND="fast")
-    assert result.stderr.strip().endswith("PLORA_BACKEND must be 'native' or 'reference', got 'fast'")
+# --- the environment --------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "PLORA_BACKEND": "must be 'native' or 'reference'",
+    "PLORA_CPU_BASE": "must be 'own' or 'torch'",
+    "PLORA_CPU_ISA": "must be 'default', 'avx2', 'avx512' or 'amx'",
+    "PLORA_CUDA_PATH": "must be 'auto' or 'mma'",
+}
+COMMANDS = ([sys.executable, "-m", "plora_ext"], [str(Path(sys.executable).with_name("plora-ext"))])
+
+
+def test_a_wrong_value_is_one_line() -> None:
+    for name, problem in WRONG.items():
+        message = f"{name} {problem}, got 'fast '"
+        assert python("import plora_ext", **{name: "fast "}).stderr.strip().endswith(f"ValueError: {message}")
+        result = run(*COMMANDS[0], "train", **{name: "fast "})
+        assert (result.returncode, result.stderr) == (2, f"error: {message}\n")
+    for command in ([*COMMANDS[0], "info"], [sys.executable, "-m", "plora_ext.info"]):
+        result = run(*command, **dict.fromkeys(WRONG, "fast "))
+        assert result.returncode == 0 and not result.stderr
+        for name, problem in WRONG.items():
+            assert re.search(rf"^{name} +ignored: {name} {problem}, got 'fast '$", result.stdout, re.M)
+    assert python("import plora_ext", **dict.fromkeys(WRONG, "")).returncode == 0
+
+
+def test_an_unknown_variable_is_one_line() -> None:
+    message = "unknown environment variable PLORA_BAKEND: did you mean PLORA_BACKEND?"
+    result = python("import plora_ext", PLORA_BAKEND="reference")
+    assert result.returncode == 0 and f"UserWarning: {message}" in result.stderr
+    assert run(*COMMANDS[0], "report", PLORA_BAKEND="reference").stderr.startswith(f"warning: {message}\n")
+    text = run(*COMMANDS[0], "info", PLORA_BAKEND="no", PLORA_CPU_ISA="avx2").stdout
+    assert re.search(r"^PLORA_BAKEND +no \(unknown variable: did you mean PLORA_BACKEND\?\)$", text, re.M)
+    assert re.search(r"^PLORA_CPU_ISA +avx2$", text, re.M)
+
+
+@pytest.mark.parametrize(
+    "command, chosen",
+    [
+        (0, {}),
+        (1, {}),
+        (0, {"OMP_WAIT_POLICY": "active"}),
+        (0, {"GOMP_SPINCOUNT": "1000"}),
+        (0, {"KMP_BLOCKTIME": "0"}),
+    ],
+    ids=str,
+)
+def test_threads_of_the_command_sleep_while_they_wait(command: int, chosen: dict[str, str]) -> None:
+    """Before torch loads the OpenMP runtime, which shows what it has read; the user's choice stands."""
+    if not Path(COMMANDS[command][0]).is_file():
+        pytest.skip("the package is not installed as a command")
+    clean = {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": None, "KMP_BLOCKTIME": None}
+    result = run(*COMMANDS[command], "info", **{**clean, **chosen, "OMP_DISPLAY_ENV": "verbose"})
+    shown = re.findall(r"^(OMP_WAIT_POLICY|GOMP_SPINCOUNT|KMP_BLOCKTIME) +(\S+)$", result.stdout, re.M)
+    assert dict(shown) == (chosen or {"OMP_WAIT_POLICY": "passive"}), result.stdout + result.stderr
+    if spins := re.search(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr):
+        assert (spins[1] == "0") == (not chosen)
+
+
+def test_an_import_leaves_the_environment_alone(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import os\nbefore = dict(os.environ)\nimport plora_ext\nassert dict(os.environ) == before\n")
+    for command in ([script, "info"], ["-c", script.read_text(), "plora_ext"]):
+        result = run(sys.executable, *command, OMP_WAIT_POLICY=None, GOMP_SPINCOUNT=None, KMP_BLOCKTIME=None)
+        assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture
@@ -185,6 +246,43 @@ def copied_package(tmp_path: Path) -> Path:
     package = tmp_path / "plora_ext"
     shutil.copytree(INSTALLED, package, ignore=shutil.ignore_patterns("data", "__pycache__", "*.npz"))
     return package
+
+
+@pytest.mark.parametrize(
+    "driver, nvcc, loads",
+    [(12080, "13.0.88", False), (13000, "13.0.88", True), (12040, "12.8.1", True), (0, "13.0", True)],
+)
+def test_library_for_a_newer_driver_is_left_out(
+    driver: int, nvcc: str, loads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would import and then fail at every call; so operators take their twin, and `info` says why."""
+    (tmp_path / "libplora_cuda.so").touch()
+    asked: list[str] = []
+    for name, value in {
+        "FOLDER": tmp_path,
+        "loaded": {},
+        "missing": {},
+        "_kernels": {},
+        "_load": asked.append,
+        "build_info": lambda: {"nvcc": nvcc},
+        "_driver_version": lambda: driver,
+    }.items():
+        monkeypatch.setattr(_library, name, value)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.delenv("PLORA_BACKEND", raising=False)
+    _library.load()
+    assert asked == ["cpu", "cuda"][: 1 + loads]
+    if not loads:
+        assert _library.missing["cuda"].startswith("built with CUDA 13.0.88, but this driver serves CUDA 12.8: update")
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_driver_is_asked_for_its_version(tmp_path: Path) -> None:
+    source = tmp_path / "driver.c"
+    source.write_text("int cuDriverGetVersion(int *version) { *version = 12040; return 0; }")
+    assert run("cc", "-shared", "-fPIC", source, "-o", tmp_path / "libcuda.so.1").returncode == 0
+    code = "from plora_ext import _library; print(_library._driver_version())"
+    assert python(code, LD_LIBRARY_PATH=str(tmp_path)).stdout == "12040\n"
 
 
 @NATIVE
@@ -347,6 +445,69 @@ def test_cuda_can_be_switched_off(repository: Path, tmp_path: Path, name: str, v
     assert f"no CUDA because {name}={value}" in configure(repository, tmp_path, **{name: value})
 
 
+@pytest.fixture
+def nvcc(tmp_path: Path) -> Path:
+    """The folder of a toolkit whose nvcc hands everything to the real one, of this machine."""
+    real = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not Path(real).is_file():
+        pytest.skip("needs nvcc")
+    tool = tmp_path / "toolkit" / "bin" / "nvcc"
+    tool.parent.mkdir(parents=True)
+    tool.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    tool.chmod(0o755)
+    return tool
+
+
+@pytest.mark.parametrize(
+    "archs, targets, changes",
+    [
+        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", "sm_80 sm_86 sm_90a sm_100 sm_120 compute_120", ["7.5", "9.0"]),  # NGC's
+        ("9.0", "sm_90a", ["9.0"]),
+        ("9.0a;9.0+PTX", "sm_90a compute_90", ["9.0+PTX"]),
+        ("8.0+PTX", "sm_80 compute_80", []),
+    ],
+)
+@pytest.mark.usefixtures("nvcc")
+def test_gpu_lists_of_other_software(
+    repository: Path, tmp_path: Path, archs: str, targets: str, changes: list[str]
+) -> None:
+    text = configure(repository, tmp_path / "build", TORCH_CUDA_ARCH_LIST=archs)
+    assert f"; {targets})" in text
+    assert [name for name in archs.split() if f"{name} of TORCH_CUDA_ARCH_LIST is left out" in text] == changes[:-1]
+    assert re.findall(r"(\S+) of TORCH_CUDA_ARCH_LIST is taken for 9.0a", text)[:1] == changes[-1:]
+
+
+@pytest.mark.usefixtures("nvcc")
+def test_gpus_that_are_all_too_old(repository: Path, tmp_path: Path) -> None:
+    reason = "TORCH_CUDA_ARCH_LIST='7.0 7.5' names no GPU of compute capability 8.0 or newer"
+    assert f"no CUDA because {reason}" in configure(repository, tmp_path / "1", TORCH_CUDA_ARCH_LIST="7.0 7.5")
+    text = configure(repository, tmp_path / "2", TORCH_CUDA_ARCH_LIST="7.0 7.5", FORCE_CUDA="1")
+    assert f"FORCE_CUDA=1 asks for the CUDA library, but {reason}" in text
+    assert "no CUDA because PLORA_FORCE_CPU=1" in configure(
+        repository, tmp_path / "3", TORCH_CUDA_ARCH_LIST="Turing", PLORA_FORCE_CPU="1"
+    )
+
+
+def test_another_nvcc_in_the_same_folder_is_an_error(repository: Path, tmp_path: Path, nvcc: Path) -> None:
+    folder = tmp_path / "build"
+    assert "CUDA because" in configure(repository, folder)
+    text = configure(repository, folder, CUDA_HOME=str(nvcc.parents[1]))
+    assert "This build folder was made with another nvcc" in text and f"{nvcc} " in text
+
+
+def test_nvcc_newer_than_torchs_cuda_is_warned_of(repository: Path, tmp_path: Path, nvcc: Path) -> None:
+    """A torch folder that says CUDA 11, older than any nvcc that is taken."""
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    for name in ("include", "lib"):
+        (folder / name).symlink_to(Path(torch.__file__).parent / name)
+    for cuda, warned in (("11.8", True), ("99.0", False)):
+        (folder / "version.py").write_text(f"__version__ = '2.14.1'\ncuda: Optional[str] = '{cuda}'\n")
+        text = configure(repository, tmp_path / cuda, f"-DPLORA_TORCH_DIR={folder}")
+        assert "CUDA because" in text
+        assert (f"torch of CUDA {cuda}. A driver of CUDA 11 cannot run what is built now" in text) == warned
+
+
 def test_missing_torch_folder_is_one_clear_error(repository: Path, tmp_path: Path) -> None:
     text = configure(repository, tmp_path, "-DPLORA_TORCH_DIR=/nowhere")
     assert "PLORA_TORCH_DIR must be the folder of an installed torch 2.10 or newer" in text
@@ -375,6 +536,22 @@ def test_old_torch_does_not_count(toolchain: ModuleType, tmp_path: Path, monkeyp
     assert toolchain.find_torch() is None
     (tmp_path / "version.py").write_text("__version__ = '2.10.0'\n")
     assert toolchain.find_torch() == tmp_path
+
+
+def test_compilers_of_the_environment(toolchain: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a build folder remembers, to be dropped when it changes: paths and versions."""
+    before = toolchain.compilers()
+    assert before == toolchain.compilers()
+    for variable, name in (("CXX", "g++-new"), ("CUDA_HOME", "bin/nvcc")):
+        tool = tmp_path / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text("#!/bin/sh\necho 1.0\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv(variable, str(tool if variable == "CXX" else tmp_path))
+        first = toolchain.compilers()
+        tool.write_text("#!/bin/sh\necho 2.0\n")  # an upgrade in place
+        assert len({before, first, toolchain.compilers()}) == 3
+        monkeypatch.delenv(variable)
 
 
 def test_jobs(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ namespace plora {
 
 // Whether `path` (null: not set) asks for the kernels that every GPU has.
 inline bool mma_only(const char* path = std::getenv("PLORA_CUDA_PATH")) {
-  if (path == nullptr || std::strcmp(path, "auto") == 0) return false;
+  if (path == nullptr || *path == 0 || std::strcmp(path, "auto") == 0) return false;
   if (std::strcmp(path, "mma") == 0) return true;
   throw std::invalid_argument("PLORA_CUDA_PATH must be auto or mma, got '" + std::string(path) + "'");
 }

@@ -69,9 +69,8 @@ class Panels {
   }
 };
 
-// Whether the frozen product of M rows is made here or by torch: what was faster when first asked, on this machine, for
-// these widths, about as many rows and as many threads. PLORA_CPU_BASE=own or torch decides instead, so that results
-// keep their last bits from one process to the next; float64 and the 16-bit types are torch's.
+// Whether the frozen product is made here or by torch: makes_frozen_product(), unless PLORA_CPU_BASE=own or torch says.
+// float64 and the 16-bit types are torch's.
 bool own_frozen_product(const Inputs& p);
 
 // Whether a sum goes through W + s B A: where that is cheaper to make than the products of the rows with A and B. Not

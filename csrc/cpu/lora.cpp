@@ -15,7 +15,8 @@ namespace plora::cpu {
 namespace {
 
 constexpr int64_t kRows = 24;        // of a chunk: x and y of 768 float32 columns take 150 kB of the second-level cache
-constexpr int64_t kFrozenRows = 96;  // with the frozen product, whose panels every chunk reads again
+constexpr int64_t kFrozenRows = 96;  // with the frozen product, whose panels every chunk reads again: where there are
+                                     // too few for all threads, smaller chunks cost less than idle threads
 constexpr int64_t kTiledRows = 128;  // in matrix registers: x and y of bfloat16 in the second-level cache
 constexpr size_t kStreamBytes = size_t{32} << 20;  // outputs of this size pass by the caches
 
@@ -56,7 +57,8 @@ class Forward {
 
   void run() {
     const int64_t most = tiled_ ? kTiledRows : panels_ ? kFrozenRows : kRows;
-    const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), (p_.M + most - 1) / most);
+    const int64_t least = panels_ ? kRows : most;
+    const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), (p_.M + least - 1) / least);
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       Local local(p_);
       for (const Chunk& c : order_.chunks(most, p_.M * begin / parts, p_.M * end / parts))

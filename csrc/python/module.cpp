@@ -108,6 +108,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_isa", [] { return plora::isa_name(plora::chosen_isa()); },
       "The instruction set the CPU kernels use: 'default', 'avx2', 'avx512' or 'amx' (PLORA_CPU_ISA lowers it).");
+  m.def(
+      "cpu_makes_base",
+      [](int64_t M, int64_t in_features, int64_t out_features) {
+        return plora::makes_frozen_product(plora::chosen_isa(), M, in_features, out_features);
+      },
+      py::arg("M"), py::arg("in_features"), py::arg("out_features"),
+      "Whether the CPU kernels make the frozen layer's float32 product of M rows, rather than torch.");
   m.def("lora_plan", &lora_plan, py::arg("family"), py::arg("M"), py::arg("in_features"), py::arg("out_features"),
         py::arg("T"), py::arg("r"), py::arg("dtype") = "bfloat16", py::kw_only(), py::arg("weight") = true,
         py::arg("relu") = false, py::arg("bias") = false, py::arg("backward") = false, py::arg("keep") = false,
