@@ -224,6 +224,58 @@ print("files", len(names), *names)
     assert first == second
 
 
+# Several operators, in float32 and bfloat16, with enough rows for several threads: a digest of their results.
+SEVERAL = """
+import hashlib, os, torch
+os.environ["PLORA_CPU_BASE"] = "own"
+from plora_ext import ops
+
+def several():
+    g = torch.Generator().manual_seed(0)
+    x, A, B, W = (torch.randn(n, generator=g) for n in ((700, 72), (2, 5, 72), (2, 56, 5), (56, 72)))
+    p = torch.randn(12, 3, 20, generator=g)
+    with torch.no_grad():
+        results = [ops.lora_sum(x, A, B, weight=W), ops.lora_indexed(x, torch.arange(700) % 3 - 1, A, B, weight=W)]
+        results += [ops.lora_all(*(t.bfloat16() for t in (x, A, B))).float()]
+        results += ops.class_sums(x, torch.arange(700) % 9, 9)
+        results += [ops.complete_prototypes(p, torch.arange(12) // 4), ops.lora_merge(W, A, B)]
+    digest = hashlib.sha256()
+    for t in results:
+        digest.update(t.numpy().tobytes())
+    return digest.hexdigest()
+"""
+
+
+def test_forked_data_workers(tmp_path: Path) -> None:
+    """Workers that are forked after the operators ran here on several threads get the same bits, and end."""
+    code = f"""
+{SEVERAL}
+from torch.utils.data import DataLoader, Dataset
+class Digests(Dataset):
+    def __len__(self): return 4
+    def __getitem__(self, i): return several()
+torch.set_num_threads(2)
+print(several(), *DataLoader(Digests(), None, num_workers=2, multiprocessing_context="fork", timeout=60))
+"""
+    digests = in_processes(code, [2], tmp_path)[0].split()
+    assert len(digests) == 5 and len(set(digests)) == 1
+
+
+def test_first_use_from_several_threads(tmp_path: Path) -> None:
+    """Whatever is made at the first call is made once, and whole."""
+    code = f"""
+{SEVERAL}
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+barrier = Barrier(4)
+with ThreadPoolExecutor(4) as pool:
+    digests = list(pool.map(lambda _: (barrier.wait(), several())[1], range(4)))
+print(several(), *digests)
+"""
+    digests = in_processes(code, [2], tmp_path)[0].split()
+    assert len(digests) == 5 and len(set(digests)) == 1
+
+
 @pytest.mark.parametrize("tau", [0.002, 0.02])
 def test_small_temperatures(tau: float) -> None:
     """exp((cos - 1) / tau) may be far below what a float holds; its softmax is not."""
