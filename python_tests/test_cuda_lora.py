@@ -591,7 +591,7 @@ def test_thousands_of_adapters_of_which_one_trains(family: str, options: str, T:
     of = {k: v.detach().double() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
     wanted = torch.autograd.grad(getattr(reference, family)(*exact, **of), exact[-3:-1], dy.double())
     for got, right in zip((dA, dB), wanted, strict=True):
-        torch.testing.assert_close(got[-1].double(), right[-1], rtol=5e-2, atol=5e-2)
+        assert (got[-1].double() - right[-1]).norm() <= 2e-2 * right[-1].norm()
         assert not got[:-1].any()
 
 
