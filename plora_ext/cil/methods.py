@@ -313,6 +313,8 @@ class PLoRAEnsemble(_Adapted):
 
     def learn(self, task: Task, images: View, labels: Tensor) -> None:
         self._add_adapter(task)
+        if task.index == 0:
+            self.features(images[torch.arange(1)])  # too little ensemble_memory shows before anything is trained
         self._fit(task, images, labels)
         self.add_prototypes(task, images, labels)
 
