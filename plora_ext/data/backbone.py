@@ -10,6 +10,7 @@ import pickle
 import re
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from zipfile import BadZipFile
 
 import timm
 import torch
@@ -110,7 +111,15 @@ def create_backbone(
                 )
             config = {**config, "architecture": {**config["architecture"], "img_size": image_size}}
         return build_backbone(config, state)
-    except (RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
+    except (
+        RuntimeError,
+        KeyError,
+        AttributeError,
+        EOFError,
+        SafetensorError,
+        BadZipFile,
+        pickle.UnpicklingError,
+    ) as error:
         if weights is None:
             raise
         raise ValueError(
