@@ -277,3 +277,25 @@ def test_weights_that_are_refused(tmp_path: Path) -> None:
             create_backbone(TIMM, weights=tmp_path / file)
     with pytest.raises(ValueError, match="'resnet10t.c3_in1k' takes no image_size"):
         create_backbone("resnet10t.c3_in1k", pretrained=False, image_size=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("embedded", 8, "must be a multiple of its patch of 12 pixels, 24 or more, got 8"),
+        ("vit_tiny_patch16_224", 65, "must be a multiple of its patch of 16 pixels, got 65"),
+        ("vit_tiny_patch16_224", 100_000, "image_size must be between 1 and 4096 pixels, got 100000"),
+    ],
+)
+def test_image_sizes_that_do_not_fit(name: str, size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_backbone(name, False, image_size=size)
+
+
+def test_weights_that_are_no_weights(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "text.safetensors").write_text("hello")
+    for path in list(tmp_path.iterdir()):
+        with pytest.raises(ValueError, match=f"the weights in .*{path.name} do not fit the backbone"):
+            create_backbone("vit_tiny_patch16_224.augreg_in21k", weights=path)

