@@ -77,7 +77,7 @@ bool own_frozen_product(const Inputs& p);
 // in 16 bits, which would round a small adapter away.
 inline bool merges(const Inputs& p) {
   return p.family == Family::sum && p.weight && !p.relu && !p.bias_A && !p.bias_B &&
-         p.M > p.in * p.out / (p.in + p.out) && wide(p.x.scalar_type()) == p.x.scalar_type();
+         p.M * (p.in + p.out) > p.in * p.out && wide(p.x.scalar_type()) == p.x.scalar_type();
 }
 
 // W + s B A, for torch's product.
