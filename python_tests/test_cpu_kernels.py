@@ -90,6 +90,15 @@ def test_adapters_without_ranks(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_layers_without_width(family: str) -> None:
+    args, kwargs, cotangent = problem(family, 3, 0, 0)
+    y = getattr(ops, family)(*args, **kwargs)
+    assert y.shape == cotangent.shape
+    y.backward(cotangent)
+    assert args[0].grad.shape == (3, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (15, 33, 31), (17, 70, 50), (131, 1024, 130)], ids=str)
 @pytest.mark.parametrize("r", [1, 16, 33])
 def test_bfloat16(family: str, sizes: tuple[int, int, int], r: int) -> None:
