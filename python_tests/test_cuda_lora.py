@@ -884,7 +884,8 @@ def test_a_vit_and_its_gradients(adapted_vit: Adapters, form: str, dtype: torch.
         for module in plain.modules():
             if isinstance(module, PlainLoRA):
                 module.coefficients, module.ids = values[-1] if len(values) > len(asking) else theta, ids
-        state = {name: t.to(x.dtype) for name, t in plain.state_dict().items()}
+        own = dict(plain.named_parameters()) | dict(plain.named_buffers())  # a state_dict holds scales as well
+        state = {name: t.to(x.dtype) for name, t in own.items()}
         return torch.func.functional_call(plain, {**state, **dict(zip(asking, values))}, (x,))
 
     x = torch.randn(64, 3, 32, 32, device=DEVICE).to(dtype)

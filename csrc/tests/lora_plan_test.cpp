@@ -168,7 +168,7 @@ int main() {
          "ranks come in eights");
   expect(plan(Family::sum, 3, 0).slots >= 0 && plan(Family::indexed, 3, 0).slots >= 0, "no rank at all");
   expect(!plora::mma_only(nullptr) && !plora::mma_only("auto") && plora::mma_only("mma"), "PLORA_CUDA_PATH");
-  expect(refuses("hopper") && refuses(""), "and nothing else");
+  expect(!plora::mma_only("") && refuses("hopper"), "empty is not set, and nothing else is taken");
 
   if (failures == 0) std::puts("lora_plan: all passed");
   return failures == 0 ? 0 : 1;
