@@ -12,19 +12,13 @@ from torch import Tensor, nn
 
 from plora_ext.cil import fusion
 from plora_ext.cil.alignment import Drift, class_means
+from plora_ext.cil.frozen import hold_statistics
 from plora_ext.nn import CosineHead, PrototypeBank, inject
 
 __all__ = ["PLoRANet"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 UNSEEN = -1000.0  # the logit of a class that has no prototype: as good as none, and a loss stays finite
-
-
-def hold_statistics(module: nn.Module) -> None:
-    """Put what keeps running statistics into evaluation mode: trained on, they would no longer be the old classes'."""
-    for part in module.modules():
-        if part._buffers.get("running_mean") is not None:
-            part.eval()
 
 
 class PLoRANet(nn.Module):

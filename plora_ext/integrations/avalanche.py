@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from plora_ext.cil.frozen import hold_statistics
 from plora_ext.integrations._patch import check_version, require
-from plora_ext.integrations._plora import UNSEEN, PLoRANet, hold_statistics
+from plora_ext.integrations._plora import UNSEEN, PLoRANet
 from plora_ext.nn import CosineHead, PrototypeBank
 
 _HOW = 'pip install "plora_ext[integrations]"'
