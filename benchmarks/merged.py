@@ -1,0 +1,95 @@
+"""What it costs not to merge: forwards of a ViT whose adapters are frozen, merged or not, and training steps.
+
+    python benchmarks/merged.py [--model vit_base_patch16_224] [--images 64] [--device cuda]
+
+r = 16 on qkv and proj, bfloat16 on a GPU. Prints the median time of 30 calls in ms: on a GPU by events and by the wall clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from plora_ext.nn import Adapters, Ensemble, inject
+
+
+def median(call: Callable[[], Any], cuda: bool, calls: int = 30) -> str:
+    times: list[tuple[float, float]] = []
+    for number in range(calls + 3):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
+        start = time.perf_counter()
+        for event in events[:1]:
+            event.record()
+        call()
+        for event in events[1:]:
+            event.record()
+            torch.cuda.synchronize()
+        wall = 1e3 * (time.perf_counter() - start)
+        if number >= 3:  # warm
+            times.append((events[0].elapsed_time(events[1]) if cuda else wall, wall))
+    return "  ".join(f"{statistics.median(column):9.2f}" for column in zip(*times))
+
+
+def adapted(model: nn.Module, number: int) -> Adapters:
+    adapters = inject(model, ["qkv", "proj"], r=16)
+    for i in range(number):
+        adapters.add_adapter(f"t{i}")
+    for parameter in adapters.parameters():
+        nn.init.normal_(parameter, std=0.01)
+    return adapters
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_base_patch16_224", help="a model of timm, with random weights")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    cuda = args.device.startswith("cuda")
+    dtype = torch.bfloat16 if cuda else torch.float32
+
+    model = timm.create_model(args.model, num_classes=0).to(args.device, dtype).eval()
+    size = timm.data.resolve_model_data_config(model)["input_size"]
+    images = torch.randn(args.images, *size, device=args.device, dtype=dtype)
+    print(f"{'':44}{'device':>9}{'wall':>11}   ms")
+
+    def show(what: str, call: Callable[[], Any]) -> None:
+        print(f"{what:44}{median(call, cuda)}", flush=True)
+
+    with torch.no_grad():
+        show("no adapters", lambda: model(images))
+    adapters = adapted(model, 10)
+    adapters.train_adapter(None)
+    with torch.no_grad():
+        for names in (["t0"], adapters.names):
+            adapters.set_adapter(names)
+            show(f"{len(names)} frozen", lambda: model(images))
+            show(f"{len(names)} frozen, one image", lambda: model(images[:1]))
+            with adapters.merged():
+                show(f"{len(names)} frozen, merged", lambda: model(images))
+        with adapters.batch([i % 10 for i in range(len(images))]):
+            show("batch of 10", lambda: model(images))
+        ensemble = Ensemble(adapters)
+        show("Ensemble of 10, 16 images", lambda: ensemble(images[:16]))
+    adapters.set_adapter("t9")
+    adapters.train_adapter("t9")
+    model.train()
+    optimizer = torch.optim.AdamW(adapters.parameters("t9"), 1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(images).float().square().mean().backward()
+        optimizer.step()
+
+    show(f"training step in {dtype}", step)
+
+
+if __name__ == "__main__":
+    main()
