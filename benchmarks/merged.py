@@ -2,7 +2,8 @@
 
     python benchmarks/merged.py [--model vit_base_patch16_224] [--images 64] [--device cuda]
 
-r = 16 on qkv and proj, bfloat16 on a GPU. Prints the median time of 30 calls in ms: on a GPU by events and by the wall clock.
+r = 16 on qkv and proj, bfloat16 on a GPU. Prints the median time of 30 calls in ms, on a GPU by events and by the
+wall clock.
 """
 
 from __future__ import annotations
