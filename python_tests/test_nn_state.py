@@ -82,6 +82,25 @@ def test_a_thread_outside_of_the_block_sees_the_common_set() -> None:
             adapters.merge()
 
 
+def test_a_handle_on_a_part_leaves_what_was_frozen_as_it_was() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6))), torch.randn(3, 6)
+    adapters = inject(model, ["0"], r=2)  # both layers
+    adapters.add_adapter("a")
+    for parameter in adapters.parameters():
+        nn.init.normal_(parameter)
+    before = adapters.frozen()
+    y = before(x)
+    Adapters(model[1]).set_adapter(None)
+    assert torch.equal(before(x), y)
+    parts = nn.ModuleDict({name: nn.Sequential(nn.Linear(6, 6)) for name in "pq"})
+    for part in parts.values():
+        inject(part, ["0"], r=2).add_adapter("a")
+    whole = Adapters(parts)
+    assert len({layer._number for layer in whole.layers.values()}) == 2
+    whole.set_adapter(None)
+    assert not parts["q"][0]._state.current.names
+
+
 def test_asyncio_tasks_keep_to_their_own_batch() -> None:
     adapters, x = make(), torch.randn(3, 6)
 

@@ -101,8 +101,9 @@ class Adapters:
         if not self.layers:
             raise ValueError("model carries no adapters: call inject(model, target_modules) first")
         self._state = self._first._state
-        for number, layer in enumerate(self.layers.values()):
-            layer._state, layer._number = self._state, number  # those of parts that were injected one by one
+        for layer in self.layers.values():
+            if layer._state is not self._state:  # of a part that was injected apart
+                layer._state, layer._number = self._state, self._state.join()
 
     def __repr__(self) -> str:
         return f"Adapters(names={self.names}, active={self.active}, layers={len(self.layers)})"

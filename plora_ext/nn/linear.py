@@ -123,7 +123,7 @@ class MultiLoRALinear(nn.Module):
         self._scaling: dict[str, Tensor] = {}
         self._ranks: dict[str, Tensor] = {}
         self._state = State() if state is None else state
-        self._number = 0  # among the layers that share the state
+        self._number = self._state.join()
         self.register_load_state_dict_post_hook(_renew_constants)
 
     def _containers(self) -> Any:

@@ -93,10 +93,16 @@ class State:
         self.common = Active()
         self.merged: Active | None = None
         self.unchecked: set[str] = set()
+        self._members = 0
         self._open: list[tuple[_Block, ...]] = []  # of every thread that is in a block
         self._latest = self.common  # for compiled graphs, which cannot ask who runs them
         self._pending: set[int] = set()  # keys of forwards within a reentrant checkpoint ...
         self._recomputed = False  # ... and whether one of them has been computed again
+
+    def join(self) -> int:
+        """A number for one more layer, its own for good."""
+        self._members += 1
+        return self._members - 1
 
     def set(self, active: Active) -> None:
         """What holds from now on, in every thread."""
@@ -175,12 +181,13 @@ class State:
                 return active
             return replace(active, coefficients=active.coefficients.detach())
 
-        return {"common": kept(self.common), "merged": kept(self.merged), "unchecked": set(self.unchecked)}
+        state = {"common": kept(self.common), "merged": kept(self.merged)}
+        return {**state, "unchecked": set(self.unchecked), "members": self._members}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
         self.common = self._latest = state["common"]
-        self.merged, self.unchecked = state["merged"], state["unchecked"]
+        self.merged, self.unchecked, self._members = state["merged"], state["unchecked"], state["members"]
 
 
 def _inside(function: Any) -> bool:
