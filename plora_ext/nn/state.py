@@ -6,11 +6,12 @@ pass of an `Ensemble`) is seen by the thread, and the asyncio task, that entered
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +36,7 @@ class Active:
         batch: an adapter for every sample, in place of the set.
         weights: a weight for every layer, by its number, in place of base layer and adapters (`Adapters.frozen`).
         ensemble: takes over a layer's forward (`Ensemble`).
+        serial: tells coefficients and batches apart that are not told by numbers; an `id` may come again.
     """
 
     names: tuple[str, ...] = ()
@@ -43,6 +45,7 @@ class Active:
     batch: ops.AdapterBatch | None = None
     weights: dict[int, Tensor] | None = None
     ensemble: Callable[..., Tensor] | None = None
+    serial: int = field(default_factory=itertools.count().__next__)
 
     def only(self, names: tuple[str, ...]) -> Active:
         """The same with the adapters `names`, in the order of the active set, alone."""
@@ -57,16 +60,15 @@ class Active:
     @cached_property
     def key(self) -> int:
         """The same number for the same adapters with the same coefficients."""
-        coefficients = self.written if self.written is not None else id(self.coefficients)
-        parts = (self.names, None if self.coefficients is None else coefficients, self.batch and id(self.batch))
-        return hash(parts) & 0x7FFFFFFF
+        coefficients = None if self.coefficients is None else self.serial if self.written is None else self.written
+        return hash((self.names, coefficients, None if self.batch is None else self.serial)) & 0x7FFFFFFF
 
 
 class _Block:
     """What a `with` block changes, and what comes of it."""
 
     def __init__(self, changes: dict[str, Any]):
-        self.changes = changes
+        self.changes = {**changes, "serial": Active().serial}
         self.on: Active | None = None
         self.result = Active()
 
