@@ -212,7 +212,7 @@ def doubles(images: Images) -> int:
             for side in sizes
         )
     else:
-        if np.shape(sides[0])[1:] != np.shape(sides[1])[1:]:
+        if any(isinstance(side, ImageFiles) for side in sides) or sides[0].shape[1:] != sides[1].shape[1:]:
             return 0
         train, test = (
             row_digests(torch.from_numpy(np.asarray(side))).numpy().view("V16").ravel().tolist() for side in sides

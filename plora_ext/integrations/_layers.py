@@ -10,18 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plora_ext.nn import linear
+
 
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether calling `module` is `x W^T + b` and nothing else: a linear layer nobody has hooked or wrapped."""
-    return (
-        type(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and "weight" in module._parameters
-        and not (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
-        and not nn.modules.module._has_any_global_hook()
-    )
+    return type(module) is nn.Linear and linear.is_called_plainly(module)
 
 
 def kept_on_device(make: Callable[..., Any]) -> Any:
