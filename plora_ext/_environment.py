@@ -18,8 +18,11 @@ CHOICES = {
     "PLORA_CPU_ISA": ("default", "avx2", "avx512", "amx"),
     "PLORA_CUDA_PATH": ("auto", "mma"),
 }
-# of the build, and checkouts that tests and benchmarks look for
-OTHERS = ("FORCE_CPU", "TORCH_DIR", "PILOT", "MAMMOTH", "INFLORA", "SDLORA", "CLLORA", "TUNA", "ACMAP")
+# of the build; by which tests make a GPU look smaller; checkouts that tests and benchmarks look for
+OTHERS = (
+    *("FORCE_CPU", "TORCH_DIR", "SM_COUNT", "SMEM_LIMIT"),
+    *("PILOT", "MAMMOTH", "INFLORA", "SDLORA", "CLLORA", "TUNA", "ACMAP"),
+)
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 in_force: dict[str, str] = {}

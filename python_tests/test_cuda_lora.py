@@ -7,10 +7,12 @@ filled with NaN, against the float64 twin (`oracle.check`). test_ops_lora.py hol
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -581,6 +583,40 @@ def test_y_may_be_x(M: int, n: int) -> None:
     assert torch.equal(buffer[1:], apart)
 
 
+@both_paths
+@pytest.mark.parametrize("family", ["lora_indexed", "lora_all"])
+@pytest.mark.parametrize("ids", ["one", "segments", "random"])
+@pytest.mark.parametrize(("M", "n"), [(5, 72), (200, 768), (1400, 768), (1400, 33)])
+@pytest.mark.parametrize(("scale", "h", "b", "dy"), [(64.0, 1500, 1e-3, 3e-3), (2.0**-14, 1e-2, 1e3, 1e-3)])
+def test_scales_beyond_float16(
+    family: str, ids: str, M: int, n: int, scale: float, h: float, b: float, dy: float
+) -> None:
+    """s h and s g are beyond the largest float16, or among those with few digits; y and the gradients are not."""
+    for options in ("weight bias", "base", ""):
+        args, kwargs, cotangent = problem(family, M, n, n, T=3, options=options, ids=ids, dtype=FP16)
+        *_, A, B, s = args
+        size = scale * h * b * 4
+        with torch.no_grad():
+            A *= h
+            B *= b / B.std()
+            s.copy_(torch.tensor([1.0, -0.75, 1.25]) * scale)
+            for t in kwargs.values():
+                t *= min(size, 1.0)
+            cotangent = torch.randn_like(cotangent) * dy
+        s.requires_grad_(False)
+        verify(family, args, kwargs, cotangent)
+
+
+@pytest.mark.parametrize("limits", [{"PLORA_CUDA_PATH": "mma", "PLORA_SMEM_LIMIT": "101376"}, {"PLORA_SM_COUNT": "78"}])
+def test_smaller_gpus(limits: dict[str, str]) -> None:
+    """The tests whose sizes and counts of ranks reach a limit, with the shared memory or multiprocessors of others."""
+    chosen = "test_rows or test_ranks or test_adapters or test_ids or dense_sum or test_same_bits"
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__]
+    root = ["--rootdir", str(Path(__file__).parent), "-c", str(Path(__file__).parent.parent / "pyproject.toml")]
+    done = subprocess.run(command + root, env={**os.environ, **limits}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
 @pytest.mark.parametrize("T", [1025, 1200])
 @pytest.mark.parametrize(("family", "options"), [("lora_indexed", "weight"), ("lora_sum", "relu")])
 def test_thousands_of_adapters_of_which_one_trains(family: str, options: str, T: int) -> None:
@@ -745,6 +781,34 @@ def test_graph(family: str, form: str) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert same(captured, step())
+
+
+@pytest.mark.parametrize("form", ["lora_indexed base", "lora_indexed weight", "lora_sum weight"])
+def test_a_fresh_process_captures(form: str) -> None:
+    """Fifty adapters, two kernels that overlap; nothing was called before."""
+    script = f"""
+import torch
+from plora_ext import ops
+family, options = {form!r}.split()
+torch.manual_seed(0)
+like = dict(device="cuda", dtype=torch.bfloat16)
+x, A, B = torch.randn(1500, 768, **like), torch.randn(50, 16, 768, **like) / 28, torch.randn(50, 768, 16, **like) / 4
+ids = torch.arange(1500, device="cuda") // 30
+given = {{options: torch.randn(1500 if options == "base" else 768, 768, **like)}}
+args = (x, ids, A, B) if family == "lora_indexed" else (x, A, B)
+x @ A[0].T  # torch's own product cannot be the first in a capture
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    y = getattr(ops, family)(*args, **given)
+for _ in range(2):
+    x.copy_(x.roll(1, 0))
+    y.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(y, getattr(ops, family)(*args, **given))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @both_paths

@@ -162,6 +162,12 @@ struct Adder {
     }
   }
 
+  // The power of two in s (given.cuh) of a row of this warp.
+  __device__ float power(int row) const {
+    const int adapter = a.ids ? tile.of_row[16 * warp + row] : -1;
+    return adapter < 0 ? 1.f : split<scalar>(__ldg(a.scaling + adapter)).power;
+  }
+
   // s bias of columns n and n + 1 for the rows that chose `adapter`, or of all adapters.
   __device__ float2 bias(int adapter, int n) const {
     float2 sum{0.f, 0.f};
@@ -178,16 +184,20 @@ struct Adder {
 
   // y += d, in shared memory, for this warp's 16 rows. Of 8 columns j of d, [4 j + {0, 1}] are row lane / 4, columns
   // 2 (lane % 4) + {0, 1}, and [4 j + {2, 3}] eight rows further down: four such blocks are what the lanes fetch and
-  // leave at a time.
-  __device__ void add(float (&d)[kPart / 2], int part, int column) const {
+  // leave at a time. `above` and `below`: the powers of two in s (given.cuh).
+  __device__ void add(float (&d)[kPart / 2], int part, int column, float above, float below) const {
     const uint32_t rows = memory.part(part) + (16 * warp + lane % 16) * (kPart * 2);
+    if constexpr (std::is_same_v<scalar, __half>)
+#pragma unroll
+      for (int j = 0; j < kPart / 8; ++j)
+        d[4 * j] *= above, d[4 * j + 1] *= above, d[4 * j + 2] *= below, d[4 * j + 3] *= below;
     if (a.bias) {
-      const int above = a.ids ? tile.of_row[16 * warp + lane / 4] : 0;
-      const int below = a.ids ? tile.of_row[16 * warp + lane / 4 + 8] : 0;
+      const int first = a.ids ? tile.of_row[16 * warp + lane / 4] : 0;
+      const int second = a.ids ? tile.of_row[16 * warp + lane / 4 + 8] : 0;
 #pragma unroll
       for (int j = 0; j < kPart / 8; ++j) {
         const int n = column + part * kPart + 8 * j + lane % 4 * 2;
-        const float2 b = bias(above, n), c = below == above ? b : bias(below, n);
+        const float2 b = bias(first, n), c = second == first ? b : bias(second, n);
         d[4 * j] += b.x, d[4 * j + 1] += b.y, d[4 * j + 2] += c.x, d[4 * j + 3] += c.y;
       }
     }
@@ -205,7 +215,7 @@ struct Adder {
     }
   }
 
-  __device__ void run(const Maps& maps, int parts, int row, int column) {
+  __device__ void run(const Maps& maps, int parts, int row, int column, float above, float below) {
 #pragma unroll 1
     for (int part = 0; part < parts; ++part) {
       float d[kPart / 2];
@@ -213,7 +223,7 @@ struct Adder {
       for (float& x : d) x = 0.f;
       multiply(d, part);
       if (a.reads) sm90::barrier_wait(memory.y_full(part), 0);
-      add(d, part, column);
+      add(d, part, column, above, below);
       sm90::fence_async();
       __syncwarp();
       if (lane == 0 && row + 16 * warp < a.M) {
@@ -275,8 +285,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int i = 0; unchanged && i < parts; ++i) sm90::barrier_wait(memory.y_full(i), 0);  // they come nevertheless
     }
   } else if (!unchanged) {
+    Adder<scalar, kTransposed> adder{a, tile, memory, warp, lane, slots};
+    const float above = adder.power(lane / 4), below = adder.power(lane / 4 + 8);
     wait_for_predecessor();  // its x may be where y is
-    Adder<scalar, kTransposed>{a, tile, memory, warp, lane, slots}.run(maps, parts, row, column);
+    adder.run(maps, parts, row, column, above, below);
   }
   wait_for_predecessor();  // what follows this kernel follows both
 #endif

@@ -3,7 +3,10 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -24,12 +27,25 @@ int device_attribute() {
   return value;
 }
 
-inline int multiprocessors() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
-inline int shared_memory_limit() { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
+// A number from the environment, by which tests make the device look like a smaller one.
+inline int limit_of(const char* variable) {
+  const char* text = std::getenv(variable);
+  const int number = text ? std::atoi(text) : 0;
+  return number > 0 ? number : std::numeric_limits<int>::max();
+}
+
+inline int multiprocessors() {
+  static const int limit = limit_of("PLORA_SM_COUNT");
+  return std::min(limit, device_attribute<cudaDevAttrMultiProcessorCount>());
+}
+
+inline int shared_memory_limit() {
+  static const int limit = limit_of("PLORA_SMEM_LIMIT");
+  return std::min(limit, device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>());
+}
 
 inline bool on_hopper() {
-  return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9 &&
-         device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>() >= 232448;
+  return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9 && shared_memory_limit() >= 232448;
 }
 
 // A number for each kernel and device, under a lock.

@@ -371,8 +371,41 @@ struct Multiplier {
     }
   }
 
+  // The powers of two in s (given.cuh) of this lane's rows above and below of either half; in the meantime the sum is
+  // divided by them.
+  struct Powers {
+    float upper[2] = {1.f, 1.f}, lower[2] = {1.f, 1.f};
+  };
+  static constexpr bool kSplits = std::is_same_v<scalar, __half>;
+
+  __device__ Powers powers(const Tile& tile, int slots, int given) const {
+    Powers f;
+    if constexpr (kSplits) {
+      const auto of = [&](int adapter) { return adapter < 0 ? 1.f : split<scalar>(p.scaling[adapter]).power; };
+      const int row = warp * 16 + lane / 4;
+      if (slots != 0) {
+        f.upper[0] = f.upper[1] = f.lower[0] = f.lower[1] = of(tile.adapter);
+      } else if (given != 0 && p.ids != nullptr) {
+        f.upper[0] = of(tile.of_row[row]), f.upper[1] = of(tile.of_row[row + 8]);
+        f.lower[0] = of(tile.of_row[row + 64]), f.lower[1] = of(tile.of_row[row + 72]);
+      }
+    }
+    return f;
+  }
+
+  // By powers of two, which is exact.
+  __device__ static void divide(Half& d, const float (&power)[2]) {
+    if constexpr (kSplits) {
+      if (power[0] == 1.f && power[1] == 1.f) return;
+      const float above = __frcp_rn(power[0]), below = __frcp_rn(power[1]);
+#pragma unroll
+      for (int i = 0; i < 96; ++i) d[i] *= i % 4 < 2 ? above : below;
+    }
+  }
+
   // y of this warp's 16 rows, by way of shared memory so that whole sectors are written.
-  __device__ void write(const Half& d, const Tile& tile, int row, int column) const {
+  __device__ void write(const Half& d, const Tile& tile, int row, int column, const float (&power)[2]) const {
+    const auto sum = [&](float v, float bias, int below) { return kSplits ? fmaf(v, power[below], bias) : v + bias; };
     const uint32_t own = out + warp * kOutWarp;
     const uint32_t to = own + (lane / 8 % 2 * 8 + lane % 8) * kPitch + lane / 16 * 16;
     const uint32_t from = own + lane / 4 * kPitch + lane % 4 * 16;
@@ -385,8 +418,10 @@ struct Multiplier {
         const float* v = &d[16 * part + 8 * i];  // 16 columns: left above, left below, right above, right below
         const uint32_t* bias = reinterpret_cast<const uint32_t*>(tile.bias) + 16 * part + 8 * i + lane % 4;
         const float2 b = unpair<scalar>(bias[0]), c = unpair<scalar>(bias[4]);
-        sm90::store_matrices(to + i * 32, pair<scalar>(v[0] + b.x, v[1] + b.y), pair<scalar>(v[2] + b.x, v[3] + b.y),
-                             pair<scalar>(v[4] + c.x, v[5] + c.y), pair<scalar>(v[6] + c.x, v[7] + c.y));
+        sm90::store_matrices(to + i * 32, pair<scalar>(sum(v[0], b.x, 0), sum(v[1], b.y, 0)),
+                             pair<scalar>(sum(v[2], b.x, 1), sum(v[3], b.y, 1)),
+                             pair<scalar>(sum(v[4], c.x, 0), sum(v[5], c.y, 0)),
+                             pair<scalar>(sum(v[6], c.x, 1), sum(v[7], c.y, 1)));
       }
       __syncwarp();
 #pragma unroll
@@ -413,10 +448,12 @@ struct Multiplier {
       const Tile& tile = all[n % kTiles];
       step = uniform(tile.step);
       const int slots = kInLoop ? uniform(tile.slots) : 0, given = kInLoop ? 0 : uniform(tile.given);
-      const float s = slots != 0 ? p.scaling[tile.adapter] : 0.f;
+      const float s = slots != 0 ? split<scalar>(p.scaling[tile.adapter]).factor : 0.f;
+      Powers power = powers(tile, slots, given);
       if (n > 0) sm90::barrier_wait(barriers.passed(), (n - 1) & 1);
       main_loop(upper, lower, k_steps);
       if (given == 0) pass();
+      divide(upper, power.upper), divide(lower, power.lower);
       if (kInLoop) {  // every tile waits, to keep count of the uses
         if (slots != 0) {
           const bool keep = p.kept != nullptr && keeps(p, tile.block, column);
@@ -441,9 +478,10 @@ struct Multiplier {
       sm90::named_barrier(barrier, 128);  // h is read
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
-        write(upper, tile, row + warp * 16 + half * 64, column);
+        write(upper, tile, row + warp * 16 + half * 64, column, power.upper);
 #pragma unroll
         for (int i = 0; i < 96; ++i) upper[i] = lower[i];
+        power.upper[0] = power.lower[0], power.upper[1] = power.lower[1];
       }
       sm90::named_barrier(barrier, 128);  // y is read: h of the next tile may come
     }

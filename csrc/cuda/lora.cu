@@ -73,7 +73,8 @@ Rows rows_of(const Inputs& p, int64_t rank) {
   return rows;
 }
 
-// W + sum s B A. Of many ranks torch's own product is faster than lora_merge.
+// W + sum s B A. Of many ranks torch's own product is faster than lora_merge; like torch's own form it rounds s B, and
+// the sum before W joins it, which lora_merge does not.
 Tensor merge(const Inputs& p) {
   if (p.x.scalar_type() != ScalarType::Float && p.T * p.r > 256) {
     const int64_t ranks = p.T * padded_rank(p.r);
@@ -153,6 +154,7 @@ LoraShape shape_of(const Inputs& p, const Tensor& rows, const OptTensor& base, c
 #else
   s.capability = 10 * device_attribute<cudaDevAttrComputeCapabilityMajor>() +
                  device_attribute<cudaDevAttrComputeCapabilityMinor>();
+  if (s.capability == 90 && !on_hopper()) s.capability = 0;
   s.sms = multiprocessors();
 #endif
   for (const void* q : {pointer(rows), pointer(p.lora_A), pointer(p.lora_B), pointer(p.weight), pointer(p.bias),

@@ -46,7 +46,8 @@ struct LowRank {
   const void* gate = nullptr;  // [M, R]: h becomes 0 where the gate is <= 0 (not where it is NaN)
   void* h = nullptr;           // [M, R], written where x is given (if not null), else read
   // [M, places, r], written with h: s h of the adapters that the row's aligned block of 128 met, ascending, zero but
-  // for the row's own; with ids by low_rank_sm90 alone. Without ids it is [M, T r].
+  // for the row's own; with ids by low_rank_sm90 alone, and in float16 without the power of two in s (given.cuh).
+  // Without ids it is [M, T r].
   void* scaled_h = nullptr;
   int64_t places = 0;
 

@@ -50,10 +50,17 @@ struct Group {
   int width;     // ranks
   int key;       // the rows whose `owner` this is
   __device__ int of(int rank, int r) const { return adapters == 1 ? adapter : adapter + rank / r; }
+
+  // What h of this rank is multiplied with before it is rounded, and the sum of its products afterwards: s would take
+  // float16 to its limits.
+  __device__ float before(const LowRank& p, int rank, int r) const {
+    return adapters == 1 ? 1.f : p.scaling[of(rank, r)];
+  }
+  __device__ float after(const LowRank& p) const { return adapters == 1 ? p.scaling[adapter] : 1.f; }
 };
 
-// A block's memory. h is scaled, in the dtype of the operands, and zero between the last rank and the next multiple
-// of 16.
+// A block's memory. h is in the dtype of the operands, scaled where a group has several adapters, and zero between the
+// last rank and the next multiple of 16.
 template <typename scalar>
 struct Block {
   int64_t first_row;
@@ -204,14 +211,14 @@ __device__ inline void make_h(const LowRank& p, const Group& group, const Block<
       const int64_t at = (block.first_row + row) * block.R + (p.rows.ids ? rank : factor) + c;
       const float bias = p.bias_down ? to_float(__ldg(static_cast<const scalar*>(p.bias_down) + factor + c)) : 0;
       const bool open = !p.gate || (mine && !(to_float(__ldg(static_cast<const scalar*>(p.gate) + at)) <= 0));
-      const float scale = p.y || p.scaled_h ? __ldg(p.scaling + group.of(rank + c, r)) : 0;
       float sum = bias;
 #pragma unroll
       for (int w = 0; w < 4; ++w) sum += block.partial[(w * kRows + row) * kPartial<NT> + c];
       if (!open || (p.relu && sum < 0)) sum = 0;
       if (keep && mine && kept) kept[at] = from_float<scalar>(sum);
-      if (keep && mine && p.scaled_h) static_cast<scalar*>(p.scaled_h)[at] = from_float<scalar>(scale * sum);
-      if (p.y) block.h[row * block.stride + rank + c] = from_float<scalar>(scale * sum);
+      if (keep && mine && p.scaled_h)
+        static_cast<scalar*>(p.scaled_h)[at] = from_float<scalar>(p.scaling[group.of(rank + c, r)] * sum);
+      if (p.y) block.h[row * block.stride + rank + c] = from_float<scalar>(group.before(p, rank + c, r) * sum);
     }
     __syncthreads();
   }
@@ -227,7 +234,7 @@ __device__ inline void read_h(const LowRank& p, const Group& group, const Block<
   for (int row = threadIdx.x / 32; row < kRows; row += kThreads / 32)
     for (int c = threadIdx.x % 32; c < (ranks + 15) / 16 * 16; c += 32) {
       const bool real = c < ranks && block.owner[row] != kOutside;
-      const float scaled = real ? to_float(h[row * block.R + c]) * p.scaling[group.of(first + c, r)] : 0;
+      const float scaled = real ? to_float(h[row * block.R + c]) * group.before(p, first + c, r) : 0;
       block.h[row * block.stride + c] = from_float<scalar>(scaled);
     }
   __syncthreads();
@@ -287,6 +294,7 @@ __device__ inline void make_y(const LowRank& p, const Group& group, const Block<
                               int first_part, int parts) {
   constexpr int V = kVector<scalar>, kAll = kShares<W> * kColumns<scalar>;
   const int lane = threadIdx.x % 32, row = tile_row<W>() + lane / 4, q = lane % 4, N = static_cast<int>(p.N);
+  const float scale = group.after(p);
   scalar* y = static_cast<scalar*>(p.y) + slab * p.y_slab + (block.first_row + row) * p.ldy;
   const scalar* y0 = static_cast<const scalar*>(p.y0) + slab * p.y0_slab + (block.first_row + row) * p.ldy0;
   for (int n0 = first_part * kAll; n0 < N; n0 += parts * kAll) {
@@ -319,7 +327,7 @@ __device__ inline void make_y(const LowRank& p, const Group& group, const Block<
     for (int i = 0; i < 2 * W; ++i) {
 #pragma unroll
       for (int e = 0; e < V; ++e)
-        sum[i][e] = from_float<scalar>(acc[i / 2][e / 2][i % 2 * 2 + e % 2] + bias[e] + to_float(sum[i][e]));
+        sum[i][e] = from_float<scalar>(scale * acc[i / 2][e / 2][i % 2 * 2 + e % 2] + bias[e] + to_float(sum[i][e]));
       store<VECTORS>(y + 8 * i * p.ldy + column, sum[i], left[i]);
     }
   }

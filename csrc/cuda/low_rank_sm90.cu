@@ -14,6 +14,7 @@
 
 #include "../common/lora_plan.h"
 #include "device.cuh"
+#include "given.cuh"
 #include "launch.cuh"
 #include "lora_kernels.h"
 #include "mma.cuh"
@@ -194,7 +195,8 @@ __device__ inline void write(const LowRank& p, float (&d)[kN / 2], float* out, c
         const float4 low = *reinterpret_cast<const float4*>(out + lane % 16 * kPitch + from);
         const float4 high = *reinterpret_cast<const float4*>(out + lane % 16 * kPitch + from + 4);
         const float sums[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        const float scale = p.scaled_h ? __ldg(p.scaling + factor / r) : 0.f;
+        const float s = p.scaled_h ? __ldg(p.scaling + factor / r) : 0.f;
+        const float scale = p.rows.ids ? split<scalar>(s).factor : s;
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           const float sum = sums[e] + to_float(bias[e]);

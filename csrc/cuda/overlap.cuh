@@ -44,6 +44,19 @@ bool waits(void (*kernel)(Params...)) {
   }) >= 90;
 }
 
+// Whether the driver takes the overlap: in a graph that is being captured from CUDA 12.3 on.
+inline bool overlaps(cudaStream_t stream) {
+  static const int driver = [] {
+    int version = 0;
+    cudaDriverGetVersion(&version);
+    return version;
+  }();
+  if (driver >= 12030) return true;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(stream, &status);
+  return status == cudaStreamCaptureStatusNone;
+}
+
 // Launches a kernel that calls wait_for_predecessor(), after one that calls launch_successor() or without overlap.
 template <typename... Params>
 void launch_overlapped(const char* op, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
@@ -58,7 +71,7 @@ void launch_overlapped(const char* op, void (*kernel)(Params...), int64_t blocks
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = overlap && waits(kernel);
+  config.numAttrs = overlap && waits(kernel) && overlaps(stream);
   cudaLaunchKernelEx(&config, kernel, arguments...);
   check_launch(op);
 }
