@@ -1,6 +1,6 @@
 """A small EASE and MOS in a checkout of LAMDA-PILOT: a tiny ViT, 9 classes of coloured noise, three tasks.
 
-Without a checkout a stand-in takes its place, which has EASE alone.
+Without a checkout a stand-in takes its place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from plora_ext.integrations import pilot
 
 REAL = os.environ.get("PLORA_PILOT", "")
 CHECKOUT = REAL or str(Path(__file__).parent / "hosts" / "pilot")
-WHY_NOT = "the stand-in has no MOS: set PLORA_PILOT to a checkout of https://github.com/LAMDA-CL/LAMDA-PILOT"
 
 EASE = {
     "prefix": "", "dataset": "noise", "memory_size": 0, "memory_per_class": 0, "fixed_memory": False, "shuffle": True,
@@ -67,16 +66,11 @@ def enter(monkeypatch: Any, classes: int = 9, per_class: int = 8, size: int = 32
     monkeypatch.syspath_prepend(CHECKOUT)
     pilot._old_timm_names()
     import backbone.vit_ease
+    import backbone.vit_mos
     import models.ease
+    import models.mos
     import utils.data_manager
     import utils.inc_net
-
-    learners = [models.ease]
-    if REAL:
-        import backbone.vit_mos
-        import models.mos
-
-        learners.append(models.mos)
 
     def get_backbone(args: dict[str, Any], pretrained: bool = False) -> nn.Module:
         config = SimpleNamespace(
@@ -98,7 +92,7 @@ def enter(monkeypatch: Any, classes: int = 9, per_class: int = 8, size: int = 32
 
     monkeypatch.setattr(utils.inc_net, "get_backbone", get_backbone)
     monkeypatch.setattr(utils.data_manager, "_get_idata", lambda name, args=None: Noise(classes, per_class, size))
-    for module in learners:
+    for module in (models.ease, models.mos):
         monkeypatch.setattr(module, "num_workers", 0)
 
 

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from plora_ext.integrations import _pilot_vit, pilot
 
-with_mos = pytest.mark.skipif(not host.REAL, reason=host.WHY_NOT)
-
 SETTINGS = {
     "reset": {},
     "last": {"recalc_sim": False},
@@ -214,7 +212,6 @@ def test_old_adapters_are_part_of_the_state(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- MOS
 
 
-@with_mos
 def test_mos_as_shipped() -> None:
     theirs = host.learn(host.MOS)
     with pilot.patch():
@@ -227,7 +224,6 @@ def test_mos_as_shipped() -> None:
         torch.testing.assert_close(mine[name], its[name], rtol=1e-5, atol=1e-6)
 
 
-@with_mos
 def test_mos_moves_its_adapters_while_testing_and_fixed_does_not() -> None:
     def norms(learner: Any) -> Tensor:
         return torch.stack([p.norm() for p in learner._network.backbone.adapter_list.parameters()])
@@ -293,7 +289,6 @@ def test_patch_and_unpatch() -> None:
     assert all(mine is its for mine, its in zip(functions(), theirs))
 
 
-@with_mos
 def test_a_checkout_without_mos(monkeypatch: pytest.MonkeyPatch) -> None:
     import models.mos
 

@@ -1,11 +1,11 @@
-"""EASE's classifier: cosines, and their sum over the subspaces with weights."""
+"""The classifiers: cosines, and for EASE their sum over the subspaces with weights."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 
-class EaseCosineLinear(nn.Module):
+class CosineLinear(nn.Module):
     def __init__(self, in_features, out_features, nb_proxy=1, to_reduce=False, sigma=True):
         super().__init__()
         self.in_features, self.out_features, self.nb_proxy, self.to_reduce = (
@@ -20,6 +20,8 @@ class EaseCosineLinear(nn.Module):
     def forward(self, input):
         return {"logits": self.sigma * F.linear(F.normalize(input), F.normalize(self.weight))}
 
+
+class EaseCosineLinear(CosineLinear):
     def forward_reweight(
         self, input, cur_task, alpha=0.1, beta=0.0, init_cls=10, inc=10, out_dim=768, use_init_ptm=False
     ):

@@ -1,8 +1,8 @@
 """PILOT's learners by name."""
 
+import importlib
+
 
 def get_model(model_name, args):
-    assert model_name.lower() == "ease"
-    from models.ease import Learner
-
-    return Learner(args)
+    assert model_name.lower() in ("ease", "mos")
+    return importlib.import_module(f"models.{model_name.lower()}").Learner(args)

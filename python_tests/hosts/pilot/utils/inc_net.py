@@ -1,6 +1,6 @@
-"""EASE's network: the backbone, a classifier of the new task to train with, and one of all classes and subspaces."""
+"""The networks. EASE's: the backbone, a classifier of the new task to train with, one of all classes and subspaces."""
 
-from backbone.linears import EaseCosineLinear
+from backbone.linears import CosineLinear, EaseCosineLinear
 from torch import nn
 
 
@@ -41,3 +41,22 @@ class EaseNet(nn.Module):
             features, self._cur_task, self.alpha, self.beta, self.init_cls, self.inc, use_init_ptm=self.use_init_ptm
         )
         return {**logits, "features": features}
+
+
+class MOSNet(nn.Module):
+    def __init__(self, args, pretrained):
+        super().__init__()
+        self.backbone, self.fc = get_backbone(args, pretrained), None
+
+    def update_fc(self, nb_classes):
+        fc = CosineLinear(self.backbone.out_dim, nb_classes).requires_grad_(False)
+        if self.fc is not None:
+            fc.weight.data[: len(self.fc.weight)] = self.fc.weight.data
+        self.fc = fc
+
+    def forward_orig(self, x):
+        features = self.backbone(x, adapter_id=0)["features"]
+        return {**self.fc(features), "features": features}
+
+    def forward(self, x, adapter_id=-1, train=False, fc_only=False):
+        return self.backbone(x, adapter_id, train, fc_only)
