@@ -9,6 +9,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from plora_ext.cil import Settings, figures
+from plora_ext.cil import Settings
 from plora_ext.cil.checkpoint import Checkpoint, exclusive
-from plora_ext.cil.engine import Result
-from plora_ext.cil.report import comparison_table, load_results, to_json, write_report
-from plora_ext.cil.runs import group, is_finished
+from plora_ext.cil.result import Result
 from plora_ext.cli import main
+from plora_ext.report import figures
+from plora_ext.report.files import comparison_table, load_results, to_json, write_report
+from plora_ext.report.runs import group, is_finished
 
 EVIL = "runs/<script>alert(1)</script>&\"'"
 
@@ -104,7 +106,7 @@ def test_other_data_device_or_order_is_not_averaged() -> None:
         ({"settings": {**other.settings, "amp": "bfloat16"}}, "groups"),
         ({}, "none"),
     ):
-        protocols = group([one, Result(**{**other.__dict__, **changed})])
+        protocols = group([one, replace(other, **changed)])
         numbers = len(protocols), sum(len(p.groups) for p in protocols)
         assert numbers == {"protocols": (2, 2), "groups": (1, 2), "none": (1, 1)}[apart], changed
         assert len({p.name for p in protocols}) == len(protocols)
