@@ -99,7 +99,7 @@ def to_pixels(image: Any) -> np.ndarray:
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
         what = f"{type(image).__name__} {list(np.shape(image))}"
         raise ValueError(f"an image must be a PIL image, an array [H, W, 3] or a tensor [3, H, W], got {what}")
-    return np.ascontiguousarray(np.broadcast_to(to_8_bits(pixels, "an image"), (*pixels.shape[:2], 3)))
+    return to_8_bits(pixels, "an image").repeat(3 // pixels.shape[2], 2)
 
 
 def image_paths(given: Sequence[str | Path]) -> list[Path]:

@@ -45,7 +45,7 @@ class Learner:
 
     Args:
         settings: Of the run; default those of `Settings()`.
-        backbone: Instead of the one that settings name; its model is changed in place.
+        backbone: The setting, or a backbone to use instead of the one that it names; its model is changed in place.
         callbacks: Told of every step.
         make: Builds the method from (trainer, settings), instead of the one that settings name.
         num_tasks: How many there will be; only `init: inflora` needs to know.
@@ -65,7 +65,7 @@ class Learner:
         self,
         settings: Settings | None = None,
         *,
-        backbone: Backbone | None = None,
+        backbone: Backbone | str | None = None,
         callbacks: Sequence[Callback] = (),
         make: Callable[[Trainer, Settings], Method] | None = None,
         num_tasks: int | None = None,
@@ -78,6 +78,8 @@ class Learner:
         from plora_ext.cil.methods import METHODS
         from plora_ext.cil.training import Trainer
 
+        if isinstance(backbone, str):
+            changes, backbone = {**changes, "backbone": backbone}, None
         self.settings = s = Settings.load(overrides={**(settings.as_dict() if settings else {}), **changes})
         if s.init == "inflora" and num_tasks is None:
             raise ValueError("init inflora needs to know how many tasks will come: give num_tasks")
@@ -199,7 +201,7 @@ class Learner:
         each = [correct[task == t] for t in range(len(self.task_sizes))]
         return {
             "accuracy": 100.0 * float(correct.mean()),
-            "task_accuracies": [100.0 * float(own.mean()) if len(own) else None for own in each],
+            "task_accuracies": [100.0 * float(own.sum()) / len(own) if len(own) else None for own in each],
         }
 
     def _view(self, images: Any) -> View:
@@ -300,20 +302,14 @@ class Learner:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no file that save_pretrained wrote: {error!r}") from error
         if version != FORMAT:
-            raise ValueError(
-                f"{path} has format {version}, of plora_ext {config.get('plora_ext')}; here {FORMAT} is read"
-            )
+            by = config.get("plora_ext", "an unknown version")
+            raise ValueError(f"{path} has format {version}, of plora_ext {by}; this one reads {FORMAT}")
         if wrong := [name for name in elsewhere if name not in (*ELSEWHERE, *ROUNDING)]:
             raise ValueError(f"{wrong[0]} cannot differ from the saved learner's: leave it out")
         if config["backbone"]["given"] and backbone is None:
             raise ValueError(f"{path}: its learner was made with a backbone of its own: give that as backbone")
-        learner = cls(
-            backbone=backbone,
-            callbacks=callbacks,
-            num_tasks=config["num_tasks"],
-            world=world,
-            **{**config["settings"], **elsewhere},
-        )
+        settings = Settings.load(overrides={**config["settings"], **elsewhere})
+        learner = cls(settings, backbone=backbone, callbacks=callbacks, num_tasks=config["num_tasks"], world=world)
         if learner.backbone_digest != config["backbone"]["digest"]:
             raise ValueError(f"{path}: the backbone's weights are not those with which the learner has learned")
         for name in config["adapters"]:
