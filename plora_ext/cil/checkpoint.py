@@ -46,7 +46,7 @@ MANIFEST = "checkpoint.json"
 # Settings under which a run may continue that began with others: they say where things are and what is measured, not
 # what is computed (what the data and the weights are, their hashes say).
 ELSEWHERE = ("out", "plugins", "data", "data_root", "download", "corrupt", "weights", "workers", "cache_images",
-             "device", "feature_cache", "ensemble_memory", "measure_drift")  # fmt: skip
+             "device", "feature_cache", "ensemble_memory", "measure_drift", "graphs")  # fmt: skip
 # Likewise, but results differ by rounding from there on, which is said and recorded.
 ROUNDING = ("eval_batch_size", "amp", "tf32", "channels_last", "compile", "deterministic")
 

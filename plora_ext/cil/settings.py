@@ -120,6 +120,10 @@ class Settings:
     )
     channels_last: bool = _setting(False, "images and convolutions in channels-last memory")
     compile: bool = _setting(False, "torch.compile the model's blocks")
+    graphs: Literal["auto", "off"] = _setting(
+        "auto",
+        "replay training steps and passes as CUDA graphs; off where the model's own Python has to run every time",
+    )
 
     def __post_init__(self) -> None:
         import_plugins(_checked("plugins", self.plugins, list[str]))

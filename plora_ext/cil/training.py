@@ -22,6 +22,7 @@ from plora_ext.cil.frozen import hold_statistics, moving, unchanged
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.speed import Speed
 from plora_ext.data import View
+from plora_ext.graphs import Captured
 
 
 class Phases:
@@ -105,6 +106,7 @@ class Trainer:
         self.model, self.settings, self.device, self.world = model, settings, device, world
         self.speed = Speed(model, settings, device)
         self.callbacks = Callbacks(callbacks)
+        self.speed.say = self.callbacks.note
         self.num_tasks: int | None = None  # where it is known
         self.checkpoint: Checkpoint | None = None
         self.phases = Phases(device)
@@ -167,26 +169,31 @@ class Trainer:
         self.model.train()
         hold_statistics(self.model, held)
         model = world.parallel(self.model, learned)
+
+        def update(batch: Tensor, wanted: Tensor, share: float = 1.0) -> Tensor:
+            cosines = F.linear(F.normalize(self._forward(batch, model)), F.normalize(directions))
+            loss = F.cross_entropy(s.scale * cosines, wanted)
+            if share != 1:
+                loss = loss * share  # an uneven last batch
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            return loss.detach()
+
+        several = "several processes share the work" if world.size > 1 else None
+        captured = self.speed.captured("the training step", update, learned, reason=several)
         self.callbacks.tell("fit", task, len(images) * (s.epochs - first))
         for epoch in range(first, s.epochs):
             order = torch.randperm(len(images))
             targets = labels[order.to(self.device)].split(s.batch_size)  # at once: every copy makes the host wait
             for step, (_, batch) in enumerate(images.epoch(order, s.batch_size, world.own)):
                 done = (epoch * steps + step) / (steps * s.epochs)
-                for group in optimizer.param_groups:
-                    group["lr"] = s.lr * (1 + math.cos(math.pi * done)) / 2
-                with world.own_random(s.seed, task, epoch, step):
-                    features = self._forward(batch, model)
-                cosines = F.linear(F.normalize(features), F.normalize(directions))
+                self.speed.set_rate(optimizer, s.lr * (1 + math.cos(math.pi * done)) / 2)
                 number = len(targets[step])
-                loss = F.cross_entropy(s.scale * cosines, targets[step][world.own(number)])
-                if (share := world.share(number)) != 1:
-                    loss = loss * share  # an uneven last batch
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                losses[step] = loss.detach()
+                wanted, share = targets[step][world.own(number)], world.share(number)
+                with world.own_random(s.seed, task, epoch, step):
+                    losses[step] = captured(batch, wanted) if share == 1 else update(batch, wanted, share)
                 self.callbacks.tell("step", number)
             # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
             world.sum_(losses.div_(world.size))
@@ -233,8 +240,12 @@ class Trainer:
         if self.model.training:  # eval() makes adapted layers merge their adapters anew
             self.model.eval()
         self.callbacks.tell("read", len(images))
+        size, called = self.settings.eval_batch_size, model or self.model
         with lower_on_exhaustion("eval_batch_size"), self.speed.passes(model is None):
-            for batch in images.split(self.settings.eval_batch_size):
-                features = self._forward(batch, model or self.model)
+            forward = self.speed.captured(
+                "a pass without gradients", lambda batch: self._forward(batch, called), batches=len(images) // size
+            )
+            for batch in images.split(size):
+                features = forward(batch)
                 self.callbacks.tell("step", len(batch))
-                yield features
+                yield features.clone() if isinstance(forward, Captured) else features
