@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 __all__ = ["Captured", "why_not"]
 
-_pools: dict[int | None, Any] = {}  # by device: graphs that replay one after another share their memory
-
 
 def why_not(model: nn.Module, parameters: Any = ()) -> str | None:
     """What a graph of `model` would leave out, if anything: Python that is to run in every pass."""
@@ -113,18 +111,18 @@ class Captured:
         start = time.perf_counter()
         torch.cuda.empty_cache()  # what the calls before used is not the graph's to use
         before = torch.cuda.memory_reserved(device)
-        if device.index not in _pools:
-            _pools[device.index] = torch.cuda.graph_pool_handle()
         self._inputs = tuple(t.clone() for t in tensors)
-        graph, random = torch.cuda.CUDAGraph(), torch.cuda.get_rng_state(device)
+        generator = torch.cuda.default_generators[device.index]
+        graph, random = torch.cuda.CUDAGraph(), generator.clone_state()
         try:
-            with torch.cuda.graph(graph, pool=_pools[device.index], capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._outputs = self.function(*self._inputs)
         except RuntimeError as error:
-            self._inputs, self._outputs = (), None
-            self.reason = str(error).splitlines()[0]
-            torch.cuda.synchronize(device)
-            torch.cuda.set_rng_state(random, device)
+            first: BaseException = error  # those after it say that the capture has ended
+            while first.__context__ is not None:
+                first = first.__context__
+            self._inputs, self._outputs, self.reason = (), None, str(first).splitlines()[0]
+            generator.graphsafe_set_state(random)  # the one of before still waits for the graph's end
             return
         self._graph = graph
         self.seconds, self.bytes = time.perf_counter() - start, torch.cuda.memory_reserved(device) - before
