@@ -60,6 +60,8 @@ class Captured:
     Args:
         function: of tensors; returns a tensor, or tuples, lists or dicts of tensors.
         warmup: calls before the capture, one or more.
+        always: capture even where the last call before took the device longer than the host, so that nothing is gained
+            but on a busy host. That call is then not waited for.
         tried: called with this object once a capture has been made, or has failed.
 
     Attributes:
@@ -67,8 +69,14 @@ class Captured:
         seconds, bytes: what the capture took, once it has been made.
     """
 
-    def __init__(self, function: Callable[..., Any], warmup: int = 3, tried: Callable[[Captured], None] | None = None):
-        self.function, self.warmup, self.tried = function, warmup, tried
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        warmup: int = 3,
+        always: bool = True,
+        tried: Callable[[Captured], None] | None = None,
+    ):
+        self.function, self.warmup, self.always, self.tried = function, warmup, always, tried
         self.reason: str | None = None
         self.seconds, self.bytes = 0.0, 0
         self._like: list[tuple[Any, ...]] | None = None
@@ -88,8 +96,10 @@ class Captured:
             return self.function(*tensors)
         if self._graph is None:
             self._calls += 1
-            if self._calls <= self.warmup:
+            if self._calls < self.warmup or (self._calls == self.warmup and self.always):
                 return self.function(*tensors)
+            if self._calls == self.warmup:
+                return self._timed(tensors)
             self._capture(tensors)
             if self.tried:
                 self.tried(self)
@@ -100,11 +110,21 @@ class Captured:
         self._graph.replay()
         return self._outputs
 
-    def report(self, what: str) -> str:
-        """One line about the capture of `what`."""
+    def _timed(self, tensors: tuple[Tensor, ...]) -> Any:
+        torch.cuda.synchronize(tensors[0].device)
+        start = time.perf_counter()
+        outputs = self.function(*tensors)
+        host = time.perf_counter()
+        torch.cuda.synchronize(tensors[0].device)
+        if time.perf_counter() - host > (host - start) / 2:
+            self.reason = "the device is what it waits for"
+        return outputs
+
+    def report(self) -> str:
+        """A few words about the capture."""
         if self.reason is not None:
-            return f"{what} is not captured: {self.reason}"
-        return f"{what} is a CUDA graph: captured in {self.seconds:.2f} s, {self.bytes / 2**20:.0f} MiB"
+            return f"not captured: {self.reason}"
+        return f"captured in {self.seconds:.2f} s, {self.bytes / 2**20:.0f} MiB"
 
     def _capture(self, tensors: tuple[Tensor, ...]) -> None:
         device = tensors[0].device

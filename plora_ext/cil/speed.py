@@ -32,7 +32,7 @@ class Speed:
         self.model, self.settings, self.device = model, settings, device
         self.dtype = _DTYPES.get(settings.amp)
         self.say: Callable[[str], None] = lambda line: None  # told of what is captured
-        self._told: set[str] = set()
+        self.graphs: dict[str, str] = {}  # what is captured, or why not
         self._rate: Tensor | None = None
         self._largest = {True: 0, False: 0}  # batch so far, with and without gradients
         if settings.channels_last:
@@ -130,11 +130,12 @@ class Speed:
             return function
         reason = reason or ("torch.compile has its own" if self.settings.compile else why_not(self.model, parameters))
         if reason:
-            self._tell(f"{what} is not captured: {reason}")
+            self._record(what, f"not captured: {reason}", True)
             return function
-        return Captured(function, 3 if batches is None else 1, lambda graph: self._tell(graph.report(what)))
+        training = batches is None
+        return Captured(function, 3 if training else 2, training, lambda made: self._record(what, made.report(), bool(made.reason)))
 
-    def _tell(self, line: str) -> None:
-        if line.partition(":")[0] not in self._told:
-            self._told.add(line.partition(":")[0])
-            self.say(line)
+    def _record(self, what: str, line: str, missing: bool) -> None:
+        if missing and what not in self.graphs:
+            self.say(f"{what} is {line}")
+        self.graphs[what] = line
