@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(
 
 def test_what_cannot_be_brought_back_is_said(images: Images, tmp_path: Path) -> None:
     one = learner(method="simplecil")
-    with pytest.raises(RuntimeError, match="no task yet: call fit"):
+    with pytest.raises(RuntimeError, match="no task yet, or one was cut short: call fit"):
         one.save_pretrained(tmp_path / "it")
     one.fit(tasks(images, True)[0]).save_pretrained(tmp_path / "it")
     with pytest.raises(ValueError, match="made with a backbone of its own: give that as backbone"):
@@ -154,6 +155,34 @@ def test_what_cannot_be_brought_back_is_said(images: Images, tmp_path: Path) -> 
     path.write_text("{")
     with pytest.raises(ValueError, match="no file that save_pretrained wrote"):
         Learner.from_pretrained(tmp_path / "it", backbone=backbone())
+
+
+def test_a_fit_that_failed_leaves_no_half_learner(images: Images, tmp_path: Path) -> None:
+    class Stop(Callback):
+        def epoch(self, number: int, loss: float) -> None:
+            raise KeyboardInterrupt
+
+    one = learner(callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        one.fit(tasks(images, True)[0])
+    with pytest.raises(RuntimeError, match="an earlier fit was cut short"):
+        one.fit(tasks(images, True)[0])
+    with pytest.raises(RuntimeError, match="or one was cut short"):
+        one.save_pretrained(tmp_path / "it")
+
+
+def test_a_run_s_learner_goes_on(images: Images, tmp_path: Path) -> None:
+    """Its checkpoint and its figures stay those of the run."""
+    few = Images(*(part[labels < 4] for part, labels in (
+        (images.train_images, images.train_labels), (images.train_labels, images.train_labels),
+        (images.test_images, images.test_labels), (images.test_labels, images.test_labels))))  # fmt: skip
+    settings = Settings(**QUICK, increment=2)
+    result = run(settings, data=few, backbone=backbone(), checkpoint=Checkpoint(tmp_path))
+    seconds, files = dict(result.seconds), {p.name: p.read_bytes() for p in (tmp_path / "checkpoint").iterdir()}
+    result.learner.fit(tasks(images, True)[2])
+    assert sorted(result.learner.classes) == list(range(6)) and result.learner.task_sizes == [2, 2, 2]
+    assert result.seconds == seconds
+    assert {p.name: p.read_bytes() for p in (tmp_path / "checkpoint").iterdir()} == files
 
 
 # ---------------------------------------------------------------------- data
@@ -253,9 +282,11 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
         ((pixels / 255, labels), r"images must be uint8 \[N, H, W, 3\], got float64"),
         ((pixels[:0], []), "labels must be one an image"),
         (3, "data must be a pair .*, got int"),
-        ((pixels, 3), "labels must be one an image"),
+        ((pixels, 3), "labels must be one an image, got 3"),
+        ((pixels, [1, "a"] * 20), "must be all numbers or all texts"),
         (TensorDataset(torch.zeros(2, 5), torch.zeros(2)), r"an image must be a PIL image, .* got Tensor \[5\]"),
         (Table(pixels, [None] * 40), "one column of labels, got none"),
+        (SimpleNamespace(column_names={"train": [], "test": []}), "has splits, train, test: give one of them"),
     ]:
         with pytest.raises(ValueError, match=message):
             one.fit(data)
