@@ -138,7 +138,7 @@ def test_what_cannot_be_brought_back_is_said(images: Images, tmp_path: Path) -> 
     with pytest.raises(RuntimeError, match="no task yet, or one was cut short: call fit"):
         one.save_pretrained(tmp_path / "it")
     one.fit(tasks(images, True)[0]).save_pretrained(tmp_path / "it")
-    with pytest.raises(ValueError, match="made with a backbone of its own: give that as backbone"):
+    with pytest.raises(ValueError, match="backbone of its own: give that as backbone"):
         Learner.from_pretrained(tmp_path / "it")
     other = backbone()
     next(other.model.parameters()).data += 1
@@ -150,10 +150,16 @@ def test_what_cannot_be_brought_back_is_said(images: Images, tmp_path: Path) -> 
         Learner.from_pretrained(tmp_path)
     path = tmp_path / "it" / "learner.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 7'))
-    with pytest.raises(ValueError, match=r"has format 7, of plora_ext .*; this one reads 1"):
+    with pytest.raises(ValueError, match=r"it cannot be read .*has format 7, of plora_ext .*; this one reads 1"):
         Learner.from_pretrained(tmp_path / "it", backbone=backbone())
+    for name in ("learner.safetensors", "learner.json"):
+        whole = (tmp_path / "it" / name).read_bytes()
+        (tmp_path / "it" / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match="it cannot be read as a learner"):
+            Learner.from_pretrained(tmp_path / "it", backbone=backbone())
+        (tmp_path / "it" / name).write_bytes(whole)
     path.write_text("{")
-    with pytest.raises(ValueError, match="no file that save_pretrained wrote"):
+    with pytest.raises(ValueError, match="it cannot be read as a learner"):
         Learner.from_pretrained(tmp_path / "it", backbone=backbone())
 
 
@@ -358,6 +364,10 @@ def test_registered_names_are_choices_and_are_used(images: Images, registered: N
     assert found == result.learner.predict(images.test_images).tolist()
     result.learner.save_pretrained(tmp_path / "it")
     assert Learner.from_pretrained(tmp_path / "it").predict(images.test_images).tolist() == found
+    mine = METHODS.pop("mine")
+    with pytest.raises(ValueError, match="a user's own must be registered first, .*: unknown method 'mine'"):
+        Learner.from_pretrained(tmp_path / "it")
+    METHODS["mine"] = mine
     with pytest.raises(ValueError, match="head 'cosine' is taken"):
         register_head("cosine")(Euclid)
     register_head("euclid")(Euclid)  # a cell of a notebook, run again

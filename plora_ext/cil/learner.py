@@ -302,38 +302,43 @@ class Learner:
 
         Raises:
             FileNotFoundError: The folder holds no learner.
-            ValueError: It is of another format, or the backbone's weights are others.
+            ValueError: It is damaged, of another format or of a method that is not registered, or the backbone's
+                weights are others.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         from plora_ext.cil.checkpoint import ELSEWHERE, ROUNDING, unpack
         from plora_ext.io import load_adapter
 
-        path = Path(folder) / CONFIG
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: folder must be one that save_pretrained wrote")
-        try:
-            config = json.loads(path.read_text("utf-8"))
-            version = config["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no file that save_pretrained wrote: {error!r}") from error
-        if version != FORMAT:
-            by = config.get("plora_ext", "an unknown version")
-            raise ValueError(f"{path} has format {version}, of plora_ext {by}; this one reads {FORMAT}")
+        folder = Path(folder)
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError(f"{folder / CONFIG} is missing: folder must be one that save_pretrained wrote")
         if wrong := [name for name in elsewhere if name not in (*ELSEWHERE, *ROUNDING)]:
             raise ValueError(f"{wrong[0]} cannot differ from the saved learner's: leave it out")
-        if config["backbone"]["given"] and backbone is None:
-            raise ValueError(f"{path}: its learner was made with a backbone of its own: give that as backbone")
-        settings = Settings.load(overrides={**config["settings"], **elsewhere})
-        learner = cls(settings, backbone=backbone, callbacks=callbacks, num_tasks=config["num_tasks"], world=world)
-        if learner.backbone_digest != config["backbone"]["digest"]:
-            raise ValueError(f"{path}: the backbone's weights are not those with which the learner has learned")
-        for name in config["adapters"]:
-            load_adapter(learner._adapters, Path(folder) / ADAPTERS / name, name)
-        state = unpack(config["state"], load_file(Path(folder) / TENSORS))
+        try:
+            config = json.loads((folder / CONFIG).read_text("utf-8"))
+            if config["format"] != FORMAT:
+                by = config.get("plora_ext", "an unknown version")
+                raise ValueError(f"it has format {config['format']}, of plora_ext {by}; this one reads {FORMAT}")
+            state = unpack(config["state"], load_file(folder / TENSORS))
+            given, names, classes, sizes, number = (
+                config[key] for key in ("backbone", "adapters", "classes", "task_sizes", "num_tasks")
+            )
+            settings = Settings.load(overrides={**config["settings"], **elsewhere})
+        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+            why = f"what of it is a user's own must be registered first, and the folder whole: {error}"
+            raise ValueError(f"{folder} cannot be read as a learner; {why}") from error
+        if given["given"] and backbone is None:
+            raise ValueError(f"{folder} is of a learner made with a backbone of its own: give that as backbone")
+        learner = cls(settings, backbone=backbone, callbacks=callbacks, num_tasks=number, world=world)
+        if learner.backbone_digest != given["digest"]:
+            raise ValueError(f"the backbone's weights are not those with which the learner in {folder} has learned")
+        for name in names:
+            load_adapter(learner._adapters, folder / ADAPTERS / name, name)
         learner.random.state = state.pop("rng")
         learner.method.restore(state)
-        learner.classes, learner.task_sizes = config["classes"], config["task_sizes"]
+        learner.classes, learner.task_sizes = classes, sizes
         return learner
 
 
