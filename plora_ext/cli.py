@@ -209,6 +209,7 @@ def _run(
         with console if world.first else nullcontext():
             for job in jobs:
                 results.append(run(job, data=data, callbacks=callbacks, checkpoint=checkpoint, world=world))
+                results[-1].learner = None  # its model need not stay in memory
                 if world.first:
                     reports.write_folder(folder, results, shown.to_yaml())
     if not world.first:

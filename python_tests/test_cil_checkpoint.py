@@ -325,6 +325,22 @@ def test_formats(data: Images, tmp_path: Path) -> None:
 
     rewrite(tmp_path, second)
     assert learn(data, Checkpoint(tmp_path, resume=True))[0].curve == learn(data, None)[0].curve
+    for changes, older, newer in (
+        ({"method": "plora-ensemble"}, "task_of_class", "head:task_of_class"),
+        ({"head": "gaussian"}, "head:means", "head:covariances:0"),
+    ):
+        folder = tmp_path / older
+        cut_after(1, data, folder, **changes)
+
+        def third(manifest: dict, older: str = older, newer: str = newer) -> None:
+            manifest["format"] = 3
+            part = manifest["parts"][newer] if older == "head:means" else manifest["parts"].pop(newer)
+            manifest["parts"][older] = part
+
+        rewrite(folder, third)
+        resumed, _ = learn(data, Checkpoint(folder, resume=True), **changes)
+        assert resumed.curve == learn(data, None, **changes)[0].curve
+        assert older not in Checkpoint(folder, resume=True).manifest["parts"]
     rewrite(tmp_path, lambda manifest: manifest.update(format=1, plora_ext="0.0.1"))
     with pytest.raises(ValueError, match=r"has format 1, of plora_ext 0\.0\.1; .* reads 2 and 3 and 4"):
         Checkpoint(tmp_path, resume=True)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import plora_ext.cil.build
 from plora_ext import ops
-from plora_ext.cil import Images, Result, evaluate, run
+from plora_ext.cil import Images, Learner, Result, evaluate, run
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.distributed import SINGLE, Stopped, World, launched
 from plora_ext.cil.methods import METHODS, Method
@@ -308,6 +308,33 @@ def test_every_test_image_is_evaluated_once() -> None:
         assert (
             parts[1][: len(parts[0])] == parts[0]
         )  # after the next task the same images again: their features are kept
+
+
+def fitted(world: World, folder: Path) -> tuple[list[float], list[Any], torch.Tensor]:
+    """A learner's accuracies after each of two tasks, and its prototypes; it is saved by one process."""
+    all_images = data()
+    learner = Learner(settings(head="ranpac"), backbone=backbone(), world=world)
+    accuracies = []
+    for classes in ([0, 1, 2], [3, 4, 5]):
+        mine = np.isin(all_images.train_labels, classes)
+        learner.fit((all_images.train_images[mine], all_images.train_labels[mine]))
+        mine = np.isin(all_images.test_labels, learner.classes)
+        figures = learner.evaluate((all_images.test_images[mine], all_images.test_labels[mine]))
+        accuracies.append(figures["accuracy"])
+    learner.save_pretrained(folder)
+    assert learner.method.prototypes is not None
+    return accuracies, learner.classes, learner.method.prototypes
+
+
+def test_a_learner_of_many_processes(tmp_path: Path) -> None:
+    one, many = fitted(SINGLE, tmp_path / "one"), spawn(2, fitted, tmp_path / "two")
+    for two in many:
+        assert two[:2] == one[:2]
+        torch.testing.assert_close(two[2], one[2], rtol=1e-3, atol=1e-4)
+    assert torch.equal(many[0][2], many[1][2])
+    back = Learner.from_pretrained(tmp_path / "two", backbone=backbone())
+    assert torch.equal(back.method.prototypes, many[0][2])  # type: ignore[arg-type]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 def batch_norm(world: World) -> None:

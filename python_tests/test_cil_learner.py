@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,10 +135,10 @@ def test_a_folder_is_replaced_whole_or_not_at_all(
 
 def test_what_cannot_be_brought_back_is_said(images: Images, tmp_path: Path) -> None:
     one = learner(method="simplecil")
-    with pytest.raises(RuntimeError, match="no task yet: call fit"):
+    with pytest.raises(RuntimeError, match="no task yet, or one was cut short: call fit"):
         one.save_pretrained(tmp_path / "it")
     one.fit(tasks(images, True)[0]).save_pretrained(tmp_path / "it")
-    with pytest.raises(ValueError, match="made with a backbone of its own: give that as backbone"):
+    with pytest.raises(ValueError, match="backbone of its own: give that as backbone"):
         Learner.from_pretrained(tmp_path / "it")
     other = backbone()
     next(other.model.parameters()).data += 1
@@ -149,11 +150,45 @@ def test_what_cannot_be_brought_back_is_said(images: Images, tmp_path: Path) -> 
         Learner.from_pretrained(tmp_path)
     path = tmp_path / "it" / "learner.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 7'))
-    with pytest.raises(ValueError, match=r"has format 7, of plora_ext .*; this one reads 1"):
+    with pytest.raises(ValueError, match=r"it cannot be read .*has format 7, of plora_ext .*; this one reads 1"):
         Learner.from_pretrained(tmp_path / "it", backbone=backbone())
+    for name in ("learner.safetensors", "learner.json"):
+        whole = (tmp_path / "it" / name).read_bytes()
+        (tmp_path / "it" / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match="it cannot be read as a learner"):
+            Learner.from_pretrained(tmp_path / "it", backbone=backbone())
+        (tmp_path / "it" / name).write_bytes(whole)
     path.write_text("{")
-    with pytest.raises(ValueError, match="no file that save_pretrained wrote"):
+    with pytest.raises(ValueError, match="it cannot be read as a learner"):
         Learner.from_pretrained(tmp_path / "it", backbone=backbone())
+
+
+def test_a_fit_that_failed_leaves_no_half_learner(images: Images, tmp_path: Path) -> None:
+    class Stop(Callback):
+        def epoch(self, number: int, loss: float) -> None:
+            raise KeyboardInterrupt
+
+    one = learner(callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        one.fit(tasks(images, True)[0])
+    with pytest.raises(RuntimeError, match="an earlier fit was cut short"):
+        one.fit(tasks(images, True)[0])
+    with pytest.raises(RuntimeError, match="or one was cut short"):
+        one.save_pretrained(tmp_path / "it")
+
+
+def test_a_run_s_learner_goes_on(images: Images, tmp_path: Path) -> None:
+    """Its checkpoint and its figures stay those of the run."""
+    few = Images(*(part[labels < 4] for part, labels in (
+        (images.train_images, images.train_labels), (images.train_labels, images.train_labels),
+        (images.test_images, images.test_labels), (images.test_labels, images.test_labels))))  # fmt: skip
+    settings = Settings(**QUICK, increment=2)
+    result = run(settings, data=few, backbone=backbone(), checkpoint=Checkpoint(tmp_path))
+    seconds, files = dict(result.seconds), {p.name: p.read_bytes() for p in (tmp_path / "checkpoint").iterdir()}
+    result.learner.fit(tasks(images, True)[2])
+    assert sorted(result.learner.classes) == list(range(6)) and result.learner.task_sizes == [2, 2, 2]
+    assert result.seconds == seconds
+    assert {p.name: p.read_bytes() for p in (tmp_path / "checkpoint").iterdir()} == files
 
 
 # ---------------------------------------------------------------------- data
@@ -253,9 +288,11 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
         ((pixels / 255, labels), r"images must be uint8 \[N, H, W, 3\], got float64"),
         ((pixels[:0], []), "labels must be one an image"),
         (3, "data must be a pair .*, got int"),
-        ((pixels, 3), "labels must be one an image"),
+        ((pixels, 3), "labels must be one an image, got 3"),
+        ((pixels, [1, "a"] * 20), "must be all numbers or all texts"),
         (TensorDataset(torch.zeros(2, 5), torch.zeros(2)), r"an image must be a PIL image, .* got Tensor \[5\]"),
         (Table(pixels, [None] * 40), "one column of labels, got none"),
+        (SimpleNamespace(column_names={"train": [], "test": []}), "has splits, train, test: give one of them"),
     ]:
         with pytest.raises(ValueError, match=message):
             one.fit(data)
@@ -327,6 +364,10 @@ def test_registered_names_are_choices_and_are_used(images: Images, registered: N
     assert found == result.learner.predict(images.test_images).tolist()
     result.learner.save_pretrained(tmp_path / "it")
     assert Learner.from_pretrained(tmp_path / "it").predict(images.test_images).tolist() == found
+    mine = METHODS.pop("mine")
+    with pytest.raises(ValueError, match="a user's own must be registered first, .*: unknown method 'mine'"):
+        Learner.from_pretrained(tmp_path / "it")
+    METHODS["mine"] = mine
     with pytest.raises(ValueError, match="head 'cosine' is taken"):
         register_head("cosine")(Euclid)
     register_head("euclid")(Euclid)  # a cell of a notebook, run again

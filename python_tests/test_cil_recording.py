@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import plora_ext
-from plora_ext.cil import Settings, drift
+from plora_ext.cil import Settings, prototype_error
 from plora_ext.cil.alignment import class_means
 from plora_ext.cil.build import prepare
 from plora_ext.cil.callbacks import Callback
@@ -25,7 +26,7 @@ from plora_ext.cil.result import Result
 from plora_ext.cli import main
 from plora_ext.data import Backbone, Images, View
 from plora_ext.report.files import load_results
-from plora_ext.report.trackers import TensorBoard
+from plora_ext.report.trackers import TensorBoard, WandB
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_spacing_block_by_block() -> None:
     unit = F.normalize(means)
     cosines = unit @ unit.T
     cosines.fill_diagonal_(-1)
-    assert drift.spacing(means, 1400) == pytest.approx(float((1 - cosines[:1400].max(1).values).mean()))
+    assert prototype_error.spacing(means, 1400) == pytest.approx(float((1 - cosines[:1400].max(1).values).mean()))
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -212,6 +213,30 @@ def test_tensorboard_that_is_not_installed_costs_no_work(
     assert main(["train", *given]) == 2
     assert "--tensorboard needs the package tensorboard" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_weights_and_biases_hear_the_same(data: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict[str, Any]] = []
+    made: list[dict[str, Any]] = []
+
+    class Run:
+        log = staticmethod(logged.append)
+        finish = staticmethod(lambda: logged.append({"finished": 1}))
+
+    def init(**keywords: Any) -> type[Run]:
+        made.append(keywords)
+        return Run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with WandB("mine", mode="offline") as wandb:
+        result = learn(data, callbacks=[wandb], measure_drift=False)
+    assert made == [{"name": "plora", "project": "mine", "mode": "offline"}]
+    assert [line["epoch"] for line in logged if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    curve = [(line["task"], line["accuracy/all classes seen"]) for line in logged if "task" in line]
+    assert curve == list(enumerate(result.curve, 1)) and logged[-1] == {"finished": 1}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="WandB needs the package wandb .*: pip install wandb"):
+        WandB()
 
 
 @pytest.mark.parametrize("method", ["plora", "joint"])

@@ -437,3 +437,12 @@ def test_the_page_in_a_browser(browser: Any, sixty: Path, width: int, scheme: st
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert len(page.pdf()) > 10_000
     context.close()
+
+
+def test_the_loop_knows_nothing_of_reports(repository: Path) -> None:
+    above = re.compile(
+        r"plora_ext\.(report|integrations|cli|bench)|plora_ext import .*\b(report|integrations|cli|bench)\b"
+    )
+    for path in (repository / "plora_ext" / "cil").rglob("*.py"):
+        lines = [line for line in path.read_text().splitlines() if re.match(r"\s*(from|import) ", line)]
+        assert not [line for line in lines if above.search(line)], path

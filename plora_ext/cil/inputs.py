@@ -69,19 +69,17 @@ def read_labelled(data: Any) -> tuple[np.ndarray | ImageFiles, list[Any]]:
     if isinstance(data, str | Path):
         images, labels = _class_folders(Path(data))
     elif isinstance(data, tuple | list) and len(data) == 2:
-        images, labels = read_images(data[0]), np.asarray(data[1]).tolist()
+        images, labels = read_images(data[0]), _labels(data[1])
     elif hasattr(data, "column_names"):
-        images, labels = read_images(data), list(data[_column(data, lambda v: isinstance(v, int | str), "labels")])
+        images, labels = read_images(data), _labels(data[_column(data, lambda v: isinstance(v, int | str), "labels")])
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         images = Items(len(data), lambda row: data[row][0])
         given = getattr(data, "targets", None)  # torchvision's, without reading an image
-        labels = [data[row][1] for row in range(len(data))] if given is None else given
-        labels = np.asarray(labels).tolist()
+        labels = _labels([data[row][1] for row in range(len(data))] if given is None else given)
     else:
         raise ValueError(f"data must be {_WANTED}, got {type(data).__name__}")
-    if not isinstance(labels, list) or len(labels) != len(images) or not labels:
-        number = len(labels) if isinstance(labels, list) else 1
-        raise ValueError(f"labels must be one an image, got {number} labels for {len(images)} images")
+    if len(labels) != len(images) or not labels:
+        raise ValueError(f"labels must be one an image, got {len(labels)} labels for {len(images)} images")
     return images, labels
 
 
@@ -133,12 +131,22 @@ def _class_folders(root: Path) -> tuple[ImageFiles, list[str]]:
     return ImageFiles(paths), [name for name, of in files.items() for _ in of]
 
 
+def _labels(given: Any) -> list[Any]:
+    """Labels as plain values."""
+    if not hasattr(given, "__iter__") or np.ndim(given) == 0:
+        raise ValueError(f"labels must be one an image, got {given!r}")
+    values = given.tolist() if hasattr(given, "tolist") else list(given)
+    return [value.item() if hasattr(value, "item") else value for value in values]
+
+
 def _is_image(value: Any) -> bool:
     return isinstance(value, Image)
 
 
 def _column(data: Any, fits: Callable[[Any], bool], what: str) -> str:
     """The only column of a Hugging Face data set whose values fit."""
+    if isinstance(data.column_names, dict):
+        raise ValueError(f"the data set has splits, {', '.join(data.column_names)}: give one of them")
     row = data[0] if len(data) else {}
     names = [name for name in data.column_names if name in row and fits(row[name])]
     usual = [name for name in names if name in ("image", "img", "label", "labels", "fine_label")]

@@ -87,6 +87,7 @@ class Learner:
         self.random = Generators(s, device)
         self.classes: list[Any] = []
         self.task_sizes: list[int] = []
+        self._cut_short = False
         self.backbone_given = backbone is not None
         with self.random():
             backbone = backbone or load_backbone(s)
@@ -109,12 +110,18 @@ class Learner:
 
         Raises:
             ValueError: A class of an earlier task, or data of another kind.
+            RuntimeError: An earlier call has ended with an error while it learned.
         """
         from plora_ext.cil.inputs import read_labelled
         from plora_ext.cil.stream import Task
 
+        if self._cut_short:
+            raise RuntimeError("an earlier fit was cut short within its task: make a new learner, or load a saved one")
         images, labels = read_labelled(data)
-        new, first = sorted(set(labels)), len(self.classes)
+        try:
+            new, first = sorted(set(labels)), len(self.classes)
+        except TypeError as error:
+            raise ValueError(f"the labels of a task must be all numbers or all texts: {error}") from error
         if again := [label for label in new if label in self.classes]:
             raise ValueError(f"a task brings new classes, but {again[0]!r} was learned before: leave its images out")
         if self.settings.method == "joint" and self.classes:
@@ -126,7 +133,11 @@ class Learner:
         if not self.classes:
             self.trainer.callbacks.tell("begin", self.settings.method, self.trainer.num_tasks)
         with self.random():
-            self.learn(task, self._view(images), new)
+            view = self._view(images)
+            images[0]  # what is no image shows before anything is learned
+            self._cut_short = True
+            self.learn(task, view, new)
+            self._cut_short = False
         return self
 
     def learn(self, task: Task, train: View, classes: Sequence[Any]) -> None:
@@ -192,9 +203,9 @@ class Learner:
         from plora_ext.cil.inputs import read_labelled
 
         images, labels = read_labelled(data)
-        if unknown := [label for label in labels if label not in self.classes]:
-            raise ValueError(f"data holds label {unknown[0]!r}, which no task has brought yet")
         position = {label: i for i, label in enumerate(self.classes)}
+        if unknown := [label for label in labels if label not in position]:
+            raise ValueError(f"data holds label {unknown[0]!r}, which no task has brought yet")
         wanted = np.array([position[label] for label in labels])
         correct = (self.scores(images)[0] == wanted).astype(np.float64)
         task = np.repeat(np.arange(len(self.task_sizes)), self.task_sizes)[wanted]
@@ -219,25 +230,20 @@ class Learner:
         Raises:
             ValueError: The method or the head is not registered, so that nobody could read it back.
             FileExistsError: The folder holds something else.
-            RuntimeError: No task is learned yet.
+            RuntimeError: No task is learned yet, or one was cut short.
         """
-        from safetensors.torch import save_file
-
         import plora_ext
         from plora_ext.cil.checkpoint import pack
         from plora_ext.cil.registry import HEADS, METHODS
-        from plora_ext.io import save_adapter
 
-        if not self.classes:
-            raise RuntimeError("this learner has learned no task yet: call fit first")
+        if not self.classes or self._cut_short:
+            raise RuntimeError("this learner has learned no task yet, or one was cut short: call fit first")
         s, method = self.settings, self.method
         _check_registered("method", METHODS.get(s.method), method)
         if s.method != "plora-ensemble":  # which has a head of its own
             _check_registered("head", HEADS.get(s.head), method.head)
         tensors: dict[str, torch.Tensor] = {}
         state = {name: value for name, value in method.state().items() if not name.startswith("adapter:")}
-        tree = pack({**state, "rng": self.random.state}, "", tensors)
-        adapters: Any = getattr(method, "adapters", None)
         config = {
             "format": FORMAT,
             "plora_ext": plora_ext.__version__,
@@ -246,17 +252,27 @@ class Learner:
             "task_sizes": self.task_sizes,
             "num_tasks": self.trainer.num_tasks,
             "backbone": {"digest": self.backbone_digest, "given": self.backbone_given},
-            "adapters": adapters.names if adapters else [],
-            "state": tree,
+            "adapters": self._adapters.names if self._adapters else [],
+            "state": pack({**state, "rng": self.random.state}, "", tensors),
         }
-        folder = Path(folder)
+        self.trainer.world.from_first(lambda: self._write(Path(folder), config, tensors))
+
+    @property
+    def _adapters(self) -> Any:
+        return getattr(self.method, "adapters", None)
+
+    def _write(self, folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        from plora_ext.io import save_adapter
+
         if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
             raise FileExistsError(f"{folder} holds something else than a learner: choose another folder")
         work, before = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("part", "old"))
         try:
             work.mkdir(parents=True)
             for name in config["adapters"]:
-                save_adapter(adapters, work / ADAPTERS / name, name)
+                save_adapter(self._adapters, work / ADAPTERS / name, name)
             save_file({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, work / TENSORS)
             (work / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8")
             if folder.exists():
@@ -286,38 +302,43 @@ class Learner:
 
         Raises:
             FileNotFoundError: The folder holds no learner.
-            ValueError: It is of another format, or the backbone's weights are others.
+            ValueError: It is damaged, of another format or of a method that is not registered, or the backbone's
+                weights are others.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         from plora_ext.cil.checkpoint import ELSEWHERE, ROUNDING, unpack
         from plora_ext.io import load_adapter
 
-        path = Path(folder) / CONFIG
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: folder must be one that save_pretrained wrote")
-        try:
-            config = json.loads(path.read_text("utf-8"))
-            version = config["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no file that save_pretrained wrote: {error!r}") from error
-        if version != FORMAT:
-            by = config.get("plora_ext", "an unknown version")
-            raise ValueError(f"{path} has format {version}, of plora_ext {by}; this one reads {FORMAT}")
+        folder = Path(folder)
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError(f"{folder / CONFIG} is missing: folder must be one that save_pretrained wrote")
         if wrong := [name for name in elsewhere if name not in (*ELSEWHERE, *ROUNDING)]:
             raise ValueError(f"{wrong[0]} cannot differ from the saved learner's: leave it out")
-        if config["backbone"]["given"] and backbone is None:
-            raise ValueError(f"{path}: its learner was made with a backbone of its own: give that as backbone")
-        settings = Settings.load(overrides={**config["settings"], **elsewhere})
-        learner = cls(settings, backbone=backbone, callbacks=callbacks, num_tasks=config["num_tasks"], world=world)
-        if learner.backbone_digest != config["backbone"]["digest"]:
-            raise ValueError(f"{path}: the backbone's weights are not those with which the learner has learned")
-        for name in config["adapters"]:
-            load_adapter(learner.method.adapters, Path(folder) / ADAPTERS / name, name)  # type: ignore[attr-defined]
-        state = unpack(config["state"], load_file(Path(folder) / TENSORS))
+        try:
+            config = json.loads((folder / CONFIG).read_text("utf-8"))
+            if config["format"] != FORMAT:
+                by = config.get("plora_ext", "an unknown version")
+                raise ValueError(f"it has format {config['format']}, of plora_ext {by}; this one reads {FORMAT}")
+            state = unpack(config["state"], load_file(folder / TENSORS))
+            given, names, classes, sizes, number = (
+                config[key] for key in ("backbone", "adapters", "classes", "task_sizes", "num_tasks")
+            )
+            settings = Settings.load(overrides={**config["settings"], **elsewhere})
+        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+            why = f"what of it is a user's own must be registered first, and the folder whole: {error}"
+            raise ValueError(f"{folder} cannot be read as a learner; {why}") from error
+        if given["given"] and backbone is None:
+            raise ValueError(f"{folder} is of a learner made with a backbone of its own: give that as backbone")
+        learner = cls(settings, backbone=backbone, callbacks=callbacks, num_tasks=number, world=world)
+        if learner.backbone_digest != given["digest"]:
+            raise ValueError(f"the backbone's weights are not those with which the learner in {folder} has learned")
+        for name in names:
+            load_adapter(learner._adapters, folder / ADAPTERS / name, name)
         learner.random.state = state.pop("rng")
         learner.method.restore(state)
-        learner.classes, learner.task_sizes = config["classes"], config["task_sizes"]
+        learner.classes, learner.task_sizes = classes, sizes
         return learner
 
 

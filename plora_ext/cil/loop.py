@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from plora_ext.cil import drift
+from plora_ext.cil import prototype_error
 from plora_ext.cil.build import load_data, make_cache, make_stream
 from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.checkpoint import Checkpoint, fingerprint_of, set_rng_state
@@ -15,7 +15,7 @@ from plora_ext.cil.learner import Learner
 from plora_ext.cil.methods import Method
 from plora_ext.cil.result import Result
 from plora_ext.cil.settings import Settings
-from plora_ext.cil.training import Trainer
+from plora_ext.cil.training import Phases, Trainer
 from plora_ext.data import Backbone, Images, View
 from plora_ext.data.sets import checked
 from plora_ext.info import environment
@@ -55,9 +55,7 @@ def run(
     data = checked(data) if data else load_data(settings)
     stream = make_stream(settings, data)
     tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
-    learner = Learner(
-        settings, backbone=backbone, callbacks=callbacks, make=make, num_tasks=len(tasks), world=world
-    )  # fmt: skip
+    learner = Learner(settings, backbone=backbone, callbacks=callbacks, make=make, num_tasks=len(tasks), world=world)
     method, trainer = learner.method, learner.trainer
     train, test = View(data.train_images, learner.preparation), View(data.test_images, learner.preparation)
     known = fingerprint_of(settings, data, tasks, learner.backbone_digest)
@@ -99,7 +97,7 @@ def run(
             result.matrix.append(row)
             if settings.measure_drift:
                 with trainer.phases("drift"):
-                    result.drift.append(drift.measure(method, tasks[: task.index + 1], train, held))
+                    result.drift.append(prototype_error.measure(method, tasks[: task.index + 1], train, held))
             elif result.drift:
                 result.drift.append(None)
             result.passes = method.passes
@@ -109,6 +107,7 @@ def run(
                 checkpoint.save_task(result.record(), method.state())
             trainer.callbacks.tell("task", task.index, accuracy)
             trainer.callbacks.tell("measured", task.index, result.figures())
+    trainer.checkpoint, trainer.phases = None, Phases(trainer.device)  # what the learner learns next is no part of it
     return result
 
 

@@ -183,7 +183,7 @@ class LoRAFirst(_Adapted):
 
 
 class Joint(LoRAFirst):
-    """`joint`: all classes at once as a single task, the upper bound of this recipe; the engine hands it that task."""
+    """`joint`: all classes at once as a single task, the upper bound of this recipe; the loop hands it that task."""
 
 
 class PLoRAFused(_Adapted):
@@ -298,14 +298,10 @@ class PLoRAFused(_Adapted):
                 self.subspaces.design(self.adapters, name, self._input_grams(images))
             self._fit(task, images, labels)
             if s.init == "inflora":
-                share = share_after(task.index, self._num_tasks(), s.subspace)
+                assert self.trainer.num_tasks is not None  # a learner asks for it
+                share = share_after(task.index, self.trainer.num_tasks, s.subspace)
                 self.subspaces.grow(self._input_grams(images), share)
         self.activate()
-
-    def _num_tasks(self) -> int:
-        if self.trainer.num_tasks is None:
-            raise ValueError("init inflora needs to know how many tasks there will be: Learner(..., num_tasks=10)")
-        return self.trainer.num_tasks
 
     def _input_grams(self, images: View) -> dict[str, Tensor]:
         with self.trainer.phases("subspace"), InputGrams(self.adapters) as grams:
