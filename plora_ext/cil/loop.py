@@ -101,6 +101,7 @@ def run(
             elif result.drift:
                 result.drift.append(None)
             result.passes = method.passes
+            result.environment |= {f"cuda_graph_{what}": said for what, said in trainer.speed.graphs.items()}
             result.costs.append(trainer.phases.lap())
             result.total_seconds = time.perf_counter() - start
             if checkpoint:

@@ -133,9 +133,11 @@ class Speed:
             self._record(what, f"not captured: {reason}", True)
             return function
         training = batches is None
-        return Captured(function, 3 if training else 2, training, lambda made: self._record(what, made.report(), bool(made.reason)))
+        return Captured(
+            function, 3 if training else 2, training, lambda made: self._record(what, made.report(), bool(made.reason))
+        )
 
     def _record(self, what: str, line: str, missing: bool) -> None:
         if missing and what not in self.graphs:
-            self.say(f"{what} is {line}")
+            self.say(f"CUDA graph of {what}: {line}")
         self.graphs[what] = line

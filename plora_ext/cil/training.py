@@ -182,7 +182,7 @@ class Trainer:
             return loss.detach()
 
         several = "several processes share the work" if world.size > 1 else None
-        captured = self.speed.captured("the training step", update, learned, reason=several)
+        captured = self.speed.captured("training", update, learned, reason=several)
         self.callbacks.tell("fit", task, len(images) * (s.epochs - first))
         for epoch in range(first, s.epochs):
             order = torch.randperm(len(images))
@@ -243,7 +243,7 @@ class Trainer:
         size, called = self.settings.eval_batch_size, model or self.model
         with lower_on_exhaustion("eval_batch_size"), self.speed.passes(model is None):
             forward = self.speed.captured(
-                "a pass without gradients", lambda batch: self._forward(batch, called), batches=len(images) // size
+                "passes", lambda batch: self._forward(batch, called), batches=len(images) // size
             )
             for batch in images.split(size):
                 features = forward(batch)
