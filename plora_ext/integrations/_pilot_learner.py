@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from plora_ext.cil.plora import PLoRA
+from plora_ext.graphs import Captured, why_not
 from plora_ext.integrations._patch import require
 
 # Keys of the JSON file beside PILOT's own, with their defaults.
@@ -85,20 +86,29 @@ def make_learner() -> type:
 
         def _fit(self, plora: PLoRA) -> None:
             s, losses = self.settings, torch.zeros(())
-            optimizer = torch.optim.AdamW(plora.parameters_to_train(), s["lr"], weight_decay=s["weight_decay"])
+            cuda = self._device.type == "cuda"  # there the learning rate is a number that a CUDA graph reads
+            lr = torch.tensor(s["lr"], device=self._device) if cuda else s["lr"]
+            optimizer = torch.optim.AdamW(
+                plora.parameters_to_train(), lr, weight_decay=s["weight_decay"], fused=cuda or None, capturable=cuda
+            )
             steps = s["epochs"] * len(self.train_loader)
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
             plora.train()
+
+            def update(images: Tensor, labels: Tensor) -> Tensor:
+                loss = F.cross_entropy(plora(images), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                return loss.detach()
+
+            step = update if why_not(plora) else Captured(update)
             progress = tqdm(range(s["epochs"]))
             for epoch in progress:
                 losses = torch.zeros((), device=self._device)
                 for images, labels in self._batches(self.train_loader):
-                    loss = F.cross_entropy(plora(images), labels)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+                    losses += step(images, labels)
                     scheduler.step()
-                    losses += loss.detach()
                 mean = float(losses) / len(self.train_loader)
                 if not np.isfinite(mean):
                     raise FloatingPointError(f"the loss is {mean} in task {self._cur_task}; try a smaller lr")
