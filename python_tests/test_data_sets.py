@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR100
 
 from plora_ext.cil import Settings
-from plora_ext.cil.engine import load_data
+from plora_ext.cil.build import load_data
 from plora_ext.data import ImageFiles, Preparation, View, load_images
 from plora_ext.data import view as views
 from plora_ext.data.sets import FOLDERS, Images, checked, doubles

@@ -17,6 +17,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from plora_ext.cil.registry import choices as registered
+from plora_ext.cil.registry import import_plugins
+
 MethodName = Literal["plora", "plora-ensemble", "simplecil", "lora-sequential", "lora-first", "joint"]
 
 
@@ -51,6 +54,7 @@ class Settings:
     weights: str | None = _setting(None, "file of the backbone's weights (null: its own; random: none)")
     image_size: int | None = _setting(None, "pixels of the backbone's input (null: its own)")
     out: str = _setting("plora-run", "folder that receives metrics, pictures and the resolved settings")
+    plugins: list[str] = _setting([], "modules to import first: they register methods, heads, alignments, backbones")
 
     init_cls: int = _setting(0, "classes of the first task (0: as many as increment)")
     increment: int = _setting(10, "classes of every later task")
@@ -116,8 +120,13 @@ class Settings:
     )
     channels_last: bool = _setting(False, "images and convolutions in channels-last memory")
     compile: bool = _setting(False, "torch.compile the model's blocks")
+    graphs: Literal["auto", "off"] = _setting(
+        "auto",
+        "replay training steps and passes as CUDA graphs; off where the model's own Python has to run every time",
+    )
 
     def __post_init__(self) -> None:
+        import_plugins(_checked("plugins", self.plugins, list[str]))
         for name, kind in _types().items():
             value = _checked(name, getattr(self, name), kind)
             _require(not isinstance(value, float) or math.isfinite(value), name, "a finite number", value)
@@ -233,7 +242,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     """`value` as the type of setting `name`; YAML reads 1e-3 as text, so text that spells a number is one."""
     for member in _members(kind):
         if get_origin(member) is Literal:
-            choices = get_args(member)
+            choices = registered(name, get_args(member))
             if value in choices:
                 return value
             if not (value is None and type(None) in _members(kind)):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from plora_ext.cil.settings import Settings
+from plora_ext.graphs import Captured, why_not
 from plora_ext.nn import Adapters, MultiLoRALinear
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,6 +31,9 @@ class Speed:
     def __init__(self, model: nn.Module, settings: Settings, device: torch.device):
         self.model, self.settings, self.device = model, settings, device
         self.dtype = _DTYPES.get(settings.amp)
+        self.say: Callable[[str], None] = lambda line: None  # told of what is captured
+        self.graphs: dict[str, str] = {}  # what is captured, or why not
+        self._rate: Tensor | None = None
         self._largest = {True: 0, False: 0}  # batch so far, with and without gradients
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)
@@ -90,10 +94,50 @@ class Speed:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def optimizer(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
-        """The optimizer of the settings."""
-        s = self.settings
-        # With a scaler, any other optimizer makes the host wait at every step to hear whether gradients are finite.
-        fused = True if self.dtype == torch.float16 and self.device.type == "cuda" else None
+        """The optimizer of the settings; on CUDA with all of its state on the device, for which no step waits."""
+        s, cuda = self.settings, self.device.type == "cuda"
         if s.optimizer == "adamw":
-            return torch.optim.AdamW(groups, s.lr, fused=fused)
-        return torch.optim.SGD(groups, s.lr, 0.9, fused=fused)
+            return torch.optim.AdamW(groups, s.lr, fused=cuda or None, capturable=cuda)
+        return torch.optim.SGD(groups, s.lr, 0.9, fused=cuda or None)
+
+    def set_rate(self, optimizer: torch.optim.Optimizer, value: float) -> None:
+        """Set the learning rate, which on CUDA is one number on the device, where a graph reads it."""
+        if self.device.type == "cuda":
+            if self._rate is None:
+                self._rate = torch.zeros((), device=self.device)
+            self._rate.fill_(value)
+        for group in optimizer.param_groups:
+            group["lr"] = value if self._rate is None else self._rate
+
+    def captured(
+        self,
+        what: str,
+        function: Callable[..., Tensor],
+        parameters: Iterable[Tensor] = (),
+        batches: int | None = None,
+        reason: str | None = None,
+    ) -> Callable[..., Tensor]:
+        """`function`, replayed as a CUDA graph where the settings and the model allow it.
+
+        Args:
+            what: names it in what the run is told, once.
+            function: of a batch, and what belongs to it.
+            parameters: those that it trains.
+            batches: how many will come, where they are few.
+            reason: why not, where the caller knows.
+        """
+        if self.device.type != "cuda" or self.settings.graphs == "off" or (batches is not None and batches < 4):
+            return function
+        reason = reason or ("torch.compile has its own" if self.settings.compile else why_not(self.model, parameters))
+        if reason:
+            self._record(what, f"not captured: {reason}", True)
+            return function
+        training = batches is None
+        return Captured(
+            function, 3 if training else 2, training, lambda made: self._record(what, made.report(), bool(made.reason))
+        )
+
+    def _record(self, what: str, line: str, missing: bool) -> None:
+        if missing and what not in self.graphs:
+            self.say(f"CUDA graph of {what}: {line}")
+        self.graphs[what] = line

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,41 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext.cil.alignment import class_means
+from plora_ext.cil.callbacks import Callback, Callbacks
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.frozen import hold_statistics, moving, unchanged
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.speed import Speed
 from plora_ext.data import View
-
-
-class Progress:
-    """Listens to a run; this one says nothing. The command line has one that draws (plora_ext.cil.console)."""
-
-    def begin(self, method: str, num_tasks: int) -> None:
-        """A method starts."""
-
-    def fit(self, task: int, images: int) -> None:
-        """Training on a task starts and will take so many images."""
-
-    def read(self, images: int) -> None:
-        """Reading the features of so many images starts."""
-
-    def step(self, images: int) -> None:
-        """So many of them are done."""
-
-    def epoch(self, number: int, loss: float) -> None:
-        """An epoch of training is done, the so-manyth of all tasks; `loss` is the mean over its steps."""
-
-    def task(self, task: int, accuracy: float) -> None:
-        """A task is learned; accuracy is over all classes seen, in percent."""
-
-    def measured(self, task: int, figures: Mapping[str, float]) -> None:
-        """What was measured after a task, by name: accuracies in percent, seconds, MiB, drift."""
-
-    def note(self, line: str) -> None:
-        """Something that the user should know; not silent here either."""
-        print(line, file=sys.stderr)
+from plora_ext.graphs import Captured
 
 
 class Phases:
@@ -118,7 +91,7 @@ class Trainer:
         model: Maps images [B, 3, H, W] to features [B, D]; on `device`.
         settings: The run's settings.
         device: Where the model and the images are.
-        progress: Told of every step.
+        callbacks: Told of every step.
         world: The processes that share the work.
     """
 
@@ -127,13 +100,14 @@ class Trainer:
         model: nn.Module,
         settings: Settings,
         device: torch.device,
-        progress: Progress | None = None,
+        callbacks: Sequence[Callback] = (),
         world: World = SINGLE,
     ):
         self.model, self.settings, self.device, self.world = model, settings, device, world
         self.speed = Speed(model, settings, device)
-        self.progress = progress or Progress()
-        self.num_tasks = 1
+        self.callbacks = Callbacks(callbacks)
+        self.speed.say = self.callbacks.note
+        self.num_tasks: int | None = None  # where it is known
         self.checkpoint: Checkpoint | None = None
         self.phases = Phases(device)
         self._held: list[nn.Module] | None = None  # modules that training would change, beside normalisations
@@ -195,33 +169,38 @@ class Trainer:
         self.model.train()
         hold_statistics(self.model, held)
         model = world.parallel(self.model, learned)
-        self.progress.fit(task, len(images) * (s.epochs - first))
+
+        def update(batch: Tensor, wanted: Tensor, share: float = 1.0) -> Tensor:
+            cosines = F.linear(F.normalize(self._forward(batch, model)), F.normalize(directions))
+            loss = F.cross_entropy(s.scale * cosines, wanted)
+            if share != 1:
+                loss = loss * share  # an uneven last batch
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            return loss.detach()
+
+        several = "several processes share the work" if world.size > 1 else None
+        captured = self.speed.captured("training", update, learned, reason=several)
+        self.callbacks.tell("fit", task, len(images) * (s.epochs - first))
         for epoch in range(first, s.epochs):
             order = torch.randperm(len(images))
             targets = labels[order.to(self.device)].split(s.batch_size)  # at once: every copy makes the host wait
             for step, (_, batch) in enumerate(images.epoch(order, s.batch_size, world.own)):
                 done = (epoch * steps + step) / (steps * s.epochs)
-                for group in optimizer.param_groups:
-                    group["lr"] = s.lr * (1 + math.cos(math.pi * done)) / 2
-                with world.own_random(s.seed, task, epoch, step):
-                    features = self._forward(batch, model)
-                cosines = F.linear(F.normalize(features), F.normalize(directions))
+                self.speed.set_rate(optimizer, s.lr * (1 + math.cos(math.pi * done)) / 2)
                 number = len(targets[step])
-                loss = F.cross_entropy(s.scale * cosines, targets[step][world.own(number)])
-                if (share := world.share(number)) != 1:
-                    loss = loss * share  # an uneven last batch
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                losses[step] = loss.detach()
-                self.progress.step(number)
+                wanted, share = targets[step][world.own(number)], world.share(number)
+                with world.own_random(s.seed, task, epoch, step):
+                    losses[step] = captured(batch, wanted) if share == 1 else update(batch, wanted, share)
+                self.callbacks.tell("step", number)
             # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
             world.sum_(losses.div_(world.size))
             self._refuse_infinite(f"task {task}, epoch {epoch}", losses, learned)
-            self.progress.epoch(task * s.epochs + epoch + 1, float(losses.mean()))
+            self.callbacks.tell("epoch", task * s.epochs + epoch + 1, float(losses.mean()))
             if self.checkpoint:
-                self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks, scaler)
+                self.checkpoint.save_epoch(task, epoch, learned, optimizer, scaler)
         optimizer.zero_grad()  # a frozen adapter needs no memory for its gradient
         self.model.eval()
 
@@ -260,9 +239,13 @@ class Trainer:
         """The same in batches of `eval_batch_size`, one after another."""
         if self.model.training:  # eval() makes adapted layers merge their adapters anew
             self.model.eval()
-        self.progress.read(len(images))
+        self.callbacks.tell("read", len(images))
+        size, called = self.settings.eval_batch_size, model or self.model
         with lower_on_exhaustion("eval_batch_size"), self.speed.passes(model is None):
-            for batch in images.split(self.settings.eval_batch_size):
-                features = self._forward(batch, model or self.model)
-                self.progress.step(len(batch))
-                yield features
+            forward = self.speed.captured(
+                "passes", lambda batch: self._forward(batch, called), batches=len(images) // size
+            )
+            for batch in images.split(size):
+                features = forward(batch)
+                self.callbacks.tell("step", len(batch))
+                yield features.clone() if isinstance(forward, Captured) else features

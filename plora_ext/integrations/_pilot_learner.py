@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from plora_ext.cil.plora import PLoRA
+from plora_ext.graphs import Captured, why_not
 from plora_ext.integrations._patch import require
-from plora_ext.integrations._plora import PLoRANet
 
 # Keys of the JSON file beside PILOT's own, with their defaults.
 DEFAULTS: dict[str, Any] = {
@@ -27,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
 class Network(nn.Module):
     """What PILOT's BaseLearner evaluates: logits by name."""
 
-    def __init__(self, plora: PLoRANet) -> None:
+    def __init__(self, plora: PLoRA) -> None:
         super().__init__()
         self.plora = plora
         self.feature_dim = plora.bank.num_features
@@ -55,7 +56,7 @@ def make_learner() -> type:
             self.settings, self.batch_size = s, args["batch_size"]
             backbone = timm.create_model(args["backbone_type"], pretrained=args.get("pretrained", True), num_classes=0)
             names = ("target_modules", "r", "lora_alpha", "alignment", "tau", "ridge", "scale")
-            self._network = Network(PLoRANet(backbone, **{name: s[name] for name in names})).to(self._device)
+            self._network = Network(PLoRA(backbone, **{name: s[name] for name in names})).to(self._device)
 
         def incremental_train(self, data_manager: Any) -> None:
             self._cur_task += 1
@@ -83,22 +84,31 @@ def make_learner() -> type:
             for _, images, labels in loader:
                 yield images.to(self._device), labels.to(self._device)
 
-        def _fit(self, plora: PLoRANet) -> None:
+        def _fit(self, plora: PLoRA) -> None:
             s, losses = self.settings, torch.zeros(())
-            optimizer = torch.optim.AdamW(plora.parameters_to_train(), s["lr"], weight_decay=s["weight_decay"])
+            cuda = self._device.type == "cuda"  # there the learning rate is a number that a CUDA graph reads
+            lr = torch.tensor(s["lr"], device=self._device) if cuda else s["lr"]
+            optimizer = torch.optim.AdamW(
+                plora.parameters_to_train(), lr, weight_decay=s["weight_decay"], fused=cuda or None, capturable=cuda
+            )
             steps = s["epochs"] * len(self.train_loader)
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
             plora.train()
+
+            def update(images: Tensor, labels: Tensor) -> Tensor:
+                loss = F.cross_entropy(plora(images), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                return loss.detach()
+
+            step = update if why_not(plora) else Captured(update)
             progress = tqdm(range(s["epochs"]))
             for epoch in progress:
                 losses = torch.zeros((), device=self._device)
                 for images, labels in self._batches(self.train_loader):
-                    loss = F.cross_entropy(plora(images), labels)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+                    losses += step(images, labels)
                     scheduler.step()
-                    losses += loss.detach()
                 mean = float(losses) / len(self.train_loader)
                 if not np.isfinite(mean):
                     raise FloatingPointError(f"the loss is {mean} in task {self._cur_task}; try a smaller lr")

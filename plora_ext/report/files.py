@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import plora_ext
-from plora_ext.cil import figures
-from plora_ext.cil.console import COMPACT
-from plora_ext.cil.engine import Result
-from plora_ext.cil.page import page
-from plora_ext.cil.runs import COLUMNS, Group, Protocol, group, is_finished, load_results, rows
+from plora_ext.cil.result import Result
+from plora_ext.report import figures
+from plora_ext.report.console import COMPACT
+from plora_ext.report.page import page
+from plora_ext.report.runs import COLUMNS, Group, Protocol, group, is_finished, load_results, rows
 
 __all__ = ["load_results", "write_folder", "write_report"]
 

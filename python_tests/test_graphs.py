@@ -1,0 +1,204 @@
+"""Captured functions, steps and passes: the same numbers as without, and eager runs where a graph cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from plora_ext.cil import Images, Result, Settings, run
+from plora_ext.cil.callbacks import Callback
+from plora_ext.cil.checkpoint import Checkpoint
+from plora_ext.data import Backbone
+from plora_ext.graphs import Captured, why_not
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+class Heard(Callback):
+    """The losses of a run, and what it said."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.lines: list[str] = []
+
+    def epoch(self, number: int, loss: float) -> None:
+        self.losses.append(loss)
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def images() -> Images:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(6), 50)
+    patterns = rng.integers(0, 255, (6, 16, 16, 3))
+    noisy = (patterns[labels] + rng.normal(0, 60, (300, 16, 16, 3))).clip(0, 255).astype(np.uint8)
+    return Images(noisy, labels, noisy[::2], labels[::2])
+
+
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=16, patch_size=4, embed_dim=64, depth=2, num_heads=2, num_classes=0)
+    return Backbone(vit.eval(), 16, [0.5] * 3, [0.5] * 3)
+
+
+def learn(model: Backbone | None = None, checkpoint: Checkpoint | None = None, **changes: Any) -> tuple[Result, Heard]:
+    quick = {"increment": 2, "r": 4, "epochs": 3, "batch_size": 15, "eval_batch_size": 16, "lr": 5e-3}
+    heard = Heard()
+    settings = Settings(**{**quick, "device": "cuda", "deterministic": True, **changes})
+    return run(settings, data=images(), backbone=model or backbone(), callbacks=[heard], checkpoint=checkpoint), heard
+
+
+def said(result: Result) -> str | None:
+    return result.environment.get("cuda_graph_training")
+
+
+# ---------------------------------------------------------------------- on any machine
+
+
+def test_on_a_cpu_the_function_runs_as_it_is() -> None:
+    calls: list[int] = []
+    captured = Captured(lambda x: calls.append(1) or x + 1)
+    for _ in range(6):
+        assert captured(torch.ones(2)).tolist() == [2, 2]
+    assert len(calls) == 6 and captured.reason == "the tensors are not on a CUDA device"
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "tensor", "all"])
+def test_hooks_are_a_reason(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert why_not(model, model.parameters()) is None
+    if kind == "tensor":
+        handle = model[1].weight.register_hook(lambda grad: grad)
+    elif kind == "all":
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    else:
+        handle = getattr(model[1], f"register_{kind}_hook")(lambda *_: None)
+    expected = {"tensor": "a parameter has hooks", "all": "hooks are registered for all modules"}
+    assert why_not(model, model.parameters()) == expected.get(kind, "1 has hooks")
+    handle.remove()
+    assert why_not(model, model.parameters()) is None
+
+
+# ---------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.cuda
+@cuda
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_captured_step_is_the_step(optimizer: str) -> None:
+    """Dropout too, with a ragged batch in between and a learning rate that changes."""
+    torch.use_deterministic_algorithms(True)
+    xs = [torch.randn(4 if i == 5 else 8, 16, device="cuda") for i in range(10)]
+    ys = [torch.randint(0, 3, (len(x),), device="cuda") for x in xs]
+
+    def losses(graphs: bool) -> tuple[list[float], list[Tensor], Any]:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(16, 64), nn.Dropout(0.3), nn.ReLU(), nn.Linear(64, 3)).cuda()
+        lr = torch.zeros((), device="cuda")
+        options: dict[str, Any] = {"capturable": True} if optimizer == "adamw" else {"momentum": 0.9}
+        kind = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
+        optim = kind(model.parameters(), lr, fused=True, **options)
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            loss = F.cross_entropy(model(x), y)
+            optim.zero_grad()
+            loss.backward()
+            optim.step()
+            return loss.detach()
+
+        called = Captured(step) if graphs else step
+        seen = []
+        for i, (x, y) in enumerate(zip(xs, ys)):
+            lr.fill_(0.1 / (i + 1))
+            seen.append(float(called(x, y)))
+        return seen, [p.detach() for p in model.parameters()], called
+
+    (eager, weights, _), (replayed, others, captured) = losses(False), losses(True)
+    torch.use_deterministic_algorithms(False)
+    assert captured.reason is None and captured.seconds > 0 and captured.bytes >= 0
+    assert replayed == eager and all(torch.equal(a, b) for a, b in zip(weights, others))
+
+
+@pytest.mark.cuda
+@cuda
+def test_what_waits_for_the_host_runs_as_it_is() -> None:
+    model = nn.Linear(4, 4).cuda()
+
+    def function(x: Tensor) -> Tensor:
+        y = model(x)
+        return y if float(y.sum()) > 0 else y + 1
+
+    heard: list[Captured] = []
+    captured = Captured(function, 1, tried=heard.append)
+    x = torch.randn(3, 4, device="cuda")
+    for _ in range(4):
+        torch.testing.assert_close(captured(x), function(x))
+    assert heard == [captured] and captured.reason
+    torch.cuda.manual_seed(3)  # random numbers come as before
+    expected = torch.randn(3, device="cuda")
+    torch.cuda.manual_seed(3)
+    assert torch.equal(torch.randn(3, device="cuda"), expected)
+    twice = Captured(lambda t: t * 2, 1)
+    assert all(torch.equal(twice(x), x * 2) for _ in range(4)) and twice.reason is None
+
+
+METHODS = ["plora", "plora-ensemble", "lora-first", "lora-sequential", "joint"]
+INFLORA, SD_LORA = {"init": "inflora", "fusion": "sum", "onto": "fused"}, {"fusion": "learned"}
+
+
+@pytest.mark.cuda
+@cuda
+@pytest.mark.parametrize(
+    "changes", [*({"method": m} for m in METHODS), INFLORA, SD_LORA, {"amp": "bfloat16"}, {"amp": "float16"},
+                {"lora_dropout": 0.3}, {"optimizer": "sgd"}, {"transform": "pilot", "transform_on": "device"},
+                {"head": "gaussian"}],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)  # fmt: skip
+def test_runs_are_equal(changes: dict[str, Any]) -> None:
+    (eager, told), (captured, heard) = learn(graphs="off", **changes), learn(**changes)
+    fits = 1 if changes.get("method") in ("joint", "lora-first") else 3
+    assert heard.losses == told.losses and len(told.losses) == 3 * fits
+    assert captured.curve == eager.curve and captured.matrix == eager.matrix
+    assert str(said(captured)).startswith("captured in ") and said(eager) is None and not heard.lines, heard.lines
+
+
+@pytest.mark.cuda
+@cuda
+def test_a_resumed_run_is_equal(tmp_path: Any) -> None:
+    whole, heard = learn()
+
+    class Stop(Exception):
+        pass
+
+    class Stops(Heard):
+        def epoch(self, number: int, loss: float) -> None:
+            if number == 5:
+                raise Stop
+
+    settings = {"increment": 2, "r": 4, "epochs": 3, "batch_size": 15, "eval_batch_size": 16, "lr": 5e-3}
+    with pytest.raises(Stop):
+        run(Settings(**settings, device="cuda", deterministic=True), data=images(), backbone=backbone(),
+            callbacks=[Stops()], checkpoint=Checkpoint(tmp_path))  # fmt: skip
+    resumed, rest = learn(checkpoint=Checkpoint(tmp_path, resume=True))
+    assert resumed.curve == whole.curve and rest.losses == heard.losses[-len(rest.losses) :]
+
+
+@pytest.mark.cuda
+@cuda
+def test_a_hooked_model_runs_as_it_is_and_says_so_once() -> None:
+    model = backbone()
+    seen: list[int] = []
+    model.model.blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    result, heard = learn(model)
+    assert result.curve == learn(graphs="off")[0].curve
+    assert [line for line in heard.lines if "training" in line] == [
+        "CUDA graph of training: not captured: blocks.0 has hooks"
+    ]
+    assert len(seen) > 3 * 3 * 7
