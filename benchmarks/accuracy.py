@@ -64,7 +64,8 @@ class Recording(Method):
 
     def __init__(self, trainer: Trainer, settings: Settings):
         super().__init__(trainer, settings)
-        self.heads = {name: create_head(name, settings, trainer.device) for name in HEADS if name != "cosine"}
+        heads = {name: create_head(name, settings, trainer.device) for name in HEADS}
+        self.heads = {name: head for name, head in heads.items() if head.learns}
         self.predictions: list[dict[str, np.ndarray]] = []
 
     def spaces(self) -> None:

@@ -306,6 +306,13 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
         one.fit((pixels, labels))
     with pytest.raises(ValueError, match="label 5, which no task has brought"):
         one.evaluate((pixels, [5] * 40))
+    with pytest.raises(ValueError, match="at least one image, got none"):
+        one.predict(pixels[:0])
+    (tmp_path / "both" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds train and not classes"):
+        one.fit(tmp_path / "both")
+    with pytest.raises(TypeError, match="settings must be Settings, .*got str"):
+        Learner("run.yaml")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="give num_tasks"):
         learner(fusion="sum", onto="fused", init="inflora")
     with pytest.raises(ValueError, match="unknown setting 'metod'; did you mean 'method'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -45,19 +46,15 @@ def _best(method: Method, images: View, rows: Tensor, classes: int, cache: Featu
     return torch.cat(best)
 
 
+@dataclass
 class Evaluator:
     """Accuracy over all classes seen; `cache` keeps features of test images where old adapters stay as they are."""
 
-    def __init__(
-        self,
-        method: Method,
-        tasks: Sequence[Task],
-        images: View,
-        task_of_class: np.ndarray,
-        cache: FeatureCache | None = None,
-    ):
-        self.method, self.tasks, self.images, self.task_of_class = method, tasks, images, task_of_class
-        self.cache = cache
+    method: Method
+    tasks: Sequence[Task]
+    images: View
+    task_of_class: np.ndarray
+    cache: FeatureCache | None = None
 
     def after(self, task: int) -> tuple[float, list[float]]:
         """A_b and the row of the task matrix after `task`."""

@@ -126,6 +126,10 @@ def _class_folders(root: Path) -> tuple[ImageFiles, list[str]]:
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
         raise FileNotFoundError(f"{root} must hold a folder of images for each class, it holds none")
+    if {folder.name for folder in folders} <= {"train", "test", "val"}:
+        raise ValueError(
+            f"{root} holds {', '.join(f.name for f in folders)} and not classes: give one of these folders"
+        )
     files = {folder.name: image_paths([folder]) for folder in folders}
     paths = [path for of in files.values() for path in of]
     return ImageFiles(paths), [name for name, of in files.items() for _ in of]

@@ -78,6 +78,8 @@ class Learner:
         from plora_ext.cil.methods import METHODS
         from plora_ext.cil.training import Trainer
 
+        if not isinstance(settings, Settings | None):
+            raise TypeError(f"settings must be Settings, as Settings.load(FILE) reads, got {type(settings).__name__}")
         if isinstance(backbone, str):
             changes, backbone = {**changes, "backbone": backbone}, None
         self.settings = s = Settings.load(overrides={**(settings.as_dict() if settings else {}), **changes})
@@ -187,6 +189,8 @@ class Learner:
         if not self.classes:
             raise RuntimeError("this learner has learned no task yet: call fit first")
         view = self._view(read_images(images))
+        if not len(view):
+            raise ValueError("images must hold at least one image, got none")
         with self.random():
             best = classify(self.method, view, torch.arange(len(view)), len(self.classes)).cpu().numpy()
         return best[:, 0].astype(np.int64), best[:, 1]
