@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from plora_ext import _environment
+from plora_ext import variables
 
 __version__ = "0.1.0"
 
-_environment.settle()
+variables.settle()
 
-from plora_ext import _library  # noqa: E402  imports torch
+from plora_ext import libraries  # noqa: E402  imports torch
 
-_library.load()
+libraries.load()
 
 from plora_ext import ops, reference  # noqa: E402  ops gives the loaded operators their fake implementations and gradients
 

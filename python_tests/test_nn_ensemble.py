@@ -11,8 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from plora_ext import ops
+from plora_ext.memory import free_memory
 from plora_ext.nn import Adapters, Ensemble, inject
-from plora_ext.nn.ensemble import _cuts, _PeakMemory, free_memory
+from plora_ext.nn.ensemble import _cuts, _PeakMemory
 
 
 def vit(targets: Sequence[str] = ("q", "v"), T: int = 4, ragged: bool = True, **keywords) -> Adapters:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from plora_ext import _library, ops
+from plora_ext import libraries, ops
 from plora_ext.nn import Adapters, MultiLoRALinear, inject, linear
 
 IN, OUT, SCALE = 12, 18, 1.5
@@ -432,7 +432,7 @@ def test_refuses_what_is_not_a_plain_linear() -> None:
 
 # --- the short way of one adapter that trains ------------------------------------------------------------------------
 
-native = pytest.mark.skipif(_library.backend() != "native", reason="needs the compiled operators")
+native = pytest.mark.skipif(libraries.backend() != "native", reason="needs the compiled operators")
 
 
 def one(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **options: Any) -> Adapters:

@@ -214,8 +214,8 @@ names = ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tracing
 hidden = {name: getattr(torch._C, name) for name in names if name not in KEEP}
 for name in hidden:
     delattr(torch._C, name)
-import plora_ext._private as private
-assert not private.is_plain(torch.zeros(1))
+from plora_ext import torch_private
+assert not torch_private.is_plain(torch.zeros(1))
 import plora_ext.nn
 for name, value in hidden.items():  # torch itself needs them
     setattr(torch._C, name, value)

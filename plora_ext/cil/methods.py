@@ -26,7 +26,7 @@ from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer, lower_on_exhaustion
 from plora_ext.data import View
 from plora_ext.nn import Adapters, CosineHead, Ensemble, SubspaceHead, inject
-from plora_ext.nn.inject import BASE
+from plora_ext.nn.adapters import BASE
 
 
 class Method(ABC):

@@ -21,7 +21,7 @@ from plora_ext import ops
 from plora_ext.integrations import _patch
 from plora_ext.integrations._layers import constant
 from plora_ext.integrations._patch import Patch
-from plora_ext.ops._register import is_plain
+from plora_ext.torch_private import is_plain
 
 __all__ = ["patch", "unpatch"]
 

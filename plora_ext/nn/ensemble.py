@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from plora_ext import ops
-from plora_ext.nn.inject import BASE, Adapters
+from plora_ext.memory import free_memory
+from plora_ext.nn.adapters import BASE, Adapters
 from plora_ext.nn.linear import MultiLoRALinear, Operands, narrow
 
-__all__ = ["Ensemble", "free_memory"]
+__all__ = ["Ensemble"]
 
 SHARE = {"cuda": 1 / 2, "cpu": 1 / 4}  # of the free memory that a pass may take by default
 CPU_LIMIT = 2**30  # on a CPU, larger passes only leave the caches
@@ -302,7 +301,7 @@ class _Slabs:
     def _operands(self, layer: MultiLoRALinear, x: Tensor) -> Operands:
         if layer._number not in self.operands:
             lora_A, lora_B, scaling, ranks, slices = layer.operands(list(layer.r))
-            self.operands[layer._number] = narrow(lora_A, x), narrow(lora_B, x), scaling, ranks, slices
+            self.operands[layer._number] = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype), scaling, ranks, slices
         return self.operands[layer._number]
 
 
@@ -357,24 +356,6 @@ def _line(error: Exception) -> str:
 
 
 # ---------------------------------------------------------------------- memory
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device: of a GPU with what torch's allocator holds in reserve, else of the host."""
-    if device.type == "cuda":
-        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserve
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for file, word in (("/proc/meminfo", "MemAvailable:"), ("/sys/fs/cgroup/memory.max", "")):
-        try:
-            text = Path(file).read_text()
-            if word:  # what the kernel could free at once
-                free = 1024 * int(text.split(word)[1].split()[0])
-            else:  # a container's limit
-                free = min(free, int(text) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-        except (OSError, ValueError, IndexError):
-            continue
-    return max(free, 0)
 
 
 def _default_limit(device: torch.device) -> int:

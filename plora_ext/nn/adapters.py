@@ -1,0 +1,487 @@
+"""A handle on the adapters of a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plora_ext import ops
+from plora_ext.nn.linear import MultiLoRALinear
+from plora_ext.nn.state import Active
+from plora_ext.nn.targets import replace_module
+
+__all__ = ["BASE", "Adapters"]
+
+BASE = "__base__"  # PEFT's name for "no adapter" among adapter_names
+_COMPILED = "__active__"  # what the active adapter is called inside of `compilable`
+
+
+class Adapters:
+    """A handle on the adapters of every `MultiLoRALinear` in a model.
+
+    The state (factors, active set, coefficients) lives in the layers, so a handle can be made anew at any time, for
+    example on a deep copy: `Adapters(copy.deepcopy(model))`.
+
+    Threads may share a model for inference: `set_adapter` is for all of them, `batch`, `disabled` and what `frozen`
+    gives for the thread (or asyncio task) alone that uses them. Adding, deleting, merging and training is for one at a
+    time.
+
+    Args:
+        model: a model that `inject` has changed.
+        r: default rank for `add_adapter`.
+        lora_alpha: default alpha; `None` means alpha = r.
+
+    Attributes:
+        model: the model.
+        layers: the adapted layers by module name.
+    """
+
+    def __init__(self, model: nn.Module, r: int = 16, lora_alpha: float | None = None) -> None:
+        self.model, self.r, self.lora_alpha = model, r, lora_alpha
+        self.layers: dict[str, MultiLoRALinear] = {
+            name: module for name, module in model.named_modules() if isinstance(module, MultiLoRALinear)
+        }
+        if not self.layers:
+            raise ValueError("model carries no adapters: call inject(model, target_modules) first")
+        self._state = self._first._state
+        for layer in self.layers.values():
+            if layer._state is not self._state:  # of a part that was injected apart
+                layer._state, layer._number = self._state, self._state.join()
+
+    def __repr__(self) -> str:
+        return f"Adapters(names={self.names}, active={self.active}, layers={len(self.layers)})"
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adapters in the order in which they were added; id i of `batch` is `names[i]`."""
+        return self._first.adapter_names
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the active set."""
+        return self._first.active_adapters
+
+    @property
+    def _first(self) -> MultiLoRALinear:
+        if not self.layers:
+            raise RuntimeError("these adapters were unloaded: inject the model again")
+        return next(iter(self.layers.values()))
+
+    # ------------------------------------------------------------------ adding and choosing
+
+    def add_adapter(
+        self, name: str, init_from: str | None = None, r: int | None = None, lora_alpha: float | None = None
+    ) -> None:
+        """Add an adapter to every layer, make it the active one, and let it alone train.
+
+        Args:
+            name: a new name without dots.
+            init_from: start from a copy of this adapter's A and B. Without it A is Kaiming-uniform (a = sqrt(5)) and B
+                zero, so that the new adapter changes nothing yet.
+            r: rank, default that of `inject` or of `init_from`.
+            lora_alpha: alpha, default that of `inject` or of `init_from`.
+
+        Raises:
+            ValueError: the name is taken or not usable, r does not fit a layer or `init_from`, or alpha is not > 0.
+            KeyError: `init_from` is unknown.
+        """
+        self._require_unmerged()
+        self.check_new(name)
+        check_alpha(lora_alpha)
+        if init_from is not None:
+            self._check_known(init_from)
+        plans = {}
+        for key, layer in self.layers.items():
+            if init_from is None:
+                rank = self.r if r is None else r
+                default = rank if self.lora_alpha is None else self.lora_alpha
+                check_rank(rank, key, layer.in_features, layer.slices or {"": (0, layer.out_features)})
+            else:
+                rank, default = layer.r[init_from], layer.lora_alpha[init_from]
+                if r not in (None, rank):
+                    raise ValueError(
+                        f"r must be {rank}, that of adapter {init_from!r} (init_from) in layer {key!r}, got {r}: "
+                        "leave r out, or init_from"
+                    )
+            plans[key] = rank, default if lora_alpha is None else lora_alpha
+        for key, layer in self.layers.items():
+            rank, alpha = plans[key]
+            pairs = layer.init_factors(rank) if init_from is None else layer.pairs(init_from)
+            layer.add_adapter(name, pairs, alpha)
+        self.set_adapter(name)
+        self.train_adapter(name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter; it leaves the active set first, with its coefficient.
+
+        Raises:
+            KeyError: the name is unknown.
+        """
+        self._require_unmerged()
+        self._check_known(name)
+        active = self._state.common
+        self._state.set(active.only(tuple(other for other in active.names if other != name)))
+        for layer in self.layers.values():
+            layer.delete_adapter(name)
+
+    def set_adapter(
+        self, names: str | Sequence[str] | None, coefficients: Tensor | Sequence[float] | None = None
+    ) -> None:
+        """Choose the active set: y = base + sum_i c_i s_i B_i A_i x.
+
+        Args:
+            names: one name, several, or `None` for the base model alone.
+            coefficients: c, one for each name, default ones. A tensor may require grad: gradients then reach it through
+                every layer. What trains is not changed here (`train_adapter`).
+
+        Raises:
+            KeyError: a name is unknown.
+            ValueError: a name occurs twice, or the number of coefficients is wrong.
+        """
+        self._require_unmerged()
+        chosen = self._as_names(names)
+        coeff = self._as_coefficients(chosen, coefficients)
+        on_host = coeff is not None and not coeff.requires_grad and not isinstance(coefficients, Tensor)
+        self._state.set(Active(tuple(chosen), coeff, tuple(map(float, coefficients or ())) if on_host else None))
+
+    def train_adapter(self, name: str | Sequence[str] | None) -> None:
+        """Let the named adapters train and freeze all others; `None` freezes all.
+
+        Raises:
+            KeyError: a name is unknown.
+        """
+        chosen = self._as_names(name)
+        for other in self.names:
+            for parameter in self.parameters(other):
+                parameter.requires_grad_(other in chosen)
+        self._state.unchecked.update(chosen)
+
+    def parameters(self, name: str | None = None) -> list[nn.Parameter]:
+        """The A and B of adapter `name` in every layer, or of all adapters.
+
+        Raises:
+            KeyError: the name is unknown.
+        """
+        if name is not None:
+            self._check_known(name)
+        names = self.names if name is None else [name]
+        return [p for layer in self.layers.values() for n in names for pair in layer.pairs(n) for p in pair]
+
+    # ------------------------------------------------------------------ for a while
+
+    @contextmanager
+    def batch(self, adapters: ops.AdapterBatch | Tensor | Sequence[int] | Sequence[str]) -> Iterator[None]:
+        """Give every sample its own adapter, in training too: `with adapters.batch(ids): model(x)`.
+
+        Args:
+            adapters: for each sample of the batch an index into `names` (-1 for the base alone) or a name
+                (`"__base__"` for the base alone). Adapted layers must see the batch as their first dimension.
+                With activation checkpointing, keep the backward pass inside the `with` block as well.
+
+        Raises:
+            IndexError: an id is out of range.
+            KeyError: a name is unknown.
+            ValueError: an adapter that does not train here holds inf or NaN. (Samples of several adapters share
+                products, in which what a sample does not choose is multiplied by zero.)
+        """
+        self._require_unmerged()
+        self._check_finite()
+        device = self._first.device
+        if isinstance(adapters, ops.AdapterBatch):
+            if adapters.num_adapters > len(self.names):
+                raise IndexError(f"the batch was made for {adapters.num_adapters} adapters, there are {self.names}")
+            batch = adapters.to(device)
+        else:
+            ids = adapters if isinstance(adapters, Tensor) else [self._id_of(adapter) for adapter in adapters]
+            batch = ops.AdapterBatch(ids, len(self.names), device)
+        with self._state.within(batch=batch):
+            yield
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model alone: `with adapters.disabled(): model(x)`."""
+        self._require_unmerged()
+        with self._state.within(names=(), coefficients=None, batch=None):
+            yield
+
+    @torch.no_grad()
+    def frozen(self) -> Callable[..., Any]:
+        """The model under the active set as it is now, as a function for use in eval mode without gradients.
+
+        It holds a merged weight for every adapted layer, so that it stays what it is whatever becomes of the adapters,
+        and costs no more than a plain model. Made under autocast, the weights have its dtype and the function runs
+        under it.
+
+            before = adapters.frozen()
+            ...                                 # train, add, set_adapter
+            before(images), model(images)       # the features of the old and of the new model
+
+        Raises:
+            RuntimeError: the adapters are merged, here or when the function is called.
+        """
+        self._require_unmerged()
+        kind, active = self._first.device.type, self._state.current
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        weights = {
+            layer._number: layer._merge(active).clone() if dtype is None else layer._merge(active).to(dtype)
+            for layer in self.layers.values()
+        }
+
+        @torch.no_grad()
+        def call(*inputs: Any) -> Any:
+            self._require_unmerged()
+            autocast = torch.autocast(kind, dtype, enabled=dtype is not None)
+            with self._state.within(weights=weights, batch=None), autocast:
+                return self.model(*inputs)
+
+        return call
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """What does not train is in the base weights for the while: `with adapters.merged(): model(x)`.
+
+        For passes over much data. Without gradients that is the whole active set, and the model costs what it costs
+        without adapters; otherwise the part of it that is frozen, and the rest is added to it as ever. It is the same
+        function as before, up to rounding. Writes to a merged adapter are seen after the block.
+
+        Where adapters are merged already, or inside of `batch` and `disabled`, nothing changes.
+
+        Raises:
+            RuntimeError: a weight also belongs to a module without adapters.
+        """
+        if self._state.merged is not None or self._state.in_block:
+            yield
+            return
+        active, gradients = self._state.common, torch.is_grad_enabled()
+        learns = gradients and active.coefficients is not None and active.coefficients.requires_grad
+        frozen = tuple(
+            name for name in active.names if not (gradients and any(p.requires_grad for p in self.parameters(name)))
+        )
+        if learns or not frozen:
+            yield
+            return
+        self._merge(frozen)
+        try:
+            yield
+        finally:
+            self.unmerge()
+
+    @contextmanager
+    def compilable(self) -> Iterator[None]:
+        """For passes through a compiled model: its graphs then serve every adapter, where each name would need its own.
+
+        Without gradients the active set is merged into the base weights. With gradients, a single active adapter goes
+        by a name that is always the same; several active adapters stay as they are.
+        """
+        active = self._state.common
+        if not torch.is_grad_enabled():
+            with self.merged():
+                yield
+        elif len(active.names) == 1 and active.coefficients is None:
+            (name,) = active.names
+            self._rename(name, _COMPILED)
+            try:
+                yield
+            finally:
+                self._rename(_COMPILED, name)
+        else:
+            yield
+
+    def _rename(self, old: str, new: str) -> None:
+        for layer in self.layers.values():
+            layer.rename_adapter(old, new)
+        self._state.unchecked = {new if name == old else name for name in self._state.unchecked}
+        active = self._state.common
+        self._state.set(replace(active, names=tuple(new if name == old else name for name in active.names)))
+
+    # ------------------------------------------------------------------ fusing and merging
+
+    def fuse(
+        self, names: Sequence[str], coefficients: Tensor | Sequence[float] | None = None, name: str = "fused"
+    ) -> None:
+        """Add the exact sum of adapters as one adapter of the summed rank, frozen and not active.
+
+        A = [A_1; ...; A_n] and B = [c_1 s_1 B_1, ..., c_n s_n B_n] with scale 1, so that B A = sum_i c_i s_i B_i A_i.
+        (Averaging the A and the B separately is another function altogether.)
+
+        Args:
+            names: adapters to fuse.
+            coefficients: c, one for each name, default ones.
+            name: name of the new adapter.
+
+        Raises:
+            KeyError: a name is unknown.
+            ValueError: the new name is taken, names are empty or repeated, or the number of coefficients is wrong.
+        """
+        chosen = self._as_names(names)
+        if not chosen:
+            raise ValueError("names must hold at least one adapter to fuse, got none")
+        self.check_new(name)
+        coeff = self._as_coefficients(chosen, coefficients)
+        factors = [1.0] * len(chosen) if coeff is None else coeff.tolist()
+        for layer in self.layers.values():
+            scales = [c * layer.lora_alpha[n] / layer.r[n] for c, n in zip(factors, chosen, strict=True)]
+            pairs = [layer.pairs(n) for n in chosen]  # pairs[adapter][slice] = (A, B)
+            fused = [
+                (
+                    torch.cat([A.detach() for A, _ in of_slice]),
+                    torch.cat([s * B.detach() for s, (_, B) in zip(scales, of_slice, strict=True)], dim=1),
+                )
+                for of_slice in zip(*pairs, strict=True)
+            ]
+            layer.add_adapter(name, fused, lora_alpha=fused[0][0].shape[0])
+
+    def merge(self) -> None:
+        """Write the active set into the base weights, in place, for the fastest inference (also when compiled).
+
+        Until `unmerge`, `state_dict()` holds the merged weights and the active set cannot be changed.
+
+        Raises:
+            RuntimeError: already merged, nothing is active, or a weight also belongs to a module without adapters.
+        """
+        self._require_unmerged()
+        if not self.active:
+            raise RuntimeError("merge needs an active set of adapters: call set_adapter first")
+        self._merge(self._state.common.names)
+
+    def _merge(self, names: tuple[str, ...]) -> None:
+        """Writes the adapters `names` of the active set into the base weights; the others stay active."""
+        self._require_unmerged()
+        if self._state.in_block:
+            raise RuntimeError("adapters cannot be merged inside of Adapters.batch or disabled(), here or in a thread")
+        owners = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        for key, layer in self.layers.items():
+            if owners[id(layer.base_layer.weight)] > 1:
+                raise RuntimeError(f"layer {key!r} shares its weight with another module, which merge would change too")
+        active = self._state.common
+        part, rest = active.only(names), active.only(tuple(name for name in active.names if name not in names))
+        try:
+            for layer in self.layers.values():
+                layer.merge(part)
+        except BaseException:  # out of memory, say
+            for layer in self.layers.values():
+                layer.unmerge()
+            raise
+        self._state.merged = active
+        self._state.set(rest)
+
+    def unmerge(self) -> None:
+        """Restore the base weights to the bits they had before `merge`.
+
+        Raises:
+            RuntimeError: nothing is merged.
+        """
+        if self._state.merged is None:
+            raise RuntimeError("unmerge needs merged adapters: call merge first")
+        for layer in self.layers.values():
+            layer.unmerge()
+        before, self._state.merged = self._state.merged, None
+        self._state.set(before)
+
+    def unload(self, merge: bool = True) -> nn.Module:
+        """Put the original `nn.Linear` modules back and forget the adapters. This handle is of no use afterwards.
+
+        Args:
+            merge: write the active set into their weights first (nothing active: they are as they were).
+
+        Returns:
+            The model, changed in place; its parameters stay frozen.
+        """
+        if merge and self.active and self._state.merged is None:
+            self.merge()
+        elif not merge and self._state.merged is not None:
+            self.unmerge()
+        for name, module in list(self.model.named_modules(remove_duplicate=False)):
+            if isinstance(module, MultiLoRALinear):
+                replace_module(self.model, name, module.base_layer)
+        self.layers = {}
+        return self.model
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_finite(self) -> None:
+        """Refuses adapters that are not finite, before samples of several share a product; once after each change."""
+        cuda = self._first.device.type == "cuda"
+        if not self._state.unchecked or (cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        for name in [name for name in self.names if name in self._state.unchecked]:
+            factors = [p.detach() for p in self.parameters(name) if not p.is_meta]
+            trains = any(p.requires_grad for p in self.parameters(name))
+            if trains and torch.is_grad_enabled():
+                continue  # the loss will show it
+            if factors and not bool(torch.stack([p.isfinite().all().to(factors[0].device) for p in factors]).all()):
+                raise ValueError(
+                    f"adapter {name!r} holds inf or NaN and would spoil samples of other adapters in the same batch: "
+                    "delete_adapter, or train it anew with a smaller learning rate"
+                )
+            if not trains:
+                self._state.unchecked.discard(name)
+
+    def _require_unmerged(self) -> None:
+        if not self.layers:
+            raise RuntimeError("these adapters were unloaded: inject the model again")
+        if self._state.merged is not None:
+            raise RuntimeError("the adapters are merged into the base weight: call unmerge() first")
+
+    def _check_known(self, name: str) -> None:
+        if name not in self.names:
+            raise KeyError(f"unknown adapter {name!r}, known ones are {self.names}")
+
+    def check_new(self, name: str) -> None:
+        """Raise ValueError unless `name` can be given to a new adapter."""
+        if name in self.names:
+            raise ValueError(f"adapter {name!r} exists already, known ones are {self.names}")
+        # Names become attributes of a ParameterDict: no dots, and none of its own attributes.
+        reserved = name in (BASE, _COMPILED) or (isinstance(name, str) and hasattr(nn.ParameterDict(), name))
+        if not isinstance(name, str) or not name or "." in name or reserved:
+            raise ValueError(f"name must be a non-empty string without dots that is not reserved, got {name!r}")
+
+    def _id_of(self, adapter: int | str) -> int:
+        if not isinstance(adapter, str):
+            return int(adapter)
+        if adapter == BASE:
+            return -1
+        self._check_known(adapter)
+        return self.names.index(adapter)
+
+    def _as_names(self, names: str | Sequence[str] | None) -> list[str]:
+        chosen = [] if names is None else [names] if isinstance(names, str) else list(names)
+        for name in chosen:
+            self._check_known(name)
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"names must not repeat, got {chosen}")
+        return chosen
+
+    def _as_coefficients(self, names: list[str], values: Tensor | Sequence[float] | None) -> Tensor | None:
+        if values is None:
+            return None
+        device = self._first.device
+        coeff = values if isinstance(values, Tensor) else torch.tensor(list(values), dtype=torch.float32)
+        if coeff.shape != (len(names),) or not coeff.is_floating_point():
+            raise ValueError(
+                f"coefficients must be {len(names)} floats, one for each of {names}, "
+                f"got {tuple(coeff.shape)} of {coeff.dtype}"
+            )
+        return coeff.to(device)
+
+
+def check_rank(r: int, name: str, in_features: int, slices: dict[str, tuple[int, int]]) -> None:
+    for key, (start, stop) in slices.items():
+        limit = min(in_features, stop - start)
+        if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= limit:
+            where = f"{name!r}, slice {key!r}" if key else f"{name!r}"
+            raise ValueError(
+                f"r must be an integer in [1, {limit}] for layer {where} "
+                f"({in_features} inputs, {stop - start} outputs), got {r!r}"
+            )
+
+
+def check_alpha(lora_alpha: float | None) -> None:
+    if lora_alpha is not None and not 0 < lora_alpha < float("inf"):
+        raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
