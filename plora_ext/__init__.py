@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from plora_ext import variables
 
@@ -17,14 +17,47 @@ libraries.load()
 
 from plora_ext import ops, reference  # noqa: E402  ops gives the loaded operators their fake implementations and gradients
 
+if TYPE_CHECKING:
+    from plora_ext import cil, data, io, nn
+    from plora_ext.cil.learner import Learner
+    from plora_ext.io import load_adapter, save_adapter
+    from plora_ext.nn import Adapters, Ensemble, MultiLoRALinear, inject
+
 # Imported when first named: timm, matplotlib and rich are theirs to import.
-_LAZY = ("cil", "data", "io", "nn")
-__all__ = ["__version__", "cil", "data", "io", "nn", "ops", "reference"]
+_ROOMS = ("cil", "data", "io", "nn")
+_NAMES = {
+    "Adapters": "nn",
+    "Ensemble": "nn",
+    "Learner": "cil.learner",
+    "MultiLoRALinear": "nn",
+    "inject": "nn",
+    "load_adapter": "io",
+    "save_adapter": "io",
+}
+__all__ = [
+    "Adapters",
+    "Ensemble",
+    "Learner",
+    "MultiLoRALinear",
+    "__version__",
+    "cil",
+    "data",
+    "inject",
+    "io",
+    "load_adapter",
+    "nn",
+    "ops",
+    "reference",
+    "save_adapter",
+]
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in _LAZY:
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _NAMES:
+        found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

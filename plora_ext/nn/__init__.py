@@ -3,7 +3,7 @@
 from plora_ext.nn.adapters import Adapters
 from plora_ext.nn.ensemble import Ensemble
 from plora_ext.nn.heads import CosineHead, SubspaceHead
-from plora_ext.nn.inject import inject
+from plora_ext.nn.injection import inject
 from plora_ext.nn.linear import MultiLoRALinear
 from plora_ext.nn.prototypes import PrototypeBank
 

@@ -210,6 +210,9 @@ class Adapters:
         with self._state.within(names=(), coefficients=None, batch=None):
             yield
 
+    disable_adapter = disabled
+    """PEFT's name."""
+
     @torch.no_grad()
     def frozen(self) -> Callable[..., Any]:
         """The model under the active set as it is now, as a function for use in eval mode without gradients.
@@ -402,6 +405,10 @@ class Adapters:
                 replace_module(self.model, name, module.base_layer)
         self.layers = {}
         return self.model
+
+    def merge_and_unload(self) -> nn.Module:
+        """`unload(merge=True)`, by PEFT's name."""
+        return self.unload()
 
     # ------------------------------------------------------------------ checks
 

@@ -293,7 +293,7 @@ class MultiLoRALinear(nn.Module):
         return self._of_any(x, active, watched)
 
     def _of_one(self, x: Tensor, active: Active, watched: bool) -> Tensor | None:
-        """The forward of one adapter that trains and acts on all rows, where nothing else is asked for; else None."""
+        """The forward of one adapter that acts on all rows, where nothing else is asked for; else None."""
         if (
             active.coefficients is not None
             or active.batch is not None
@@ -307,8 +307,6 @@ class MultiLoRALinear(nn.Module):
         if name not in table_A or name not in table_B or not is_called_plainly(base):
             return None
         lora_A, lora_B = table_A[name], table_B[name]
-        if not (lora_A.requires_grad or lora_B.requires_grad):
-            return None
         if watched:
             lora_A = mark(lora_A, active)
         dtype = x.dtype

@@ -27,6 +27,9 @@ def _is_differentiated_again(grad: Tensor) -> bool:
 # --- the low-rank families --------------------------------------------------------------------------------------------
 
 
+_BACKWARD: dict[str, Any] = {family: op.get(f"{family}_backward") for family in LORA}
+
+
 def rows(t: Tensor) -> Tensor:
     """[M, n] of [..., n]."""
     return t if t.dim() == 2 else t.flatten(0, -2) if t.dim() > 2 else t[None]
@@ -65,25 +68,37 @@ def call(
 
 def _gradients(
     family: str, options: Sequence[Any], needs: Sequence[bool], again: bool, grad: Tensor, x: Tensor,
-    ids: Tensor | None, *saved: Any,
+    ids: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor | None, bias_A: Tensor | None,
+    bias_B: Tensor | None, kept: Tensor,
 ) -> list[Any]:  # fmt: skip
-    """Of x, ids, lora_A, lora_B, scaling, base, weight, bias, bias_A and bias_B, as far as needed; all in rows.
-
-    saved: lora_A, lora_B, scaling, weight, bias_A, bias_B, and what the forward kept.
-    """
+    """Of x, ids, lora_A, lora_B, scaling, base, weight, bias, bias_A and bias_B, as far as needed; all in rows."""
     X, _, A, B, s, base, W, bias, a, b = needs
     dx = dA = dB = ds = da = db = None
     if bits := X | A << 1 | B << 2 | s << 3 | a << 4 | b << 5:
         ranks, relu, trainable, _, _ = options
         front = (x,) if ids is None else (x, ids)
-        *factors, weight, bias_A, bias_B, kept = saved
         if again:
-            args = [*front, *factors, None, weight, None, bias_A, bias_B, ranks, relu, trainable, None, False]
+            args = [
+                *front,
+                lora_A,
+                lora_B,
+                scaling,
+                None,
+                weight,
+                None,
+                bias_A,
+                bias_B,
+                ranks,
+                relu,
+                trainable,
+                None,
+                False,
+            ]
             asks = [X, *[False] * (len(front) - 1), A, B, s, False, False, False, a, b, *[False] * 5]
             dx, *_, dA, dB, ds, _, _, _, da, db, _, _, _, _, _ = twins.gradients(family, args, asks, grad)
         else:
-            dx, dA, dB, ds, da, db = op[f"{family}_backward"](
-                grad, *front, *factors, weight, bias_A, bias_B, ranks, kept, relu, trainable, bits
+            dx, dA, dB, ds, da, db = _BACKWARD[family](
+                grad, *front, lora_A, lora_B, scaling, weight, bias_A, bias_B, ranks, kept, relu, trainable, bits
             )
     total = grad.sum(0) if family == "lora_all" and (base or W or bias) else grad
     return [
@@ -120,17 +135,21 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, ids, lora_A, lora_B, *saved = ctx.saved_tensors  # hooks may compute them anew, with autograd
+        x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept = (
+            ctx.saved_tensors
+        )  # hooks may compute them anew, with autograd
         again, one = _is_differentiated_again(grad), lora_A.dim() == 2
         with without_autocast(grad.device.type) if again else below():
             flat, of_rows = (x, grad) if x.dim() == 2 else (rows(x), rows_of_grad(grad, x))
             if one:
                 lora_A, lora_B = lora_A[None], lora_B[None]
             found = _gradients(
-                ctx.family, ctx.options, ctx.needs_input_grad[2:], again, of_rows, flat, ids, lora_A, lora_B, *saved
-            )
+                ctx.family, ctx.options, ctx.needs_input_grad[2:], again, of_rows, flat, ids, lora_A, lora_B, scaling,
+                weight, bias_A, bias_B, kept,
+            )  # fmt: skip
             if one:
-                found[2:4] = [None if d is None else d[0] for d in found[2:4]]
+                dA, dB = found[2:4]
+                found[2:4] = None if dA is None else dA[0], None if dB is None else dB[0]
             if flat is not x:
                 for i in (0, 5):
                     if found[i] is not None:

@@ -144,7 +144,7 @@ def _run(
 
 
 def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any) -> Tensor | None:
-    """`lora_sum` of one adapter, [r, in] and [out, r], that trains beside its frozen layer, with few looks at them.
+    """`lora_sum` of one adapter, [r, in] and [out, r], beside its frozen layer, with few looks at them.
 
     None where this is not eager code on plain tensors of one dtype and device without autocast, or the widths do not
     fit, or the layer is not frozen: that is for `lora_sum` to serve or to refuse. Whatever else is wrong the kernel
@@ -152,8 +152,8 @@ def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: 
     """
     cuda, dtype, device = x.is_cuda, x.dtype, x.device
     if (
-        not torch.is_grad_enabled()
-        or not is_plain(x, lora_A, lora_B, weight, bias)
+        not is_eager()
+        or not PLAIN.issuperset(map(type, (x, lora_A, lora_B, weight, bias)))
         or torch.is_autocast_enabled("cuda" if cuda else "cpu")
         or not (_SERVES_CUDA and dtype != torch.float64 if cuda else _SERVES_CPU and x.is_cpu)
         or not dtype == lora_A.dtype == lora_B.dtype == weight.dtype
@@ -165,11 +165,13 @@ def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: 
         or (bias is not None and bias.requires_grad)
     ):
         return None
-    keep = x.requires_grad if rules.dense("lora_sum", 1, lora_A.size(0), True) else lora_B.requires_grad
-    y: Tensor = LowRank.apply(
-        "lora_sum", (None, False, None, None, keep), x, None, lora_A, lora_B, scaling, None, weight, bias, None, None
-    )
-    return y
+    args, keep = (x, None, lora_A, lora_B, scaling, None, weight, bias, None, None), False
+    if torch.is_grad_enabled() and any_requires_grad(x, lora_A, lora_B):
+        keep = x.requires_grad if rules.dense("lora_sum", 1, lora_A.size(0), True) else lora_B.requires_grad
+        y: Tensor = LowRank.apply("lora_sum", (None, False, None, None, keep), *args)
+        return y
+    with below():
+        return call(compiled.op["lora_sum"], (None, False, None, None, keep), *args)[0]
 
 
 def _run_in_place(
