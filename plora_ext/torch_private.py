@@ -6,7 +6,7 @@ does it.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +37,16 @@ _own_dispatch = _found(Tensor, "__torch_dispatch__")
 _graph_task = _found(torch._C, "_current_graph_task_id")
 _saved_tensor_hooks = _found(torch._C, "_autograd", "_top_saved_tensors_default_hooks")
 _global_hooks = _found(nn, "modules", "module", "_has_any_global_hook")
+tree_leaves = _found(torch.utils, "_pytree", "tree_leaves")
+"""The leaves of nested tuples, lists and dictionaries; None where torch does not say."""
+tree_map_only = _found(torch.utils, "_pytree", "tree_map_only") or (
+    lambda kind, function, value: function(value) if isinstance(value, kind) else value
+)
+"""(kind, function, tree) → the tree with its leaves of a kind replaced; without torch's, a leaf alone."""
+DispatchMode: Any = _found(torch.utils, "_python_dispatch", "TorchDispatchMode")
+"""Sees every operator that runs in its `with` block; sees nothing where torch has none."""
+if DispatchMode is None or tree_leaves is None:
+    DispatchMode, tree_leaves = nullcontext, None
 _LEVELS = hasattr(forward_ad, "_current_level")
 
 # Tensors of torch's own tracers: they know compiled operators by their fake implementations.
