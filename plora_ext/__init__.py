@@ -23,40 +23,20 @@ if TYPE_CHECKING:
     from plora_ext.io import load_adapter, save_adapter
     from plora_ext.nn import Adapters, Ensemble, MultiLoRALinear, inject
 
-# Imported when first named: timm, matplotlib and rich are theirs to import.
-_ROOMS = ("cil", "data", "io", "nn")
-_NAMES = {
-    "Adapters": "nn",
-    "Ensemble": "nn",
-    "Learner": "cil.learner",
-    "MultiLoRALinear": "nn",
-    "inject": "nn",
-    "load_adapter": "io",
-    "save_adapter": "io",
-}
 __all__ = [
-    "Adapters",
-    "Ensemble",
-    "Learner",
-    "MultiLoRALinear",
-    "__version__",
-    "cil",
-    "data",
-    "inject",
-    "io",
-    "load_adapter",
-    "nn",
-    "ops",
-    "reference",
-    "save_adapter",
-]
+    "Adapters", "Ensemble", "Learner", "MultiLoRALinear", "__version__", "cil", "data", "inject", "io", "load_adapter",
+    "nn", "ops", "reference", "save_adapter",
+]  # fmt: skip
+# What is imported when it is first named: timm, matplotlib and rich are theirs to import.
+_ROOMS = ("cil", "data", "io", "nn")
+_ROOM_OF = {"Learner": "cil.learner", "load_adapter": "io", "save_adapter": "io"}  # of the other names: nn
 
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in _NAMES:
-        found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    if name in __all__:
+        found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_ROOM_OF.get(name, 'nn')}"), name)
         return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -29,17 +29,9 @@ _Optional = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Te
 
 
 def _prepare(
-    op: str,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor | None,
-    coeff: Tensor | None,
-    optional: _Optional,
-    activation: str,
-    ranks: Tensor | None,
-    trainable: Sequence[int] | None,
-) -> tuple[Tensor, Tensor | None]:
+    op: str, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | None, coeff: Tensor | None,
+    optional: _Optional, activation: str, ranks: Tensor | None, trainable: Sequence[int] | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Checks what all low-rank operators share; returns the scale c_t s_t and the ranks, as the kernels take them."""
     if not x.is_floating_point():
         raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
@@ -106,19 +98,10 @@ def _ids(op: str, ids: Tensor | AdapterBatch, x: Tensor) -> Tensor:
 
 
 def _run(
-    op: str,
-    x: Tensor,
-    ids: Tensor | AdapterBatch | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor | None,
-    coeff: Tensor | None,
-    optional: _Optional,
-    activation: str,
-    ranks: Tensor | None,
-    trainable: Sequence[int] | None,
-    slices: Sequence[tuple[int, int]] | None,
-) -> Tensor:
+    op: str, x: Tensor, ids: Tensor | AdapterBatch | None, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | None,
+    coeff: Tensor | None, optional: _Optional, activation: str, ranks: Tensor | None,
+    trainable: Sequence[int] | None, slices: Sequence[tuple[int, int]] | None,
+) -> Tensor:  # fmt: skip
     """The operator `op` of one family, by its kernel or its twin."""
     scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
     ids = None if ids is None else _ids(op, ids, x).reshape(-1)
@@ -129,7 +112,7 @@ def _run(
     options = (ranks, relu, None if trainable is None else list(trainable), flat, keep)
     args: Sequence[Any] = (x, ids, lora_A, lora_B, scale, *optional)
     device_type, native = x.device.type, _native(op, x.device.type, x.dtype)
-    if not (native and is_eager() and PLAIN.issuperset(map(type, args))):
+    if not (native and is_eager() and PLAIN.issuperset(map(type, args)) and type(ranks) in PLAIN):
         if native and not needs_twin(*args):
             return call(compiled.op[op], options, *args)[0]
         return call(lambda *rows: (run_twin(op, *rows), None), options, *args)[0]
@@ -175,41 +158,21 @@ def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: 
 
 
 def _run_in_place(
-    op: str,
-    y: Tensor,
-    x: Tensor,
-    ids: Tensor | AdapterBatch | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor | None,
-    coeff: Tensor | None,
-    biases: tuple[Tensor | None, Tensor | None],
-    activation: str,
-    ranks: Tensor | None,
-    trainable: Sequence[int] | None,
-) -> Tensor:
+    op: str, y: Tensor, x: Tensor, ids: Tensor | AdapterBatch | None, lora_A: Tensor, lora_B: Tensor,
+    scaling: Tensor | None, coeff: Tensor | None, biases: tuple[Tensor | None, Tensor | None], activation: str,
+    ranks: Tensor | None, trainable: Sequence[int] | None,
+) -> Tensor:  # fmt: skip
     """y += the low-rank part: by the kernel where nothing needs a gradient, else by torch's own addition."""
     optional = (None, None, None, *biases)
     scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
-    front = () if ids is None else (_ids(op, ids, x),)
+    front = () if ids is None else (_ids(op, ids, x).reshape(-1),)
     slabs = lora_A.shape[:1] if op == "lora_all_" else ()
     check(op, "y", y, (*slabs, *x.shape[:-1], lora_B.shape[1]), x, None)
     target = _writable(op, y, x, (y, x, lora_A, lora_B, scale, *biases))
     if target is None:
         family = op.removesuffix("_")
         return y.add_(_run(family, x, ids, lora_A, lora_B, scale, None, optional, activation, ranks, trainable, None))
-    compiled.run_in_place(
-        op,
-        target,
-        rows(x),
-        *(t.reshape(-1) for t in front),
-        lora_A,
-        lora_B,
-        scale,
-        *biases,
-        ranks,
-        activation == "relu",
-    )
+    compiled.run_in_place(op, target, rows(x), *front, lora_A, lora_B, scale, *biases, ranks, activation == "relu")
     return y
 
 
