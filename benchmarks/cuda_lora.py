@@ -34,7 +34,7 @@ import record
 import torch
 from cuda_cases import BASE, DEVICE, DTYPE, MERGE, OURS, Case, Form, Step, cases
 
-from plora_ext import _library
+from plora_ext import libraries
 
 FOOTPRINT = 160e6  # bytes that the sets of a case take together; the L2 cache of an H200 holds about 50 MB
 CALLS, SECONDS = 24, 0.03  # captured into one graph: so many calls, fewer where they take longer than this
@@ -253,8 +253,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cuda_lora")
     parser.add_argument("--commit", help="what to call the version measured, where this is no git checkout")
     args = parser.parse_args()
-    if "cuda" not in _library.loaded:
-        raise SystemExit(f"the CUDA kernels are not loaded: {_library.missing}")
+    if "cuda" not in libraries.loaded:
+        raise SystemExit(f"the CUDA kernels are not loaded: {libraries.missing}")
     more, compiled = load_rivals(args.rivals), not args.no_compile
     bandwidth, rate = ceilings()
     where = {

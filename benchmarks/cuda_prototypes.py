@@ -32,7 +32,7 @@ from cuda_cases import DEVICE, OURS, Step
 from cuda_lora import FOOTPRINT, Run, as_tuple, ceilings, error_of, gpu_times, markdown, prepare, wall_times
 from torch import Tensor
 
-from plora_ext import _library, ops, reference
+from plora_ext import libraries, ops, reference
 
 D, ALPHA = 768, 0.1
 EASE, COMPILED = "EASE", "torch.compile"
@@ -478,8 +478,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cuda_prototypes")
     parser.add_argument("--commit", help="what to call the version measured, where this is no git checkout")
     args = parser.parse_args()
-    if "cuda" not in _library.loaded:
-        raise SystemExit(f"the CUDA kernels are not loaded: {_library.missing}")
+    if "cuda" not in libraries.loaded:
+        raise SystemExit(f"the CUDA kernels are not loaded: {libraries.missing}")
     torch.backends.cuda.matmul.allow_tf32 = False
     bandwidth, _ = ceilings()
     where = {

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plora_ext
-from plora_ext import _library, reference
+from plora_ext import libraries, reference
 from plora_ext.integrations import _patch, _pilot_vit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -649,7 +649,7 @@ def report(cases: list[Case], skipped: list[str]) -> str:
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     lines = [
         f"`{' '.join(['python benchmarks/integrations.py', *sys.argv[1:]])}`",
-        f"{name}, torch {torch.__version__}, plora_ext {plora_ext.__version__} ({_library.backend()}), "
+        f"{name}, torch {torch.__version__}, plora_ext {plora_ext.__version__} ({libraries.backend()}), "
         f"commit {record.commit()}, {datetime.date.today()}",
         "",
     ]

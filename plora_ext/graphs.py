@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plora_ext.torch_private import has_global_module_hooks
+
 __all__ = ["Captured", "why_not"]
 
 
 def why_not(model: nn.Module, parameters: Any = ()) -> str | None:
     """What a graph of `model` would leave out, if anything: Python that is to run in every pass."""
-    from plora_ext._private import has_global_module_hooks
-
     if has_global_module_hooks():
         return "hooks are registered for all modules"
     for name, module in model.named_modules():

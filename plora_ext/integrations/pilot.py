@@ -33,6 +33,7 @@ from plora_ext.integrations._layers import kept_on_device
 from plora_ext.integrations._patch import Patch
 from plora_ext.integrations._pilot_vit import (
     adapter_features,
+    class_means,
     draw_as_if_read,
     features_of,
     is_served,
@@ -270,24 +271,14 @@ def _make_replace_fc(original: Callable[..., None]) -> Callable[..., None]:
         subspaces, D = _subspaces(network.backbone, self.use_init_ptm), network.out_dim
         # The diagonal alone: the frozen backbone, if it is used, and the newest adapter.
         wanted = [i for i, a in enumerate(subspaces) if not self.use_diagonal or a is None or i == len(subspaces) - 1]
-        sums = torch.zeros(self._total_classes, len(wanted) * D, device=self._device)
-        counts = torch.zeros(self._total_classes, dtype=torch.int64, device=self._device)
+        labels = self.train_dataset_for_protonet.labels
+        chosen = [subspaces[i] for i in wanted]
+        classes, means = class_means(network.backbone, train_loader, labels, chosen, self._device)
+        for _ in wanted[1:]:
+            draw_as_if_read(train_loader)
         with torch.no_grad():
-            for _, images, labels in train_loader:
-                parts = adapter_features(network.backbone, images.to(self._device), [subspaces[i] for i in wanted])
-                ops.class_sums(
-                    torch.cat(parts, 2)[:, 0].float(),
-                    labels.to(self._device),
-                    self._total_classes,
-                    sums=sums,
-                    counts=counts,
-                )
-            for _ in wanted[1:]:
-                draw_as_if_read(train_loader)
-            classes = torch.as_tensor(np.unique(self.train_dataset_for_protonet.labels), device=self._device)
-            means = sums[classes] / counts[classes, None]
-            for column, i in enumerate(wanted):
-                network.fc.weight[classes, i * D : (i + 1) * D] = means[:, column * D : (column + 1) * D]
+            for i, of_subspace in zip(wanted, means):
+                network.fc.weight[classes, i * D : (i + 1) * D] = of_subspace
         if self.use_diagonal:
             return None
         return self.solve_sim_reset() if self.recalc_sim else self.solve_similarity()
@@ -493,9 +484,7 @@ def _make_get_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def main() -> None:
     """PILOT's own main.py, patched; arguments are PILOT's."""
-    sys.path.insert(0, "")
-    print(patch())
-    _patch.require("main", "run in a checkout of LAMDA-PILOT").main()
+    _patch.run_patched(patch, "run in a checkout of LAMDA-PILOT")
 
 
 if __name__ == "__main__":
