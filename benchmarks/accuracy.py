@@ -35,7 +35,7 @@ from plora_ext.cil.report import markdown_table, prepare_folder
 from plora_ext.cil.settings import MethodName, Settings
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer
-from plora_ext.cli import add_settings, settings_from
+from plora_ext.cli import add_config, add_settings, settings_from
 from plora_ext.data import View
 
 BASELINES = tuple(m for m in get_args(MethodName) if not m.startswith("plora"))
@@ -195,7 +195,7 @@ def write(out: Path, rows: Sequence[dict[str, object]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-c", "--config", help="YAML file of settings; options override it")
+    add_config(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1993, 1994, 1995])
     parser.add_argument("--methods", nargs="+", choices=("plora", *BASELINES), default=["plora", *BASELINES])
     parser.add_argument("--merge", nargs="+", metavar="CSV", help="join these instead of running")

@@ -71,7 +71,7 @@ def evaluations(form: str, name: str, T: int, per_task: int, device: torch.devic
         vit.blocks[-1].mlp.register_forward_hook(lambda module, args, output: passed.append(len(output)))
 
     labels = np.repeat(np.arange(CLASSES * T), max(1, per_task // CLASSES))
-    stream = TaskStream(labels, labels, increment=CLASSES, class_order="none")
+    stream = TaskStream(labels, labels, increment=CLASSES, class_order="sorted")
     torch.manual_seed(0)
     images = torch.randn(len(labels), 3, *model.patch_embed.img_size, device=device)
     cache = FeatureCache(device=device) if form == OURS else None

@@ -123,7 +123,7 @@ def measure(method: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     data = synthetic(args.tasks * args.increment, args.train, args.test, size, args.every)
     settings = Settings(
         method=method, increment=args.increment, epochs=args.epochs, batch_size=args.batch_size, r=args.r,
-        amp=args.amp, device=args.device, class_order="none", feature_cache=args.feature_cache,
+        amp=args.amp, device=args.device, class_order="sorted", feature_cache=args.feature_cache,
     )  # fmt: skip
     width, depth = backbone.model.num_features, len(backbone.model.blocks)
     with tempfile.TemporaryDirectory() as folder:

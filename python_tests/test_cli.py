@@ -104,6 +104,20 @@ def test_train_takes_a_file_and_overrides_and_report_compares(
     assert "not in the means" not in printed
 
 
+def test_files_are_laid_over_one_another_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data.yaml").write_text("increment: 5\nepochs: 9\nlr: 0.1\n")
+    (tmp_path / "method.yaml").write_text("fusion: learned\nepochs: 3\naugment: false\n")
+    files = ["-c", str(tmp_path / "data.yaml"), "--config", str(tmp_path / "method.yaml")]
+    options = ["--lr", "0.2", "--deterministic", "--no-tf32", "--compile", "true", "--out", str(tmp_path / "out")]
+    assert main(["train", *files, *options, "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(printed)
+    settings = Settings.load(tmp_path / "printed.yaml")
+    assert (settings.increment, settings.epochs, settings.lr, settings.fusion) == (5, 3, 0.2, "learned")
+    assert (settings.augment, settings.deterministic, settings.tf32, settings.compile) == (False, True, False, True)
+    assert "onto: null  # here fused" in printed and not (tmp_path / "out").exists()
+
+
 def test_joint_is_drawn_beside_the_others(tmp_path: Path, problem: list[str], tiny: None) -> None:
     for method in ("joint", "plora-ensemble"):
         assert main(["train", *problem, "--method", method, "--out", str(tmp_path / method)]) == 0
@@ -330,6 +344,7 @@ def test_info_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
         (["--version"], "plora-ext"),
         (["train", "--help"], "--weight-decay"),
+        (["train", "--help"], "fusion, prototypes and head:\n  --fusion"),
         (["--help"], "demo"),
     ):
         with pytest.raises(SystemExit) as stop:
