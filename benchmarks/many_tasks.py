@@ -23,8 +23,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import harness
 import numpy as np
-import record
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -33,7 +33,6 @@ from plora_ext.cil import Settings, training
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.engine import pick_device, run
 from plora_ext.cil.methods import METHODS
-from plora_ext.cil.report import markdown_table
 from plora_ext.cil.training import Progress
 from plora_ext.data import Backbone, Images
 from plora_ext.info import environment
@@ -174,11 +173,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             ratio = f"{last / first:.2f}" if first else "–"
             lines.append([f"{method}, {title}", f"{first:.{digits}f}", f"{last:.{digits}f}", ratio])
     each = f"{count} tasks"
-    return markdown_table(("median", f"tasks 2 … {count + 1}", f"last {each}", "ratio"), lines)
+    return harness.table(("median", f"tasks 2 … {count + 1}", f"last {each}", "ratio"), lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__, "many_tasks")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["plora", "plora-ensemble"])
     parser.add_argument("--tasks", type=int, default=100)
     parser.add_argument("--increment", type=int, default=10, help="classes of a task")
@@ -197,18 +196,13 @@ def main() -> None:
     parser.add_argument(
         "--clock", default="wall", choices=("wall", "cpu"), help="cpu: for a machine shared with others"
     )
-    parser.add_argument("--commit", help="what to call the version measured, where this is no git checkout")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "many_tasks")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for method in args.methods:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             rows += pool.apply(measure, (method, args))
-        where = {
-            **record.origin(args.commit),
-        }
-        head = ", ".join(f"{k} {v}" for k, v in {**{n: rows[0][n] for n in ("device", "torch")}, **where}.items())
-        record.write(args.out, [*rows[0], *where], ({**r, **where} for r in rows), f"{head}\n\n{table(rows)}")
+        where = {name: rows[0][name] for name in ("device", "torch")} | harness.origin(args.commit)
+        harness.write(args.out, list(rows[0]), rows, table(rows), where)
     print(table(rows))
 
 

@@ -276,6 +276,7 @@ def test_interrupt_keeps_whole_files(problem: list[str], tmp_path: Path) -> None
 def test_the_accuracy_benchmark_agrees_with_single_runs(
     problem: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path
 ) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
     benchmark = runpy.run_path(str(repository / "benchmarks" / "accuracy.py"))
     problem += ["--lr", "0.02", "--projections", "100"]
 

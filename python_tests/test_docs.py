@@ -30,7 +30,8 @@ def test_scaling_shows_what_the_files_say(repository: Path, monkeypatch: pytest.
     assert scaling["filled"](page) == page, "run benchmarks/scaling.py"
 
 
-def test_the_cost_model_is_consistent(repository: Path) -> None:
+def test_the_cost_model_is_consistent(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
     scaling = runpy.run_path(str(repository / "benchmarks" / "scaling.py"))
     Scenario = scaling["Scenario"]
     one, two = (scaling["project"](Scenario("", T, 10, 128, 5, 2), 1) for T in (50, 100))
