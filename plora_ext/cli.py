@@ -128,8 +128,10 @@ def report(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from plora_ext.cil import report as reports
-    from plora_ext.cil.page import notes
     from plora_ext.cil.runs import group
+
+    reports.drawers()  # before any work: matplotlib may not be installed
+    from plora_ext.cil.page import notes
 
     results = [result for run in args.runs for result in reports.load_results(run)]
     if (Path(args.out) / "checkpoint").exists():
@@ -212,11 +214,13 @@ def _run(
             for job in jobs:
                 results.append(run(job, data=data, progress=progress, checkpoint=checkpoint, world=world))
                 if world.first:
-                    reports.write_folder(folder, results, shown.to_yaml())
+                    names = reports.write_folder(folder, results, shown.to_yaml())
     if not world.first:
         return
     console.console.print(reports.comparison_table(*group(results)))
-    print(f"written to {folder}: metrics.json, accuracy.png, task_matrix.png, settings.yaml")
+    print(f"written to {folder}: {', '.join(names)}")
+    if not any(name.endswith(".png") for name in names):
+        print(f"note: no figures without matplotlib: {reports.INSTALL}", file=sys.stderr)
 
 
 def _odd(settings: Settings, data: Any, stream: Any) -> list[str]:

@@ -272,6 +272,47 @@ def test_interrupt_keeps_whole_files(problem: list[str], tmp_path: Path) -> None
     assert [r.method for r in load_results(out)] == ["simplecil"]
 
 
+HIDDEN = """
+import sys
+for name in {hidden!r}:
+    sys.modules[name] = None  # as if it were not installed
+{tiny}
+import plora_ext.cil.engine as engine
+from plora_ext.cli import main
+engine.create_backbone = create
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_packages_that_are_not_installed(problem: list[str], tmp_path: Path) -> None:
+    def run(*arguments: str, hidden: tuple[str, ...] = ("matplotlib", "jinja2")) -> tuple[int, str, str]:
+        command = [sys.executable, "-c", HIDDEN.format(hidden=hidden, tiny=TINY), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stdout, done.stderr
+
+    out, said = str(tmp_path / "out"), 'pip install "plora_ext[report]"'
+    code, printed, error = run("train", *problem, "--method", "simplecil", "--out", out)
+    assert (code, error) == (0, f"note: no figures without matplotlib: {said}\n")
+    assert "simplecil" in printed and f"written to {out}: metrics.json, settings.yaml" in printed
+    assert sorted(p.name for p in Path(out).iterdir() if p.is_file()) == ["metrics.json", "settings.yaml"]
+    code, printed, error = run("report", out, "--out", str(tmp_path / "r"), hidden=("matplotlib",))
+    assert (code, error) == (2, f"error: figures and reports need the package matplotlib: {said}\n")
+    code, printed, error = run("report", out, "--out", str(tmp_path / "r"), hidden=("jinja2",))
+    assert (code, error) == (2, f"error: figures and reports need the package jinja2: {said}\n")
+    assert not (tmp_path / "r").exists()
+    code, printed, error = run(
+        "train", *problem, "--tensorboard", "--out", str(tmp_path / "t"), hidden=("tensorboard",)
+    )
+    assert code == 2 and error.startswith("error: --tensorboard needs the package tensorboard")
+    assert error.count("\n") == 1 and "pip install tensorboard" in error
+
+
+def test_hosts_that_are_not_installed() -> None:
+    script = "import sys; sys.modules['peft'] = None\nfrom plora_ext.integrations import peft\npeft.patch()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith(': pip install "plora_ext[integrations]"')
+
+
 @pytest.mark.usefixtures("tiny")
 def test_the_accuracy_benchmark_agrees_with_single_runs(
     problem: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path
