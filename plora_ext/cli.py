@@ -79,7 +79,9 @@ def train(args: argparse.Namespace) -> None:
 
         before = Checkpoint(Path(settings.out), resume=True, world=args.world)
         if before.manifest:
-            settings = settings_from(args, **before.settings)
+            saved = before.settings
+            free = {**saved, "onto": None, "init": None}  # unless they were chosen, they are to follow from the others
+            settings = settings_from(args, **(free if Settings(**free).as_dict() == saved else saved))
         elif not set(_given(args, [f.name for f in fields(Settings)])) - {"out", "device", "workers"}:
             raise ValueError(f"{settings.out} holds no checkpoint to resume: is it the right folder?")
         elif args.world.first:

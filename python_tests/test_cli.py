@@ -118,6 +118,20 @@ def test_files_are_laid_over_one_another_and_printed(tmp_path: Path, capsys: pyt
     assert "onto: null  # here fused" in printed and not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("tiny")
+def test_a_resumed_run_writes_the_settings_as_they_were_chosen(problem: list[str], tmp_path: Path) -> None:
+    for chosen, line in (([], "onto: null  # here base"), (["--init", "fresh"], "onto: base")):
+        out = tmp_path / f"out{len(chosen)}"
+        assert main(["train", *problem, "--method", "simplecil", *chosen, "--out", str(out)]) == 0
+        first = (out / "settings.yaml").read_text()
+        assert main(["train", "--resume", "--out", str(out)]) == 0
+        again = (out / "settings.yaml").read_text()
+        assert line in again and Settings.load(out / "settings.yaml").as_dict() == yaml.safe_load(first) | {
+            "onto": "base", "init": chosen[1] if chosen else "first"
+        }  # fmt: skip
+    assert Settings.load(tmp_path / "out0" / "settings.yaml", {"fusion": "learned"}).onto == "fused"
+
+
 def test_joint_is_drawn_beside_the_others(tmp_path: Path, problem: list[str], tiny: None) -> None:
     for method in ("joint", "plora-ensemble"):
         assert main(["train", *problem, "--method", method, "--out", str(tmp_path / method)]) == 0

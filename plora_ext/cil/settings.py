@@ -20,6 +20,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 MethodName = Literal["plora", "plora-ensemble", "simplecil", "lora-sequential", "lora-first", "joint"]
+_LEAST = (  # what settings must be, where they are not null
+    (
+        "at least 1",
+        lambda v: v >= 1,
+        "increment r epochs batch_size eval_batch_size image_size projections replay_epochs",
+    ),
+    ("at least 0", lambda v: v >= 0, "init_cls ridge ensemble_alpha weight_decay workers"),
+    ("above 0", lambda v: v > 0, "fusion_tau tau ensemble_tau lr scale"),
+)
 _ORDERS = {None: "shuffled", "none": "sorted"}  # words of class_order in files and checkpoints of before
 
 
@@ -151,22 +160,10 @@ class Settings:
             _require((getattr(self, name) or 0) <= limit, name, f"at most {limit}", getattr(self, name))
         if self.tasks is not None and self.class_order not in ("shuffled", "sorted"):
             raise ValueError("tasks spells out the classes of every task: leave class_order out")
-        for name in (
-            "increment",
-            "r",
-            "epochs",
-            "batch_size",
-            "eval_batch_size",
-            "image_size",
-            "projections",
-            "replay_epochs",
-        ):
-            _require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("fusion_tau", "tau", "ensemble_tau", "lr", "scale"):
-            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
-        for name in ("init_cls", "ridge", "ensemble_alpha", "weight_decay"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _require(self.workers is None or self.workers >= 0, "workers", "at least 0", self.workers)
+        for wanted, holds, names in _LEAST:
+            for name in names.split():
+                value = getattr(self, name)
+                _require(value is None or holds(value), name, wanted, value)
         _require(0 < self.subspace <= 1, "subspace", "in (0, 1]", self.subspace)
         _require(0 <= self.shrinkage <= 1, "shrinkage", "in [0, 1]", self.shrinkage)
         memory = self.ensemble_memory

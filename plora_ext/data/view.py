@@ -112,18 +112,14 @@ class View:
             p = self.preparation
             about = repr((p.image_size, list(p.mean), list(p.std), p.transform)).encode()
             about += b" on the device" if p.on_device and self._ready is None else b""
-            parts = [hashlib.blake2b(about + content, digest_size=16).digest() for content in self._contents()]
+            if isinstance(self.images, ImageFiles):
+                files = ((path.absolute(), path.stat()) for path in self.images.paths)
+                contents = (f"{path} {facts.st_size} {facts.st_mtime_ns}".encode() for path, facts in files)
+            else:
+                contents = (repr(image.shape).encode() + image.tobytes() for image in self.images)
+            parts = [hashlib.blake2b(about + content, digest_size=16).digest() for content in contents]
             self._digests.append(torch.from_numpy(np.frombuffer(b"".join(parts), dtype=np.int64).reshape(-1, 2).copy()))
         return self._digests[0][self.rows]
-
-    def _contents(self) -> Iterator[bytes]:
-        if isinstance(self.images, ImageFiles):
-            for path in self.images.paths:
-                facts = path.stat()
-                yield f"{path.absolute()} {facts.st_size} {facts.st_mtime_ns}".encode()
-        else:
-            for image in self.images:
-                yield repr(image.shape).encode() + image.tobytes()
 
     def __getitem__(self, rows: Tensor) -> View:
         """The images of `rows`, int64, within this selection."""
