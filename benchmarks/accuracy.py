@@ -11,16 +11,14 @@ ensemble, where adapters are trained on the frozen backbone. "METHOD + HEAD" is 
 
 from __future__ import annotations
 
-import argparse
 import csv
-import io
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import harness
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,28 +33,14 @@ from plora_ext.cil.result import Result
 from plora_ext.cil.settings import MethodName, Settings
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer
-from plora_ext.cli import add_settings, settings_from
+from plora_ext.cli import add_config, add_settings, settings_from
 from plora_ext.data import Images, View
 from plora_ext.report.console import ConsoleProgress
-from plora_ext.report.files import markdown_table, prepare_folder
+from plora_ext.report.files import prepare_folder
 
 BASELINES = tuple(m for m in get_args(MethodName) if not m.startswith("plora"))
 FIGURES = ("average_accuracy", "last_accuracy", "forgetting", "backward_transfer")
-FIELDS = (
-    "method",
-    "seed",
-    *FIGURES,
-    "passes",
-    "data",
-    "init_cls",
-    "increment",
-    "backbone",
-    "epochs",
-    "lr",
-    "r",
-    "device",
-    "torch",
-)
+FIELDS = ("method", "seed", *FIGURES, *"passes data init_cls increment backbone epochs lr r device torch".split())
 
 
 class Recording(Method):
@@ -182,24 +166,12 @@ def table(rows: Sequence[dict[str, object]]) -> str:
         names = FIGURES[method.startswith("joint") :]  # no Ā: one step, over all classes
         figures = [[float(str(r[f])) for r in own if f in names and r[f] not in (None, "")] for f in FIGURES]
         lines.append([method, *map(cell, figures), str(own[0]["passes"]), str(len(own))])
-    return markdown_table(("Method", "Ā", "A_B", "Forgetting", "BWT", "Passes", "Seeds"), lines)
-
-
-def write(out: Path, rows: Sequence[dict[str, object]]) -> None:
-    """OUT.csv and OUT.md, each whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    for suffix, content in ((".csv", text.getvalue()), (".md", table(rows))):
-        part = out.with_name(f".{out.name}{suffix}.part")
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, out.with_name(out.name + suffix))
+    return harness.table(("Method", "Ā", "A_B", "Forgetting", "BWT", "Passes", "Seeds"), lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-c", "--config", help="YAML file of settings; options override it")
+    parser = harness.options(__doc__)
+    add_config(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1993, 1994, 1995])
     parser.add_argument("--methods", nargs="+", choices=("plora", *BASELINES), default=["plora", *BASELINES])
     parser.add_argument("--merge", nargs="+", metavar="CSV", help="join these instead of running")
@@ -212,7 +184,8 @@ def main() -> None:
         rows: list[dict[str, object]] = []
         for file in map(Path, args.merge):
             rows += csv.DictReader(file.read_text(encoding="utf-8").splitlines())
-        write(out, sorted(rows, key=lambda r: int(str(r["seed"]))))
+        rows.sort(key=lambda r: int(str(r["seed"])))
+        harness.write(out, FIELDS, rows, table(rows))
         print(table(rows))
         return
     del args.out
@@ -223,7 +196,7 @@ def main() -> None:
             for method in args.methods:
                 job = replace(settings, method=method, seed=seed)
                 rows += measure(job, data, progress)
-                write(out, rows)
+                harness.write(out, FIELDS, rows, table(rows))
     print(table(rows))
 
 

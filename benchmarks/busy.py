@@ -9,7 +9,6 @@ images per second of the training epochs; the neighbours are processes that coun
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -18,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import harness
 import torch
 
 from plora_ext.info import environment
@@ -44,24 +44,24 @@ def images_per_second(variables: str, neighbours: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__)
     parser.add_argument("environments", nargs="*", default=ENVIRONMENTS, metavar="ENVIRONMENT")
     parser.add_argument("--neighbours", type=int, nargs="+", default=(0, 1, 2), help="how many busy processes")
     parser.add_argument("--repeats", type=int, default=3, help="runs of which the median counts")
     parser.add_argument("--out", type=Path, help="a file for the table")
     args = parser.parse_args()
     here = environment(torch.device("cpu"))
-    lines = [", ".join(f"{name} {here[name]}" for name in ("device", "torch", "plora_ext")), ""]
-    lines += ["| images/s | " + " | ".join(f"{n} busy" for n in args.neighbours) + " |"]
-    lines += ["|---|" + "---:|" * len(args.neighbours)]
+    rows = []
     for variables in args.environments:
         rates = [[images_per_second(variables, n) for _ in range(args.repeats)] for n in args.neighbours]
-        cells = " | ".join(f"{statistics.median(rate):.0f}" for rate in rates)
-        lines.append(f"| {f'`{variables}`' if variables else 'default of the command'} | {cells} |")
-    text = "\n".join(lines)
+        name = f"`{variables}`" if variables else "default of the command"
+        rows.append([name, *(f"{statistics.median(rate):.0f}" for rate in rates)])
+    columns = ["images/s", *(f"{n} busy" for n in args.neighbours)]
+    where = {name: here[name] for name in ("device", "torch", "plora_ext")}
+    text = f"{harness.said(where)}\n\n{harness.table(columns, rows)}"
     print(text)
     if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+        args.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,25 +9,25 @@ the low-rank families in bfloat16 as well.
 
 from __future__ import annotations
 
-import argparse
-import platform
 import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import record
+import harness
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import plora_ext
 from plora_ext import data, ops, reference
 from plora_ext import nn as plora_nn
+from plora_ext.bench import OPERATORS, OURS, in_turn
+from plora_ext.info import environment
 
-OURS, FROZEN = "plora_ext", "frozen backbone, gradient to its input"
+FROZEN = "frozen backbone, gradient to its input"
 D, R, S, ROWS = 768, 16, 0.5, 197
 Form = Callable[[], Any]
 
@@ -35,10 +35,6 @@ Form = Callable[[], Any]
 class Case(NamedTuple):
     name: str
     forms: dict[str, Form]
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape)
 
 
 class Problem:
@@ -230,42 +226,36 @@ def completed(prototypes: Tensor, task_of_class: Tensor) -> Tensor:
     return result
 
 
+def index_add(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    return torch.zeros(num_classes, D).index_add_(0, labels, features)
+
+
+def one_hot(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    return F.one_hot(labels, num_classes).float().T @ features
+
+
+RIVALS: dict[str, dict[str, Callable[..., Any]]] = {
+    "class_sums": {"index_add_": index_add, "one-hot product": one_hot,
+                   "features.sum(): its bytes alone": lambda features, **_: features.sum()},
+    "complete_prototypes": {"pair by pair": reference.complete_prototypes, "a task's pairs at once": completed},
+    "reconstruct_prototypes": {"plain torch": reference.reconstruct_prototypes},
+    "subspace_logits": {"plain torch": reference.subspace_logits},
+}  # fmt: skip
+
+
 def prototypes() -> Iterator[Case]:
     torch.manual_seed(0)
-    features, labels = draw(50_000, D), torch.randint(0, 100, (50_000,))
-    yield Case(
-        "class_sums, 50,000 rows, 100 classes",
-        {
-            OURS: lambda: ops.class_sums(features, labels, 100),
-            "index_add_": lambda: torch.zeros(100, D).index_add_(0, labels, features),
-            "one-hot product": lambda: F.one_hot(labels, 100).float().T @ features,
-            "features.sum(): its bytes alone": lambda: features.sum(),
-        },
-    )
-    for C, T in ((100, 10), (100, 20)):
-        p, task = draw(C, T, D), torch.arange(C) * T // C
-        yield Case(
-            f"complete_prototypes, {C} classes, {T} tasks",
-            {
-                OURS: lambda p=p, task=task: ops.complete_prototypes(p, task),
-                "pair by pair": lambda p=p, task=task: reference.complete_prototypes(p, task),
-                "a task's pairs at once": lambda p=p, task=task: completed(p, task),
-            },
-        )
-    for old, new in ((95, 5), (900, 100), (5000, 1000)):
-        args = draw(old, D), draw(new, D), draw(new, D)
-        yield Case(
-            f"reconstruct_prototypes, {old} x {new}",
-            {
-                OURS: lambda args=args: ops.reconstruct_prototypes(*args),
-                "plain torch": lambda args=args: reference.reconstruct_prototypes(*args),
-            },
-        )
-    args = draw(128, 20, D), draw(100, 20, D), torch.rand(100, 20)
-    yield Case(
-        "subspace_logits, 20 subspaces, 128 images, 100 classes",
-        {OURS: lambda: ops.subspace_logits(*args), "plain torch": lambda: reference.subspace_logits(*args)},
-    )
+    for operator, what, sizes in (
+        ("class_sums", "50,000 rows, 100 classes", {}),
+        ("complete_prototypes", "100 classes, 10 tasks", {"T": 10}),
+        ("complete_prototypes", "100 classes, 20 tasks", {"T": 20}),
+        ("reconstruct_prototypes", "95 x 5", {"old": 95, "new": 5}),
+        ("reconstruct_prototypes", "900 x 100", {"old": 900, "new": 100}),
+        ("reconstruct_prototypes", "5000 x 1000", {"old": 5000, "new": 1000}),
+        ("subspace_logits", "20 subspaces, 128 images, 100 classes", {}),
+    ):
+        given, forms = OPERATORS[operator].inputs(**sizes), {OURS: getattr(ops, operator), **RIVALS[operator]}
+        yield Case(f"{operator}, {what}", {name: partial(form, **given) for name, form in forms.items()})
 
 
 class PlainLoRA(nn.Module):
@@ -327,63 +317,50 @@ for dtype_, suffix in ((torch.float32, ""), (torch.bfloat16, ", bfloat16")):
 
 def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
     """Every form once a round, in an order that turns, until the time is spent."""
-    names, times = list(case.forms), {n: [] for n in case.forms}
-    for name in names:
-        case.forms[name](), case.forms[name]()
-    end, rounds = time.perf_counter() + seconds, 0
-    while rounds < 9 or (time.perf_counter() < end and rounds < 2000):
-        for i in range(len(names)):
-            name = names[(i + rounds) % len(names)]
-            start = time.perf_counter()
-            case.forms[name]()
-            times[name].append(time.perf_counter() - start)
-        rounds += 1
+
+    def timed(form: Form) -> float:
+        start = time.perf_counter()
+        form()
+        return time.perf_counter() - start
+
+    for form in case.forms.values():
+        form(), form()
+    times = in_turn({n: partial(timed, form) for n, form in case.forms.items()}, 9, seconds, turning=True)
     rows = []
-    for name in names:
+    for name in case.forms:
         ratios = [a / b for a, b in zip(times[name], times[OURS], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
         row = {"case": case.name, "form": name, "median_ms": f"{1e3 * statistics.median(times[name]):.3f}"}
         row |= {"ratio": f"{statistics.median(ratios):.2f}", "ratio_q1": f"{low:.2f}", "ratio_q3": f"{high:.2f}"}
-        rows.append(row | {"rounds": str(rounds)})
+        rows.append(row | {"rounds": str(len(ratios))})
     return rows
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return match[1] if match else platform.processor()
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=4, help="for each case")
     parser.add_argument("--only", default="", help="a regular expression that the case's name must hold")
     parser.add_argument("--out", type=Path, help="path of the results without its suffix")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    where = {"device": cpu_name(), "threads": args.threads, "torch": torch.__version__}
-    where["plora_ext"] = plora_ext.__version__
-    lines = [
-        ", ".join(f"{name} {value}" for name, value in where.items()),
-        "",
-        "| case | form | median ms | its time / ours (quartiles) |",
-        "|---|---|---:|---:|",
-    ]
-    print("\n".join(lines), flush=True)
-    rows = []
+    here = environment(torch.device("cpu"))
+    where = {"device": here["device"].rsplit(",", 1)[0], "threads": args.threads}
+    where |= {name: here[name] for name in ("torch", "plora_ext")}
+    columns = ("case", "form", "median ms", "its time / ours (quartiles)")
+    print(harness.said(where), harness.table(columns, []), sep="\n\n", end="", flush=True)
+    rows, lines = [], []
     for group in GROUPS.values():
         for case in group():
             if not re.search(args.only, case.name):
                 continue
             for row in measure(case, args.seconds):
-                rows.append(row | where)
+                rows.append(row)
                 ratio = f"{row['ratio']} ({row['ratio_q1']}–{row['ratio_q3']})"
-                lines.append(f"| {row['case']} | {row['form']} | {row['median_ms']} | {ratio} |")
-                print(lines[-1], flush=True)
-    if args.out is None:
-        return
-    record.write(args.out, list(rows[0]), rows, "\n".join(lines) + "\n")
+                lines.append((row["case"], row["form"], row["median_ms"], ratio))
+                print(f"| {' | '.join(lines[-1])} |", flush=True)
+    if args.out:
+        harness.write(args.out, list(rows[0]), rows, harness.table(columns, lines, texts=2), where)
 
 
 if __name__ == "__main__":

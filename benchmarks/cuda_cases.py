@@ -12,19 +12,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from harness import BASE, DEVICE, Form, GPUCase, Line, Step
 from torch import Tensor, nn
 
 from plora_ext import ops
+from plora_ext.bench import OURS
 from plora_ext.nn import MultiLoRALinear, inject
 
-DEVICE, DTYPE, SCALE = "cuda", torch.bfloat16, 0.5
+DTYPE, SCALE = torch.bfloat16, 0.5
 IMAGES, TOKENS = 64, 197  # of a ViT-B/16
 M = IMAGES * TOKENS
 LAYERS = ((768, 768), (768, 2304), (768, 3072), (3072, 768))  # in, out: proj, qkv, fc1, fc2
-OURS, BASE, PLAIN, MASKED = "plora_ext", "base layer alone", "plain torch", "concatenated, masked"
+PLAIN, MASKED = "plain torch", "concatenated, masked"
 BEST, MERGE = "best rival", "merge"
 Layer = tuple[int, int]
-Form = Callable[[Any], Any]
 
 
 # ---------------------------------------------------------------------- inputs
@@ -87,7 +88,7 @@ class Problem:
 
 
 def peft_model(model: nn.Module, targets: str, factors: dict[str, tuple[Tensor, Tensor]]) -> Any:
-    """`model` in PEFT, with adapters t0, t1, ... of the given factors in the dtype of the model."""
+    """`model` in PEFT, with adapters t0, t1, ... of the given factors, in their dtype."""
     import peft
 
     T, r = next(iter(factors.values()))[0].shape[:2]
@@ -95,25 +96,13 @@ def peft_model(model: nn.Module, targets: str, factors: dict[str, tuple[Tensor, 
     wrapped = peft.get_peft_model(model, config, "t0")
     for t in range(1, T):
         wrapped.add_adapter(f"t{t}", config)
-    wrapped.to(DTYPE)  # PEFT's default is float32 adapters, which are slower
+    wrapped.to(next(iter(factors.values()))[0].dtype)  # PEFT's default is float32 adapters, which are slower
     for name, (A, B) in factors.items():
         layer: Any = wrapped.get_base_model().get_submodule(name)
         for t in range(T):
             layer.lora_A[f"t{t}"].weight.data.copy_(A[t])
             layer.lora_B[f"t{t}"].weight.data.copy_(B[t])
     return wrapped.eval()
-
-
-class Step:
-    """A training step: forward, then the gradients of `leaves`, given by their names or by a function."""
-
-    def __init__(self, forward: Form, leaves: str | Callable[[Any], list[Tensor]]) -> None:
-        self.forward, self.leaves = forward, leaves
-
-    def __call__(self, p: Any) -> tuple[Tensor, ...]:
-        chosen = self.leaves
-        leaves = [getattr(p, name) for name in chosen.split()] if isinstance(chosen, str) else chosen(p)
-        return torch.autograd.grad(self.forward(p), leaves, p.grad)
 
 
 # ---------------------------------------------------------------------- the forms of each computation
@@ -275,25 +264,18 @@ TRAINED_MODULES: dict[str, Form] = {
 
 
 @dataclass
-class Case:
+class Case(GPUCase):
     """Forms of one computation, and what is asked of ours."""
 
-    row: int
-    name: str
-    kind: str
-    make: Callable[[], Any]  # one set of inputs
-    forms: dict[str, Form]
-    reference: Form  # of one set, in float64
+    kind: str = ""
     limits: dict[str, float] = field(default_factory=dict)  # ours takes at most so many times as long as this form
     gains: dict[str, float] = field(default_factory=dict)  # this form takes at least so many times as long as ours
     floors: dict[str, float] = field(default_factory=dict)  # microseconds of what is no form, for `limits`
-    eager: tuple[str, ...] = ()  # how names of forms begin that are not to be captured into a CUDA graph
-    train: bool = False
-    compile: bool = False
-    judged: str = "gpu_us"
-    tolerance: float = 0.02
     scale: float = SCALE
-    sets: list[Any] = field(default_factory=list)
+
+    def size(self, first: Any, expected: tuple[Tensor, ...]) -> float:
+        named = (getattr(first, name, None) for name in ("x", "weight", "A", "B"))
+        return sum(t.nbytes for t in named if t is not None) + sum(t.numel() * DTYPE.itemsize for t in expected)
 
     def ranked(self, name: str) -> bool:
         """Whether a form is a rival that keeps the adapters unmerged, and has no goal of its own."""
@@ -302,8 +284,8 @@ class Case:
     def to_compile(self, name: str) -> bool:
         return self.ranked(name) and not name.startswith(("PEFT", "loop"))
 
-    def judge(self, times: dict[str, float]) -> list[str]:
-        """Each goal, its figure, and whether it is met."""
+    def judge(self, lines: dict[str, Line]) -> list[str]:
+        times = {name: line[self.judged] for name, line in lines.items() if self.judged in line}
         found, ours = [], times.get(OURS)
         goals = [(key, bound, True) for key, bound in self.limits.items()]
         for key, bound, limit in [*goals, *((key, bound, False) for key, bound in self.gains.items())]:
@@ -321,7 +303,7 @@ class Case:
 
 def one(row: int, layer: Layer, r: int, **goals: Any) -> Case:
     name = f"one adapter, r={r}, {layer[0]}→{layer[1]}"
-    return Case(row, name, "one", lambda: Problem(M, layer, r, 1), ONE, lambda p: ONE[PLAIN](p.double()), **goals)
+    return Case(row, name, lambda: Problem(M, layer, r, 1), ONE, lambda p: ONE[PLAIN](p.double()), "one", **goals)
 
 
 def indexed(row: int, what: str, layer: Layer, r: int, T: int, ids: Tensor, rows: int = M, **goals: Any) -> Case:
@@ -334,24 +316,24 @@ def indexed(row: int, what: str, layer: Layer, r: int, T: int, ids: Tensor, rows
         del forms["gathered for each row"]  # gigabytes
     name = f"{what}, T={T}, r={r}, M={rows:,}, {layer[0]}→{layer[1]}"
     return Case(
-        row, name, "indexed", lambda: Problem(rows, layer, r, T, ids), forms, lambda p: INDEXED[MASKED](p.double()),
+        row, name, lambda: Problem(rows, layer, r, T, ids), forms, lambda p: INDEXED[MASKED](p.double()), "indexed",
         eager=("PEFT",), **goals,  # it reads names and moves indices from the host
     )  # fmt: skip
 
 
 def training(row: int, forms: dict[str, Form], layer: Layer, rows: int = M, **goals: Any) -> Case:
     return Case(
-        row, f"forward + backward, r=16, M={rows:,}, {layer[0]}→{layer[1]}", "training",
-        lambda: Problem(rows, layer, 16, 1, train="x A B"), forms, lambda p: TRAINED[PLAIN](p.double()), train=True,
-        **goals,
+        row, f"forward + backward, r=16, M={rows:,}, {layer[0]}→{layer[1]}",
+        lambda: Problem(rows, layer, 16, 1, train="x A B"), forms, lambda p: TRAINED[PLAIN](p.double()), "training",
+        train=True, **goals,
     )  # fmt: skip
 
 
 def in_place(T: int, forms: dict[str, Form], twin: str, ids: Tensor | None, bandwidth: float) -> Case:
     us = 2 * (3 * M * 768 + 2 * T * 16 * 768) / bandwidth * 1e6
     return Case(
-        6, f"added to a given y, T={T}, r=16, 768→768", "in place", lambda: Problem(M, LAYERS[0], 16, T, ids), forms,
-        lambda p: forms[twin](p.double()), {"its bytes at copy bandwidth": 1 / 0.8},
+        6, f"added to a given y, T={T}, r=16, 768→768", lambda: Problem(M, LAYERS[0], 16, T, ids), forms,
+        lambda p: forms[twin](p.double()), "in place", {"its bytes at copy bandwidth": 1 / 0.8},
         floors={"its bytes at copy bandwidth": us},
     )  # fmt: skip
 
@@ -359,17 +341,18 @@ def in_place(T: int, forms: dict[str, Form], twin: str, ids: Tensor | None, band
 def sum_of(T: int, train: bool) -> Case:
     forms, what = (SUM_TRAINED, "newest and weights trained") if train else (SUM, "inference")
     return Case(
-        7, f"sum, T={T}, r=16, 768→768, {what}", "sum",
+        7, f"sum, T={T}, r=16, 768→768, {what}",
         lambda: Problem(M, LAYERS[0], 16, T, train="x A B A_new B_new coeff" if train else ""), forms,
-        lambda p: forms["concatenated"](p.double()), {BASE: 2.0} if train else {MERGE: 1.1}, {"loop": 5.0}, train=train,
+        lambda p: forms["concatenated"](p.double()), "sum", {BASE: 2.0} if train else {MERGE: 1.1},
+        {"loop": 5.0}, train=train,
     )  # fmt: skip
 
 
 def all_of(T: int, bandwidth: float) -> Case:
     us = 2 * T * M * 768 / bandwidth * 1e6
     return Case(
-        8, f"all, T={T}, r=16, 768→768", "all", lambda: Problem(M, LAYERS[0], 16, T), ALL,
-        lambda p: all_plain(p.double()), {"its output at copy bandwidth": 1.25},
+        8, f"all, T={T}, r=16, 768→768", lambda: Problem(M, LAYERS[0], 16, T), ALL,
+        lambda p: all_plain(p.double()), "all", {"its output at copy bandwidth": 1.25},
         floors={"its output at copy bandwidth": us},
     )  # fmt: skip
 
@@ -500,6 +483,6 @@ def vit(T: int, train: bool, compiled: bool, r: int = 16, batch: int = 128, **go
         forms["PEFT eager"] = lambda p: peft(p.x, adapter_names=names)
     what = "a training step" if train else f"forward, unmerged, T={T}"
     return Case(
-        9, f"ViT-B/16, r={r} on all linears, B={batch}, {what}", "vit", draw, forms, reference, eager=("",),  # all
+        9, f"ViT-B/16, r={r} on all linears, B={batch}, {what}", draw, forms, reference, "vit", eager=("",),  # all
         train=train, tolerance=0.1, **goals,
     )  # fmt: skip

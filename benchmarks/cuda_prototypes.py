@@ -12,37 +12,30 @@ and NAME.md.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import gc
-import math
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import record
+import ease
+import harness
 import torch
 import torch.nn.functional as F
-from cuda_cases import DEVICE, OURS, Step
-from cuda_lora import FOOTPRINT, Run, as_tuple, ceilings, error_of, gpu_times, markdown, prepare, wall_times
+from harness import DEVICE, Form, GPUCase, Line, Step, ceilings, error_of, extra_megabytes
 from torch import Tensor
 
-from plora_ext import libraries, ops, reference
+from plora_ext import ops, reference
+from plora_ext.bench import OURS
 
 D, ALPHA = 768, 0.1
-EASE, COMPILED = "EASE", "torch.compile"
+EASE = "EASE"
 FAST = ", TF32"
 FIELDS = {
     "row": "", "case": "", "form": "", "gpu_us": ".1f", "gpu_iqr_us": ".2f", "wall_us": ".1f", "error": ".1e",
     "over_ours": ".2f", "extra_MB": ".1f", "goals": "", "note": "",
 }  # fmt: skip
-Form = Callable[[Any], Any]
-Line = dict[str, Any]
 
 
 # ---------------------------------------------------------------------- forms
@@ -102,67 +95,28 @@ def pair_by_pair(p: Any) -> Tensor:
     return result
 
 
-def ease_completion(p: Any) -> Tensor:
-    """EASE's loops: on the CPU, a cosine and an addition for each old and new class of each pair of tasks."""
-    bank = p.bank.cpu()
-    C, T, _ = bank.shape
-    n = C // T
-    result = bank.clone()
-    for i in range(T):
-        for j in range(i + 1, T):
-            old, new, values = bank[i * n : (i + 1) * n, i], bank[j * n :, i], bank[j * n :, j]
-            similarity = torch.zeros(len(old), len(new))
-            for a in range(len(old)):
-                for b in range(len(new)):
-                    similarity[a][b] = torch.cosine_similarity(old[a], new[b], dim=0)
-            similarity = torch.softmax(similarity, dim=1)
-            filled = torch.zeros_like(old)
-            for a in range(len(old)):
-                for b in range(len(new)):
-                    filled[a] += similarity[a][b] * values[b]
-            result[i * n : (i + 1) * n, j] = filled
-    return result.to(DEVICE)
-
-
 def einsum(p: Any) -> Tensor:
     prototypes = F.normalize(p.prototypes, dim=-1) * p.weights[..., None]
     return torch.einsum("btd,ctd->bc", F.normalize(p.features, dim=-1), prototypes)
-
-
-def ease_head(p: Any) -> Tensor:
-    """EASE's head: for each task's classes, each subspace is normalised and multiplied anew."""
-    blocks, T = [], p.features.shape[1]
-    n = len(p.prototypes) // T
-    features, weight = p.features.flatten(1), p.prototypes.flatten(1)
-    for i in range(T):
-        total: Tensor | None = None
-        for j in range(T):
-            part = slice(j * D, (j + 1) * D)
-            x, w = (
-                F.normalize(features[:, part], p=2, dim=1),
-                F.normalize(weight[i * n : (i + 1) * n, part], p=2, dim=1),
-            )
-            logits = F.linear(x, w) if i == j else ALPHA * F.linear(x, w) / (T - 1)
-            total = logits if total is None else total + logits
-        blocks.append(total)
-    return torch.cat([b for b in blocks if b is not None], dim=1)
 
 
 # ---------------------------------------------------------------------- cases
 
 
 @dataclass
-class Case:
-    row: int
-    name: str
-    make: Callable[[], Any]
-    forms: dict[str, Form]
-    reference: Form  # of one set, in float64
+class Case(GPUCase):
+    """Forms of one computation, and what is asked of ours."""
+
     goals: list[Callable[[dict[str, Line]], str]] = field(default_factory=list)
-    tolerance: float = 1e-5
-    train: bool = False
-    launched: tuple[str, ...] = ()  # forms that are not captured
-    once: tuple[str, ...] = ()  # forms of many seconds
+    compile: bool = True
+    eager_sets = 3
+    memory = True
+
+    def to_compile(self, name: str) -> bool:
+        return is_torch(name) and not name.endswith(FAST)
+
+    def judge(self, lines: dict[str, Line]) -> list[str]:
+        return [goal(lines) for goal in self.goals]
 
 
 def verdict(text: str, figure: float, met: bool) -> str:
@@ -282,7 +236,7 @@ def complete(C: int, T: int, quick: bool, train: bool = False, **more: Any) -> C
         "torch, pair by pair": form(pair_by_pair),
     }
     if not train and not quick:
-        forms[f"{EASE}, loops"] = ease_completion
+        forms[f"{EASE}, loops"] = lambda p: ease.complete(p.bank, p.tasks)
 
     def exact(p: Any) -> Any:
         wide = SimpleNamespace(bank=p.bank.detach().double().requires_grad_(train), tasks=p.tasks, grad=p.grad.double())
@@ -307,14 +261,14 @@ def head(B: int, C: int, T: int, train: bool = False, **more: Any) -> Case:
         "plain torch": form(lambda p: reference.subspace_logits(p.features, p.prototypes, p.weights)),
     }
     if not train:
-        forms[f"{EASE}, forward_reweight"] = ease_head
+        forms[f"{EASE}, forward_reweight"] = lambda p: ease.logits(p.features, p.prototypes, [C // T] * T, ALPHA)
 
     def exact(p: Any) -> Any:
         leaves = {n: t.detach().double().requires_grad_(train and n != "weights") for n, t in vars(p).items()}
         return form(einsum)(SimpleNamespace(**leaves))
 
     name = f"subspace_logits, T={T}, B={B}, C={C}{', forward and backward' if train else ''}"
-    return Case(4, name, make, forms, exact, train=train, launched=(EASE,), **more)
+    return Case(4, name, make, forms, exact, train=train, eager=(EASE,), **more)
 
 
 def cases(rows: list[int], quick: bool, bandwidth: float) -> list[Callable[[], Case]]:
@@ -351,72 +305,6 @@ def cases(rows: list[int], quick: bool, bandwidth: float) -> list[Callable[[], C
     return [make for row, make in found if row in rows]
 
 
-# ---------------------------------------------------------------------- measuring
-
-
-def extra_megabytes(form: Form, p: Any) -> float:
-    """Peak of allocated memory over what is there before, less the outputs."""
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    outputs = as_tuple(form(p))
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before - sum(o.nbytes for o in outputs)) / 1e6
-
-
-def measure(case: Case, rounds: int, compiled: bool) -> list[Line]:
-    torch.manual_seed(0)
-    torch.set_grad_enabled(case.train)
-    first = case.make()
-    expected = as_tuple(case.reference(first))
-    size = sum(t.nbytes for t in vars(first).values() if isinstance(t, Tensor))
-    sets = [first, *(case.make() for _ in range(max(3, min(24, math.ceil(FOOTPRINT / size))) - 1))]
-    lines: dict[str, Line] = {}
-    runs: dict[str, Run] = {}
-
-    def add(name: str, form: Form) -> None:
-        line = lines[name] = {"row": case.row, "case": case.name, "form": name}
-        try:
-            start = time.perf_counter()
-            line["error"] = error_of(form(first), expected)
-            if not line["error"] <= case.tolerance:
-                line["note"] = "WRONG"
-            if case.once and name.startswith(case.once):
-                line["wall_us"] = 1e6 * (time.perf_counter() - start)
-                line.setdefault("note", "called once")
-                return
-            line["extra_MB"] = extra_megabytes(form, first)
-            launched = bool(case.launched) and name.startswith(case.launched)
-            runs[name] = prepare(form, sets[:3] if launched else sets, captured=not launched)
-            if not runs[name].graph:
-                line.setdefault("note", "not captured")
-        except Exception as error:
-            line["note"] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:150]
-
-    for name, form in case.forms.items():
-        add(name, form)
-    rivals = {n: run for n, run in runs.items() if is_torch(n) and not n.endswith(FAST)}
-    if compiled and rivals:
-        quick = gpu_times(rivals, 3)
-        best = min(quick, key=lambda n: statistics.median(quick[n]))
-        form = case.forms[best]
-        forward = torch.compile(form.forward if isinstance(form, Step) else form, dynamic=False)
-        add(f"{COMPILED}({best})", Step(forward, form.leaves) if isinstance(form, Step) else forward)
-
-    walls = wall_times(runs, max(3, rounds // 3))
-    for name, values in gpu_times(runs, rounds).items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        lines[name] |= {"gpu_us": middle, "gpu_iqr_us": high - low, "wall_us": statistics.median(walls[name])}
-    if OURS in runs:
-        right = {n: line for n, line in lines.items() if line.get("note") != "WRONG"}
-        for line in right.values():
-            if "gpu_us" in line:
-                line["over_ours"] = line["gpu_us"] / lines[OURS]["gpu_us"]
-        lines[OURS]["goals"] = "; ".join(goal(right) for goal in case.goals)
-    return list(lines.values())
-
-
 def hundred_thousand() -> list[Line]:
     """100,000 x 100,000: time and memory, and some rows against float64."""
     torch.set_grad_enabled(False)
@@ -442,68 +330,36 @@ def hundred_thousand() -> list[Line]:
 # ---------------------------------------------------------------------- the report
 
 
-def cells(line: Line, *names: str) -> list[str]:
-    return [format(line[name], FIELDS[name]) if line.get(name) not in (None, "") else "–" for name in names]
-
-
 def summary(lines: list[Line]) -> str:
-    table = []
+    rows, show = [], functools.partial(harness.cells, FIELDS)
     for case in dict.fromkeys(line["case"] for line in lines):
         own = {line["form"]: line for line in lines if line["case"] == case}
         rivals = [r for n, r in own.items() if is_torch(n) and "over_ours" in r and not n.endswith(FAST)]
         best = min(rivals, key=lambda r: r["over_ours"], default={})
-        ease = next((r for n, r in own.items() if n.startswith(EASE)), {})
-        table.append([
-            *cells(own[OURS], "row", "case", "gpu_us", "wall_us"), *cells(best, "form", "gpu_us", "over_ours"),
-            *cells(ease, "wall_us"), *cells(own[OURS], "extra_MB", "error", "goals"),
+        loops = next((r for n, r in own.items() if n.startswith(EASE)), {})
+        rows.append([
+            *show(own[OURS], "row", "case", "gpu_us", "wall_us"), *show(best, "form", "gpu_us", "over_ours"),
+            *show(loops, "wall_us"), *show(own[OURS], "extra_MB", "error", "goals"),
         ])  # fmt: skip
     columns = "row | case | ours µs | wall µs | best torch form | its µs | / ours | EASE wall µs | extra MB | error"
-    return markdown(columns + " | goals", table)
-
-
-def write(out: Path, lines: list[Line], where: dict[str, str]) -> None:
-    """OUT.csv and OUT.md, each whole or not at all."""
-    columns = [name for name in FIELDS if name != "goals"]
-    forms = markdown(" | ".join(columns), [cells(line, *columns) for line in lines])
-    head = ", ".join(f"{key} {value}" for key, value in where.items())
-    text = f"{head}\n\n{summary(lines)}\n## All forms\n\n{forms}"
-    record.write(out, [*FIELDS, *where], ({**line, **where} for line in lines), text)
+    columns = f"{columns} | goals".split(" | ")
+    return harness.table(columns, rows, len(columns))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 3, 4], help="some of the rows 1 to 4")
+    parser = harness.gpu_options(__doc__, "cuda_prototypes", 4)
     parser.add_argument("--quick", action="store_true", help="few rounds, and not EASE's loops")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cuda_prototypes")
-    parser.add_argument("--commit", help="what to call the version measured, where this is no git checkout")
     args = parser.parse_args()
-    if "cuda" not in libraries.loaded:
-        raise SystemExit(f"the CUDA kernels are not loaded: {libraries.missing}")
+    harness.need_cuda()
     torch.backends.cuda.matmul.allow_tf32 = False
     bandwidth, _ = ceilings()
-    where = {
-        "GPU": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "CUDA": str(torch.version.cuda),
-        **record.origin(args.commit),
-        "copy TB/s": f"{bandwidth / 1e12:.2f}",
-    }
-    lines: list[Line] = []
-    start = time.monotonic()
     rounds, compiled = 5 if args.quick else 21, not args.no_compile
-    found = [functools.partial(measure, make(), rounds, compiled) for make in cases(args.rows, args.quick, bandwidth)]
-    for run in [*found, *([hundred_thousand] if 2 in args.rows else [])]:
-        new = run()
-        lines += new
-        write(args.out, lines, where)
-        print(f"[{time.monotonic() - start:.0f} s] {new[0]['case']}", file=sys.stderr)
-        for line in new:
-            print("   ", " | ".join(cells(line, *list(FIELDS)[2:])), file=sys.stderr, flush=True)
-        torch._dynamo.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
-    print(summary(lines))
+    runs = [
+        functools.partial(harness.measure, make(), rounds, compiled) for make in cases(args.rows, args.quick, bandwidth)
+    ]
+    runs += [hundred_thousand] if 2 in args.rows else []
+    where = harness.gpu_facts(args.commit, **{"copy TB/s": f"{bandwidth / 1e12:.2f}"})
+    harness.report(args.out, FIELDS, summary, where, (run() for run in runs))
 
 
 if __name__ == "__main__":

@@ -2,29 +2,30 @@
 
     python benchmarks/ensemble.py [--quick] [--model NAME] [--adapters T] [--images N] [--out FOLDER/NAME]
 
-The batches are those of `plora-ext bench ensemble`: on a GPU ViT-B/16 in bfloat16, B = 16 and 128; on a CPU a small ViT
-in float32. The run has T tasks of five classes, N test images each, random adapters and prototypes, and is evaluated on
-all classes seen after every task: by this package's loop as it is, by the same loop with every adapter in turn and
-nothing kept, and with EASE's pass in its place; on a GPU all under bfloat16 autocast. Counted are image-forwards: what
-leaves the last block. Writes NAME.csv and NAME.md, each whole or not at all.
+The batches are those of `plora-ext bench ensemble` and EASE's pass (under autocast) on them: on a GPU ViT-B/16 in
+bfloat16, B = 16 and 128; on a CPU a small ViT in float32. The run has T tasks of five classes, N test images each,
+random adapters and prototypes, and is evaluated on all classes seen after every task: by this package's loop as it is,
+by the same loop with every adapter in turn and nothing kept, and with EASE's pass in its place; on a GPU all under
+bfloat16 autocast. Counted are image-forwards: what leaves the last block. Writes NAME.csv and NAME.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 
+import ease
+import harness
 import numpy as np
-import record
 import torch
+from ease import EASE
 from torch import Tensor
 
 from plora_ext import bench
-from plora_ext.bench import EASE, LOOP, OURS, PLAIN, Line
+from plora_ext.bench import LOOP, OURS, PLAIN, Line
 from plora_ext.cil import Settings
 from plora_ext.cil.build import pick_device
 from plora_ext.cil.evaluate import Evaluator
@@ -60,19 +61,19 @@ def evaluations(form: str, name: str, T: int, per_task: int, device: torch.devic
     amp = "bfloat16" if device.type == "cuda" else "none"
     settings = Settings(method="plora-ensemble", target_modules=["q", "v"], amp=amp, eval_batch_size=128)
     model = bench.create_vit(name).eval().to(device)
-    ease = bench.EasePass(copy.deepcopy(model), T).eval()
+    rival = ease.EasePass(copy.deepcopy(model), T).eval()
     method = Untrained(Trainer(model, settings, device), settings)
     method.forward = {
         OURS: method.ensemble,
         LOOP: lambda batch, names: bench.one_by_one(method.adapters, batch),
-        EASE: lambda batch, names: ease(batch, len(names)),
+        EASE: lambda batch, names: rival(batch, len(names)),
     }[form]
     passed: list[int] = []
-    for vit in (model, ease.vit):
+    for vit in (model, rival.vit):
         vit.blocks[-1].mlp.register_forward_hook(lambda module, args, output: passed.append(len(output)))
 
     labels = np.repeat(np.arange(CLASSES * T), max(1, per_task // CLASSES))
-    stream = TaskStream(labels, labels, increment=CLASSES, class_order="none")
+    stream = TaskStream(labels, labels, increment=CLASSES, class_order="sorted")
     torch.manual_seed(0)
     images = torch.randn(len(labels), 3, *model.patch_embed.img_size, device=device)
     cache = FeatureCache(device=device) if form == OURS else None
@@ -112,42 +113,30 @@ def judge(lines: Sequence[Line]) -> None:
                 line.note = "; ".join(filter(None, (line.note, f"goal on an H200: {goal:.2f}, {met}")))
 
 
-def write(out: Path, lines: Sequence[Line], where: dict[str, str]) -> None:
-    rows = [{k: v for k, v in asdict(line).items() if k != "times"} for line in lines]
-    head = ", ".join(f"{key} {value}" for key, value in where.items())
-    text = f"{head}\n\n{bench.table(lines)}\n"
-    record.write(out, [*rows[0], *where], ({**row, **where} for row in rows), text)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__, "ensemble")
     parser.add_argument("--quick", action="store_true", help="one batch size, few rounds, fewer images")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--model", help="a timm ViT, or small (default: vit_base_patch16_224 on a GPU, small on a CPU)")
     parser.add_argument("--adapters", type=int, default=20, help="T (default: 20)")
     parser.add_argument("--images", type=int, help="test images of a task (default: 100 on a GPU, 20 on a CPU)")
     parser.add_argument("--part", choices=("batches", "evaluations"), help="only this")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ensemble")
-    parser.add_argument("--commit", help="what to call the version measured, where this is no git checkout")
     args = parser.parse_args()
     device = pick_device(args.device)
-    cuda = device.type == "cuda"
+    cuda, T = device.type == "cuda", args.adapters
     name = args.model or ("vit_base_patch16_224" if cuda else "small")
-    where = {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        **record.origin(args.commit),
-    }
     lines: list[Line] = []
     if args.part != "evaluations":
-        for case in bench.ensemble_cases(device, args.quick, name, args.adapters):
+        for case in bench.ensemble_cases(device, args.quick, name, T, partial(ease.rivals, T=T)):
             lines += bench.measure(case, device, 3 if args.quick else 11)
     if args.part != "batches":
         per_task = args.images or (5 if args.quick else 100 if cuda else 20)
-        lines += run_lines(name, args.adapters, per_task, device)
-    if cuda and name == "vit_base_patch16_224" and args.adapters == 20:
+        lines += run_lines(name, T, per_task, device)
+    if cuda and name == "vit_base_patch16_224" and T == 20:
         judge(lines)
-    write(args.out, lines, where)
+    rows = [asdict(line) for line in lines]
+    fields = [name for name in rows[0] if name != "times"]
+    harness.write(args.out, fields, rows, f"{bench.table(lines)}\n", harness.facts(device, args.commit))
     print(bench.table(lines))
 
 

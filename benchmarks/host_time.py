@@ -12,24 +12,25 @@ Writes NAME.csv and NAME.md.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import record
+import harness
 import torch
 import torch.nn.functional as F
+from cuda_cases import SCALE, peft_model
 from torch import Tensor, nn
 
+from plora_ext.bench import OURS, fault, in_turn
 from plora_ext.nn import MultiLoRALinear
 
-SCALE, BURST = 0.5, 0.002  # seconds of a burst
-FROZEN, OURS, PEFT = "frozen layer", "plora_ext", "PEFT"
+BURST = 0.002  # seconds
+FROZEN, PEFT = "frozen layer", "PEFT"
 COLUMNS = ("case", "form", "forward_us", "step_us", "forward_p10_us", "backward_p10_us", "step_p10_us", "over_frozen",
            "over_ours", "note")  # fmt: skip
 Form = tuple[Callable[[Tensor], Tensor], list[Tensor]]  # a forward, and what gets gradients beside x
@@ -55,15 +56,9 @@ def ours(linear: nn.Linear, A: Tensor, B: Tensor) -> tuple[MultiLoRALinear, list
 
 
 def peft_layer(linear: nn.Linear, A: Tensor, B: Tensor) -> tuple[nn.Module, list[Tensor]]:
-    import peft
-
-    config = peft.LoraConfig(r=len(A), lora_alpha=int(SCALE * len(A)), target_modules="0")
-    model = peft.get_peft_model(nn.Sequential(copy.deepcopy(linear)), config, "t0").to(A.dtype).eval()
+    model = peft_model(nn.Sequential(copy.deepcopy(linear)), "0", {"0": (A[None], B[None])})
     layer: Any = model.get_base_model()[0]
-    factors = [layer.lora_A["t0"].weight, layer.lora_B["t0"].weight]
-    for factor, value in zip(factors, (A, B), strict=True):
-        factor.data.copy_(value)
-    return layer, factors
+    return layer, [layer.lora_A["t0"].weight, layer.lora_B["t0"].weight]
 
 
 def forms(x: Tensor, width: int, r: int, compiled: bool) -> tuple[dict[str, Form], dict[str, str]]:
@@ -106,7 +101,7 @@ def forms(x: Tensor, width: int, r: int, compiled: bool) -> tuple[dict[str, Form
                 torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
             found[name] = forward, leaves
         except Exception as error:
-            missing[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:150]
+            missing[name] = fault(error)
     return found, missing
 
 
@@ -134,12 +129,9 @@ def measure(case: str, x: Tensor, width: int, r: int, compiled: bool, seconds: f
     for call, name in runs:
         burst(call, chosen[name], 20)
         counts[call, name] = max(5, int(1e6 * BURST / burst(call, chosen[name], 20)))
-    times: dict[Any, list[float]] = {key: [] for key in runs}
     gc.collect()
-    end = time.monotonic() + seconds
-    while time.monotonic() < end or len(times[runs[0]]) < 3:
-        for call, name in runs:
-            times[call, name].append(burst(call, chosen[name], counts[call, name]))
+    turns = {(call, name): partial(burst, call, chosen[name], counts[call, name]) for call, name in runs}
+    times = in_turn(turns, 3, seconds, most=10**6)
 
     def ratio(name: str, other: str) -> float:
         return statistics.median(a / b for a, b in zip(times[step, name], times[step, other], strict=True))
@@ -157,39 +149,28 @@ def measure(case: str, x: Tensor, width: int, r: int, compiled: bool, seconds: f
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    def cell(value: Any) -> str:
-        return f"{value:.2f}" if isinstance(value, float) else str(value or "–")
-
-    head = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 3) + "---|"]
-    return "\n".join([*head, *("| " + " | ".join(cell(line.get(c)) for c in COLUMNS) + " |" for line in lines)])
+    formats = {name: "" if name in ("case", "form", "note") else ".2f" for name in COLUMNS}
+    return harness.table(COLUMNS, (harness.cells(formats, line, *COLUMNS) for line in lines), texts=2, notes=1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__, "host_time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", type=int, nargs="+", help="default: 4 on a CPU; 197 and 788 on a GPU")
     parser.add_argument("--seconds", type=float, default=20, help="a case (default: 20)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "host_time")
-    parser.add_argument("--commit", help="what to call the version measured, where this is no git checkout")
     args = parser.parse_args()
     cuda = torch.device(args.device).type == "cuda"
     torch.set_num_threads(1)
     width, r, dtype = (768, 16, torch.bfloat16) if cuda else (64, 8, torch.float32)
-    where = {
-        "device": torch.cuda.get_device_name(args.device) if cuda else "CPU, 1 thread",
-        "torch": torch.__version__,
-        **record.origin(args.commit),
-    }
     lines: list[dict[str, Any]] = []
     for rows in args.rows or ([197, 788] if cuda else [4]):
         torch.manual_seed(0)
         x = torch.randn(rows, width, device=args.device, dtype=dtype, requires_grad=True)
         case = f"M={rows:,}, {width}→{width}, r={r}"
         lines += measure(case, x, width, r, not args.no_compile, args.seconds)
-    head = ", ".join(f"{key} {value}" for key, value in where.items())
-    rows_out = ({**{k: round(v, 2) if isinstance(v, float) else v for k, v in line.items()}, **where} for line in lines)
-    record.write(args.out, [*COLUMNS, *where], rows_out, f"{head}\n\n{table(lines)}\n")
+    rounded = ({k: round(v, 2) if isinstance(v, float) else v for k, v in line.items()} for line in lines)
+    harness.write(args.out, COLUMNS, rounded, table(lines), harness.facts(torch.device(args.device), args.commit))
     print(table(lines))
 
 

@@ -14,9 +14,7 @@ Writes NAME.csv, a line for each form, and NAME.md after every case, so that a r
 
 from __future__ import annotations
 
-import argparse
 import copy
-import datetime
 import gc
 import io
 import logging
@@ -34,14 +32,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import harness
 import numpy as np
-import record
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import plora_ext
 from plora_ext import libraries, reference
+from plora_ext.bench import fault, synchronize
 from plora_ext.integrations import _patch, _pilot_vit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,15 +75,10 @@ class Case:
 # ---------------------------------------------------------------------- measuring
 
 
-def synchronise() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def timed(form: Form) -> tuple[float, float, float]:
     """GPU and wall milliseconds, and the peak of allocated memory in MB above what was there before."""
     form.before()
-    synchronise()
+    synchronize(DEVICE)
     start = time.perf_counter()
     if DEVICE.type != "cuda":
         form.call()
@@ -97,7 +90,7 @@ def timed(form: Form) -> tuple[float, float, float]:
     begin.record()
     form.call()
     end.record()
-    synchronise()
+    synchronize(DEVICE)
     wall = 1e3 * (time.perf_counter() - start)
     return begin.elapsed_time(end), wall, (torch.cuda.max_memory_allocated() - there) / 2**20
 
@@ -138,7 +131,7 @@ def measure(case: Case, seconds: float, until: float) -> None:
             first = found if first is None else first
             results[form.name], times[form.name] = compare(first, found), []
         except Exception as error:
-            case.lines.append({"form": form.name, "note": f"failed: {type(error).__name__}: {str(error)[:120]}"})
+            case.lines.append({"form": form.name, "note": f"failed: {fault(error)}"})
     forms, start = [form for form in case.forms if form.name in times], time.perf_counter()
     for count in range(200 if forms else 0):
         now = time.perf_counter()
@@ -641,31 +634,29 @@ ROWS: dict[str, tuple[Callable[[bool], Iterator[Case]], str]] = {
 }
 
 
-def number(value: Any, digits: str) -> str:
-    return "" if value is None or value != value else format(value, digits)
+FIGURES = {  # of a line: title, format
+    "gpu_ms": ("GPU ms", ".3f"), "wall_ms": ("wall ms", ".3f"), "peak_mb": ("peak MB", ".0f"),
+    "over_host": ("host's time / its", ".2f"), "over_torch": ("best torch's / its", ".2f"), "error": ("error", ".1e"),
+    "equal": ("equal", ".4f"),
+}  # fmt: skip
 
 
-def report(cases: list[Case], skipped: list[str]) -> str:
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    lines = [
-        f"`{' '.join(['python benchmarks/integrations.py', *sys.argv[1:]])}`",
-        f"{name}, torch {torch.__version__}, plora_ext {plora_ext.__version__} ({libraries.backend()}), "
-        f"commit {record.commit()}, {datetime.date.today()}",
-        "",
-    ]
+def figures(line: dict[str, Any]) -> list[str]:
+    return [harness.number(line.get(name), spec, "") for name, (_, spec) in FIGURES.items()]
+
+
+def report(cases: list[Case], skipped: list[str], commit: str | None) -> str:
+    where = harness.facts(DEVICE, commit)
+    command, columns = where.pop("command"), ["form", *(title for title, _ in FIGURES.values())]
+    text = f"`{command}`\n{harness.said(where)}, {libraries.backend()}\n"
     for case in cases:
-        lines += ["", f"**{case.row}: {case.name}**" + (f" ({case.note})" if case.note else ""), ""]
-        lines += ["| form | GPU ms | wall ms | peak MB | host's time / its | best torch's / its | error | equal |",
-                  "|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
-        for line in case.lines:
-            if "wall_ms" not in line:
-                lines.append(f"| {line['form']} | {line['note']} | | | | | | |")
-                continue
-            cells = [number(line.get(k), d) for k, d in (
-                ("gpu_ms", ".3f"), ("wall_ms", ".3f"), ("peak_mb", ".0f"), ("over_host", ".2f"), ("over_torch", ".2f"),
-                ("error", ".1e"), ("equal", ".4f"))]  # fmt: skip
-            lines.append(f"| {line['form']} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *skipped]) + "\n"
+        rows = (
+            [line["form"], *figures(line)] if "wall_ms" in line else [line["form"], line["note"], *[""] * 6]
+            for line in case.lines
+        )
+        note = f" ({case.note})" if case.note else ""
+        text += f"\n\n**{case.row}: {case.name}**{note}\n\n{harness.table(columns, rows)}"
+    return "\n".join([text, *skipped]) + "\n"
 
 
 @contextmanager
@@ -687,7 +678,7 @@ def checkout(variable: str) -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__, "integrations")
     parser.add_argument(
         "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROWS", help=", ".join(ROWS)
     )
@@ -696,7 +687,6 @@ def main() -> None:
         "--seconds", type=float, default=4.0, help="time for the rounds of a case (default: %(default)s)"
     )
     parser.add_argument("--limit", type=float, default=1e9, help="no case starts after this many seconds")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "integrations")
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     torch.manual_seed(0)
@@ -706,7 +696,8 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
     def keep() -> None:
-        record.write(args.out, FIELDS, (line for case in cases for line in case.lines), report(cases, skipped))
+        lines = [line for case in cases for line in case.lines]
+        harness.write(args.out, FIELDS, lines, report(cases, skipped, args.commit))
 
     def skip(text: str) -> None:
         skipped.append(text)
@@ -729,14 +720,9 @@ def main() -> None:
                     cases.append(case)
                     keep()
                     for line in case.lines:
-                        print(
-                            f"{time.perf_counter() - start:5.0f} s {case.row:7} {case.name:72.72} {line['form']:36} "
-                            f"gpu {number(line.get('gpu_ms'), '.2f'):>9} wall {number(line.get('wall_ms'), '.2f'):>9} "
-                            f"x{number(line.get('over_host'), '.2f')} torch x{number(line.get('over_torch'), '.2f')} "
-                            f"peak {number(line.get('peak_mb'), '.0f')} error {number(line.get('error'), '.0e')} "
-                            f"equal {number(line.get('equal'), '.3f')} {line['note']}",
-                            flush=True,
-                        )
+                        seconds, found = f"{time.perf_counter() - start:5.0f} s", zip(FIGURES, figures(line))
+                        said = " ".join(f"{name} {figure}" for name, figure in found if figure)
+                        print(seconds, case.row, case.name, line["form"], said, line["note"], sep=" | ", flush=True)
         except Exception as error:  # the other rows are worth having
             skip(f"{row}: failed: {type(error).__name__}: {str(error)[:300]}")
             traceback.print_exc()

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import harness
 import numpy as np
-import record
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -37,7 +37,6 @@ from plora_ext.cil.loop import run
 from plora_ext.cil.methods import METHODS
 from plora_ext.data import Backbone, Images
 from plora_ext.info import environment
-from plora_ext.report.files import markdown_table
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}
 FIGURES = {  # column: title of the table, digits
@@ -124,7 +123,7 @@ def measure(method: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     data = synthetic(args.tasks * args.increment, args.train, args.test, size, args.every)
     settings = Settings(
         method=method, increment=args.increment, epochs=args.epochs, batch_size=args.batch_size, r=args.r,
-        amp=args.amp, device=args.device, class_order="none", feature_cache=args.feature_cache,
+        amp=args.amp, device=args.device, class_order="sorted", feature_cache=args.feature_cache,
     )  # fmt: skip
     width, depth = backbone.model.num_features, len(backbone.model.blocks)
     with tempfile.TemporaryDirectory() as folder:
@@ -175,11 +174,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             ratio = f"{last / first:.2f}" if first else "–"
             lines.append([f"{method}, {title}", f"{first:.{digits}f}", f"{last:.{digits}f}", ratio])
     each = f"{count} tasks"
-    return markdown_table(("median", f"tasks 2 … {count + 1}", f"last {each}", "ratio"), lines)
+    return harness.table(("median", f"tasks 2 … {count + 1}", f"last {each}", "ratio"), lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__, "many_tasks")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["plora", "plora-ensemble"])
     parser.add_argument("--tasks", type=int, default=100)
     parser.add_argument("--increment", type=int, default=10, help="classes of a task")
@@ -198,18 +197,13 @@ def main() -> None:
     parser.add_argument(
         "--clock", default="wall", choices=("wall", "cpu"), help="cpu: for a machine shared with others"
     )
-    parser.add_argument("--commit", help="what to call the version measured, where this is no git checkout")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "many_tasks")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for method in args.methods:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             rows += pool.apply(measure, (method, args))
-        where = {
-            **record.origin(args.commit),
-        }
-        head = ", ".join(f"{k} {v}" for k, v in {**{n: rows[0][n] for n in ("device", "torch")}, **where}.items())
-        record.write(args.out, [*rows[0], *where], ({**r, **where} for r in rows), f"{head}\n\n{table(rows)}")
+        where = {name: rows[0][name] for name in ("device", "torch")} | harness.origin(args.commit)
+        harness.write(args.out, list(rows[0]), rows, table(rows), where)
     print(table(rows))
 
 

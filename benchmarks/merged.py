@@ -8,7 +8,6 @@ wall clock.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from harness import options
 from torch import nn
 
 from plora_ext.nn import Adapters, Ensemble, inject
@@ -48,7 +48,7 @@ def adapted(model: nn.Module, number: int) -> Adapters:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--model", default="vit_base_patch16_224", help="a model of timm, with random weights")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

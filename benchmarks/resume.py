@@ -8,7 +8,6 @@ the exit code is 0 if they do. A run too short for all kills ends early and is t
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -18,6 +17,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from harness import options
 
 SAME = ("curve", "matrix", "passes", "classes_seen", "class_order", "num_train", "num_test")
 
@@ -55,7 +56,7 @@ def progress(out: Path) -> tuple[float, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("options", nargs="*", help="of plora-ext train, after --")

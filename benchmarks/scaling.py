@@ -9,7 +9,6 @@ a + b x over all tasks but the first; files `many_tasks*.csv` are taken as they 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import harness
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,11 +62,6 @@ SCENARIOS = (
 def read(name: str) -> list[dict[str, str]]:
     with (RESULTS / name).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 # ---------------------------------------------------------------------- what was measured
@@ -170,7 +165,7 @@ def _inputs() -> str:
         ["P", f"{ADAPTER / 1e6:.2f} MB", "r = 16 on qkv and proj of 12 blocks, float32"],
         ["4 D", f"{4 * WIDTH / 1e3:.1f} kB", "D = 768"],
     ]
-    return markdown(("quantity", "value", "from"), rows)
+    return harness.table(("quantity", "value", "from"), rows).rstrip()
 
 
 def _fits(found: Sequence[Fit]) -> str:
@@ -201,7 +196,7 @@ def _fits(found: Sequence[Fit]) -> str:
                 where,
             ]
         )
-    return markdown(("a task's", "a", "b", "last ten / first ten", "measured"), rows)
+    return harness.table(("a task's", "a", "b", "last ten / first ten", "measured"), rows).rstrip()
 
 
 def _projection() -> str:
@@ -220,7 +215,7 @@ def _projection() -> str:
                 ]
             )
     head = ("", "training", "features", "alignment", "evaluation", "all-reduce", "sum", "steps filled", "bytes a GPU")
-    return markdown(head, rows)
+    return harness.table(head, rows).rstrip()
 
 
 def _memory() -> str:
@@ -240,7 +235,7 @@ def _memory() -> str:
         "all logits at once (not done)": lambda s: 4 * s.m * (s.T * s.c) ** 2,
     }
     rows += [[name, *(_bytes(of(s)) for s in SCENARIOS)] for name, of in heads.items()]
-    return markdown(("", *(s.name.split(" (")[0] for s in SCENARIOS)), rows)
+    return harness.table(("", *(s.name.split(" (")[0] for s in SCENARIOS)), rows).rstrip()
 
 
 def _hours(hours: float) -> str:
@@ -270,7 +265,7 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     before = PAGE.read_text(encoding="utf-8")

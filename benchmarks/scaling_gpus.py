@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
-import record
 import timm
 import torch
 import torch.distributed as dist
@@ -218,7 +218,7 @@ def measure(args: argparse.Namespace, processes: int, folder: Path) -> tuple[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__, "scaling_gpus")
     cuda = torch.cuda.is_available()
     parser.add_argument(
         "--processes", type=int, nargs="+", default=[1, 2], help="how many, each in turn (default: 1 2)"
@@ -228,8 +228,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of a round (default: 50 on a GPU, 8 on a CPU)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts (default: 5)")
     parser.add_argument("--threads", type=int, default=4 if cuda else 1, help="CPU threads of a process")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scaling_gpus")
-    parser.add_argument("--commit", help="what to call the version measured, where this is no git checkout")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     gpus = cuda and args.device != "cpu"
@@ -250,23 +248,17 @@ def main() -> None:
             for row in measured:
                 over = round(row["value"] / alone[row["part"]], 3) if row["part"] in alone else ""
                 rows.append({"peak_mb": "", **row, "processes": n, "over_one": over})
-    where = {
-        "device": device,
-        "batch": args.batch,
-        "torch": torch.__version__,
-        **record.origin(args.commit),
-    }
-    lines = [", ".join(f"{key} {value}" for key, value in where.items()), ""]
-    lines += ["| | processes | | over one process | peak MB of a process |", "|---|---:|---:|---:|---:|"]
+    where = {"device": device, "batch": args.batch, "torch": torch.__version__, **harness.origin(args.commit)}
+    lines = []
     for row in rows:
         goal = ""
         if row["over_one"] and row["processes"] == 2 and gpus:
             goal = f" (goal {GOAL}: {'met' if row['over_one'] >= GOAL else 'missed'})"
-        cells = (row["part"], row["processes"], f"{row['value']} {row['unit']}", f"{row['over_one']}{goal}")
-        lines.append("| " + " | ".join(map(str, (*cells, row["peak_mb"]))) + " |")
-    text = "\n".join(lines) + "\n"
-    record.write(args.out, [*FIELDS, *where], ({**row, **where} for row in rows), text)
-    print(text, end="")
+        value = f"{row['value']} {row['unit']}"
+        lines.append((row["part"], row["processes"], value, f"{row['over_one']}{goal}", row["peak_mb"]))
+    text = harness.table(("", "processes", "", "over one process", "peak MB of a process"), lines)
+    harness.write(args.out, FIELDS, rows, text, where)
+    print(harness.said(where), text, sep="\n\n", end="")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
-import record
 import torch
 from PIL import Image
 from torch import Tensor
@@ -166,7 +166,7 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
                 later = statistics.median(others)
                 share = later / own.setdefault(part, later)
                 rows.append(dict(zip(RATES, (part, name, first, later, share, phases.peak_mb[part]))))
-                print(cells(rows[-1]), flush=True)
+                print(*cells(rows[-1]), sep=" | ", flush=True)
             del images
     return rows
 
@@ -295,31 +295,24 @@ def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             rate = args.images * args.epochs / value if phase == "train" else None
             longer = {"train": value * 20 / args.epochs, "total": whole}.get(phase, value)
             row = dict(zip(PHASES, (form, amp, phase, value, peak.get(phase, max(peak.values())), rate, longer)))
-            print(cells(row), flush=True)
+            print(*cells(row), sep=" | ", flush=True)
             yield row
 
 
-def cells(row: dict[str, Any]) -> str:
-    texts = ["" if v is None else f"{v:.3g}" if isinstance(v, float) and v < 100 else f"{v:.0f}" if isinstance(v, float)
-             else str(v) for v in row.values()]  # fmt: skip
-    return f"| {' | '.join(texts)} |"
+def cells(row: dict[str, Any]) -> list[str]:
+    figures = (
+        harness.number(v, ".3g" if v and v < 100 else ".0f", "") if isinstance(v, float) else v for v in row.values()
+    )
+    return ["" if v is None else str(v) for v in figures]
 
 
 def write(args: argparse.Namespace, fields: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    device = pick_device(args.device)
-    cuda = device.type == "cuda"
-    where = {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        **record.origin(args.commit),
-    }
-    head = ", ".join(f"{key} {value}" for key, value in where.items())
-    table = [f"| {' | '.join(fields)} |", "|---" * 2 + "|---:" * (len(fields) - 2) + "|", *map(cells, rows)]
-    record.write(args.out, [*fields, *where], ({**row, **where} for row in rows), "\n".join([head, "", *table]) + "\n")
+    text = harness.table(fields, map(cells, rows), texts=2)
+    harness.write(args.out, fields, rows, text, harness.facts(pick_device(args.device), args.commit))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__, "throughput")
     parser.add_argument("--model", default="vit_base_patch16_224", help="embedded, or a model of timm")
     parser.add_argument("--images", type=int, help="training images (default: 12800; --phases: 50000)")
     parser.add_argument("--device", default="auto")
@@ -333,8 +326,7 @@ def main() -> None:
     parser.add_argument("--phases", action="store_true", help="whole runs by phase")
     parser.add_argument("--epochs", type=int, default=20, help="of --phases")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["plora", "plora-ensemble", "ease"])
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", help="what to call the version measured, where this is no git checkout")
+    parser.set_defaults(out=None)  # by what is measured
     args = parser.parse_args()
     args.images = args.images or (50_000 if args.phases else 12_800)
     args.out = args.out or Path(__file__).parent / "results" / ("phases" if args.phases else "throughput")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from torch import OutOfMemoryError
 
@@ -79,11 +79,16 @@ def train(args: argparse.Namespace) -> None:
 
         before = Checkpoint(Path(settings.out), resume=True, world=args.world)
         if before.manifest:
-            settings = settings_from(args, **before.settings)
+            saved = before.settings
+            free = {**saved, "onto": None, "init": None}  # unless they were chosen, they are to follow from the others
+            settings = settings_from(args, **(free if Settings(**free).as_dict() == saved else saved))
         elif not set(_given(args, [f.name for f in fields(Settings)])) - {"out", "device", "workers"}:
             raise ValueError(f"{settings.out} holds no checkpoint to resume: is it the right folder?")
         elif args.world.first:
             print(f"note: {settings.out} holds no checkpoint to resume, this run starts anew", file=sys.stderr)
+    if args.print_config:
+        print(settings.to_yaml(), end="")
+        return
     _run([settings], settings, args.world, args.resume, args.tensorboard)
 
 
@@ -125,8 +130,10 @@ def report(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from plora_ext.report import files as reports
-    from plora_ext.report.page import notes
     from plora_ext.report.runs import group
+
+    reports.drawers()  # before any work: matplotlib may not be installed
+    from plora_ext.report.page import notes
 
     results = [result for run in args.runs for result in reports.load_results(run)]
     if (Path(args.out) / "checkpoint").exists():
@@ -211,11 +218,13 @@ def _run(
                 results.append(run(job, data=data, callbacks=callbacks, checkpoint=checkpoint, world=world))
                 results[-1].learner = None  # its model need not stay in memory
                 if world.first:
-                    reports.write_folder(folder, results, shown.to_yaml())
+                    names = reports.write_folder(folder, results, shown.to_yaml())
     if not world.first:
         return
     console.console.print(reports.comparison_table(*group(results)))
-    print(f"written to {folder}: metrics.json, accuracy.png, task_matrix.png, settings.yaml")
+    print(f"written to {folder}: {', '.join(names)}")
+    if not any(name.endswith(".png") for name in names):
+        print(f"note: no figures without matplotlib: {reports.INSTALL}", file=sys.stderr)
 
 
 def _odd(settings: Settings, data: Any, stream: Any) -> list[str]:
@@ -239,7 +248,7 @@ def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 
 def settings_from(args: argparse.Namespace, **defaults: Any) -> Settings:
-    """The settings that a parser with `add_settings` has read: defaults, then the file, then the options."""
+    """The settings that a parser with `add_settings` has read: defaults, then the files in turn, then the options."""
     overrides = _given(args, [f.name for f in fields(Settings)])
     config = getattr(args, "config", None)
     return Settings.load(config, {**({} if config else defaults), **overrides})
@@ -274,7 +283,8 @@ def _parser() -> argparse.ArgumentParser:
 
     demonstrator, trainer = command(demo), command(train)
     add_settings(demonstrator, skip=("method",))
-    trainer.add_argument("-c", "--config", metavar="FILE", help="YAML file of settings; options override it")
+    add_config(trainer)
+    trainer.add_argument("--print-config", action="store_true", help="print the settings as YAML instead of running")
     trainer.add_argument("--resume", action="store_true", help="continue the run that the output folder holds")
     add_settings(trainer)
     for added in (demonstrator, trainer):
@@ -325,15 +335,28 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Adds `-c`, which `settings_from` reads."""
+    text = "YAML file of settings; may be given several times, a later file overrides an earlier one, options all"
+    parser.add_argument("-c", "--config", metavar="FILE", action="append", help=text)
+
+
 def add_settings(parser: argparse.ArgumentParser, skip: Sequence[str] = ()) -> None:
-    """Adds an option for every setting."""
-    hints, defaults = get_type_hints(Settings), Settings()
-    group = parser.add_argument_group("settings")
+    """Adds an option for every setting, a group for every section of them; a switch also as --no-NAME."""
+    hints, defaults = get_type_hints(Settings), Settings().as_dict()
     for f in fields(Settings):
+        if section := f.metadata["section"]:
+            group = parser.add_argument_group(section)
         if f.name in skip:
             continue
-        choices = [str(c) for c in get_args(hints[f.name]) if isinstance(c, str)]
+        kinds = (hints[f.name], *get_args(hints[f.name]))
+        choices = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
         text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
-        text = f"{text} (default: {getattr(defaults, f.name)})"
-        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if hints[f.name] is bool else {}
-        group.add_argument(f"--{f.name.replace('_', '-')}", dest=f.name, metavar="VALUE", help=text, **switch)
+        default = defaults[f.name] if isinstance(defaults[f.name], str) else json.dumps(defaults[f.name])
+        name, text = f.name.replace("_", "-"), f"{text} (default: {default})"
+        if hints[f.name] is bool:  # --NAME, --no-NAME or, as in YAML, --NAME true
+            group.add_argument(f"--{name}", dest=f.name, nargs="?", const="true", metavar="true|false", help=text)
+            hidden = argparse.SUPPRESS
+            group.add_argument(f"--no-{name}", dest=f.name, action="store_const", const="false", help=hidden)
+        else:
+            group.add_argument(f"--{name}", dest=f.name, metavar="VALUE", help=text)

@@ -1,12 +1,16 @@
-"""The benchmarks that the package carries: that rivals compute the same, and that the table says what was measured."""
+"""Benchmarks: that rivals compute the same, that tables say what was measured, that all of benchmarks/ imports."""
 
 from __future__ import annotations
 
 import csv
+import importlib
+import runpy
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,43 +30,122 @@ def test_a_table_of_medians_differences_and_failures() -> None:
         raise RuntimeError("no such kernel\nat all")
 
     forms = {"ours": lambda: sleeps(2, 1), "slower": lambda: sleeps(20, 1.5), "broken": fails}
-    lines = bench.measure(bench.Case("sleep", forms, alike=["slower", "broken"], slow=["slower"]), CPU, 3)
-    assert [len(line.times) for line in lines] == [3, 1, 0]
+    lines = bench.measure(bench.Case("sleep", forms, alike=["slower", "broken"]), CPU, 3)
+    assert [len(line.times) for line in lines] == [3, 3, 0]
     assert lines[0].median_ms >= 2 and lines[1].over_ours > 2 and lines[1].error == pytest.approx(0.5)
     printed = bench.table(lines).splitlines()
     assert len({row.count("|") for row in printed}) == 1
     assert printed[-1] == "| sleep | broken | – | – | – | RuntimeError: no such kernel |"
 
 
-def test_the_ensemble_table() -> None:
-    (case,) = bench.ensemble_cases(CPU, quick=True, T=2)
-    lines = bench.measure(case, CPU, 1)
-    assert [line.form for line in lines] == [bench.OURS, bench.LOOP, bench.EASE, bench.PLAIN]
-    assert not any(line.note for line in lines) and lines[1].error < 1e-5
+@pytest.fixture
+def ease(monkeypatch: pytest.MonkeyPatch, repository: Path) -> Any:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    return importlib.import_module("ease")
+
+
+def test_the_ensemble_table(ease: Any) -> None:
+    for rivals in ({}, {"rivals": lambda vit: ease.rivals(vit, 2)}):
+        (case,) = bench.ensemble_cases(CPU, quick=True, T=2, **rivals)
+        lines = bench.measure(case, CPU, 1)
+        assert [line.form for line in lines] == [bench.OURS, bench.LOOP, *([ease.EASE] if rivals else []), bench.PLAIN]
+        assert not any(line.note for line in lines) and lines[1].error < 1e-5
 
 
 @torch.no_grad()
-def test_eases_pass_is_the_vit_where_its_adapters_are_zero() -> None:
+def test_eases_pass_is_the_vit_where_its_adapters_are_zero(ease: Any) -> None:
     vit = bench.create_vit("small").eval()
     images = torch.randn(2, 3, 48, 48)
     expected = vit(images)
-    ease = bench.EasePass(vit, T=2)
-    for parameter in ease.adapters[0].parameters():
+    passed = ease.EasePass(vit, T=2)
+    for parameter in passed.adapters[0].parameters():
         parameter.zero_()
-    zero, other = ease(images)
+    zero, other = passed(images)
     torch.testing.assert_close(zero, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(other, expected, atol=1e-2)
-    assert ease(images, 1).shape == (1, 2, 192)
+    assert passed(images, 1).shape == (1, 2, 192)
 
 
-def test_eases_loops_compute_what_the_operators_do() -> None:
+def test_eases_loops_compute_what_the_operators_do(ease: Any) -> None:
     task = torch.tensor([0, 0, 1, 2, 2, 2])
     prototypes, features = torch.randn(6, 3, 8), torch.randn(5, 3, 8)
-    torch.testing.assert_close(bench.ease_complete(prototypes, task), ops.complete_prototypes(prototypes, task))
+    torch.testing.assert_close(ease.complete(prototypes, task), ops.complete_prototypes(prototypes, task))
     weights = ops.own_other_weights(task, 3, 0.1)
     torch.testing.assert_close(
-        bench.ease_logits(features, prototypes, task.tolist(), 0.1), ops.subspace_logits(features, prototypes, weights)
+        ease.logits(features, prototypes, [2, 1, 3], 0.1), ops.subspace_logits(features, prototypes, weights)
     )
+
+
+SMALL = {"images": 3, "rows": 5, "D": 8, "out": 6, "T": 4, "r": 2, "n": 20, "C": 6, "old": 5, "new": 3, "B": 2}
+
+
+@pytest.mark.parametrize("name", bench.OPERATORS)
+def test_every_operator_and_its_twin(name: str) -> None:
+    operator = bench.OPERATORS[name]
+    given = operator.inputs(**{size: SMALL[size] for size in operator.sizes})
+    ours, twin = (form(**given) for form in operator.forms.values())
+    torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-5)
+    again = operator.inputs(dtype=torch.float64, **{size: SMALL[size] for size in operator.sizes})
+    assert {t.dtype for t in again.values() if torch.is_tensor(t) and t.is_floating_point()} >= {torch.float64}
+    assert {key: t.shape for key, t in again.items() if torch.is_tensor(t)} == {
+        key: t.shape for key, t in given.items() if torch.is_tensor(t)
+    }
+
+
+def test_every_public_operator_is_listed() -> None:
+    others = {"AdapterBatch", "own_other_weights", "lora_indexed_", "lora_sum_", "lora_all_"}  # no kernels of their own
+    assert set(bench.OPERATORS) == set(ops.__all__) - others
+
+
+def test_forms_take_turns() -> None:
+    order: list[str] = []
+    calls = {name: partial(order.append, name) for name in "abc"}
+    assert {name: len(found) for name, found in bench.in_turn(calls, 2).items()} == {"a": 2, "b": 2, "c": 2}
+    bench.in_turn(calls, 2, turning=True)
+    assert "".join(order) == "abcabc" + "abcbca"
+    assert len(bench.in_turn({"a": lambda: 0}, 1, seconds=60, most=7)["a"]) == 7 and bench.in_turn({}, 1) == {}
+
+
+def test_a_table_and_its_files(ease: Any, tmp_path: Path) -> None:
+    harness = importlib.import_module("harness")
+    assert (
+        harness.table(("a", "b", "c"), [("x", 1, "y")], texts=1, notes=1)
+        == "| a | b | c |\n|---|---:|---|\n| x | 1 | y |\n"
+    )
+    assert [harness.number(v, ".1f") for v in (1.25, None, float("nan"), "")] == ["1.2", "–", "–", "–"]
+    where = harness.facts(CPU, "abc", threads=3)
+    assert (where["commit"], where["threads"], where["torch"]) == ("abc", 3, torch.__version__)
+    harness.write(tmp_path / "t", ("n", "torch"), [{"n": 1, "private": 2}], "text\n", where)
+    (row,) = csv.DictReader((tmp_path / "t.csv").read_text(encoding="utf-8").splitlines())
+    assert (
+        list(row) == ["n", "torch", "device", "threads", "plora_ext", "commit", "date", "command"] and row["n"] == "1"
+    )
+    assert (tmp_path / "t.md").read_text(encoding="utf-8") == f"{harness.said(where)}\n\ntext\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.csv", "t.md"]
+
+
+@pytest.mark.parametrize(
+    "options", ["operators.py --only logits|95 --seconds 0", "cpu_operators.py --only 95 --seconds 0"]
+)
+def test_benchmarks_of_operators_run(options: str, repository: Path, tmp_path: Path) -> None:
+    script, *rest = options.split()
+    command = [sys.executable, str(repository / "benchmarks" / script), *rest, "--out", str(tmp_path / "o")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "o.csv").read_text(encoding="utf-8").splitlines()))
+    assert {"plora_ext", "plain torch"} == {row.get("rival") or row["form"] for row in rows}
+    assert (tmp_path / "o.md").read_text(encoding="utf-8").count("\n| ") == 1 + len(rows)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [path.name for path in sorted((Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py"))],
+)
+def test_benchmarks_import(script: str, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if script == "soak.py":
+        pytest.importorskip("test_cuda_lora")
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    runpy.run_path(str(repository / "benchmarks" / script))
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -391,16 +391,16 @@ def test_another_version_is_said(data: Images, tmp_path: Path, capfd: pytest.Cap
 @pytest.mark.parametrize("epoch", [None, 0])
 def test_images_of_tasks_to_come_may_change(epoch: int | None, data: Images, tmp_path: Path) -> None:
     """A picture that is mended does not cost the tasks that never saw it."""
-    cut_after(1 if epoch is None else 2, data, tmp_path, epoch, class_order="none")
+    cut_after(1 if epoch is None else 2, data, tmp_path, epoch, class_order="sorted")
     mended = Images(**{name: value.copy() for name, value in arrays().items()})
     mended.train_images[4], mended.test_images[5] = 0, 255  # of classes 4 and 5, the last task's
-    fresh, _ = learn(mended, None, class_order="none")
-    result, _ = learn(mended, Checkpoint(tmp_path, resume=True), class_order="none")
+    fresh, _ = learn(mended, None, class_order="sorted")
+    result, _ = learn(mended, Checkpoint(tmp_path, resume=True), class_order="sorted")
     assert result.curve == fresh.curve and result.matrix == fresh.matrix
     assert result.environment["changed"] == "images or labels of task 2, after 2 of 3 tasks"
     mended.test_images[2] = 0
     with pytest.raises(ValueError, match="the images or labels differ, those of task 1, which is learned"):
-        learn(mended, Checkpoint(tmp_path, resume=True), class_order="none")
+        learn(mended, Checkpoint(tmp_path, resume=True), class_order="sorted")
 
 
 def test_damaged_checkpoints_are_refused(data: Images, tmp_path: Path) -> None:

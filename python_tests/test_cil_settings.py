@@ -6,9 +6,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
+from plora_ext.cil.checkpoint import refuse_other
 from plora_ext.cil.methods import METHODS
-from plora_ext.cil.settings import Settings, parse
+from plora_ext.cil.settings import Settings, current, parse
 from plora_ext.data.backbone import PILOT_NAMES
 
 
@@ -25,7 +27,7 @@ def test_every_method_can_be_named() -> None:
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    settings = Settings(lr=1e-3, tasks=[[0, 1], [2]], class_order="none", lora_alpha=8, target_modules=["q", "v"])
+    settings = Settings(lr=1e-3, tasks=[[0, 1], [2]], class_order="sorted", lora_alpha=8, target_modules=["q", "v"])
     (tmp_path / "a.yaml").write_text(settings.to_yaml())
     assert Settings.load(tmp_path / "a.yaml") == settings
 
@@ -38,24 +40,81 @@ def test_file_then_overrides(tmp_path: Path) -> None:
     assert Settings.load(tmp_path / "empty.yaml") == Settings()
 
 
+def test_files_over_one_another(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("epochs: 7\nlr: 0.1\n")
+    (tmp_path / "b.yaml").write_text("epochs: 3\nhead: gaussian\n")
+    settings = Settings.load([tmp_path / "a.yaml", tmp_path / "b.yaml"], {"seed": 5})
+    assert (settings.lr, settings.epochs, settings.head, settings.seed) == (0.1, 3, "gaussian", 5)
+    assert Settings.load([tmp_path / "b.yaml", tmp_path / "a.yaml"]).epochs == 7
+
+
+def test_what_follows_from_others_follows_in_a_copy(tmp_path: Path) -> None:
+    mean, learned = Settings(), Settings(fusion="learned")
+    changed = replace(mean, fusion="learned")
+    assert (changed.onto, changed.init) == ("fused", "fresh") and changed == learned
+    assert replace(learned, fusion="mean") == mean and replace(mean, onto="fused").init == "fresh"
+    (tmp_path / "mean.yaml").write_text(mean.to_yaml())
+    assert "\nonto: null  # here base\ninit: null  # here first\n" in mean.to_yaml()
+    assert Settings.load(tmp_path / "mean.yaml", {"fusion": "learned"}) == learned
+    said = replace(Settings(onto="base", init="fresh"), seed=1)  # what was said stays
+    assert (said.onto, said.init) == ("base", "fresh") and "\nonto: base\n" in said.to_yaml()
+    with pytest.raises(ValueError, match="needs onto 'fused'"):
+        replace(said, fusion="learned")
+    assert all(type(mean.as_dict()[name]) is str for name in ("onto", "init"))
+
+
+def test_words_of_before() -> None:
+    with pytest.warns(UserWarning, match='class_order "none" is called "sorted" now'):
+        assert Settings(class_order="none").class_order == "sorted"  # type: ignore[arg-type]
+    assert Settings(class_order=None).class_order == "shuffled"  # type: ignore[arg-type]
+    assert current({"class_order": "none", "r": 3}) == {"class_order": "sorted", "r": 3}
+    assert current({"class_order": [1, 0]})["class_order"] == [1, 0] and current({})["class_order"] == "shuffled"
+
+
+def test_checkpoints_in_words_of_before_are_of_the_same_run() -> None:
+    def fingerprint(settings: dict) -> dict:
+        return {"settings": settings, "data": "d", "tasks": [], "backbone": "b"}
+
+    now = fingerprint(Settings().as_dict())
+    before = fingerprint({**Settings().as_dict(), "class_order": None, "onto": "base", "init": "first"})
+    del before["settings"]["replay_epochs"]
+    assert refuse_other(before, now, "it is the checkpoint") == []
+    with pytest.raises(ValueError, match="class_order is 'shuffled' there and 'sorted' here"):
+        refuse_other(before, fingerprint(Settings(class_order="sorted").as_dict()), "it is the checkpoint")
+
+
+def test_a_file_of_settings_has_a_setting_a_line() -> None:
+    text = Settings(target_modules=r".*\.attn\.(qkv|proj)").to_yaml()
+    assert [line.split(":")[0] for line in text.splitlines()] == [f.name for f in fields(Settings)]
+
+
 def test_the_configs_of_the_repository_load(repository: Path) -> None:
-    configs = sorted((repository / "configs").glob("*.yaml"))
-    assert configs
-    for config in configs:
-        Settings.load(config)
-    assert Settings.load(repository / "configs" / "icon100_b0_inc10.yaml") == Settings()  # as the demo runs it
+    folder = repository / "configs"
+    assert Settings.load(folder / "icon100_b0_inc10.yaml") == Settings()  # as the demo runs it
+    methods = {path.stem: yaml.safe_load(path.read_text()) for path in (folder / "methods").glob("*.yaml")}
+    assert methods.keys() == {"ensemble", "gaussian", "inflora", "ranpac", "sdlora"}
+    assert len([*folder.rglob("*.yaml")]) <= 20
+    for data in folder.glob("*.yaml"):
+        for method, values in methods.items():
+            settings = Settings.load([data, folder / "methods" / f"{method}.yaml"])
+            assert {name: getattr(settings, name) for name in values} == {
+                **values,
+                **({"lr": float(values["lr"])} if "lr" in values else {}),
+            }
+            assert settings.increment == Settings.load(data).increment
 
 
 def test_configs_are_what_their_names_say(repository: Path) -> None:
     listed = (repository / "configs" / "README.md").read_text()
     for config in (repository / "configs").glob("*.yaml"):
-        data, base, increment, *method = config.stem.split("_")
+        data, base, increment, *_ = config.stem.split("_")
         settings = Settings.load(config)
         assert (settings.data, f"b{settings.init_cls}", f"inc{settings.increment}") == (data, base, increment)
         if data != "icon100":
-            assert "_".join(method) in listed and f"{data} {increment}" in listed
+            assert f"{data} {increment}" in listed
             assert (settings.transform, settings.normalize, settings.image_size) == ("pilot", "none", None)
-            assert settings.backbone in (*PILOT_NAMES.values(), "vit_base_patch16_224.augreg2_in21k_ft_in1k")
+            assert settings.backbone in PILOT_NAMES.values()
+    assert all(f"`{path.stem}`" in listed for path in (repository / "configs" / "methods").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -66,9 +125,12 @@ def test_configs_are_what_their_names_say(repository: Path) -> None:
         ("augment", "false", False),
         ("target_modules", "q,v", ["q", "v"]),
         ("target_modules", "qkv", ["qkv"]),
-        ("class_order", "none", "none"),
+        ("target_modules", "blocks.0.attn.qkv, fc1", ["blocks.0.attn.qkv", "fc1"]),
+        ("target_modules", r".*\.(fc1|fc2)", r".*\.(fc1|fc2)"),
+        ("class_order", "sorted", "sorted"),
         ("class_order", "2,0,1", [2, 0, 1]),
-        ("class_order", "null", None),
+        ("class_order", "0", [0]),
+        ("class_order", "null", "shuffled"),
         ("tasks", "[[0, 1], [2]]", [[0, 1], [2]]),
         ("lora_alpha", "null", None),
         ("data", "1993", "1993"),
@@ -94,7 +156,9 @@ def test_words_of_the_command_line(name: str, text: str, value: object) -> None:
         ({"r": 0}, "r must be at least 1, got 0"),
         ({"tau": 0}, "tau must be above 0"),
         ({"augment": "yes please"}, "augment must be bool"),
-        ({"target_modules": "qkv"}, r"target_modules must be list\[str\], got 'qkv'"),
+        ({"target_modules": 3}, r"target_modules must be list\[str\] or str, got 3"),
+        ({"target_modules": "(qkv"}, r"target_modules must be a list or a regular expression, got '\(qkv'"),
+        ({"class_order": "random"}, r"unknown class_order 'random'.*\(one of: shuffled, sorted\)"),
         ({"tasks": [0, 1]}, r"tasks must be list\[int\], got 0"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
         ({"fusion": "learned", "onto": "base"}, "needs onto 'fused'"),

@@ -47,7 +47,7 @@ def test_tasks_partition_the_images_and_count_labels_by_class_order() -> None:
 
 
 def test_given_orders_and_tasks() -> None:
-    assert TaskStream(labels(4), labels(4), class_order="none").class_order == [0, 1, 2, 3]
+    assert TaskStream(labels(4), labels(4), class_order="sorted").class_order == [0, 1, 2, 3]
     assert TaskStream(labels(4), labels(4), class_order=[3, 1, 0, 2], increment=3).class_order == [3, 1, 0, 2]
     stream = TaskStream(labels(4), labels(4), tasks=[[2], [3, 0, 1]])
     assert stream.class_order == [2, 3, 0, 1] and sizes(stream) == [1, 3]

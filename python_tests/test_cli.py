@@ -104,6 +104,34 @@ def test_train_takes_a_file_and_overrides_and_report_compares(
     assert "not in the means" not in printed
 
 
+def test_files_are_laid_over_one_another_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data.yaml").write_text("increment: 5\nepochs: 9\nlr: 0.1\n")
+    (tmp_path / "method.yaml").write_text("fusion: learned\nepochs: 3\naugment: false\n")
+    files = ["-c", str(tmp_path / "data.yaml"), "--config", str(tmp_path / "method.yaml")]
+    options = ["--lr", "0.2", "--deterministic", "--no-tf32", "--compile", "true", "--out", str(tmp_path / "out")]
+    assert main(["train", *files, *options, "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(printed)
+    settings = Settings.load(tmp_path / "printed.yaml")
+    assert (settings.increment, settings.epochs, settings.lr, settings.fusion) == (5, 3, 0.2, "learned")
+    assert (settings.augment, settings.deterministic, settings.tf32, settings.compile) == (False, True, False, True)
+    assert "onto: null  # here fused" in printed and not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_resumed_run_writes_the_settings_as_they_were_chosen(problem: list[str], tmp_path: Path) -> None:
+    for chosen, line in (([], "onto: null  # here base"), (["--init", "fresh"], "onto: base")):
+        out = tmp_path / f"out{len(chosen)}"
+        assert main(["train", *problem, "--method", "simplecil", *chosen, "--out", str(out)]) == 0
+        first = (out / "settings.yaml").read_text()
+        assert main(["train", "--resume", "--out", str(out)]) == 0
+        again = (out / "settings.yaml").read_text()
+        assert line in again and Settings.load(out / "settings.yaml").as_dict() == yaml.safe_load(first) | {
+            "onto": "base", "init": chosen[1] if chosen else "first"
+        }  # fmt: skip
+    assert Settings.load(tmp_path / "out0" / "settings.yaml", {"fusion": "learned"}).onto == "fused"
+
+
 def test_joint_is_drawn_beside_the_others(tmp_path: Path, problem: list[str], tiny: None) -> None:
     for method in ("joint", "plora-ensemble"):
         assert main(["train", *problem, "--method", method, "--out", str(tmp_path / method)]) == 0
@@ -258,10 +286,52 @@ def test_interrupt_keeps_whole_files(problem: list[str], tmp_path: Path) -> None
     assert [r.method for r in load_results(out)] == ["simplecil"]
 
 
+HIDDEN = """
+import sys
+for name in {hidden!r}:
+    sys.modules[name] = None  # as if it were not installed
+{tiny}
+import plora_ext.cil.build as engine
+from plora_ext.cli import main
+engine.create_backbone = create
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_packages_that_are_not_installed(problem: list[str], tmp_path: Path) -> None:
+    def run(*arguments: str, hidden: tuple[str, ...] = ("matplotlib", "jinja2")) -> tuple[int, str, str]:
+        command = [sys.executable, "-c", HIDDEN.format(hidden=hidden, tiny=TINY), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stdout, done.stderr
+
+    out, said = str(tmp_path / "out"), 'pip install "plora_ext[report]"'
+    code, printed, error = run("train", *problem, "--method", "simplecil", "--out", out)
+    assert (code, error) == (0, f"note: no figures without matplotlib: {said}\n")
+    assert "simplecil" in printed and f"written to {out}: metrics.json, settings.yaml" in printed
+    assert sorted(p.name for p in Path(out).iterdir() if p.is_file()) == ["metrics.json", "settings.yaml"]
+    code, printed, error = run("report", out, "--out", str(tmp_path / "r"), hidden=("matplotlib",))
+    assert (code, error) == (2, f"error: figures and reports need the package matplotlib: {said}\n")
+    code, printed, error = run("report", out, "--out", str(tmp_path / "r"), hidden=("jinja2",))
+    assert (code, error) == (2, f"error: figures and reports need the package jinja2: {said}\n")
+    assert not (tmp_path / "r").exists()
+    code, printed, error = run(
+        "train", *problem, "--tensorboard", "--out", str(tmp_path / "t"), hidden=("tensorboard",)
+    )
+    assert code == 2 and error.startswith("error: --tensorboard needs the package tensorboard")
+    assert error.count("\n") == 1 and "pip install tensorboard" in error
+
+
+def test_hosts_that_are_not_installed() -> None:
+    script = "import sys; sys.modules['peft'] = None\nfrom plora_ext.integrations import peft\npeft.patch()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith(': pip install "plora_ext[integrations]"')
+
+
 @pytest.mark.usefixtures("tiny")
 def test_the_accuracy_benchmark_agrees_with_single_runs(
     problem: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path
 ) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
     benchmark = runpy.run_path(str(repository / "benchmarks" / "accuracy.py"))
     problem += ["--lr", "0.02", "--projections", "100"]
 
@@ -330,6 +400,7 @@ def test_info_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
         (["--version"], "plora-ext"),
         (["train", "--help"], "--weight-decay"),
+        (["train", "--help"], "fusion, prototypes and head:\n  --fusion"),
         (["--help"], "demo"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import plora_ext.data
-from plora_ext.data import Icon100, backbone, create_backbone, icon100, load_icon100, random_affine, to_tensor
+from plora_ext.data import Images, backbone, create_backbone, load_icon100, random_affine, sets, to_tensor
 
 FOLDER = Path(plora_ext.data.__file__).parent
 PERMISSIVE = {"MIT", "Apache-2.0", "ISC", "BSD-2-Clause", "BSD-3-Clause", "OFL-1.1", "Unlicense", "CC0-1.0"}
@@ -23,7 +23,7 @@ HALF = (0.5, 0.5, 0.5)
 
 
 @pytest.fixture(scope="module")
-def data() -> Icon100:
+def data() -> Images:
     return load_icon100()
 
 
@@ -32,7 +32,7 @@ def info() -> dict:
     return json.loads((FOLDER / "icon100.json").read_text(encoding="utf-8"))
 
 
-def test_icon100_shapes_and_counts(data: Icon100, info: dict) -> None:
+def test_icon100_shapes_and_counts(data: Images, info: dict) -> None:
     for images, labels, side in (
         (data.train_images, data.train_labels, "train"),
         (data.test_images, data.test_labels, "test"),
@@ -55,14 +55,14 @@ def test_icon100_families_are_on_one_side(info: dict) -> None:
     assert len(side_of) > 80
 
 
-def test_icon100_has_no_image_twice(data: Icon100) -> None:
+def test_icon100_has_no_image_twice(data: Images) -> None:
     digests = [
         hashlib.sha256(image.tobytes()).digest() for part in (data.train_images, data.test_images) for image in part
     ]
     assert len(set(digests)) == len(digests)
 
 
-def test_icon100_images_are_no_blanks_on_white(data: Icon100) -> None:
+def test_icon100_images_are_no_blanks_on_white(data: Images) -> None:
     assert data.test_images.reshape(len(data.test_images), -1).std(axis=1).min() >= 8
     corners = data.train_images[:, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert (corners == 255).mean() > 0.99
@@ -82,7 +82,7 @@ def test_files_are_small() -> None:
 
 
 def test_icon100_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(icon100, "_FOLDER", tmp_path)
+    monkeypatch.setattr(sets, "FOLDER", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"icon100\.npz is missing; reinstall"):
         load_icon100()
 
@@ -149,7 +149,7 @@ def test_random_affine_refuses_bad_ranges(keywords: dict, message: str) -> None:
         random_affine(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
 
 
-def test_embedded_backbone(data: Icon100) -> None:
+def test_embedded_backbone(data: Images) -> None:
     model, image_size, mean, std = create_backbone()
     assert isinstance(model, VisionTransformer) and not model.training
     images = to_tensor(data.test_images[:8], image_size, mean, std)
@@ -160,7 +160,7 @@ def test_embedded_backbone(data: Icon100) -> None:
     assert not torch.equal(features, create_backbone(pretrained=False).model(images))
 
 
-def test_embedded_backbone_knows_something_but_not_the_answer(data: Icon100) -> None:
+def test_embedded_backbone_knows_something_but_not_the_answer(data: Images) -> None:
     """Frozen nearest class mean on some classes: far above chance, far below solved."""
     model, image_size, mean, std = create_backbone()
     means, features, labels = [], [], []
@@ -204,7 +204,7 @@ def test_create_backbone_errors(
         create_backbone(weights=tmp_path / "x")
     with pytest.raises(ValueError, match=r"tiny\.safetensors do not fit the backbone 'embedded'"):
         create_backbone(weights=tiny_weights[1])
-    monkeypatch.setattr(backbone, "_FOLDER", tmp_path)
+    monkeypatch.setattr(sets, "FOLDER", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"backbone\.json is missing"):
         create_backbone()
 

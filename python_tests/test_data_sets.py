@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 from torchvision.datasets import CIFAR100
 
 from plora_ext.cil import Settings
 from plora_ext.cil.build import load_data
-from plora_ext.data import ImageFiles, Preparation, View, load_images
+from plora_ext.cil.loop import run
+from plora_ext.data import Backbone, ImageFiles, Preparation, View, load_images
 from plora_ext.data import view as views
 from plora_ext.data.sets import FOLDERS, Images, checked, doubles
 
@@ -85,20 +87,30 @@ def test_idx_files(tmp_path: Path) -> None:
         np.testing.assert_array_equal(again.train_images, data.train_images)
 
 
-def test_cifar100_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / CIFAR100.base_folder
+def write_cifar100(root: Path, labels: list[int], names: list[str]) -> dict[str, str]:
+    """Returns the checksums of the files."""
+    folder, number = root / CIFAR100.base_folder, len(labels)
     folder.mkdir()
-    flat = pixels(4, 32).transpose(0, 3, 1, 2).reshape(4, -1)
-    contents = {name: {"data": flat, "fine_labels": [0, 1, 2, 2]} for name in SPLITS}
+    flat = pixels(number, 32).transpose(0, 3, 1, 2).reshape(number, -1)
+    contents = {name: {"data": flat, "fine_labels": labels} for name in SPLITS}
     sums = {}
-    for name, content in {**contents, "meta": {"fine_label_names": ["a", "b", "c"]}}.items():
+    for name, content in {**contents, "meta": {"fine_label_names": names}}.items():
         (folder / name).write_bytes(pickle.dumps(content))
         sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
-    with pytest.raises(FileNotFoundError, match=r"cifar100 is not whole: looked for .*cifar-100-python .*data_root"):
-        load_images("cifar100", tmp_path)  # the checksums of the real set: nothing is unpickled
+    return sums
+
+
+def expect(sums: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
     monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
+
+
+def test_cifar100_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = write_cifar100(tmp_path, [0, 1, 2, 2], ["a", "b", "c"])
+    with pytest.raises(FileNotFoundError, match=r"cifar100 is not whole: looked for .*cifar-100-python .*data_root"):
+        load_images("cifar100", tmp_path)  # the checksums of the real set: nothing is unpickled
+    expect(sums, monkeypatch)
     data = load_images("cifar100", tmp_path)
     np.testing.assert_array_equal(data.train_images, pixels(4, 32))
     assert data.test_labels.tolist() == [0, 1, 2, 2] and data.class_names == ["a", "b", "c"]
@@ -112,6 +124,31 @@ def test_settings_name_the_data(tmp_path: Path) -> None:
     assert digest == load_images(str(tmp_path / "cub")).digest()
     (tmp_path / "cub" / "test" / "cat" / "new.png").write_bytes((tmp_path / "cub/test/cat/0.png").read_bytes())
     assert load_images("cub", tmp_path).digest() != digest
+
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+DATA = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.name.startswith("icon100")]
+METHODS = [None, *sorted((CONFIGS / "methods").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(("data", "method"), [(path, METHODS[i % len(METHODS)]) for i, path in enumerate(DATA)])
+def test_configurations_on_a_small_set_of_their_layout(
+    data: Path, method: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(DATA) >= len(METHODS)  # every file is used
+    changes = {"data_root": str(tmp_path), "epochs": 1, "workers": 0, "device": "cpu", "projections": 50, "r": 2}
+    settings = Settings.load([data, *([method] if method else [])], changes)
+    classes = 2 * settings.increment + 1
+    names = tuple(f"c{i:03}" for i in range(classes))
+    if settings.data == "cifar100":
+        expect(write_cifar100(tmp_path, list(range(classes)), list(names)), monkeypatch)
+    else:
+        write_folders(tmp_path / FOLDERS[settings.data], names, each=1)
+    vit = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=0)
+    result = run(settings, backbone=Backbone(vit.eval(), 16, [0.5] * 3, [0.5] * 3))
+    assert result.classes_seen == [settings.increment, 2 * settings.increment, classes]
+    assert (result.class_order == list(range(classes))) == (settings.class_order == "sorted")
+    assert result.num_train == classes and all(0 <= accuracy <= 100 for accuracy in result.curve)
 
 
 # ---------------------------------------------------------------------- what is wrong with data

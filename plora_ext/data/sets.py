@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import gzip
 import hashlib
+import json
 import os
 import warnings
 import zipfile
@@ -24,8 +25,8 @@ from PIL import Image
 from plora_ext.change import row_digests
 
 from .decode import decode, to_8_bits
-from .icon100 import load_icon100
 
+FOLDER = Path(__file__).parent
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 # Where LAMDA-PILOT keeps the sets that come as class folders, relative to the common root.
 FOLDERS = {
@@ -62,9 +63,7 @@ class ImageFiles:
         try:
             return decode(path)
         except Exception as error:  # decoders raise all kinds
-            raise ValueError(
-                f"{path} is no image that can be decoded ({error}); mend or remove it, or set corrupt to skip"
-            ) from error
+            raise ValueError(_no_image(path, error)) from error
 
 
 @dataclass
@@ -126,8 +125,7 @@ def load_images(data: str, root: str | Path = "data", *, download: bool = False,
         OSError: Files are not where they were looked for; the message says where, and the layout expected.
     """
     if data == "icon100":
-        icons = load_icon100()
-        return Images(icons.train_images, icons.train_labels, icons.test_images, icons.test_labels, icons.class_names)
+        return load_icon100()
     if data == "cifar100":
         return _cifar100(Path(root), download)
     if data == "fashion-mnist":
@@ -146,7 +144,35 @@ def load_images(data: str, root: str | Path = "data", *, download: bool = False,
     raise ValueError(f"unknown data {data!r}; {guess}(one of: {', '.join(NAMES)}, a folder, FILE.npz)")
 
 
+def packaged(name: str, maker: str) -> Path:
+    """A file of the package, which `maker` among the tools writes.
+
+    Raises:
+        FileNotFoundError: It is missing from the installation.
+    """
+    path = FOLDER / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; reinstall plora_ext, or make it with tools/{maker}")
+    return path
+
+
 # ---------------------------------------------------------------------- arrays
+
+
+def load_icon100() -> Images:
+    """Icon-100, which is part of the package: 100 concepts drawn by many icon designers.
+
+    uint8 [N, 64, 64, 3], RGB on white; every family of designs stands on the training or on the test side as a whole.
+    Its drawings' licences: `plora_ext/data/LICENSES.md`.
+
+    Raises:
+        FileNotFoundError: A file of it is missing from the installation.
+    """
+    arrays, about = (packaged(f"icon100.{kind}", "build_icon100.py") for kind in ("npz", "json"))
+    with np.load(arrays, allow_pickle=False) as file:
+        images, labels, test = file["images"], file["labels"].astype(np.int64), file["test"]
+    names = json.loads(about.read_text(encoding="utf-8"))["class_names"]
+    return Images(images[~test], labels[~test], images[test], labels[test], names)
 
 
 def _npz(path: Path) -> Images:
@@ -311,11 +337,7 @@ def _class_folders(root: Path, corrupt: str) -> Images:
         raise ValueError(f"{root}: train and test must hold the same class folders; {said}")
     arrays: list[Any] = []
     for side in (train, test):
-        samples = _once([(Path(path), label) for path, label in side.samples])
-        if corrupt == "skip":
-            samples = _whole(samples)
-        else:
-            _look(samples)
+        samples = _decodable(_once([(Path(path), label) for path, label in side.samples]), corrupt)
         arrays += [ImageFiles([path for path, _ in samples]), np.array([label for _, label in samples], dtype=np.int64)]
     arrays.append(list(train.classes))
     return Images(*arrays)
@@ -349,40 +371,38 @@ def _once(samples: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
     return list(found.values())
 
 
-def _look(samples: list[tuple[Path, int]]) -> None:
-    """Opens the header of every image, so that one that is none is found before anything is learned."""
+def _no_image(path: Path, error: Exception) -> str:
+    return f"{path} is no image that can be decoded ({error}); mend or remove it, or set corrupt to skip"
 
-    def fault(path: Path) -> str | None:
+
+def _decodable(samples: list[tuple[Path, int]], corrupt: str) -> list[tuple[Path, int]]:
+    """The samples whose image can be decoded, if `corrupt` is "skip"; a warning names the others.
+
+    Else all of them: only headers are read, so that a file that is no image is found before anything is learned.
+
+    Raises:
+        ValueError: There is one that is none, and it is not to be skipped.
+    """
+
+    def fault(path: Path) -> str:
         try:
-            with Image.open(path):
-                return None
+            if corrupt == "skip":
+                decode(path)
+            else:
+                with Image.open(path):
+                    pass
         except Exception as error:  # decoders raise all kinds
-            return f"{path} is no image that can be decoded ({error}); mend or remove it, or set corrupt to skip"
-
-    with ThreadPoolExecutor() as pool:
-        faults = [found for found in pool.map(fault, [path for path, _ in samples]) if found]
-    if faults:
-        more = f" (and {len(faults) - 1} images more)" if len(faults) > 1 else ""
-        raise ValueError(faults[0] + more)
-
-
-def _whole(samples: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
-    """The samples whose image can be decoded; a warning names the others."""
-    files = ImageFiles([path for path, _ in samples])
-
-    def fault(index: int) -> bool:
-        try:
-            files[index]
-        except ValueError:
-            return True
-        return False
+            return _no_image(path, error)
+        return ""
 
     with ThreadPoolExecutor() as pool:  # decoders leave Python's lock
-        faults = list(pool.map(fault, range(len(samples))))
-    bad = [str(path) for (path, _), broken in zip(samples, faults) if broken]
+        faults = list(pool.map(fault, [path for path, _ in samples]))
+    bad = [(str(path), said) for (path, _), said in zip(samples, faults) if said]
+    if bad and corrupt != "skip":
+        raise ValueError(bad[0][1] + (f" (and {len(bad) - 1} images more)" if len(bad) > 1 else ""))
     if bad:
-        warnings.warn(f"left out {len(bad)} images that cannot be decoded: {_some(bad)}", stacklevel=2)
-    return [sample for sample, broken in zip(samples, faults) if not broken]
+        warnings.warn(f"left out {len(bad)} images that cannot be decoded: {_some([p for p, _ in bad])}", stacklevel=2)
+    return [sample for sample, said in zip(samples, faults) if not said]
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -19,6 +19,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,18 +86,19 @@ class View:
         self._digests: list[Tensor] = []  # of all images, shared by every selection
         self._ready: Tensor | None = None  # float images, prepared
         self._stored: Tensor | None = None  # uint8 images, on the device
-        self._source: np.ndarray | ImageFiles | Decoded = images
+        self._loader: _Loader | None = None  # for images that are loaded one by one
+        source: np.ndarray | ImageFiles | Decoded = images
         if isinstance(images, ImageFiles):
             if p.cache:
                 with suppress(OSError):  # a system that promises no more memory than it has
-                    self._source = Decoded(images, int(p.cache * free_memory(torch.device("cpu"))))
+                    source = Decoded(images, int(p.cache * free_memory(torch.device("cpu"))))
         elif p.transform == "resize" and 12 * len(images) * p.image_size**2 <= READY_BYTES:
             self._ready = to_tensor(np.asarray(images), p.image_size, p.mean, p.std, p.device)
         elif p.on_device and (p.device.type == "cpu" or images.nbytes <= SHARE * free_memory(p.device)):
             self._stored = torch.as_tensor(images).to(p.device)
         in_memory = self._ready is not None or self._stored is not None
-        self._one_by_one = not in_memory and (isinstance(images, ImageFiles) or p.transform == "pilot" or p.on_device)
-        self._loader = _Loader(_Items(self._source, p), p) if self._one_by_one else None
+        if not in_memory and (isinstance(images, ImageFiles) or p.transform == "pilot" or p.on_device):
+            self._loader = _Loader(_Items(source, p), p)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -110,18 +112,14 @@ class View:
             p = self.preparation
             about = repr((p.image_size, list(p.mean), list(p.std), p.transform)).encode()
             about += b" on the device" if p.on_device and self._ready is None else b""
-            parts = [hashlib.blake2b(about + content, digest_size=16).digest() for content in self._contents()]
+            if isinstance(self.images, ImageFiles):
+                files = ((path.absolute(), path.stat()) for path in self.images.paths)
+                contents = (f"{path} {facts.st_size} {facts.st_mtime_ns}".encode() for path, facts in files)
+            else:
+                contents = (repr(image.shape).encode() + image.tobytes() for image in self.images)
+            parts = [hashlib.blake2b(about + content, digest_size=16).digest() for content in contents]
             self._digests.append(torch.from_numpy(np.frombuffer(b"".join(parts), dtype=np.int64).reshape(-1, 2).copy()))
         return self._digests[0][self.rows]
-
-    def _contents(self) -> Iterator[bytes]:
-        if isinstance(self.images, ImageFiles):
-            for path in self.images.paths:
-                facts = path.stat()
-                yield f"{path.absolute()} {facts.st_size} {facts.st_mtime_ns}".encode()
-        else:
-            for image in self.images:
-                yield repr(image.shape).encode() + image.tobytes()
 
     def __getitem__(self, rows: Tensor) -> View:
         """The images of `rows`, int64, within this selection."""
@@ -146,53 +144,31 @@ class View:
 
     def _batches(self, batches: Sequence[Tensor], train: bool, own: Own = _all) -> Iterator[Tensor]:
         p = self.preparation
-        affine, crop = train and p.transform == "resize", train and p.transform == "pilot"
-        parts = _own(batches, own)
-        if p.on_device and self._ready is None:
-            numbers = random_numbers(sum(map(len, batches))) if crop else None
-            made = self._on_device(parts, numbers if numbers is None else _own(_like(numbers, batches), own))
-        elif self._one_by_one:
-            seeds = torch.randint(2**62, (sum(map(len, batches)),)) if crop else None
-            made = self._loaded(parts, seeds if seeds is None else _own(_like(seeds, batches), own))
-        else:
-            made = self._of_arrays(parts)
-        for batch, rows in zip(made, batches):
-            yield random_affine(batch, among=(len(rows), own(len(rows)))) if affine else batch
+        numbers: Sequence[Tensor | None] = [None] * len(batches)
+        if train and p.transform == "pilot":
+            total, each = sum(map(len, batches)), [len(rows) for rows in batches]
+            drawn = random_numbers(total) if p.on_device else torch.randint(2**62, (total,))
+            numbers = _own(drawn.split(each), own)
+        for batch, rows in zip(self._made(_own(batches, own), numbers), batches):
+            moved = train and p.transform == "resize"
+            yield random_affine(batch, among=(len(rows), own(len(rows)))) if moved else batch
 
-    def _of_arrays(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        p = self.preparation
+    def _made(self, batches: Sequence[Tensor], numbers: Sequence[Tensor | None]) -> Iterator[Tensor]:
+        """The batches of these rows, normalised; with random numbers, those of random crops."""
+        p, (mean, std) = self.preparation, self._colors
         if self._ready is not None:
-            for rows in _split_on(self._ready.device, batches):
-                yield self._ready[rows]
+            yield from (self._ready[rows] for rows in _split_on(self._ready.device, batches))
+        elif p.on_device:
+            for (images, sizes), own in zip(self._pixels(batches), numbers):
+                yield (self._resampled(images, sizes, own) / 255 - mean) / std
+        elif self._loader:
+            seeds = [[None] * len(rows) if own is None else own.tolist() for rows, own in zip(batches, numbers)]
+            for batch in self._loader([list(zip(rows.tolist(), own)) for rows, own in zip(batches, seeds)]):
+                batch = batch.to(p.device, non_blocking=True)
+                yield ((batch.float() / 255 if batch.dtype == torch.uint8 else batch) - mean) / std
         else:
             for rows in batches:
                 yield to_tensor(self.images[rows.numpy()], p.image_size, p.mean, p.std, p.device)  # type: ignore[index]
-
-    def _loaded(self, batches: Sequence[Tensor], seeds: Sequence[Tensor] | None) -> Iterator[Tensor]:
-        """Batches of images that are loaded and prepared one by one, perhaps by workers; with seeds they are crops."""
-        assert self._loader is not None
-        if seeds is None:
-            items = [[(row, False, None) for row in rows.tolist()] for rows in batches]
-        else:
-            pairs = [zip(rows.tolist(), own.tolist()) for rows, own in zip(batches, seeds)]
-            items = [[(row, True, seed) for row, seed in batch] for batch in pairs]
-        for batch in self._loader(items):
-            batch = batch.to(self.preparation.device, non_blocking=True)
-            yield self._normalised(batch.float() / 255 if batch.dtype == torch.uint8 else batch)
-
-    def _on_device(self, batches: Sequence[Tensor], numbers: Sequence[Tensor] | None) -> Iterator[Tensor]:
-        """Batches that are cropped and resized where the model is; with random numbers, to random crops."""
-        p = self.preparation
-        for i, (images, sizes) in enumerate(self._pixels(batches)):
-            flip = None
-            if numbers is not None:
-                windows, flip = random_crop(sizes, numbers[i], p.image_size, **CROP)
-            elif p.transform == "pilot":
-                windows = center(sizes, int(256 / 224 * p.image_size), p.image_size)
-            else:
-                windows = whole(sizes, p.image_size)
-            kernel = "bicubic" if p.transform == "pilot" and numbers is None else "bilinear"
-            yield self._normalised(resample(images, windows, p.image_size, kernel, flip) / 255)
 
     def _pixels(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches as they are stored: uint8 [B, H, W, 3] on the device, padded, and their sizes [B, 2]."""
@@ -202,17 +178,18 @@ class View:
                 yield self._stored[rows], size.expand(len(rows), 2)
         else:
             assert self._loader is not None
-            for images, sizes in self._loader([[(row, False, None) for row in rows.tolist()] for rows in batches]):
+            for images, sizes in self._loader([[(row, None) for row in rows.tolist()] for rows in batches]):
                 yield images.to(self.preparation.device, non_blocking=True), sizes
 
-    def _normalised(self, batch: Tensor) -> Tensor:
-        mean, std = self._colors
-        return (batch - mean) / std
-
-
-def _like(numbers: Tensor, batches: Sequence[Tensor]) -> Sequence[Tensor]:
-    """`numbers`, one for each row of all batches, batch by batch."""
-    return numbers.split([len(rows) for rows in batches])
+    def _resampled(self, images: Tensor, sizes: Tensor, numbers: Tensor | None) -> Tensor:
+        """Cropped and resized where the model is."""
+        size, pilot = self.preparation.image_size, self.preparation.transform == "pilot"
+        if numbers is not None:
+            windows, flip = random_crop(sizes, numbers, size, **CROP)
+            return resample(images, windows, size, "bilinear", flip)
+        if pilot:
+            return resample(images, center(sizes, int(256 / 224 * size), size), size, "bicubic")
+        return resample(images, whole(sizes, size), size)
 
 
 def _own(batches: Sequence[Tensor], own: Own) -> list[Tensor]:
@@ -241,7 +218,7 @@ class _Loader:
                 self._items,
                 batch_sampler=self._plan,
                 num_workers=workers,
-                collate_fn=_padded if self._preparation.on_device else _collate,
+                collate_fn=partial(_collate, self._preparation.on_device),
                 pin_memory=self._preparation.device.type == "cuda",
                 generator=torch.Generator(),  # its own: the global one stays where it is
                 persistent_workers=workers > 0,
@@ -263,17 +240,17 @@ class _Loader:
 
 
 class _Items(Dataset):
-    """Item (row, crop, seed): the prepared image, or what went wrong (an exception would arrive as a traceback).
+    """Item (row, seed): the prepared image, or what went wrong (an exception would arrive as a traceback).
 
-    Images that the device prepares come as they are stored.
+    With a seed it is a random crop. Images that the device prepares come as they are stored.
     """
 
     def __init__(self, images: np.ndarray | ImageFiles | Decoded, preparation: Preparation):
         self.images, self.raw = images, preparation.on_device
         self.transforms = {crop: _transform(preparation, crop) for crop in (False, True)}
 
-    def __getitem__(self, item: tuple[int, bool, int | None]) -> Tensor | Exception:
-        row, crop, seed = item
+    def __getitem__(self, item: tuple[int, int | None]) -> Tensor | Exception:
+        row, seed = item
         try:
             image = self.images[row]
         except ValueError as error:
@@ -281,49 +258,33 @@ class _Items(Dataset):
         if self.raw:
             return torch.as_tensor(image)
         if seed is None:
-            return self.transforms[crop](image)
+            return self.transforms[False](image)
         state = torch.get_rng_state()
         try:
             torch.default_generator.manual_seed(seed)  # the CPU's alone
-            return self.transforms[crop](image)
+            return self.transforms[True](image)
         finally:
             torch.set_rng_state(state)
 
 
-def _collate(items: list[Tensor | Exception]) -> Tensor | Exception:
+def _collate(raw: bool, items: list[Any]) -> Any:
+    """A batch; of raw images [H, W, 3] one padded to the largest, with their sizes [B, 2]; or what went wrong."""
     for item in items:
         if isinstance(item, Exception):
             return item
-    return torch.stack(items)  # type: ignore[arg-type]
-
-
-def _padded(items: list[Tensor | Exception]) -> tuple[Tensor, Tensor] | Exception:
-    """Images [H, W, 3] as a batch, padded to the largest, and their sizes [B, 2]."""
-    images: list[Tensor] = []
-    for item in items:
-        if isinstance(item, Exception):
-            return item
-        images.append(item)
-    sizes = torch.tensor([image.shape[:2] for image in images])
-    batch = torch.zeros(len(images), *sizes.amax(0).tolist(), 3, dtype=torch.uint8)
-    for place, image in zip(batch, images):
+    if not raw:
+        return torch.stack(items)
+    sizes = torch.tensor([image.shape[:2] for image in items])
+    batch = torch.zeros(len(items), *sizes.amax(0).tolist(), 3, dtype=torch.uint8)
+    for place, image in zip(batch, items):
         place[: image.shape[0], : image.shape[1]] = image
     return batch, sizes
 
 
-@dataclass(frozen=True)
-class _Resize:
-    """The same pixels as `to_tensor` gives for arrays, before normalisation."""
-
-    size: int
-
-    def __call__(self, image: np.ndarray) -> Tensor:
-        return to_tensor(image[None], self.size, (0, 0, 0), (1, 1, 1))[0]
-
-
 def _transform(p: Preparation, crop: bool) -> Callable[[np.ndarray], Tensor]:
-    if p.transform == "resize":
-        return _Resize(p.image_size)
+    """From a stored image to pixels that are not normalised yet."""
+    if p.transform == "resize":  # the same pixels as `to_tensor` gives for arrays
+        return lambda image: to_tensor(image[None], p.image_size, (0, 0, 0), (1, 1, 1))[0]
     from torchvision.transforms import InterpolationMode, v2
 
     if crop:

@@ -10,31 +10,25 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from rich.table import Table
 
 import plora_ext
 from plora_ext.cil.result import Result
-from plora_ext.report import figures
 from plora_ext.report.console import COMPACT
-from plora_ext.report.page import page
 from plora_ext.report.runs import COLUMNS, Group, Protocol, group, is_finished, load_results, rows
 
 __all__ = ["load_results", "write_folder", "write_report"]
 
-FIGURES: dict[str, Callable[[Protocol], Figure | None]] = {
-    "accuracy": figures.accuracy,
-    "task_matrix": figures.matrices,
-    "forgetting": figures.forgetting,
-    "drift": figures.drift,
-    "cost": figures.cost,
-    "cost_of_tasks": figures.cost_of_tasks,
-}
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INSTALL = 'pip install "plora_ext[report]"'  # matplotlib and jinja2, which nothing else here needs
 
 
 def prepare_folder(out: str | Path) -> Path:
@@ -52,18 +46,46 @@ def prepare_folder(out: str | Path) -> Path:
         raise OSError(f"cannot write to the output folder {str(out)!r}: {error.strerror or error}") from error
 
 
-def write_folder(folder: Path, results: Sequence[Result], settings_yaml: str | None = None) -> None:
-    """Writes metrics.json, accuracy.png, task_matrix.png and, if given, settings.yaml, replacing older ones."""
+def drawers() -> dict[str, Callable[[Protocol], Figure | None]]:
+    """What draws each figure, by its name.
+
+    Raises:
+        ImportError: matplotlib or jinja2 is not installed; names the command.
+    """
+    try:
+        from plora_ext.report import figures, page  # noqa: F401  the page is as good as its figures
+    except ImportError as error:
+        raise ImportError(f"figures and reports need the package {error.name}: {INSTALL}") from error
+    return {
+        "accuracy": figures.accuracy,
+        "task_matrix": figures.matrices,
+        "forgetting": figures.forgetting,
+        "drift": figures.drift,
+        "cost": figures.cost,
+        "cost_of_tasks": figures.cost_of_tasks,
+    }
+
+
+def write_folder(folder: Path, results: Sequence[Result], settings_yaml: str | None = None) -> list[str]:
+    """Writes metrics.json, accuracy.png, task_matrix.png and, if given, settings.yaml, replacing older ones.
+
+    Returns their names; without matplotlib there are no figures.
+    """
     texts = {"metrics.json": to_json(results)}
     if settings_yaml is not None:
         texts["settings.yaml"] = settings_yaml
     (protocol,) = group(results)
-    _write(folder, texts, {name: FIGURES[name](protocol) for name in ("accuracy", "task_matrix")})
+    draw: Mapping[str, Callable[[Protocol], Figure | None]] = {}
+    with suppress(ImportError):
+        draw = drawers()
+    return _write(folder, texts, {name: draw[name](protocol) for name in ("accuracy", "task_matrix") if draw})
 
 
 def write_report(folder: Path, results: Sequence[Result]) -> list[str]:
     """Writes report.html, the figures, summary.csv, runs.csv, tasks.csv and metrics.json; returns their names."""
-    protocols = group(results)
+    drawn, protocols = drawers(), group(results)
+    from plora_ext.report.page import page
+
     texts = {
         "report.html": page(protocols, results),
         "summary.csv": _csv(_summary_rows(protocols)),
@@ -74,7 +96,7 @@ def write_report(folder: Path, results: Sequence[Result]) -> list[str]:
     pictures: dict[str, Figure | None] = {}
     for protocol in protocols:
         where = "" if len(protocols) == 1 else re.sub(r"\W+", "_", protocol.name).strip("_") + "-"
-        pictures |= {f"{where}{name}": draw(protocol) for name, draw in FIGURES.items()}
+        pictures |= {f"{where}{name}": draw(protocol) for name, draw in drawn.items()}
     return _write(folder, texts, pictures)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from plora_ext.cil.checkpoint import ELSEWHERE, MANIFEST, Checkpoint
 from plora_ext.cil.methods import METHODS
 from plora_ext.cil.result import Result
-from plora_ext.cil.settings import Settings
+from plora_ext.cil.settings import Settings, current
 
 PROTOCOL = ("data", "init_cls", "increment", "tasks", "class_order", "backbone", "weights", "image_size", "transform",
             "normalize", "corrupt")  # fmt: skip
@@ -184,7 +184,7 @@ def configuration_of(result: Result) -> dict[str, Any]:
 
 def settings_of(result: Result) -> dict[str, Any]:
     """A result's settings; those that came after it was written have their default."""
-    return {**_defaults(), **result.settings}
+    return {**_defaults(), **current(result.settings)}
 
 
 @cache

@@ -1,0 +1,378 @@
+"""What the benchmarks share: options, the facts of the machine, tables, files, and GPU time under CUDA graphs.
+
+`plora_ext.bench` has the rest: the operators, and rounds in which all forms take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import datetime
+import functools
+import gc
+import io
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import plora_ext
+from plora_ext import libraries
+from plora_ext.bench import OURS, fault, in_turn
+
+Form = Callable[[Any], Any]
+Line = dict[str, Any]
+
+
+# ---------------------------------------------------------------------- options, facts, tables, files
+
+
+def options(doc: str | None, name: str = "") -> argparse.ArgumentParser:
+    """A parser; with `name`, of what the results are called, it has --out and --commit."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if name:
+        default = Path(__file__).parent / "results" / name
+        parser.add_argument("--out", type=Path, default=default, help="path of the results without its suffix")
+        parser.add_argument("--commit", help="what to call the version measured, where this is no git checkout")
+    return parser
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+
+
+def commit() -> str:
+    try:
+        where = Path(__file__).resolve().parent
+        return subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=where, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def origin(given: str | None = None) -> dict[str, str]:
+    """Version, commit (`given` where this is no git checkout), date and command of this process."""
+    command = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name for a in sys.argv[1:])]
+    return {
+        "plora_ext": plora_ext.__version__,
+        "commit": given or commit(),
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(command),
+    }
+
+
+def facts(device: torch.device, given: str | None = None, **more: Any) -> dict[str, Any]:
+    """Where figures are from: the device, `more`, torch and `origin`."""
+    return {"device": device_name(device), **more, "torch": torch.__version__, **origin(given)}
+
+
+def said(where: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in where.items())
+
+
+def number(value: Any, spec: str = "", missing: str = "–") -> str:
+    """A figure as text; `missing` where there is none."""
+    return missing if value is None or value == "" or value != value else format(value, spec)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], texts: int = 1, notes: int = 0) -> str:
+    """A Markdown table; the first `texts` and the last `notes` columns are text, the others figures."""
+    rules = ["---"] * texts + ["---:"] * (len(columns) - texts - notes) + ["---"] * notes
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (columns, *rows)]
+    return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]]) + "\n"
+
+
+def write(
+    out: Path,
+    fields: Sequence[str],
+    rows: Iterable[Mapping[str, Any]],
+    text: str,
+    where: Mapping[str, Any] | None = None,
+) -> None:
+    """OUT.csv, every row with `where`, and OUT.md, headed by it; each whole or not at all."""
+    where = where or {}
+    sheet = io.StringIO()
+    writer = csv.DictWriter(sheet, dict.fromkeys([*fields, *where]), extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, **where} for row in rows)
+    for suffix, content in ((".csv", sheet.getvalue()), (".md", f"{said(where)}\n\n{text}" if where else text)):
+        part = out.with_name(f".{out.name}{suffix}.part")
+        part.write_text(content, encoding="utf-8")
+        os.replace(part, out.with_name(out.name + suffix))
+
+
+# ---------------------------------------------------------------------- GPU time
+# Calls captured into one CUDA graph, which walk through sets of inputs and outputs that are together larger than the
+# L2 cache, so that each call reads and writes DRAM; CUDA events around a replay.
+
+DEVICE, BASE = "cuda", "base layer alone"
+FOOTPRINT = 160e6  # bytes that the sets of a case take together; the L2 cache of an H200 holds about 50 MB
+CALLS, SECONDS = 24, 0.03  # captured into one graph: so many calls, fewer where they take longer than this
+
+
+class Step:
+    """A training step: forward, then the gradients of `leaves`, given by their names or by a function."""
+
+    def __init__(self, forward: Form, leaves: str | Callable[[Any], list[Tensor]]) -> None:
+        self.forward, self.leaves = forward, leaves
+
+    def __call__(self, p: Any) -> tuple[Tensor, ...]:
+        chosen = self.leaves
+        leaves = [getattr(p, name) for name in chosen.split()] if isinstance(chosen, str) else chosen(p)
+        return torch.autograd.grad(self.forward(p), leaves, p.grad)
+
+
+@dataclass
+class GPUCase:
+    """Forms of one computation on a GPU, ours among them; what a kind of case asks of them, its class says."""
+
+    eager_sets = None  # through how many sets a form walks that is not captured (None: all)
+    memory = False  # whether memory is measured
+
+    row: int
+    name: str
+    make: Callable[[], Any]  # one set of inputs
+    forms: dict[str, Form]
+    reference: Form  # of one set, in float64
+    _: KW_ONLY
+    eager: tuple[str, ...] = ()  # how names begin of forms that no CUDA graph captures
+    once: tuple[str, ...] = ()  # and of those that take many seconds
+    train: bool = False
+    compile: bool = False  # the best form in torch joins in once more, under torch.compile
+    judged: str = "gpu_us"
+    tolerance: float = 0.02
+    sets: list[Any] = field(default_factory=list)
+
+    def size(self, first: Any, expected: tuple[Tensor, ...]) -> float:
+        """Bytes of one set."""
+        return sum(t.nbytes for t in vars(first).values() if isinstance(t, Tensor))
+
+    def to_compile(self, name: str) -> bool:
+        raise NotImplementedError
+
+    def judge(self, lines: dict[str, Line]) -> list[str]:
+        """Each goal, its figure, and whether it is met, from the lines of forms that are right."""
+        raise NotImplementedError
+
+
+@dataclass
+class Run:
+    """Calls of one form in a row: replayed from a CUDA graph, or launched one by one."""
+
+    call: Form
+    order: list[Any]
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def go(self) -> None:
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.launch()
+
+    def launch(self) -> None:
+        outputs = deque[Any](maxlen=len({id(p) for p in self.order}))  # an output lives until its set is used again
+        for p in self.order:
+            outputs.append(self.call(p))
+
+    def wall(self) -> float:
+        """Microseconds a call, launched one by one, to the end of the last."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.launch()
+        torch.cuda.synchronize()
+        return 1e6 * (time.perf_counter() - start) / len(self.order)
+
+
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+def prepare(call: Form, sets: list[Any], captured: bool = True) -> Run:
+    """Warm up and capture."""
+    stream = side_stream()  # the one captured, so that autograd and cuBLAS get ready for it
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            Run(call, sets).launch()
+            torch.cuda.synchronize()
+    passes = min(math.ceil(CALLS / len(sets)), int(SECONDS / (time.perf_counter() - start)))
+    run = Run(call, sets * max(1, passes))
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            run.launch()
+        run.graph = graph
+    return run
+
+
+def gpu_times(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Microseconds a call, round by round; graphs first, since what is launched one by one leaves gaps."""
+    marks: dict[str, list[list[torch.cuda.Event]]] = {name: [] for name in runs}
+    for graphs in (True, False):
+        for _ in range(rounds + 1):
+            for name in (n for n, run in runs.items() if bool(run.graph) == graphs):
+                before, after = pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                before.record()
+                runs[name].go()
+                after.record()
+                marks[name].append(pair)
+        torch.cuda.synchronize()
+    return {n: [1e3 * a.elapsed_time(b) / len(runs[n].order) for a, b in pairs[1:]] for n, pairs in marks.items()}
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def error_of(outputs: Any, expected: Any) -> float:
+    """The largest relative error, NaN if there is one; of a gradient of all adapters the last, where only it trains."""
+    errors = []
+    for out, truth in zip(as_tuple(outputs), expected, strict=True):
+        out = out[-1] if out.numel() > truth.numel() else out
+        errors.append((out.double().reshape(truth.shape) - truth).norm() / truth.norm())
+    return float(torch.stack(errors).max())
+
+
+def extra_megabytes(form: Form, p: Any) -> float:
+    """Peak of allocated memory over what is there before, less the outputs."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = as_tuple(form(p))
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before - sum(o.nbytes for o in outputs)) / 1e6
+
+
+def measure(
+    case: GPUCase, rounds: int, compiled: bool, more: Callable[[Any], dict[str, Form]] = lambda case: {}
+) -> list[Line]:
+    """A line for each form of the case, and for those that `more` makes of the case once it has its sets."""
+    torch.manual_seed(0)
+    torch.set_grad_enabled(case.train)
+    first = case.make()
+    expected = as_tuple(case.reference(first))
+    count = max(3, min(24, math.ceil(FOOTPRINT / case.size(first, expected))))
+    case.sets = [first, *(case.make() for _ in range(count - 1))]
+    given = first.y.clone() if hasattr(first, "y") else None  # what is added to in place
+    lines: dict[str, Line] = {}
+    runs: dict[str, Run] = {}
+
+    def add(name: str, form: Form) -> None:
+        line = lines[name] = {"row": case.row, "case": case.name, "form": name, "ratios_of": case.judged}
+        try:
+            probe = copy.copy(first)
+            if given is not None:
+                probe.y = given.clone()
+            start = time.perf_counter()
+            out = form(probe)
+            if name != BASE:
+                line["error"] = error_of(out, expected)
+                if not line["error"] <= case.tolerance:
+                    line["note"] = "WRONG"
+            if name.startswith(case.once):
+                line["wall_us"] = 1e6 * (time.perf_counter() - start)
+                line.setdefault("note", "called once")
+                return
+            if case.memory:
+                line["extra_MB"] = extra_megabytes(form, first)
+            captured = not name.startswith(case.eager)
+            runs[name] = prepare(form, case.sets if captured else case.sets[: case.eager_sets], captured)
+            if not captured:
+                line.setdefault("note", "not captured")
+        except Exception as error:
+            line["note"] = fault(error)
+
+    for name, form in (case.forms | more(case)).items():
+        add(name, form)
+    rivals = {n: run for n, run in runs.items() if n in case.forms and case.to_compile(n)}
+    if compiled and case.compile and rivals:
+        quick = gpu_times(rivals, 3)
+        best = min(quick, key=lambda n: statistics.median(quick[n]))
+        form = case.forms[best]
+        forward = torch.compile(form.forward if isinstance(form, Step) else form, dynamic=False)
+        add(f"torch.compile({best})", Step(forward, form.leaves) if isinstance(form, Step) else forward)
+
+    walls = in_turn({name: run.wall for name, run in runs.items()}, max(3, rounds // 3))
+    for name, values in gpu_times(runs, rounds).items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        lines[name] |= {"gpu_us": middle, "gpu_iqr_us": high - low, "wall_us": statistics.median(walls[name])}
+    right = {name: line for name, line in lines.items() if line.get("note") != "WRONG"}
+    times = {name: right[name][case.judged] for name in runs if name in right}
+    for name, t in times.items():
+        lines[name] |= {f"over_{key}": t / times[n] for key, n in (("base", BASE), ("ours", OURS)) if n in times}
+    if OURS in times:
+        lines[OURS]["goals"] = "; ".join(case.judge(right))
+    case.sets.clear()  # before the next case makes its own
+    return list(lines.values())
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes a second of a copying kernel, read and written; floating-point operations a second of a bf16 product."""
+    source, target = (torch.empty(1 << 29, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    runs = {"copy": prepare(lambda _: torch.neg(source, out=target), [0]), "product": prepare(lambda _: a @ b, [0])}
+    copied, product = (statistics.median(times) / 1e6 for times in gpu_times(runs, 10).values())
+    return 2 * source.nbytes / copied, 2 * 8192**3 / product
+
+
+def gpu_options(doc: str | None, name: str, rows: int) -> argparse.ArgumentParser:
+    parser = options(doc, name)
+    every = list(range(1, rows + 1))
+    parser.add_argument("--rows", type=int, nargs="+", default=every, help=f"some of the rows 1 to {rows}")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    return parser
+
+
+def gpu_facts(given: str | None, **more: str) -> dict[str, str]:
+    where = {"GPU": torch.cuda.get_device_name(), "torch": torch.__version__, "CUDA": str(torch.version.cuda)}
+    return {**where, **origin(given), **more}
+
+
+def need_cuda() -> None:
+    if "cuda" not in libraries.loaded:
+        raise SystemExit(f"the CUDA kernels are not loaded: {libraries.missing}")
+
+
+def cells(fields: Mapping[str, str], line: Line, *names: str) -> list[str]:
+    return [number(line.get(name), fields[name]) for name in names]
+
+
+def report(
+    out: Path,
+    fields: Mapping[str, str],
+    summary: Callable[[list[Line]], str],
+    where: Mapping[str, str],
+    found: Iterator[list[Line]],
+) -> None:
+    """Writes what is found after every case, a line for each form; `fields` with their formats."""
+    lines: list[Line] = []
+    start = time.monotonic()
+    columns = [name for name in fields if name not in ("ratios_of", "goals")]
+    for new in found:
+        lines += new
+        forms = table(columns, (cells(fields, line, *columns) for line in lines), len(columns))
+        write(out, list(fields), lines, f"{summary(lines)}\n## All forms\n\n{forms}", where)
+        print(f"[{time.monotonic() - start:.0f} s] row {new[0]['row']}: {new[0]['case']}", file=sys.stderr)
+        for line in new:
+            print("   ", " | ".join(cells(fields, line, *list(fields)[2:])), file=sys.stderr, flush=True)
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+    print(summary(lines))
