@@ -80,7 +80,7 @@ def test_the_page_on_speed_names_settings_and_their_defaults(repository: Path) -
         assert set(settings) <= set(defaults), names
         if settings != ["workers"]:
             assert [str(defaults[name]).lower() for name in settings] == default.replace("`", "").split(", ")
-    assert rows == 9
+    assert rows == 10
     for command in re.findall(r"`(?:[A-Z_]+=\w+ )?(plora-ext train[^`]*)`", page):
         parses(command.replace(" ...", ""))
 

@@ -23,7 +23,7 @@ ROOT = Path(plora_ext.__file__).parent
 # Rooms from the ground up: none imports from a floor above its own.
 FLOORS = (
     ("variables", "torch_private", "_C"),
-    ("change", "libraries", "memory", "reference"),
+    ("change", "graphs", "libraries", "memory", "reference"),
     ("info", "ops"),
     ("nn",),
     ("io", "data"),
