@@ -3,8 +3,8 @@
     python benchmarks/graphs.py [--models vit_base_patch16_224:224 ...] [--batches 16 48 128] [--out FOLDER/NAME]
 
 Random weights, r = 16 on qkv and proj, uint8 arrays on the device that are cropped there (transform pilot), bfloat16.
-`first` is the first epoch, which captures; `later` the median of the others; `evaluation` the median of three readings of
-all images, 256 at a time. `same_step` is the captured step on one batch again and again: what a loop could reach at most.
+`first` is the first epoch, which captures; `later` the median of the others; `evaluation` the median of three readings
+of all images, 256 at a time. `same_step` is the captured step on one batch again and again: what a loop could reach.
 """
 
 from __future__ import annotations
