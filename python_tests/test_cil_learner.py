@@ -193,7 +193,7 @@ def test_a_run_s_learner_goes_on(images: Images, tmp_path: Path) -> None:
 
 def test_the_learner_of_a_run_s_folder(images: Images, registered: None, tmp_path: Path) -> None:
     register_backbone("tiny")(lambda *_: backbone())
-    settings = Settings(**QUICK, increment=2, backbone="tiny", class_order="none")
+    settings = Settings(**QUICK, increment=2, backbone="tiny", class_order="sorted")
     result, learned = (
         run(settings, data=images, checkpoint=Checkpoint(tmp_path)),
         (images.test_images, images.test_labels),

@@ -147,12 +147,6 @@ def comparison_table(protocol: Protocol) -> Table:
     return table
 
 
-def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are figures."""
-    head = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
-
-
 def _summary_rows(protocols: Sequence[Protocol]) -> Iterable[dict[str, Any]]:
     names = ("average_accuracy", "last_accuracy", "forgetting", "backward_transfer", "passes", "seconds", "peak_mb")
     for protocol in protocols:
