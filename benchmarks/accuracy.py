@@ -25,16 +25,18 @@ from torch import Tensor
 
 from plora_ext.cil import metrics
 from plora_ext.cil.alignment import ALIGNMENTS, align, class_means
-from plora_ext.cil.console import ConsoleProgress
-from plora_ext.cil.engine import Images, Result, load_data, make_stream, pick_device, run
+from plora_ext.cil.build import load_data, make_stream, pick_device
 from plora_ext.cil.heads import HEADS, create_head
-from plora_ext.cil.methods import METHODS, Method, PLoRA, PLoRAEnsemble
-from plora_ext.cil.report import prepare_folder
+from plora_ext.cil.loop import run
+from plora_ext.cil.methods import METHODS, Method, PLoRAEnsemble, PLoRAFused
+from plora_ext.cil.result import Result
 from plora_ext.cil.settings import MethodName, Settings
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer
 from plora_ext.cli import add_config, add_settings, settings_from
-from plora_ext.data import View
+from plora_ext.data import Images, View
+from plora_ext.report.console import ConsoleProgress
+from plora_ext.report.files import prepare_folder
 
 BASELINES = tuple(m for m in get_args(MethodName) if not m.startswith("plora"))
 FIGURES = ("average_accuracy", "last_accuracy", "forgetting", "backward_transfer")
@@ -46,7 +48,8 @@ class Recording(Method):
 
     def __init__(self, trainer: Trainer, settings: Settings):
         super().__init__(trainer, settings)
-        self.heads = {name: create_head(name, settings, trainer.device) for name in HEADS}
+        heads = {name: create_head(name, settings, trainer.device) for name in HEADS}
+        self.heads = {name: head for name, head in heads.items() if head.learns}
         self.predictions: list[dict[str, np.ndarray]] = []
 
     def spaces(self) -> None:
@@ -63,11 +66,12 @@ class Recording(Method):
         return own
 
     def record(self, logits: dict[str, Tensor], features: Tensor) -> None:
-        logits = {**logits, **{f"{self.settings.method} + {name}": head(features) for name, head in self.heads.items()}}
+        for name, head in self.heads.items():
+            logits[f"{self.settings.method} + {name}"] = head(features, self.prototypes)
         self.predictions.append({name: values.argmax(-1).cpu().numpy() for name, values in logits.items()})
 
 
-class Ablation(Recording, PLoRA):
+class Ablation(Recording, PLoRAFused):
     """PLoRA under every alignment, the oracle (true means of old classes), every head on the alignment of the settings,
     and the ensemble, all from the same adapters."""
 
@@ -121,7 +125,7 @@ def measure(settings: Settings, data: Images, progress: ConsoleProgress) -> list
         made.append(kind(trainer, settings))
         return made[0]
 
-    result = run(settings, data=data, progress=progress, make=make)
+    result = run(settings, data=data, callbacks=[progress], make=make)
     stream, predictions = make_stream(settings, data), made[0].predictions
     tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
     rows = []

@@ -27,7 +27,8 @@ from torch import Tensor
 from plora_ext import bench
 from plora_ext.bench import LOOP, OURS, PLAIN, Line
 from plora_ext.cil import Settings
-from plora_ext.cil.engine import Evaluator, pick_device
+from plora_ext.cil.build import pick_device
+from plora_ext.cil.evaluate import Evaluator
 from plora_ext.cil.features import FeatureCache
 from plora_ext.cil.methods import PLoRAEnsemble
 from plora_ext.cil.stream import TaskStream

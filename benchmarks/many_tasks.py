@@ -30,10 +30,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from plora_ext.cil import Settings, training
+from plora_ext.cil.build import pick_device
+from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.checkpoint import Checkpoint
-from plora_ext.cil.engine import pick_device, run
+from plora_ext.cil.loop import run
 from plora_ext.cil.methods import METHODS
-from plora_ext.cil.training import Progress
 from plora_ext.data import Backbone, Images
 from plora_ext.info import environment
 
@@ -95,7 +96,7 @@ class Clock(Checkpoint):
         self.seconds += self.clock() - start
 
 
-class Ear(Progress):
+class Ear(Callback):
     """Takes down, after every task, what is not in the run's own record."""
 
     def __init__(self, checkpoint: Clock, device: torch.device):
@@ -129,7 +130,7 @@ def measure(method: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         checkpoint = Clock(Path(folder))
         checkpoint.clock = clock
         ear = Ear(checkpoint, device)
-        result = run(settings, data=data, backbone=backbone, progress=ear, checkpoint=checkpoint)
+        result = run(settings, data=data, backbone=backbone, callbacks=[ear], checkpoint=checkpoint)
     rows = []
     for t, (cost, own) in enumerate(zip(result.costs, ear.rows)):
         if args.tasks > 200 and t % 10 and 10 < t < args.tasks - 10:  # enough to fit

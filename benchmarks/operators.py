@@ -23,7 +23,7 @@ from torch import Tensor
 
 from plora_ext import ops
 from plora_ext.bench import OPERATORS, OURS, in_turn, synchronize
-from plora_ext.cil.engine import pick_device
+from plora_ext.cil.build import pick_device
 
 SETS, BASE = 4, "frozen layer alone"
 FIELDS = ("case", "rival", "median_ms", "iqr_ms", "rounds")

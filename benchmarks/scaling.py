@@ -36,7 +36,7 @@ WIDTH, BLOCKS, RANK, BATCH = 768, 12, 16, 128
 PARAMETERS = 85_798_656
 ADAPTER = 4 * BLOCKS * RANK * ((WIDTH + 3 * WIDTH) + (WIDTH + WIDTH))
 MERGED = 4 * BLOCKS * 4 * WIDTH * WIDTH
-FEATURES, LOGITS = 2**18, 2**22  # plora_ext.cil.engine
+FEATURES, LOGITS = 2**18, 2**22  # plora_ext.cil.evaluate
 BANDWIDTH = {1: math.inf, 8: 300e9, 64: 25e9}  # bytes/s of an all-reduce, assumed: inside a host, between hosts
 
 

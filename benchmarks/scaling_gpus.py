@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from plora_ext.cil import Settings
+from plora_ext.cil.build import pick_device, seed_everything
+from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.distributed import World, launched
-from plora_ext.cil.engine import Evaluator, pick_device, seed_everything
-from plora_ext.cil.methods import PLoRA
+from plora_ext.cil.evaluate import Evaluator
+from plora_ext.cil.methods import PLoRAFused
 from plora_ext.cil.stream import Task
-from plora_ext.cil.training import Progress, Trainer
+from plora_ext.cil.training import Trainer
 
 CLASSES = 10
 GOAL = 1.8  # times the images a second of one GPU, with two
@@ -69,7 +71,7 @@ class Synthetic:
             yield mine, self.pool[self.rows[mine] % len(self.pool)]
 
 
-class Clock(Progress):
+class Clock(Callback):
     """When the steps of a fit begin."""
 
     def __init__(self, device: torch.device):
@@ -94,14 +96,14 @@ def backbone(device: torch.device) -> tuple[nn.Module, int]:
 
 
 def start(
-    world: World, device: torch.device, images: int, progress: Progress | None = None, **changes: Any
-) -> tuple[PLoRA, Synthetic, list[Task], Tensor]:
+    world: World, device: torch.device, images: int, callbacks: Sequence[Callback] = (), **changes: Any
+) -> tuple[PLoRAFused, Synthetic, list[Task], Tensor]:
     """A method that has learned nothing, `images` images, two tasks of all of them, and their labels."""
     settings = Settings(**{"epochs": 1, "device": device.type, **changes})
     seed_everything(settings.seed)
     model, size = backbone(device)
-    trainer = Trainer(model.requires_grad_(False), settings, device, progress, world)
-    method = PLoRA(trainer, settings)
+    trainer = Trainer(model.requires_grad_(False), settings, device, callbacks, world)
+    method = PLoRAFused(trainer, settings)
     pool = torch.randn(min(images, 512), 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     rows, labels = np.arange(images), np.arange(images) % CLASSES
     classes = [range(t * CLASSES, (t + 1) * CLASSES) for t in range(2)]
@@ -122,7 +124,7 @@ def throughput(world: World, device: torch.device, args: argparse.Namespace) -> 
     clock = Clock(device)
     total = args.batch * world.size
     method, images, (task, _), labels = start(
-        world, device, total * args.steps, clock,
+        world, device, total * args.steps, [clock],
         batch_size=total, eval_batch_size=2 * args.batch, amp="bfloat16" if device.type == "cuda" else "none",
     )  # fmt: skip
     trainer = method.trainer

@@ -39,8 +39,9 @@ from PIL import Image
 from torch import Tensor
 
 from plora_ext.cil import Images, Settings, run
-from plora_ext.cil.engine import load_backbone, pick_device
-from plora_ext.cil.training import Phases, Progress, Trainer
+from plora_ext.cil.build import load_backbone, pick_device
+from plora_ext.cil.callbacks import Callback
+from plora_ext.cil.training import Phases, Trainer
 from plora_ext.data import ImageFiles, Preparation, View
 from plora_ext.data.view import SHARE
 from plora_ext.nn import inject
@@ -75,7 +76,7 @@ class Resident:
         return zip(order.split(batch_size), self.split(batch_size))
 
 
-class Clock(Progress):
+class Clock(Callback):
     """When the epochs of a fit begin; at the end of each, `fit` waits for the device."""
 
     def __init__(self, images: int):
@@ -132,7 +133,7 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     backbone = load_backbone(settings)
     clock = Clock(args.images)
-    trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, clock)
+    trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, [clock])
     adapters = inject(trainer.model, ["qkv", "proj"], r=16)
     adapters.add_adapter("task0")
     labels = torch.arange(args.images, device=device) % CLASSES

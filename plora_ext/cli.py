@@ -129,11 +129,11 @@ def report(args: argparse.Namespace) -> None:
     """Compares runs over seeds: a page (report.html), its figures as PNG, and CSV files."""
     from rich.console import Console
 
-    from plora_ext.cil import report as reports
-    from plora_ext.cil.runs import group
+    from plora_ext.report import files as reports
+    from plora_ext.report.runs import group
 
     reports.drawers()  # before any work: matplotlib may not be installed
-    from plora_ext.cil.page import notes
+    from plora_ext.report.page import notes
 
     results = [result for run in args.runs for result in reports.load_results(run)]
     if (Path(args.out) / "checkpoint").exists():
@@ -152,7 +152,7 @@ def report(args: argparse.Namespace) -> None:
 def bench(args: argparse.Namespace) -> None:
     """Times a part of this package beside its rivals, on this machine."""
     from plora_ext import bench as benchmarks
-    from plora_ext.cil.engine import pick_device
+    from plora_ext.cil.build import pick_device
 
     device = pick_device(args.device)
     lines: list[benchmarks.Line] = []
@@ -180,13 +180,14 @@ def _run(
     tensorboard: bool = False,
 ) -> None:
     """Runs jobs into one folder; with `resume` not None, a single job with a checkpoint."""
-    from plora_ext.cil import report as reports
+    from plora_ext.cil.build import load_data, make_stream
     from plora_ext.cil.checkpoint import Checkpoint, exclusive
-    from plora_ext.cil.console import ConsoleProgress
-    from plora_ext.cil.engine import Result, load_data, make_stream, run
-    from plora_ext.cil.runs import group
-    from plora_ext.cil.tensorboard import TensorBoard
-    from plora_ext.cil.training import Progress
+    from plora_ext.cil.loop import run
+    from plora_ext.cil.result import Result
+    from plora_ext.report import files as reports
+    from plora_ext.report.console import ConsoleProgress
+    from plora_ext.report.runs import group
+    from plora_ext.report.trackers import TensorBoard
 
     if Path(shown.data).is_dir() and Path(shown.out).resolve().is_relative_to(Path(shown.data).resolve()):
         raise ValueError(f"out must lie outside of the data folder {shown.data!r}, got {shown.out!r}")
@@ -196,10 +197,10 @@ def _run(
             stack.enter_context(exclusive(folder))
         checkpoint = None if resume is None else Checkpoint(folder, resume, world)
         console = ConsoleProgress()
-        progress: Any = console if world.first else Progress()
+        callbacks: list[Any] = [console] if world.first else []
         if tensorboard and world.first:  # before any work: it may not be installed
             resumed = bool(checkpoint and checkpoint.manifest)
-            progress = stack.enter_context(TensorBoard(folder / "tensorboard", console, anew=not resumed))
+            callbacks.append(stack.enter_context(TensorBoard(folder / "tensorboard", anew=not resumed)))
         with world.host_first() if shown.download else nullcontext():
             data = load_data(shown)
         stream = make_stream(shown, data)
@@ -214,7 +215,8 @@ def _run(
         results: list[Result] = []
         with console if world.first else nullcontext():
             for job in jobs:
-                results.append(run(job, data=data, progress=progress, checkpoint=checkpoint, world=world))
+                results.append(run(job, data=data, callbacks=callbacks, checkpoint=checkpoint, world=world))
+                results[-1].learner = None  # its model need not stay in memory
                 if world.first:
                     names = reports.write_folder(folder, results, shown.to_yaml())
     if not world.first:

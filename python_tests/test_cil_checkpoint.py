@@ -21,17 +21,17 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-import plora_ext.cil.engine
+import plora_ext.cil.build
 import plora_ext.cil.speed
 from plora_ext.cil import Images, Result, Settings, run
 from plora_ext.cil import checkpoint as checkpoints
 from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, exclusive
 from plora_ext.cil.methods import METHODS, Method
-from plora_ext.cil.report import load_results
 from plora_ext.cil.trained import Trained
 from plora_ext.cil.training import Trainer
 from plora_ext.cli import main
 from plora_ext.data import Backbone
+from plora_ext.report.files import load_results
 
 CLASSES = 6
 TINY = """
@@ -67,7 +67,7 @@ def data() -> Images:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     made: dict = {}
     exec(TINY, made)
-    monkeypatch.setattr(plora_ext.cil.engine, "create_backbone", made["create"])
+    monkeypatch.setattr(plora_ext.cil.build, "create_backbone", made["create"])
 
 
 @pytest.fixture
@@ -325,8 +325,24 @@ def test_formats(data: Images, tmp_path: Path) -> None:
 
     rewrite(tmp_path, second)
     assert learn(data, Checkpoint(tmp_path, resume=True))[0].curve == learn(data, None)[0].curve
+    for changes, older, newer in (
+        ({"method": "plora-ensemble"}, "task_of_class", "head:task_of_class"),
+        ({"head": "gaussian"}, "head:means", "head:covariances:0"),
+    ):
+        folder = tmp_path / older
+        cut_after(1, data, folder, **changes)
+
+        def third(manifest: dict, older: str = older, newer: str = newer) -> None:
+            manifest["format"] = 3
+            part = manifest["parts"][newer] if older == "head:means" else manifest["parts"].pop(newer)
+            manifest["parts"][older] = part
+
+        rewrite(folder, third)
+        resumed, _ = learn(data, Checkpoint(folder, resume=True), **changes)
+        assert resumed.curve == learn(data, None, **changes)[0].curve
+        assert older not in Checkpoint(folder, resume=True).manifest["parts"]
     rewrite(tmp_path, lambda manifest: manifest.update(format=1, plora_ext="0.0.1"))
-    with pytest.raises(ValueError, match=r"has format 1, of plora_ext 0\.0\.1; .* reads 2 and 3"):
+    with pytest.raises(ValueError, match=r"has format 1, of plora_ext 0\.0\.1; .* reads 2 and 3 and 4"):
         Checkpoint(tmp_path, resume=True)
 
 
@@ -542,7 +558,7 @@ def test_names_of_classes_and_several_batches(data: Images, tmp_path: Path, tiny
 def test_killed_at_random_moments(problem: list[str], tmp_path: Path) -> None:
     """SIGKILL, which no process can catch, and --resume; benchmarks/resume.py does it twenty times on real data."""
     script = (
-        f"{TINY}\nimport sys, torch\nimport plora_ext.cil.engine as engine\nfrom plora_ext.cli import main\n"
+        f"{TINY}\nimport sys, torch\nimport plora_ext.cil.build as engine\nfrom plora_ext.cli import main\n"
         "torch.set_num_threads(1)\nengine.create_backbone = create\nsys.exit(main(sys.argv[1:]))"
     )
 

@@ -29,21 +29,20 @@ from test_cil_frozen import Behind
 from test_cil_frozen import backbone as frozen_backbone
 from torch import Tensor, nn
 
-import plora_ext.cil.engine
+import plora_ext.cil.build
 from plora_ext import ops
-from plora_ext.cil import Images, Result, run
+from plora_ext.cil import Images, Learner, Result, evaluate, run
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.distributed import SINGLE, Stopped, World, launched
-from plora_ext.cil.engine import Evaluator
 from plora_ext.cil.methods import METHODS, Method
-from plora_ext.cil.report import load_results
 from plora_ext.cil.trained import Trained
 from plora_ext.cil.training import Trainer
 from plora_ext.cli import main
 from plora_ext.data import View
+from plora_ext.report.files import load_results
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["plora_ext.cil.report", "plora_ext.cil.trained", "pytest", "timm"])
+processes.set_forkserver_preload(["plora_ext.report.files", "plora_ext.cil.trained", "pytest", "timm"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -288,13 +287,13 @@ def test_gradients_are_the_mean_over_the_whole_batch() -> None:
 
 def count_evaluated(world: World) -> tuple[list[list[int]], list[int]]:
     seen: list[list[int]] = []
-    own = Evaluator._predicted
+    own = evaluate._best
 
-    def predicted(self: Evaluator, rows: Tensor, classes: int) -> Tensor:
+    def best(method: Method, images: View, rows: Tensor, *rest: Any) -> Tensor:
         seen.append(rows.tolist())
-        return own(self, rows, classes)
+        return own(method, images, rows, *rest)
 
-    Evaluator._predicted = predicted  # type: ignore[method-assign]
+    evaluate._best = best
     _, method = learn(world, {"method": "simplecil"})
     cache = [len(method.prototypes)]  # type: ignore[arg-type]
     return seen, cache
@@ -309,6 +308,33 @@ def test_every_test_image_is_evaluated_once() -> None:
         assert (
             parts[1][: len(parts[0])] == parts[0]
         )  # after the next task the same images again: their features are kept
+
+
+def fitted(world: World, folder: Path) -> tuple[list[float], list[Any], torch.Tensor]:
+    """A learner's accuracies after each of two tasks, and its prototypes; it is saved by one process."""
+    all_images = data()
+    learner = Learner(settings(head="ranpac"), backbone=backbone(), world=world)
+    accuracies = []
+    for classes in ([0, 1, 2], [3, 4, 5]):
+        mine = np.isin(all_images.train_labels, classes)
+        learner.fit((all_images.train_images[mine], all_images.train_labels[mine]))
+        mine = np.isin(all_images.test_labels, learner.classes)
+        figures = learner.evaluate((all_images.test_images[mine], all_images.test_labels[mine]))
+        accuracies.append(figures["accuracy"])
+    learner.save_pretrained(folder)
+    assert learner.method.prototypes is not None
+    return accuracies, learner.classes, learner.method.prototypes
+
+
+def test_a_learner_of_many_processes(tmp_path: Path) -> None:
+    one, many = fitted(SINGLE, tmp_path / "one"), spawn(2, fitted, tmp_path / "two")
+    for two in many:
+        assert two[:2] == one[:2]
+        torch.testing.assert_close(two[2], one[2], rtol=1e-3, atol=1e-4)
+    assert torch.equal(many[0][2], many[1][2])
+    back = Learner.from_pretrained(tmp_path / "two", backbone=backbone())
+    assert torch.equal(back.method.prototypes, many[0][2])  # type: ignore[arg-type]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 def batch_norm(world: World) -> None:
@@ -413,7 +439,7 @@ def command_line(_: None, arguments: list[str], breaks: str = "") -> tuple[int, 
     """plora-ext; the images are gone for the process of rank `breaks`."""
     made: dict[str, Any] = {}
     exec(TINY, made)
-    plora_ext.cil.engine.create_backbone = made["create"]
+    plora_ext.cil.build.create_backbone = made["create"]
     if os.environ["RANK"] == breaks:
         View.epoch = _gone  # type: ignore[assignment]
     out, err = StringIO(), StringIO()
@@ -454,7 +480,7 @@ def test_one_process_writes(problem: list[str], tmp_path: Path, monkeypatch: pyt
 
     made: dict[str, Any] = {}
     exec(TINY, made)
-    monkeypatch.setattr(plora_ext.cil.engine, "create_backbone", made["create"])
+    monkeypatch.setattr(plora_ext.cil.build, "create_backbone", made["create"])
     images, labels = (arrays()[name][:-1] for name in ("test_images", "test_labels"))
     rows = Trained(out).predict(images)  # what several wrote, one reads
     right = np.mean([row["class"] == label for row, label in zip(rows, labels)])
@@ -469,14 +495,14 @@ def first_line(folder: Path) -> str:
 def predict(world: World, run: Path) -> list[dict[str, Any]]:
     made: dict[str, Any] = {}
     exec(TINY, made)
-    plora_ext.cil.engine.create_backbone = made["create"]
+    plora_ext.cil.build.create_backbone = made["create"]
     return Trained(run, world).predict(arrays()["test_images"][:-1])
 
 
 def test_torchrun(problem: list[str], tmp_path: Path) -> None:
     script = tmp_path / "plora.py"
     script.write_text(
-        f"{TINY}\nimport sys\nimport plora_ext.cil.engine as engine\nfrom plora_ext.cli import main\n"
+        f"{TINY}\nimport sys\nimport plora_ext.cil.build as engine\nfrom plora_ext.cli import main\n"
         "engine.create_backbone = create\nif __name__ == '__main__':\n    sys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]

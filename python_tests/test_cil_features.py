@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from plora_ext.change import fingerprint, row_digests
 from plora_ext.cil import Images, Settings, run
-from plora_ext.cil.engine import Evaluator
+from plora_ext.cil.callbacks import Callback
+from plora_ext.cil.evaluate import Evaluator
 from plora_ext.cil.features import FeatureCache, space_fingerprints
 from plora_ext.cil.methods import METHODS, Method
 from plora_ext.cil.stream import Task, TaskStream
-from plora_ext.cil.training import Progress, Trainer
+from plora_ext.cil.training import Trainer
 from plora_ext.data import Backbone
 from plora_ext.nn import Adapters, Ensemble, inject
 
@@ -407,7 +408,7 @@ def test_a_method_that_says_nothing_of_its_spaces_is_not_cached(images: Images) 
     assert Method.spaces(object.__new__(METHODS["plora"])) is None  # type: ignore[arg-type]
 
 
-class NoEpoch(Progress):
+class NoEpoch(Callback):
     def epoch(self, number: int, loss: float) -> None:
         pytest.fail("an epoch was trained first")
 
@@ -416,6 +417,6 @@ def test_memory_limit_of_the_setting(images: Images) -> None:
     backbone = Backbone(vit(), 16, [0.5] * 3, [0.5] * 3)
     with pytest.raises(ValueError, match=r"memory must be at least \d+ bytes"):
         little = Settings(method="plora-ensemble", ensemble_memory=1e-3, **QUICK)  # type: ignore[arg-type]
-        run(little, data=images, backbone=backbone, progress=NoEpoch())
+        run(little, data=images, backbone=backbone, callbacks=[NoEpoch()])
     with pytest.raises(ValueError, match="ensemble_memory must be above 0 or null, got 0"):
         Settings(ensemble_memory=0)

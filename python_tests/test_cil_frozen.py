@@ -14,8 +14,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from plora_ext.cil import Images, run
+from plora_ext.cil.build import make_stream, prepare
 from plora_ext.cil.checkpoint import Checkpoint
-from plora_ext.cil.engine import Evaluator, make_stream, prepare
+from plora_ext.cil.evaluate import Evaluator
 from plora_ext.cil.frozen import hold_statistics, unchanged
 from plora_ext.cil.methods import METHODS
 from plora_ext.cil.training import Trainer

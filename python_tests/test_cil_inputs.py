@@ -10,10 +10,10 @@ from test_cil_checkpoint import arrays, backbone, cut_after, settings
 from torch import nn
 
 from plora_ext.cil import Images, Result, run
-from plora_ext.cil.engine import load_data
-from plora_ext.cil.report import load_results, write_folder
-from plora_ext.cil.runs import group
+from plora_ext.cil.build import load_data
 from plora_ext.data import Backbone
+from plora_ext.report.files import load_results, write_folder
+from plora_ext.report.runs import group
 
 
 def measured(data: Images, given: Backbone | None = None, seed: int = 1993, **changes) -> Result:

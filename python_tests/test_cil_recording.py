@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,18 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import plora_ext
-from plora_ext.cil import Settings, drift
+from plora_ext.cil import Settings, prototype_error
 from plora_ext.cil.alignment import class_means
+from plora_ext.cil.build import prepare
+from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.checkpoint import Checkpoint
-from plora_ext.cil.engine import Result, prepare, run
-from plora_ext.cil.methods import METHODS, PLoRA
-from plora_ext.cil.report import load_results
-from plora_ext.cil.tensorboard import TensorBoard
-from plora_ext.cil.training import Progress
+from plora_ext.cil.loop import run
+from plora_ext.cil.methods import METHODS, PLoRAFused
+from plora_ext.cil.result import Result
 from plora_ext.cli import main
 from plora_ext.data import Backbone, Images, View
+from plora_ext.report.files import load_results
+from plora_ext.report.trackers import TensorBoard, WandB
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def backbone() -> Backbone:
 
 
 def learn(
-    data: Images, make: Any = None, checkpoint: Checkpoint | None = None, progress: Progress | None = None, **given: Any
+    data: Images, make: Any = None, checkpoint: Checkpoint | None = None, callbacks: Any = (), **given: Any
 ) -> Result:
     settings = Settings(
         **{
@@ -55,13 +58,13 @@ def learn(
             **given,
         }
     )
-    return run(settings, data=data, backbone=backbone(), make=make, checkpoint=checkpoint, progress=progress)
+    return run(settings, data=data, backbone=backbone(), make=make, checkpoint=checkpoint, callbacks=callbacks)
 
 
 def test_drift_is_that_of_its_definition(data: Images) -> None:
     seen: dict[str, Any] = {}
 
-    class Spy(PLoRA):
+    class Spy(PLoRAFused):
         def learn(self, task, images: View, labels: Tensor) -> None:  # type: ignore[no-untyped-def]
             seen["held"] = self.prototypes
             super().learn(task, images, labels)
@@ -95,7 +98,7 @@ def test_spacing_block_by_block() -> None:
     unit = F.normalize(means)
     cosines = unit @ unit.T
     cosines.fill_diagonal_(-1)
-    assert drift.spacing(means, 1400) == pytest.approx(float((1 - cosines[:1400].max(1).values).mean()))
+    assert prototype_error.spacing(means, 1400) == pytest.approx(float((1 - cosines[:1400].max(1).values).mean()))
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -135,13 +138,13 @@ def test_a_resumed_run_has_the_records_of_all_tasks(data: Images, tmp_path: Path
     class Stop(Exception):
         pass
 
-    class Stopping(Progress):
+    class Stopping(Callback):
         def measured(self, task: int, figures: Any) -> None:
             if task == 1:
                 raise Stop
 
     with pytest.raises(Stop):
-        learn(data, checkpoint=Checkpoint(tmp_path), progress=Stopping())
+        learn(data, checkpoint=Checkpoint(tmp_path), callbacks=[Stopping()])
     (half,) = load_results(tmp_path)
     assert len(half.costs) == len(half.drift) == len(half.curve) == 2 and half.classes_seen == [2, 4, 6]
     assert (half.num_train, half.num_test, half.passes) == (48, 24, 1)
@@ -150,7 +153,7 @@ def test_a_resumed_run_has_the_records_of_all_tasks(data: Images, tmp_path: Path
 
 
 def test_listeners_hear_the_loss_and_the_figures(data: Images) -> None:
-    class Ear(Progress):
+    class Ear(Callback):
         def __init__(self) -> None:
             self.losses: list[tuple[int, float]] = []
             self.heard: list[tuple[int, dict[str, float]]] = []
@@ -162,7 +165,7 @@ def test_listeners_hear_the_loss_and_the_figures(data: Images) -> None:
             self.heard.append((task, figures))
 
     ear = Ear()
-    result = learn(data, progress=ear)
+    result = learn(data, callbacks=[ear])
     assert [number for number, _ in ear.losses] == [1, 2, 3, 4, 5, 6] and all(loss >= 0 for _, loss in ear.losses)
     assert [task for task, _ in ear.heard] == [0, 1, 2]
     last = ear.heard[-1][1]
@@ -174,7 +177,7 @@ def test_listeners_hear_the_loss_and_the_figures(data: Images) -> None:
 
 
 def problem(data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(plora_ext.cil.engine, "create_backbone", lambda *_, **__: backbone())
+    monkeypatch.setattr(plora_ext.cil.build, "create_backbone", lambda *_, **__: backbone())
     names = ("train_images", "train_labels", "test_images", "test_labels")
     np.savez(tmp_path / "toy.npz", **{name: getattr(data, name) for name in names})
     given = f"--data {tmp_path / 'toy.npz'} --increment 2 --r 2 --epochs 2 --device cpu --tensorboard"
@@ -205,17 +208,41 @@ def test_tensorboard_that_is_not_installed_costs_no_work(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ImportError, match="pip install tensorboard"):
-        TensorBoard(tmp_path, Progress())
-    monkeypatch.setattr(plora_ext.cil.engine, "load_data", lambda *_: pytest.fail("worked before checking"))
+        TensorBoard(tmp_path)
+    monkeypatch.setattr(plora_ext.cil.build, "load_data", lambda *_: pytest.fail("worked before checking"))
     assert main(["train", *given]) == 2
     assert "--tensorboard needs the package tensorboard" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_weights_and_biases_hear_the_same(data: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict[str, Any]] = []
+    made: list[dict[str, Any]] = []
+
+    class Run:
+        log = staticmethod(logged.append)
+        finish = staticmethod(lambda: logged.append({"finished": 1}))
+
+    def init(**keywords: Any) -> type[Run]:
+        made.append(keywords)
+        return Run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with WandB("mine", mode="offline") as wandb:
+        result = learn(data, callbacks=[wandb], measure_drift=False)
+    assert made == [{"name": "plora", "project": "mine", "mode": "offline"}]
+    assert [line["epoch"] for line in logged if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    curve = [(line["task"], line["accuracy/all classes seen"]) for line in logged if "task" in line]
+    assert curve == list(enumerate(result.curve, 1)) and logged[-1] == {"finished": 1}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="WandB needs the package wandb .*: pip install wandb"):
+        WandB()
+
+
 @pytest.mark.parametrize("method", ["plora", "joint"])
 def test_evaluation_part_by_part(data: Images, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = learn(data, method=method, measure_drift=False)
-    monkeypatch.setattr(plora_ext.cil.engine, "FEATURES", 7)
-    monkeypatch.setattr(plora_ext.cil.engine, "LOGITS", 13)  # two or three images at a time
+    monkeypatch.setattr(plora_ext.cil.evaluate, "FEATURES", 7)
+    monkeypatch.setattr(plora_ext.cil.evaluate, "LOGITS", 13)  # two or three images at a time
     parts = learn(data, method=method, measure_drift=False)
     assert parts.matrix == whole.matrix and parts.curve == whole.curve

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from plora_ext.cil import Settings, figures
+from plora_ext.cil import Settings
 from plora_ext.cil.checkpoint import Checkpoint, exclusive
-from plora_ext.cil.engine import Result
-from plora_ext.cil.report import comparison_table, load_results, to_json, write_report
-from plora_ext.cil.runs import group, is_finished
+from plora_ext.cil.result import Result
 from plora_ext.cli import main
+from plora_ext.report import figures
+from plora_ext.report.files import comparison_table, load_results, to_json, write_report
+from plora_ext.report.runs import group, is_finished
 
 EVIL = "runs/<script>alert(1)</script>&\"'"
 
@@ -104,7 +106,7 @@ def test_other_data_device_or_order_is_not_averaged() -> None:
         ({"settings": {**other.settings, "amp": "bfloat16"}}, "groups"),
         ({}, "none"),
     ):
-        protocols = group([one, Result(**{**other.__dict__, **changed})])
+        protocols = group([one, replace(other, **changed)])
         numbers = len(protocols), sum(len(p.groups) for p in protocols)
         assert numbers == {"protocols": (2, 2), "groups": (1, 2), "none": (1, 1)}[apart], changed
         assert len({p.name for p in protocols}) == len(protocols)
@@ -435,3 +437,12 @@ def test_the_page_in_a_browser(browser: Any, sixty: Path, width: int, scheme: st
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert len(page.pdf()) > 10_000
     context.close()
+
+
+def test_the_loop_knows_nothing_of_reports(repository: Path) -> None:
+    above = re.compile(
+        r"plora_ext\.(report|integrations|cli|bench)|plora_ext import .*\b(report|integrations|cli|bench)\b"
+    )
+    for path in (repository / "plora_ext" / "cil").rglob("*.py"):
+        lines = [line for line in path.read_text().splitlines() if re.match(r"\s*(from|import) ", line)]
+        assert not [line for line in lines if above.search(line)], path

@@ -19,12 +19,12 @@ from torchvision.transforms import InterpolationMode, v2
 
 from plora_ext.cil import Images, Result, Settings, run
 from plora_ext.cil.checkpoint import Checkpoint
-from plora_ext.cil.console import ConsoleProgress
 from plora_ext.cil.speed import Speed
 from plora_ext.data import Backbone, ImageFiles, Preparation, View
 from plora_ext.data import view as views
 from plora_ext.data.decoded import Decoded
 from plora_ext.data.resample import center, random_crop, random_numbers, resample, whole
+from plora_ext.report.console import ConsoleProgress
 
 SCALE, RATIO = (0.05, 1.0), (3 / 4, 4 / 3)
 
@@ -191,13 +191,13 @@ def backbone() -> Backbone:
     return Backbone(vit.eval(), 16, [0.5] * 3, [0.5] * 3)
 
 
-def learn(progress=None, checkpoint: Checkpoint | None = None, **changes) -> Result:
+def learn(callbacks=(), checkpoint: Checkpoint | None = None, **changes) -> Result:
     rng, labels = np.random.default_rng(0), np.tile(np.arange(CLASSES), 8)
     images = (rng.integers(0, 60, (48, 16, 16, 3)) + 30 * labels[:, None, None, None]).astype(np.uint8)
     quick = {"increment": 2, "r": 2, "epochs": 2, "batch_size": 8, "lr": 5e-3, "device": "cpu", "workers": 0}
     settings = Settings(**{**quick, **changes})
     data = Images(images, labels, images[:24], labels[:24])
-    return run(settings, data=data, backbone=backbone(), progress=progress, checkpoint=checkpoint)
+    return run(settings, data=data, backbone=backbone(), callbacks=callbacks, checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_the_scale_of_float16_is_saved(tmp_path: Path) -> None:
     assert bool((parameter == 1).all()) and scaler.get_scale() == 2.0**15
     checkpoint = Checkpoint(tmp_path)
     checkpoint.begin({"settings": {}, "data": "", "backbone": ""}, {})
-    checkpoint.save_epoch(0, 0, [parameter], optimizer, 1, scaler)
+    checkpoint.save_epoch(0, 0, [parameter], optimizer, scaler)
     other = speed.scaler()
     assert checkpoint.enter_fit(0, [parameter], optimizer, other) == 1 and other.get_scale() == 2.0**15
 
@@ -265,7 +265,7 @@ def test_compiled_graphs_serve_every_task(method: str, monkeypatch: pytest.Monke
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(nn.Module, "compile", traced)
-    compiled = learn(Ear(Console(file=io.StringIO())), method=method, compile=True, eval_batch_size=8)
+    compiled = learn([Ear(Console(file=io.StringIO()))], method=method, compile=True, eval_batch_size=8)
     assert graphs[0] > 0 or method == "plora-ensemble"
     assert graphs[1] == graphs[-1] <= 5, graphs  # of the second task on, nothing is left to compile
     assert compiled.curve == pytest.approx(learn(method=method, eval_batch_size=8).curve, abs=10)
@@ -284,7 +284,7 @@ def test_compiling_with_several_trained_adapters(monkeypatch: pytest.MonkeyPatch
 def test_progress_says_images_a_second() -> None:
     text = io.StringIO()
     with ConsoleProgress(Console(file=text, width=80)) as progress:
-        learn(progress)
+        learn([progress])
     lines = text.getvalue().splitlines()
     assert len(lines) == 3 and all(line.endswith(" images/s") for line in lines)
     terminal = io.StringIO()

@@ -17,7 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torchvision.datasets import CIFAR100
 
 from plora_ext.cil import Settings
-from plora_ext.cil.engine import load_data, run
+from plora_ext.cil.build import load_data
+from plora_ext.cil.loop import run
 from plora_ext.data import Backbone, ImageFiles, Preparation, View, load_images
 from plora_ext.data import view as views
 from plora_ext.data.sets import FOLDERS, Images, checked, doubles

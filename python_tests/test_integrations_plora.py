@@ -1,4 +1,4 @@
-"""PLoRANet, the module that the hosts drive: its state decides what it computes, and its backbone stays frozen."""
+"""PLoRA, the module that the hosts drive: its state decides what it computes, and its backbone stays frozen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from plora_ext.integrations._plora import PLoRANet
+from plora_ext.cil.plora import PLoRA
 
 SETTINGS: dict[str, Any] = {
     "r": 3, "lora_alpha": 16.0, "alignment": "semantic", "tau": 0.5, "ridge": 0.7, "scale": 4.0
@@ -32,11 +32,11 @@ class Backbone(nn.Module):
         return y
 
 
-def network(**settings: Any) -> PLoRANet:
-    return PLoRANet(Backbone(), ["fc", "last"], **{"r": 2, "alignment": "none", **settings})
+def network(**settings: Any) -> PLoRA:
+    return PLoRA(Backbone(), ["fc", "last"], **{"r": 2, "alignment": "none", **settings})
 
 
-def learn(net: PLoRANet, task: int, steps: int = 3) -> None:
+def learn(net: PLoRA, task: int, steps: int = 3) -> None:
     torch.manual_seed(task)
     images, labels = 3 * torch.randn(24, 6), 2 * task + torch.arange(24) % 2
     net.add_task([2 * task, 2 * task + 1])

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from plora_ext import ops
 from plora_ext.cil.distributed import SINGLE, World
+from plora_ext.cil.registry import ALIGNMENTS, register_alignment
 
-ALIGNMENTS = ("none", "complement", "shift", "sdc", "ridge", "semantic")
 ROWS = 1024  # features that are made float64 at a time
 
 
@@ -82,7 +82,7 @@ class Drift:
     e_cj needs no running maximum; it is held above exp(-600), which matters below tau = 1/300, lest all of them vanish.
 
     Args:
-        alignment: none, complement, shift, sdc, ridge or semantic.
+        alignment: One of ALIGNMENTS: none, complement, shift, sdc, ridge, semantic, or a user's own.
         prototypes: Those of the old classes, [C, D].
         num_classes: New classes.
         tau: Temperature of the similarities.
@@ -99,9 +99,10 @@ class Drift:
             raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, got {alignment!r}")
         if not tau > 0:
             raise ValueError(f"tau must be positive, got {tau}")
-        self.alignment, self.prototypes, self.tau, self.ridge = alignment, prototypes, tau, ridge
+        kind = ALIGNMENTS[alignment]
+        self.rule, self.prototypes, self.tau, self.ridge = kind.rule, prototypes, tau, ridge
         (C, D), wide = prototypes.shape, torch.promote_types(prototypes.dtype, torch.float32)
-        linear, images = (D if alignment in ("ridge", "semantic") else 0), (C if alignment == "sdc" else 0)
+        linear, images = (D if kind.linear else 0), (C if kind.images else 0)
         zeros = prototypes.new_zeros
         self.gram, self.cross = (zeros(linear, linear, dtype=torch.float64) for _ in range(2))
         self.moved, self.weight = zeros(images, D, dtype=torch.float64), zeros(images, 1, dtype=torch.float64)
@@ -157,26 +158,55 @@ class Drift:
         Raises:
             ValueError: A feature was not finite; a new class without an image, where the formula needs its mean.
         """
-        alignment, old = self.alignment, self.prototypes
         if self.unsound:
             raise ValueError("before and after must be finite, got a feature that is not")
-        if alignment == "none":
-            return old
-        if alignment == "sdc":
-            return (old.double() + self.moved / self.weight.clamp(min=1e-300)).to(old.dtype)
-        drifted = old
-        if alignment in ("ridge", "semantic"):
-            move = solve_ridge(self.gram.clone(), self.cross, self.ridge * self.gram.diagonal().mean())
-            move.diagonal().add_(1)
-            drifted = (old.double() @ move).to(old.dtype)
-        if alignment == "ridge":
-            return drifted
+        aligned: Tensor = self.rule(self)
+        return aligned
 
-        old_space, new_space = self.means()
-        if alignment == "semantic":
-            left = new_space - (old_space.double() @ move).to(new_space.dtype)
-            return drifted + ops.reconstruct_prototypes(old, old_space, left, tau=self.tau, mode="complement")
-        return ops.reconstruct_prototypes(old, old_space, new_space, tau=self.tau, mode=alignment)
+    def map(self) -> Tensor:
+        """I + R [D, D], float64: the linear drift map."""
+        move = solve_ridge(self.gram.clone(), self.cross, self.ridge * self.gram.diagonal().mean())
+        move.diagonal().add_(1)
+        return move
+
+
+def has_map(alignment: str) -> bool:
+    """Whether an alignment follows a linear drift map, which a head's sums can follow as well."""
+    return ALIGNMENTS[alignment].linear
+
+
+@register_alignment("none")
+def _none(drift: Drift) -> Tensor:
+    return drift.prototypes
+
+
+@register_alignment("complement")
+def _complement(drift: Drift) -> Tensor:
+    return ops.reconstruct_prototypes(drift.prototypes, *drift.means(), tau=drift.tau, mode="complement")
+
+
+@register_alignment("shift")
+def _shift(drift: Drift) -> Tensor:
+    return ops.reconstruct_prototypes(drift.prototypes, *drift.means(), tau=drift.tau, mode="shift")
+
+
+@register_alignment("sdc", images=True)
+def _sdc(drift: Drift) -> Tensor:
+    old = drift.prototypes
+    return (old.double() + drift.moved / drift.weight.clamp(min=1e-300)).to(old.dtype)
+
+
+@register_alignment("ridge", linear=True)
+def _ridge(drift: Drift) -> Tensor:
+    return (drift.prototypes.double() @ drift.map()).to(drift.prototypes.dtype)
+
+
+@register_alignment("semantic", linear=True)
+def _semantic(drift: Drift) -> Tensor:
+    old, move, (old_space, new_space) = drift.prototypes, drift.map(), drift.means()
+    left = new_space - (old_space.double() @ move).to(new_space.dtype)
+    rest = ops.reconstruct_prototypes(old, old_space, left, tau=drift.tau, mode="complement")
+    return (old.double() @ move).to(old.dtype) + rest
 
 
 def align(
@@ -192,7 +222,7 @@ def align(
     """The old `prototypes` [C, D] in the space of the new model, by one of the formulas above.
 
     Args:
-        alignment: none, complement, shift, sdc, ridge or semantic.
+        alignment: One of ALIGNMENTS.
         before, after: Features [n, D] of the new task's images under the old and the new model.
         labels: int64 [n], the new task's classes counted from 0.
         tau: Temperature of the similarities.

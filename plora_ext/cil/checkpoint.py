@@ -41,12 +41,12 @@ from plora_ext.cil.stream import Task
 from plora_ext.data import ImageFiles, Images
 from plora_ext.nn import Adapters
 
-FORMAT, READS = 3, (2, 3)  # written; and read: 2 has no digests of single tasks
+FORMAT, READS = 4, (2, 3, 4)  # written; and read: `_migrated`
 MANIFEST = "checkpoint.json"
 # Settings under which a run may continue that began with others: they say where things are and what is measured, not
 # what is computed (what the data and the weights are, their hashes say).
-ELSEWHERE = ("out", "data", "data_root", "download", "corrupt", "weights", "workers", "cache_images", "device",
-             "feature_cache", "ensemble_memory", "measure_drift")  # fmt: skip
+ELSEWHERE = ("out", "plugins", "data", "data_root", "download", "corrupt", "weights", "workers", "cache_images",
+             "device", "feature_cache", "ensemble_memory", "measure_drift")  # fmt: skip
 # Likewise, but results differ by rounding from there on, which is said and recorded.
 ROUNDING = ("eval_batch_size", "amp", "tf32", "channels_last", "compile", "deterministic")
 
@@ -96,8 +96,13 @@ class Checkpoint:
 
     # ------------------------------------------------------------------ tasks
 
-    def begin(self, fingerprint: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    def begin(
+        self, fingerprint: Mapping[str, Any], settings: Mapping[str, Any], run: Mapping[str, Any] | None = None
+    ) -> dict[str, Any] | None:
         """Says which run this is; returns what `save_task` was last given, or None.
+
+        Args:
+            run: What it has measured before its first task.
 
         Raises:
             ValueError: The checkpoint is of another run (names every difference), or damaged; or another process of
@@ -116,7 +121,7 @@ class Checkpoint:
             "torch": str(torch.__version__),
             "fingerprint": dict(fingerprint),
             "settings": dict(settings),
-            "run": saved.get("run", {}),
+            "run": saved["run"] if saved and saved["run"]["curve"] else {"curve": [], "tasks": 1, **(run or {})},
             "parts": saved.get("parts", {}),
         }
         return self.load() if saved and saved["run"]["curve"] else None
@@ -142,7 +147,7 @@ class Checkpoint:
             ValueError: A file is missing, cut short or altered.
         """
         state = {name: self._read(name) for name in self.manifest["parts"] if name != "fit"}
-        return {"run": self.manifest["run"], "state": state}
+        return {"run": self.manifest["run"], "state": _migrated(state)}
 
     def save_task(self, run: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Saves the run after a task: `run` is JSON, `state` nested dicts and lists of tensors and plain values.
@@ -186,7 +191,6 @@ class Checkpoint:
         epoch: int,
         tensors: Sequence[Tensor],
         optimizer: torch.optim.Optimizer,
-        tasks: int,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """Saves where training on a task stands after `epoch`.
@@ -198,8 +202,7 @@ class Checkpoint:
         fit = {"task": task, "epochs": epoch + 1, "tensors": list(tensors), "rng": rng_state()}
         fit["optimizer"] = {str(i): s for i, s in state.items()}
         fit["scaler"] = scaler.state_dict() if scaler else {}  # empty where it is idle
-        run = self.manifest["run"] or {"curve": [], "tasks": tasks}
-        self._save(run, {"fit": fit}, keep=self.manifest["parts"])
+        self._save(self.manifest["run"], {"fit": fit}, keep=self.manifest["parts"])
 
     # ------------------------------------------------------------------ files
 
@@ -215,7 +218,7 @@ class Checkpoint:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name, value in state.items():
                 tensors: dict[str, Tensor] = {}
-                tree = _pack(value, "", tensors)
+                tree = pack(value, "", tensors)
                 stamp = change.fingerprint(json.dumps(tree, allow_nan=False), *tensors.values())
                 parts[name] = self._kept(name, stamp)
                 if parts[name] is None:
@@ -258,14 +261,14 @@ class Checkpoint:
     def _read_here(self, name: str) -> Any:
         part = self.manifest["parts"][name]
         if "file" not in part:
-            return _unpack(part["tree"], {})
+            return unpack(part["tree"], {})
         path = self.folder / part["file"]
         content = path.read_bytes() if path.is_file() else b""
         if len(content) != part["bytes"]:
             raise ValueError(f"{path} is cut short: it must hold {part['bytes']} bytes, got {len(content)}")
         if hashlib.sha256(content).hexdigest() != part["sha256"]:
             raise ValueError(f"{path} has been altered: its hash is not the one in {MANIFEST}")
-        return _unpack(part["tree"], load(content))
+        return unpack(part["tree"], load(content))
 
     def _sweep(self) -> None:
         """Removes what the manifest does not name: files of before, and of a write that was cut short."""
@@ -317,6 +320,20 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _migrated(state: dict[str, Any]) -> dict[str, Any]:
+    """The parts of an older format by the names that they have now.
+
+    2 had no digests of single tasks, and one part for a head; 3 had the ensemble's task_of_class beside the head's
+    parts, and class means among those of head gaussian.
+    """
+    for name, value in state.pop("head", {}).items():
+        state[f"head:{name}"] = value
+    if "task_of_class" in state:
+        state["head:task_of_class"] = state.pop("task_of_class")
+    state.pop("head:means", None)
+    return state
+
+
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Keeps other runs from writing to `folder`; what a killed one left half-written there is removed.
@@ -358,10 +375,10 @@ os.register_at_fork(after_in_child=_let_go)
 # ---------------------------------------------------------------------- what a run is
 
 
-def fingerprint_of(settings: Settings, data: Images, tasks: Sequence[Task], model: nn.Module) -> dict[str, Any]:
-    """What must be the same for a run to continue: settings, data, the backbone's weights."""
+def fingerprint_of(settings: Settings, data: Images, tasks: Sequence[Task], backbone: str) -> dict[str, Any]:
+    """What must be the same for a run to continue: settings, data, the backbone's weights (their digest)."""
     kept = {name: value for name, value in settings.as_dict().items() if name not in (*ELSEWHERE, *ROUNDING)}
-    return {"settings": kept, **data_digests(data, tasks), "backbone": weights_digest(model)}
+    return {"settings": kept, **data_digests(data, tasks), "backbone": backbone}
 
 
 def data_digests(data: Images, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -491,25 +508,25 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON, with its tensors moved to `tensors`."""
     if isinstance(value, Tensor):
         key = path or "value"
         tensors[key] = value
         return {"tensor": key}
     if isinstance(value, Mapping):
-        return {"dict": {str(k): _pack(v, f"{path}/{k}", tensors) for k, v in value.items()}}
+        return {"dict": {str(k): pack(v, f"{path}/{k}", tensors) for k, v in value.items()}}
     if isinstance(value, list | tuple):
-        return {"list": [_pack(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
+        return {"list": [pack(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
     return {"value": value}
 
 
-def _unpack(tree: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+def unpack(tree: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     ((kind, content),) = tree.items()
     if kind == "tensor":
         return tensors[content]
     if kind == "dict":
-        return {k: _unpack(v, tensors) for k, v in content.items()}
+        return {k: unpack(v, tensors) for k, v in content.items()}
     if kind == "list":
-        return [_unpack(v, tensors) for v in content]
+        return [unpack(v, tensors) for v in content]
     return content

@@ -1,7 +1,7 @@
 """The methods: PLoRA in its fused and its ensemble form, and the baselines it is measured against.
 
-All classify by cosine to class prototypes and train an adapter with the same loop, so a comparison differs only in what
-the methods are about: which adapters exist, which are active, and what becomes of old prototypes.
+All have prototypes and a head on top (plora_ext.cil.heads) and train an adapter with the same loop, so a comparison
+differs only in what the methods are about: which adapters exist, which are active, and what becomes of old prototypes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from plora_ext.cil import fusion
 from plora_ext.cil.alignment import Drift, class_means
 from plora_ext.cil.checkpoint import adapters_state, restore_adapters, to_device
 from plora_ext.cil.features import space_fingerprints
-from plora_ext.cil.heads import create_head
+from plora_ext.cil.heads import Subspace, create_head
 from plora_ext.cil.inflora import InputGrams, Subspaces, share_after
+from plora_ext.cil.plora import PLoRA
+from plora_ext.cil.registry import METHODS
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer, lower_on_exhaustion
 from plora_ext.data import View
-from plora_ext.nn import Adapters, CosineHead, Ensemble, SubspaceHead, inject
+from plora_ext.nn import Adapters, Ensemble, PrototypeBank, inject
 from plora_ext.nn.inject import BASE
 
 
@@ -36,16 +38,16 @@ class Method(ABC):
 
     Attributes:
         prototypes: One row per class seen, in the class order.
+        head: What classifies by them or by what it learns (plora_ext.cil.heads).
         passes: Forward passes of the backbone that one prediction takes.
     """
 
     STATE: tuple[str, ...] = ("prototypes", "passes")  # attributes that a checkpoint holds
+    prototypes: Tensor | None = None
 
     def __init__(self, trainer: Trainer, settings: Settings):
         self.trainer, self.settings, self.world = trainer, settings, trainer.world
-        self.prototypes: Tensor | None = None
-        self.head = CosineHead(settings.scale).to(trainer.device)
-        self.classifier = None if settings.head == "cosine" else create_head(settings.head, settings, trainer.device)
+        self.head = create_head(settings.head, settings, trainer.device)
         self.passes = 1
 
     @abstractmethod
@@ -75,10 +77,7 @@ class Method(ABC):
     def logits(self, features: Tensor) -> Tensor:
         """Logits [n, classes seen] of features in the current space, [n, D] or [n, 1, D]."""
         assert self.prototypes is not None, "learn a task first"
-        features = features.flatten(1)
-        if self.classifier is not None:
-            return self.classifier(features)
-        return self.head(features, self.prototypes)
+        return self.head(features.flatten(1), self.prototypes)
 
     def predict(self, images: View) -> Tensor:
         """Logits [n, classes seen] of images."""
@@ -86,18 +85,16 @@ class Method(ABC):
 
     def state(self) -> dict[str, Any]:
         """What the method has learned so far, for a checkpoint: tensors and plain values."""
-        state: dict[str, Any] = {"method": {name: getattr(self, name) for name in self.STATE}}
-        if self.classifier is not None:
-            state |= {f"head:{name}": value for name, value in self.classifier.state().items()}
-        return state
+        head = {f"head:{name}": value for name, value in self.head.state().items()}
+        return {"method": {name: getattr(self, name) for name in self.STATE}, **head}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes over what `state` returned, in a method that has learned nothing yet."""
         for name, value in to_device(state["method"], self.trainer.device).items():
             setattr(self, name, value)
-        if self.classifier is not None:
-            entries = {name.removeprefix("head:"): value for name, value in state.items() if name.startswith("head:")}
-            self.classifier.restore(to_device(entries or state["head"], self.trainer.device))  # format 2 had one entry
+        head = {name.removeprefix("head:"): value for name, value in state.items() if name.startswith("head:")}
+        if head:
+            self.head.restore(to_device(head, self.trainer.device))
 
     def _append_means(self, task: Task, images: View, labels: Tensor) -> None:
         """Appends the means of the task's classes to the prototypes."""
@@ -106,18 +103,19 @@ class Method(ABC):
             features = self.features(images[own])
             new = class_means(features, labels[own.to(labels.device)], len(task.classes), self.world)
         self.prototypes = new if self.prototypes is None else torch.cat([self.prototypes, new])
-        if self.classifier is not None:  # else nobody asks for the other processes' rows
+        if self.head.learns:  # else nobody asks for the other processes' rows
             features = self.world.gather(features, len(images))
         self._teach(None, features, labels)
 
     def _teach(self, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
-        """Hands a task to the head that learns from features, where there is one (plora_ext.cil.heads)."""
-        if self.classifier is not None:
-            assert self.prototypes is not None
-            # The other heads keep a covariance for each class.
-            size = "projections" if self.settings.head == "ranpac" else "the demand: head ranpac or cosine takes less"
-            with self.trainer.phases("head"), lower_on_exhaustion(size):
-                self.classifier.learn(self.prototypes, before, after, labels)
+        """Hands the features of a task to the head, if it learns from them."""
+        if not self.head.learns:
+            return
+        assert self.prototypes is not None
+        # The other heads keep a covariance for each class.
+        size = "projections" if self.settings.head == "ranpac" else "the demand: head ranpac or cosine takes less"
+        with self.trainer.phases("head"), lower_on_exhaustion(size):
+            self.head.learn(self.prototypes, before, after, labels)
 
 
 class SimpleCIL(Method):
@@ -185,19 +183,43 @@ class LoRAFirst(_Adapted):
 
 
 class Joint(LoRAFirst):
-    """`joint`: all classes at once as a single task, the upper bound of this recipe; the engine hands it that task."""
+    """`joint`: all classes at once as a single task, the upper bound of this recipe; the loop hands it that task."""
 
 
-class PLoRA(_Adapted):
+class PLoRAFused(_Adapted):
     """`plora`: an adapter per task, fused into one model, and old prototypes aligned to every new fusion."""
 
     STATE = (*Method.STATE, "task_means", "coefficients")
 
-    def __init__(self, trainer: Trainer, settings: Settings, adapters: Adapters | None = None):
-        super().__init__(trainer, settings, adapters)
+    def __init__(self, trainer: Trainer, settings: Settings):
+        s = settings
+        self.net = PLoRA(
+            trainer.model, s.target_modules, s.r, s.lora_alpha, s.alignment, s.tau, s.ridge,
+            num_features=1, lora_dropout=s.lora_dropout, init=str(s.init),
+        )  # fmt: skip
+        super().__init__(trainer, settings, self.net.adapters)
         self.task_means: list[Tensor] = []  # of fusion: similarity
-        self.coefficients = torch.empty(0)
         self.subspaces = Subspaces()  # of init: inflora
+
+    @property
+    def prototypes(self) -> Tensor | None:
+        bank = self.net.bank
+        return bank.prototypes if len(bank.counts) else None
+
+    @prototypes.setter
+    def prototypes(self, value: Tensor | None) -> None:
+        if value is not None:
+            self.net.bank = PrototypeBank(value.shape[1]).to(value.device)
+            self.net.bank.set(torch.arange(len(value)), value)
+
+    @property
+    def coefficients(self) -> Tensor:
+        """Those of the adapters in the fused model, [T]."""
+        return self.net.coefficients
+
+    @coefficients.setter
+    def coefficients(self, value: Tensor) -> None:
+        self.net.coefficients = value
 
     def learn(self, task: Task, images: View, labels: Tensor) -> None:
         if self.prototypes is None:
@@ -208,7 +230,7 @@ class PLoRA(_Adapted):
         # `learned` goes on to change the older adapters; elsewhere they need not be held as weights while one trains.
         before = self._frozen() if s.fusion == "learned" else None
         self.train_and_fuse(task, images, labels)
-        drift = Drift(s.alignment, self.prototypes, len(task.classes), tau=s.tau, ridge=s.ridge)
+        drift = self.net.drift(range(len(self.prototypes)), len(task.classes))
         with self.trainer.phases("prototypes"):
             if before is None:
                 self.adapters.set_adapter(*older)
@@ -238,7 +260,7 @@ class PLoRA(_Adapted):
         both = self.trainer.read(images[own], lambda batch: torch.stack([before(batch), after(batch)], 1))
         for features, part in zip(both, parts, strict=True):
             drift.add(features[:, 0], features[:, 1], part)
-            if self.classifier is not None:
+            if self.head.learns:
                 kept.append(features)
         drift.gather(self.world)
         return self.world.gather(torch.cat(kept), len(images)) if kept else None
@@ -258,7 +280,7 @@ class PLoRA(_Adapted):
             with self.trainer.phases("prototypes"), self.adapters.disabled():
                 self.task_means.append(self.world.spread(self.features, images).mean(0))
         older = list(self.adapters.names)
-        name = self._add_adapter(task)
+        name = self.net.add_adapter()
         if s.fusion == "learned":
             for previous in older[-1:]:  # the ones before it are directions already
                 fusion.to_directions(self.adapters.parameters(previous))
@@ -276,6 +298,7 @@ class PLoRA(_Adapted):
                 self.subspaces.design(self.adapters, name, self._input_grams(images))
             self._fit(task, images, labels)
             if s.init == "inflora":
+                assert self.trainer.num_tasks is not None  # a learner asks for it
                 share = share_after(task.index, self.trainer.num_tasks, s.subspace)
                 self.subspaces.grow(self._input_grams(images), share)
         self.activate()
@@ -288,7 +311,7 @@ class PLoRA(_Adapted):
 
     def activate(self) -> None:
         """Makes the fused model the active one."""
-        self.adapters.set_adapter(self.adapters.names, self.coefficients)
+        self.net.fuse(self.coefficients)
 
 
 class PLoRAEnsemble(_Adapted):
@@ -300,16 +323,9 @@ class PLoRAEnsemble(_Adapted):
 
     def __init__(self, trainer: Trainer, settings: Settings, adapters: Adapters | None = None):
         super().__init__(trainer, settings, adapters)
-        self.subspaces = SubspaceHead(settings.ensemble_alpha).to(trainer.device)
+        self.head: Subspace = Subspace(settings, trainer.device)
         memory = settings.ensemble_memory
         self.ensemble = Ensemble(self.adapters, None if memory is None else int(memory * 2**20))
-
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "task_of_class": self.subspaces.task_of_class}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        super().restore(state)
-        self.subspaces.assign(state["task_of_class"])
 
     def learn(self, task: Task, images: View, labels: Tensor) -> None:
         self._add_adapter(task)
@@ -325,11 +341,10 @@ class PLoRAEnsemble(_Adapted):
             spaces, mine = self.features(images[own]).unbind(1), labels[own.to(labels.device)]
             new = torch.stack([class_means(space, mine, len(task.classes), self.world) for space in spaces], 1)
         with self.trainer.phases("align"):
-            newest = torch.full((len(new),), task.index, device=new.device)
-            self.subspaces.assign(torch.cat([self.subspaces.task_of_class, newest]))
+            task_of_class = self.head.add_task(len(new))
             old = new[:0] if self.prototypes is None else F.pad(self.prototypes, (0, 0, 0, 1))  # the newest is empty
             self.prototypes = ops.complete_prototypes(
-                torch.cat([old, new]), self.subspaces.task_of_class, tau=self.settings.ensemble_tau, mode="reset"
+                torch.cat([old, new]), task_of_class, tau=self.settings.ensemble_tau, mode="reset"
             )
         self.passes = task.index + 1
 
@@ -344,11 +359,11 @@ class PLoRAEnsemble(_Adapted):
 
     def logits(self, features: Tensor) -> Tensor:
         assert self.prototypes is not None, "learn a task first"
-        return self.subspaces(features, self.prototypes)
+        return self.head(features, self.prototypes)
 
 
-METHODS: dict[str, Callable[[Trainer, Settings], Method]] = {
-    "plora": PLoRA,
+METHODS |= {
+    "plora": PLoRAFused,
     "plora-ensemble": PLoRAEnsemble,
     "simplecil": SimpleCIL,
     "lora-sequential": LoRASequential,

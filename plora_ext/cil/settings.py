@@ -19,13 +19,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from plora_ext.cil.registry import choices as registered
+from plora_ext.cil.registry import import_plugins
+
 MethodName = Literal["plora", "plora-ensemble", "simplecil", "lora-sequential", "lora-first", "joint"]
 _LEAST = (  # what settings must be, where they are not null
-    (
-        "at least 1",
-        lambda v: v >= 1,
-        "increment r epochs batch_size eval_batch_size image_size projections replay_epochs",
-    ),
+    ("at least 1", lambda v: v >= 1, "increment r epochs batch_size eval_batch_size projections replay_epochs"),
+    ("at least 1", lambda v: v >= 1, "image_size"),
     ("at least 0", lambda v: v >= 0, "init_cls ridge ensemble_alpha weight_decay workers"),
     ("above 0", lambda v: v > 0, "fusion_tau tau ensemble_tau lr scale"),
 )
@@ -68,6 +68,7 @@ class Settings:
     weights: str | None = _setting(None, "file of the backbone's weights (null: its own; random: none)")
     image_size: int | None = _setting(None, "pixels of the backbone's input (null: its own)")
     out: str = _setting("plora-run", "folder that receives metrics, pictures and the resolved settings")
+    plugins: list[str] = _setting([], "modules to import first: they register methods, heads, alignments, backbones")
 
     init_cls: int = _setting(0, "classes of the first task (0: as many as increment)", "protocol")
     increment: int = _setting(10, "classes of every later task")
@@ -143,6 +144,7 @@ class Settings:
     compile: bool = _setting(False, "torch.compile the model's blocks")
 
     def __post_init__(self) -> None:
+        import_plugins(_checked("plugins", self.plugins, list[str]))
         if self.class_order == "none":
             warnings.warn('class_order "none" is called "sorted" now: by label (null is "shuffled")', stacklevel=3)
         self.class_order = current({"class_order": self.class_order})["class_order"]
@@ -286,7 +288,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     """`value` as the type of setting `name`; YAML reads 1e-3 as text, so text that spells a number is one."""
     for member in _members(kind):
         if get_origin(member) is Literal:
-            choices = get_args(member)
+            choices = registered(name, get_args(member))
             if value in choices:
                 return value
             if not (value is None and type(None) in _members(kind)):

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,41 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext.cil.alignment import class_means
+from plora_ext.cil.callbacks import Callback, Callbacks
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.frozen import hold_statistics, moving, unchanged
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.speed import Speed
 from plora_ext.data import View
-
-
-class Progress:
-    """Listens to a run; this one says nothing. The command line has one that draws (plora_ext.cil.console)."""
-
-    def begin(self, method: str, num_tasks: int) -> None:
-        """A method starts."""
-
-    def fit(self, task: int, images: int) -> None:
-        """Training on a task starts and will take so many images."""
-
-    def read(self, images: int) -> None:
-        """Reading the features of so many images starts."""
-
-    def step(self, images: int) -> None:
-        """So many of them are done."""
-
-    def epoch(self, number: int, loss: float) -> None:
-        """An epoch of training is done, the so-manyth of all tasks; `loss` is the mean over its steps."""
-
-    def task(self, task: int, accuracy: float) -> None:
-        """A task is learned; accuracy is over all classes seen, in percent."""
-
-    def measured(self, task: int, figures: Mapping[str, float]) -> None:
-        """What was measured after a task, by name: accuracies in percent, seconds, MiB, drift."""
-
-    def note(self, line: str) -> None:
-        """Something that the user should know; not silent here either."""
-        print(line, file=sys.stderr)
 
 
 class Phases:
@@ -118,7 +90,7 @@ class Trainer:
         model: Maps images [B, 3, H, W] to features [B, D]; on `device`.
         settings: The run's settings.
         device: Where the model and the images are.
-        progress: Told of every step.
+        callbacks: Told of every step.
         world: The processes that share the work.
     """
 
@@ -127,13 +99,13 @@ class Trainer:
         model: nn.Module,
         settings: Settings,
         device: torch.device,
-        progress: Progress | None = None,
+        callbacks: Sequence[Callback] = (),
         world: World = SINGLE,
     ):
         self.model, self.settings, self.device, self.world = model, settings, device, world
         self.speed = Speed(model, settings, device)
-        self.progress = progress or Progress()
-        self.num_tasks = 1
+        self.callbacks = Callbacks(callbacks)
+        self.num_tasks: int | None = None  # where it is known
         self.checkpoint: Checkpoint | None = None
         self.phases = Phases(device)
         self._held: list[nn.Module] | None = None  # modules that training would change, beside normalisations
@@ -195,7 +167,7 @@ class Trainer:
         self.model.train()
         hold_statistics(self.model, held)
         model = world.parallel(self.model, learned)
-        self.progress.fit(task, len(images) * (s.epochs - first))
+        self.callbacks.tell("fit", task, len(images) * (s.epochs - first))
         for epoch in range(first, s.epochs):
             order = torch.randperm(len(images))
             targets = labels[order.to(self.device)].split(s.batch_size)  # at once: every copy makes the host wait
@@ -215,13 +187,13 @@ class Trainer:
                 scaler.step(optimizer)
                 scaler.update()
                 losses[step] = loss.detach()
-                self.progress.step(number)
+                self.callbacks.tell("step", number)
             # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
             world.sum_(losses.div_(world.size))
             self._refuse_infinite(f"task {task}, epoch {epoch}", losses, learned)
-            self.progress.epoch(task * s.epochs + epoch + 1, float(losses.mean()))
+            self.callbacks.tell("epoch", task * s.epochs + epoch + 1, float(losses.mean()))
             if self.checkpoint:
-                self.checkpoint.save_epoch(task, epoch, learned, optimizer, self.num_tasks, scaler)
+                self.checkpoint.save_epoch(task, epoch, learned, optimizer, scaler)
         optimizer.zero_grad()  # a frozen adapter needs no memory for its gradient
         self.model.eval()
 
@@ -260,9 +232,9 @@ class Trainer:
         """The same in batches of `eval_batch_size`, one after another."""
         if self.model.training:  # eval() makes adapted layers merge their adapters anew
             self.model.eval()
-        self.progress.read(len(images))
+        self.callbacks.tell("read", len(images))
         with lower_on_exhaustion("eval_batch_size"), self.speed.passes(model is None):
             for batch in images.split(self.settings.eval_batch_size):
                 features = self._forward(batch, model or self.model)
-                self.progress.step(len(batch))
+                self.callbacks.tell("step", len(batch))
                 yield features

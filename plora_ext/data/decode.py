@@ -21,14 +21,19 @@ def decode(path: Path) -> np.ndarray:
         Exception: What Pillow's decoders raise, which is all kinds.
     """
     with Image.open(path) as image:
-        turned = ImageOps.exif_transpose(image)
-        if turned.mode in ("F", "I") or turned.mode.startswith("I;16"):
-            return np.repeat(_to_8_bits(np.asarray(turned))[..., None], 3, axis=2)
-        if turned.mode in _ALPHA or "transparency" in turned.info:
-            turned = turned.convert("RGBA")
-            white = Image.new("RGBA", turned.size, "white")
-            turned = Image.alpha_composite(white, turned)
-        return np.array(turned.convert("RGB"))
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """The pixels of an image of Pillow, by the rules of `decode`."""
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode in ("F", "I") or turned.mode.startswith("I;16"):
+        return np.repeat(_to_8_bits(np.asarray(turned))[..., None], 3, axis=2)
+    if turned.mode in _ALPHA or "transparency" in turned.info:
+        turned = turned.convert("RGBA")
+        white = Image.new("RGBA", turned.size, "white")
+        turned = Image.alpha_composite(white, turned)
+    return np.array(turned.convert("RGB"))
 
 
 def to_8_bits(values: np.ndarray, what: str) -> np.ndarray:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from plora_ext.cil.plora import PLoRA as Network
 from plora_ext.integrations._patch import require
-from plora_ext.integrations._plora import PLoRANet
 
 
 class Features(nn.Module):
@@ -55,7 +55,7 @@ def make_model() -> type:
         def __init__(
             self, backbone: Any, loss: nn.Module, args: Namespace, transform: nn.Module, dataset: Any = None
         ) -> None:
-            net = PLoRANet(
+            net = Network(
                 Features(backbone), args.lora_targets, args.lora_r, args.lora_alpha, args.alignment, args.plora_tau,
                 args.plora_ridge,
             )  # fmt: skip

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from plora_ext.cil.plora import PLoRA
 from plora_ext.integrations._patch import require
-from plora_ext.integrations._plora import PLoRANet
 
 # Keys of the JSON file beside PILOT's own, with their defaults.
 DEFAULTS: dict[str, Any] = {
@@ -27,7 +27,7 @@ DEFAULTS: dict[str, Any] = {
 class Network(nn.Module):
     """What PILOT's BaseLearner evaluates: logits by name."""
 
-    def __init__(self, plora: PLoRANet) -> None:
+    def __init__(self, plora: PLoRA) -> None:
         super().__init__()
         self.plora = plora
         self.feature_dim = plora.bank.num_features
@@ -55,7 +55,7 @@ def make_learner() -> type:
             self.settings, self.batch_size = s, args["batch_size"]
             backbone = timm.create_model(args["backbone_type"], pretrained=args.get("pretrained", True), num_classes=0)
             names = ("target_modules", "r", "lora_alpha", "alignment", "tau", "ridge", "scale")
-            self._network = Network(PLoRANet(backbone, **{name: s[name] for name in names})).to(self._device)
+            self._network = Network(PLoRA(backbone, **{name: s[name] for name in names})).to(self._device)
 
         def incremental_train(self, data_manager: Any) -> None:
             self._cur_task += 1
@@ -83,7 +83,7 @@ def make_learner() -> type:
             for _, images, labels in loader:
                 yield images.to(self._device), labels.to(self._device)
 
-        def _fit(self, plora: PLoRANet) -> None:
+        def _fit(self, plora: PLoRA) -> None:
             s, losses = self.settings, torch.zeros(())
             optimizer = torch.optim.AdamW(plora.parameters_to_train(), s["lr"], weight_decay=s["weight_decay"])
             steps = s["epochs"] * len(self.train_loader)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from plora_ext.cil.frozen import hold_statistics
+from plora_ext.cil.plora import UNSEEN, PLoRA
 from plora_ext.integrations._patch import check_version, require
-from plora_ext.integrations._plora import UNSEEN, PLoRANet
 from plora_ext.nn import CosineHead, PrototypeBank
 
 _HOW = 'pip install "plora_ext[integrations]"'
@@ -39,13 +39,13 @@ class PLoRAModule(_models.DynamicModule):
 
     Args:
         backbone: maps images to features [B, D]; changed in place.
-        settings: those of `plora_ext.integrations._plora.PLoRANet`: target_modules, r, lora_alpha, alignment, tau,
+        settings: those of `plora_ext.cil.plora.PLoRA`: target_modules, r, lora_alpha, alignment, tau,
             ridge, scale, num_features.
     """
 
     def __init__(self, backbone: nn.Module, **settings: Any) -> None:
         super().__init__()
-        self.net = PLoRANet(backbone, **settings)
+        self.net = PLoRA(backbone, **settings)
 
     def adaptation(self, experience: Any) -> None:
         """A new adapter before training; before evaluation, logits as wide as the experience's classes ask for."""
@@ -79,7 +79,7 @@ class PLoRAPlugin(_core.SupervisedPlugin):
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         self._net(strategy).end_task(_batches(strategy, self.batch_size))
 
-    def _net(self, strategy: Any) -> PLoRANet:
+    def _net(self, strategy: Any) -> PLoRA:
         if not isinstance(strategy.model, PLoRAModule):
             raise TypeError(f"PLoRAPlugin needs a strategy whose model is a PLoRAModule, got {type(strategy.model)}")
         return strategy.model.net

@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plora_ext.cil.alignment import drift_map
+from plora_ext.cil.alignment import drift_map, has_map
 from plora_ext.cil.settings import Settings
 
 
 class Head(ABC):
-    """A classifier of features [n, D] that learns task by task."""
+    """A classifier of features [n, D]: by the prototypes, or by what it learns task by task.
+
+    Attributes:
+        learns: Whether it has a `learn` of its own; all features of a task are then put together for it.
+    """
 
     def __init__(self, settings: Settings, device: torch.device):
         self.settings, self.device = settings, device
+        self.learns = type(self).learn is not Head.learn
 
-    @abstractmethod
     def learn(self, prototypes: Tensor, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
         """Takes in a task, once the method has its features and prototypes.
 
@@ -28,10 +32,11 @@ class Head(ABC):
             after: Features [n, D] of the same images in the current space.
             labels: int64 [n], the task's classes counted from 0.
         """
+        raise NotImplementedError
 
     @abstractmethod
-    def __call__(self, features: Tensor) -> Tensor:
-        """Logits [n, C] of features [n, D]."""
+    def __call__(self, features: Tensor, prototypes: Tensor) -> Tensor:
+        """Logits [n, C] of features [n, D] in the current space, with all classes' prototypes [C, D] there."""
 
     def state(self) -> dict[str, Any]:
         """Everything it has learned, tensors by name; a checkpoint writes an entry again only when it has changed."""
@@ -60,7 +65,7 @@ class CovarianceHead(Head):
     def take_in(self, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
         """Moves the old covariances into the new space and adds those of the task's classes."""
         s, old = self.settings, self.covariances
-        if before is not None and len(old) and s.alignment in ("ridge", "semantic"):
+        if before is not None and len(old) and has_map(s.alignment):
             moved = drift_map(before, after, s.ridge) + torch.eye(after.shape[1], device=after.device)
             old = torch.stack([(moved.T @ c.double() @ moved).float() for c in old])
         new = torch.stack([_covariance(after[labels == c]) for c in range(int(labels.max()) + 1)])

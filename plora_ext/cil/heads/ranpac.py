@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plora_ext.cil.alignment import solve_ridge
+from plora_ext.cil.alignment import has_map, solve_ridge
 from plora_ext.cil.heads.base import Head
+from plora_ext.cil.registry import register_head
 from plora_ext.cil.settings import Settings
 
 RIDGES = tuple(10.0**power for power in range(-8, 9))
 
 
+@register_head("ranpac")
 class RanPAC(Head):
     """See above; `projections` is M.
 
@@ -47,7 +49,7 @@ class RanPAC(Head):
             self.gram = torch.zeros(size[1], size[1], device=self.device)
             self.target = torch.zeros(size[1], 0, device=self.device)
         hidden = self._hidden(after)
-        if before is not None and self.settings.alignment in ("ridge", "semantic"):
+        if before is not None and has_map(self.settings.alignment):
             self._move(self._hidden(before), hidden)
         self.target = F.pad(self.target, (0, len(prototypes) - self.target.shape[1]))
         new = F.one_hot(labels, int(labels.max()) + 1).float()
@@ -70,7 +72,7 @@ class RanPAC(Head):
         self.gram = self.gram + twice + twice.T + drift.T @ (across @ before.T) @ drift
         self.target = self.target + drift.T @ (before @ self.target)
 
-    def __call__(self, features: Tensor) -> Tensor:
+    def __call__(self, features: Tensor, prototypes: Tensor) -> Tensor:
         return self._hidden(features) @ self.solution
 
     def _hidden(self, features: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plora_ext.cil.heads.base import CovarianceHead
+from plora_ext.cil.registry import register_head
 
 _SAMPLES, _BATCH, _LR, _DECAY = 64, 256, 1e-2, 5e-4  # a class and epoch; a step; AdamW's
 
 
+@register_head("replay")
 class Replay(CovarianceHead):
     """See above; `replay_epochs` draws of all classes.
 
@@ -51,5 +53,5 @@ class Replay(CovarianceHead):
         self.weight = weight.detach() / spread
         self.bias = bias.detach() - self.weight @ centre
 
-    def __call__(self, features: Tensor) -> Tensor:
+    def __call__(self, features: Tensor, prototypes: Tensor) -> Tensor:
         return F.linear(features.float(), self.weight, self.bias)

@@ -12,7 +12,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from plora_ext.cil.checkpoint import ELSEWHERE, MANIFEST, Checkpoint
-from plora_ext.cil.engine import Result
 from plora_ext.cil.methods import METHODS
+from plora_ext.cil.result import Result
 from plora_ext.cil.settings import Settings, current
 
 PROTOCOL = ("data", "init_cls", "increment", "tasks", "class_order", "backbone", "weights", "image_size", "transform",
@@ -127,30 +127,20 @@ def _of_metrics(file: Path) -> list[Result]:
 
 
 def _of_checkpoint(path: Path, manifest: dict[str, Any]) -> Result:
-    run = dict(manifest["run"])
-    if not run.get("curve"):  # within its first task
-        nothing: dict[str, Any] = {f.name: [] for f in fields(Result) if f.default is f.default_factory is MISSING}
-        run = {
-            **nothing,
-            "seconds": {},
-            "peak_mb": {},
-            "passes": 1,
-            "total_seconds": 0.0,
-            "num_train": 0,
-            "num_test": 0,
-        }
+    run = manifest["run"]
+    if not run.get("curve"):  # within its first task, of which an older version said nothing
+        run = {"classes_seen": [], "class_order": [], "num_train": 0, "num_test": 0, **run}
     try:
         return _result({**run, "settings": manifest["settings"]})
-    except KeyError as error:
+    except TypeError as error:
         raise ValueError(
-            f"{path}: its checkpoint is of an older version of plora-ext, which did not record {error}; finish it "
-            "with `plora-ext train --resume`"
+            f"{path}: its checkpoint is of an older version of plora-ext, which did not record all of it ({error}); "
+            "finish it with `plora-ext train --resume`"
         ) from error
 
 
 def _result(run: dict[str, Any]) -> Result:
-    optional = {f.name for f in fields(Result) if f.default_factory is not MISSING}
-    return Result(**{f.name: run[f.name] for f in fields(Result) if f.name in run or f.name not in optional})
+    return Result(**{f.name: run[f.name] for f in fields(Result) if f.name in run})
 
 
 # ---------------------------------------------------------------------- groups

@@ -17,8 +17,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from plora_ext.cil.engine import Result
-from plora_ext.cil.runs import Group, Protocol
+from plora_ext.cil.result import Result
+from plora_ext.report.runs import Group, Protocol
 
 # Hues of Okabe and Ito, dark enough to be read on white; the page has a light twin of each for a dark background.
 COLORS = ("#0072b2", "#b84f00", "#007a58", "#b0487f", "#8f6200", "#6a51a3", "#555555")

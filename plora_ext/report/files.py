@@ -19,9 +19,9 @@ import torch
 from rich.table import Table
 
 import plora_ext
-from plora_ext.cil.console import COMPACT
-from plora_ext.cil.engine import Result
-from plora_ext.cil.runs import COLUMNS, Group, Protocol, group, is_finished, load_results, rows
+from plora_ext.cil.result import Result
+from plora_ext.report.console import COMPACT
+from plora_ext.report.runs import COLUMNS, Group, Protocol, group, is_finished, load_results, rows
 
 __all__ = ["load_results", "write_folder", "write_report"]
 
@@ -53,7 +53,7 @@ def drawers() -> dict[str, Callable[[Protocol], Figure | None]]:
         ImportError: matplotlib or jinja2 is not installed; names the command.
     """
     try:
-        from plora_ext.cil import figures, page  # noqa: F401  the page is as good as its figures
+        from plora_ext.report import figures, page  # noqa: F401  the page is as good as its figures
     except ImportError as error:
         raise ImportError(f"figures and reports need the package {error.name}: {INSTALL}") from error
     return {
@@ -84,7 +84,7 @@ def write_folder(folder: Path, results: Sequence[Result], settings_yaml: str | N
 def write_report(folder: Path, results: Sequence[Result]) -> list[str]:
     """Writes report.html, the figures, summary.csv, runs.csv, tasks.csv and metrics.json; returns their names."""
     drawn, protocols = drawers(), group(results)
-    from plora_ext.cil.page import page
+    from plora_ext.report.page import page
 
     texts = {
         "report.html": page(protocols, results),
@@ -145,12 +145,6 @@ def comparison_table(protocol: Protocol) -> Table:
         cells = [f"[bold green]{cell}[/]" if best.get(i) is line else cell for i, cell in enumerate(line)]
         table.add_row(*(cell for title, cell in zip(titles, cells) if title in shown))
     return table
-
-
-def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are figures."""
-    head = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
 
 
 def _summary_rows(protocols: Sequence[Protocol]) -> Iterable[dict[str, Any]]:

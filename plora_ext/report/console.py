@@ -20,7 +20,7 @@ from rich.progress import Task as BarTask
 from rich.table import Table
 from rich.text import Text
 
-from plora_ext.cil.training import Progress
+from plora_ext.cil.callbacks import Callback
 
 COMPACT: Any = {"box": SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}  # tables fit 80 columns
 SHOWN = 10  # tasks in the live table: the latest ones
@@ -33,13 +33,13 @@ class _Rate(ProgressColumn):
         return Text("" if task.speed is None else f"{task.speed:.0f} images/s")
 
 
-class ConsoleProgress(Progress):
+class ConsoleProgress(Callback):
     """Shows the accuracy after every task of every method, as it comes. Use it as a context manager."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
         self._curves: dict[str, list[float]] = {}
-        self._tasks, self._method, self._start = 0, "", 0.0
+        self._of, self._method, self._start = "", "", 0.0
         self._images, self._since = 0, 0.0  # of this task
         name, count = TextColumn("{task.description}"), MofNCompleteColumn()
         left = TimeRemainingColumn(compact=True)
@@ -56,14 +56,15 @@ class ConsoleProgress(Progress):
         if self.console.is_terminal:
             self._live.stop()
 
-    def begin(self, method: str, num_tasks: int) -> None:
-        self._method, self._tasks, self._start = method, num_tasks, time.perf_counter()
+    def begin(self, method: str, num_tasks: int | None) -> None:
+        self._method, self._start = method, time.perf_counter()
+        self._of = f" of {num_tasks}" if num_tasks else ""
         self._curves[method] = []
         self._images, self._since = 0, self._start
         self._bar.reset(self._job, description=method, total=None)
 
     def fit(self, task: int, images: int) -> None:
-        self._bar.reset(self._job, description=f"{self._method}, task {task + 1} of {self._tasks}", total=images)
+        self._bar.reset(self._job, description=f"{self._method}, task {task + 1}{self._of}", total=images)
 
     def read(self, images: int) -> None:
         self._bar.reset(self._job, description=f"{self._method}, features", total=images)
@@ -76,7 +77,7 @@ class ConsoleProgress(Progress):
         self._curves[self._method].append(accuracy)
         if not self.console.is_terminal:
             now = time.perf_counter()
-            where = f"{self._method:<16} task {task + 1:>2} of {self._tasks}"
+            where = f"{self._method:<16} task {task + 1:>2}{self._of}"
             rate = f"   {self._images / (now - self._since):5.0f} images/s" if self._images else ""
             line = f"{where}   accuracy {accuracy:5.1f} %   {now - self._start:4.0f} s{rate}"
             self.console.print(line, highlight=False)

@@ -14,9 +14,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import plora_ext
-from plora_ext.cil import figures
-from plora_ext.cil.engine import Result
-from plora_ext.cil.runs import (
+from plora_ext.cil.result import Result
+from plora_ext.report import figures
+from plora_ext.report.runs import (
     COLUMNS,
     Group,
     Protocol,
@@ -29,7 +29,7 @@ from plora_ext.cil.runs import (
     text_of,
 )
 
-TEMPLATE = "report.html"
+TEMPLATE = "page.html"
 
 
 @dataclass

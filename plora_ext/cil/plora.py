@@ -1,4 +1,4 @@
-"""PLoRA as one module that the hosts' own training loops drive."""
+"""PLoRA as one module: what the loop's method holds (plora_ext.cil.methods) and what other training loops drive."""
 
 from __future__ import annotations
 
@@ -15,19 +15,27 @@ from plora_ext.cil.alignment import Drift, class_means
 from plora_ext.cil.frozen import hold_statistics
 from plora_ext.nn import CosineHead, PrototypeBank, inject
 
-__all__ = ["PLoRANet"]
+__all__ = ["UNSEEN", "PLoRA"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 UNSEEN = -1000.0  # the logit of a class that has no prototype: as good as none, and a loss stays finite
 
 
-class PLoRANet(nn.Module):
+class PLoRA(nn.Module):
     """A frozen backbone with a LoRA adapter per task, fused into one, and prototypes that follow the fused model.
 
     For every task: `add_task` and `start`, train `parameters_to_train()` with the cross-entropy of `forward` in
     training mode, then `end_task`. In evaluation mode `forward` classifies among all classes seen, in one pass. Loading
     a `state_dict` gives a fresh network the tasks and classes of the saved one, and its settings (r, lora_alpha,
     alignment, tau, ridge, scale), whatever it was made with; files of 0.1 hold no settings but `scale`.
+
+        net = PLoRA(backbone, r=16)
+        for batches, classes in tasks:                       # batches: (images, labels) of the task
+            net.add_task(classes)
+            net.start(batches)
+            ...                                              # train net.parameters_to_train()
+            net.end_task(batches)
+        net.eval()(images)                                   # logits among all classes seen
 
     The backbone stays as it is in training mode too: its modules with running statistics are always in evaluation mode.
 
@@ -37,6 +45,13 @@ class PLoRANet(nn.Module):
         alignment, tau, ridge: as in `plora_ext.cil.alignment.align`.
         scale: factor of the cosines.
         num_features: D; default `backbone.num_features`, as timm's models have it.
+        lora_dropout: as in `plora_ext.nn.inject`.
+        init: "first": a new adapter starts from task 0's; "fresh": from nothing.
+
+    Attributes:
+        adapters: one for each task, "task0" first.
+        coefficients: of the adapters in the fused model, float32 [T].
+        bank: the prototypes of all classes seen, in the space of the fused model.
     """
 
     task_classes: Tensor
@@ -52,14 +67,18 @@ class PLoRANet(nn.Module):
         ridge: float = 0.1,
         scale: float = 16.0,
         num_features: int | None = None,
+        *,
+        lora_dropout: float = 0.0,
+        init: str = "first",
     ) -> None:
         super().__init__()
         num_features = num_features or getattr(backbone, "num_features", None)
         if not isinstance(num_features, int):
             raise ValueError("num_features must be given for a backbone that has no attribute num_features")
         self.backbone = backbone
-        self.adapters = inject(backbone, target_modules, r, lora_alpha)
-        self.alignment, self.tau, self.ridge = alignment, tau, ridge
+        self.adapters = inject(backbone, target_modules, r, lora_alpha, lora_dropout)
+        self.alignment, self.tau, self.ridge, self.init = alignment, tau, ridge, init
+        self.coefficients = torch.empty(0)
         self.bank, self.head = PrototypeBank(num_features), CosineHead(scale)
         self.num_classes = 0  # width of the logits
         self.directions = nn.Parameter(torch.zeros(0, num_features))  # one for each class of the task that is trained
@@ -79,14 +98,17 @@ class PLoRANet(nn.Module):
         chosen = sorted({int(c) for c in classes})
         if not chosen:
             raise ValueError("classes must hold at least one class to learn, got none")
-        self._add_adapter()
+        self.add_adapter()
         self.task_classes = torch.tensor(chosen, device=self.directions.device)
         self.directions = nn.Parameter(self.directions.new_zeros(len(chosen), self.directions.shape[1]).normal_())
         self.num_classes = max(self.num_classes, chosen[-1] + 1)
 
-    def _add_adapter(self) -> None:
+    def add_adapter(self) -> str:
+        """A new adapter, by its name; it alone is active and trains."""
         names = self.adapters.names
-        self.adapters.add_adapter(f"task{len(names)}", init_from=names[0] if names else None)
+        name = f"task{len(names)}"
+        self.adapters.add_adapter(name, init_from=names[0] if names and self.init == "first" else None)
+        return name
 
     @torch.no_grad()
     def start(self, batches: Batches) -> None:
@@ -110,15 +132,11 @@ class PLoRANet(nn.Module):
                 the model after it see the same images.
         """
         self.eval()
-        count = len(self.adapters.names)
         known = [c for c in self.bank.classes if c not in set(self.task_classes.tolist())]
         if known:
-            self._fuse(count - 1)
-            before = self.adapters.frozen()
-            drift = Drift(
-                self.alignment, self.bank.select(known), len(self.task_classes), tau=self.tau, ridge=self.ridge
-            )
-        self._fuse(count)
+            self.fuse(newest=False)
+            before, drift = self.adapters.frozen(), self.drift(known, len(self.task_classes))
+        self.fuse()
         for images, labels in batches:
             features = self.backbone(images).float()
             if known:
@@ -130,8 +148,19 @@ class PLoRANet(nn.Module):
         self.task_classes = self.task_classes[:0]
         self.directions = nn.Parameter(self.directions[:0].clone())
 
-    def _fuse(self, count: int) -> None:
-        self.adapters.set_adapter(self.adapters.names[:count], fusion.coefficients("mean", count))
+    def fuse(self, coefficients: Tensor | None = None, newest: bool = True) -> None:
+        """Makes the sum of all adapters, or of all but the newest, the active model; `coefficients`: default mean."""
+        names = self.adapters.names[: None if newest else -1]
+        self.coefficients = fusion.coefficients("mean", len(names)) if coefficients is None else coefficients
+        self.adapters.set_adapter(names, self.coefficients)
+
+    def drift(self, known: Sequence[int], num_classes: int) -> Drift:
+        """What tells how the prototypes of the classes `known` move, once it has seen the images of a task.
+
+        Args:
+            num_classes: the task's classes.
+        """
+        return Drift(self.alignment, self.bank.select(known), num_classes, tau=self.tau, ridge=self.ridge)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] among all classes seen; in training mode among those of the task that is trained."""
@@ -143,7 +172,7 @@ class PLoRANet(nn.Module):
         logits = self.head(features, self.bank.prototypes).clamp(min=UNSEEN)
         return F.pad(logits, (0, max(0, self.num_classes - logits.shape[1])), value=UNSEEN)
 
-    def train(self, mode: bool = True) -> PLoRANet:
+    def train(self, mode: bool = True) -> PLoRA:
         super().train(mode)
         hold_statistics(self.backbone)
         return self
@@ -170,7 +199,7 @@ class PLoRANet(nn.Module):
         stem = f"{prefix}backbone.{layer}.lora_A." + (f"{next(iter(first.slices))}." if first.slices else "")
         saved = sum(key.startswith(stem) for key in state_dict)
         while len(self.adapters.names) < saved:
-            self._add_adapter()
+            self.add_adapter()
         device = self.directions.device
         for name in ("task_classes", "directions"):
             if isinstance(value := state_dict.get(prefix + name), Tensor):
@@ -181,7 +210,7 @@ class PLoRANet(nn.Module):
             classes = [len(counts), *(int(c) + 1 for c in self.task_classes.tolist())]
             self.num_classes = max(self.num_classes, *classes)
         if saved and not len(self.task_classes):
-            self._fuse(saved)
+            self.fuse()
             self.adapters.train_adapter(None)
         super()._load_from_state_dict(state_dict, prefix, *args)
         missing: list[str] = args[2]

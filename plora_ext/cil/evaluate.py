@@ -1,0 +1,67 @@
+"""Classification of images by what a method has learned, and its accuracy over all classes seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plora_ext.cil import metrics
+from plora_ext.cil.features import FeatureCache
+from plora_ext.cil.methods import Method
+from plora_ext.cil.stream import Task
+from plora_ext.data import View
+
+AT_ONCE = 4096  # images whose kept features are put together at a time
+FEATURES = 2**18  # images whose features are computed before they are classified
+LOGITS = 2**22  # at a time: 16 MiB, and a few times that in between
+
+
+def classify(method: Method, images: View, rows: Tensor, classes: int, cache: FeatureCache | None = None) -> Tensor:
+    """The class of each image among `rows` (int64 [n]) and its logit, float64 [n, 2]; in every process.
+
+    Args:
+        classes: How many have been seen.
+        cache: Keeps features of images under adapters that stay as they are.
+    """
+    return method.world.spread(lambda own: _best(method, images, own, classes, cache), rows)
+
+
+def _best(method: Method, images: View, rows: Tensor, classes: int, cache: FeatureCache | None) -> Tensor:
+    """Part by part: neither all features nor the logits of all images for all classes need fit into memory."""
+    spaces = method.spaces() if cache else None
+    if cache is None or spaces is None:
+        at_once = max(1, LOGITS // classes)
+        parts = (f for part in rows.split(FEATURES) for f in method.features(images[part]).split(at_once))
+    else:  # features under all adapters
+        parts = (cache(images[part], spaces, method.features_in) for part in rows.split(AT_ONCE))
+    best = []
+    for features in parts:
+        logits = method.logits(features)
+        chosen = logits.argmax(-1, keepdim=True)
+        best.append(torch.cat([chosen.double(), logits.gather(-1, chosen).double()], 1))
+    return torch.cat(best)
+
+
+@dataclass
+class Evaluator:
+    """Accuracy over all classes seen; `cache` keeps features of test images where old adapters stay as they are."""
+
+    method: Method
+    tasks: Sequence[Task]
+    images: View
+    task_of_class: np.ndarray
+    cache: FeatureCache | None = None
+
+    def after(self, task: int) -> tuple[float, list[float]]:
+        """A_b and the row of the task matrix after `task`."""
+        seen = self.tasks[: task + 1]
+        # A process has the same images after every task, for more come behind: it finds their kept features.
+        rows, classes = torch.from_numpy(np.concatenate([t.test for t in seen])), seen[-1].classes.stop
+        predicted = classify(self.method, self.images, rows, classes, self.cache)[:, 0].cpu().numpy()
+        labels = np.concatenate([t.test_labels for t in seen])
+        correct = (predicted == labels).astype(np.float64)
+        return 100.0 * float(correct.mean()), metrics.task_accuracies(correct, self.task_of_class[labels])

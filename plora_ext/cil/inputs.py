@@ -1,0 +1,163 @@
+"""Images and labels as users have them: arrays, a folder, a torch Dataset, a Hugging Face data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image
+from torch import Tensor
+
+from plora_ext.data import ImageFiles
+from plora_ext.data.decode import to_8_bits, to_rgb
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_WANTED = (
+    "a pair (images, labels), a folder of one folder of images for each class, a torch Dataset of (image, label), or a "
+    "Hugging Face data set with a column of images and one of labels"
+)
+
+
+class Items(ImageFiles):
+    """Images that are read one by one, whatever from, as uint8 arrays [H, W, 3]."""
+
+    def __init__(self, number: int, read: Callable[[int], Any]):
+        super().__init__([])
+        self.number, self.read = number, read
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return to_pixels(self.read(int(index)))
+
+
+def read_images(data: Any) -> np.ndarray | ImageFiles:
+    """Images without labels: uint8 [N, H, W, 3], a sequence of images, or the path of an image or a folder.
+
+    Raises:
+        ValueError: They are neither.
+        FileNotFoundError: A path that does not exist, or no image at all.
+    """
+    if isinstance(data, ImageFiles):
+        return data
+    if isinstance(data, str | Path):
+        return ImageFiles(image_paths([data]))
+    if hasattr(data, "column_names"):
+        column = _column(data, _is_image, "images")
+        return Items(len(data), lambda row: data[row][column])
+    if isinstance(data, np.ndarray | Tensor):
+        pixels = np.asarray(data)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+            raise ValueError(f"images must be uint8 [N, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
+        return pixels
+    if isinstance(data, Sequence):
+        return Items(len(data), data.__getitem__)
+    raise ValueError(f"images must be uint8 [N, H, W, 3], a sequence of images or a path, got {type(data).__name__}")
+
+
+def read_labelled(data: Any) -> tuple[np.ndarray | ImageFiles, list[Any]]:
+    """Images and their labels, of any kind that can be compared.
+
+    Raises:
+        ValueError: The data is of no kind known here, or labels and images do not fit together.
+        FileNotFoundError: A folder that does not exist or holds no class.
+    """
+    images: np.ndarray | ImageFiles
+    if isinstance(data, str | Path):
+        images, labels = _class_folders(Path(data))
+    elif isinstance(data, tuple | list) and len(data) == 2:
+        images, labels = read_images(data[0]), _labels(data[1])
+    elif hasattr(data, "column_names"):
+        images, labels = read_images(data), _labels(data[_column(data, lambda v: isinstance(v, int | str), "labels")])
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        images = Items(len(data), lambda row: data[row][0])
+        given = getattr(data, "targets", None)  # torchvision's, without reading an image
+        labels = _labels([data[row][1] for row in range(len(data))] if given is None else given)
+    else:
+        raise ValueError(f"data must be {_WANTED}, got {type(data).__name__}")
+    if len(labels) != len(images) or not labels:
+        raise ValueError(f"labels must be one an image, got {len(labels)} labels for {len(images)} images")
+    return images, labels
+
+
+def to_pixels(image: Any) -> np.ndarray:
+    """One image as uint8 [H, W, 3]: a PIL image, an array [H, W, 3] or [H, W], or a tensor [3, H, W] or [1, H, W].
+
+    Raises:
+        ValueError: It is nothing of these, or its values lie outside of what `plora_ext.data.decode` takes.
+    """
+    if isinstance(image, Image):
+        return to_rgb(image)
+    pixels = np.moveaxis(image.cpu().numpy(), 0, -1) if isinstance(image, Tensor) else np.asarray(image)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+        what = f"{type(image).__name__} {list(np.shape(image))}"
+        raise ValueError(f"an image must be a PIL image, an array [H, W, 3] or a tensor [3, H, W], got {what}")
+    return to_8_bits(pixels, "an image").repeat(3 // pixels.shape[2], 2)
+
+
+def image_paths(given: Sequence[str | Path]) -> list[Path]:
+    """The image files among `given`: files as they are, folders searched, sorted by name.
+
+    Raises:
+        FileNotFoundError: A path that does not exist, or no image at all.
+    """
+    paths: list[Path] = []
+    for path in map(Path, given):
+        if path.is_dir():
+            paths += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise FileNotFoundError(f"{path} is no file and no folder")
+    if not paths:
+        raise FileNotFoundError(f"no image ({' '.join(IMAGE_SUFFIXES)}) in {', '.join(map(str, given))}")
+    return paths
+
+
+def _class_folders(root: Path) -> tuple[ImageFiles, list[str]]:
+    """Labels are the names of the folders."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"data {str(root)!r} is no folder, looked for at {root.absolute()}")
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise FileNotFoundError(f"{root} must hold a folder of images for each class, it holds none")
+    if {folder.name for folder in folders} <= {"train", "test", "val"}:
+        raise ValueError(
+            f"{root} holds {', '.join(f.name for f in folders)} and not classes: give one of these folders"
+        )
+    files = {folder.name: image_paths([folder]) for folder in folders}
+    paths = [path for of in files.values() for path in of]
+    return ImageFiles(paths), [name for name, of in files.items() for _ in of]
+
+
+def _labels(given: Any) -> list[Any]:
+    """Labels as plain values."""
+    if not hasattr(given, "__iter__") or np.ndim(given) == 0:
+        raise ValueError(f"labels must be one an image, got {given!r}")
+    values = given.tolist() if hasattr(given, "tolist") else list(given)
+    return [value.item() if hasattr(value, "item") else value for value in values]
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Image)
+
+
+def _column(data: Any, fits: Callable[[Any], bool], what: str) -> str:
+    """The only column of a Hugging Face data set whose values fit."""
+    if isinstance(data.column_names, dict):
+        raise ValueError(f"the data set has splits, {', '.join(data.column_names)}: give one of them")
+    row = data[0] if len(data) else {}
+    names = [name for name in data.column_names if name in row and fits(row[name])]
+    usual = [name for name in names if name in ("image", "img", "label", "labels", "fine_label")]
+    found = usual[:1] or names
+    if len(found) != 1:
+        raise ValueError(
+            f"the data set must have one column of {what}, got {names or 'none'} of {data.column_names}: "
+            "select_columns or rename_column to image and label"
+        )
+    return str(found[0])

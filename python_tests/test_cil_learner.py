@@ -1,0 +1,461 @@
+"""The learner of tasks as they come: it learns what the loop learns, takes data of all kinds, comes back."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import test_cil_methods
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_cil_methods import CLASSES, backbone
+from torch.utils.data import Dataset, TensorDataset
+
+from plora_ext.cil import (
+    Callback,
+    Head,
+    Images,
+    Learner,
+    Settings,
+    register_alignment,
+    register_backbone,
+    register_head,
+    register_method,
+    run,
+)
+from plora_ext.cil.checkpoint import Checkpoint
+from plora_ext.cil.methods import PLoRAFused
+from plora_ext.cil.registry import ALIGNMENTS, BACKBONES, HEADS, METHODS
+from plora_ext.cil.trained import Trained
+
+images = test_cil_methods.images
+QUICK: dict[str, Any] = {
+    "r": 4, "epochs": 2, "batch_size": 16, "lr": 5e-3, "device": "cpu", "projections": 100, "replay_epochs": 3
+}  # fmt: skip
+KINDS: list[dict[str, Any]] = [
+    {}, {"head": "gaussian"}, {"head": "ranpac"}, {"method": "plora-ensemble"}, {"method": "lora-first"},
+    {"method": "lora-sequential"}, {"method": "simplecil"}, {"fusion": "learned"},
+    {"fusion": "sum", "onto": "fused", "init": "inflora"}, {"lora_dropout": 0.1, "target_modules": ["q", "v"]},
+]  # fmt: skip
+
+
+def tasks(images: Images, train: bool, names: list[Any] | None = None) -> list[tuple[np.ndarray, list[Any]]]:
+    """The images of two classes each, and their labels, by `names`."""
+    pixels, labels = (images.train_images, images.train_labels) if train else (images.test_images, images.test_labels)
+    names = names or list(range(CLASSES))
+    parts = [np.flatnonzero(labels // 2 == t) for t in range(3)]
+    return [(pixels[rows], [names[c] for c in labels[rows]]) for rows in parts]
+
+
+def learner(**settings: Any) -> Learner:
+    return Learner(backbone=backbone(), **{**QUICK, **settings})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_what_the_loop_learns(kind: dict[str, Any], images: Images) -> None:
+    settings = Settings(**{**QUICK, **kind, "increment": 2, "class_order": "none"})
+    result = run(settings, data=images, backbone=backbone())
+    ours = Learner(settings, backbone=backbone(), num_tasks=3)
+    pixels, labels = [], []
+    for t, (train, test) in enumerate(zip(tasks(images, True), tasks(images, False))):
+        state = torch.get_rng_state(), random.getstate()
+        figures = ours.fit(train).evaluate((np.concatenate([*pixels, test[0]]), [*labels, *test[1]]))
+        assert torch.equal(state[0], torch.get_rng_state()) and state[1] == random.getstate()
+        pixels.append(test[0])
+        labels += test[1]
+        assert figures["accuracy"] == result.curve[t]
+        assert figures["task_accuracies"] == result.matrix[t]
+    assert torch.equal(ours.method.prototypes, result.learner.method.prototypes)  # type: ignore[arg-type]
+    assert ours.classes == result.learner.classes == list(range(CLASSES)) and ours.task_sizes == [2, 2, 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_brought_back(kind: dict[str, Any], images: Images, tmp_path: Path) -> None:
+    """It predicts the same, and goes on learning as if it had not been away."""
+    names = ["ant", "bee", "cat", "dog", "eel", "fox"]
+    one = learner(**kind, num_tasks=3)
+    train, test = tasks(images, True, names), images.test_images
+    for part in train[:2]:
+        one.fit(part)
+    one.save_pretrained(tmp_path / "it")
+    two = Learner.from_pretrained(tmp_path / "it", backbone=backbone(), device="cpu")
+    assert two.classes == names[:4] and two.settings.method == one.settings.method
+    assert (two.predict(test) == one.predict(test)).all()
+    for mine, other in zip(one.scores(test), two.scores(test)):
+        assert np.array_equal(mine, other)
+    for each in (one, two):
+        each.fit(train[2])
+    assert set(one.predict(test)) <= set(names) and np.array_equal(one.scores(test)[1], two.scores(test)[1])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["it"]
+    kinds = {p.suffix for p in (tmp_path / "it").rglob("*") if p.is_file()}
+    assert kinds == {".json", ".safetensors"}
+
+
+def test_its_adapters_are_peft_s(images: Images, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    one = learner(method="lora-first").fit(tasks(images, True)[0])
+    one.save_pretrained(tmp_path / "it")
+    model = peft.PeftModel.from_pretrained(backbone().model, tmp_path / "it" / "adapters" / "task0").eval()
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), one.trainer.model(x))
+    held = load_file(tmp_path / "it" / "learner.safetensors")
+    assert torch.equal(held["/method/prototypes"], one.method.prototypes)  # type: ignore[arg-type]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(
+    images: Images,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts, folder = tasks(images, True), tmp_path / "it"
+    one = learner(method="simplecil").fit(parts[0])
+    one.save_pretrained(folder)
+    one.fit(parts[1]).save_pretrained(folder)
+    assert Learner.from_pretrained(folder, backbone=backbone()).classes == [0, 1, 2, 3]
+    monkeypatch.setattr(json, "dumps", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        one.fit(parts[2]).save_pretrained(folder)
+    monkeypatch.undo()
+    assert Learner.from_pretrained(folder, backbone=backbone()).classes == [0, 1, 2, 3]
+    assert [p.name for p in tmp_path.iterdir()] == ["it"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(FileExistsError, match="mine holds something else than a learner"):
+        one.save_pretrained(tmp_path / "mine")
+
+
+def test_what_cannot_be_brought_back_is_said(images: Images, tmp_path: Path) -> None:
+    one = learner(method="simplecil")
+    with pytest.raises(RuntimeError, match="no task yet, or one was cut short: call fit"):
+        one.save_pretrained(tmp_path / "it")
+    one.fit(tasks(images, True)[0]).save_pretrained(tmp_path / "it")
+    with pytest.raises(ValueError, match="backbone of its own: give that as backbone"):
+        Learner.from_pretrained(tmp_path / "it")
+    other = backbone()
+    next(other.model.parameters()).data += 1
+    with pytest.raises(ValueError, match="weights are not those with which"):
+        Learner.from_pretrained(tmp_path / "it", backbone=other)
+    with pytest.raises(ValueError, match="lr cannot differ"):
+        Learner.from_pretrained(tmp_path / "it", backbone=backbone(), lr=1.0)
+    with pytest.raises(FileNotFoundError, match=r"learner\.json is missing"):
+        Learner.from_pretrained(tmp_path)
+    path = tmp_path / "it" / "learner.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 7'))
+    with pytest.raises(ValueError, match=r"it cannot be read .*has format 7, of plora_ext .*; this one reads 1"):
+        Learner.from_pretrained(tmp_path / "it", backbone=backbone())
+    for name in ("learner.safetensors", "learner.json"):
+        whole = (tmp_path / "it" / name).read_bytes()
+        (tmp_path / "it" / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match="it cannot be read as a learner"):
+            Learner.from_pretrained(tmp_path / "it", backbone=backbone())
+        (tmp_path / "it" / name).write_bytes(whole)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="it cannot be read as a learner"):
+        Learner.from_pretrained(tmp_path / "it", backbone=backbone())
+
+
+def test_a_fit_that_failed_leaves_no_half_learner(images: Images, tmp_path: Path) -> None:
+    class Stop(Callback):
+        def epoch(self, number: int, loss: float) -> None:
+            raise KeyboardInterrupt
+
+    one = learner(callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        one.fit(tasks(images, True)[0])
+    with pytest.raises(RuntimeError, match="an earlier fit was cut short"):
+        one.fit(tasks(images, True)[0])
+    with pytest.raises(RuntimeError, match="or one was cut short"):
+        one.save_pretrained(tmp_path / "it")
+
+
+def test_a_run_s_learner_goes_on(images: Images, tmp_path: Path) -> None:
+    """Its checkpoint and its figures stay those of the run."""
+    few = Images(*(part[labels < 4] for part, labels in (
+        (images.train_images, images.train_labels), (images.train_labels, images.train_labels),
+        (images.test_images, images.test_labels), (images.test_labels, images.test_labels))))  # fmt: skip
+    settings = Settings(**QUICK, increment=2)
+    result = run(settings, data=few, backbone=backbone(), checkpoint=Checkpoint(tmp_path))
+    seconds, files = dict(result.seconds), {p.name: p.read_bytes() for p in (tmp_path / "checkpoint").iterdir()}
+    result.learner.fit(tasks(images, True)[2])
+    assert sorted(result.learner.classes) == list(range(6)) and result.learner.task_sizes == [2, 2, 2]
+    assert result.seconds == seconds
+    assert {p.name: p.read_bytes() for p in (tmp_path / "checkpoint").iterdir()} == files
+
+
+# ---------------------------------------------------------------------- data
+
+
+class Pairs(Dataset):
+    """(image, label) by `form`."""
+
+    def __init__(self, pixels: np.ndarray, labels: list[Any], form: Any):
+        self.pixels, self.labels, self.form = pixels, labels, form
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.form(self.pixels[index]), self.labels[index]
+
+
+def as_tensor(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1).float() / 255
+
+
+class Table:
+    """As much of a Hugging Face data set as is used."""
+
+    def __init__(self, pixels: np.ndarray, labels: list[Any]):
+        self.columns = {"id": [1.5] * len(labels), "img": [Image.fromarray(p) for p in pixels], "label": labels}
+        self.column_names = list(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.columns["label"])
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.columns[key] if isinstance(key, str) else {name: c[key] for name, c in self.columns.items()}
+
+
+def in_folder(pixels: np.ndarray, labels: list[Any], root: Path) -> Path:
+    for i, (image, label) in enumerate(zip(pixels, labels)):
+        (root / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(root / str(label) / f"{i:03}.png")
+    return root
+
+
+def test_data_of_every_kind_is_the_same_data(images: Images, tmp_path: Path) -> None:
+    names = ["a", "b", "c", "d", "e", "f"]
+    pixels, labels = tasks(images, True, names)[1]
+    order = np.argsort(labels, kind="stable")  # as folders are read
+    pixels, labels, test = pixels[order], [labels[i] for i in order], images.test_images
+
+    def scores(data: Any, given: Any = test) -> np.ndarray:
+        return learner(workers=0, augment=False).fit(data).scores(given)[1]
+
+    expected = scores((pixels, labels))
+    given = {
+        "pil": Pairs(pixels, labels, Image.fromarray),
+        "tensors": Pairs(pixels, labels, as_tensor),
+        "arrays": Pairs(pixels, labels, np.asarray),
+        "hugging face": Table(pixels, labels),
+        "folder": in_folder(pixels, labels, tmp_path / "train"),
+        "labels as an array": (pixels, np.array(labels)),
+    }
+    for name, data in given.items():
+        np.testing.assert_array_equal(scores(data), expected, name)
+    in_folder(test, ["all"] * len(test), tmp_path / "test")
+    for more in ([Image.fromarray(p) for p in test], str(tmp_path / "test"), Table(test, [0] * len(test))):
+        np.testing.assert_array_equal(scores((pixels, labels), more), expected)
+
+
+def test_a_real_hugging_face_data_set(images: Images) -> None:
+    datasets = pytest.importorskip("datasets")
+    pixels, labels = tasks(images, True)[0]
+    table = datasets.Dataset.from_dict({"image": [Image.fromarray(p) for p in pixels], "label": labels})
+    ours, theirs = (learner(method="simplecil").fit(data) for data in ((pixels, labels), table))
+    np.testing.assert_array_equal(ours.scores(pixels)[1], theirs.scores(table)[1])
+
+
+def test_images_of_many_sizes(images: Images) -> None:
+    pixels, labels = tasks(images, True)[0]
+    sizes = [pixels[i, : 10 + i % 5] for i in range(len(pixels))]
+    one = learner(method="simplecil", workers=0).fit((sizes, labels))
+    assert set(one.predict(sizes)) == {0, 1}
+
+
+def test_labels_stay_the_user_s(images: Images) -> None:
+    one = learner(method="simplecil")
+    for part, names in zip(tasks(images, True), ([70, -3], [5, 900], [1, 2])):
+        one.fit((part[0], [names[c % 2] for c in part[1]]))
+    assert one.classes == [-3, 70, 5, 900, 1, 2] and set(one.predict(images.test_images)) <= set(one.classes)
+    figures = one.evaluate((images.test_images[:10], [70] * 10))
+    assert figures["task_accuracies"][1:] == [None, None] and figures["accuracy"] == figures["task_accuracies"][0]
+
+
+def test_bad_input(images: Images, tmp_path: Path) -> None:
+    one, (pixels, labels) = learner(method="simplecil"), tasks(images, True)[0]
+    for data, message in [
+        ((pixels, labels[1:]), "labels must be one an image, got 39 labels for 40 images"),
+        ((pixels / 255, labels), r"images must be uint8 \[N, H, W, 3\], got float64"),
+        ((pixels[:0], []), "labels must be one an image"),
+        (3, "data must be a pair .*, got int"),
+        ((pixels, 3), "labels must be one an image, got 3"),
+        ((pixels, [1, "a"] * 20), "must be all numbers or all texts"),
+        (TensorDataset(torch.zeros(2, 5), torch.zeros(2)), r"an image must be a PIL image, .* got Tensor \[5\]"),
+        (Table(pixels, [None] * 40), "one column of labels, got none"),
+        (SimpleNamespace(column_names={"train": [], "test": []}), "has splits, train, test: give one of them"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            one.fit(data)
+    for data, message in [(tmp_path / "gone", "is no folder"), (tmp_path, "a folder of images for each class")]:
+        with pytest.raises(FileNotFoundError, match=message):
+            one.fit(data)
+    with pytest.raises(RuntimeError, match="call fit first"):
+        one.predict(pixels)
+    one.fit((pixels, labels))
+    with pytest.raises(ValueError, match="0 was learned before"):
+        one.fit((pixels, labels))
+    with pytest.raises(ValueError, match="label 5, which no task has brought"):
+        one.evaluate((pixels, [5] * 40))
+    with pytest.raises(ValueError, match="at least one image, got none"):
+        one.predict(pixels[:0])
+    (tmp_path / "both" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds train and not classes"):
+        one.fit(tmp_path / "both")
+    with pytest.raises(TypeError, match="settings must be Settings, .*got str"):
+        Learner("run.yaml")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="give num_tasks"):
+        learner(fusion="sum", onto="fused", init="inflora")
+    with pytest.raises(ValueError, match="unknown setting 'metod'; did you mean 'method'"):
+        Learner(metod="plora")
+    joint = learner(method="joint").fit((pixels, labels))
+    with pytest.raises(ValueError, match="fit it once"):
+        joint.fit(tasks(images, True)[1])
+
+
+# ---------------------------------------------------------------------- a user's own
+
+
+@pytest.fixture
+def registered() -> Any:
+    """Whatever a test registers is gone after it."""
+    before = [dict(of) for of in (METHODS, HEADS, ALIGNMENTS, BACKBONES)]
+    yield
+    for of, was in zip((METHODS, HEADS, ALIGNMENTS, BACKBONES), before):
+        of.clear()
+        of.update(was)
+
+
+class Euclid(Head):
+    def __call__(self, features: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
+        return -torch.cdist(features, prototypes)
+
+
+def test_registered_names_are_choices_and_are_used(images: Images, registered: None, tmp_path: Path) -> None:
+    called: list[str] = []
+    register_head("euclid")(Euclid)
+
+    @register_method("mine")
+    class Mine(PLoRAFused):
+        def learn(self, *args: Any) -> None:
+            called.append("method")
+            super().learn(*args)
+
+    @register_alignment("half", linear=True)
+    def half(drift: Any) -> torch.Tensor:
+        called.append("alignment")
+        return (drift.prototypes.double() @ (drift.map() + torch.eye(32)) / 2).float()
+
+    @register_backbone("tiny")
+    def tiny(pretrained: bool, weights: str | None, image_size: int | None) -> Any:
+        called.append("backbone")
+        return backbone()
+
+    own: dict[str, Any] = {"method": "mine", "head": "euclid", "alignment": "half", "backbone": "tiny"}
+    settings = Settings(**QUICK, **own, increment=2, seed=3)
+    checkpoint = Checkpoint(tmp_path / "run")
+    result = run(settings, data=images, checkpoint=checkpoint)
+    assert called == ["backbone", "method", "method", "alignment", "method", "alignment"]
+    again = Trained(tmp_path / "run")  # as `plora-ext predict` does
+    assert type(again.method) is Mine and type(again.method.head) is Euclid
+    found = [p["class"] for p in again.predict(images.test_images)]
+    assert found == result.learner.predict(images.test_images).tolist()
+    result.learner.save_pretrained(tmp_path / "it")
+    assert Learner.from_pretrained(tmp_path / "it").predict(images.test_images).tolist() == found
+    mine = METHODS.pop("mine")
+    with pytest.raises(ValueError, match="a user's own must be registered first, .*: unknown method 'mine'"):
+        Learner.from_pretrained(tmp_path / "it")
+    METHODS["mine"] = mine
+    with pytest.raises(ValueError, match="head 'cosine' is taken"):
+        register_head("cosine")(Euclid)
+    register_head("euclid")(Euclid)  # a cell of a notebook, run again
+    with pytest.raises(ValueError, match="unknown head 'euclit'; did you mean 'euclid'"):
+        Settings(head="euclit")
+
+
+def test_what_is_not_registered_is_not_saved(images: Images, registered: None, tmp_path: Path) -> None:
+    class Mine(PLoRAFused):
+        pass
+
+    one = learner(make=Mine).fit(tasks(images, True)[0])
+    with pytest.raises(
+        ValueError, match=r'method .*Mine is not registered, .*: write @register_method\("name"\) above'
+    ):
+        one.save_pretrained(tmp_path / "it")
+    two = learner().fit(tasks(images, True)[0])
+    two.method.head = Euclid(two.settings, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r'head Euclid is not registered, .*@register_head\("name"\).* head="name"'):
+        two.save_pretrained(tmp_path / "it")
+    assert not list(tmp_path.iterdir())
+
+
+PLUGIN = """
+import torch
+from plora_ext.cil import Head, register_head
+
+@register_head("euclid2")
+class Euclid(Head):
+    def __call__(self, features, prototypes):
+        return -torch.cdist(features, prototypes)
+"""
+
+
+def test_plugins_reach_the_command_line(images: Images, tmp_path: Path) -> None:
+    """train, resume, eval and predict, each in a process of its own."""
+    (tmp_path / "my_heads.py").write_text(PLUGIN)
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    np.savez(tmp_path / "toy.npz", **{name: getattr(images, name) for name in names})
+    (tmp_path / "run.yaml").write_text(
+        "plugins: [my_heads]\nmethod: simplecil\nhead: euclid2\ndata: toy.npz\nincrement: 2\ndevice: cpu\nout: run\n"
+    )
+    Image.fromarray(images.test_images[0]).save(tmp_path / "one.png")
+
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        code = "import sys; sys.path.pop(0); from plora_ext.cli import main; sys.exit(main())"
+        return subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+
+    for words in (
+        ("train", "-c", "run.yaml"),
+        ("train", "--resume", "--out", "run"),
+        ("eval", "run"),
+        ("predict", "run", "one.png"),
+    ):
+        done = command(*words)
+        assert done.returncode == 0, done.stderr
+    assert command("train", "--plugins", "no_such").stderr.startswith(
+        "error: plugins names 'no_such', which is no module"
+    )
+
+
+def test_callbacks_are_told(images: Images) -> None:
+    heard: list[Any] = []
+
+    class Ear(Callback):
+        def begin(self, method: str, num_tasks: int | None) -> None:
+            heard.append((method, num_tasks))
+
+        def epoch(self, number: int, loss: float) -> None:
+            heard.append(number)
+
+    one = learner(callbacks=[Ear(), Ear()])
+    for part in tasks(images, True)[:2]:
+        one.fit(part)
+    assert heard == [("plora", None)] * 2 + [1, 1, 2, 2, 3, 3, 4, 4]
+    with pytest.raises(TypeError, match=r"callbacks must derive from plora_ext\.cil\.Callback, got list"):
+        learner(callbacks=[heard])
+
+
+def test_naming_a_learner_imports_no_model(tmp_path: Path) -> None:
+    heavy = ("timm", "torchvision", "matplotlib", "rich")
+    code = f"import sys; from plora_ext.cil import Learner; print([m for m in {heavy} if m in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    assert said == "[]\n"
