@@ -20,8 +20,8 @@ from pathlib import Path
 import harness
 import torch
 
-from plora_ext._environment import WAITING
 from plora_ext.info import environment
+from plora_ext.variables import WAITING
 
 ENVIRONMENTS = ("", "OMP_WAIT_POLICY=active", "OMP_NUM_THREADS=1", "PLORA_BACKEND=reference")
 TRAIN = "train --method lora-sequential --increment 50 --epochs 1 --device cpu --workers 0".split()

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import plora_ext
-from plora_ext import _library
+from plora_ext import libraries
 from plora_ext.bench import OURS, fault, in_turn
 
 Form = Callable[[Any], Any]
@@ -346,8 +346,8 @@ def gpu_facts(given: str | None, **more: str) -> dict[str, str]:
 
 
 def need_cuda() -> None:
-    if "cuda" not in _library.loaded:
-        raise SystemExit(f"the CUDA kernels are not loaded: {_library.missing}")
+    if "cuda" not in libraries.loaded:
+        raise SystemExit(f"the CUDA kernels are not loaded: {libraries.missing}")
 
 
 def cells(fields: Mapping[str, str], line: Line, *names: str) -> list[str]:

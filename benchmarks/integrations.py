@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plora_ext import _library, reference
+from plora_ext import libraries, reference
 from plora_ext.bench import fault, synchronize
 from plora_ext.integrations import _patch, _pilot_vit
 
@@ -648,7 +648,7 @@ def figures(line: dict[str, Any]) -> list[str]:
 def report(cases: list[Case], skipped: list[str], commit: str | None) -> str:
     where = harness.facts(DEVICE, commit)
     command, columns = where.pop("command"), ["form", *(title for title, _ in FIGURES.values())]
-    text = f"`{command}`\n{harness.said(where)}, {_library.backend()}\n"
+    text = f"`{command}`\n{harness.said(where)}, {libraries.backend()}\n"
     for case in cases:
         rows = (
             [line["form"], *figures(line)] if "wall_ms" in line else [line["form"], line["note"], *[""] * 6]

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plora_ext import _library, ops, reference
+from plora_ext import libraries, ops, reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests"))
 
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first launch")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
     args = parser.parse_args()
-    if "cuda" not in _library.loaded or not torch.cuda.is_available():
+    if "cuda" not in libraries.loaded or not torch.cuda.is_available():
         sys.exit("needs a CUDA device and the compiled CUDA operators")
     warnings.filterwarnings("ignore", message=".*deterministic.*")
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN

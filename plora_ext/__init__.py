@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from plora_ext import _environment
+from plora_ext import variables
 
 __version__ = "0.1.0"
 
-_environment.settle()
+variables.settle()
 
-from plora_ext import _library  # noqa: E402  imports torch
+from plora_ext import libraries  # noqa: E402  imports torch
 
-_library.load()
+libraries.load()
 
 from plora_ext import ops, reference  # noqa: E402  ops gives the loaded operators their fake implementations and gradients
 
-# Imported when first named: timm, matplotlib and rich are theirs to import.
-_LAZY = ("cil", "data", "io", "nn")
-__all__ = ["__version__", "cil", "data", "io", "nn", "ops", "reference"]
+if TYPE_CHECKING:
+    from plora_ext import cil, data, io, nn
+    from plora_ext.cil.learner import Learner
+    from plora_ext.io import load_adapter, save_adapter
+    from plora_ext.nn import Adapters, Ensemble, MultiLoRALinear, inject
+
+__all__ = [
+    "Adapters", "Ensemble", "Learner", "MultiLoRALinear", "__version__", "cil", "data", "inject", "io", "load_adapter",
+    "nn", "ops", "reference", "save_adapter",
+]  # fmt: skip
+# What is imported when it is first named: timm, matplotlib and rich are theirs to import.
+_ROOMS = ("cil", "data", "io", "nn")
+_ROOM_OF = {"Learner": "cil.learner", "load_adapter": "io", "save_adapter": "io"}  # of the other names: nn
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in _LAZY:
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in __all__:
+        found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_ROOM_OF.get(name, 'nn')}"), name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

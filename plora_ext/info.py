@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import plora_ext
-from plora_ext import _environment, _library
+from plora_ext import libraries, variables
 
 
 def report() -> str:
@@ -38,11 +38,11 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _libraries() -> list[tuple[str, str]]:
-    lines = [("backend", _library.backend())]
+    lines = [("backend", libraries.backend())]
     for name in ("cpu", "cuda"):
-        text = _library.loaded.get(name) or f"not loaded: {_library.missing[name]}"
+        text = libraries.loaded.get(name) or f"not loaded: {libraries.missing[name]}"
         lines.append((f"{name} library", text))
-    info = _library.build_info()
+    info = libraries.build_info()
     if info is None:
         return [*lines, ("built", "no compiled module for this Python")]
     lines += [
@@ -75,7 +75,7 @@ def _base_maker(own: Callable[[int, int, int], bool]) -> str:
 
 
 def _gpu() -> list[tuple[str, str]]:
-    info = _library.build_info()
+    info = libraries.build_info()
     lines = [("gpu kernels", " ".join(info["cuda_archs"]) or "none" if info else "unknown")]
     if info and info["cuda_archs"]:
         hopper = "sm_90a" in info["cuda_archs"]
@@ -91,8 +91,8 @@ def _gpu() -> list[tuple[str, str]]:
 
 def _variables() -> list[tuple[str, str]]:
     """The environment variables that change how this process computes, as far as they are set."""
-    waiting = {name: os.environ[name] for name in _environment.WAITING if name in os.environ}
-    return [*_environment.in_force.items(), *waiting.items()]
+    waiting = {name: os.environ[name] for name in variables.WAITING if name in os.environ}
+    return [*variables.in_force.items(), *waiting.items()]
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -106,7 +106,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "device": name,
-        "kernels": _library.backend(),
+        "kernels": libraries.backend(),
     }
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from plora_ext.nn.inject import Adapters
+from plora_ext.nn.adapters import Adapters
 from plora_ext.nn.linear import MultiLoRALinear
 
 __all__ = ["load_adapter", "save_adapter"]

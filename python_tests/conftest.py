@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import plora_ext
-from plora_ext import _library
+from plora_ext import libraries
 
 
 def pytest_report_header() -> str:
-    return f"plora_ext {plora_ext.__version__} ({_library.backend()}) at {Path(plora_ext.__file__).parent}"
+    return f"plora_ext {plora_ext.__version__} ({libraries.backend()}) at {Path(plora_ext.__file__).parent}"
 
 
 @pytest.fixture(scope="session", autouse=True)

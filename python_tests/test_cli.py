@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 import plora_ext.cil.build
-from plora_ext import _library
+from plora_ext import libraries
 from plora_ext.cil import Settings
 from plora_ext.cil.heads import HEADS
 from plora_ext.cli import main
@@ -367,7 +367,7 @@ def test_a_file_that_is_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "is not a metrics.json of plora-ext" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(_library.build_info() is None, reason="about the compiled module")
+@pytest.mark.skipif(libraries.build_info() is None, reason="about the compiled module")
 def test_plans(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--plan", "--device-capability", "9.0"]) == 0
     lines = capsys.readouterr().out.splitlines()

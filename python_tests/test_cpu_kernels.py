@@ -16,13 +16,13 @@ import torch
 from oracle import check, run
 from torch import Tensor
 
-from plora_ext import _library, ops, reference
+from plora_ext import libraries, ops, reference
 
 FAMILIES = ("lora_indexed", "lora_sum", "lora_all")
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore:.*deterministic.*:UserWarning"),
-    pytest.mark.skipif(_library.backend() != "native", reason="about the compiled operators"),
+    pytest.mark.skipif(libraries.backend() != "native", reason="about the compiled operators"),
 ]
 
 
@@ -188,7 +188,7 @@ def in_processes(code: str, threads: Sequence[int], folder: Path) -> list[str]:
     return results
 
 
-@pytest.mark.skipif(_library.backend() == "reference", reason="PLORA_BACKEND=reference")
+@pytest.mark.skipif(libraries.backend() == "reference", reason="PLORA_BACKEND=reference")
 def test_frozen_layers_repeat_from_process_to_process(tmp_path: Path) -> None:
     """At widths of ViTs; where the frozen product is the kernels', for any number of threads."""
     code = """

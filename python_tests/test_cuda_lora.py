@@ -20,7 +20,7 @@ from oracle import check, opcheck, run
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from plora_ext import _library, ops, reference
+from plora_ext import libraries, ops, reference
 from plora_ext.nn import Adapters, MultiLoRALinear, inject
 
 DEVICE = torch.device("cuda")
@@ -31,7 +31,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.skipif("cuda" not in _library.loaded, reason="no compiled CUDA operators"),
+    pytest.mark.skipif("cuda" not in libraries.loaded, reason="no compiled CUDA operators"),
     pytest.mark.usefixtures("poisoned", "float32_is_float32"),
     pytest.mark.filterwarnings("ignore:.*(deterministic|Synchronization debug mode).*:UserWarning"),
 ]
@@ -156,7 +156,7 @@ def leaves(args: list[Any], kwargs: dict[str, Any]) -> list[Tensor]:
 def test_the_kernels_are_there() -> None:
     """Without them the operators would quietly run as their own twins."""
     names = [family + form for family in FAMILIES for form in ("", "_", "_backward")]
-    assert all(_library.has_kernel(name, "cuda") for name in (*names, "lora_merge"))
+    assert all(libraries.has_kernel(name, "cuda") for name in (*names, "lora_merge"))
 
 
 @both_paths

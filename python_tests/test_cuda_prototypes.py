@@ -16,7 +16,7 @@ import torch
 from oracle import check, opcheck, run
 from torch import Tensor
 
-from plora_ext import _library, ops, reference
+from plora_ext import libraries, ops, reference
 
 DEVICE = torch.device("cuda")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -25,7 +25,7 @@ NAMES = ("class_sums", "reconstruct_prototypes", "complete_prototypes", "subspac
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.skipif("cuda" not in _library.loaded, reason="no compiled CUDA operators"),
+    pytest.mark.skipif("cuda" not in libraries.loaded, reason="no compiled CUDA operators"),
     pytest.mark.usefixtures("poisoned", "float32_is_float32"),
     pytest.mark.filterwarnings("ignore:.*(deterministic|Synchronization debug mode).*:UserWarning"),
 ]
@@ -113,7 +113,7 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
 
 def test_the_kernels_are_there() -> None:
     """Without them the operators would quietly run as their own twins."""
-    assert all(_library.has_kernel(name, "cuda") for name in (*NAMES, "class_sums_"))
+    assert all(libraries.has_kernel(name, "cuda") for name in (*NAMES, "class_sums_"))
 
 
 @every

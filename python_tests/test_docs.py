@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from plora_ext import _environment
+from plora_ext import variables
 from plora_ext.cil import Settings
 from plora_ext.cil.heads import HEADS
 from plora_ext.cli import _parser
@@ -101,9 +101,9 @@ def test_the_page_of_variables_is_whole(repository: Path) -> None:
     assert {"PLORA_BACKEND", "PLORA_CPU_ISA", "PLORA_FORCE_CPU", "PLORA_TORCH_DIR"} <= read  # the search finds them
     listed = {name for name in re.findall(r"`([A-Z][A-Z_]*[A-Z])`", page)}
     assert read - {"PATH", "VIRTUAL_ENV"} <= listed
-    ours = {*_environment.CHOICES, *(f"PLORA_{name}" for name in _environment.OTHERS)}
+    ours = {*variables.CHOICES, *(f"PLORA_{name}" for name in variables.OTHERS)}
     assert {name for name in listed if name.startswith("PLORA_")} == ours
-    for name, values in _environment.CHOICES.items():
+    for name, values in variables.CHOICES.items():
         assert f"| `{name}` | {', '.join(f'`{value}`' for value in values)} |" in page
 
 

@@ -11,8 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from plora_ext import ops
+from plora_ext.memory import PeakMemory, free_memory
 from plora_ext.nn import Adapters, Ensemble, inject
-from plora_ext.nn.ensemble import _cuts, _PeakMemory, free_memory
+from plora_ext.nn.ensemble import _cuts
 
 
 def vit(targets: Sequence[str] = ("q", "v"), T: int = 4, ragged: bool = True, **keywords) -> Adapters:
@@ -145,7 +146,7 @@ def test_cuts_give_the_same_bits_and_keep_to_the_memory(targets: list[str]) -> N
     for slabs in (1, 3, 5, 9, 28):
         ensemble = Ensemble(adapters, memory=plan.fixed + slabs * plan.slab)
         ensemble(images[:1])  # tries where to repeat
-        with _PeakMemory() as memory:
+        with PeakMemory() as memory:
             result = ensemble(images)
         assert torch.equal(result, expected), slabs
         factors = sum(t.nbytes for layer in adapters.layers.values() for t in layer.operands(tuple(layer.r))[:2])

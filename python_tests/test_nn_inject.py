@@ -282,6 +282,17 @@ def test_unload() -> None:
     assert torch.equal(Adapters(model).unload()(x), vit()(x))  # nothing active: nothing to merge
 
 
+def test_names_of_peft() -> None:
+    adapters, x = make(["qkv"]), images()
+    y, y_base = adapters.model(x), vit()(x)
+    with adapters.disable_adapter():
+        assert torch.equal(adapters.model(x), y_base)
+    model = adapters.merge_and_unload()
+    assert model is adapters.model and not any(isinstance(m, MultiLoRALinear) for m in model.modules())
+    assert not torch.allclose(y, y_base, atol=1e-3)
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
+
+
 def test_delete_adapter_leaves_the_rest() -> None:
     adapters, x = make(["q", "proj"]), images()
     adapters.set_adapter(["t0", "t2"], [0.5, 2.0])

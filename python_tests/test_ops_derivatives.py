@@ -211,20 +211,27 @@ import torch
 import torch._dynamo
 names = ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tracing_state", "_any_requires_grad",
          "_current_graph_task_id", "_ExcludeDispatchKeyGuard", "_dispatch_get_registrations_for_dispatch_key")
-hidden = {name: getattr(torch._C, name) for name in names if name not in KEEP}
-for name in hidden:
-    delattr(torch._C, name)
-import plora_ext._private as private
-assert not private.is_plain(torch.zeros(1))
+hidden = {(torch._C, name): getattr(torch._C, name) for name in names if name not in KEEP}
+for owner, name in ((torch.utils._python_dispatch, "TorchDispatchMode"), (torch.utils._pytree, "tree_map_only")):
+    hidden[owner, name] = getattr(owner, name)
+for owner, name in hidden:
+    delattr(owner, name)
+from plora_ext import torch_private
+assert not torch_private.is_plain(torch.zeros(1))
 import plora_ext.nn
-for name, value in hidden.items():  # torch itself needs them
-    setattr(torch._C, name, value)
+for (owner, name), value in hidden.items():  # torch itself needs them
+    setattr(owner, name, value)
 from plora_ext import ops, reference
 x, A, B = torch.randn(5, 4, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 6, 3)
 y = ops.lora_sum(x, A, B, weight=torch.randn(6, 4))
 y.sum().backward()
 assert x.grad.abs().max() > 0 and A.grad.abs().max() > 0
 torch.testing.assert_close(ops.lora_sum(x, A, B), reference.lora_sum(x, A, B, torch.ones(2)), rtol=1e-4, atol=1e-4)
+model = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval()
+adapters = plora_ext.nn.inject(model, ["0"], r=2)
+for name in "ab":
+    adapters.add_adapter(name)
+assert plora_ext.nn.Ensemble(adapters)(torch.ones(3, 4)).shape == (2, 3, 4)
 """
     done = subprocess.run(
         [sys.executable, "-c", script.replace("KEEP", repr([keep]))], capture_output=True, text=True, cwd="/"

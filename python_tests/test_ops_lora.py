@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, example, given, settings, strategies
 from oracle import check, opcheck
 from torch import Tensor
 
-from plora_ext import _library, ops, reference
-from plora_ext.ops import AdapterBatch, _register
+from plora_ext import libraries, ops, reference
+from plora_ext.ops import AdapterBatch, compiled, fake, lora, rules
 
 FAMILIES = ("lora_indexed", "lora_sum", "lora_all")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore:.*deterministic.*:UserWarning"),
 ]
-native = pytest.mark.skipif(_library.backend() != "native", reason="about the compiled operators")
+native = pytest.mark.skipif(libraries.backend() != "native", reason="about the compiled operators")
 
 
 def problem(
@@ -261,7 +261,7 @@ def test_eager_shortcut_agrees_with_the_registered_path(
             leaf.requires_grad_(any(leaf is a for a in asking))
         with monkeypatch.context() as patch, torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             if not shortcut:
-                patch.setattr(_register, "is_plain", lambda *args: False)
+                patch.setattr(lora, "is_eager", lambda: False)
             y = getattr(ops, family)(*args, **kwargs)
         if not asking:
             return [y]
@@ -277,13 +277,13 @@ def test_eager_shortcut_agrees_with_the_registered_path(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keeps_what_a_gradient_needs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    operator = _register.op[family]
+    operator = compiled.op[family]
 
     def spy(*args: Any) -> Any:
         asked.append(args[-1])
         return operator(*args)
 
-    monkeypatch.setitem(_register.op, family, spy)
+    monkeypatch.setitem(compiled.op, family, spy)
 
     def keeps(options: str, asking: str, r: int = 4) -> bool:
         args, kwargs, _ = problem(family, r=r, options=options, grad=False)
@@ -312,20 +312,21 @@ def test_dense_rule_is_that_of_the_kernels() -> None:
     for family in FAMILIES:
         for T, r in ((1, 16), (4, 16), (5, 16), (1, 192), (1, 193), (0, 8), (65, 1)):
             for options in ("", "weight", "weight relu", "weight bias_A", "weight bias_B", "weight bias base ranks"):
-                args, kwargs, _ = problem(family, T=T, r=r, M=1, n_in=1, out=1, options=options, grad=False)
+                _, kwargs, _ = problem(family, T=T, r=r, M=1, n_in=1, out=1, options=options, grad=False)
                 weight, bias_A, bias_B = (kwargs.get(name) for name in ("weight", "bias_A", "bias_B"))
                 relu, bias = "relu" in options, bias_A is not None or bias_B is not None
                 plan = _C.lora_plan(
                     family.removeprefix("lora_"), 1, 1, 1, T, r, weight=weight is not None, relu=relu, bias=bias
                 )
-                assert _register.dense(family, args[-3], weight, bias_A, bias_B, relu) == plan["dense"], (T, r, options)
+                linear = rules.is_linear(weight, bias_A, bias_B, relu)
+                assert rules.dense(family, T, r, linear) == plan["dense"], (T, r, options)
 
 
 @native
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shapes_of_what_cuda_keeps(family: str) -> None:
     """Rank 5 has 8 columns; the sum of many ranks keeps the merged weight."""
-    fake = _register._lora_fake(family)
+    shapes = fake.lora(family)
     for r, options, expected in (
         (5, "weight bias", [7, 8 if family == "lora_indexed" else 24]),
         (80, "weight", [24, 16] if family == "lora_sum" else [7, 80 if family == "lora_indexed" else 240]),
@@ -334,7 +335,7 @@ def test_shapes_of_what_cuda_keeps(family: str) -> None:
         for device, shape in (("meta", expected), ("cpu", [0])):
             args, kwargs, y = problem(family, M=7, r=r, options=options, device=device)
             for keep in (True, False):
-                result, kept = fake(*native_args(family, args, {**kwargs, "keep": keep}))
+                result, kept = shapes(*native_args(family, args, {**kwargs, "keep": keep}))
                 assert result.shape == y.shape and kept.dtype == args[0].dtype
                 assert list(kept.shape) == (shape if keep else [0])
 
@@ -446,7 +447,7 @@ def test_merge_gradcheck_opcheck_compile_vmap(device: torch.device) -> None:
     draw = lambda *shape: torch.randn(shape, dtype=torch.float64, device=device).requires_grad_()  # noqa: E731
     args = [draw(6, 5), draw(2, 3, 5), draw(2, 6, 3), draw(2)]
     assert torch.autograd.gradcheck(ops.lora_merge, args)
-    if _library.has_kernel("lora_merge", device.type):
+    if libraries.has_kernel("lora_merge", device.type):
         opcheck(torch.ops.plora_ext.lora_merge.default, [*args, None])
         opcheck(torch.ops.plora_ext.lora_merge.default, [*args, torch.tensor([1, 3], device=device)])
     check(
@@ -522,7 +523,7 @@ def test_bad_input(family: str) -> None:
             call(ids=torch.zeros(4, dtype=torch.int64))
         with pytest.raises(TypeError, match="ids must be integers"):
             call(ids=torch.zeros(5))
-        if _library.backend() == "native":
+        if libraries.backend() == "native":
             for bad in (3, -2):
                 with pytest.raises((RuntimeError, IndexError), match=f"ids must be between -1 and 2, got {bad}"):
                     call(ids=torch.tensor([0, 1, bad, 0, 0]))

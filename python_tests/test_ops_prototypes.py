@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from oracle import check, opcheck
 from torch import Tensor
 
-from plora_ext import _library, ops, reference
+from plora_ext import libraries, ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore:.*deterministic.*:UserWarning"),
 ]
-native = pytest.mark.skipif(_library.backend() != "native", reason="about the compiled operators")
+native = pytest.mark.skipif(libraries.backend() != "native", reason="about the compiled operators")
 
 
 def draw(
@@ -52,7 +52,7 @@ def test_class_sums(dtype: torch.dtype, N: int, D: int, C: int, device: torch.de
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_class_sums_have_the_same_bits_however_they_are_batched(dtype: torch.dtype, device: torch.device) -> None:
-    if not _library.has_kernel("class_sums", device.type):
+    if not libraries.has_kernel("class_sums", device.type):
         pytest.skip("about the compiled operator")
     features = draw(1003, 130, device=device, dtype=dtype, grad=False)
     labels = torch.randint(-1, 9, (1003,)).to(device)
@@ -74,7 +74,7 @@ def test_class_sums_non_contiguous_and_int32_labels(device: torch.device) -> Non
 
 def test_class_sums_bad_input() -> None:
     features, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 3])
-    if _library.backend() == "native":
+    if libraries.backend() == "native":
         with pytest.raises(RuntimeError, match="labels must be between -1 and 2, got 3 at position 3"):
             ops.class_sums(features, labels, 3)
         sums, counts = torch.zeros(3, 3), torch.zeros(3, dtype=torch.int64)
@@ -163,7 +163,7 @@ def test_reconstruct_is_ease_by_hand() -> None:
 
 def test_reconstruct_does_not_hold_the_scores() -> None:
     """20,000 x 20,000 scores would take 1.6 GB; the operator's own memory stays near that of its inputs."""
-    if _library.backend() != "native":
+    if libraries.backend() != "native":
         pytest.skip("about the compiled operator")
     import resource
 
@@ -292,7 +292,7 @@ def test_gradcheck_and_opcheck(name: str) -> None:
 def test_compile_and_vmap(name: str) -> None:
     args, _ = small(name, torch.float32)
     function = lambda *a: first(getattr(ops, name)(*a))  # noqa: E731
-    if _library.backend() == "native":  # the reference of complete_prototypes looks at the tasks' sizes
+    if libraries.backend() == "native":  # the reference of complete_prototypes looks at the tasks' sizes
         check(
             torch.compile(function, fullgraph=True),
             lambda *a: first(getattr(reference, name)(*a)),
@@ -364,7 +364,7 @@ def test_bad_input() -> None:
         ops.complete_prototypes(torch.randn(4, 2, 5), torch.tensor([0, 1, 1]))
     with pytest.raises(ValueError, match="mode must be 'reset' or 'last'"):
         ops.complete_prototypes(torch.randn(1, 2, 5), torch.tensor([0]), mode="first")
-    if _library.backend() == "native":
+    if libraries.backend() == "native":
         with pytest.raises(RuntimeError, match="task_of_class must be between 0 and 1, got 2 for class 3"):
             ops.complete_prototypes(torch.randn(4, 2, 5), torch.tensor([0, 1, 1, 2]))
     with pytest.raises(ValueError, match=r"prototypes must have the shape \[C, 2, 5\], got \[4, 3, 5\]"):

@@ -18,11 +18,11 @@ import pytest
 import torch
 
 import plora_ext
-from plora_ext import _library
+from plora_ext import libraries
 
 SOURCES = ["benchmarks", "build_backend", "cmake", "configs", "csrc", "docs", "plora_ext", "python_tests", "tools"]
 INSTALLED = Path(plora_ext.__file__).parent
-NATIVE = pytest.mark.skipif(_library.backend() == "reference", reason="PLORA_BACKEND=reference loads no library")
+NATIVE = pytest.mark.skipif(libraries.backend() == "reference", reason="PLORA_BACKEND=reference loads no library")
 
 
 def run(*command: str | Path, **environment: str | None) -> subprocess.CompletedProcess[str]:
@@ -151,22 +151,22 @@ def test_subpackages_load_when_named() -> None:
 
 @NATIVE
 def test_has_kernel() -> None:
-    assert _library.has_kernel("class_sums", "cpu")
-    assert _library.has_kernel("class_sums", "cuda") == ("cuda" in _library.loaded)
-    assert not _library.has_kernel("class_sums", "privateuseone")
-    assert not _library.has_kernel("no_such_operator", "cpu")
+    assert libraries.has_kernel("class_sums", "cpu")
+    assert libraries.has_kernel("class_sums", "cuda") == ("cuda" in libraries.loaded)
+    assert not libraries.has_kernel("class_sums", "privateuseone")
+    assert not libraries.has_kernel("no_such_operator", "cpu")
 
 
 def test_every_library_is_loaded_or_explained() -> None:
-    assert set(_library.loaded) | set(_library.missing) == {"cpu", "cuda"}
-    assert not set(_library.loaded) & set(_library.missing)
-    assert all(_library.missing.values())
+    assert set(libraries.loaded) | set(libraries.missing) == {"cpu", "cuda"}
+    assert not set(libraries.loaded) & set(libraries.missing)
+    assert all(libraries.missing.values())
 
 
 def test_reference_backend_loads_no_library_and_computes() -> None:
     code = (
-        "import torch, plora_ext; from plora_ext import _library, ops\n"
-        "assert _library.backend() == 'reference' and not _library.loaded\n"
+        "import torch, plora_ext; from plora_ext import libraries, ops\n"
+        "assert libraries.backend() == 'reference' and not libraries.loaded\n"
         "sums, counts = ops.class_sums(torch.ones(3, 2), torch.tensor([0, 2, 2]), 3)\n"
         "print(sums.tolist(), counts.tolist())"
     )
@@ -267,13 +267,13 @@ def test_library_for_a_newer_driver_is_left_out(
         "build_info": lambda: {"nvcc": nvcc},
         "_driver_version": lambda: driver,
     }.items():
-        monkeypatch.setattr(_library, name, value)
+        monkeypatch.setattr(libraries, name, value)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.delenv("PLORA_BACKEND", raising=False)
-    _library.load()
+    libraries.load()
     assert asked == ["cpu", "cuda"][: 1 + loads]
     if not loads:
-        assert _library.missing["cuda"].startswith("built with CUDA 13.0.88, but this driver serves CUDA 12.8: update")
+        assert libraries.missing["cuda"].startswith("built with CUDA 13.0.88, but this driver serves CUDA 12.8: update")
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -281,7 +281,7 @@ def test_driver_is_asked_for_its_version(tmp_path: Path) -> None:
     source = tmp_path / "driver.c"
     source.write_text("int cuDriverGetVersion(int *version) { *version = 12040; return 0; }")
     assert run("cc", "-shared", "-fPIC", source, "-o", tmp_path / "libcuda.so.1").returncode == 0
-    code = "from plora_ext import _library; print(_library._driver_version())"
+    code = "from plora_ext import libraries; print(libraries._driver_version())"
     assert python(code, LD_LIBRARY_PATH=str(tmp_path)).stdout == "12040\n"
 
 
@@ -292,12 +292,12 @@ def test_library_that_does_not_load_is_one_clear_error(copied_package: Path) -> 
     library.write_bytes(b"not a library")
     result = python("import plora_ext", PYTHONPATH=str(copied_package.parent), PLORA_BACKEND=None)
     error = result.stderr.strip().splitlines()[-1]
-    built = _library.build_info()
+    built = libraries.build_info()
     assert built is not None
     assert error.startswith(f"ImportError: {library} does not load")
     assert f"built with torch {built['torch']}" in error
     assert f"running are torch {torch.__version__}" in error
-    assert _library.REINSTALL in error and "PLORA_BACKEND=reference" in error
+    assert libraries.REINSTALL in error and "PLORA_BACKEND=reference" in error
 
     result = python(
         "import plora_ext; print('works')", PYTHONPATH=str(copied_package.parent), PLORA_BACKEND="reference"
@@ -323,7 +323,7 @@ def test_source_folder_without_libraries_is_one_clear_error(copied_package: Path
 def test_library_names_torch_and_carries_no_path(name: str) -> None:
     library = INSTALLED / "lib" / f"libplora_{name}.so"
     if not library.is_file():
-        pytest.skip(_library.missing[name])
+        pytest.skip(libraries.missing[name])
     text = run("readelf", "-d", library).stdout
     needed = set(re.findall(r"NEEDED.*\[(.+?)\]", text))
     assert {"libtorch_cpu.so", "libc10.so"} <= needed
@@ -339,7 +339,7 @@ def test_library_uses_only_the_stable_interface(name: str) -> None:
     """Torch's C++ symbols change from release to release; the stable interface is a set of C functions."""
     library = INSTALLED / "lib" / f"libplora_{name}.so"
     if not library.is_file():
-        pytest.skip(_library.missing[name])
+        pytest.skip(libraries.missing[name])
     undefined = run("nm", "-D", "--undefined-only", library).stdout.split()
     unstable = [symbol for symbol in undefined if re.match(r"_ZNK?(2at|3c10|5torch)", symbol)]
     assert not unstable
@@ -402,9 +402,9 @@ def test_info_names_versions_libraries_and_processor() -> None:
     facts = {name.strip(): text for name, text in facts.items()}
     assert facts["plora_ext"] == plora_ext.__version__
     assert facts["torch"] == torch.__version__
-    assert facts["backend"] == _library.backend()
+    assert facts["backend"] == libraries.backend()
     for name in ("cpu", "cuda"):
-        assert facts[f"{name} library"] == (_library.loaded.get(name) or f"not loaded: {_library.missing[name]}")
+        assert facts[f"{name} library"] == (libraries.loaded.get(name) or f"not loaded: {libraries.missing[name]}")
     assert {"python", "timm", "numpy", "built", "cpu features", "cpu kernels", "gpu kernels"} <= set(facts)
 
 

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 import plora_ext
 from plora_ext.change import fingerprint, row_digests
 from plora_ext.cil.frozen import base_modules
+from plora_ext.memory import free_memory
 from plora_ext.nn import Adapters
-from plora_ext.nn.ensemble import free_memory
-from plora_ext.nn.inject import BASE
+from plora_ext.nn.adapters import BASE
 
 __all__ = ["FeatureCache", "space_fingerprints"]
 

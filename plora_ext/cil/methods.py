@@ -28,7 +28,7 @@ from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer, lower_on_exhaustion
 from plora_ext.data import View
 from plora_ext.nn import Adapters, Ensemble, PrototypeBank, inject
-from plora_ext.nn.inject import BASE
+from plora_ext.nn.adapters import BASE
 
 
 class Method(ABC):

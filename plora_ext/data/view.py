@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from plora_ext.nn.ensemble import free_memory
+from plora_ext.memory import free_memory
 
 from .decoded import Decoded
 from .resample import center, random_crop, random_numbers, resample, to_device, whole

@@ -56,6 +56,11 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
     return torch.tensor(values, dtype=dtype, device=device)
 
 
+def ones(n: int, x: Tensor) -> Tensor:
+    """The scales of n adapters that have none, for x."""
+    return constant((1.0,) * n, torch.promote_types(x.dtype, torch.float32), x.device)
+
+
 def stack(factors_A: Sequence[Tensor], factors_B: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     """lora_A [T, r, in] and lora_B [T, out, r] of T pairs; where their ranks differ, padded, with the ranks [T]."""
     if len(factors_A) == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -162,6 +163,13 @@ def remove(host: str) -> None:
     """Put a host's functions back, if they were replaced."""
     if host in _active:
         _active[host].restore()
+
+
+def run_patched(patch: Callable[[], Patch], how: str) -> None:
+    """The host's own `main.py` in the working directory, patched; `how` says what to do where there is none."""
+    sys.path.insert(0, "")
+    print(patch())
+    require("main", how).main()
 
 
 def require(module: str, how: str) -> ModuleType:

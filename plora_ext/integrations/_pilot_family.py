@@ -12,12 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext import ops
-from plora_ext.integrations._layers import constant
-from plora_ext.integrations._pilot_vit import adapter_features, draw_as_if_read, features_of, is_served
-
-
-def _ones(x: Tensor, n: int) -> Tensor:
-    return constant((1.0,) * n, torch.promote_types(x.dtype, torch.float32), x.device)
+from plora_ext.integrations._layers import ones
+from plora_ext.integrations._pilot_vit import adapter_features, class_means, draw_as_if_read, features_of, is_served
 
 
 def make_inflora(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -55,7 +51,7 @@ def make_inflora(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _sum_of(x: Tensor, downs: Any, ups: Any) -> Tensor:
     lora_A, lora_B = (torch.stack([layer.weight for layer in layers]) for layers in (downs, ups))
     asks = [i for i, pair in enumerate(zip(downs, ups)) if any(layer.weight.requires_grad for layer in pair)]
-    return ops.lora_sum(x, lora_A, lora_B, _ones(x, len(downs)), trainable=asks)
+    return ops.lora_sum(x, lora_A, lora_B, ones(len(downs), x), trainable=asks)
 
 
 def make_sd_lora(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -86,7 +82,7 @@ def make_sd_lora(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 x,
                 torch.stack([*(A for A, _ in old), down.weight]),
                 torch.stack([*(B for _, B in old), up.weight]),
-                _ones(x, len(old) + 1),
+                ones(len(old) + 1, x),
                 coeff=torch.cat([*coeff, self.scaling_factor[0].param.flatten()]),
                 trainable=[len(old)],
             )
@@ -300,16 +296,8 @@ def make_acmap_replace_fc(original: Callable[..., None], as_shipped: bool) -> Ca
         adapters = [merged[-1], *(merged[:-1] if mapped else ()), *([None] if self.use_init_ptm else ())]
         if not _is_served_acmap(self.backbone, adapters, as_shipped):
             return original(self, dataset, data_loader)
-        C = int(dataset.labels.max()) + 1
-        sums = torch.zeros(C, len(adapters) * self.out_dim, device=self.device)
-        counts = torch.zeros(C, dtype=torch.int64, device=self.device)
-        with torch.no_grad():
-            for _, images, labels in data_loader:
-                parts = adapter_features(self.backbone, images.to(self.device), adapters)
-                features = torch.cat(parts, 2)[:, 0].float()
-                ops.class_sums(features, labels.to(self.device), C, sums=sums, counts=counts)
-        classes = torch.as_tensor(np.unique(dataset.labels), device=self.device)
-        means = (sums[classes] / counts[classes, None]).cpu().chunk(len(adapters), 1)
+        _, of_adapters = class_means(self.backbone, data_loader, dataset.labels, adapters, self.device)
+        means = [of_adapter.cpu() for of_adapter in of_adapters]
         passes = iter(range(len(adapters)))
 
         def extract_prototype(dataset: Any, data_loader: Any, adapter: Any) -> Tensor:

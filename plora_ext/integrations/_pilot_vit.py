@@ -166,6 +166,28 @@ def _scale(adapter: Any) -> str:
     return str(float(adapter.scale))
 
 
+@torch.no_grad()
+def class_means(
+    vit: Any, loader: Any, labels: np.ndarray, adapters: Sequence[Any], device: torch.device
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The classes [n] among the labels, and their mean features [n, D] under every adapter, in one pass over a loader.
+
+    Args:
+        vit, adapters: as in `adapter_features`.
+        loader: gives (index, images, labels).
+        labels: all labels of its data set.
+    """
+    C = int(np.max(labels)) + 1
+    sums, counts = None, torch.zeros(C, dtype=torch.int64, device=device)
+    for _, images, classes in loader:
+        features = torch.cat(adapter_features(vit, images.to(device), adapters), 2)[:, 0].float()
+        sums = features.new_zeros(C, features.shape[1]) if sums is None else sums
+        ops.class_sums(features, classes.to(device), C, sums=sums, counts=counts)
+    present = torch.as_tensor(np.unique(labels), device=device)
+    assert sums is not None
+    return present, (sums[present] / counts[present, None]).chunk(len(adapters), 1)
+
+
 def draw_as_if_read(loader: Any) -> None:
     """The random numbers that one more pass over a loader takes, so that later ones stay those of the unpatched run."""
     torch.empty((), dtype=torch.int64).random_(generator=loader.generator)

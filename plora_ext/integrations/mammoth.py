@@ -9,7 +9,6 @@ In a checkout of Mammoth, `python -m plora_ext.integrations.mammoth --model plor
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from plora_ext import ops
 from plora_ext.integrations import _patch
-from plora_ext.integrations._layers import constant
+from plora_ext.integrations._layers import ones
 from plora_ext.integrations._patch import Patch
-from plora_ext.ops._register import is_plain
+from plora_ext.torch_private import is_plain
 
 __all__ = ["patch", "unpatch"]
 
@@ -82,8 +81,7 @@ def _make_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return original(self, x, AB)
         if A is None:  # dense changes of the weight
             return F.linear(x, weight + B.sum(0).to(weight.dtype), bias)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return ops.lora_sum(x, A, B, constant((1.0,) * len(A), wide, x.device), weight=weight, bias=bias)
+        return ops.lora_sum(x, A, B, ones(len(A), x), weight=weight, bias=bias)
 
     return forward
 
@@ -96,9 +94,7 @@ def _with_plora(models: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Mammoth's own main.py, patched; arguments are Mammoth's."""
-    sys.path.insert(0, "")
-    print(patch())
-    _patch.require("main", "run in a checkout of Mammoth").main()
+    _patch.run_patched(patch, "run in a checkout of Mammoth")
 
 
 if __name__ == "__main__":

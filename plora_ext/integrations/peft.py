@@ -21,7 +21,8 @@ from plora_ext import ops
 from plora_ext.integrations import _patch
 from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_device, stack
 from plora_ext.integrations._patch import Patch, Report
-from plora_ext.ops._register import is_plain, run_one
+from plora_ext.ops.lora import run_one
+from plora_ext.torch_private import is_plain
 
 __all__ = ["patch", "report", "unpatch"]
 

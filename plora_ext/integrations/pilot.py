@@ -28,11 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext import ops
-from plora_ext.integrations import _patch, _pilot_family
+from plora_ext.integrations import _patch
+from plora_ext.integrations import _pilot_family as family
 from plora_ext.integrations._layers import kept_on_device
 from plora_ext.integrations._patch import Patch
 from plora_ext.integrations._pilot_vit import (
     adapter_features,
+    class_means,
     draw_as_if_read,
     features_of,
     is_served,
@@ -51,6 +53,24 @@ TESTED = {
     "backbone.vit_cllora": "JiangpengHe/CL-LoRA df4e74e",
     "backbone.vit_tuna": "LAMDA-CL/ICCV2025-TUNA 77d4f10",
     "acmap.backbone.vit_acmap": "tf63/ACMap 8807d3d",
+}
+
+_TRAINING = {"adapters in training": "they drop activations between their projections"}
+_LEFT = {  # to the host
+    "backbone.vit_ease": {
+        **_TRAINING,
+        "EASE with moni_adam or use_old_data": "their prototypes are made otherwise",
+        "nn.DataParallel, VPT, sequential adapters, layer norm in adapters": "EASE does not use them",
+    },
+    "backbone.lora": {"compute_ortho_loss of SD-LoRA": "it reads every old adapter from disk in each step"},
+    "backbone.vit_tuna": {
+        **_TRAINING,
+        "classifer_align of TUNA": "it draws features class by class from random numbers of its own",
+    },
+    "acmap.backbone.vit_acmap": {
+        **_TRAINING,
+        "merge of ACMap": "it runs once in a task, over the adapters' weights alone",
+    },
 }
 
 
@@ -83,7 +103,7 @@ def patch(mos: str = "as shipped", cache: bool = True, tuna: str = "as shipped",
     for name, value in {"mos": mos, "tuna": tuna, "acmap": acmap}.items():
         if value not in ("as shipped", "fixed"):
             raise ValueError(f'{name} must be "as shipped" or "fixed", got {value!r}')
-    known = {**_hooks(mos, cache), **_family_hooks(cache, tuna == "as shipped", acmap == "as shipped")}
+    known = _hooks(mos, cache, tuna, acmap)
     groups = {marker: hooks for marker, hooks in known.items() if _is_here(marker)}
     projects = ", ".join(sorted({TESTED[marker] for marker in groups}))
     if not groups:
@@ -96,80 +116,57 @@ def patch(mos: str = "as shipped", cache: bool = True, tuna: str = "as shipped",
         for hooks in groups.values():
             for path, make in hooks.items():
                 patch.replace(path, make)
-        if "backbone.vit_ease" in groups:
-            patch.leave("adapters in training", "they drop activations between their projections")
-            patch.leave("EASE with moni_adam or use_old_data", "their prototypes are made otherwise")
-            patch.leave("nn.DataParallel, VPT, sequential adapters, layer norm in adapters", "EASE does not use them")
-        if "backbone.lora" in groups:
-            patch.leave("compute_ortho_loss of SD-LoRA", "it reads every old adapter from disk in each step")
-        if "backbone.vit_tuna" in groups:
-            patch.leave("adapters in training", "they drop activations between their projections")
-            patch.leave("classifer_align of TUNA", "it draws features class by class from random numbers of its own")
-        if "acmap.backbone.vit_acmap" in groups:
-            patch.leave("adapters in training", "they drop activations between their projections")
-            patch.leave("merge of ACMap", "it runs once in a task, over the adapters' weights alone")
+        for marker in groups:
+            for what, why in _LEFT.get(marker, {}).items():
+                patch.leave(what, why)
 
     return _patch.apply("LAMDA-PILOT", build)
 
 
-def _hooks(mos: str, cache: bool) -> dict[str, dict[str, Callable[[Any], Any]]]:
+def _hooks(mos: str, cache: bool, tuna: str, acmap: str) -> dict[str, dict[str, Callable[[Any], Any]]]:
     """What is replaced by what, by the module that tells whether a checkout has the method."""
-    vit, learner = "backbone.vit_ease:VisionTransformer", "models.ease:Learner"
-    of_mos: dict[str, Callable[[Any], Any]] = {
-        "backbone.vit_mos:Attention.forward": make_attention,
-        "models.mos:Learner._eval_cnn": lambda original: _make_mos_eval(original, mos == "as shipped"),
-    }
-    if mos == "fixed":
-        of_mos["backbone.vit_mos:VisionTransformer.forward_features"] = _make_mos_features
-    return {
+    vit, ease = "VisionTransformer", "models.ease:Learner"
+    of_mos, of_tuna, of_acmap = (how == "as shipped" for how in (mos, tuna, acmap))
+    hooks: dict[str, dict[str, Callable[[Any], Any]]] = {
         "backbone.vit_ease": {
             "backbone.vit_ease:Attention.forward": make_attention,
-            f"{vit}.forward_test": _make_forward_test,
-            f"{vit}.forward_proto": _make_forward_proto,
-            f"{vit}.forward": _make_forward,
-            f"{vit}.add_adapter_to_list": _make_add_adapter,
-            f"{vit}._load_from_state_dict": _make_load,
-            f"{learner}.replace_fc": _make_replace_fc,
-            f"{learner}.solve_similarity": lambda original: _make_solve(original, "last"),
-            f"{learner}.solve_sim_reset": lambda original: _make_solve(original, "reset"),
-            f"{learner}._eval_cnn": lambda original: _make_eval(original, cache),
+            f"backbone.vit_ease:{vit}.forward_test": _make_forward_test,
+            f"backbone.vit_ease:{vit}.forward_proto": _make_forward_proto,
+            f"backbone.vit_ease:{vit}.forward": _make_forward,
+            f"backbone.vit_ease:{vit}.add_adapter_to_list": _make_add_adapter,
+            f"backbone.vit_ease:{vit}._load_from_state_dict": _make_load,
+            f"{ease}.replace_fc": _make_replace_fc,
+            f"{ease}.solve_similarity": partial(_make_solve, mode="last"),
+            f"{ease}.solve_sim_reset": partial(_make_solve, mode="reset"),
+            f"{ease}._eval_cnn": partial(_make_eval, cache=cache),
             "backbone.linears:EaseCosineLinear.forward_reweight": _make_reweight,
             "utils.factory:get_model": _make_get_model,
         },
-        "backbone.vit_mos": of_mos,
-    }
-
-
-def _family_hooks(cache: bool, tuna_as_shipped: bool, acmap_as_shipped: bool) -> dict[str, dict[str, Any]]:
-    """The same of the other codebases with PILOT's skeleton."""
-    tuna, acmap = "backbone.vit_tuna", "acmap.backbone.vit_acmap"
-    return {
-        "models.vit_inflora": {"models.vit_inflora:Attention_LoRA.forward": _pilot_family.make_inflora},
-        "backbone.lora": {"backbone.lora:_LoRA_qkv_timm_train.forward": _pilot_family.make_sd_lora},
-        "backbone.vit_cllora": {"backbone.vit_cllora:VisionTransformer.forward_test": _pilot_family.make_cl_lora},
-        tuna: {
-            f"{tuna}:Attention.forward": make_attention,
-            f"{tuna}:VisionTransformer.forward_features": _pilot_family.make_tuna_features,
-            f"{tuna}:VisionTransformer.merge": _pilot_family.make_tuna_merge,
-            "models.tuna:Learner._eval_cnn": partial(
-                _pilot_family.make_tuna_eval, cache=cache, as_shipped=tuna_as_shipped
-            ),
-            "models.tuna:Learner.orth_loss": _pilot_family.make_tuna_orth_loss,
-            "models.tuna:AngularPenaltySMLoss.forward": _pilot_family.make_tuna_loss,
+        "backbone.vit_mos": {
+            "backbone.vit_mos:Attention.forward": make_attention,
+            "models.mos:Learner._eval_cnn": partial(_make_mos_eval, as_shipped=of_mos),
         },
-        acmap: {
-            f"{acmap}:Attention.forward": make_attention,
-            f"{acmap}:VisionTransformer.forward_test": partial(
-                _pilot_family.make_acmap_test, as_shipped=acmap_as_shipped
-            ),
-            f"{acmap}:VisionTransformer.forward_proto": partial(
-                _pilot_family.make_acmap_proto, as_shipped=acmap_as_shipped
-            ),
-            "acmap.utils.inc_net:ACMapNet.replace_fc": partial(
-                _pilot_family.make_acmap_replace_fc, as_shipped=acmap_as_shipped
-            ),
+        "models.vit_inflora": {"models.vit_inflora:Attention_LoRA.forward": family.make_inflora},
+        "backbone.lora": {"backbone.lora:_LoRA_qkv_timm_train.forward": family.make_sd_lora},
+        "backbone.vit_cllora": {f"backbone.vit_cllora:{vit}.forward_test": family.make_cl_lora},
+        "backbone.vit_tuna": {
+            "backbone.vit_tuna:Attention.forward": make_attention,
+            f"backbone.vit_tuna:{vit}.forward_features": family.make_tuna_features,
+            f"backbone.vit_tuna:{vit}.merge": family.make_tuna_merge,
+            "models.tuna:Learner._eval_cnn": partial(family.make_tuna_eval, cache=cache, as_shipped=of_tuna),
+            "models.tuna:Learner.orth_loss": family.make_tuna_orth_loss,
+            "models.tuna:AngularPenaltySMLoss.forward": family.make_tuna_loss,
+        },
+        "acmap.backbone.vit_acmap": {
+            "acmap.backbone.vit_acmap:Attention.forward": make_attention,
+            f"acmap.backbone.vit_acmap:{vit}.forward_test": partial(family.make_acmap_test, as_shipped=of_acmap),
+            f"acmap.backbone.vit_acmap:{vit}.forward_proto": partial(family.make_acmap_proto, as_shipped=of_acmap),
+            "acmap.utils.inc_net:ACMapNet.replace_fc": partial(family.make_acmap_replace_fc, as_shipped=of_acmap),
         },
     }
+    if not of_mos:
+        hooks["backbone.vit_mos"][f"backbone.vit_mos:{vit}.forward_features"] = _make_mos_features
+    return hooks
 
 
 def _is_here(module: str) -> bool:
@@ -270,24 +267,14 @@ def _make_replace_fc(original: Callable[..., None]) -> Callable[..., None]:
         subspaces, D = _subspaces(network.backbone, self.use_init_ptm), network.out_dim
         # The diagonal alone: the frozen backbone, if it is used, and the newest adapter.
         wanted = [i for i, a in enumerate(subspaces) if not self.use_diagonal or a is None or i == len(subspaces) - 1]
-        sums = torch.zeros(self._total_classes, len(wanted) * D, device=self._device)
-        counts = torch.zeros(self._total_classes, dtype=torch.int64, device=self._device)
+        labels = self.train_dataset_for_protonet.labels
+        chosen = [subspaces[i] for i in wanted]
+        classes, means = class_means(network.backbone, train_loader, labels, chosen, self._device)
+        for _ in wanted[1:]:
+            draw_as_if_read(train_loader)
         with torch.no_grad():
-            for _, images, labels in train_loader:
-                parts = adapter_features(network.backbone, images.to(self._device), [subspaces[i] for i in wanted])
-                ops.class_sums(
-                    torch.cat(parts, 2)[:, 0].float(),
-                    labels.to(self._device),
-                    self._total_classes,
-                    sums=sums,
-                    counts=counts,
-                )
-            for _ in wanted[1:]:
-                draw_as_if_read(train_loader)
-            classes = torch.as_tensor(np.unique(self.train_dataset_for_protonet.labels), device=self._device)
-            means = sums[classes] / counts[classes, None]
-            for column, i in enumerate(wanted):
-                network.fc.weight[classes, i * D : (i + 1) * D] = means[:, column * D : (column + 1) * D]
+            for i, of_subspace in zip(wanted, means):
+                network.fc.weight[classes, i * D : (i + 1) * D] = of_subspace
         if self.use_diagonal:
             return None
         return self.solve_sim_reset() if self.recalc_sim else self.solve_similarity()
@@ -493,9 +480,7 @@ def _make_get_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def main() -> None:
     """PILOT's own main.py, patched; arguments are PILOT's."""
-    sys.path.insert(0, "")
-    print(patch())
-    _patch.require("main", "run in a checkout of LAMDA-PILOT").main()
+    _patch.run_patched(patch, "run in a checkout of LAMDA-PILOT")
 
 
 if __name__ == "__main__":

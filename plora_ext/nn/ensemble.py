@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from plora_ext import ops
-from plora_ext.nn.inject import BASE, Adapters
+from plora_ext.memory import PeakMemory, limit_of_pass
+from plora_ext.nn.adapters import BASE, Adapters
 from plora_ext.nn.linear import MultiLoRALinear, Operands, narrow
+from plora_ext.torch_private import tree_map_only
 
-__all__ = ["Ensemble", "free_memory"]
-
-SHARE = {"cuda": 1 / 2, "cpu": 1 / 4}  # of the free memory that a pass may take by default
-CPU_LIMIT = 2**30  # on a CPU, larger passes only leave the caches
+__all__ = ["Ensemble"]
 
 _OfLayers = dict[int, Operands]  # by the number of the layer
 
@@ -204,9 +198,11 @@ class Ensemble:
 
     def _measure(self, split: nn.Module | None, two: Tensor) -> tuple[int, int]:
         """Bytes of a pass: those that do not grow with it, and those of every slab, one image under one adapter."""
+        if not PeakMemory.measures:
+            return 0, 2**62  # a slab at a time
         peaks = []
         for n in (1, 2):
-            with _PeakMemory() as memory:
+            with PeakMemory() as memory:
                 if split is None:
                     with self.adapters.disabled():
                         self.adapters.model(two[:n].repeat(2, *[1] * (two.dim() - 1)))
@@ -220,7 +216,7 @@ class Ensemble:
         if self.memory is None:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return 2**62
-            return max(1, (_default_limit(device) - plan.fixed) // plan.slab)
+            return max(1, (limit_of_pass(device) - plan.fixed) // plan.slab)
         slabs = (self.memory - plan.fixed) // plan.slab
         if slabs < 1:
             raise ValueError(
@@ -302,7 +298,7 @@ class _Slabs:
     def _operands(self, layer: MultiLoRALinear, x: Tensor) -> Operands:
         if layer._number not in self.operands:
             lora_A, lora_B, scaling, ranks, slices = layer.operands(list(layer.r))
-            self.operands[layer._number] = narrow(lora_A, x), narrow(lora_B, x), scaling, ranks, slices
+            self.operands[layer._number] = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype), scaling, ranks, slices
         return self.operands[layer._number]
 
 
@@ -354,53 +350,3 @@ def _tensor(output: Any, samples: int) -> Tensor:
 
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
-
-
-# ---------------------------------------------------------------------- memory
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device: of a GPU with what torch's allocator holds in reserve, else of the host."""
-    if device.type == "cuda":
-        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserve
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for file, word in (("/proc/meminfo", "MemAvailable:"), ("/sys/fs/cgroup/memory.max", "")):
-        try:
-            text = Path(file).read_text()
-            if word:  # what the kernel could free at once
-                free = 1024 * int(text.split(word)[1].split()[0])
-            else:  # a container's limit
-                free = min(free, int(text) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-        except (OSError, ValueError, IndexError):
-            continue
-    return max(free, 0)
-
-
-def _default_limit(device: torch.device) -> int:
-    limit = int(SHARE.get(device.type, 1 / 4) * free_memory(device))
-    return limit if device.type == "cuda" else min(limit, CPU_LIMIT)
-
-
-class _PeakMemory(TorchDispatchMode):
-    """The most bytes that results of operators took at a time, on any device; `peak` after the `with` block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor) and (key := t.untyped_storage()._cdata) not in given | self._known:
-                self._known.add(key)
-                self.live += t.untyped_storage().nbytes()
-                weakref.finalize(t.untyped_storage(), self._free, key, t.untyped_storage().nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from plora_ext import ops
-from plora_ext._private import has_global_module_hooks
-from plora_ext.nn.state import Active, State, mark
-from plora_ext.ops._register import run_one
+from plora_ext.nn.state import Active, State, is_watched, mark
+from plora_ext.ops.lora import run_one
+from plora_ext.torch_private import has_global_module_hooks
 
 __all__ = ["MultiLoRALinear"]
 
@@ -270,7 +270,7 @@ class MultiLoRALinear(nn.Module):
     # ------------------------------------------------------------------ forward
 
     def forward(self, x: Tensor) -> Tensor:
-        active, compiling = self._state.current, torch.compiler.is_compiling()
+        active = self._state.current
         if active.ensemble is not None:
             return active.ensemble(self, x)
         if "_is_replica" in self.__dict__:
@@ -282,19 +282,20 @@ class MultiLoRALinear(nn.Module):
         if active.batch is None and not active.names:
             y: Tensor = self.base_layer(x)
             return y
-        if not compiling:
+        watched = False
+        if not torch.compiler.is_compiling():
             self._state.check_recomputation(active)
-            x = mark(x, active)
-            one = self._of_one(x, active)
-            if one is not None:
+            watched = is_watched()
+            if watched:
+                x = mark(x, active)
+            if len(active.names) == 1 and (one := self._of_one(x, active, watched)) is not None:
                 return one
-        return self._of_any(x, active)
+        return self._of_any(x, active, watched)
 
-    def _of_one(self, x: Tensor, active: Active) -> Tensor | None:
-        """The forward of one adapter that trains and acts on all rows, where nothing else is asked for; else None."""
+    def _of_one(self, x: Tensor, active: Active, watched: bool) -> Tensor | None:
+        """The forward of one adapter that acts on all rows, where nothing else is asked for; else None."""
         if (
-            len(active.names) != 1
-            or active.coefficients is not None
+            active.coefficients is not None
             or active.batch is not None
             or self.slices is not None
             or (self.lora_dropout and self.training)
@@ -306,12 +307,14 @@ class MultiLoRALinear(nn.Module):
         if name not in table_A or name not in table_B or not is_called_plainly(base):
             return None
         lora_A, lora_B = table_A[name], table_B[name]
-        if not (lora_A.requires_grad or lora_B.requires_grad):
-            return None
-        lora_A, lora_B = narrow(mark(lora_A, active), x), narrow(lora_B, x)
+        if watched:
+            lora_A = mark(lora_A, active)
+        dtype = x.dtype
+        if dtype != lora_A.dtype or dtype != lora_B.dtype:
+            lora_A, lora_B = narrow(lora_A, dtype), narrow(lora_B, dtype)
         return run_one(x, lora_A, lora_B, self._scaling[name], base._parameters["weight"], base._parameters["bias"])
 
-    def _of_any(self, x: Tensor, active: Active) -> Tensor:
+    def _of_any(self, x: Tensor, active: Active, watched: bool) -> Tensor:
         op: Callable[..., Tensor] = ops.lora_sum
         names = active.names
         ids: tuple[ops.AdapterBatch, ...] = ()
@@ -322,7 +325,7 @@ class MultiLoRALinear(nn.Module):
         elif active.coefficients is not None:
             keywords["coeff"] = active.coefficients.to(x.device)
         train = self._training_of(names)
-        lora_A, lora_B, scaling, ranks, slices = self.operands(names, active)
+        lora_A, lora_B, scaling, ranks, slices = self.operands(names, active if watched else None)
         if self.training and self.lora_dropout:
             keywords["base"] = self.base_layer(x)  # which sees x itself
             x = F.dropout(x, self.lora_dropout)
@@ -330,7 +333,8 @@ class MultiLoRALinear(nn.Module):
             keywords |= self.frozen_part(x)
         if 0 < len(train) < len(names):  # only those that train get (and pay for) gradients
             keywords["trainable"] = [i for i, name in enumerate(names) if name in train]
-        return op(x, *ids, narrow(lora_A, x), narrow(lora_B, x), scaling, ranks=ranks, slices=slices, **keywords)
+        lora_A, lora_B = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)
+        return op(x, *ids, lora_A, lora_B, scaling, ranks=ranks, slices=slices, **keywords)
 
     def frozen_part(self, x: Tensor) -> dict[str, Any]:
         """The base layer as an argument of an operator: weight and bias, or what it gives where it has to be called."""
@@ -354,13 +358,16 @@ class MultiLoRALinear(nn.Module):
         return tuple(name for name in names if any([p.requires_grad for p in self._factors_of((name,))]))
 
     def operands(self, names: Sequence[str], active: Active | None = None) -> Operands:
-        """The adapters `names` as operators take them: A and B stacked, filled up to one rank; scales, ranks, rows."""
+        """The adapters `names` as operators take them: A and B stacked, filled up to one rank; scales, ranks, rows.
+
+        active: what is active, where something is to see from the factors that it stays so (`mark`).
+        """
         factors, out = self._factors_of(names), self.out_features
         if not names:
             like: dict[str, Any] = {"dtype": self._dtype(), "device": self.device}
             empty = torch.zeros(0, out, 1, **like), torch.zeros(0, dtype=torch.float32, device=self.device)
             return torch.zeros(0, 1, self.in_features, **like), *empty, None, None
-        if active is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if active is not None:
             factors = [mark(factors[0], active), *factors[1:]]
         if self.slices is None and len(names) == 1:
             return factors[0][None], factors[1][None], self._scaling[names[0]], None, None
@@ -397,7 +404,8 @@ class MultiLoRALinear(nn.Module):
             )
         if not active.names:
             return weight
-        lora_A, lora_B, scaling, ranks, _ = self.operands(active.names, active)
+        watched = not torch.compiler.is_compiling() and is_watched()
+        lora_A, lora_B, scaling, ranks, _ = self.operands(active.names, active if watched else None)
         coeff = None if active.coefficients is None else active.coefficients.to(weight.device)
         merged = ops.lora_merge(weight.to(lora_A.dtype), lora_A, lora_B, scaling, coeff=coeff, ranks=ranks)
         return merged.to(weight.dtype)
@@ -465,8 +473,8 @@ def _renew_constants(layer: MultiLoRALinear, _: Any) -> None:
     layer._state.unchecked.update(layer.r)
 
 
-def narrow(factor: Tensor, x: Tensor) -> Tensor:
-    """A float32 factor in the dtype of a 16-bit x; autocast has rules of its own."""
-    if x.dtype in (torch.bfloat16, torch.float16) and factor.dtype == torch.float32:
-        return factor.to(x.dtype)
+def narrow(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 factor in the dtype of an x of 16 bits; autocast has rules of its own."""
+    if dtype in (torch.bfloat16, torch.float16) and factor.dtype == torch.float32:
+        return factor.to(dtype)
     return factor

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from plora_ext import ops
-from plora_ext._private import has_saved_tensor_hooks, in_backward
+from plora_ext.torch_private import has_saved_tensor_hooks, in_backward
 
 __all__ = ["Active", "State"]
 
@@ -220,9 +220,14 @@ class _Mark(torch.autograd.Function):
         return grad, None
 
 
+def is_watched() -> bool:
+    """Whether something keeps an eye on saved tensors, as a checkpoint does: what matters is then to be marked."""
+    return torch.is_grad_enabled() and has_saved_tensor_hooks()
+
+
 def mark(t: Tensor, active: Active) -> Tensor:
-    """`t`, marked by what is active, where something keeps an eye on saved tensors."""
-    if t.requires_grad and torch.is_grad_enabled() and has_saved_tensor_hooks():
+    """`t`, marked by what is active, if it asks for a gradient."""
+    if t.requires_grad:
         marked: Tensor = _Mark.apply(t, active.key)
         return marked
     return t

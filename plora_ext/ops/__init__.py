@@ -5,6 +5,9 @@ Every function runs the compiled operator of the tensors' device where there is 
 included. They work under autocast, `torch.compile(fullgraph=True)` and `torch.vmap`.
 """
 
+import torch
+
+from plora_ext.ops import autocast, autograd, compiled, fake, vmap
 from plora_ext.ops.adapter_batch import AdapterBatch
 from plora_ext.ops.lora import (
     lora_all,
@@ -22,6 +25,12 @@ from plora_ext.ops.prototypes import (
     reconstruct_prototypes,
     subspace_logits,
 )
+
+if compiled.op:
+    _rules = torch.library.Library("plora_ext", "IMPL")  # which hold for as long as it lives
+    autocast.register(_rules)
+    for room in (fake, autograd, vmap):
+        room.register()
 
 __all__ = [
     "AdapterBatch",

@@ -8,34 +8,30 @@ al., NeurIPS 2022), which EASE, MOS and ACMap use.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from plora_ext import _library
-from plora_ext._private import forward_mode, is_plain
-from plora_ext.ops import _register
-from plora_ext.ops._checks import autocasts, check, shape, wide, without_autocast
-from plora_ext.ops._register import rows as _rows
+from plora_ext import libraries
+from plora_ext.ops import compiled, rules
 from plora_ext.ops.adapter_batch import AdapterBatch
+from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
+from plora_ext.ops.autograd import LowRank, call, rows
+from plora_ext.ops.checks import check, shape, wide
+from plora_ext.ops.twins import run, run_twin
+from plora_ext.torch_private import PLAIN, any_requires_grad, below, forward_mode, is_eager, is_plain, needs_twin
 
 _ACTIVATIONS = ("none", "relu")
 _OPERANDS = ("lora_A", "lora_B", "base", "weight", "bias", "bias_A", "bias_B")
+_SERVES_CPU, _SERVES_CUDA = (libraries.has_kernel("lora_sum", device_type) for device_type in ("cpu", "cuda"))
 _Optional = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _prepare(
-    op: str,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor | None,
-    coeff: Tensor | None,
-    optional: _Optional,
-    activation: str,
-    ranks: Tensor | None,
-    trainable: Sequence[int] | None,
-) -> tuple[Tensor, Tensor | None]:
+    op: str, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | None, coeff: Tensor | None,
+    optional: _Optional, activation: str, ranks: Tensor | None, trainable: Sequence[int] | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Checks what all low-rank operators share; returns the scale c_t s_t and the ranks, as the kernels take them."""
     if not x.is_floating_point():
         raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
@@ -56,21 +52,19 @@ def _prepare(
         raise ValueError(f"{op}: activation must be one of {_ACTIVATIONS}, got {activation!r}")
     if trainable is not None and any(not 0 <= t < T for t in trainable):
         raise IndexError(f"{op}: trainable must hold adapters between 0 and {T - 1}, got {list(trainable)}")
-    scale = _scale(op, "scaling", scaling, T, x)
-    if coeff is not None:
-        scale = scale * _scale(op, "coeff", coeff, T, x)
+    kept = wide(dtype)
+    scale: Tensor | None = None
+    for name, given in (("scaling", scaling), ("coeff", coeff)):
+        if given is not None:
+            if given.shape != (T,) or given.device != device:
+                check(op, name, given, (T,), x, None)
+            scale = given.to(kept) if scale is None else scale * given.to(kept)
+    if scale is None:
+        scale = x.new_ones(T, dtype=kept)
     if ranks is not None:
         check(op, "ranks", ranks, (T,), x, None)
         ranks = ranks.to(torch.int64)
     return scale, ranks
-
-
-def _scale(op: str, name: str, scale: Tensor | None, T: int, x: Tensor) -> Tensor:
-    if scale is None:
-        return x.new_ones(T, dtype=wide(x))
-    if scale.shape != (T,) or scale.device != x.device:
-        check(op, name, scale, (T,), x, None)
-    return scale.to(wide(x))
 
 
 def _flat(op: str, slices: Sequence[tuple[int, int]], r: int, out: int) -> list[int]:
@@ -83,9 +77,9 @@ def _flat(op: str, slices: Sequence[tuple[int, int]], r: int, out: int) -> list[
     return [row for pair in slices for row in pair]
 
 
-def _native(op: str, x: Tensor) -> bool:
-    """Whether the compiled operator takes this x; CUDA's low-rank kernels know no float64."""
-    return _library.has_kernel(op, x.device.type) and not (x.is_cuda and x.dtype == torch.float64)
+def _native(op: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the compiled operator takes such an x; CUDA's low-rank kernels know no float64."""
+    return libraries.has_kernel(op, device_type) and not (dtype == torch.float64 and device_type == "cuda")
 
 
 def _ids(op: str, ids: Tensor | AdapterBatch, x: Tensor) -> Tensor:
@@ -104,68 +98,81 @@ def _ids(op: str, ids: Tensor | AdapterBatch, x: Tensor) -> Tensor:
 
 
 def _run(
-    op: str,
-    x: Tensor,
-    ids: Tensor | AdapterBatch | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor | None,
-    coeff: Tensor | None,
-    optional: _Optional,
-    activation: str,
-    ranks: Tensor | None,
-    trainable: Sequence[int] | None,
-    slices: Sequence[tuple[int, int]] | None,
-) -> Tensor:
+    op: str, x: Tensor, ids: Tensor | AdapterBatch | None, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | None,
+    coeff: Tensor | None, optional: _Optional, activation: str, ranks: Tensor | None,
+    trainable: Sequence[int] | None, slices: Sequence[tuple[int, int]] | None,
+) -> Tensor:  # fmt: skip
     """The operator `op` of one family, by its kernel or its twin."""
     scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
-    rows = () if ids is None else (_ids(op, ids, x),)
+    ids = None if ids is None else _ids(op, ids, x).reshape(-1)
     flat = None if slices is None else _flat(op, slices, lora_A.shape[1], lora_B.shape[1])
-    base, weight, bias, bias_A, bias_B = optional
-    relu = activation == "relu"
-    return _register.run_lora(
-        op, _native(op, x), x, *(t.reshape(-1) for t in rows), lora_A, lora_B, scale, base, weight, bias, bias_A,
-        bias_B, ranks, relu, None if trainable is None else list(trainable), flat,
-        torch.is_grad_enabled() and _register.keeps(op, x, lora_A, lora_B, scale, weight, bias_A, bias_B, relu),
-    )  # fmt: skip
+    _, weight, _, bias_A, bias_B = optional
+    relu, records = activation == "relu", torch.is_grad_enabled()
+    keep = records and rules.keeps(op, x.requires_grad, lora_A, lora_B, scale, weight, bias_A, bias_B, relu)
+    options = (ranks, relu, None if trainable is None else list(trainable), flat, keep)
+    args: Sequence[Any] = (x, ids, lora_A, lora_B, scale, *optional)
+    device_type, native = x.device.type, _native(op, x.device.type, x.dtype)
+    if not (native and is_eager() and PLAIN.issuperset(map(type, args)) and type(ranks) in PLAIN):
+        if native and not needs_twin(*args):
+            return call(compiled.op[op], options, *args)[0]
+        return call(lambda *rows: (run_twin(op, *rows), None), options, *args)[0]
+    if torch.is_autocast_enabled(device_type):
+        dtype = dtype_of(op, device_type)
+        args = tuple(a if a is scale else cast(a, dtype) for a in args)
+    if records and any_requires_grad(*args):
+        y: Tensor = LowRank.apply(op, options, *args)
+        return y
+    with below():
+        return call(compiled.op[op], options, *args)[0]
+
+
+def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any) -> Tensor | None:
+    """`lora_sum` of one adapter, [r, in] and [out, r], beside its frozen layer, with few looks at them.
+
+    None where this is not eager code on plain tensors of one dtype and device without autocast, or the widths do not
+    fit, or the layer is not frozen: that is for `lora_sum` to serve or to refuse. Whatever else is wrong the kernel
+    refuses.
+    """
+    cuda, dtype, device = x.is_cuda, x.dtype, x.device
+    if (
+        not is_eager()
+        or not PLAIN.issuperset(map(type, (x, lora_A, lora_B, weight, bias)))
+        or torch.is_autocast_enabled("cuda" if cuda else "cpu")
+        or not (_SERVES_CUDA and dtype != torch.float64 if cuda else _SERVES_CPU and x.is_cpu)
+        or not dtype == lora_A.dtype == lora_B.dtype == weight.dtype
+        or not device == lora_A.device == lora_B.device == scaling.device == weight.device
+        or not (bias is None or bias.device == device)
+        or x.dim() == 0
+        or x.size(-1) != lora_A.size(1)
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return None
+    args, keep = (x, None, lora_A, lora_B, scaling, None, weight, bias, None, None), False
+    if torch.is_grad_enabled() and any_requires_grad(x, lora_A, lora_B):
+        keep = x.requires_grad if rules.dense("lora_sum", 1, lora_A.size(0), True) else lora_B.requires_grad
+        y: Tensor = LowRank.apply("lora_sum", (None, False, None, None, keep), *args)
+        return y
+    with below():
+        return call(compiled.op["lora_sum"], (None, False, None, None, keep), *args)[0]
 
 
 def _run_in_place(
-    op: str,
-    y: Tensor,
-    x: Tensor,
-    ids: Tensor | AdapterBatch | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor | None,
-    coeff: Tensor | None,
-    biases: tuple[Tensor | None, Tensor | None],
-    activation: str,
-    ranks: Tensor | None,
-    trainable: Sequence[int] | None,
-) -> Tensor:
+    op: str, y: Tensor, x: Tensor, ids: Tensor | AdapterBatch | None, lora_A: Tensor, lora_B: Tensor,
+    scaling: Tensor | None, coeff: Tensor | None, biases: tuple[Tensor | None, Tensor | None], activation: str,
+    ranks: Tensor | None, trainable: Sequence[int] | None,
+) -> Tensor:  # fmt: skip
     """y += the low-rank part: by the kernel where nothing needs a gradient, else by torch's own addition."""
     optional = (None, None, None, *biases)
     scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
-    rows = () if ids is None else (_ids(op, ids, x),)
+    front = () if ids is None else (_ids(op, ids, x).reshape(-1),)
     slabs = lora_A.shape[:1] if op == "lora_all_" else ()
     check(op, "y", y, (*slabs, *x.shape[:-1], lora_B.shape[1]), x, None)
     target = _writable(op, y, x, (y, x, lora_A, lora_B, scale, *biases))
     if target is None:
         family = op.removesuffix("_")
         return y.add_(_run(family, x, ids, lora_A, lora_B, scale, None, optional, activation, ranks, trainable, None))
-    _register.run_in_place(
-        op,
-        target,
-        _rows(x),
-        *(t.reshape(-1) for t in rows),
-        lora_A,
-        lora_B,
-        scale,
-        *biases,
-        ranks,
-        activation == "relu",
-    )
+    compiled.run_in_place(op, target, rows(x), *front, lora_A, lora_B, scale, *biases, ranks, activation == "relu")
     return y
 
 
@@ -175,7 +182,8 @@ def _writable(op: str, y: Tensor, x: Tensor, asks: Sequence[Tensor | None]) -> T
         return None
     if y.dtype != x.dtype or autocasts(x.device.type) or y.stride(-1) != 1:
         return None
-    if not _native(op, x) or (not is_plain(y, *asks) and not torch.compiler.is_compiling()) or forward_mode(*asks):
+    native = _native(op, x.device.type, x.dtype)
+    if not native or not (is_plain(y, *asks) or torch.compiler.is_compiling()) or forward_mode(*asks):
         return None
     try:
         return y.view(*(y.shape[:1] if op == "lora_all_" else ()), -1, y.shape[-1])
@@ -325,12 +333,12 @@ def lora_all(
         inputs = (x, lora_A, lora_B, scale, *optional, out)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
             raise ValueError(f"{op}: out= records no gradients; leave it out, or call this under torch.no_grad()")
-        native = _library.has_kernel("lora_all_out", x.device.type) and is_plain(*inputs)
+        native = libraries.has_kernel("lora_all_out", x.device.type) and is_plain(*inputs)
         if native and out.is_contiguous() and not autocasts(x.device.type):
-            base = None if base is None else _rows(base)
-            rows, slabs = _rows(x), out.view(out.shape[0], -1, out.shape[-1])
+            base = None if base is None else rows(base)
+            flat, slabs = rows(x), out.view(out.shape[0], -1, out.shape[-1])
             rest = (scale, base, *optional[1:], ranks, activation == "relu")
-            _register.run_in_place("lora_all_out", slabs, rows, lora_A, lora_B, *rest)
+            compiled.run_in_place("lora_all_out", slabs, flat, lora_A, lora_B, *rest)
             return out
     y = _run(op, x, None, lora_A, lora_B, scaling, None, optional, activation, ranks, trainable, slices)
     return y if out is None else out.copy_(y)
@@ -443,6 +451,6 @@ def lora_merge(
         raise ValueError(f"{op}: lora_B must be [T, {weight.shape[0]}, r] for this weight, got {shape(lora_B)}")
     with without_autocast(weight.device.type):  # weights are merged in their own dtype
         scale, ranks = _prepare(op, weight, lora_A, lora_B, scaling, coeff, (None,) * 5, "none", ranks, None)
-        serves = _library.has_kernel(op, weight.device.type)
-        merged: Tensor = _register.run(op, serves, weight, lora_A, lora_B, scale, ranks)
+        serves = libraries.has_kernel(op, weight.device.type)
+        merged: Tensor = run(op, serves, weight, lora_A, lora_B, scale, ranks)
         return merged

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plora_ext import _library, reference
-from plora_ext.ops import _register
-from plora_ext.ops._checks import autocasts, check, shape, wide
+from plora_ext import libraries, reference
+from plora_ext.ops.autocast import autocasts
+from plora_ext.ops.checks import check, shape, wide
+from plora_ext.ops.compiled import run_in_place
+from plora_ext.ops.twins import run
 
 # Below this tau a sum of exp((cos - 1) / tau) may vanish in float32; CUDA's kernels then shift by the largest cosine.
 _COLD = 0.025
@@ -18,8 +20,8 @@ _COLD = 0.025
 def _native(op: str, t: Tensor, tau: float = 1) -> bool:
     """Whether the compiled operator takes this; CUDA's know no float64, the CPU's no tau below _COLD."""
     if t.is_cuda:
-        return _library.has_kernel(op, "cuda") and t.dtype != torch.float64
-    return _library.has_kernel(op, t.device.type) and tau >= _COLD
+        return libraries.has_kernel(op, "cuda") and t.dtype != torch.float64
+    return libraries.has_kernel(op, t.device.type) and tau >= _COLD
 
 
 def _tf32(t: Tensor) -> bool:
@@ -72,20 +74,20 @@ def class_sums(
         raise ValueError(f"{op}: sums and counts are one running total: give both or neither")
     labels = labels.to(torch.int64)
     if sums is None or counts is None:
-        made: tuple[Tensor, Tensor] = _register.run(
-            op, _library.has_kernel(op, features.device.type), features, labels, num_classes
+        made: tuple[Tensor, Tensor] = run(
+            op, libraries.has_kernel(op, features.device.type), features, labels, num_classes
         )
         return made
     for name, total, expected, dtype in (
-        ("sums", sums, (num_classes, features.shape[1]), wide(features)),
+        ("sums", sums, (num_classes, features.shape[1]), wide(features.dtype)),
         ("counts", counts, (num_classes,), torch.int64),
     ):
         check(op, name, total, expected, features, None)
         if total.dtype != dtype or not total.is_contiguous():
             raise TypeError(f"{op}: {name} must be contiguous {dtype}, got {total.dtype}, strides {total.stride()}")
     with torch.no_grad():
-        if _library.has_kernel("class_sums_", features.device.type):
-            _register.run_in_place("class_sums_", sums, counts, features, labels)
+        if libraries.has_kernel("class_sums_", features.device.type):
+            run_in_place("class_sums_", sums, counts, features, labels)
         else:
             reference.class_sums(features, labels, num_classes, sums=sums, counts=counts)
     return sums, counts
@@ -133,7 +135,7 @@ def reconstruct_prototypes(
         raise ValueError(f"{op}: new must hold at least one class to reconstruct from, got {shape(new)}")
     shift = mode == "shift"
     moved = values - new if shift else values
-    made: Tensor = _register.run(op, _native(op, old, tau), old, new, moved, tau, shift, _tf32(old))
+    made: Tensor = run(op, _native(op, old, tau), old, new, moved, tau, shift, _tf32(old))
     return made
 
 
@@ -172,7 +174,7 @@ def complete_prototypes(prototypes: Tensor, task_of_class: Tensor, *, tau: float
     if not tau > 0:
         raise ValueError(f"{op}: tau must be positive, got {tau}")
     task_of_class = task_of_class.to(torch.int64)
-    made: Tensor = _register.run(op, _native(op, prototypes, tau), prototypes, task_of_class, tau, mode == "last")
+    made: Tensor = run(op, _native(op, prototypes, tau), prototypes, task_of_class, tau, mode == "last")
     return made
 
 
@@ -217,6 +219,6 @@ def subspace_logits(features: Tensor, prototypes: Tensor, weights: Tensor) -> Te
     dtype = None if autocasts(features.device.type) else features.dtype
     check(op, "prototypes", prototypes, ("C", *features.shape[1:]), features, dtype)
     check(op, "weights", weights, (prototypes.shape[0], features.shape[1]), features, None)
-    weights = weights.to(wide(features))
-    made: Tensor = _register.run(op, _native(op, features), features, prototypes, weights, _tf32(features))
+    weights = weights.to(wide(features.dtype))
+    made: Tensor = run(op, _native(op, features), features, prototypes, weights, _tf32(features))
     return made

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,23 +11,9 @@ def shape(t: Tensor) -> list[int]:
     return list(t.shape)
 
 
-# The types of device that know autocast; asked once, since the compiler cannot trace the question.
-_AUTOCAST = frozenset(t for t in ("cpu", "cuda", "xpu", "mps", "hpu", "xla") if torch.amp.is_autocast_available(t))
-
-
-def autocasts(device_type: str) -> bool:
-    """Whether autocast is on for a type of device; some types have none."""
-    return device_type in _AUTOCAST and torch.is_autocast_enabled(device_type)
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """No autocast inside."""
-    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
-
-
-def wide(t: Tensor) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are kept in: float64 for float64, else float32."""
-    return torch.promote_types(t.dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check(

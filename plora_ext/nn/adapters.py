@@ -1,76 +1,25 @@
-"""Put multi-adapter linear layers into a model, and one handle on all of them."""
+"""A handle on the adapters of a model."""
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plora_ext import ops
-from plora_ext.nn.linear import MultiLoRALinear, is_plain_linear
-from plora_ext.nn.state import Active, State
+from plora_ext.nn.linear import MultiLoRALinear
+from plora_ext.nn.state import Active
+from plora_ext.nn.targets import replace_module
 
-__all__ = ["BASE", "Adapters", "inject"]
+__all__ = ["BASE", "Adapters"]
 
 BASE = "__base__"  # PEFT's name for "no adapter" among adapter_names
 _COMPILED = "__active__"  # what the active adapter is called inside of `compilable`
-
-
-def inject(
-    model: nn.Module,
-    target_modules: str | Sequence[str] = ("qkv", "proj"),
-    r: int = 16,
-    lora_alpha: float | None = None,
-    lora_dropout: float = 0.0,
-    autocast_adapter_dtype: bool = True,
-) -> Adapters:
-    """Replace linear layers of `model` by `MultiLoRALinear`, in place, and freeze the whole model.
-
-    Args:
-        model: any torch model; its parameters stop training (only adapters train from here on).
-        target_modules: which layers, matched as PEFT does: a list of names, each of which a module's full name equals
-            or ends with after a dot (`"qkv"` matches `blocks.0.attn.qkv`), or one regular expression for the full
-            name. `"q"`, `"k"` and `"v"` choose row slices of fused `qkv` layers as well (rows in the order q, k, v, as
-            in timm), each with an A and a B of its own. Modules other than linear ones that share a name
-            (`patch_embed.proj`, a convolution) are left alone.
-        r: default rank of the adapters.
-        lora_alpha: default alpha, the scale being alpha / r; `None` means alpha = r.
-        lora_dropout: dropout before the adapters in training.
-        autocast_adapter_dtype: keep adapters in float32 where weights have 16 bits, as PEFT does.
-
-    Returns:
-        A handle on the adapters. No adapter exists yet: add one with `Adapters.add_adapter`.
-
-    Raises:
-        ValueError: a target matches no linear layer, a layer cannot be adapted, r does not fit it, or alpha or the
-            dropout is out of range.
-    """
-    if any(isinstance(module, MultiLoRALinear) for module in model.modules()):
-        raise ValueError("model already carries adapters: take hold of them with Adapters(model)")
-    _check_alpha(lora_alpha)
-    targets = _find_targets(model, target_modules)
-    for name, rows in targets.items():
-        layer = _linear_at(model, name)
-        _refuse_unsupported(model, name, layer)
-        _check_rank(r, name, layer.in_features, rows or {"": (0, layer.out_features)})
-    # A module may be reachable under several names: it is wrapped once and replaced everywhere.
-    wrapped: dict[nn.Module, MultiLoRALinear] = {}
-    state = State()
-    for name, rows in targets.items():
-        layer = _linear_at(model, name)
-        if layer not in wrapped:
-            made = MultiLoRALinear(layer, rows, lora_dropout, autocast_adapter_dtype, state)
-            wrapped[layer] = made.train(layer.training)
-        _replace(model, name, wrapped[layer])
-    model.requires_grad_(False)
-    return Adapters(model, r=r, lora_alpha=lora_alpha)
 
 
 class Adapters:
@@ -144,7 +93,7 @@ class Adapters:
         """
         self._require_unmerged()
         self.check_new(name)
-        _check_alpha(lora_alpha)
+        check_alpha(lora_alpha)
         if init_from is not None:
             self._check_known(init_from)
         plans = {}
@@ -152,7 +101,7 @@ class Adapters:
             if init_from is None:
                 rank = self.r if r is None else r
                 default = rank if self.lora_alpha is None else self.lora_alpha
-                _check_rank(rank, key, layer.in_features, layer.slices or {"": (0, layer.out_features)})
+                check_rank(rank, key, layer.in_features, layer.slices or {"": (0, layer.out_features)})
             else:
                 rank, default = layer.r[init_from], layer.lora_alpha[init_from]
                 if r not in (None, rank):
@@ -260,6 +209,9 @@ class Adapters:
         self._require_unmerged()
         with self._state.within(names=(), coefficients=None, batch=None):
             yield
+
+    disable_adapter = disabled
+    """PEFT's name."""
 
     @torch.no_grad()
     def frozen(self) -> Callable[..., Any]:
@@ -450,9 +402,13 @@ class Adapters:
             self.unmerge()
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
             if isinstance(module, MultiLoRALinear):
-                _replace(self.model, name, module.base_layer)
+                replace_module(self.model, name, module.base_layer)
         self.layers = {}
         return self.model
+
+    def merge_and_unload(self) -> nn.Module:
+        """`unload(merge=True)`, by PEFT's name."""
+        return self.unload()
 
     # ------------------------------------------------------------------ checks
 
@@ -522,79 +478,7 @@ class Adapters:
         return coeff.to(device)
 
 
-# ---------------------------------------------------------------------- finding the layers
-
-
-def _find_targets(
-    model: nn.Module, target_modules: str | Sequence[str]
-) -> dict[str, dict[str, tuple[int, int]] | None]:
-    """Names of the linear layers to adapt, each with its row slices (`None`: all rows)."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    if isinstance(target_modules, str):
-        found = [name for name in linear if re.fullmatch(target_modules, name)]
-        if not found:
-            raise ValueError(_no_match(f"the expression {target_modules!r}", target_modules, linear))
-        return dict.fromkeys(found)
-
-    targets: dict[str, dict[str, tuple[int, int]] | None] = {}
-    sliced: dict[str, list[str]] = {}
-    if not target_modules:
-        raise ValueError("target_modules must name at least one module, got none")
-    for target in target_modules:
-        found = [name for name in linear if _ends_with(name, target)]
-        targets.update(dict.fromkeys(found))
-        if target in ("q", "k", "v"):
-            fused = [name for name in linear if _ends_with(name, "qkv")]
-            for name in fused:
-                sliced.setdefault(name, []).append(target)
-            found += fused
-        if not found:
-            others = sorted({type(modules[name]).__name__ for name in modules if _ends_with(name, target)})
-            what = f"{target!r} (only {', '.join(others)})" if others else repr(target)
-            raise ValueError(_no_match(what, target, linear))
-    for name, slices in sliced.items():
-        if name in targets:
-            raise ValueError(f"target_modules must choose either qkv or its slices {slices}, got both for {name!r}")
-        targets[name] = _qkv_slices(model, name, sorted(set(slices), key="qkv".index))
-    return {name: targets[name] for name in linear if name in targets}  # in the order of the model
-
-
-def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
-
-
-def _no_match(what: str, target: str, linear: list[str]) -> str:
-    words = sorted({name.rpartition(".")[2] for name in linear} | set(linear))
-    close = difflib.get_close_matches(target, words, n=5, cutoff=0.5) or sorted({n.rpartition(".")[2] for n in linear})
-    return f"target_modules must match linear layers of the model; {what} matches none, closest are {close[:8]}"
-
-
-def _qkv_slices(model: nn.Module, name: str, chosen: list[str]) -> dict[str, tuple[int, int]]:
-    out, parent = _linear_at(model, name).out_features, model.get_submodule(name.rpartition(".")[0])
-    if out % 3 or getattr(parent, "head_first", False):
-        raise ValueError(
-            f"target_modules {chosen} need a fused qkv whose rows are q, k, v in thirds; {name!r} with {out} rows "
-            "is laid out otherwise: choose 'qkv' instead"
-        )
-    third = out // 3
-    return {key: ("qkv".index(key) * third, ("qkv".index(key) + 1) * third) for key in chosen}
-
-
-def _refuse_unsupported(model: nn.Module, name: str, layer: nn.Linear) -> None:
-    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-        raise ValueError(
-            f"{name!r} belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls it, so an "
-            "adapter would have no effect: leave it out of target_modules"
-        )
-    if not is_plain_linear(layer):
-        raise ValueError(
-            f"{name!r} is a {type(layer).__module__}.{type(layer).__name__}; only plain torch.nn.Linear layers can be "
-            "adapted: leave it out of target_modules"
-        )
-
-
-def _check_rank(r: int, name: str, in_features: int, slices: dict[str, tuple[int, int]]) -> None:
+def check_rank(r: int, name: str, in_features: int, slices: dict[str, tuple[int, int]]) -> None:
     for key, (start, stop) in slices.items():
         limit = min(in_features, stop - start)
         if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= limit:
@@ -605,15 +489,6 @@ def _check_rank(r: int, name: str, in_features: int, slices: dict[str, tuple[int
             )
 
 
-def _check_alpha(lora_alpha: float | None) -> None:
+def check_alpha(lora_alpha: float | None) -> None:
     if lora_alpha is not None and not 0 < lora_alpha < float("inf"):
         raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
-
-
-def _linear_at(model: nn.Module, name: str) -> nn.Linear:
-    return cast(nn.Linear, model.get_submodule(name))
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -1,12 +1,12 @@
 """The one place for names of torch that are not public; where one is missing, what would need it goes another way.
 
-Without them nothing is eager enough for the short ways (`is_plain`), and the operators are called as torch's dispatcher
+Without them nothing is eager enough for the short ways (`is_eager`), and the operators are called as torch's dispatcher
 does it.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ _tracing_state = _found(torch._C, "_get_tracing_state")
 _top_transform = _found(torch._C, "_functorch", "peek_interpreter_stack")
 _all_transforms = _found(torch._C, "_functorch", "get_interpreter_stack")
 _transform_type = _found(torch._C, "_functorch", "TransformType")
-_any_requires_grad = _found(torch._C, "_any_requires_grad")
+any_requires_grad = _found(torch._C, "_any_requires_grad")
+"""Whether one of these is a tensor that requires a gradient. Only where `is_eager`."""
 _exclude = _found(torch._C, "_ExcludeDispatchKeyGuard")
 _key_set, _keys = _found(torch._C, "DispatchKeySet"), _found(torch._C, "DispatchKey")
 _softmax_backward = _found(torch, "_softmax_backward_data")
@@ -36,6 +37,16 @@ _own_dispatch = _found(Tensor, "__torch_dispatch__")
 _graph_task = _found(torch._C, "_current_graph_task_id")
 _saved_tensor_hooks = _found(torch._C, "_autograd", "_top_saved_tensors_default_hooks")
 _global_hooks = _found(nn, "modules", "module", "_has_any_global_hook")
+tree_leaves = _found(torch.utils, "_pytree", "tree_leaves")
+"""The leaves of nested tuples, lists and dictionaries; None where torch does not say."""
+tree_map_only = _found(torch.utils, "_pytree", "tree_map_only") or (
+    lambda kind, function, value: function(value) if isinstance(value, kind) else value
+)
+"""(kind, function, tree) → the tree with its leaves of a kind replaced; without torch's, a leaf alone."""
+DispatchMode: Any = _found(torch.utils, "_python_dispatch", "TorchDispatchMode")
+"""Sees every operator that runs in its `with` block; sees nothing where torch has none."""
+if DispatchMode is None or tree_leaves is None:
+    DispatchMode, tree_leaves = nullcontext, None
 _LEVELS = hasattr(forward_ad, "_current_level")
 
 # Tensors of torch's own tracers: they know compiled operators by their fake implementations.
@@ -62,14 +73,15 @@ _above = _keys_above()
 _EAGER = _LEVELS and not any(
     name is None
     for name in (
-        _above, _count_dispatch_modes, _count_function_modes, _tracing_state, _top_transform, _any_requires_grad,
+        _above, _count_dispatch_modes, _count_function_modes, _tracing_state, _top_transform, any_requires_grad,
     )
 )  # fmt: skip
-_PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, list}  # the types of the arguments of the operators
+PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, list}
+"""Types of arguments of the operators that behave as torch's own."""
 
 
-def is_plain(*args: Any) -> bool:
-    """Whether this is eager code on plain tensors: nothing traces it, transforms it, differentiates it or looks on."""
+def is_eager() -> bool:
+    """Whether this is eager code: nothing traces it, transforms it, differentiates it in forward mode or looks on."""
     return (
         _EAGER
         and not torch.compiler.is_compiling()
@@ -78,18 +90,17 @@ def is_plain(*args: Any) -> bool:
         and not _count_dispatch_modes()
         and not _count_function_modes()
         and _tracing_state() is None
-        and _PLAIN.issuperset(map(type, args))
     )
 
 
+def is_plain(*args: Any) -> bool:
+    """Whether this is eager code on plain tensors."""
+    return is_eager() and PLAIN.issuperset(map(type, args))
+
+
 def below() -> AbstractContextManager[Any]:
-    """Calls go to the kernels themselves, past autograd and autocast. Only where `is_plain`."""
+    """Calls go to the kernels themselves, past autograd and autocast. Only where `is_eager`."""
     return _exclude(_above)
-
-
-def any_requires_grad(*args: Any) -> bool:
-    """Whether one of these is a tensor that requires a gradient. Only where `is_plain`."""
-    return _any_requires_grad(*args)
 
 
 def forward_mode(*args: Any) -> bool:

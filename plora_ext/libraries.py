@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from plora_ext._private import kernels
+from plora_ext.torch_private import kernels
 
 FOLDER = Path(__file__).resolve().parent / "lib"
 REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir ."

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plora_ext._private import softmax_backward
-from plora_ext.ops._checks import wide
+from plora_ext.ops.checks import wide
 from plora_ext.reference import EPS
+from plora_ext.torch_private import softmax_backward
 
 SCORES = 2**22  # of the softmax, at most so many at a time
 
@@ -23,23 +23,18 @@ def through_unit(d: Tensor, u: Tensor, norm: Tensor) -> Tensor:
     return torch.where(norm > EPS, d - (d * u).sum(-1, keepdim=True) * u, d) / norm
 
 
-def _of_scores(p: Tensor, dp: Tensor) -> Tensor:
-    """The gradient of what the softmax p was taken of, from that of p: p (dp - sum p dp), in one kernel."""
-    return softmax_backward(p, dp)
-
-
 def reconstruct_prototypes(
     grad: Tensor, old: Tensor, new: Tensor, values: Tensor, tau: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of old, new and values, a block of old classes after the other, so that no Co x Cn matrix is held."""
-    kept = wide(old)
+    kept = wide(old.dtype)
     (q, q_norm), (k, k_norm), v, g = unit(old, kept), unit(new, kept), values.to(kept), grad.to(kept)
     dq, dk, dv, k_scaled = [q[:0]], torch.zeros_like(k), torch.zeros_like(v), k / tau
     rows = max(256, SCORES // max(len(k), 1))
     for i in range(0, len(q), rows):
         q_i, g_i = q[i : i + rows], g[i : i + rows]
         p = torch.softmax(q_i @ k_scaled.T, dim=-1)
-        ds = _of_scores(p, g_i @ v.T)
+        ds = softmax_backward(p, g_i @ v.T)
         dq.append(ds @ k_scaled)
         dk, dv = dk.addmm(ds.T, q_i), dv.addmm(p.T, g_i)
     d_old, d_new = through_unit(torch.cat(dq), q, q_norm), through_unit(dk / tau, k, k_norm)
@@ -48,7 +43,7 @@ def reconstruct_prototypes(
 
 def complete_prototypes(grad: Tensor, prototypes: Tensor, task_of_class: Tensor, tau: float, last: bool) -> Tensor:
     """Of prototypes: all pairs of classes at once, some subspaces after the other, without looking at the tasks."""
-    kept = wide(prototypes)
+    kept = wide(prototypes.dtype)
     C, T, _ = prototypes.shape
     u, norm = unit(prototypes, kept)
     subspaces = torch.arange(T, device=grad.device)
@@ -65,7 +60,7 @@ def complete_prototypes(grad: Tensor, prototypes: Tensor, task_of_class: Tensor,
     for first in range(0, T, count):
         j = slice(first, first + count)
         p = torch.softmax(scores.masked_fill(~keys[j, None], -torch.inf), -1).nan_to_num(0)
-        dcos = dcos + _of_scores(p, g[j] @ v[j].mT).sum(0)
+        dcos = dcos + softmax_backward(p, g[j] @ v[j].mT).sum(0)
         dv.append(p.mT @ g[j])
     dcos = dcos / tau
     du = (dcos @ u.flatten(1)).view_as(u) * own + (dcos.T @ q).view_as(u)

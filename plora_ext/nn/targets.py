@@ -1,0 +1,90 @@
+"""Which linear layers of a model are adapted: names matched as PEFT does, and row slices of fused qkv layers."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import cast
+
+from torch import nn
+
+from plora_ext.nn.linear import is_plain_linear
+
+Rows = dict[str, tuple[int, int]]
+
+
+def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, Rows | None]:
+    """Names of the linear layers to adapt, each with its row slices (`None`: all rows)."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    if isinstance(target_modules, str):
+        found = [name for name in linear if re.fullmatch(target_modules, name)]
+        if not found:
+            raise ValueError(_no_match(f"the expression {target_modules!r}", target_modules, linear))
+        return dict.fromkeys(found)
+
+    targets: dict[str, Rows | None] = {}
+    sliced: dict[str, list[str]] = {}
+    if not target_modules:
+        raise ValueError("target_modules must name at least one module, got none")
+    for target in target_modules:
+        found = [name for name in linear if _ends_with(name, target)]
+        targets.update(dict.fromkeys(found))
+        if target in ("q", "k", "v"):
+            fused = [name for name in linear if _ends_with(name, "qkv")]
+            for name in fused:
+                sliced.setdefault(name, []).append(target)
+            found += fused
+        if not found:
+            others = sorted({type(modules[name]).__name__ for name in modules if _ends_with(name, target)})
+            what = f"{target!r} (only {', '.join(others)})" if others else repr(target)
+            raise ValueError(_no_match(what, target, linear))
+    for name, slices in sliced.items():
+        if name in targets:
+            raise ValueError(f"target_modules must choose either qkv or its slices {slices}, got both for {name!r}")
+        targets[name] = _qkv_slices(model, name, sorted(set(slices), key="qkv".index))
+    return {name: targets[name] for name in linear if name in targets}  # in the order of the model
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _no_match(what: str, target: str, linear: list[str]) -> str:
+    words = sorted({name.rpartition(".")[2] for name in linear} | set(linear))
+    close = difflib.get_close_matches(target, words, n=5, cutoff=0.5) or sorted({n.rpartition(".")[2] for n in linear})
+    return f"target_modules must match linear layers of the model; {what} matches none, closest are {close[:8]}"
+
+
+def _qkv_slices(model: nn.Module, name: str, chosen: list[str]) -> Rows:
+    out, parent = linear_at(model, name).out_features, model.get_submodule(name.rpartition(".")[0])
+    if out % 3 or getattr(parent, "head_first", False):
+        raise ValueError(
+            f"target_modules {chosen} need a fused qkv whose rows are q, k, v in thirds; {name!r} with {out} rows "
+            "is laid out otherwise: choose 'qkv' instead"
+        )
+    third = out // 3
+    return {key: ("qkv".index(key) * third, ("qkv".index(key) + 1) * third) for key in chosen}
+
+
+def refuse_unsupported(model: nn.Module, name: str, layer: nn.Linear) -> None:
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        raise ValueError(
+            f"{name!r} belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls it, so an "
+            "adapter would have no effect: leave it out of target_modules"
+        )
+    if not is_plain_linear(layer):
+        raise ValueError(
+            f"{name!r} is a {type(layer).__module__}.{type(layer).__name__}; only plain torch.nn.Linear layers can be "
+            "adapted: leave it out of target_modules"
+        )
+
+
+def linear_at(model: nn.Module, name: str) -> nn.Linear:
+    return cast(nn.Linear, model.get_submodule(name))
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

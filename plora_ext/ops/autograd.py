@@ -1,0 +1,282 @@
+"""Gradients: `LowRank` for eager code, and what is registered with torch for all else (compiled code, vmap).
+
+Backward formulas that are one or two large products are written here in torch; the rest are operators of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plora_ext import libraries
+from plora_ext.ops import formulas, twins
+from plora_ext.ops.autocast import without_autocast
+from plora_ext.ops.compiled import LORA, op
+from plora_ext.ops.formulas import through_unit, unit
+from plora_ext.torch_private import below, forward_mode
+
+
+def _is_differentiated_again(grad: Tensor) -> bool:
+    """Whether a backward is itself differentiated: under create_graph, or in forward mode."""
+    return torch.is_grad_enabled() or forward_mode(grad)
+
+
+# --- the low-rank families --------------------------------------------------------------------------------------------
+
+
+_BACKWARD: dict[str, Any] = {family: op.get(f"{family}_backward") for family in LORA}
+
+
+def rows(t: Tensor) -> Tensor:
+    """[M, n] of [..., n]."""
+    return t if t.dim() == 2 else t.flatten(0, -2) if t.dim() > 2 else t[None]
+
+
+def unflat(y: Tensor, x: Tensor) -> Tensor:
+    """[..., out] or [T, ..., out] of rows of y, where x is [..., in]."""
+    return y.view(*y.shape[:-2], *x.shape[:-1], y.shape[-1])
+
+
+def rows_of_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """grad [..., out] or [T, ..., out] as rows, where x is [..., in]; the inverse of `unflat`."""
+    if x.dim() == 1:
+        return grad.unsqueeze(-2)
+    return grad if x.dim() == 2 else grad.flatten(grad.dim() - x.dim(), -2)
+
+
+def call(
+    run: Callable[..., Any], options: Sequence[Any], x: Tensor, ids: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    scaling: Tensor, base: Tensor | None, weight: Tensor | None, bias: Tensor | None, bias_A: Tensor | None,
+    bias_B: Tensor | None,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """An operator on x and base [..., n] with factors [T, ...], or those of one adapter: y [..., n] and what it keeps.
+
+    ids: of `lora_indexed`, else None. options: ranks, relu, trainable, slices, keep.
+    """
+    flat = x
+    if x.dim() != 2:
+        flat, base = rows(x), None if base is None else rows(base)
+    if lora_A.dim() == 2:
+        lora_A, lora_B = lora_A[None], lora_B[None]
+    front = (flat,) if ids is None else (flat, ids)
+    y, kept = run(*front, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B, *options)
+    return y if flat is x else unflat(y, x), kept
+
+
+def _gradients(
+    family: str, options: Sequence[Any], needs: Sequence[bool], again: bool, grad: Tensor, x: Tensor,
+    ids: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor | None, bias_A: Tensor | None,
+    bias_B: Tensor | None, kept: Tensor,
+) -> list[Any]:  # fmt: skip
+    """Of x, ids, lora_A, lora_B, scaling, base, weight, bias, bias_A and bias_B, as far as needed; all in rows."""
+    X, _, A, B, s, base, W, bias, a, b = needs
+    dx = dA = dB = ds = da = db = None
+    if bits := X | A << 1 | B << 2 | s << 3 | a << 4 | b << 5:
+        ranks, relu, trainable, _, _ = options
+        front = (x,) if ids is None else (x, ids)
+        if again:
+            args = [
+                *front,
+                lora_A,
+                lora_B,
+                scaling,
+                None,
+                weight,
+                None,
+                bias_A,
+                bias_B,
+                ranks,
+                relu,
+                trainable,
+                None,
+                False,
+            ]
+            asks = [X, *[False] * (len(front) - 1), A, B, s, False, False, False, a, b, *[False] * 5]
+            dx, *_, dA, dB, ds, _, _, _, da, db, _, _, _, _, _ = twins.gradients(family, args, asks, grad)
+        else:
+            dx, dA, dB, ds, da, db = _BACKWARD[family](
+                grad, *front, lora_A, lora_B, scaling, weight, bias_A, bias_B, ranks, kept, relu, trainable, bits
+            )
+    total = grad.sum(0) if family == "lora_all" and (base or W or bias) else grad
+    return [
+        dx if X else None,
+        None,
+        dA if A else None,
+        dB if B else None,
+        ds if s else None,
+        total if base else None,
+        total.T @ x if W else None,
+        total.sum(0) if bias else None,
+        da if a else None,
+        db if b else None,
+    ]
+
+
+class LowRank(torch.autograd.Function):
+    """A low-rank operator as `call` takes it, in eager code on plain tensors.
+
+    The host pays far less than for what is registered, and the views that are made here need no gradients of their own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, family: str, options: Sequence[Any], x: Tensor, ids: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+        scaling: Tensor, base: Tensor | None, weight: Tensor | None, bias: Tensor | None, bias_A: Tensor | None,
+        bias_B: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        with below():  # a view made here counts as none: what follows may write to y
+            y, kept = call(op[family], options, x, ids, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B)
+        ctx.save_for_backward(x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept)
+        ctx.family, ctx.options = family, options
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept = (
+            ctx.saved_tensors
+        )  # hooks may compute them anew, with autograd
+        again, one = _is_differentiated_again(grad), lora_A.dim() == 2
+        with without_autocast(grad.device.type) if again else below():
+            flat, of_rows = (x, grad) if x.dim() == 2 else (rows(x), rows_of_grad(grad, x))
+            if one:
+                lora_A, lora_B = lora_A[None], lora_B[None]
+            found = _gradients(
+                ctx.family, ctx.options, ctx.needs_input_grad[2:], again, of_rows, flat, ids, lora_A, lora_B, scaling,
+                weight, bias_A, bias_B, kept,
+            )  # fmt: skip
+            if one:
+                dA, dB = found[2:4]
+                found[2:4] = None if dA is None else dA[0], None if dB is None else dB[0]
+            if flat is not x:
+                for i in (0, 5):
+                    if found[i] is not None:
+                        found[i] = unflat(found[i], x)
+        return (None, None, *found)
+
+
+def _register_lora(family: str) -> None:
+    indexed = family == "lora_indexed"
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        *front, _, weight, _, bias_A, bias_B, ranks, relu, trainable, _, _ = inputs
+        ctx.save_for_backward(*front, weight, bias_A, bias_B, ranks, output[1])
+        ctx.relu, ctx.trainable = relu, trainable
+
+    def backward(ctx: Any, grad: Tensor, of_kept: Tensor | None) -> tuple[Any, ...]:
+        x, *ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, ranks, kept = ctx.saved_tensors
+        needs, options = list(ctx.needs_input_grad[: 9 + indexed]), (ranks, ctx.relu, ctx.trainable, None, False)
+        if not indexed:
+            needs.insert(1, False)
+        with without_autocast(grad.device.type):
+            found = _gradients(
+                family, options, needs, _is_differentiated_again(grad), grad, x, ids[0] if ids else None, lora_A,
+                lora_B, scaling, weight, bias_A, bias_B, kept,
+            )  # fmt: skip
+        if not indexed:
+            del found[1]
+        return (*found, None, None, None, None, None)
+
+    torch.library.register_autograd(f"plora_ext::{family}", backward, setup_context=setup_context)
+
+
+# --- the others -------------------------------------------------------------------------------------------------------
+
+
+def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    lora_A, lora_B, scaling, ranks = ctx.saved_tensors
+    kept = scaling.dtype
+    g, A, B = grad.to(kept), lora_A.to(kept), lora_B.to(kept)
+    real = None if ranks is None else torch.arange(A.shape[1], device=A.device) < ranks[:, None]
+    if real is not None:
+        A, B = A.masked_fill(~real[..., None], 0), B.masked_fill(~real[:, None], 0)
+    Bg = B.transpose(1, 2) @ g  # [T, r, in]
+    dA = scaling[:, None, None] * Bg
+    dB = scaling[:, None, None] * (g @ A.transpose(1, 2))
+    return grad, dA.to(lora_A.dtype), dB.to(lora_B.dtype), (Bg * A).sum((1, 2)), None
+
+
+def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _subspace_logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if _is_differentiated_again(grad):
+        return tuple(twins.gradients("subspace_logits", [*ctx.saved_tensors, False], ctx.needs_input_grad, grad))
+    features, prototypes, weights = ctx.saved_tensors
+    kept = weights.dtype
+    g = grad.to(kept)
+    f, f_norm = unit(features, kept)
+    p, p_norm = unit(prototypes, kept)
+    df = (g @ (weights[..., None] * p).flatten(1)).view_as(f)
+    dwp = (g.T @ f.flatten(1)).view_as(p)
+    return (
+        through_unit(df, f, f_norm).to(features.dtype),
+        through_unit(weights[..., None] * dwp, p, p_norm).to(prototypes.dtype),
+        (dwp * p).sum(-1),
+        None,
+    )
+
+
+def _class_sums_backward(ctx: Any, d_sums: Tensor | None, d_counts: Tensor | None) -> tuple[Tensor | None, None, None]:
+    if d_sums is None:
+        return None, None, None
+    (labels,) = ctx.saved_tensors
+    of_rows = d_sums[labels.clamp(min=0)].masked_fill((labels < 0)[:, None], 0)
+    return of_rows.to(ctx.dtype), None, None
+
+
+def _class_sums_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward(name: str, grad: Tensor) -> Callable[..., Any]:
+    """The compiled backward of the gradient's device, or else its formula."""
+    compiled = f"{name}_backward"
+    serves = libraries.has_kernel(compiled, grad.device.type)
+    found: Callable[..., Any] = op[compiled] if serves else getattr(formulas, name)
+    return found
+
+
+def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if _is_differentiated_again(grad):
+        args = [*ctx.saved_tensors, ctx.tau, ctx.add_old, ctx.tf32]
+        return tuple(twins.gradients("reconstruct_prototypes", args, ctx.needs_input_grad, grad))
+    d_old, d_new, d_values = _backward("reconstruct_prototypes", grad)(grad, *ctx.saved_tensors, ctx.tau)
+    return d_old + grad if ctx.add_old else d_old, d_new, d_values, None, None, None
+
+
+def _complete_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if _is_differentiated_again(grad):
+        args = [*ctx.saved_tensors, ctx.tau, ctx.last]
+        return tuple(twins.gradients("complete_prototypes", args, ctx.needs_input_grad, grad))
+    return _backward("complete_prototypes", grad)(grad, *ctx.saved_tensors, ctx.tau, ctx.last), None, None, None
+
+
+def _keep(*names: str) -> Callable[..., None]:
+    """A setup_context that keeps the tensor inputs, and the others as attributes of these names."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
+        for name, value in zip(names, (a for a in inputs if not isinstance(a, Tensor)), strict=True):
+            setattr(ctx, name, value)
+
+    return setup_context
+
+
+def register() -> None:
+    """The gradients of every operator, with torch."""
+    for name in LORA:
+        _register_lora(name)
+    for name, backward, setup in (
+        ("lora_merge", _merge_backward, _merge_setup),
+        ("class_sums", _class_sums_backward, _class_sums_setup),
+        ("reconstruct_prototypes", _reconstruct_backward, _keep("tau", "add_old", "tf32")),
+        ("complete_prototypes", _complete_backward, _keep("tau", "last")),
+        ("subspace_logits", _subspace_logits_backward, _keep("tf32")),
+    ):
+        torch.library.register_autograd(f"plora_ext::{name}", backward, setup_context=setup)
