@@ -191,6 +191,21 @@ def test_a_run_s_learner_goes_on(images: Images, tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in (tmp_path / "checkpoint").iterdir()} == files
 
 
+def test_the_learner_of_a_run_s_folder(images: Images, registered: None, tmp_path: Path) -> None:
+    register_backbone("tiny")(lambda *_: backbone())
+    settings = Settings(**QUICK, increment=2, backbone="tiny", class_order="none")
+    result, learned = (
+        run(settings, data=images, checkpoint=Checkpoint(tmp_path)),
+        (images.test_images, images.test_labels),
+    )
+    again = Trained(tmp_path).learner
+    assert again.evaluate(learned) == {"accuracy": result.curve[-1], "task_accuracies": result.matrix[-1]}
+    more = images.train_images[:40], [7] * 20 + [8] * 20
+    for each in (again, result.learner):
+        each.fit(more)
+    assert np.array_equal(again.scores(learned[0])[1], result.learner.scores(learned[0])[1])
+
+
 # ---------------------------------------------------------------------- data
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from plora_ext.cil.plora import PLoRA
 
 SETTINGS: dict[str, Any] = {
-    "r": 3, "lora_alpha": 16.0, "alignment": "semantic", "tau": 0.5, "ridge": 0.7, "scale": 4.0
+    "r": 3, "lora_alpha": 16.0, "alignment": "semantic", "tau": 0.5, "ridge": 0.7, "scale": 4.0, "init": "fresh"
 }  # fmt: skip
 
 

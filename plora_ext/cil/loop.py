@@ -71,7 +71,7 @@ def run(
     )
     result.learner = learner
     with learner.random():
-        trainer.checkpoint = checkpoint
+        trainer.checkpoint, trainer.phases.seconds, trainer.phases.peak_mb = checkpoint, result.seconds, result.peak_mb
         saved = checkpoint.begin(known, settings.as_dict(), result.record()) if checkpoint else None
         trainer.callbacks.tell("begin", settings.method, len(tasks))
         if saved:
@@ -81,25 +81,22 @@ def run(
             changed = result.resume(checkpoint.manifest["run"], checkpoint.changed, settings.measure_drift)
             if changed and world.first:
                 trainer.callbacks.note(f"the run continues, though not as it began: {changed}")
-        trainer.phases.seconds, trainer.phases.peak_mb = result.seconds, result.peak_mb
+        labels = [[stream.class_order[c] for c in task.classes] for task in tasks]
         for done, accuracy in enumerate(result.curve):
-            learner.add_task([stream.class_order[c] for c in tasks[done].classes])
+            learner.add_task(labels[done])
             trainer.callbacks.tell("task", done, accuracy)
 
         evaluator = Evaluator(method, tasks, test, stream.task_of_class(), make_cache(settings, trainer))
         start = time.perf_counter() - result.total_seconds
         for task in tasks[len(result.curve) :]:
-            held = method.prototypes
-            learner.learn(task, train, [stream.class_order[c] for c in task.classes])
+            held, moved = method.prototypes, None
+            learner.learn(task, train, labels[task.index])
             with trainer.phases("eval"):
                 accuracy, row = evaluator.after(task.index)
-            result.curve.append(accuracy)
-            result.matrix.append(row)
             if settings.measure_drift:
                 with trainer.phases("drift"):
-                    result.drift.append(prototype_error.measure(method, tasks[: task.index + 1], train, held))
-            elif result.drift:
-                result.drift.append(None)
+                    moved = prototype_error.measure(method, tasks[: task.index + 1], train, held)
+            result.append(accuracy, row, moved, settings.measure_drift)
             result.passes = method.passes
             result.costs.append(trainer.phases.lap())
             result.total_seconds = time.perf_counter() - start

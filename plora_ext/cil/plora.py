@@ -27,7 +27,7 @@ class PLoRA(nn.Module):
     For every task: `add_task` and `start`, train `parameters_to_train()` with the cross-entropy of `forward` in
     training mode, then `end_task`. In evaluation mode `forward` classifies among all classes seen, in one pass. Loading
     a `state_dict` gives a fresh network the tasks and classes of the saved one, and its settings (r, lora_alpha,
-    alignment, tau, ridge, scale), whatever it was made with; files of 0.1 hold no settings but `scale`.
+    alignment, tau, ridge, init, scale), whatever it was made with; files of 0.1 hold no settings but `scale`.
 
         net = PLoRA(backbone, r=16)
         for batches, classes in tasks:                       # batches: (images, labels) of the task
@@ -179,7 +179,7 @@ class PLoRA(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The settings as JSON in a tensor of bytes: whatever keeps state dicts keeps tensors."""
-        names = ("alignment", "tau", "ridge")
+        names = ("alignment", "tau", "ridge", "init")
         settings = {name: getattr(self, name) for name in names}
         text = json.dumps({**settings, "r": self.adapters.r, "lora_alpha": self.adapters.lora_alpha})
         return torch.tensor(list(text.encode()), dtype=torch.uint8)

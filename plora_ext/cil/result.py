@@ -67,14 +67,23 @@ class Result:
             "backward_transfer": metrics.backward_transfer(self.matrix),
         }
 
+    def append(self, accuracy: float, row: list[float], moved: dict[str, float] | None, measured: bool) -> None:
+        """Takes down a task: A_b, its row of the matrix, and the drift, if that is `measured` or was once."""
+        self.curve.append(accuracy)
+        self.matrix.append(row)
+        if measured or self.drift:
+            self.drift.append(moved)
+
     def record(self) -> dict[str, Any]:
         """All of it but the settings, as a checkpoint holds it."""
         return {**{k: v for k, v in asdict(self).items() if k != "settings"}, "tasks": len(self.classes_seen)}
 
     def resume(self, record: Mapping[str, Any], changed: Sequence[str], measure_drift: bool) -> str:
         """Takes over what was measured before, from `record`; returns what is said of the run if it is `changed`."""
-        for name in ("curve", "matrix", "passes", "seconds", "peak_mb", "total_seconds", "costs", "drift"):
+        for name in ("curve", "matrix", "passes", "total_seconds", "costs", "drift"):
             setattr(self, name, copy.deepcopy(record.get(name, getattr(self, name))))
+        self.seconds |= record.get("seconds", {})  # they are the clock's
+        self.peak_mb |= record.get("peak_mb", {})
         if self.drift or measure_drift:  # as many as tasks, also where it was not measured
             self.drift += [None] * (len(self.curve) - len(self.drift))
         text = f"{'; '.join(changed)}, after {len(self.curve)} of {len(self.classes_seen)} tasks" if changed else ""

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from plora_ext.data import ImageFiles, View
 
 
 class Trained:
-    """The method of a run as it was after the last task learned.
+    """The method of a run as it was after the last task learned; `learner` predicts, is saved, and goes on from there.
 
     Args:
         run: The run's folder, which holds its checkpoint.
@@ -53,7 +54,9 @@ class Trained:
         self.run: dict[str, Any] = saved["run"]
         self.method = self.learner.method
         self.method.restore(saved["state"])
-        self.learner.classes = self.run["class_order"][: self.run["classes_seen"][len(self.run["curve"]) - 1]]
+        self.learner.random.state = saved["state"]["rng"]
+        for start, stop in pairwise([0, *self.run["classes_seen"][: len(self.run["curve"])]]):
+            self.learner.add_task(self.run["class_order"][start:stop])
         by, ours = checkpoint.manifest["plora_ext"], plora_ext.__version__
         if by != ours and world.first:
             self.learner.trainer.callbacks.note(f"{checkpoint.folder} was written by plora_ext {by}, this is {ours}")
