@@ -173,7 +173,7 @@ def _write_pair(folder: Path, config: bytes, weights: bytes) -> None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     missing = [key for key in ("peft_type", "r", "lora_alpha") if not isinstance(config, dict) or key not in config]

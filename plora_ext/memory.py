@@ -42,7 +42,7 @@ def limit_of_pass(device: torch.device) -> int:
     return limit if device.type == "cuda" else min(limit, _CPU_LIMIT)
 
 
-class PeakMemory(DispatchMode):
+class PeakMemory(DispatchMode):  # type: ignore[misc, unused-ignore]
     """The most bytes that results of operators took at a time, on any device; `peak` after the `with` block."""
 
     measures: ClassVar[bool] = tree_leaves is not None

@@ -100,7 +100,8 @@ def is_plain(*args: Any) -> bool:
 
 def below() -> AbstractContextManager[Any]:
     """Calls go to the kernels themselves, past autograd and autocast. Only where `is_eager`."""
-    return _exclude(_above)
+    guard: AbstractContextManager[Any] = _exclude(_above)
+    return guard
 
 
 def forward_mode(*args: Any) -> bool:
@@ -145,7 +146,8 @@ def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
     """The gradient of what the softmax p was taken of, from that of p: p (dp - sum p dp), in one kernel if there is."""
     if _softmax_backward is None:
         return p * (dp - (p * dp).sum(-1, keepdim=True))
-    return _softmax_backward(dp, p, -1, p.dtype)
+    ds: Tensor = _softmax_backward(dp, p, -1, p.dtype)
+    return ds
 
 
 def in_backward() -> bool:

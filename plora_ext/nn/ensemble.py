@@ -318,11 +318,11 @@ class _Probe(_Slabs):
         super().__init__(adapters, ids, factors, len(images), split if split is not None else nn.Module(), {})
 
     def all(self, layer: MultiLoRALinear, x: Tensor) -> Tensor:
-        y = layer.base_layer(x)
+        y: Tensor = layer.base_layer(x)
         return y * self.ids.to(y.dtype).view(-1, *[1] * y.dim())
 
     def each(self, layer: MultiLoRALinear, x: Tensor) -> Tensor:
-        y = layer.base_layer(x)
+        y: Tensor = layer.base_layer(x)
         return y.mul_(self.ids.to(y.dtype).view(-1, *[1] * (y.dim() - 1)))
 
 
