@@ -354,9 +354,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     bandwidth, _ = ceilings()
     rounds, compiled = 5 if args.quick else 21, not args.no_compile
-    runs = [
-        functools.partial(harness.measure, make(), rounds, compiled) for make in cases(args.rows, args.quick, bandwidth)
-    ]
+    found = (make() for make in cases(args.rows, args.quick, bandwidth))
+    runs = [functools.partial(harness.measure, case, rounds, compiled) for case in found]
     runs += [hundred_thousand] if 2 in args.rows else []
     where = harness.gpu_facts(args.commit, **{"copy TB/s": f"{bandwidth / 1e12:.2f}"})
     harness.report(args.out, FIELDS, summary, where, (run() for run in runs))

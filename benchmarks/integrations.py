@@ -679,13 +679,10 @@ def checkout(variable: str) -> Iterator[None]:
 
 def main() -> None:
     parser = harness.options(__doc__, "integrations")
-    parser.add_argument(
-        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROWS", help=", ".join(ROWS)
-    )
+    rows = list(ROWS)
+    parser.add_argument("--rows", nargs="+", choices=rows, default=rows, metavar="ROWS", help=", ".join(ROWS))
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
-    parser.add_argument(
-        "--seconds", type=float, default=4.0, help="time for the rounds of a case (default: %(default)s)"
-    )
+    parser.add_argument("--seconds", type=float, default=4.0, help="for the rounds of a case (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=1e9, help="no case starts after this many seconds")
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)

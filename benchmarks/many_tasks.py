@@ -194,9 +194,7 @@ def main() -> None:
     parser.add_argument("--feature-cache", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--clock", default="wall", choices=("wall", "cpu"), help="cpu: for a machine shared with others"
-    )
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: on a shared machine")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for method in args.methods:

@@ -220,9 +220,7 @@ def measure(args: argparse.Namespace, processes: int, folder: Path) -> tuple[str
 def main() -> None:
     parser = harness.options(__doc__, "scaling_gpus")
     cuda = torch.cuda.is_available()
-    parser.add_argument(
-        "--processes", type=int, nargs="+", default=[1, 2], help="how many, each in turn (default: 1 2)"
-    )
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="how many in turn (default: 1 2)")
     parser.add_argument("--device", default="auto", help="cuda or cpu (default: a GPU where there is one)")
     parser.add_argument("--batch", type=int, help="images a step and process (default: 128 on a GPU, 16 on a CPU)")
     parser.add_argument("--steps", type=int, help="steps of a round (default: 50 on a GPU, 8 on a CPU)")

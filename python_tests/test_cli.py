@@ -291,9 +291,9 @@ import sys
 for name in {hidden!r}:
     sys.modules[name] = None  # as if it were not installed
 {tiny}
-import plora_ext.cil.build as engine
+import plora_ext.cil.build as build
 from plora_ext.cli import main
-engine.create_backbone = create
+build.create_backbone = create
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -119,7 +119,7 @@ def test_the_guide_runs(repository: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert named <= known, named - known
     monkeypatch.chdir(tmp_path)
     for code in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
-        code = code.replace('method="simplecil"', 'method="simplecil", device="cpu", increment=50')
+        code = code.replace('method="simplecil"', SMALL)
         exec(code.replace('method="plora"', 'method="plora", device="cpu"'), {"__name__": "guide"})
     HEADS.pop("euclidean")  # the page's own
     assert [path.name for path in tmp_path.iterdir()] == ["icons"]  # a run writes nothing

@@ -24,11 +24,8 @@ from plora_ext.cil.registry import import_plugins
 
 MethodName = Literal["plora", "plora-ensemble", "simplecil", "lora-sequential", "lora-first", "joint"]
 _LEAST = (  # what settings must be, where they are not null
-    (
-        "at least 1",
-        lambda v: v >= 1,
-        "increment r epochs batch_size eval_batch_size image_size projections replay_epochs",
-    ),
+    ("at least 1", lambda v: v >= 1, "increment r epochs batch_size eval_batch_size projections replay_epochs"),
+    ("at least 1", lambda v: v >= 1, "image_size"),
     ("at least 0", lambda v: v >= 0, "init_cls ridge ensemble_alpha weight_decay workers"),
     ("above 0", lambda v: v > 0, "fusion_tau tau ensemble_tau lr scale"),
 )

@@ -138,6 +138,6 @@ class Speed:
         )
 
     def _record(self, what: str, line: str, missing: bool) -> None:
-        if missing and what not in self.graphs:
+        if missing and what == "training" and what not in self.graphs:
             self.say(f"CUDA graph of {what}: {line}")
         self.graphs[what] = line

@@ -73,7 +73,8 @@ class MultiLoRALinear(nn.Module):
     its weight or replaces its forward, it is called as a module, and the adapters are added to what it gives.
 
     `state_dict` holds A and B of every adapter and its `lora_alpha`; files without the latter load as they did. The
-    active set is not part of it. (`functional_call` takes parameters and buffers; a `lora_alpha` is neither.)
+    active set is not part of it. (`functional_call` takes parameters and buffers, `dict(model.named_parameters())`, not
+    a `state_dict`: a `lora_alpha` is a number of the host, so that no forward waits for it.)
 
     Args:
         base: the linear layer to adapt; kept as `base_layer` (PEFT's name) and frozen.
