@@ -226,6 +226,31 @@ def test_a_fast_run_learns_and_resumes(changes: dict, tmp_path: Path, monkeypatc
     assert (resumed.curve, resumed.matrix) == (whole_run.curve, whole_run.matrix)
 
 
+def test_auto_is_what_it_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    chosen = view(pixels(4), transform="pilot", on_device=None, device=device).preparation.on_device
+    assert chosen is (device.type == "cuda")
+    loaded = view(files(tmp_path, [(9, 9)]), transform="pilot", on_device=None, device=device)
+    assert loaded.preparation.on_device is False
+    if device.type == "cuda":
+        return
+    whole = learn(transform="pilot", transform_on="cpu")
+    assert learn(transform="pilot").curve == whole.curve
+
+    def cut(self: Checkpoint, *args, **keywords) -> None:
+        save(self, *args, **keywords)
+        raise InterruptedError
+
+    save = Checkpoint._save
+    monkeypatch.setattr(Checkpoint, "_save", cut)
+    with pytest.raises(InterruptedError):
+        learn(checkpoint=Checkpoint(tmp_path / "run"), transform="pilot", transform_on="cpu")
+    monkeypatch.setattr(Checkpoint, "_save", save)
+    resumed = learn(checkpoint=Checkpoint(tmp_path / "run", resume=True), transform="pilot")
+    assert resumed.curve == whole.curve
+    with pytest.raises(ValueError, match="transform_on"):
+        learn(checkpoint=Checkpoint(tmp_path / "run", resume=True), transform="pilot", transform_on="device")
+
+
 def test_the_scale_of_float16_is_saved(tmp_path: Path) -> None:
     parameter = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([parameter], 0.1)

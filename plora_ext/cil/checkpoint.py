@@ -375,9 +375,15 @@ os.register_at_fork(after_in_child=_let_go)
 # ---------------------------------------------------------------------- what a run is
 
 
-def fingerprint_of(settings: Settings, data: Images, tasks: Sequence[Task], backbone: str) -> dict[str, Any]:
-    """What must be the same for a run to continue: settings, data, the backbone's weights (their digest)."""
+def fingerprint_of(
+    settings: Settings, data: Images, tasks: Sequence[Task], backbone: str, on_device: bool
+) -> dict[str, Any]:
+    """What must be the same for a run to continue: settings, data, the backbone's weights (their digest).
+
+    on_device: where images are in fact cropped, which `transform_on: auto` leaves open.
+    """
     kept = {name: value for name, value in settings.as_dict().items() if name not in (*ELSEWHERE, *ROUNDING)}
+    kept["transform_on"] = "device" if on_device else "cpu"
     return {"settings": kept, **data_digests(data, tasks), "backbone": backbone}
 
 

@@ -59,8 +59,10 @@ class Settings:
     corrupt: Literal["error", "skip"] = _setting("error", "what an image file does that cannot be decoded")
     transform: Literal["resize", "pilot"] = _setting("resize", "how images are resized and augmented (plora_ext.data)")
     normalize: Literal["backbone", "none"] = _setting("backbone", "by the backbone's mean and std, or left in [0, 1]")
-    transform_on: Literal["cpu", "device"] = _setting(
-        "cpu", "where images are cropped and resized: by Pillow in the workers, or in batches where the model is"
+    transform_on: Literal["auto", "cpu", "device"] = _setting(
+        "auto",
+        "where images are cropped and resized: by Pillow in the workers (cpu), or in batches where the model is; auto: "
+        "arrays on a GPU there",
     )
     workers: int | None = _setting(None, "processes that decode images (null: one a core, at most 8; 0: none)")
     cache_images: bool = _setting(True, "keep decoded image files in memory, as far as a fourth of what is free goes")

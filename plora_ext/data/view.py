@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,7 @@ class Preparation:
         transform: "resize" or "pilot".
         augment: Use the training transform while training.
         workers: Processes that load images one by one; 0 does it in this one.
-        on_device: Crop and resize on the device, batch by batch.
+        on_device: Crop and resize on the device, batch by batch; None: arrays, where that is a GPU.
         cache: Share of the host's free memory that the pixels of decoded files may take; 0 keeps none.
     """
 
@@ -66,7 +66,7 @@ class Preparation:
     transform: str = "resize"
     augment: bool = True
     workers: int = 0
-    on_device: bool = False
+    on_device: bool | None = False
     cache: float = 0.0
 
 
@@ -79,9 +79,11 @@ class View:
     """
 
     def __init__(self, images: np.ndarray | ImageFiles, preparation: Preparation):
-        self.images, self.preparation = images, preparation
-        self.rows = torch.arange(len(images))
         p = preparation
+        if p.on_device is None:
+            p = replace(p, on_device=p.device.type == "cuda" and not isinstance(images, ImageFiles))
+        self.images, self.preparation = images, p
+        self.rows = torch.arange(len(images))
         self._colors = [torch.tensor(v, device=p.device).view(3, 1, 1) for v in (p.mean, p.std)]
         self._digests: list[Tensor] = []  # of all images, shared by every selection
         self._ready: Tensor | None = None  # float images, prepared
@@ -218,7 +220,7 @@ class _Loader:
                 self._items,
                 batch_sampler=self._plan,
                 num_workers=workers,
-                collate_fn=partial(_collate, self._preparation.on_device),
+                collate_fn=partial(_collate, bool(self._preparation.on_device)),
                 pin_memory=self._preparation.device.type == "cuda",
                 generator=torch.Generator(),  # its own: the global one stays where it is
                 persistent_workers=workers > 0,
