@@ -112,9 +112,6 @@ class Trainer:
         self.phases = Phases(device)
         self._held: list[nn.Module] | None = None  # modules that training would change, beside normalisations
 
-    def _forward(self, images: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
-        return self.speed.forward(images, model)
-
     def fit(self, task: int, parameters: Sequence[Tensor], images: View, labels: Tensor, num_classes: int) -> None:
         """Trains `parameters` by cross-entropy of a cosine classifier over the task's own classes.
 
@@ -171,7 +168,7 @@ class Trainer:
         model = world.parallel(self.model, learned)
 
         def update(batch: Tensor, wanted: Tensor, share: float = 1.0) -> Tensor:
-            cosines = F.linear(F.normalize(self._forward(batch, model)), F.normalize(directions))
+            cosines = F.linear(F.normalize(self.speed.forward(batch, model)), F.normalize(directions))
             loss = F.cross_entropy(s.scale * cosines, wanted)
             if share != 1:
                 loss = loss * share  # an uneven last batch
@@ -243,7 +240,7 @@ class Trainer:
         size, called = self.settings.eval_batch_size, model or self.model
         with lower_on_exhaustion("eval_batch_size"), self.speed.passes(model is None):
             forward = self.speed.captured(
-                "passes", lambda batch: self._forward(batch, called), batches=len(images) // size
+                "passes", lambda batch: self.speed.forward(batch, called), batches=len(images) // size
             )
             for batch in images.split(size):
                 features = forward(batch)
