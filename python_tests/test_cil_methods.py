@@ -14,6 +14,7 @@ from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.heads import HEADS, RanPAC
 from plora_ext.cil.inflora import Subspaces, share_after
 from plora_ext.cil.methods import METHODS, Method, PLoRAFused
+from plora_ext.cil.speed import Speed
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer
 from plora_ext.data import Backbone, View
@@ -247,7 +248,7 @@ def test_what_is_not_finite_is_said_and_what_can_be_the_cause(images: Images, mo
     message = r"at task 0, epoch 0, step 1; not finite: blocks\.0.*lora_A\.task0 and \d+ more tensors; "
     with pytest.raises(FloatingPointError, match=message + "the cause may be lr 0.005 or weight_decay 1e.300$"):
         learn(images, weight_decay=1e300)
-    monkeypatch.setattr(Trainer, "_forward", lambda self, batch, model: model(batch) * float("nan"))
+    monkeypatch.setattr(Speed, "forward", lambda self, batch, model: model(batch) * float("nan"))
     with pytest.raises(FloatingPointError, match=r"at task 0, epoch 0, step 0;"):
         learn(images)
 
@@ -278,14 +279,14 @@ def test_exhausted_memory_of_a_head_names_its_size(
 def test_exhausted_memory_names_the_setting(
     training: bool, setting: str, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = Trainer._forward
+    forward = Speed.forward
 
-    def full(self: Trainer, *args) -> torch.Tensor:
+    def full(self: Speed, *args) -> torch.Tensor:
         if torch.is_grad_enabled() == training:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nand more")
         return forward(self, *args)
 
-    monkeypatch.setattr(Trainer, "_forward", full)
+    monkeypatch.setattr(Speed, "forward", full)
     with pytest.raises(torch.OutOfMemoryError, match=rf"allocate 1 GiB.; lower {setting}, or set amp to bfloat16$"):
         learn(images)
 
