@@ -172,3 +172,14 @@ def test_the_top_level() -> None:
         if times[-1] < 0.3:
             break
     assert min(times) < 0.3, times
+
+
+def test_code_written_before_finds_what_has_moved() -> None:
+    from plora_ext.cil import PLoRA, loop
+    from plora_ext.integrations._plora import PLoRANet
+
+    sys.modules.pop("plora_ext.cil.engine", None)
+    with pytest.warns(DeprecationWarning, match=r"is now plora_ext\.cil\.loop"):
+        from plora_ext.cil import engine
+    assert engine.run is loop.run and PLoRANet is PLoRA
+    assert all(hasattr(engine, name) for name in engine.__all__)
