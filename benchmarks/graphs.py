@@ -17,33 +17,18 @@ import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
+from throughput import CLASSES, Clock
 from torch import Tensor
 
 from plora_ext.cil import Settings
 from plora_ext.cil.build import load_backbone
-from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.training import Trainer
 from plora_ext.data import Preparation, View
 from plora_ext.graphs import Captured
 from plora_ext.nn import inject
 
 FIELDS = ("model", "batch", "graphs", "first", "later", "evaluation", "same_step", "loop_over_step", "peak_mb", "said")
-CLASSES, EPOCHS, EVALUATION = 10, 4, 256
-
-
-class Clock(Callback):
-    """When epochs begin."""
-
-    def __init__(self, images: int):
-        self.images, self.seen, self.times = images, 0, [0.0]
-
-    def fit(self, task: int, images: int) -> None:
-        self.seen, self.times = 0, [time.perf_counter()]
-
-    def step(self, images: int) -> None:
-        if self.seen and self.seen % self.images == 0:
-            self.times.append(time.perf_counter())
-        self.seen += images
+EPOCHS, EVALUATION = 4, 256
 
 
 def rates(model: str, batch: int, graphs: str) -> dict[str, Any]:
