@@ -89,7 +89,7 @@ def train(args: argparse.Namespace) -> None:
     if args.print_config:
         print(settings.to_yaml(), end="")
         return
-    _run([settings], settings, args.world, args.resume, args.tensorboard)
+    _run([settings], settings, args.world, args.resume, args.tensorboard, args.overwrite)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -178,6 +178,7 @@ def _run(
     world: World = SINGLE,
     resume: bool | None = None,
     tensorboard: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Runs jobs into one folder; with `resume` not None, a single job with a checkpoint."""
     from plora_ext.cil.build import load_data, make_stream
@@ -195,7 +196,7 @@ def _run(
     with ExitStack() as stack:
         if world.first:
             stack.enter_context(exclusive(folder))
-        checkpoint = None if resume is None else Checkpoint(folder, resume, world)
+        checkpoint = None if resume is None else Checkpoint(folder, resume, world, overwrite)
         console = ConsoleProgress()
         callbacks: list[Any] = [console] if world.first else []
         if tensorboard and world.first:  # before any work: it may not be installed
@@ -286,6 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     add_config(trainer)
     trainer.add_argument("--print-config", action="store_true", help="print the settings as YAML instead of running")
     trainer.add_argument("--resume", action="store_true", help="continue the run that the output folder holds")
+    trainer.add_argument("--overwrite", action="store_true", help="replace a finished run of other settings there")
     add_settings(trainer)
     for added in (demonstrator, trainer):
         added.add_argument("--tensorboard", action="store_true", help="write TensorBoard scalars to OUT/tensorboard")

@@ -438,7 +438,35 @@ def test_an_unfinished_run_is_not_overwritten(data: Images, tmp_path: Path, monk
         Checkpoint(tmp_path)
     monkeypatch.undo()
     learn(data, Checkpoint(tmp_path, resume=True))
-    learn(data, Checkpoint(tmp_path), r=1)  # a finished one is
+    learn(data, Checkpoint(tmp_path))  # the same once more
+
+
+def test_a_finished_run_is_replaced_by_its_like_alone(
+    data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plora_ext.report.files import drawers
+
+    names = {"metrics.json", "settings.yaml", *(f"{name}.png" for name in drawers())}
+    assert set(checkpoints.RESULTS) == names
+    learn(data, Checkpoint(tmp_path))
+    for name in (*names, "mine.png"):
+        (tmp_path / name).write_text("of the first run")
+    before = (tmp_path / "checkpoint" / "checkpoint.json").read_bytes()
+    with pytest.raises(ValueError, match=r"holds the results of another run: r is \d there and 1 here; choose another"):
+        learn(data, Checkpoint(tmp_path), r=1)
+    assert (tmp_path / "checkpoint" / "checkpoint.json").read_bytes() == before and (tmp_path / "metrics.json").exists()
+
+    save = Checkpoint._save
+
+    def save_and_cut(self: Checkpoint, *args, **keywords) -> None:
+        save(self, *args, **keywords)
+        raise Cut
+
+    monkeypatch.setattr(Checkpoint, "_save", save_and_cut)
+    with pytest.raises(Cut):  # from its first save on there is nothing of the other run
+        learn(data, Checkpoint(tmp_path, overwrite=True), r=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "mine.png"]
+    assert Checkpoint(tmp_path, resume=True).settings["r"] == 1
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,6 +226,28 @@ def test_a_fast_run_learns_and_resumes(changes: dict, tmp_path: Path, monkeypatc
     monkeypatch.setattr(Checkpoint, "_save", save)
     resumed = learn(checkpoint=Checkpoint(tmp_path, resume=True), **changes)
     assert (resumed.curve, resumed.matrix) == (whole_run.curve, whole_run.matrix)
+
+
+def test_workers_that_shared_memory_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_free(free: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(views.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        return list(view(files(tmp_path, [(9, 9)] * 6), transform="pilot", workers=2).split(3))
+
+    batch = 3 * 3 * 8 * 8  # of three images, uint8 [3, 8, 8]
+    whole = with_free(5 * batch)
+    for free, fit in ((5 * batch - 1, 1), (3 * batch - 1, 0)):
+        with pytest.warns(UserWarning, match=f"{fit} data workers instead of 2 .docker run --shm-size=1g makes room"):
+            fewer = with_free(free)
+        assert all(torch.equal(a, b) for a, b in zip(whole, fewer, strict=True))
+
+
+def test_workers_that_bring_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "TIMEOUT", 1)
+    images = files(tmp_path, [(9, 9)] * 6)
+    monkeypatch.setattr(type(images), "__getitem__", lambda self, row: time.sleep(30))
+    monkeypatch.setattr(views._Loader, "_fitting", lambda self, size: 2)
+    with pytest.raises(TimeoutError, match="no batch came from data workers within 1 s: /dev/shm may be full"):
+        list(view(images, transform="pilot", workers=2).split(3))
 
 
 def test_auto_is_what_it_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:

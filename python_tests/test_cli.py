@@ -323,7 +323,7 @@ def test_packages_that_are_not_installed(problem: list[str], tmp_path: Path) -> 
 
 def test_hosts_that_are_not_installed() -> None:
     script = "import sys; sys.modules['peft'] = None\nfrom plora_ext.integrations import peft\npeft.patch()"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd="/")
     assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith(': pip install "plora_ext[integrations]"')
 
 

@@ -611,9 +611,9 @@ def test_scales_beyond_float16(
 def test_smaller_gpus(limits: dict[str, str]) -> None:
     """The tests whose sizes and counts of ranks reach a limit, with the shared memory or multiprocessors of others."""
     chosen = "test_rows or test_ranks or test_adapters or test_ids or dense_sum or test_same_bits"
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__]
     root = ["--rootdir", str(Path(__file__).parent), "-c", str(Path(__file__).parent.parent / "pyproject.toml")]
-    done = subprocess.run(command + root, env={**os.environ, **limits}, capture_output=True, text=True)
+    done = subprocess.run(command + root, env={**os.environ, **limits}, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
@@ -807,7 +807,7 @@ for _ in range(2):
     graph.replay()
     assert torch.equal(y, getattr(ops, family)(*args, **given))
 """
-    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -50,6 +50,10 @@ ELSEWHERE = ("out", "plugins", "data", "data_root", "download", "corrupt", "weig
 # Likewise, but results differ by rounding from there on, which is said and recorded.
 ROUNDING = ("eval_batch_size", "amp", "tf32", "channels_last", "compile", "deterministic")
 
+# What a finished run writes beside its checkpoint (plora_ext.report.files).
+RESULTS = ("metrics.json", "settings.yaml", "accuracy.png", "task_matrix.png", "forgetting.png", "drift.png",
+           "cost.png", "cost_of_tasks.png")  # fmt: skip
+
 _OURS = re.compile(r".+-[0-9a-f]{16}\.safetensors|\..+\.part")
 
 
@@ -58,8 +62,10 @@ class Checkpoint:
 
     Args:
         folder: The run's folder.
-        resume: Continue what is there. Otherwise a finished run is replaced, and an unfinished one refused.
+        resume: Continue what is there. Otherwise an unfinished run is refused, and a finished one replaced if it is the
+            same run once more.
         world: The processes of the run; that of rank 0 alone reads and writes, and tells the others.
+        overwrite: Replace a finished run whatever it was.
 
     Attributes:
         manifest: What `checkpoint.json` says; empty where there is none.
@@ -70,20 +76,22 @@ class Checkpoint:
         OSError: It cannot be read.
     """
 
-    def __init__(self, folder: Path, resume: bool = False, world: World = SINGLE):
+    def __init__(self, folder: Path, resume: bool = False, world: World = SINGLE, overwrite: bool = False):
         self.folder, self.world = folder / "checkpoint", world
         self._stamps: dict[str, tuple[Any, str]] = {}  # of the parts on disk: their entry, a fingerprint of the content
         self._run = ""  # what the run has measured, as JSON
         self.changed: list[str] = []
         self.manifest: dict[str, Any] = world.from_first(lambda: _read_manifest(self.folder))
-        if self.manifest and not resume:  # a finished run stays until the first save
+        self._replaced: dict[str, Any] = {}  # a finished run stays until the first save
+        self._overwrite = overwrite
+        if self.manifest and not resume:
             done, of = len(self.manifest["run"]["curve"]), self.manifest["run"]["tasks"]
             if done < of:
                 raise ValueError(
                     f"{folder} holds a run that has learned {done} of {of} tasks: continue it with --resume, "
                     f"choose another folder, or remove {self.folder}"
                 )
-            self.manifest = {}
+            self._replaced, self.manifest = self.manifest, {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -111,6 +119,12 @@ class Checkpoint:
         if self.world.size > 1:
             whole = {**fingerprint, "settings": {k: v for k, v in settings.items() if k not in ELSEWHERE}}
             refuse_other(self.world.from_first(lambda: whole), whole, "the process of rank 0 is")
+        if self._replaced and not self._overwrite:
+            what = f"{self.folder.parent} holds the results"
+            try:
+                refuse_other(self._replaced["fingerprint"], fingerprint, what)
+            except ValueError as error:
+                raise ValueError(f"{error}; choose another folder, or --overwrite it") from error
         saved = self.manifest
         if saved:
             self.changed = self._changed(fingerprint, settings)
@@ -237,6 +251,10 @@ class Checkpoint:
                 "continue with --resume"
             ) from error
         self.manifest, self._run = manifest, measured
+        if self._replaced:  # what was written of that run goes with its checkpoint
+            for name in RESULTS:
+                (self.folder.parent / name).unlink(missing_ok=True)
+            self._replaced = {}
         self._sweep()
 
     def _kept(self, name: str, stamp: str) -> dict[str, Any] | None:

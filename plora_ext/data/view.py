@@ -16,6 +16,8 @@ or prepared on the device, so that the same state of it gives the same batches f
 from __future__ import annotations
 
 import hashlib
+import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -36,6 +38,7 @@ from .transforms import random_affine, to_tensor
 
 READY_BYTES = 2 << 30  # arrays whose float images take no more than this are resized once and kept
 SHARE = 1 / 4  # of the free memory of the device or the host, that images may take
+SHM, TIMEOUT = "/dev/shm", 600  # where workers hand over batches; seconds to wait for one
 CROP = {"scale": (0.05, 1.0), "ratio": (3 / 4, 4 / 3)}  # of transform pilot
 Own = Callable[[int], slice]
 
@@ -209,12 +212,36 @@ class _Loader:
     def __init__(self, items: _Items, preparation: Preparation):
         self._items, self._preparation = items, preparation
         self._plan: list[Any] = []  # what the loader takes as its batch sampler
+        self._bytes: int | None = None  # of an item
         self._loader: DataLoader | None = None
+
+    def _fitting(self, batch_size: int) -> int:
+        """How many workers shared memory has room for: each has up to two batches there, and one is being read."""
+        try:
+            free = shutil.disk_usage(SHM).free
+        except OSError:  # batches lie elsewhere
+            return self._preparation.workers
+        if self._bytes is None:
+            item = self._items[0, None]
+            self._bytes = 0 if isinstance(item, Exception) else item.nbytes
+        batch, workers = max(1, batch_size * self._bytes), self._preparation.workers
+        fit = min(workers, max(0, (free // batch - 1) // 2))
+        if fit < workers:
+            warnings.warn(
+                f"{SHM} has {free >> 20} MiB free and a batch takes {batch / 2**20:.1f}: {fit} data workers instead of "
+                f"{workers} (docker run --shm-size=1g makes room)",
+                stacklevel=2,
+            )
+        return fit
 
     def __call__(self, batches: list[Any]) -> Iterator[Any]:
         """The batches of `batches`, lists of items; a worker that died becomes one clear error."""
         self._plan[:] = batches
         workers = min(self._preparation.workers, len(batches))
+        if workers and (fit := self._fitting(max(map(len, batches)))) < workers:
+            workers = fit
+            if self._loader is not None and self._loader.num_workers > fit:
+                self._loader = None
         if self._loader is None or self._loader.num_workers < workers:
             self._loader = DataLoader(
                 self._items,
@@ -225,6 +252,7 @@ class _Loader:
                 generator=torch.Generator(),  # its own: the global one stays where it is
                 persistent_workers=workers > 0,
                 multiprocessing_context="fork" if workers else None,
+                timeout=TIMEOUT if workers else 0,
             )
         try:
             for batch in self._loader:
@@ -232,10 +260,16 @@ class _Loader:
                     raise batch
                 yield batch
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            said = str(error).splitlines()[0]
+            if "DataLoader timed out" in said:
+                self._loader = None
+                raise TimeoutError(
+                    f"no batch came from data workers within {TIMEOUT} s: {SHM} may be full (docker run "
+                    "--shm-size=1g), or the disk hangs; set workers to 0"
+                ) from error
+            if "DataLoader worker" not in said:
                 raise
             self._loader = None
-            said = str(error).splitlines()[0]
             raise ChildProcessError(
                 f"a data worker died ({said}); it may have run out of memory: lower workers, or set it to 0"
             ) from error
