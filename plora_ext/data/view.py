@@ -212,7 +212,6 @@ class _Loader:
     def __init__(self, items: _Items, preparation: Preparation):
         self._items, self._preparation = items, preparation
         self._plan: list[Any] = []  # what the loader takes as its batch sampler
-        self._bytes: int | None = None  # of an item
         self._loader: DataLoader | None = None
 
     def _fitting(self, batch_size: int) -> int:
@@ -221,10 +220,9 @@ class _Loader:
             free = shutil.disk_usage(SHM).free
         except OSError:  # batches lie elsewhere
             return self._preparation.workers
-        if self._bytes is None:
-            item = self._items[0, None]
-            self._bytes = 0 if isinstance(item, Exception) else item.nbytes
-        batch, workers = max(1, batch_size * self._bytes), self._preparation.workers
+        p, workers = self._preparation, self._preparation.workers
+        # as they are stored, images may have any size: a million bytes is one of 580 pixels
+        batch = batch_size * (10**6 if p.on_device else p.image_size**2 * (3 if p.transform == "pilot" else 12))
         fit = min(workers, max(0, (free // batch - 1) // 2))
         if fit < workers:
             warnings.warn(
