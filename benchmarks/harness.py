@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -136,7 +137,7 @@ class Step:
 
 
 @dataclass
-class GPUCase:
+class GPUCase(ABC):
     """Forms of one computation on a GPU, ours among them; what a kind of case asks of them, its class says."""
 
     eager_sets = None  # through how many sets a form walks that is not captured (None: all)
@@ -160,12 +161,13 @@ class GPUCase:
         """Bytes of one set."""
         return sum(t.nbytes for t in vars(first).values() if isinstance(t, Tensor))
 
+    @abstractmethod
     def to_compile(self, name: str) -> bool:
-        raise NotImplementedError
+        """Whether a form joins the choice of the best one in torch."""
 
+    @abstractmethod
     def judge(self, lines: dict[str, Line]) -> list[str]:
         """Each goal, its figure, and whether it is met, from the lines of forms that are right."""
-        raise NotImplementedError
 
 
 @dataclass

@@ -113,10 +113,11 @@ def predict(args: argparse.Namespace) -> None:
     """Classes of images, by a run's last checkpoint."""
     from plora_ext.cil import trained
     from plora_ext.data import ImageFiles
+    from plora_ext.data.inputs import image_paths
 
     if Path(args.out).suffix not in (".csv", ".json"):
         raise ValueError(f"out must end in .csv or .json, got {args.out!r}")
-    paths = trained.image_paths(args.images)
+    paths = image_paths(args.images)
     run = trained.Trained(args.run, args.world, **_given(args, ("device", "workers")))
     predictions = run.predict(ImageFiles(paths))
     if not args.world.first:

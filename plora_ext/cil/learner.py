@@ -114,8 +114,8 @@ class Learner:
             ValueError: A class of an earlier task, or data of another kind.
             RuntimeError: An earlier call has ended with an error while it learned.
         """
-        from plora_ext.cil.inputs import read_labelled
         from plora_ext.cil.stream import Task
+        from plora_ext.data.inputs import read_labelled
 
         if self._cut_short:
             raise RuntimeError("an earlier fit was cut short within its task: make a new learner, or load a saved one")
@@ -184,7 +184,7 @@ class Learner:
         The score is a scaled cosine, a log-likelihood or a regression value: it orders the classes of one image.
         """
         from plora_ext.cil.evaluate import classify
-        from plora_ext.cil.inputs import read_images
+        from plora_ext.data.inputs import read_images
 
         if not self.classes:
             raise RuntimeError("this learner has learned no task yet: call fit first")
@@ -204,7 +204,7 @@ class Learner:
         Raises:
             ValueError: A label that was not learned.
         """
-        from plora_ext.cil.inputs import read_labelled
+        from plora_ext.data.inputs import read_labelled
 
         images, labels = read_labelled(data)
         position = {label: i for i, label in enumerate(self.classes)}

@@ -25,7 +25,8 @@ class Result:
         total_seconds: The whole run, without loading data and backbone.
         num_train, num_test: Images.
         costs: `seconds` and `peak_mb` of each phase, task by task.
-        drift: Of the prototypes, task by task (plora_ext.cil.drift); None where there is none, empty if not measured.
+        drift: Of the prototypes, task by task (plora_ext.cil.prototype_error); None where there is none, empty if not
+            measured.
         environment: Versions and the device's name; as `changed`, what was changed when the run was continued.
         inputs: Digests of the data and of the backbone's weights; `data` and `backbone`, where `run` was given others
             than the settings name, say so.

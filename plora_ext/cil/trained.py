@@ -17,7 +17,6 @@ from plora_ext.cil.build import load_data, make_stream
 from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, data_digests, refuse_other, write_whole
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.evaluate import Evaluator
-from plora_ext.cil.inputs import image_paths as image_paths
 from plora_ext.cil.learner import Learner
 from plora_ext.cil.settings import Settings
 from plora_ext.data import ImageFiles, View

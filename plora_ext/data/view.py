@@ -213,6 +213,7 @@ class _Loader:
         self._items, self._preparation = items, preparation
         self._plan: list[Any] = []  # what the loader takes as its batch sampler
         self._loader: DataLoader | None = None
+        self._warned = False
 
     def _fitting(self, batch_size: int) -> int:
         """How many workers shared memory has room for: each has up to two batches there, and one is being read."""
@@ -224,7 +225,8 @@ class _Loader:
         # as they are stored, images may have any size: a million bytes is one of 580 pixels
         batch = batch_size * (10**6 if p.on_device else p.image_size**2 * (3 if p.transform == "pilot" else 12))
         fit = min(workers, max(0, (free // batch - 1) // 2))
-        if fit < workers:
+        if fit < workers and not self._warned:
+            self._warned = True
             warnings.warn(
                 f"{SHM} has {free >> 20} MiB free and a batch takes {batch / 2**20:.1f}: {fit} data workers instead of "
                 f"{workers} (docker run --shm-size=1g makes room)",

@@ -10,8 +10,8 @@ import numpy as np
 from PIL.Image import Image
 from torch import Tensor
 
-from plora_ext.data import ImageFiles
-from plora_ext.data.decode import to_8_bits, to_rgb
+from .decode import to_8_bits, to_rgb
+from .sets import ImageFiles
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _WANTED = (
