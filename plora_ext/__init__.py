@@ -11,14 +11,11 @@ __version__ = "0.1.0"
 
 variables.settle()
 
-from plora_ext import libraries  # noqa: E402  imports torch
-
-libraries.load()
-
-from plora_ext import ops, reference  # noqa: E402  ops gives the loaded operators their fake implementations and gradients
+if not variables.command():  # which says --help without torch
+    from plora_ext import ops, reference  # ops loads the operators and gives them fake implementations and gradients
 
 if TYPE_CHECKING:
-    from plora_ext import cil, data, io, nn
+    from plora_ext import cil, data, io, nn, ops, reference
     from plora_ext.cil.learner import Learner
     from plora_ext.io import load_adapter, save_adapter
     from plora_ext.nn import Adapters, Ensemble, MultiLoRALinear, inject
@@ -28,7 +25,7 @@ __all__ = [
     "nn", "ops", "reference", "save_adapter",
 ]  # fmt: skip
 # What is imported when it is first named: timm, matplotlib and rich are theirs to import.
-_ROOMS = ("cil", "data", "io", "nn")
+_ROOMS = ("cil", "data", "io", "nn", "ops", "reference")
 _ROOM_OF = {"Learner": "cil.learner", "load_adapter": "io", "save_adapter": "io"}  # of the other names: nn
 
 

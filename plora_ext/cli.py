@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from torch import OutOfMemoryError
-
-from plora_ext.cil.distributed import SINGLE, Stopped, World, launched
 from plora_ext.cil.settings import MethodName, Settings, closest, parse
+
+if TYPE_CHECKING:  # functions import what takes seconds: --help and what is mistyped are answered without torch
+    from plora_ext.cil.distributed import World
 
 DEMO_METHODS: tuple[MethodName, ...] = ("simplecil", "lora-sequential", "plora")
 
@@ -28,36 +30,82 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+class _Pipe(io.FileIO):
+    """A standard output whose reader may go, as `head` does: what is written then is lost, and the work goes on."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 after an error of the user's, 130 after Ctrl-C."""
+    """Runs a command; returns the exit code: 0, 2 after an error of the user's, 128 + N after signal N (Ctrl-C: 130)."""
     warnings.showwarning = _one_line
+    if (out := sys.__stdout__) is not None and sys.stdout is out:
+        raw = io.BufferedWriter(_Pipe(out.fileno(), "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(raw, out.encoding, errors="replace", line_buffering=True)
     words = sys.argv[1:] if arguments is None else arguments
     args, unknown = _parser().parse_known_args([_hyphens(word) for word in words])
     try:
-        if unknown:
-            flags = [option for option in args.options if option.startswith("--")]
-            known = closest(unknown[0].split("=")[0], flags) if unknown[0].startswith("-") else ""
-            raise ValueError(f"unknown argument {unknown[0]!r}{known}")
-        with launched() as args.world:
-            if args.world.size > 1 and args.command not in (demo, train, evaluate, predict):
-                raise ValueError("only demo, train, eval and predict are for many processes: leave torchrun out")
-            args.command(args)
-    except Stopped:
+        with _signals():
+            if unknown:
+                flags = [option for option in args.options if option.startswith("--")]
+                known = closest(unknown[0].split("=")[0], flags) if unknown[0].startswith("-") else ""
+                raise ValueError(f"unknown argument {unknown[0]!r}{known}")
+            if os.environ.get("WORLD_SIZE", "1") == "1":  # else one process is to say it
+                settings_from(args)
+            from plora_ext.cil.distributed import launched
+
+            with launched() as args.world:
+                if args.world.size > 1 and args.command not in (demo, train, evaluate, predict):
+                    raise ValueError("only demo, train, eval and predict are for many processes: leave torchrun out")
+                args.command(args)
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":
+            resume = "; go on with --resume" if args.command is train else ""
+            print(f"interrupted: what was finished is kept, nothing else was written{resume}", file=sys.stderr)
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if args.debug:
             raise
-        return 2
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") != "0":
-            return 130
-        resume = "; go on with --resume" if args.command is train else ""
-        print(f"interrupted: what was finished is kept, nothing else was written{resume}", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError, FloatingPointError, OutOfMemoryError) as error:
-        if args.debug:
+        return _refused(error)
+    except RuntimeError as error:
+        from torch import OutOfMemoryError
+
+        from plora_ext.cil.distributed import Stopped
+
+        if args.debug or not isinstance(error, OutOfMemoryError | Stopped):
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, Stopped) else _refused(error)  # of the former another process speaks
     return 0
+
+
+def _refused(error: Exception) -> int:
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """What ends a process from outside (a scheduler, a container, a closed connection) ends it as Ctrl-C does."""
+
+    def end(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise KeyboardInterrupt(number)
+
+    before: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one
+                with suppress(ValueError):  # not the main thread
+                    before[number] = signal.signal(number, end)
+        yield
+    finally:
+        for changed, handler in before.items():
+            signal.signal(changed, handler)
 
 
 def _one_line(message: Warning | str, *rest: Any, **keywords: Any) -> None:
@@ -176,7 +224,7 @@ def info(args: argparse.Namespace) -> None:
 def _run(
     jobs: Sequence[Settings],
     shown: Settings,
-    world: World = SINGLE,
+    world: World,
     resume: bool | None = None,
     tensorboard: bool = False,
     overwrite: bool = False,

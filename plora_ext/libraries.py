@@ -1,4 +1,4 @@
-"""Loads the compiled operator libraries, once, at ``import plora_ext``.
+"""Loads the compiled operator libraries once, when it is imported: by ``import plora_ext``, by the command when needed.
 
 ``PLORA_BACKEND=reference`` loads nothing: every operator then runs its plain-torch twin. Otherwise the CPU library must
 load, and the CUDA one must where it was built and torch has CUDA. Nothing is compiled here and CUDA is not initialised.
@@ -125,3 +125,6 @@ def _load(name: str) -> None:
 
 def _cuda(version: str | None) -> str:
     return f"CUDA {version}" if version else "no CUDA"
+
+
+load()

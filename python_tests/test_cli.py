@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import runpy
 import signal
 import subprocess
@@ -257,33 +258,111 @@ def test_a_loss_that_is_not_finite_writes_nothing(
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_interrupt_keeps_whole_files(problem: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    script = (
-        f"{TINY}\nimport sys, torch\nimport plora_ext.cil.build as engine\nfrom plora_ext.cli import main\n"
-        "torch.set_num_threads(1)\nengine.create_backbone = create\nsys.exit(main(sys.argv[1:]))"
-    )
+SCRIPT = (
+    f"{TINY}\nimport sys, torch\nimport plora_ext.cil.build as engine\nfrom plora_ext.cli import main\n"
+    "torch.set_num_threads(1)\nengine.create_backbone = create\nsys.exit(main(sys.argv[1:]))"
+)
+
+
+def test_interrupt_keeps_whole_files(tmp_path: Path) -> None:
+    """A closed connection tells all processes, the data workers too, and is as Ctrl-C."""
+    out, rng = tmp_path / "out", np.random.default_rng(0)
+    for i in range(24):
+        folder = tmp_path / "pics" / ("test" if i % 4 == 0 else "train") / "abc"[i // 8]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(folder / f"{i}.png")
+    given = f"--data {tmp_path}/pics --increment 1 --r 2 --device cpu --workers 2 --epochs 100000 --out {out}"
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "demo", *problem, "--epochs", "100000", "--out", str(out)],
+        [sys.executable, "-c", SCRIPT, "demo", *given.split()],
         cwd=tmp_path,  # not the source folder, which Python would import in place of the installed package
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 120
         while not (out / "metrics.json").exists() or any(out.glob(".plora-*")):  # simplecil is done, the next is not
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        os.killpg(process.pid, signal.SIGHUP)
         _, error = process.communicate(timeout=60)
+        with pytest.raises(ProcessLookupError):  # no worker is left
+            os.killpg(process.pid, 0)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 128 + signal.SIGHUP
     assert error.startswith("interrupted") and error.count("\n") == 1
     assert sorted(path.name for path in out.iterdir()) == FILES
     assert [r.method for r in load_results(out)] == ["simplecil"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_one_line(
+    number: signal.Signals, problem: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr(plora_ext.cil.build, "load_data", lambda _: signal.raise_signal(number))
+    assert main(["train", *problem, "--out", str(Path(problem[1]).parent / "out")]) == 128 + number
+    kept = "interrupted: what was finished is kept, nothing else was written; go on with --resume\n"
+    assert capsys.readouterr().err == kept and signal.getsignal(number) == before
+
+
+def command(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "plora_ext", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **variables},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def test_interrupt_while_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import time\nopen('begun', 'w').close()\ntime.sleep(60)\n")
+    with command(tmp_path, "train", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path[1:]])) as process:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    assert process.returncode == 130 and error.startswith("interrupted") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ("--version", 0, "plora-ext "),
+        ("train --help", 0, "--weight-decay"),
+        ("train --epoch 3", 2, "did you mean '--epochs'?"),
+        ("train --method plroa", 2, "did you mean 'plora'?"),
+        ("predict", 2, "required: RUN, IMAGE"),
+    ],
+)
+def test_what_needs_no_torch_does_not_import_it(arguments: str, code: int, said: str, tmp_path: Path) -> None:
+    for name in ("torch", "timm", "torchvision", "rich", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(77)")
+    with command(tmp_path, *arguments.split(), PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path[1:]])) as process:
+        printed = "".join(process.communicate(timeout=20))
+    assert process.returncode == code and said in printed
+
+
+def test_a_reader_that_goes_and_letters_that_are_not_there(problem: list[str], tmp_path: Path) -> None:
+    given = [*problem, "--method", "simplecil", "--out", str(tmp_path / "out")]
+    arguments = [sys.executable, "-c", SCRIPT, "train", *given]
+    variables = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert "48 training" in process.stdout.readline()
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (0, "")
+    assert len(load_results(tmp_path / "out")[0].curve) == 3
 
 
 HIDDEN = """
