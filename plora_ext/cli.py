@@ -42,7 +42,7 @@ class _Pipe(io.FileIO):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 after an error of the user's, 128 + N after signal N (Ctrl-C: 130)."""
+    """Runs a command; returns the exit code: 0, 2 after an error of the user's, 128 + N after signal N."""
     warnings.showwarning = _one_line
     if (out := sys.__stdout__) is not None and sys.stdout is out:
         raw = io.BufferedWriter(_Pipe(out.fileno(), "w", closefd=False))
@@ -165,13 +165,19 @@ def predict(args: argparse.Namespace) -> None:
 
     if Path(args.out).suffix not in (".csv", ".json"):
         raise ValueError(f"out must end in .csv or .json, got {args.out!r}")
+    if Path(args.out).exists() and not args.overwrite:
+        raise ValueError(f"{args.out} is there already: choose another file by --out, or --overwrite it")
+    if args.top < 1:
+        raise ValueError(f"top must be at least 1, got {args.top}")
     paths = image_paths(args.images)
-    run = trained.Trained(args.run, args.world, **_given(args, ("device", "workers")))
-    predictions = run.predict(ImageFiles(paths))
+    run = trained.Trained(args.run, args.world, **_given(args, ("device", "workers", "corrupt")))
+    if run.settings.corrupt == "skip":
+        paths = trained.decodable(paths)
+    predictions = run.predict(ImageFiles(paths), args.top)
     if not args.world.first:
         return
     trained.write_predictions(Path(args.out), paths, predictions)
-    print(f"written to {args.out}: {len(paths)} predictions")
+    print(f"written to {args.out}: predictions for {len(paths)} {'image' if len(paths) == 1 else 'images'}")
 
 
 def report(args: argparse.Namespace) -> None:
@@ -260,7 +266,7 @@ def _run(
             together = f", {world.size} processes" if world.size > 1 else ""
             print(
                 f"{shown.data}: {len(data.train_images)} training and {len(data.test_images)} test images, "
-                f"{stream.num_classes} classes in {len(stream)} tasks{together}"
+                f"{stream.num_classes} classes in {len(stream)} {'task' if len(stream) == 1 else 'tasks'}{together}"
             )
         results: list[Result] = []
         with console if world.first else nullcontext():
@@ -349,6 +355,11 @@ def _parser() -> argparse.ArgumentParser:
     predictor.add_argument(
         "--out", default="predictions.csv", metavar="FILE", help=".csv or .json (default: %(default)s)"
     )
+    predictor.add_argument("--overwrite", action="store_true", help="replace that file")
+    predictor.add_argument(
+        "--top", type=int, default=1, metavar="K", help="rows for each image: its likeliest classes (default: 1)"
+    )
+    predictor.add_argument("--corrupt", metavar="error|skip", help="as in train (default: the run's)")
     for added in (evaluator, predictor):
         added.add_argument("--device", metavar="VALUE", help="as in train (default: the run's)")
         added.add_argument("--workers", metavar="VALUE", help="as in train (default: the run's)")

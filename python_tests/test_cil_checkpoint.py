@@ -551,7 +551,21 @@ def test_eval_and_predict(problem: list[str], tmp_path: Path, capsys: pytest.Cap
     assert [Path(row["image"]).name for row in rows] == [f"{i:02}.png" for i in range(24)]
     right = np.mean([row["class"] == label for row, label in zip(rows, arrays()["test_labels"])])
     assert 100 * right == pytest.approx(expected.curve[-1])
-    assert (tmp_path / "p.csv").read_text().splitlines()[0] == "image,class,name,score"
+    assert (tmp_path / "p.csv").read_text().splitlines()[0] == "image,class,name,task,probability,score"
+    assert all(0.2 < row["probability"] <= 1 for row in rows)  # of six classes, by the best
+    order = expected.class_order
+    assert [row["task"] for row in rows] == [order.index(row["class"]) // 2 + 1 for row in rows]
+    written = (tmp_path / "p.csv").read_bytes()
+    assert main(["predict", str(out), str(pictures), "--out", str(tmp_path / "p.csv")]) == 2
+    assert "p.csv is there already" in capsys.readouterr().err and (tmp_path / "p.csv").read_bytes() == written
+    again = ["predict", str(out), str(pictures), "--top", "9", "--out", str(tmp_path / "p.json"), "--overwrite"]
+    assert main(again) == 0
+    all_classes = json.loads((tmp_path / "p.json").read_text())
+    assert len(all_classes) == 24 * 6 and [row["rank"] for row in all_classes[:7]] == [1, 2, 3, 4, 5, 6, 1]
+    assert [row["class"] for row in all_classes[::6]] == [row["class"] for row in rows]
+    for i in range(0, len(all_classes), 6):
+        shares = [row["probability"] for row in all_classes[i : i + 6]]
+        assert sum(shares) == pytest.approx(1, abs=1e-4) and shares == sorted(shares, reverse=True)
 
     capsys.readouterr()
     (pictures / "00.png").write_bytes(b"no picture")
@@ -559,11 +573,15 @@ def test_eval_and_predict(problem: list[str], tmp_path: Path, capsys: pytest.Cap
         (["predict", str(out), str(pictures)], "00.png is no image that can be decoded"),
         (["predict", str(out), str(tmp_path / "nowhere")], "nowhere is no file and no folder"),
         (["predict", str(out), str(pictures), "--out", "p.txt"], "out must end in .csv or .json, got 'p.txt'"),
+        (["predict", str(out), str(pictures), "--top", "0"], "top must be at least 1, got 0"),
         (["predict", str(tmp_path), str(pictures)], "holds no learned task: RUN must be a folder of `plora-ext train`"),
         (["eval", str(out / "nowhere")], "holds no learned task"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+    skipping = ["predict", str(out), str(pictures), "--corrupt", "skip", "--out", str(tmp_path / "left.json")]
+    assert main(skipping) == 0
+    assert json.loads((tmp_path / "left.json").read_text()) == rows[1:]
     (tmp_path / "toy.npz").rename(tmp_path / "moved.npz")
     assert main(["eval", str(out), "--data", str(tmp_path / "moved.npz")]) == 0
     np.savez(tmp_path / "toy.npz", **{**arrays(), "test_labels": arrays()["test_labels"][::-1]})

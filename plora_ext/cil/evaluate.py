@@ -20,17 +20,22 @@ FEATURES = 2**18  # images whose features are computed before they are classifie
 LOGITS = 2**22  # at a time: 16 MiB, and a few times that in between
 
 
-def classify(method: Method, images: View, rows: Tensor, classes: int, cache: FeatureCache | None = None) -> Tensor:
-    """The class of each image among `rows` (int64 [n]) and its logit, float64 [n, 2]; in every process.
+def classify(
+    method: Method, images: View, rows: Tensor, classes: int, cache: FeatureCache | None = None, top: int = 1
+) -> Tensor:
+    """The best classes of each image among `rows` (int64 [n]), best first, in every process: float64 [n, top, 3].
+
+    Each is its class, its logit, and its share of the softmax over all classes seen.
 
     Args:
         classes: How many have been seen.
         cache: Keeps features of images under adapters that stay as they are.
+        top: At most `classes`.
     """
-    return method.world.spread(lambda own: _best(method, images, own, classes, cache), rows)
+    return method.world.spread(lambda own: _best(method, images, own, classes, cache, top), rows)
 
 
-def _best(method: Method, images: View, rows: Tensor, classes: int, cache: FeatureCache | None) -> Tensor:
+def _best(method: Method, images: View, rows: Tensor, classes: int, cache: FeatureCache | None, top: int) -> Tensor:
     """Part by part: neither all features nor the logits of all images for all classes need fit into memory."""
     spaces = method.spaces() if cache else None
     if cache is None or spaces is None:
@@ -42,7 +47,10 @@ def _best(method: Method, images: View, rows: Tensor, classes: int, cache: Featu
     for features in parts:
         logits = method.logits(features)
         chosen = logits.argmax(-1, keepdim=True)
-        best.append(torch.cat([chosen.double(), logits.gather(-1, chosen).double()], 1))
+        if top > 1:
+            chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top]
+        values, sums = logits.gather(-1, chosen).double(), logits.double().logsumexp(-1, keepdim=True)
+        best.append(torch.stack([chosen.double(), values, (values - sums).exp()], -1))
     return torch.cat(best)
 
 
@@ -61,7 +69,7 @@ class Evaluator:
         seen = self.tasks[: task + 1]
         # A process has the same images after every task, for more come behind: it finds their kept features.
         rows, classes = torch.from_numpy(np.concatenate([t.test for t in seen])), seen[-1].classes.stop
-        predicted = classify(self.method, self.images, rows, classes, self.cache)[:, 0].cpu().numpy()
+        predicted = classify(self.method, self.images, rows, classes, self.cache)[:, 0, 0].cpu().numpy()
         labels = np.concatenate([t.test_labels for t in seen])
         correct = (predicted == labels).astype(np.float64)
         return 100.0 * float(correct.mean()), metrics.task_accuracies(correct, self.task_of_class[labels])

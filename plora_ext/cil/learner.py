@@ -183,6 +183,15 @@ class Learner:
 
         The score is a scaled cosine, a log-likelihood or a regression value: it orders the classes of one image.
         """
+        best = self.best(images)
+        return best[:, 0, 0].astype(np.int64), best[:, 0, 1]
+
+    def best(self, images: Any, top: int = 1) -> np.ndarray:
+        """The best classes of each image, best first, float64 [N, top, 3]: position in `classes`, score, probability.
+
+        The probability is the score's share of the softmax over all classes seen. Where the head gives log-likelihoods
+        (gaussian) it is that of the class if all are as frequent; elsewhere it is not calibrated.
+        """
         from plora_ext.cil.evaluate import classify
         from plora_ext.data.inputs import read_images
 
@@ -192,8 +201,8 @@ class Learner:
         if not len(view):
             raise ValueError("images must hold at least one image, got none")
         with self.random():
-            best = classify(self.method, view, torch.arange(len(view)), len(self.classes)).cpu().numpy()
-        return best[:, 0].astype(np.int64), best[:, 1]
+            number, rows = len(self.classes), torch.arange(len(view))
+            return np.asarray(classify(self.method, view, rows, number, top=min(top, number)).cpu())
 
     def evaluate(self, data: Any) -> dict[str, Any]:
         """`accuracy` over all images in percent, and `task_accuracies`, over those of each task's classes.

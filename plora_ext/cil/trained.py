@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -83,23 +84,55 @@ class Trained:
             "task_accuracies": row,
         }
 
-    def predict(self, images: np.ndarray | ImageFiles) -> list[dict[str, Any]]:
-        """For each image its class among those seen: `class` (its label in the data set), `name`, and the `score`.
+    def predict(self, images: np.ndarray | ImageFiles, top: int = 1) -> list[dict[str, Any]]:
+        """A row for each of the `top` likeliest classes of each image, among all classes seen.
 
-        The score is the head's own: a scaled cosine, a log-likelihood, or a regression value; it orders the classes of
-        one image.
+        `class` is its label in the data set, `name` its name, `task` the one that brought it, from 1; `probability` and
+        `score` are those of `plora_ext.cil.Learner.best`. With `top` above 1 there is a `rank`, too.
         """
-        found, scores = self.learner.scores(images)
         order, names = self.run["class_order"], self.run["class_names"]
+        task = np.repeat(np.arange(len(self.learner.task_sizes)), self.learner.task_sizes) + 1
         return [
-            {"class": order[c], "name": names[c] if names else str(order[c]), "score": score}
-            for c, score in zip(found.tolist(), scores.tolist())
+            {
+                **({"rank": rank} if top > 1 else {}),
+                "class": order[int(c)],
+                "name": names[int(c)] if names else str(order[int(c)]),
+                "task": int(task[int(c)]),
+                "probability": round(probability, 6),
+                "score": score,
+            }
+            for best in self.learner.best(images, top).tolist()
+            for rank, (c, score, probability) in enumerate(best, 1)
         ]
 
 
+def decodable(paths: Sequence[Path]) -> list[Path]:
+    """The image files that can be decoded; a warning names the others.
+
+    Raises:
+        ValueError: There is none.
+    """
+    kept, said = [], []
+    for path in paths:
+        try:
+            ImageFiles([path])[0]
+            kept.append(path)
+        except ValueError as error:
+            said.append(str(error))
+    if not kept:
+        raise ValueError(f"none of {len(paths)} images can be decoded: {said[0]}")
+    if said:
+        warnings.warn(f"left out {len(said)} of {len(paths)} images: {said[0]}", stacklevel=2)
+    return kept
+
+
 def write_predictions(out: Path, paths: Sequence[Path], predictions: Sequence[dict[str, Any]]) -> None:
-    """Writes a row for each image, as JSON or CSV by the suffix of `out`; the file appears whole or not at all."""
-    rows = [{"image": str(path), **prediction} for path, prediction in zip(paths, predictions)]
+    """Writes the rows of `Trained.predict`, as many for each image, each with its path, as JSON or CSV by the suffix.
+
+    The file appears whole or not at all.
+    """
+    each = len(predictions) // len(paths)
+    rows = [{"image": str(paths[i // each]), **prediction} for i, prediction in enumerate(predictions)]
     if out.suffix == ".json":
         text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
     elif out.suffix == ".csv":
