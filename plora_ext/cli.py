@@ -256,7 +256,8 @@ def _run(
         callbacks: list[Any] = [console] if world.first else []
         if tensorboard and world.first:  # before any work: it may not be installed
             resumed = bool(checkpoint and checkpoint.manifest)
-            callbacks.append(stack.enter_context(TensorBoard(folder / "tensorboard", anew=not resumed)))
+            board = TensorBoard(folder / "tensorboard", not resumed, shown, several=len(jobs) > 1)
+            callbacks.append(stack.enter_context(board))
         with world.host_first() if shown.download else nullcontext():
             data = load_data(shown)
         stream = make_stream(shown, data)

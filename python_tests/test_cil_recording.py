@@ -192,12 +192,44 @@ def test_tensorboard_scalars(data: Images, tmp_path: Path, monkeypatch: pytest.M
     for _ in range(2):  # a second run in the same folder takes the place of the first
         assert main(["train", *given]) == 0
         (result,) = load_results(tmp_path / "out")
-        events = EventAccumulator(str(tmp_path / "out" / "tensorboard" / "plora")).Reload()
+        events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
         accuracy = [(e.step, e.value) for e in events.Scalars("accuracy/all classes seen")]
         assert accuracy == [(t + 1, pytest.approx(value)) for t, value in enumerate(result.curve)]
         assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+        losses, rates = events.Scalars("step/loss"), events.Scalars("step/lr")
+        assert [e.step for e in losses] == [e.step for e in rates] == list(range(1, 7))  # a step an epoch here
+        assert [e.value for e in losses] == pytest.approx([e.value for e in events.Scalars("loss")])
+        assert [e.value for e in rates[:3]] == pytest.approx([3e-3, 1.5e-3, 3e-3])  # of two steps a task
+        (text,) = events.Tensors("settings/text_summary")[-1].tensor_proto.string_val
+        assert b"    method: plora\n" in text and b"    epochs: 2\n" in text
     after = [e.value for e in events.Scalars("drift of prototypes/after")]
     assert after == pytest.approx([step["after"] for step in result.drift if step])
+
+
+def test_a_resumed_run_says_where_it_goes_on(
+    data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*problem(data, tmp_path, monkeypatch)[:-1], "--out", str(tmp_path / "out")]
+    whole = Checkpoint.save_epoch
+
+    def save(self: Checkpoint, task: int, epoch: int, *rest: Any) -> None:
+        whole(self, task, epoch, *rest)
+        if (task, epoch) == (1, 0):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as cut:
+        cut.setattr(Checkpoint, "save_epoch", save)
+        assert main(["train", *given]) == 130
+    capsys.readouterr()
+    heard: list[int] = []
+    monkeypatch.setattr(Callback, "steps", lambda self, first, losses, rates: heard.append(first))
+    assert main(["train", *given, "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "continuing after task 1 of 3, epoch 1 of task 2\n" in said
+    assert "task  1 of 3   accuracy 100.0 %   learned before\n" in said and said.count("images/s") == 2
+    assert heard == [4, 5, 6]  # the steps count on
+    assert main(["train", *given, "--resume"]) == 0
+    assert "all 3 tasks are learned already\n" in capsys.readouterr().out
 
 
 def test_tensorboard_that_is_not_installed_costs_no_work(
@@ -232,6 +264,7 @@ def test_weights_and_biases_hear_the_same(data: Images, monkeypatch: pytest.Monk
         result = learn(data, callbacks=[wandb], measure_drift=False)
     assert made == [{"name": "plora", "project": "mine", "mode": "offline"}]
     assert [line["epoch"] for line in logged if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in logged if "step/lr" in line] == list(range(1, 13))  # two steps an epoch
     curve = [(line["task"], line["accuracy/all classes seen"]) for line in logged if "task" in line]
     assert curve == list(enumerate(result.curve, 1)) and logged[-1] == {"finished": 1}
     monkeypatch.setitem(sys.modules, "wandb", None)

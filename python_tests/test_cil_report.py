@@ -124,6 +124,11 @@ def test_labels_say_what_is_unusual() -> None:
     }  # fmt: skip
 
 
+def test_what_a_method_is_made_of_is_said_of_a_single_run() -> None:
+    (protocol,) = group([result(head="gaussian", r=8), result("simplecil", head="ranpac"), result("lora-first", r=8)])
+    assert [g.label for g in protocol.groups] == ["plora, head gaussian", "simplecil, head ranpac", "lora-first"]
+
+
 def test_settings_of_an_older_version_have_their_default() -> None:
     old = result(seed=1)
     del old.settings["measure_drift"], old.settings["projections"]
@@ -153,6 +158,28 @@ def begun(folder: Path, of: Result) -> Path:
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     runs = [result(seed=1, measure_drift=True), result("joint")]
     assert load_results(write(tmp_path, *runs)) == runs == load_results(tmp_path / "metrics.json")
+
+
+def test_a_folder_of_runs_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = result(seed=1), result(seed=2, done=2)
+    write(tmp_path / "runs" / "a", one)
+    begun(tmp_path / "runs" / "deep" / "b", two)
+    (tmp_path / "runs" / "no run").mkdir()
+    assert load_results(tmp_path / "runs") == [one, two]
+    for _ in range(2):  # the report itself, in the folder, counts no run twice
+        assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "runs" / "report")]) == 0
+        (protocol,) = group(load_results(tmp_path / "runs"))
+        assert len(protocol.results) == 2
+    assert "seed 2 (runs/plora-2) is incomplete, 2 of 4 tasks" in capsys.readouterr().out
+
+
+def test_a_result_is_short_to_see_and_saved(tmp_path: Path) -> None:
+    one = result(done=3)
+    said = f"average_accuracy {np.mean(one.curve):.2f}, last_accuracy {one.curve[-1]:.2f}"
+    assert repr(one).startswith(f"Result(plora, 3 of 4 tasks, {said}") and len(repr(one)) < 160
+    assert repr(result(done=0)) == "Result(plora, 0 of 4 tasks)"
+    assert one.save(tmp_path / "new" / "run") == tmp_path / "new" / "run" / "metrics.json"
+    assert load_results(tmp_path / "new" / "run") == [one]
 
 
 def test_metrics_without_the_newer_fields_are_read(tmp_path: Path) -> None:

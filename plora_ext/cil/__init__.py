@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from plora_ext.cil.result import Result
     from plora_ext.cil.settings import Settings
     from plora_ext.cil.stream import Task, TaskStream
+    from plora_ext.cil.trained import Trained
     from plora_ext.data import Images, load_images
 
 __all__ = [
-    "Callback", "Head", "Images", "Learner", "Method", "PLoRA", "Result", "Settings", "Task", "TaskStream",
+    "Callback", "Head", "Images", "Learner", "Method", "PLoRA", "Result", "Settings", "Task", "TaskStream", "Trained",
     "load_images", "register_alignment", "register_backbone", "register_head", "register_method", "run",
 ]  # fmt: skip
 # Imported when first named: the loop needs timm, a learner that is not yet made does not.

@@ -26,6 +26,9 @@ class Callback:
     def step(self, images: int) -> None:
         """So many of them are done."""
 
+    def steps(self, first: int, losses: Sequence[float], rates: Sequence[float]) -> None:
+        """Loss and learning rate of every step of an epoch, when it is done; `first` counts over all tasks from 1."""
+
     def epoch(self, number: int, loss: float) -> None:
         """An epoch of training is done, counted over all tasks from 1; `loss` is the mean over its steps."""
 

@@ -163,6 +163,16 @@ class Checkpoint:
         state = {name: self._read(name) for name in self.manifest["parts"] if name != "fit"}
         return {"run": self.manifest["run"], "state": _migrated(state)}
 
+    def reached(self) -> str:
+        """How far the run was when it was saved, in words for its reader; "" at its start."""
+        done, of = len(self.manifest["run"]["curve"]), self.manifest["run"].get("tasks", 1)
+        fit = self.manifest["parts"].get("fit", {}).get("tree", {}).get("dict", {})
+        if done == of:
+            return f"all {of} tasks are learned already"
+        begun = f"epoch {fit['epochs']['value']} of task {done + 1}" if fit and fit["task"]["value"] == done else ""
+        whole = f"task {done} of {of}" if done else ""
+        return f"continuing after {', '.join(filter(None, (whole, begun)))}" if whole or begun else ""
+
     def save_task(self, run: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Saves the run after a task: `run` is JSON, `state` nested dicts and lists of tensors and plain values.
 

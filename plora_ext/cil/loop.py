@@ -78,12 +78,15 @@ def run(
             method.restore(saved["state"])
             set_rng_state(saved["state"]["rng"])
         if checkpoint:
+            if world.first and (reached := checkpoint.reached()):
+                trainer.callbacks.note(reached)
             changed = result.resume(checkpoint.manifest["run"], checkpoint.changed, settings.measure_drift)
             if changed and world.first:
                 trainer.callbacks.note(f"the run continues, though not as it began: {changed}")
         labels = [[stream.class_order[c] for c in task.classes] for task in tasks]
         for done, accuracy in enumerate(result.curve):
             learner.add_task(labels[done])
+            trainer.steps += trainer.steps_for(len(tasks[done].train))
             trainer.callbacks.tell("task", done, accuracy)
 
         evaluator = Evaluator(method, tasks, test, stream.task_of_class(), make_cache(settings, trainer))

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
+
+import plora_ext
 from plora_ext.cil import metrics
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """What a run has measured so far; accuracies in percent, defined in plora_ext.cil.metrics.
 
@@ -57,6 +63,20 @@ class Result:
     @property
     def method(self) -> str:
         return str(self.settings["method"])
+
+    def __repr__(self) -> str:
+        known = {k: f"{v:.2f}" for k, v in (self.summary() if self.curve else {}).items() if v is not None}
+        done = f"{len(self.curve)} of {len(self.classes_seen)} tasks"
+        return f"Result({', '.join([self.method, done, *(f'{k} {v}' for k, v in known.items())])})"
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes FOLDER/metrics.json, which `plora-ext report` reads, and returns its path; it appears whole or not."""
+        from plora_ext.cil.checkpoint import write_whole
+
+        file = Path(folder) / "metrics.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, to_json([self]).encode())
+        return file
 
     def summary(self) -> dict[str, float | None]:
         """The figures of a comparison: Ā, A_B, forgetting and BWT (None for joint but A_B: it has one step)."""
@@ -107,3 +127,10 @@ class Result:
             **{f"peak MiB/{phase}": value for phase, value in costs["peak_mb"].items()},
             **{f"drift of prototypes/{name}": value for name, value in moved.items()},
         }
+
+
+def to_json(results: Sequence[Result]) -> str:
+    """The results as the text of metrics.json."""
+    head = {"format": 1, "plora_ext": plora_ext.__version__, "torch": str(torch.__version__)}
+    runs = [{"method": r.method, **(r.summary() if r.curve else {}), **asdict(r)} for r in results]
+    return json.dumps({**head, "runs": runs}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

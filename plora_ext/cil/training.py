@@ -108,6 +108,7 @@ class Trainer:
         self.callbacks = Callbacks(callbacks)
         self.speed.say = self.callbacks.note
         self.num_tasks: int | None = None  # where it is known
+        self.steps = 0  # of training, over the tasks so far
         self.checkpoint: Checkpoint | None = None
         self.phases = Phases(device)
         self._held: list[nn.Module] | None = None  # modules that training would change, beside normalisations
@@ -132,6 +133,10 @@ class Trainer:
             self._held = moving(self.model, lambda: self._look(images))
         with unchanged(self.model, parameters=first):  # parameters once: reading all of them takes time
             self._fit(task, parameters, images, labels, num_classes, self._held)
+
+    def steps_for(self, images: int) -> int:
+        """Steps of training on a task of so many images."""
+        return self.settings.epochs * math.ceil(images / self.settings.batch_size)
 
     def _look(self, images: View) -> None:
         """A pass over a batch as the model is."""
@@ -182,11 +187,13 @@ class Trainer:
         captured = self.speed.captured("training", update, learned, reason=several)
         self.callbacks.tell("fit", task, len(images) * (s.epochs - first))
         for epoch in range(first, s.epochs):
+            rates = []
             order = torch.randperm(len(images))
             targets = labels[order.to(self.device)].split(s.batch_size)  # at once: every copy makes the host wait
             for step, (_, batch) in enumerate(images.epoch(order, s.batch_size, world.own)):
                 done = (epoch * steps + step) / (steps * s.epochs)
-                self.speed.set_rate(optimizer, s.lr * (1 + math.cos(math.pi * done)) / 2)
+                rates.append(s.lr * (1 + math.cos(math.pi * done)) / 2)
+                self.speed.set_rate(optimizer, rates[-1])
                 number = len(targets[step])
                 wanted, share = targets[step][world.own(number)], world.share(number)
                 with world.own_random(s.seed, task, epoch, step):
@@ -195,9 +202,11 @@ class Trainer:
             # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
             world.sum_(losses.div_(world.size))
             self._refuse_infinite(f"task {task}, epoch {epoch}", losses, learned)
+            self.callbacks.tell("steps", self.steps + epoch * steps + 1, losses.tolist(), rates)
             self.callbacks.tell("epoch", task * s.epochs + epoch + 1, float(losses.mean()))
             if self.checkpoint:
                 self.checkpoint.save_epoch(task, epoch, learned, optimizer, scaler)
+        self.steps += self.steps_for(len(images))
         optimizer.zero_grad()  # a frozen adapter needs no memory for its gradient
         self.model.eval()
 

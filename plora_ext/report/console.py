@@ -78,8 +78,8 @@ class ConsoleProgress(Callback):
         if not self.console.is_terminal:
             now = time.perf_counter()
             where = f"{self._method:<16} task {task + 1:>2}{self._of}"
-            rate = f"   {self._images / (now - self._since):5.0f} images/s" if self._images else ""
-            line = f"{where}   accuracy {accuracy:5.1f} %   {now - self._start:4.0f} s{rate}"
+            spent = f"{now - self._start:4.0f} s   {self._images / (now - self._since):5.0f} images/s"
+            line = f"{where}   accuracy {accuracy:5.1f} %   {spent if self._images else 'learned before'}"
             self.console.print(line, highlight=False)
             self._images, self._since = 0, now
 

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.table import Table
 
-import plora_ext
-from plora_ext.cil.result import Result
+from plora_ext.cil.result import Result, to_json
 from plora_ext.report.console import COMPACT
 from plora_ext.report.runs import COLUMNS, Group, Protocol, group, is_finished, load_results, rows
 
-__all__ = ["load_results", "write_folder", "write_report"]
+__all__ = ["load_results", "to_json", "write_folder", "write_report"]
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,13 +111,6 @@ def _write(folder: Path, texts: Mapping[str, str], pictures: Mapping[str, Figure
         return names
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def to_json(results: Sequence[Result]) -> str:
-    """The results as the text of metrics.json."""
-    head = {"format": 1, "plora_ext": plora_ext.__version__, "torch": str(torch.__version__)}
-    runs = [{"method": r.method, **(r.summary() if r.curve else {}), **asdict(r)} for r in results]
-    return json.dumps({**head, "runs": runs}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 # ---------------------------------------------------------------------- tables

@@ -26,6 +26,7 @@ from plora_ext.cil.settings import Settings, current
 
 PROTOCOL = ("data", "init_cls", "increment", "tasks", "class_order", "backbone", "weights", "image_size", "transform",
             "normalize", "corrupt")  # fmt: skip
+_PARTS = {"plora": ("fusion", "alignment", "head"), "plora-ensemble": ()}
 # Settings that may differ between runs that are averaged.
 _FREE = {"seed", "measure_drift", *ELSEWHERE} - {"data", "weights"}
 
@@ -91,7 +92,9 @@ def is_finished(result: Result) -> bool:
 
 
 def load_results(path: str | Path) -> list[Result]:
-    """The results of a run's folder, or of a metrics.json; an unfinished run is read from its checkpoint.
+    """The results of a run's folder, of the runs somewhere below a folder, or of a metrics.json.
+
+    An unfinished run is read from its checkpoint.
 
     Raises:
         OSError: There is neither.
@@ -106,10 +109,14 @@ def load_results(path: str | Path) -> list[Result]:
             manifest = Checkpoint(path, resume=True).manifest
         if manifest and (not results or len(manifest["run"].get("curve", [])) < manifest["run"].get("tasks", 1)):
             results.append(_of_checkpoint(path, manifest))
+    if not results and path.is_dir():
+        below = {file.parent for file in path.rglob("metrics.json")}
+        below |= {file.parent.parent for file in path.rglob(f"checkpoint/{MANIFEST}")}
+        results = [result for run in sorted(below) for result in load_results(run)]
     if not results:
         raise FileNotFoundError(
-            f"{path} is no run: it holds neither metrics.json nor checkpoint/{MANIFEST}; RUN must be a folder that "
-            "`plora-ext train` or `demo` wrote"
+            f"{path} is no run: it holds neither metrics.json nor checkpoint/{MANIFEST}, nor does a folder in it; RUN "
+            "must be a folder that `plora-ext train` or `demo` wrote, or a folder of such"
         )
     return results
 
@@ -223,6 +230,8 @@ def _protocol(name: str, groups: list[Group]) -> Protocol:
         facts = [configuration_of(g.example) for g in own]
         # The default goes without saying, or else what most of the method's groups have.
         usual = {setting: _usual([f.get(setting) for f in facts], defaults.get(setting)) for setting in differing(own)}
+        # What a method is made of is said whenever it is another than the default.
+        usual |= {setting: _key(defaults[setting]) for setting in _PARTS.get(method, ("head",))}
         for g, f in zip(own, facts):
             said = [f"{n} {text_of(f.get(n))}" for n, value in usual.items() if _key(f.get(n)) != value]
             g.label = ", ".join([method, *said])

@@ -1,12 +1,14 @@
-"""A run as scalars of TensorBoard or Weights & Biases: the loss of every epoch, what was measured after every task."""
+"""A run as scalars of TensorBoard or Weights & Biases: losses, learning rate, what was measured after every task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from plora_ext.cil.callbacks import Callback
+from plora_ext.cil.settings import Settings
 
 
 class _Tracker(Callback):
@@ -27,17 +29,19 @@ class _Tracker(Callback):
 
 
 class TensorBoard(_Tracker):
-    """Event files; steps are epochs of all tasks for `loss`, tasks for everything else.
+    """Event files; steps are steps of training for `step/...`, epochs of all tasks for `loss`, tasks for all else.
 
     Args:
-        folder: Where they go, in a folder for each method.
+        folder: Where they go.
         anew: The run begins: TensorBoard hides what an earlier one has left in the folder.
+        settings: Of the run, to be shown as a text.
+        several: More methods than one will follow: each in a folder of its own.
 
     Raises:
         ImportError: The package tensorboard is not installed.
     """
 
-    def __init__(self, folder: Path, anew: bool = True):
+    def __init__(self, folder: Path, anew: bool = True, settings: Settings | None = None, several: bool = False):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -45,13 +49,23 @@ class TensorBoard(_Tracker):
                 f"--tensorboard needs the package tensorboard ({error}): pip install tensorboard"
             ) from error
         self._create, self.folder, self.anew = SummaryWriter, folder, anew
+        self.settings, self.several = settings, several
 
     def close(self) -> None:
         self._open.close()
 
     def begin(self, method: str, num_tasks: int | None) -> None:
         self.__exit__()
-        self._open = self._create(str(self.folder / method), purge_step=0 if self.anew else None)
+        folder = self.folder / method if self.several else self.folder
+        self._open = self._create(str(folder), purge_step=0 if self.anew else None)
+        if self.settings:
+            lines = replace(self.settings, method=method).to_yaml().splitlines()  # type: ignore[arg-type]
+            self._open.add_text("settings", "\n".join(f"    {line}" for line in lines))
+
+    def steps(self, first: int, losses: Sequence[float], rates: Sequence[float]) -> None:
+        for step, values in enumerate(zip(losses, rates), first):
+            for name, value in zip(("loss", "lr"), values):
+                self._open.add_scalar(f"step/{name}", value, step)
 
     def epoch(self, number: int, loss: float) -> None:
         self._open.add_scalar("loss", loss, number)
@@ -63,7 +77,7 @@ class TensorBoard(_Tracker):
 
 
 class WandB(_Tracker):
-    """A run of Weights & Biases for each method; `epoch` and `task` are logged beside what they are the steps of.
+    """A run of Weights & Biases for each method; `step`, `epoch` and `task` are logged beside what they count.
 
     Args:
         project: Of the runs.
@@ -86,6 +100,10 @@ class WandB(_Tracker):
     def begin(self, method: str, num_tasks: int | None) -> None:
         self.__exit__()
         self._open = self._init(**{"name": method, **self.keywords})
+
+    def steps(self, first: int, losses: Sequence[float], rates: Sequence[float]) -> None:
+        for step, (loss, rate) in enumerate(zip(losses, rates), first):
+            self._open.log({"step/loss": loss, "step/lr": rate, "step": step})
 
     def epoch(self, number: int, loss: float) -> None:
         self._open.log({"loss": loss, "epoch": number})
