@@ -57,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError(f"unknown argument {unknown[0]!r}{known}")
             if os.environ.get("WORLD_SIZE", "1") == "1":  # else one process is to say it
                 settings_from(args)
+            if args.command in (demo, train, evaluate, predict):
+                from rich.console import Console
+
+                with Console(stderr=True).status("importing torch and timm"):  # seconds; nothing where no terminal is
+                    import plora_ext.cil.trained  # noqa: F401
             from plora_ext.cil.distributed import launched
 
             with launched() as args.world:
@@ -195,10 +200,10 @@ def report(args: argparse.Namespace) -> None:
         raise ValueError(f"out must be a folder of its own, {args.out!r} holds a run, whose metrics would be replaced")
     folder = reports.prepare_folder(args.out)
     names = reports.write_report(folder, results)
-    protocols = group(results)
+    protocols, console = group(results), Console()
     for protocol in protocols:
         if protocol.finished:
-            Console().print(reports.comparison_table(protocol))
+            console.print(reports.comparison_table(protocol, console.width))
     for note in notes(protocols, results):
         print(note)
     print(f"written to {folder}: {', '.join(names)}")
@@ -278,7 +283,8 @@ def _run(
                     names = reports.write_folder(folder, results, shown.to_yaml())
     if not world.first:
         return
-    console.console.print(reports.comparison_table(*group(results)))
+    (protocol,) = group(results)
+    console.console.print(reports.comparison_table(protocol, console.console.width))
     print(f"written to {folder}: {', '.join(names)}")
     if not any(name.endswith(".png") for name in names):
         print(f"note: no figures without matplotlib: {reports.INSTALL}", file=sys.stderr)

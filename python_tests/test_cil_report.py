@@ -11,17 +11,22 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import BarColumn
 
 from plora_ext.cil import Settings
 from plora_ext.cil.checkpoint import Checkpoint, exclusive
 from plora_ext.cil.result import Result
 from plora_ext.cli import main
 from plora_ext.report import figures
+from plora_ext.report.console import ConsoleProgress
 from plora_ext.report.files import comparison_table, load_results, to_json, write_report
 from plora_ext.report.runs import group, is_finished
 
@@ -398,12 +403,47 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 
 
 def test_the_table_of_the_terminal_marks_the_best(capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
-
     (protocol,) = group([result(seed=s, r=r) for s in (1, 2) for r in (4, 8)])
     Console(width=80).print(comparison_table(protocol))
     printed = capsys.readouterr().out
     assert "plora, r 4" in printed and "Seeds" in printed and max(map(len, printed.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_no_figure_is_cut_on_a_narrow_terminal(width: int) -> None:
+    runs = [result(method, tasks=12) for method in ("simplecil", "lora-sequential", "plora")]
+    (protocol,) = group(runs)
+    page = Console(width=width, file=StringIO(), force_terminal=True, color_system=None)
+    page.print(comparison_table(protocol, width))
+    with ConsoleProgress(page) as progress:
+        for run in runs:
+            progress.begin(run.method, 12)
+            for task, accuracy in enumerate(run.curve):
+                progress.task(task, accuracy)
+    printed = page.file.getvalue()  # type: ignore[attr-defined]
+    live = printed[printed.rindex("Accuracy (%) after task") :].splitlines()
+    assert "…" not in printed and all(cell_len(line) <= width for line in printed.splitlines() if "\x1b" not in line)
+    for run in runs:  # the last table stays, with as many of the latest tasks as fit
+        assert f"{run.summary()['average_accuracy']:.1f}" in printed and f"{run.curve[-1]:.1f}" in printed
+        (line,) = (line for line in live if line.split()[:1] == [run.method])
+        shown = [f"{accuracy:.1f}" for accuracy in run.curve]
+        assert line.split()[1:] == shown[-min(10, (width - 17) // 6) :]
+    assert ("Passes" in printed) == (width == 80)
+
+
+def test_a_dumb_terminal_gets_lines_and_one_without_colour_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    page = Console(width=80, file=StringIO(), force_terminal=True)
+    with ConsoleProgress(page) as progress:
+        progress.begin("plora", 3)
+        progress.fit(0, 8)
+        progress.step(8)
+        progress.task(0, 51.0)
+    printed = page.file.getvalue()  # type: ignore[attr-defined]
+    assert printed.startswith("plora            task  1 of 3   accuracy  51.0 %") and printed.count("\n") == 1
+    for plain in (False, True):
+        shown = ConsoleProgress(Console(width=80, file=StringIO(), force_terminal=True, no_color=plain))
+        assert any(isinstance(column, BarColumn) for column in shown._bar.columns) is not plain
 
 
 def test_a_report_waits_for_no_one_and_leaves_nothing_half_written(

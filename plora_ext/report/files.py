@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from plora_ext.cil.result import Result, to_json
-from plora_ext.report.console import COMPACT
+from plora_ext.report.console import COMPACT, fits
 from plora_ext.report.runs import COLUMNS, Group, Protocol, group, is_finished, load_results, rows
 
 __all__ = ["load_results", "to_json", "write_folder", "write_report"]
@@ -116,12 +116,21 @@ def _write(folder: Path, texts: Mapping[str, str], pictures: Mapping[str, Figure
 # ---------------------------------------------------------------------- tables
 
 
-def comparison_table(protocol: Protocol) -> Table:
-    """The comparison as a table for a terminal of 80 columns; the best Ā and A_B stand out."""
+def comparison_table(protocol: Protocol, width: int = 80) -> Table:
+    """The comparison as a table for a terminal of so many columns, into which it fits; the best Ā and A_B stand out."""
     several = any(len(g.results) > 1 for g in protocol.groups)
-    table = Table(title=f"{protocol.name}, accuracy in %", title_justify="left", **COMPACT)
     titles = ["Method", "Seeds", *(title for title, *_ in COLUMNS)]
-    shown = ("Method", "Seeds", "Ā", "A_B", "Forgetting", "Time s") if several else [t for t in titles if t != "Seeds"]
+    shown = ["Method", "Seeds", "Ā", "A_B", "Forgetting", "Time s"] if several else [t for t in titles if t != "Seeds"]
+    table = _comparison(protocol, titles, shown)
+    for title in ("Passes", "Peak MB", "BWT", "Time s", "Seeds", "Forgetting"):  # columns go, never digits
+        if title in shown and not fits(table, width):
+            shown.remove(title)
+            table = _comparison(protocol, titles, shown)
+    return table
+
+
+def _comparison(protocol: Protocol, titles: Sequence[str], shown: Sequence[str]) -> Table:
+    table = Table(title=f"{protocol.name}, accuracy in %", title_justify="left", **COMPACT)
     lines = rows(protocol)
     known = {k: [line for line in lines if line[k] != "–"] if len(lines) > 1 else [] for k in (2, 3)}
     best = {k: max(own, key=lambda line: float(line[k].split()[0])) for k, own in known.items() if own}
