@@ -428,7 +428,12 @@ def test_no_figure_is_cut_on_a_narrow_terminal(width: int) -> None:
         (line,) = (line for line in live if line.split()[:1] == [run.method])
         shown = [f"{accuracy:.1f}" for accuracy in run.curve]
         assert line.split()[1:] == shown[-min(10, (width - 17) // 6) :]
-    assert ("Passes" in printed) == (width == 80)
+    titles = {40: [], 60: ["Forgetting", "BWT", "Time s"], 80: ["Forgetting", "BWT", "Passes", "Time s", "Peak MB"]}
+    assert re.findall("Forgetting|BWT|Passes|Time s|Peak MB|Pea|Tim", printed) == titles[width]
+    (several,) = group([result(seed=s) for s in (1, 2)])
+    page.print(comparison_table(several, width))
+    mean, deviation = (float(v) for v in several.groups[0].spread(lambda r: r.curve[-1]) or (0, 0))
+    assert f"{mean:.1f} ± {deviation:.1f}" in page.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_dumb_terminal_gets_lines_and_one_without_colour_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:

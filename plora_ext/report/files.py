@@ -134,11 +134,12 @@ def _comparison(protocol: Protocol, titles: Sequence[str], shown: Sequence[str])
     lines = rows(protocol)
     known = {k: [line for line in lines if line[k] != "–"] if len(lines) > 1 else [] for k in (2, 3)}
     best = {k: max(own, key=lambda line: float(line[k].split()[0])) for k, own in known.items() if own}
-    for title in shown:
-        first = title == "Method"
-        table.add_column(
-            title, justify="left" if first else "right", no_wrap=not first, min_width=16 if first else None
-        )
+    for i, title in enumerate(titles):
+        if title == "Method":
+            table.add_column(title, min_width=min(16, max((len(line[0]) for line in lines), default=0)))
+        elif title in shown:  # as wide as what it holds: a minimum that rich finds by itself would be one word's
+            widest = max(len(text) for text in (title, *(line[i] for line in lines)))
+            table.add_column(title, justify="right", no_wrap=True, min_width=widest)
     for line in lines:
         cells = [f"[bold green]{cell}[/]" if best.get(i) is line else cell for i, cell in enumerate(line)]
         table.add_row(*(cell for title, cell in zip(titles, cells) if title in shown))
