@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
@@ -24,14 +26,15 @@ from plora_ext.report.runs import Group, Protocol
 COLORS = ("#0072b2", "#b84f00", "#007a58", "#b0487f", "#8f6200", "#6a51a3", "#555555")
 INK, GRID, EDGE = "#333333", "#e4e4e4", "#bbbbbb"
 _MARKERS, _LINES = "osD^vPX*", ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+WIDE, NARROW = 7.2, 4.8  # inches: of a file, and in the page, where it is to be read on a phone
 _NAMED = 12  # curves at most that are named at their end; more have a legend
 _LETTERED = 14  # tasks at most whose accuracies are written into the cells of a matrix
 PHASES = ("train", "prototypes", "subspace", "align", "head", "eval", "drift", "other")
 
 
-def accuracy(protocol: Protocol) -> Figure:
+def accuracy(protocol: Protocol, narrow: bool = False) -> Figure:
     """Accuracy over all classes seen, against their number: a curve for each group."""
-    figure, axes = _axes()
+    figure, axes = _axes(narrow)
     groups = protocol.finished
     seen = protocol.classes_seen
     ends, low = [], 100.0
@@ -41,7 +44,8 @@ def accuracy(protocol: Protocol) -> Figure:
         if len(mean) == 1 < len(seen):  # joint training: one figure, drawn across as the bound it is
             mean, deviation, style = mean.repeat(len(seen)), deviation.repeat(len(seen)), {**style, "marker": ""}
             style["linestyle"] = (0, (4, 3))
-        _curve(axes, group.example.classes_seen if len(seen) == 1 else seen, mean, deviation, style, limits=(0, 100))
+        x = group.example.classes_seen if len(seen) == 1 else seen
+        _curve(axes, x, mean, deviation, style, _both(group, lambda r: r.curve), limits=(0, 100))
         ends.append((mean[-1], f"{group.short}  {mean[-1]:.1f}", style["color"]))
         low = min(low, float((mean - deviation).min()))
     for group in protocol.groups:
@@ -51,55 +55,72 @@ def accuracy(protocol: Protocol) -> Figure:
             ends.append((r.curve[-1], f"{group.short}, incomplete", color))
             low = min(low, *r.curve)
     axes.set(ylim=(max(0.0, 10 * (low // 10) - 5), 101), xlabel="classes seen", ylabel="accuracy over all of them (%)")
-    _name(axes, ends, seen[-1])
-    axes.set_xticks(seen if len(seen) <= 20 else [])
-    if len(seen) > 20:
-        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    _name(axes, ends, seen[-1], narrow)
+    axes.set_xticks(seen if len(seen) <= (10 if narrow else 20) else ticks(seen[0], seen[-1]))
     return figure
 
 
-def forgetting(protocol: Protocol) -> Figure | None:
+def forgetting(protocol: Protocol, narrow: bool = False) -> Figure | None:
     """By how much the accuracy on each task's classes has fallen from its best when all tasks are learned."""
     curves = [(g, g.spread(fallen)) for g in protocol.finished if len(g.example.matrix) > 1]
     if not curves:
         return None
-    return _over_tasks(protocol, curves, "task", "accuracy lost since its best (points)")
+    ylabel = "accuracy lost since its best (points)"
+    return _over_tasks(protocol, curves, "task", ylabel, narrow=narrow, bottom=0, joined=False)
 
 
-def drift(protocol: Protocol) -> Figure | None:
+def drift(protocol: Protocol, narrow: bool = False) -> Figure | None:
     """Distance of old prototypes from the true class means: dashed when the task began, solid after the alignment."""
-    curves = [(g, g.spread(lambda r: moved(r, "after"))) for g in protocol.finished]
-    curves = [(g, spread) for g, spread in curves if spread is not None]
+    curves = [(g, s) for g in protocol.finished if (s := g.spread(lambda r: moved(r, "after"))) is not None]
     if not curves:
         return None
     before = [g.spread(lambda r: moved(r, "before")) for g, _ in curves]
     every = np.concatenate([spread[0] for spread in (*before, *(s for _, s in curves)) if spread is not None])
     log = every.min() > 0 and every.max() > 30 * every.min()
-    return _over_tasks(
+    factor, power = (1.0, "") if log else unit(every.max())
+    figure = _over_tasks(
         protocol,
-        curves,
+        [(g, (mean * factor, deviation * factor)) for g, (mean, deviation) in curves],
         "after task",
-        "mean 1 − cos to the true class mean (dashed: before the alignment)",
+        f"mean 1 − cos to the true class mean{power}",
+        narrow=narrow,
         first=2,
         bottom=0,
         scale="log" if log else "linear",
-        dashed=[None if spread is None else spread[0] for spread in before],
+        dashed=[None if spread is None else spread[0] * factor for spread in before],
     )
+    figure.axes[0].set_title("dashed: before the alignment, solid: after", color=INK, fontsize=9, loc="left")
+    return figure
 
 
-def cost(protocol: Protocol) -> Figure | None:
+def unit(largest: float) -> tuple[float, str]:
+    """A factor and its name, such as (1e4, " (10⁻⁴)"), with which numbers up to `largest` need few digits."""
+    power = 0 if largest >= 0.01 or largest <= 0 else math.floor(math.log10(largest))
+    return 10.0**-power, f" (10⁻{str(-power).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))})" if power else ""
+
+
+def ticks(first: int, last: int) -> list[int]:
+    """Whole numbers to name on an axis from the first to the last, both among them."""
+    if last - first < 12:
+        return list(range(first, last + 1))
+    between = MaxNLocator(8, integer=True).tick_values(0, last)
+    step = between[1] - between[0]
+    return [first, *(int(t) for t in between if first + step / 2 < t < last - step / 2), last]
+
+
+def cost(protocol: Protocol, narrow: bool = False) -> Figure | None:
     """Seconds of each phase of a whole run: a bar for each group."""
     groups = protocol.finished
     if not groups:
         return None
-    figure = Figure(figsize=(7.2, 1.0 + 0.34 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(NARROW if narrow else WIDE, 1.0 + 0.34 * len(groups)), layout="constrained")
     axes: Axes = figure.add_subplot()
     left = np.zeros(len(groups))
     for i, name in enumerate(phases(groups)):
         seconds = np.array([float(group.spread(phase(name))[0]) for group in groups])  # type: ignore[index]
         axes.barh(range(len(groups)), seconds, left=left, color=COLORS[i % 7], label=name, height=0.7)
         left += seconds
-    axes.set_yticks(range(len(groups)), [g.short for g in groups])
+    axes.set_yticks(range(len(groups)), [textwrap.fill(g.short, 20 if narrow else 44) for g in groups])
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
     _clean(axes)
@@ -109,13 +130,13 @@ def cost(protocol: Protocol) -> Figure | None:
     return figure
 
 
-def cost_of_tasks(protocol: Protocol) -> Figure | None:
+def cost_of_tasks(protocol: Protocol, narrow: bool = False) -> Figure | None:
     """Seconds to learn each task: everything but the evaluation, which grows with the classes seen by itself."""
     curves = [(g, g.spread(_seconds_of_tasks)) for g in protocol.finished if len(g.example.matrix) > 1]
     curves = [(g, spread) for g, spread in curves if spread is not None]
     if not curves:
         return None
-    return _over_tasks(protocol, curves, "task", "seconds to learn it", bottom=0)
+    return _over_tasks(protocol, curves, "task", "seconds to learn it", narrow=narrow, bottom=0, joined=False)
 
 
 def matrix(group: Group, axes: Axes | None = None) -> Figure:
@@ -133,7 +154,7 @@ def matrix(group: Group, axes: Axes | None = None) -> Figure:
         for (t, i), value in np.ndenumerate(cells):
             if np.isfinite(value):
                 ink = "white" if value > 60 else "#222222"
-                axes.text(i, t, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=7, in_layout=False)
+                axes.text(i, t, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=7.5, in_layout=False)
         axes.set_xticks(range(size), [str(i + 1) for i in range(size)])
         axes.set_yticks(range(len(cells)), [str(t + 1) for t in range(len(cells))])
     else:
@@ -151,14 +172,14 @@ def matrix(group: Group, axes: Axes | None = None) -> Figure:
 
 
 def matrices(protocol: Protocol) -> Figure | None:
-    """The task matrices of all groups, at most four beside each other."""
+    """The task matrices of all groups, at most three beside each other, on the width of a page."""
     groups = [g for g in protocol.finished if len(g.example.matrix) > 1] or protocol.finished
     if not groups:
         return None
-    columns = min(4, len(groups))
+    columns = 2 if len(groups) == 4 else min(3, len(groups))
     lines = -(-len(groups) // columns)
-    side = min(max(0.36 * len(protocol.classes_seen), 2.4), 5.0)
-    figure = Figure(figsize=(columns * (side + 0.4) + 0.4, lines * (side + 0.6)), layout="constrained")
+    side = min(max(0.36 * len(protocol.classes_seen), 2.4), 5.0, (WIDE - 0.4) / columns - 0.4)
+    figure = Figure(figsize=(max(columns * (side + 0.4) + 0.4, 3.6), lines * (side + 0.6)), layout="constrained")
     every = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, group in zip(every, groups):
         matrix(group, axes)
@@ -196,7 +217,7 @@ def svg(figure: Figure, name: str, title: str) -> str:
     width, height = figure.get_size_inches()
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
-        f'aria-labelledby="{name}-title" viewBox="0 0 {72 * width:g} {72 * height:g}" style="width: {width:g}in">'
+        f'aria-labelledby="{name}-title" viewBox="0 0 {72 * width:g} {72 * height:g}">'
         f'<title id="{name}-title">{escape(title)}</title>{content}'
     )
 
@@ -235,8 +256,8 @@ def phase(name: str) -> Callable[[Result], float]:
 # ---------------------------------------------------------------------- how
 
 
-def _axes() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+def _axes(narrow: bool) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(NARROW, 3.9) if narrow else (WIDE, 4.2), layout="constrained")
     axes: Axes = figure.add_subplot()
     _clean(axes)
     axes.grid(axis="y", color=GRID)
@@ -249,17 +270,28 @@ def _over_tasks(
     curves: Sequence[tuple[Group, Any]],
     xlabel: str,
     ylabel: str,
+    narrow: bool,
     first: int = 1,
     bottom: float | None = None,
     scale: str = "linear",
     dashed: Sequence[np.ndarray | None] = (),
+    joined: bool = True,
 ) -> Figure:
-    figure, axes = _axes()
+    """Figures of tasks; `joined` by lines where one follows from the other, else side by side with bars of spread."""
+    figure, axes = _axes(narrow)
     ends, last = [], 1
-    for group, (mean, deviation) in curves:
+    for i, (group, (mean, deviation)) in enumerate(curves):
         style = _style(protocol, group)
         x = np.arange(len(mean)) + first
-        _curve(axes, x, mean, deviation if scale == "linear" else 0 * deviation, style)
+        deviation = deviation if scale == "linear" else 0 * deviation
+        if joined:
+            _curve(axes, x, mean, deviation, style, limits=(0, np.inf))
+        else:
+            aside = 0.5 * ((i + 0.5) / len(curves) - 0.5)
+            axes.plot(x + aside, mean, **{**style, "linestyle": "none"}, markersize=4)
+            if deviation.any():
+                low, high = np.maximum(mean - deviation, 0), mean + deviation
+                axes.vlines(x + aside, low, high, color=style["color"], linewidth=1, alpha=0.6)
         ends.append((mean[-1], group.short, style["color"]))
         last = max(last, int(x[-1]))
     for values, (group, _) in zip(dashed, curves):
@@ -269,8 +301,8 @@ def _over_tasks(
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale=scale)
     if scale == "linear":
         axes.set_ylim(bottom=bottom)
-    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-    _name(axes, ends, last)
+    axes.set_xticks(ticks(first, last))
+    _name(axes, ends, last, narrow)
     return figure
 
 
@@ -280,25 +312,35 @@ def _style(protocol: Protocol, group: Group) -> dict[str, Any]:
     return {"color": COLORS[n % 7], "marker": _MARKERS[n % len(_MARKERS)], "linestyle": _LINES[n // 7 % len(_LINES)]}
 
 
+def _both(group: Group, of: Callable[[Result], Any]) -> list[Any]:
+    """The values of a group's runs, if there are two: they are shown themselves, for two make no spread."""
+    return [of(r) for r in group.results] if len(group.results) == 2 else []
+
+
 def _curve(
     axes: Axes,
     x: Any,
     mean: np.ndarray,
     deviation: np.ndarray,
     style: dict[str, Any],
+    both: Sequence[Any] = (),
     limits: tuple[float, float] = (-np.inf, np.inf),
 ) -> None:
-    if deviation.any():
-        low, high = np.clip(mean - deviation, *limits), np.clip(mean + deviation, *limits)
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
     every = max(1, len(mean) // 15)
     axes.plot(x, mean, linewidth=1.8, markersize=4, markevery=every, **style)
+    if both:
+        for values in both:
+            axes.plot(x, np.broadcast_to(values, len(mean)), ".", color=style["color"], markersize=4, alpha=0.5)
+    elif deviation.any():
+        low, high = np.clip(mean - deviation, *limits), np.clip(mean + deviation, *limits)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
 
 
-def _name(axes: Axes, ends: Sequence[tuple[float, str, str]], at: float) -> None:
-    """Names the curves at their ends, where there are few, otherwise in a legend below."""
-    if len(ends) > _NAMED:
-        for line, (_, text, _) in zip(axes.get_lines(), ends):
+def _name(axes: Axes, ends: Sequence[tuple[float, str, str]], at: float, narrow: bool) -> None:
+    """Names the curves at their ends, where there are few and the figure is wide, otherwise in a legend below."""
+    if narrow or len(ends) > _NAMED:
+        named = (line for line in axes.get_lines() if line.get_marker() != "." or line.get_linestyle() == ":")
+        for line, (_, text, _) in zip(named, ends):
             line.set_label(text)
         _legend(axes.figure, axes)  # type: ignore[arg-type]
         return
@@ -320,7 +362,7 @@ def _name(axes: Axes, ends: Sequence[tuple[float, str, str]], at: float) -> None
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, texts = axes.get_legend_handles_labels()
-    columns = max(1, min(len(texts), 90 // (max(map(len, texts)) + 6)))
+    columns = max(1, min(len(texts), int(13 * figure.get_size_inches()[0]) // (max(map(len, texts)) + 6)))
     figure.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False, fontsize=8, labelcolor=INK)
 
 

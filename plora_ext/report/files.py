@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -74,7 +75,8 @@ def write_folder(folder: Path, results: Sequence[Result], settings_yaml: str | N
     draw: Mapping[str, Callable[[Protocol], Figure | None]] = {}
     with suppress(ImportError):
         draw = drawers()
-    return _write(folder, texts, {name: draw[name](protocol) for name in ("accuracy", "task_matrix") if draw})
+    pictures = {name: _titled(draw[name](protocol), protocol) for name in ("accuracy", "task_matrix") if draw}
+    return _write(folder, texts, pictures)
 
 
 def write_report(folder: Path, results: Sequence[Result]) -> list[str]:
@@ -92,8 +94,17 @@ def write_report(folder: Path, results: Sequence[Result]) -> list[str]:
     pictures: dict[str, Figure | None] = {}
     for protocol in protocols:
         where = "" if len(protocols) == 1 else re.sub(r"\W+", "_", protocol.name).strip("_") + "-"
-        pictures |= {f"{where}{name}": draw(protocol) for name, draw in drawn.items()}
+        pictures |= {f"{where}{name}": _titled(draw(protocol), protocol) for name, draw in drawn.items()}
     return _write(folder, texts, pictures)
+
+
+def _titled(figure: Figure | None, protocol: Protocol) -> Figure | None:
+    """A figure that says by itself of what it is: files are parted from their folder."""
+    if figure is not None:
+        methods = ", ".join(dict.fromkeys(g.label for g in protocol.groups)) if len(protocol.groups) == 1 else ""
+        title = ": ".join(filter(None, (protocol.name, methods)))
+        figure.suptitle(textwrap.fill(title, int(11 * figure.get_size_inches()[0])), fontsize=9, color="#5c5c5c")
+    return figure
 
 
 def _write(folder: Path, texts: Mapping[str, str], pictures: Mapping[str, Figure | None]) -> list[str]:

@@ -70,9 +70,29 @@ def page(protocols: Sequence[Protocol], results: Sequence[Result]) -> str:
         ],
         date=datetime.date.today().isoformat(),
         version=plora_ext.__version__,
+        leads=[line for p in protocols if (line := lead(p, len(protocols) > 1))],
         notes=list(notes(protocols, results)),
         protocols=[{"name": p.name, "id": f"p{i}", "sections": _sections(p, f"p{i}")} for i, p in enumerate(protocols)],
     )
+
+
+def lead(protocol: Protocol, named: bool) -> str:
+    """The result of a protocol in a sentence; "" where no run is complete."""
+    lines = ranked(protocol)
+    if not lines:
+        return ""
+    where = f"{protocol.name}: " if named else ""
+    seeds = f" over {lines[0][1]} seeds" if lines[0][1] != "1" else ""
+    among = f", best of {len(lines)} configurations" if len(lines) > 1 else ""
+    average = f" (Ā {lines[0][2]} %)" if lines[0][2] != "–" else ""
+    end = f"{lines[0][0]} ends at {lines[0][3]} % over all {protocol.classes_seen[-1]} classes"
+    return f"{where}{end}{average}{seeds}{among}."
+
+
+def ranked(protocol: Protocol) -> list[list[str]]:
+    """The comparison by A_B, the best first, with the minus of print."""
+    lines = sorted(rows(protocol), key=lambda line: -float(line[3].split()[0]))
+    return [[line[0], *(cell.replace("-", "−") for cell in line[1:])] for line in lines]
 
 
 def _sections(protocol: Protocol, name: str) -> list[Section]:
@@ -109,7 +129,7 @@ def notes(protocols: Sequence[Protocol], results: Sequence[Result]) -> Iterable[
 def _overview(protocol: Protocol, name: str) -> Section:
     groups = protocol.finished
     section = Section("Accuracy")
-    lines = rows(protocol)
+    lines = ranked(protocol)
     best: set[tuple[int, int]] = set()
     for column in (2, 3) if len(lines) > 1 else ():
         values = {i: float(line[column].split()[0]) for i, line in enumerate(lines) if line[column] != "–"}
@@ -123,8 +143,10 @@ def _overview(protocol: Protocol, name: str) -> Section:
         section.text = "No run is complete; the curves show how far they have come."
     last = ", ".join(f"{line[0]} ends at {line[3]}" for line in lines)
     words = f"Accuracy over all classes seen, by their number. {last}."
-    caption = "Accuracy over all classes seen" + (", ± one standard deviation." if _several(groups) else ".")
-    section.pictures.append((caption, figures.svg(figures.accuracy(protocol), f"{name}-accuracy", words)))
+    caption = "Accuracy over all classes seen" + (
+        "; band: ± one standard deviation; dots: the runs, where there are two." if _several(groups) else "."
+    )
+    section.pictures.append((caption, figures.svg(figures.accuracy(protocol, True), f"{name}-accuracy", words)))
     curves = [(g, g.spread(lambda r: r.curve)) for g in groups if len(g.example.curve) == len(protocol.classes_seen)]
     if curves:
         head = ("Classes seen", *map(str, protocol.classes_seen))
@@ -156,7 +178,9 @@ def _forgetting(protocol: Protocol, name: str) -> Section:
     text = "How far the accuracy on each task's classes has fallen from its best when all tasks are learned, in points."
     curves = [(g, g.spread(figures.fallen)) for g in protocol.finished]
     missing = "No complete run has more than one task."
-    return _curves("Forgetting", text, figures.forgetting(protocol), f"{name}-forgetting", curves, missing, "Task")
+    return _curves(
+        "Forgetting", text, figures.forgetting(protocol, True), f"{name}-forgetting", curves, missing, "Task"
+    )
 
 
 def _drift(protocol: Protocol, name: str) -> Section:
@@ -168,16 +192,20 @@ def _drift(protocol: Protocol, name: str) -> Section:
     missing = (
         "No complete run here measured it. It takes a pass over old images after every task: --measure-drift true."
     )
-    section = _curves("Drift of the prototypes", text, figures.drift(protocol), f"{name}-drift", [], missing, "")
-    lines = []
+    section = _curves("Drift of the prototypes", text, figures.drift(protocol, True), f"{name}-drift", [], missing, "")
+    means = []
     for g in protocol.finished:
         spreads = [g.spread(partial(_mean_moved, which=which)) for which in ("before", "after", "spacing")]
         if all(spread is not None for spread in spreads):
-            before, after, spacing = (float(spread[0]) for spread in spreads if spread)
-            kept = f"{100 * (1 - after / before):.0f} %" if before > 1e-9 else "–"
-            lines.append([g.label, f"{before:.3g}", f"{after:.3g}", kept, f"{spacing:.3g}"])
+            means.append((g.label, [float(spread[0]) for spread in spreads if spread]))
+    factor, power = figures.unit(max((max(values[:2]) for _, values in means), default=0.0))
+    lines = []
+    for label, (before, after, spacing) in means:
+        kept = f"{100 * (1 - after / before):.0f} %".replace("-", "−") if before > 1e-9 else "–"
+        lines.append([label, f"{factor * before:.3f}", f"{factor * after:.3f}", kept, f"{spacing:.3f}"])
     if lines:
-        head = ("Method", "Before", "After", "Made good", "Distance to the nearest other class")
+        head = ("Method", f"Before{power}", f"After{power}", "Made good", "Distance to the nearest other class")
+        section.text += " Made good: the share of the distance that the alignment has removed."
         section.tables.append(Table("Mean over tasks of 1 − cos", head, lines))
         absent = [g.label for g in protocol.finished if g.label not in {line[0] for line in lines}]
         section.text += f" Not measured: {', '.join(absent)}." if absent else ""
@@ -187,14 +215,14 @@ def _drift(protocol: Protocol, name: str) -> Section:
 def _cost(protocol: Protocol, name: str) -> Section:
     section = Section("Cost", missing="No run is complete.")
     groups = protocol.finished
-    drawn = figures.cost(protocol)
+    drawn = figures.cost(protocol, True)
     if drawn is None:
         return section
     words = "Seconds of each phase: " + "; ".join(
         f"{g.label} {float(np.mean([r.total_seconds for r in g.results])):.0f} in all" for g in groups
     )
     section.pictures.append(("Seconds of each phase of a run", figures.svg(drawn, f"{name}-cost", words)))
-    by_task = figures.cost_of_tasks(protocol)
+    by_task = figures.cost_of_tasks(protocol, True)
     if by_task is None:
         section.text = "No run here recorded what each task cost."
     else:

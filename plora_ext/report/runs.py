@@ -260,9 +260,15 @@ def _names(firsts: Sequence[Result]) -> list[str]:
         first, increment = f["init_cls"], f["increment"]
         tasks = f"B{0 if first == increment else first} Inc{increment}" if first else f"{len(f['tasks'])} given tasks"
         title = [Path(str(f["data"])).name or str(f["data"]), tasks, str(f["backbone"])]
-        titles.append(", ".join([*title, *(f"{n} {textwrap.shorten(text_of(f[n]), 40)}" for n in others)]))
+        titles.append(", ".join([*title, *(_said(n, f[n]) for n in others)]))
     times = Counter(titles)
     return [f"{title} ({facts[i]['data']})" if times[title] > 1 else title for i, title in enumerate(titles)]
+
+
+def _said(name: str, value: Any) -> str:
+    if name == "images":
+        return f"{value[0]} training and {value[1]} test images"
+    return f"{name.replace('_', ' ')} {textwrap.shorten(text_of(value), 40)}"
 
 
 # ---------------------------------------------------------------------- the comparison
