@@ -402,6 +402,83 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     check_page((tmp_path / "report.html").read_text())
 
 
+def test_headings_say_in_words_what_tells_protocols_apart() -> None:
+    runs = [result(), replace(result(), num_train=8264), result(increment=4), result(class_order="sorted")]
+    assert [p.name for p in group(runs)] == [
+        "icon100, B0 Inc2, embedded, class order shuffled, 48 training and 24 test images",
+        "icon100, B0 Inc2, embedded, class order shuffled, 8264 training and 24 test images",
+        "icon100, B0 Inc4, embedded",
+        "icon100, B0 Inc2, embedded, class order sorted, 48 training and 24 test images",
+    ]
+
+
+def of_curve(method: str, seed: int, curve: list[float]) -> Result:
+    made = result(method, seed, len(curve))
+    made.curve, made.matrix = curve, [curve[: t + 1] for t in range(len(curve))]
+    return made
+
+
+def test_the_result_comes_first(tmp_path: Path) -> None:
+    """In a sentence, then in a table with the best on top, before any figure; in the numbers of print."""
+    runs = [of_curve("plora", s, [90.0, 80.0 + s]) for s in (1, 2, 3)]
+    runs += [of_curve("simplecil", 1, [95.0, 60.0]), of_curve("lora-sequential", 1, [91.0, 85.0])]
+    write_report(tmp_path, runs)
+    text = (tmp_path / "report.html").read_text()
+    said = "lora-sequential ends at 85.0 % over all 4 classes (Ā 88.0 %), best of 3 configurations."
+    assert f'<p class="lead">{said}</p>' in text
+    table, figure = text.index("<table>"), text.index("<figure>")
+    assert text.index(said) < table < figure
+    assert re.findall(r'<tr><th scope="row">(.*?)</th>', text[table:figure]) == [
+        "lora-sequential", "plora", "simplecil"
+    ]  # fmt: skip
+    assert "82.0 ± 1.0" in text[table:figure] and not re.search(r"<td[^>]*>-\d", text)
+
+
+def test_two_runs_are_dots_and_three_a_band() -> None:
+    (protocol,) = group([result("plora", s) for s in (1, 2)] + [result("simplecil", s) for s in (1, 2, 3)])
+    (axes,) = figures.accuracy(protocol).axes
+    dots = [line.get_ydata() for line in axes.get_lines() if line.get_marker() == "."]
+    assert len(axes.collections) == 1 and len(dots) == 2
+    for drawn, run in zip(dots, (result("plora", s) for s in (1, 2))):
+        np.testing.assert_allclose(drawn, run.curve)
+
+
+def test_figures_of_the_page_fit_a_phone_and_files_say_what_they_show(tmp_path: Path) -> None:
+    (protocol,) = group([result(m, s, measure_drift=True) for m in ("plora", "simplecil") for s in (1, 2)])
+    for draw in (figures.accuracy, figures.forgetting, figures.drift, figures.cost, figures.cost_of_tasks):
+        narrow, wide = draw(protocol, True), draw(protocol)
+        assert narrow is not None and wide is not None
+        assert narrow.get_size_inches()[0] == figures.NARROW and wide.get_size_inches()[0] == figures.WIDE
+        assert narrow.legends and not narrow.axes[0].texts  # no names beside the curves, which would press the plot
+    for draw in (figures.forgetting, figures.cost_of_tasks):  # of tasks that do not follow from one another
+        figure = draw(protocol)
+        assert figure is not None and {line.get_linestyle() for line in figure.axes[0].get_lines()} == {"None"}
+        low, high = figure.axes[0].get_ylim()
+        for bar in figure.axes[0].collections:
+            heights = np.concatenate([path.vertices[:, 1] for path in bar.get_paths()])
+            assert low <= heights.min() and heights.max() <= high and heights.min() >= 0
+    titles: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: titles.append(self.get_suptitle()))
+        patch.setattr(figures, "svg", lambda *_: "")
+        write_report(tmp_path, protocol.results)
+    assert titles == ["icon100, B0 Inc2, embedded"] * 6
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "named"),
+    [(1, 100, [1, 20, 40, 60, 80, 100]), (1, 10, list(range(1, 11))), (2, 2, [2]), (50, 100, [50, 60, 80, 100])],
+)
+def test_the_ends_of_an_axis_are_named(first: int, last: int, named: list[int]) -> None:
+    assert figures.ticks(first, last) == named
+
+
+def test_small_numbers_share_their_unit() -> None:
+    assert figures.unit(0.3) == (1.0, "") and figures.unit(0) == (1.0, "")
+    factor, name = figures.unit(3.28e-4)
+    assert (round(factor), name) == (10**4, " (10⁻⁴)")
+
+
 def test_the_table_of_the_terminal_marks_the_best(capsys: pytest.CaptureFixture[str]) -> None:
     (protocol,) = group([result(seed=s, r=r) for s in (1, 2) for r in (4, 8)])
     Console(width=80).print(comparison_table(protocol))
@@ -505,7 +582,12 @@ def test_the_page_in_a_browser(browser: Any, sixty: Path, width: int, scheme: st
         "getComputedStyle([...document.querySelectorAll('svg g')].find(e => e.style.fill.includes('--ink'))).fill"
     )
     assert ink == page.evaluate("getComputedStyle(document.body).color")
+    for details in page.query_selector_all("details"):
+        details.evaluate("e => e.open = false")
+    shown = "[...document.querySelectorAll('details table')].map(e => e.checkVisibility({contentVisibilityAuto: true}))"
+    assert not any(page.evaluate(shown))
     page.emulate_media(media="print")
+    page.wait_for_function(f"{shown}.every(Boolean)", timeout=5000)  # nobody can open them on paper
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert len(page.pdf()) > 10_000
     context.close()

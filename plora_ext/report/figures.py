@@ -103,9 +103,9 @@ def ticks(first: int, last: int) -> list[int]:
     """Whole numbers to name on an axis from the first to the last, both among them."""
     if last - first < 12:
         return list(range(first, last + 1))
-    between = MaxNLocator(8, integer=True).tick_values(0, last)
+    between = MaxNLocator(8, steps=[1, 2, 5, 10], integer=True).tick_values(0, last)
     step = between[1] - between[0]
-    return [first, *(int(t) for t in between if first + step / 2 < t < last - step / 2), last]
+    return [first, *(int(t) for t in between if first + step / 3 < t < last - step / 3), last]
 
 
 def cost(protocol: Protocol, narrow: bool = False) -> Figure | None:

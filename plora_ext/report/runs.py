@@ -251,16 +251,18 @@ def _usual(values: list[Any], default: Any) -> str | None:
 
 
 def _names(firsts: Sequence[Result]) -> list[str]:
-    """A title for each protocol: data, tasks and backbone, and whatever else tells them apart."""
+    """A title for each protocol: data, tasks and backbone, and what else tells apart those in which they agree."""
     facts = [protocol_of(r) for r in firsts]
     telling = ("class_order", "weights", "image_size", "transform", "normalize", "corrupt", "images", "digests")
-    others = [n for n in telling if len({_key(f[n]) for f in facts}) > 1]
     titles = []
     for f in facts:
         first, increment = f["init_cls"], f["increment"]
         tasks = f"B{0 if first == increment else first} Inc{increment}" if first else f"{len(f['tasks'])} given tasks"
-        title = [Path(str(f["data"])).name or str(f["data"]), tasks, str(f["backbone"])]
-        titles.append(", ".join([*title, *(_said(n, f[n]) for n in others)]))
+        titles.append(f"{Path(str(f['data'])).name or f['data']}, {tasks}, {f['backbone']}")
+    for alike in [[i for i, t in enumerate(titles) if t == title] for title in dict.fromkeys(titles)]:
+        for name in (n for n in telling if len({_key(facts[i][n]) for i in alike}) > 1):
+            for i in alike:
+                titles[i] += f", {_said(name, facts[i][name])}"
     times = Counter(titles)
     return [f"{title} ({facts[i]['data']})" if times[title] > 1 else title for i, title in enumerate(titles)]
 
