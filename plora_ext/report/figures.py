@@ -288,7 +288,7 @@ def _over_tasks(
             _curve(axes, x, mean, deviation, style, limits=(0, np.inf))
         else:
             aside = 0.5 * ((i + 0.5) / len(curves) - 0.5)
-            axes.plot(x + aside, mean, **{**style, "linestyle": "none"}, markersize=4)
+            axes.plot(x + aside, mean, **{**style, "linestyle": "none"}, markersize=4, clip_on=False)
             if deviation.any():
                 low, high = np.maximum(mean - deviation, 0), mean + deviation
                 axes.vlines(x + aside, low, high, color=style["color"], linewidth=1, alpha=0.6)
@@ -302,7 +302,7 @@ def _over_tasks(
     if scale == "linear":
         axes.set_ylim(bottom=bottom)
     axes.set_xticks(ticks(first, last))
-    _name(axes, ends, last, narrow)
+    _name(axes, ends, last, narrow or not joined)
     return figure
 
 
