@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 flags = [option for option in args.options if option.startswith("--")]
                 known = closest(unknown[0].split("=")[0], flags) if unknown[0].startswith("-") else ""
                 raise ValueError(f"unknown argument {unknown[0]!r}{known}")
-            if os.environ.get("WORLD_SIZE", "1") == "1":  # else one process is to say it
+            if _alone():  # else one process is to say it
                 settings_from(args)
             if args.command in (demo, train, evaluate, predict):
                 from rich.console import Console
@@ -88,6 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _alone() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
 def _refused(error: Exception) -> int:
     print("error:", " ".join(str(error).split()), file=sys.stderr)
     return 2
@@ -95,7 +99,10 @@ def _refused(error: Exception) -> int:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """What ends a process from outside (a scheduler, a container, a closed connection) ends it as Ctrl-C does."""
+    """What ends a process from outside (a scheduler, a container, a closed connection) ends it as Ctrl-C does.
+
+    Not one of many: it may be waiting for others that are gone, and Python would wait with it.
+    """
 
     def end(number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_IGN)  # once is enough
@@ -103,7 +110,7 @@ def _signals() -> Iterator[None]:
 
     before: dict[int, Any] = {}
     try:
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGHUP) if _alone() else ():
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one
                 with suppress(ValueError):  # not the main thread
                     before[number] = signal.signal(number, end)

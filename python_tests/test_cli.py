@@ -22,7 +22,7 @@ import plora_ext.cil.build
 from plora_ext import libraries
 from plora_ext.cil import Settings
 from plora_ext.cil.heads import HEADS
-from plora_ext.cli import main
+from plora_ext.cli import _signals, main
 from plora_ext.report.files import load_results
 
 FILES = ["accuracy.png", "metrics.json", "settings.yaml", "task_matrix.png"]
@@ -202,7 +202,8 @@ def test_what_is_hardly_meant_is_said(problem: list[str], tmp_path: Path, capsys
     options = ["--method", "simplecil", "--init-cls", "9", "--measure-drift", "--out", str(tmp_path / "out")]
     assert main(["train", *problem, *options]) == 0
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["runs"][0]["settings"]["measure_drift"] is True
-    printed = capsys.readouterr().err
+    out, printed = capsys.readouterr()
+    assert "6 classes in 1 task\n" in out
     assert "note: 24 of 24 test images are training images as well" in printed
     assert "note: init_cls is 9, but there are only 6 classes" in printed
     assert "note: all 6 classes fit into one task: nothing is incremental; lower increment" in printed
@@ -307,6 +308,16 @@ def test_a_signal_is_one_line(
     assert main(["train", *problem, "--out", str(Path(problem[1]).parent / "out")]) == 128 + number
     kept = "interrupted: what was finished is kept, nothing else was written; go on with --resume\n"
     assert capsys.readouterr().err == kept and signal.getsignal(number) == before
+
+
+def test_one_of_many_processes_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with _signals():
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.delenv("WORLD_SIZE")
+    with _signals():
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def command(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
