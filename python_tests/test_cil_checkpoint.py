@@ -403,6 +403,38 @@ def test_images_of_tasks_to_come_may_change(epoch: int | None, data: Images, tmp
         learn(mended, Checkpoint(tmp_path, resume=True), class_order="sorted")
 
 
+def test_test_images_of_learned_tasks_may_be_mended_or_left_out(
+    tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for side in ("train", "test"):
+        for c, name in enumerate("abcd"):
+            (tmp_path / "pics" / side / name).mkdir(parents=True)
+            for i in range(2):
+                image = Image.fromarray(
+                    np.random.default_rng(10 * i + c).integers(0, 255, (16, 16, 3)).astype(np.uint8)
+                )
+                image.save(tmp_path / "pics" / side / name / f"{i}.png")
+    options = f"--data {tmp_path}/pics --increment 2 --method simplecil --class-order sorted --workers 0 --device cpu"
+    command = ["train", *options.split(), "--out", str(tmp_path / "run")]
+    spoiled = [tmp_path / "pics" / side / name / "1.png" for side, name in (("test", "a"), ("test", "d"))]
+    content = spoiled[1].read_bytes()
+    spoiled[1].write_bytes(content[:60])  # its header is whole: met when task 1 is evaluated
+    assert main(command) == 2 and "set corrupt to skip" in capsys.readouterr().err
+    spoiled[0].write_bytes(content[:60])
+    assert main([*command, "--resume", "--corrupt", "skip"]) == 0
+    said = "the run continues, though not as it began: test images of task 0, 1, after 1 of 2 tasks"
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert load_results(tmp_path / "run")[0].num_test == 6
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    spoiled[1].write_bytes(content)
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    assert "those of task 1, which is learned" in capsys.readouterr().err
+    other = tmp_path / "pics" / "train" / "a" / "1.png"
+    other.write_bytes(other.read_bytes() + b"more")
+    assert main([*command, "--resume", "--corrupt", "skip"]) == 2
+    assert "the images or labels differ, those of task 0, which is learned" in capsys.readouterr().err
+
+
 def test_damaged_checkpoints_are_refused(data: Images, tmp_path: Path) -> None:
     learn(data, Checkpoint(tmp_path), epochs=1)
     file = next(path for path in _files(tmp_path) if path.name.startswith("adapter-task1"))

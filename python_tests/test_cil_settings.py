@@ -78,7 +78,7 @@ def test_checkpoints_in_words_of_before_are_of_the_same_run() -> None:
     now = fingerprint(Settings().as_dict())
     before = fingerprint({**Settings().as_dict(), "class_order": None, "onto": "base", "init": "first"})
     del before["settings"]["replay_epochs"]
-    assert refuse_other(before, now, "it is the checkpoint") == []
+    assert refuse_other(before, now, "it is the checkpoint") == {}
     with pytest.raises(ValueError, match="class_order is 'shuffled' there and 'sorted' here"):
         refuse_other(before, fingerprint(Settings(class_order="sorted").as_dict()), "it is the checkpoint")
 

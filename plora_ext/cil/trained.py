@@ -69,7 +69,7 @@ class Trained:
         data, learned = load_data(self.settings), len(self.run["curve"])
         stream = make_stream(self.settings, data)
         tasks = [stream.joined()] if self.settings.method == "joint" else stream.tasks
-        here = {**self.fingerprint, **data_digests(data, tasks)}
+        here = {**self.fingerprint, **data_digests(data, tasks), "training": None}  # test images have to be the same
         refuse_other(self.fingerprint, here, f"{self.settings.data} is the data", learned)
         images = View(data.test_images, self.learner.preparation)
         evaluator, last = Evaluator(self.method, tasks, images, stream.task_of_class()), learned - 1
