@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
@@ -401,6 +402,36 @@ def test_images_of_tasks_to_come_may_change(epoch: int | None, data: Images, tmp
     mended.test_images[2] = 0
     with pytest.raises(ValueError, match="the images or labels differ, those of task 1, which is learned"):
         learn(mended, Checkpoint(tmp_path, resume=True), class_order="sorted")
+
+
+def test_paths_are_those_of_the_folder_where_the_run_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("begun", "else", "away"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "begun")
+    np.savez("toy.npz", **arrays())
+    name = "vit_tiny_patch16_224"
+    model = timm.create_model(name, num_classes=0, img_size=16)
+    torch.save(model.state_dict(), "w.pth")
+    run_ = tmp_path / "run"
+    options = f"--data toy.npz --backbone {name} --weights w.pth --image-size 16 --method simplecil --increment 3"
+    assert main(["train", *options.split(), "--device", "cpu", "--workers", "0", "--out", str(run_)]) == 0
+    monkeypatch.chdir(tmp_path / "else")
+    Image.fromarray(arrays()["test_images"][0]).save("a.png")
+    assert main(["eval", str(run_)]) == 0 and main(["predict", str(run_), "a.png"]) == 0
+    assert main(["train", "--resume", "--out", str(run_)]) == 0
+    capsys.readouterr()
+    for file in ("toy.npz", "w.pth"):
+        (tmp_path / "begun" / file).rename(tmp_path / "away" / file)
+    assert main(["predict", str(run_), "a.png"]) == 2
+    assert "weights must be a file" in (said := capsys.readouterr().err) and f"{tmp_path}/else/w.pth" in said
+    moved = ["--weights", str(tmp_path / "away" / "w.pth")]
+    assert main(["predict", str(run_), "a.png", *moved]) == 0 and main(["eval", str(run_), *moved]) == 2
+    assert (
+        f"--data says where they are now: there is no file toy.npz, looked for at {tmp_path}" in capsys.readouterr().err
+    )
+    assert main(["eval", str(run_), *moved, "--data", str(tmp_path / "away" / "toy.npz")]) == 0
 
 
 def test_test_images_of_learned_tasks_may_be_mended_or_left_out(

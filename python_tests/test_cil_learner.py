@@ -474,3 +474,12 @@ def test_naming_a_learner_imports_no_model(tmp_path: Path) -> None:
     code = f"import sys; from plora_ext.cil import Learner; print([m for m in {heavy} if m in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
     assert said == "[]\n"
+
+
+def test_what_is_no_backbone_no_data_and_no_checkpoint() -> None:
+    with pytest.raises(TypeError, match=r"backbone must be plora_ext.data.Backbone\(model, .*, got Linear"):
+        Learner(backbone=torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"data must be plora_ext.data.Images\(.*, got tuple"):
+        run(Settings(), data=([], []))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"checkpoint must be .*Checkpoint\(Path\(FOLDER\)\), got 'runs/a'"):
+        run(Settings(), checkpoint="runs/a")  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from plora_ext.cil.build import load_data
 from plora_ext.cil.loop import run
 from plora_ext.data import Backbone, ImageFiles, Preparation, View, load_images
 from plora_ext.data import view as views
+from plora_ext.data.inputs import image_paths
 from plora_ext.data.sets import FOLDERS, Images, checked, doubles
 
 SPLITS = ("train", "test")
@@ -164,7 +165,7 @@ def test_missing_folders_say_where_and_how(tmp_path: Path) -> None:
         load_images("fashion-mnist", tmp_path)
     with pytest.raises(FileNotFoundError, match="'some/folder' is no folder, looked for at /"):
         load_images("some/folder")
-    with pytest.raises(ValueError, match="unknown data 'imagenet-s'; did you mean 'imagenet-r'?"):
+    with pytest.raises(ValueError, match="unknown data 'imagenet-s', and no folder /.*; did you mean 'imagenet-r'?"):
         load_images("imagenet-s")
 
 
@@ -307,6 +308,38 @@ def test_hidden_files_and_links(tmp_path: Path) -> None:
     (tmp_path / "train" / "ant" / "loop").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="ant/loop is a link to a folder above it"):
         load_images(str(tmp_path))
+
+
+def test_class_folders_without_images_are_named(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    for image in (tmp_path / "test" / "bee").iterdir():
+        image.rename(image.with_suffix(".txt"))
+    with pytest.raises(ValueError, match=rf"but {tmp_path}/test/bee holds no image \(.jpg .*\): add some, or remove"):
+        load_images(str(tmp_path))
+    write_folders(tmp_path)
+    for image in (tmp_path / "train" / "ant").iterdir():
+        image.write_bytes(b"no image")
+    said = f"{tmp_path}/train/ant holds no image that can be decoded: mend them"
+    with pytest.warns(UserWarning, match="left out 2 images"), pytest.raises(ValueError, match=said):
+        load_images(str(tmp_path), corrupt="skip")
+
+
+def test_hidden_files_are_not_predicted(tmp_path: Path) -> None:
+    for name in (".cache", "seen"):
+        (tmp_path / name).mkdir()
+        for file in ("a.pgm", "._a.png", "b.gif", "c.txt"):
+            (tmp_path / name / file).touch()
+    assert image_paths([tmp_path]) == [tmp_path / "seen" / "a.pgm", tmp_path / "seen" / "b.gif"]
+    assert image_paths([tmp_path / ".cache"]) == [tmp_path / ".cache" / "a.pgm", tmp_path / ".cache" / "b.gif"]
+
+
+def test_lists_and_tensors_become_arrays() -> None:
+    given = Images(torch.from_numpy(pixels(4)), [0, 1, 0, 1], pixels(2), torch.tensor([0, 1]), ["a", "b"])
+    data = checked(given)
+    assert data.train_labels.tolist() == [0, 1, 0, 1] and data.class_names == ["a", "b"]
+    np.testing.assert_array_equal(data.train_images, pixels(4))
+    with pytest.raises(TypeError, match=r"data must be plora_ext.data.Images\(train_images, .*, got tuple"):
+        checked((pixels(4), [0] * 4))
 
 
 def test_a_file_that_is_no_image_is_found_before_anything_is_learned(tmp_path: Path) -> None:

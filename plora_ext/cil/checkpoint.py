@@ -39,6 +39,7 @@ from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task
 from plora_ext.data import ImageFiles, Images
+from plora_ext.data.sets import NAMES
 from plora_ext.nn import Adapters
 
 FORMAT, READS = 4, (2, 3, 4)  # written; and read: `_migrated`
@@ -98,10 +99,18 @@ class Checkpoint:
     def settings(self) -> dict[str, Any]:
         """The settings of the saved run; one that came later has its default.
 
+        Where it was begun in another folder, its relative paths are those from there, as far as they exist.
+
         Raises:
             ValueError: There is one that this version does not have.
         """
-        return _settings(self.manifest["settings"], f"{self.folder}, written by plora_ext {self.manifest['plora_ext']}")
+        by = f"{self.folder}, written by plora_ext {self.manifest['plora_ext']}"
+        saved, begun = _settings(self.manifest["settings"], by), Path(self.manifest.get("cwd", "."))
+        names = {"data": NAMES, "data_root": (), "weights": (None, "random")}  # and values that are no paths
+        for name in names if begun.absolute() != Path.cwd() else ():
+            if saved[name] not in names[name] and (begun / saved[name]).exists():
+                saved[name] = str(begun / saved[name])
+        return saved
 
     # ------------------------------------------------------------------ tasks
 
@@ -134,6 +143,7 @@ class Checkpoint:
             "format": FORMAT,
             "plora_ext": plora_ext.__version__,
             "torch": str(torch.__version__),
+            "cwd": os.getcwd(),
             "fingerprint": dict(fingerprint),
             "settings": dict(settings),
             "run": saved["run"] if saved and saved["run"]["curve"] else {"curve": [], "tasks": 1, **(run or {})},

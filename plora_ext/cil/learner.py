@@ -77,9 +77,15 @@ class Learner:
         from plora_ext.cil.frozen import check_backbone
         from plora_ext.cil.methods import METHODS
         from plora_ext.cil.training import Trainer
+        from plora_ext.data import Backbone
 
         if not isinstance(settings, Settings | None):
             raise TypeError(f"settings must be Settings, as Settings.load(FILE) reads, got {type(settings).__name__}")
+        if not isinstance(backbone, Backbone | str | None):
+            raise TypeError(
+                "backbone must be plora_ext.data.Backbone(model, image_size, mean, std), whose model gives features, "
+                f"or a name as in settings, got {type(backbone).__name__}"
+            )
         if isinstance(backbone, str):
             changes, backbone = {**changes, "backbone": backbone}, None
         self.settings = s = Settings.load(overrides={**(settings.as_dict() if settings else {}), **changes})

@@ -11,9 +11,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from .decode import to_8_bits, to_rgb
-from .sets import ImageFiles
+from .sets import IMG_EXTENSIONS, ImageFiles
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif")
 _WANTED = (
     "a pair (images, labels), a folder of one folder of images for each class, a torch Dataset of (image, label), or a "
     "Hugging Face data set with a column of images and one of labels"
@@ -101,7 +101,7 @@ def to_pixels(image: Any) -> np.ndarray:
 
 
 def image_paths(given: Sequence[str | Path]) -> list[Path]:
-    """The image files among `given`: files as they are, folders searched, sorted by name.
+    """The image files among `given`: files as they are, folders searched (but for what is hidden), sorted by name.
 
     Raises:
         FileNotFoundError: A path that does not exist, or no image at all.
@@ -109,7 +109,7 @@ def image_paths(given: Sequence[str | Path]) -> list[Path]:
     paths: list[Path] = []
     for path in map(Path, given):
         if path.is_dir():
-            paths += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            paths += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not _hidden(p, path))
         elif path.is_file():
             paths.append(path)
         else:
@@ -117,6 +117,10 @@ def image_paths(given: Sequence[str | Path]) -> list[Path]:
     if not paths:
         raise FileNotFoundError(f"no image ({' '.join(IMAGE_SUFFIXES)}) in {', '.join(map(str, given))}")
     return paths
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _class_folders(root: Path) -> tuple[ImageFiles, list[str]]:

@@ -14,7 +14,7 @@ import os
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,8 @@ def load_images(data: str, root: str | Path = "data", *, download: bool = False,
         raise FileNotFoundError(f"data {data!r} is no folder, looked for at {Path(data).absolute()}")
     near = difflib.get_close_matches(data, NAMES, n=1, cutoff=0.4)
     guess = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown data {data!r}; {guess}(one of: {', '.join(NAMES)}, a folder, FILE.npz)")
+    named = f"(one of: {', '.join(NAMES)}, a folder, FILE.npz)"
+    raise ValueError(f"unknown data {data!r}, and no folder {Path(data).absolute()}; {guess}{named}")
 
 
 def packaged(name: str, maker: str) -> Path:
@@ -204,11 +205,20 @@ def _npz(path: Path) -> Images:
 
 
 def checked(images: Images) -> Images:
-    """`images`, whose arrays fit together.
+    """`images`, whose arrays fit together; lists and tensors become arrays.
 
     Raises:
+        TypeError: It is something else.
         ValueError: They do not; names the array.
     """
+    if not isinstance(images, Images):
+        raise TypeError(
+            "data must be plora_ext.data.Images(train_images, train_labels, test_images, test_labels), or what "
+            f"plora_ext.data.load_images(FOLDER) reads, got {type(images).__name__}"
+        )
+    given = {name: getattr(images, name) for name in ARRAYS}
+    arrays: dict[str, Any] = {k: v if isinstance(v, ImageFiles) else np.asarray(v) for k, v in given.items()}
+    images = replace(images, **arrays)
     for split in ("train", "test"):
         pixels, labels = getattr(images, f"{split}_images"), getattr(images, f"{split}_labels")
         if isinstance(pixels, np.ndarray) and (pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3):
@@ -311,72 +321,89 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
 
 
 def _class_folders(root: Path, corrupt: str) -> Images:
-    from torchvision.datasets import ImageFolder
-
     for split in ("train", "test"):
         if not (root / split).is_dir():
             raise FileNotFoundError(
                 f"no data at {root.absolute()}: expected {root / 'train'}/<class>/<image> and "
                 f"{root / 'test'}/<class>/<image>; move it there, or set data_root"
             )
-
-    class Folder(ImageFolder):
-        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-            names = sorted(p.name for p in Path(directory).iterdir() if p.is_dir() and not p.name.startswith("."))
-            if not names:
-                raise FileNotFoundError(f"there is no class folder in {directory}")
-            return names, {name: label for label, name in enumerate(names)}
-
-    try:
-        train, test = (Folder(str(root / split), is_valid_file=_is_image) for split in ("train", "test"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{root}: every class folder must hold an image; {error}") from error
-    if train.classes != test.classes:
-        only = {"train": set(train.classes) - set(test.classes), "test": set(test.classes) - set(train.classes)}
+    train, test = (
+        sorted(p.name for p in (root / split).iterdir() if p.is_dir() and not p.name.startswith("."))
+        for split in ("train", "test")
+    )
+    if train != test:
+        only = {"train": set(train) - set(test), "test": set(test) - set(train)}
         said = "; ".join(f"only in {side}: {_some(sorted(names))}" for side, names in only.items() if names)
         raise ValueError(f"{root}: train and test must hold the same class folders; {said}")
+    if not train:
+        raise FileNotFoundError(f"there is no class folder in {root / 'train'}")
     arrays: list[Any] = []
-    for side in (train, test):
-        samples = _decodable(_once([(Path(path), label) for path, label in side.samples]), corrupt)
-        arrays += [ImageFiles([path for path, _ in samples]), np.array([label for _, label in samples], dtype=np.int64)]
-    arrays.append(list(train.classes))
+    for split in ("train", "test"):
+        found = _once([_files(root / split / name) for name in train])
+        _refuse_empty(
+            found, root / split, train, f"holds no image ({' '.join(IMG_EXTENSIONS)}): add some, or remove it"
+        )
+        kept = _decodable(found, corrupt)
+        if split == "train":
+            _refuse_empty(kept, root / split, train, "holds no image that can be decoded: mend them, or remove it")
+        paths = [path for of in kept for path in of]
+        labels = np.repeat(np.arange(len(kept)), [len(of) for of in kept])
+        arrays += [ImageFiles(paths), labels.astype(np.int64)]
+    arrays.append(train)
     return Images(*arrays)
 
 
-def _is_image(path: str) -> bool:
-    """By its name; what is hidden (`._x.jpg`, `.ipynb_checkpoints`) is not meant to be one."""
-    return path.lower().endswith(IMG_EXTENSIONS) and not any(part.startswith(".") for part in Path(path).parts[-2:])
+def _files(folder: Path) -> list[Path]:
+    """The images in a class folder and below, those that links lead to as well, in the order of torchvision.
 
-
-def _once(samples: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
-    """The samples without those that links lead to a second time.
+    Hidden files (`._x.jpg`) and folders (`.ipynb_checkpoints`) are not meant to be images.
 
     Raises:
         ValueError: A link leads to a folder above itself, so that images of other classes would count as of this one.
     """
-    real: dict[Path, str] = {}
-    for folder in {path.parent for path, _ in samples}:
-        for part in (folder, *folder.parents):
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        for part in (Path(place), *(Path(place) / name for name in folders)):
             if part.is_symlink() and part.parent.resolve().is_relative_to(part.resolve()):
                 raise ValueError(
                     f"{part} is a link to a folder above it, whose images are not all of one class: remove it"
                 )
-        real[folder] = os.path.realpath(folder)
-    found: dict[str, tuple[Path, int]] = {}
-    for path, label in samples:
-        key = os.path.realpath(path) if path.is_symlink() else os.path.join(real[path.parent], path.name)
-        found.setdefault(key, (path, label))
-    if len(found) < len(samples):
-        warnings.warn(f"left out {len(samples) - len(found)} images that links lead to a second time", stacklevel=2)
-    return list(found.values())
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        wanted = (name for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS) and name[0] != ".")
+        found.append((place, [Path(place) / name for name in wanted]))
+    return [path for _, paths in sorted(found) for path in paths]
+
+
+def _once(classes: list[list[Path]]) -> list[list[Path]]:
+    """The images of each class without those that links lead to a second time."""
+    seen: set[str] = set()
+    real: dict[Path, str] = {}  # of folders: fewer questions to the file system
+    kept: list[list[Path]] = []
+    for paths in classes:
+        kept.append([])
+        for path in paths:
+            if path.parent not in real:
+                real[path.parent] = os.path.realpath(path.parent)
+            key = os.path.realpath(path) if path.is_symlink() else os.path.join(real[path.parent], path.name)
+            if key not in seen:
+                seen.add(key)
+                kept[-1].append(path)
+    if twice := sum(map(len, classes)) - len(seen):
+        warnings.warn(f"left out {twice} images that links lead to a second time", stacklevel=2)
+    return kept
+
+
+def _refuse_empty(classes: list[list[Path]], folder: Path, names: list[str], why: str) -> None:
+    if empty := [str(folder / name) for name, paths in zip(names, classes) if not paths]:
+        raise ValueError(f"every class needs an image, but {_some(empty)} {why}")
 
 
 def _no_image(path: Path, error: Exception) -> str:
     return f"{path} is no image that can be decoded ({error}); mend or remove it, or set corrupt to skip"
 
 
-def _decodable(samples: list[tuple[Path, int]], corrupt: str) -> list[tuple[Path, int]]:
-    """The samples whose image can be decoded, if `corrupt` is "skip"; a warning names the others.
+def _decodable(classes: list[list[Path]], corrupt: str) -> list[list[Path]]:
+    """The images of each class that can be decoded, if `corrupt` is "skip"; a warning names the others.
 
     Else all of them: only headers are read, so that a file that is no image is found before anything is learned.
 
@@ -395,14 +422,16 @@ def _decodable(samples: list[tuple[Path, int]], corrupt: str) -> list[tuple[Path
             return _no_image(path, error)
         return ""
 
+    paths = [path for of in classes for path in of]
     with ThreadPoolExecutor() as pool:  # decoders leave Python's lock
-        faults = list(pool.map(fault, [path for path, _ in samples]))
-    bad = [(str(path), said) for (path, _), said in zip(samples, faults) if said]
+        bad = {path: said for path, said in zip(paths, pool.map(fault, paths)) if said}
     if bad and corrupt != "skip":
-        raise ValueError(bad[0][1] + (f" (and {len(bad) - 1} images more)" if len(bad) > 1 else ""))
+        more = f" (and {len(bad) - 1} images more)" if len(bad) > 1 else ""
+        raise ValueError(next(iter(bad.values())) + more)
     if bad:
-        warnings.warn(f"left out {len(bad)} images that cannot be decoded: {_some([p for p, _ in bad])}", stacklevel=2)
-    return [sample for sample, said in zip(samples, faults) if not said]
+        named = _some([str(path) for path in bad])
+        warnings.warn(f"left out {len(bad)} images that cannot be decoded: {named}", stacklevel=2)
+    return [[path for path in of if path not in bad] for of in classes]
 
 
 def _some(names: list[str], most: int = 5) -> str:

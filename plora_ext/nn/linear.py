@@ -322,6 +322,12 @@ class MultiLoRALinear(nn.Module):
         keywords: dict[str, Any] = {}
         if active.batch is not None:
             op, names = ops.lora_indexed, tuple(self.r)
+            given = active.batch.ids.shape[:1]
+            if not torch.compiler.is_compiling() and x.dim() > 1 and given != x.shape[:1]:
+                raise ValueError(
+                    f"Adapters.batch was given {given.numel()} adapters, but a layer sees {x.shape[0]} samples: give "
+                    "one for each (beam search repeats every sample num_beams times)"
+                )
             ids = (active.batch if active.batch.ids.device == x.device else active.batch.to(x.device),)
         elif active.coefficients is not None:
             keywords["coeff"] = active.coefficients.to(x.device)
