@@ -449,7 +449,9 @@ def test_test_images_of_learned_tasks_may_be_mended_or_left_out(
     command = ["train", *options.split(), "--out", str(tmp_path / "run")]
     spoiled = [tmp_path / "pics" / side / name / "1.png" for side, name in (("test", "a"), ("test", "d"))]
     content = spoiled[1].read_bytes()
-    spoiled[1].write_bytes(content[:60])  # its header is whole: met when task 1 is evaluated
+    flipped = bytearray(content)
+    flipped[60] ^= 255  # its header and its end are whole: met when task 1 is evaluated
+    spoiled[1].write_bytes(flipped)
     assert main(command) == 2 and "set corrupt to skip" in capsys.readouterr().err
     spoiled[0].write_bytes(content[:60])
     assert main([*command, "--resume", "--corrupt", "skip"]) == 0

@@ -351,11 +351,39 @@ def test_a_file_that_is_no_image_is_found_before_anything_is_learned(tmp_path: P
         load_images(str(tmp_path))
 
 
+def test_a_file_that_is_cut_short_is_found_before_anything_is_learned(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    good = tmp_path / "train" / "ant" / "0.png"
+    good.write_bytes(good.read_bytes() + b"what a telephone appends")
+    large = Image.fromarray(pixels(1, 64)[0])
+    for name, suffix in (("ant", "jpg"), ("bee", "png"), ("bee", "gif.png")):
+        large.save(bad := tmp_path / "test" / name / f"9.{suffix}", {"gif.png": "gif"}.get(suffix))
+        content = bad.read_bytes()
+        bad.write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match=rf"^{bad} is no image .*set corrupt to skip$"):
+            load_images(str(tmp_path))
+        bad.write_bytes(content)
+    assert len(load_images(str(tmp_path)).test_images) == 9
+
+
+def test_images_of_more_than_8_bits_that_become_dark_are_named(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    ramp = np.linspace(0, 4095, 64).reshape(8, 8).astype(np.uint16)  # 12 bits
+    Image.fromarray(ramp).save(tmp_path / "train" / "ant" / "9.png")
+    with pytest.warns(UserWarning, match="ant/9.png and 0 images more reach 16 of 255 at most: scale them"):
+        load_images(str(tmp_path))
+    twelve = np.repeat(ramp[None, :, :, None], 3, 3)
+    with pytest.warns(UserWarning, match="x.npz: train_images reach 16 of 255"):
+        load_images(str(write_npz(tmp_path / "x.npz", train_images=twelve, train_labels=np.zeros(1, int))))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_corrupt_image_is_named_or_left_out(tmp_path: Path, workers: int) -> None:
     write_folders(tmp_path)
     bad = tmp_path / "train" / "bee" / "0.png"
-    bad.write_bytes(bad.read_bytes()[:60])
+    content = bytearray(bad.read_bytes())
+    content[60] ^= 255
+    bad.write_bytes(content)
     view = prepared(load_images(str(tmp_path)).train_images, workers=workers)
     with pytest.raises(ValueError, match=rf"^{bad} is no image that can be decoded .*set corrupt to skip$"):
         whole(view)

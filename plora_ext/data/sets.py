@@ -14,6 +14,7 @@ import os
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ NAMES = ("icon100", "cifar100", "fashion-mnist", *FOLDERS)
 _IDX = {split: [f"{stem}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
         for split, stem in (("train", "train"), ("test", "t10k"))}  # fmt: skip
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# How files of a format end, unless something follows: what ends otherwise may be cut short.
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+_DARK = 64  # what images of more than 8 bits have to reach of 255, else it is said: 12 bits kept in 16 give 16
 _FASHION = "t-shirt/top trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
 
 
@@ -115,8 +119,8 @@ def load_images(data: str, root: str | Path = "data", *, download: bool = False,
         data: Name or path.
         root: Where named sets lie.
         download: Let torchvision download a set that is not there.
-        corrupt: "error": an image file that cannot be opened is an error at the start, one whose pixels cannot be
-            decoded when they are met; "skip": every image file is decoded once at the start, and those that cannot be
+        corrupt: "error": an image file that cannot be opened or is cut short is an error at the start, one whose pixels
+            cannot be decoded for another reason when they are met; "skip": every image file is decoded once at the start, and those that cannot be
             are left out with a warning that names them.
 
     Raises:
@@ -195,7 +199,9 @@ def _npz(path: Path) -> Images:
                 raise ValueError(f"{path}: {name} cannot be read: {objects}") from error
     names = arrays.pop("class_names", None)
     for name in ("train_images", "test_images"):
-        arrays[name] = to_8_bits(arrays[name], f"{path}: {name}")
+        given, arrays[name] = arrays[name], to_8_bits(arrays[name], f"{path}: {name}")
+        if given.dtype != np.uint8:
+            _warn_if_dark(arrays[name], f"{path}: {name}")
     images = Images(arrays["train_images"], arrays["train_labels"], arrays["test_images"], arrays["test_labels"])
     images.class_names = None if names is None else [str(name) for name in names]
     try:
@@ -405,19 +411,24 @@ def _no_image(path: Path, error: Exception) -> str:
 def _decodable(classes: list[list[Path]], corrupt: str) -> list[list[Path]]:
     """The images of each class that can be decoded, if `corrupt` is "skip"; a warning names the others.
 
-    Else all of them: only headers are read, so that a file that is no image is found before anything is learned.
+    Else all of them: headers and ends are read, and what looks cut short is decoded, so that a file that is no image is
+    found before anything is learned. Another warning names the first image of more than 8 bits if it becomes dark.
 
     Raises:
         ValueError: There is one that is none, and it is not to be skipped.
     """
+    deep: set[Path] = set()
 
     def fault(path: Path) -> str:
         try:
-            if corrupt == "skip":
+            with path.open("rb") as file, Image.open(file) as image:
+                if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                    deep.add(path)
+                end = _ENDS.get(image.format or "", b"")
+                file.seek(-len(end), os.SEEK_END)
+                whole = file.read() == end or not end
+            if corrupt == "skip" or not whole:
                 decode(path)
-            else:
-                with Image.open(path):
-                    pass
         except Exception as error:  # decoders raise all kinds
             return _no_image(path, error)
         return ""
@@ -431,7 +442,19 @@ def _decodable(classes: list[list[Path]], corrupt: str) -> list[list[Path]]:
     if bad:
         named = _some([str(path) for path in bad])
         warnings.warn(f"left out {len(bad)} images that cannot be decoded: {named}", stacklevel=2)
+    if first := next((path for path in paths if path in deep and path not in bad), None):
+        with suppress(Exception):  # it is met, and named, where it is needed
+            _warn_if_dark(decode(first), f"{first} and {len(deep) - 1} images more")
     return [[path for path in of if path not in bad] for of in classes]
+
+
+def _warn_if_dark(pixels: np.ndarray, what: str) -> None:
+    if pixels.size and pixels.max() < _DARK:
+        warnings.warn(
+            f"more than 8 bits are scaled by the range of their type, so that {what} reach {pixels.max()} of 255 at "
+            "most: scale them to 8 bits yourself",
+            stacklevel=2,
+        )
 
 
 def _some(names: list[str], most: int = 5) -> str:
