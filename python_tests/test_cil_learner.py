@@ -483,3 +483,17 @@ def test_what_is_no_backbone_no_data_and_no_checkpoint() -> None:
         run(Settings(), data=([], []))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"checkpoint must be .*Checkpoint\(Path\(FOLDER\)\), got 'runs/a'"):
         run(Settings(), checkpoint="runs/a")  # type: ignore[arg-type]
+
+
+def test_a_folder_with_a_file_that_is_no_image(tmp_path: Path) -> None:
+    for c, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.fromarray(np.full((16, 16, 3), 90 * c + i, np.uint8)).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "b" / "1.png").write_text("no image")
+    learner = Learner(backbone=backbone(), method="simplecil", **QUICK)
+    with pytest.raises(ValueError, match="b/1.png is no image that can be decoded"):
+        learner.fit(tmp_path)
+    skipping = Learner(backbone=backbone(), method="simplecil", corrupt="skip", **QUICK)
+    with pytest.warns(UserWarning, match="left out 1 images that cannot be decoded: .*b/1.png"):
+        assert skipping.fit(tmp_path).classes == ["a", "b"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import plora_ext.data
@@ -185,7 +185,7 @@ def tiny_weights(tmp_path: Path) -> Iterator[tuple[dict, Path]]:
 
 def test_position_grid_is_resampled(tiny_weights: tuple[dict, Path]) -> None:
     config, path = tiny_weights
-    state = backbone.load_file(path)
+    state = load_file(path)
     larger = {**config, "architecture": {**TINY, "img_size": 32}}
     result = backbone.build_backbone(larger, {key: value.half() for key, value in state.items()})
     assert result.image_size == 32

@@ -524,6 +524,8 @@ def test_all_linear_and_names_that_are_no_expression() -> None:
     prune.l1_unstructured(model[0], "weight", 0.5)
     with pytest.raises(ValueError, match="'0' has a weight that a hook computes.*prune.remove.*: leave it out"):
         inject(model, ["0"], r=2)
+    with pytest.raises(TypeError, match="got torch.nn.modules.linear.Linear whose weight a hook computes"):
+        MultiLoRALinear(model[0])
     assert list(inject(model, "all-linear", r=2).layers) == ["2.0"]
     vit = nn.ModuleDict({"qkv": nn.ModuleDict({"qkv": nn.Linear(4, 12)})})
     with pytest.raises(ValueError, match=r"the expression 'qkv' \(it is compared with whole names; the list \['qkv'\]"):

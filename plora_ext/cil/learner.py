@@ -125,7 +125,7 @@ class Learner:
 
         if self._cut_short:
             raise RuntimeError("an earlier fit was cut short within its task: make a new learner, or load a saved one")
-        images, labels = read_labelled(data)
+        images, labels = read_labelled(data, self.settings.corrupt)
         try:
             new, first = sorted(set(labels)), len(self.classes)
         except TypeError as error:
@@ -212,7 +212,7 @@ class Learner:
         """
         from plora_ext.data.inputs import read_labelled
 
-        images, labels = read_labelled(data)
+        images, labels = read_labelled(data, self.settings.corrupt)
         position = {label: i for i, label in enumerate(self.classes)}
         if unknown := [label for label in labels if label not in position]:
             raise ValueError(f"data holds label {unknown[0]!r}, which no task has brought yet")

@@ -120,8 +120,8 @@ def load_images(data: str, root: str | Path = "data", *, download: bool = False,
         root: Where named sets lie.
         download: Let torchvision download a set that is not there.
         corrupt: "error": an image file that cannot be opened or is cut short is an error at the start, one whose pixels
-            cannot be decoded for another reason when they are met; "skip": every image file is decoded once at the start, and those that cannot be
-            are left out with a warning that names them.
+            cannot be decoded for another reason when they are met; "skip": every image file is decoded once at the
+            start, and those that cannot be are left out with a warning that names them.
 
     Raises:
         ValueError: An unknown name, arrays that do not fit together, class folders that differ between train and
@@ -349,7 +349,7 @@ def _class_folders(root: Path, corrupt: str) -> Images:
         _refuse_empty(
             found, root / split, train, f"holds no image ({' '.join(IMG_EXTENSIONS)}): add some, or remove it"
         )
-        kept = _decodable(found, corrupt)
+        kept = decodable(found, corrupt)
         if split == "train":
             _refuse_empty(kept, root / split, train, "holds no image that can be decoded: mend them, or remove it")
         paths = [path for of in kept for path in of]
@@ -408,7 +408,7 @@ def _no_image(path: Path, error: Exception) -> str:
     return f"{path} is no image that can be decoded ({error}); mend or remove it, or set corrupt to skip"
 
 
-def _decodable(classes: list[list[Path]], corrupt: str) -> list[list[Path]]:
+def decodable(classes: list[list[Path]], corrupt: str) -> list[list[Path]]:
     """The images of each class that can be decoded, if `corrupt` is "skip"; a warning names the others.
 
     Else all of them: headers and ends are read, and what looks cut short is decoded, so that a file that is no image is

@@ -104,7 +104,10 @@ class MultiLoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         if not is_plain_linear(base):
-            raise TypeError(f"base must be a plain torch.nn.Linear, got {type(base).__module__}.{type(base).__name__}")
+            got = f"{type(base).__module__}.{type(base).__name__}"
+            if type(base) is nn.Linear:
+                got += " whose weight a hook computes"
+            raise TypeError(f"base must be a plain torch.nn.Linear, got {got}")
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout}")
         for key, (start, stop) in (slices or {}).items():
