@@ -305,6 +305,11 @@ def test_hidden_files_and_links(tmp_path: Path) -> None:
     (tmp_path / "train" / "bee" / "same.png").symlink_to(tmp_path / "train" / "bee" / "0.png")
     with pytest.warns(UserWarning, match="left out 1 images that links lead to a second time"):
         assert load_images(str(tmp_path)).train_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    (tmp_path / "train" / "ant" / "other").symlink_to(tmp_path / "train" / "bee")
+    said = f"{tmp_path}/train/bee is left with none"
+    with pytest.warns(UserWarning, match="left out 4 images that links"), pytest.raises(ValueError, match=said):
+        load_images(str(tmp_path))
+    (tmp_path / "train" / "ant" / "other").unlink()
     (tmp_path / "train" / "ant" / "loop").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="ant/loop is a link to a folder above it"):
         load_images(str(tmp_path))
@@ -319,7 +324,7 @@ def test_class_folders_without_images_are_named(tmp_path: Path) -> None:
     write_folders(tmp_path)
     for image in (tmp_path / "train" / "ant").iterdir():
         image.write_bytes(b"no image")
-    said = f"{tmp_path}/train/ant holds no image that can be decoded: mend them"
+    said = f"{tmp_path}/train/ant is left with none: mend its images"
     with pytest.warns(UserWarning, match="left out 2 images"), pytest.raises(ValueError, match=said):
         load_images(str(tmp_path), corrupt="skip")
 

@@ -144,9 +144,9 @@ def load_images(data: str, root: str | Path = "data", *, download: bool = False,
     if "/" in data:
         raise FileNotFoundError(f"data {data!r} is no folder, looked for at {Path(data).absolute()}")
     near = difflib.get_close_matches(data, NAMES, n=1, cutoff=0.4)
-    guess = f"did you mean {near[0]!r}? " if near else ""
+    guess = f"; did you mean {near[0]!r}?" if near else ""
     named = f"(one of: {', '.join(NAMES)}, a folder, FILE.npz)"
-    raise ValueError(f"unknown data {data!r}, and no folder {Path(data).absolute()}; {guess}{named}")
+    raise ValueError(f"unknown data {data!r}, and no folder {Path(data).absolute()}{guess} {named}")
 
 
 def packaged(name: str, maker: str) -> Path:
@@ -345,13 +345,12 @@ def _class_folders(root: Path, corrupt: str) -> Images:
         raise FileNotFoundError(f"there is no class folder in {root / 'train'}")
     arrays: list[Any] = []
     for split in ("train", "test"):
-        found = _once([_files(root / split / name) for name in train])
-        _refuse_empty(
-            found, root / split, train, f"holds no image ({' '.join(IMG_EXTENSIONS)}): add some, or remove it"
-        )
-        kept = decodable(found, corrupt)
+        found = [_files(root / split / name) for name in train]
+        none = f"holds no image ({' '.join(IMG_EXTENSIONS)}): add some, or remove it"
+        _refuse_empty(found, root / split, train, none)
+        kept = decodable(_once(found), corrupt)
         if split == "train":
-            _refuse_empty(kept, root / split, train, "holds no image that can be decoded: mend them, or remove it")
+            _refuse_empty(kept, root / split, train, "is left with none: mend its images, or remove it")
         paths = [path for of in kept for path in of]
         labels = np.repeat(np.arange(len(kept)), [len(of) for of in kept])
         arrays += [ImageFiles(paths), labels.astype(np.int64)]

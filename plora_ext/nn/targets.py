@@ -24,9 +24,12 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[
         else:
             found = [name for name in linear if re.fullmatch(target_modules, name)]
         if not found:
-            names = any(_ends_with(name, target_modules) for name in linear)
-            hint = f" (it is compared with whole names; the list [{target_modules!r}] is not)" if names else ""
-            raise ValueError(_no_match(f"the expression {target_modules!r}{hint}", target_modules, linear))
+            if whole := [name for name in linear if _ends_with(name, target_modules)]:
+                raise ValueError(
+                    f"target_modules as a text is a regular expression of whole names, such as {whole[0]!r}, which "
+                    f"{target_modules!r} does not match: give the list [{target_modules!r}]"
+                )
+            raise ValueError(_no_match(f"the expression {target_modules!r}", target_modules, linear))
         return dict.fromkeys(found)
 
     targets: dict[str, Rows | None] = {}
@@ -76,7 +79,7 @@ def _qkv_slices(model: nn.Module, name: str, chosen: list[str]) -> Rows:
 
 def refuse_unsupported(model: nn.Module, name: str) -> None:
     if why := _unsupported(model, name):
-        raise ValueError(f"{name!r} {why}: leave it out of target_modules")
+        raise ValueError(f"{name!r} {why}; leave it out of target_modules")
 
 
 def _unsupported(model: nn.Module, name: str) -> str | None:
@@ -90,11 +93,11 @@ def _unsupported(model: nn.Module, name: str) -> str | None:
     if type(layer) is nn.Linear and not is_plain_linear(layer):
         return (
             "has a weight that a hook computes, as pruning and weight_norm do: make it permanent "
-            "(torch.nn.utils.prune.remove, remove_weight_norm) before"
+            "before (torch.nn.utils.prune.remove, remove_weight_norm)"
         )
     if not is_plain_linear(layer):
         kind = f"{type(layer).__module__}.{type(layer).__name__}"
-        return f"is a {kind}; only plain torch.nn.Linear layers can be adapted"
+        return f"is a {kind}, and only plain torch.nn.Linear layers can be adapted"
     return None
 
 
