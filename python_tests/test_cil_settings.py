@@ -211,10 +211,13 @@ def test_files_that_are_not_settings(tmp_path: Path, text: bytes, message: str) 
         Settings.load(None, {"lr": 0})
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"cannot read settings from a.yaml \(No such .*\): looked for a .*at /"
     ):
         Settings.load("a.yaml")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("r: 3")
+    assert Settings.load("~/a.yaml").r == 3
     with pytest.raises(IsADirectoryError, match=rf"cannot read settings from {tmp_path} \(Is a directory\)"):
         Settings.load(tmp_path)
