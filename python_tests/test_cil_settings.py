@@ -128,6 +128,7 @@ def test_configs_are_what_their_names_say(repository: Path) -> None:
         ("target_modules", "qkv", ["qkv"]),
         ("target_modules", "blocks.0.attn.qkv, fc1", ["blocks.0.attn.qkv", "fc1"]),
         ("target_modules", r".*\.(fc1|fc2)", r".*\.(fc1|fc2)"),
+        ("target_modules", "all-linear", "all-linear"),
         ("class_order", "sorted", "sorted"),
         ("class_order", "2,0,1", [2, 0, 1]),
         ("class_order", "0", [0]),

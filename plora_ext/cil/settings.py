@@ -97,7 +97,8 @@ class Settings:
 
     target_modules: list[str] | str = _setting(
         ["qkv", "proj"],
-        "linear layers that get adapters: names (q, k, v: slices of qkv), or a regular expression of whole names",
+        "linear layers that get adapters: names (q, k, v: slices of qkv), all-linear, or a regular expression of whole "
+        "names",
         "adapters",
     )
     r: int = _setting(16, "rank of an adapter")
