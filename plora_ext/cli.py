@@ -157,7 +157,9 @@ def evaluate(args: argparse.Namespace) -> None:
     from plora_ext.cil.checkpoint import write_whole
     from plora_ext.cil.trained import Trained
 
-    figures = Trained(args.run, args.world, **_given(args, ("device", "workers", "data", "data_root"))).evaluate()
+    figures = Trained(
+        args.run, args.world, **_given(args, ("device", "workers", "weights", "data", "data_root"))
+    ).evaluate()
     if not args.world.first:
         return
     print(
@@ -182,7 +184,7 @@ def predict(args: argparse.Namespace) -> None:
     if args.top < 1:
         raise ValueError(f"top must be at least 1, got {args.top}")
     paths = image_paths(args.images)
-    run = trained.Trained(args.run, args.world, **_given(args, ("device", "workers", "corrupt")))
+    run = trained.Trained(args.run, args.world, **_given(args, ("device", "workers", "weights", "corrupt")))
     if run.settings.corrupt == "skip":
         paths = trained.decodable(paths)
     predictions = run.predict(ImageFiles(paths), args.top)
@@ -299,11 +301,14 @@ def _run(
 
 def _odd(settings: Settings, data: Any, stream: Any) -> list[str]:
     """What is allowed and yet hardly meant."""
+    from plora_ext.cil.build import pick_device
     from plora_ext.data.sets import doubles
 
     lines = []
     if number := doubles(data):
         lines.append(f"{number} of {len(data.test_images)} test images are training images as well, byte for byte")
+    if settings.amp == "float16" and pick_device(settings.device).type == "cpu":
+        lines.append("amp float16 makes a CPU slower, not faster: it is for GPUs; bfloat16 or none")
     if settings.init_cls > stream.num_classes:
         lines.append(f"init_cls is {settings.init_cls}, but there are only {stream.num_classes} classes")
     if len(stream) == 1 and settings.method != "joint":
@@ -377,6 +382,7 @@ def _parser() -> argparse.ArgumentParser:
     for added in (evaluator, predictor):
         added.add_argument("--device", metavar="VALUE", help="as in train (default: the run's)")
         added.add_argument("--workers", metavar="VALUE", help="as in train (default: the run's)")
+        added.add_argument("--weights", metavar="FILE", help="where the backbone's weights are now, if it has a file")
     for name in ("--data", "--data-root"):
         evaluator.add_argument(name, metavar="VALUE", help="where the run's data are now (default: where they were)")
     reporter = command(report)

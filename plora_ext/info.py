@@ -58,10 +58,11 @@ def _cpu() -> list[tuple[str, str]]:
     except ImportError:
         return []
     features = [name for name, present in _C.cpu_features().items() if present]
-    threads = f"{torch.get_num_threads()} threads"
+    isa, wish, threads = _C.cpu_isa(), os.environ.get("PLORA_CPU_ISA"), f"{torch.get_num_threads()} threads"
+    missing = f" (PLORA_CPU_ISA={wish} is more than this CPU or build has)" if wish and wish != isa else ""
     return [
         ("cpu features", " ".join(features) or "baseline"),
-        ("cpu kernels", f"{_C.cpu_isa()}, {threads}"),
+        ("cpu kernels", f"{isa}{missing}, {threads}"),
         ("frozen layers", f"in float32 on the CPU: {_base_maker(_C.cpu_makes_base)}"),
     ]
 

@@ -93,8 +93,9 @@ def load_adapter(adapters: Adapters, folder: str | os.PathLike[str], name: str) 
     """Read an adapter that `save_adapter` or PEFT wrote, bit for bit, as a new adapter, frozen and not active.
 
     The file must cover exactly the layers that were injected. Where those have row slices, the file must hold a
-    block-wise adapter of them. Factors take the dtype that new adapters have. Where several expressions of a pattern
-    match a layer, the first one counts, as it does to PEFT.
+    block-wise adapter of them. The adapter keeps its own rank and alpha, whatever those of `inject` are; factors take
+    the dtype that new adapters have. Where several expressions of a pattern match a layer, the first one counts, as it
+    does to PEFT.
 
     Args:
         adapters: handle on the model; nothing changes in it if anything is wrong.

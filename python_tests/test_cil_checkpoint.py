@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
@@ -401,6 +402,70 @@ def test_images_of_tasks_to_come_may_change(epoch: int | None, data: Images, tmp
     mended.test_images[2] = 0
     with pytest.raises(ValueError, match="the images or labels differ, those of task 1, which is learned"):
         learn(mended, Checkpoint(tmp_path, resume=True), class_order="sorted")
+
+
+def test_paths_are_those_of_the_folder_where_the_run_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("begun", "else", "away"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "begun")
+    np.savez("toy.npz", **arrays())
+    name = "vit_tiny_patch16_224"
+    model = timm.create_model(name, num_classes=0, img_size=16)
+    torch.save(model.state_dict(), "w.pth")
+    run_ = tmp_path / "run"
+    options = f"--data toy.npz --backbone {name} --weights w.pth --image-size 16 --method simplecil --increment 3"
+    assert main(["train", *options.split(), "--device", "cpu", "--workers", "0", "--out", str(run_)]) == 0
+    monkeypatch.chdir(tmp_path / "else")
+    Image.fromarray(arrays()["test_images"][0]).save("a.png")
+    assert main(["eval", str(run_)]) == 0 and main(["predict", str(run_), "a.png"]) == 0
+    assert main(["train", "--resume", "--out", str(run_)]) == 0
+    capsys.readouterr()
+    for file in ("toy.npz", "w.pth"):
+        (tmp_path / "begun" / file).rename(tmp_path / "away" / file)
+    assert main(["predict", str(run_), "a.png"]) == 2
+    assert "weights must be a file" in (said := capsys.readouterr().err) and f"{tmp_path}/else/w.pth" in said
+    moved = ["--weights", str(tmp_path / "away" / "w.pth")]
+    assert main(["predict", str(run_), "a.png", *moved]) == 0 and main(["eval", str(run_), *moved]) == 2
+    assert (
+        f"--data says where they are now: there is no file toy.npz, looked for at {tmp_path}" in capsys.readouterr().err
+    )
+    assert main(["eval", str(run_), *moved, "--data", str(tmp_path / "away" / "toy.npz")]) == 0
+
+
+def test_test_images_of_learned_tasks_may_be_mended_or_left_out(
+    tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for side in ("train", "test"):
+        for c, name in enumerate("abcd"):
+            (tmp_path / "pics" / side / name).mkdir(parents=True)
+            for i in range(2):
+                image = Image.fromarray(
+                    np.random.default_rng(10 * i + c).integers(0, 255, (16, 16, 3)).astype(np.uint8)
+                )
+                image.save(tmp_path / "pics" / side / name / f"{i}.png")
+    options = f"--data {tmp_path}/pics --increment 2 --method simplecil --class-order sorted --workers 0 --device cpu"
+    command = ["train", *options.split(), "--out", str(tmp_path / "run")]
+    spoiled = [tmp_path / "pics" / side / name / "1.png" for side, name in (("test", "a"), ("test", "d"))]
+    content = spoiled[1].read_bytes()
+    flipped = bytearray(content)
+    flipped[60] ^= 255  # its header and its end are whole: met when task 1 is evaluated
+    spoiled[1].write_bytes(flipped)
+    assert main(command) == 2 and "set corrupt to skip" in capsys.readouterr().err
+    spoiled[0].write_bytes(content[:60])
+    assert main([*command, "--resume", "--corrupt", "skip"]) == 0
+    said = "the run continues, though not as it began: test images of task 0, 1, after 1 of 2 tasks"
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert load_results(tmp_path / "run")[0].num_test == 6
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    spoiled[1].write_bytes(content)
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    assert "those of task 1, which is learned" in capsys.readouterr().err
+    other = tmp_path / "pics" / "train" / "a" / "1.png"
+    other.write_bytes(other.read_bytes() + b"more")
+    assert main([*command, "--resume", "--corrupt", "skip"]) == 2
+    assert "the images or labels differ, those of task 0, which is learned" in capsys.readouterr().err
 
 
 def test_damaged_checkpoints_are_refused(data: Images, tmp_path: Path) -> None:

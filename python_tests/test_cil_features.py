@@ -415,7 +415,7 @@ class NoEpoch(Callback):
 
 def test_memory_limit_of_the_setting(images: Images) -> None:
     backbone = Backbone(vit(), 16, [0.5] * 3, [0.5] * 3)
-    with pytest.raises(ValueError, match=r"memory must be at least \d+ bytes"):
+    with pytest.raises(ValueError, match=r"ensemble_memory\) must be at least 0\.\d+ MiB, .*got 0.000999 MiB"):
         little = Settings(method="plora-ensemble", ensemble_memory=1e-3, **QUICK)  # type: ignore[arg-type]
         run(little, data=images, backbone=backbone, callbacks=[NoEpoch()])
     with pytest.raises(ValueError, match="ensemble_memory must be above 0 or null, got 0"):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from test_cil_checkpoint import arrays, backbone, cut_after, settings
 from torch import nn
 
@@ -52,6 +53,15 @@ def test_what_settings_name_needs_no_word(tmp_path: Path) -> None:
     assert all("data" not in r.inputs for r in ours) and len(group(ours)) == 1
     assert run(named, data=other, backbone=backbone()).inputs["data"] == f"given images {other.digest()}"
     assert run(settings(), data=loaded, backbone=backbone()).inputs["data"].startswith("given images")  # icon100 named
+
+
+def test_the_same_data_by_another_path_is_the_same_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("toy.npz", **arrays())
+    paths = ("toy.npz", str(tmp_path / "toy.npz"))
+    runs = [run(settings(data=path, seed=i), backbone=backbone()) for i, path in enumerate(paths)]
+    (protocol,) = group(runs)
+    assert protocol.name.startswith("toy.npz, B0 Inc2") and len(protocol.groups[0].results) == 2
 
 
 def test_a_file_that_changed_under_its_name_is_another_protocol(tmp_path: Path) -> None:

@@ -474,3 +474,26 @@ def test_naming_a_learner_imports_no_model(tmp_path: Path) -> None:
     code = f"import sys; from plora_ext.cil import Learner; print([m for m in {heavy} if m in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
     assert said == "[]\n"
+
+
+def test_what_is_no_backbone_no_data_and_no_checkpoint() -> None:
+    with pytest.raises(TypeError, match=r"backbone must be plora_ext.data.Backbone\(model, .*, got Linear"):
+        Learner(backbone=torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"data must be plora_ext.data.Images\(.*, got tuple"):
+        run(Settings(), data=([], []))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"checkpoint must be .*Checkpoint\(Path\(FOLDER\)\), got 'runs/a'"):
+        run(Settings(), checkpoint="runs/a")  # type: ignore[arg-type]
+
+
+def test_a_folder_with_a_file_that_is_no_image(tmp_path: Path) -> None:
+    for c, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.fromarray(np.full((16, 16, 3), 90 * c + i, np.uint8)).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "b" / "1.png").write_text("no image")
+    learner = Learner(backbone=backbone(), method="simplecil", **QUICK)
+    with pytest.raises(ValueError, match="b/1.png is no image that can be decoded"):
+        learner.fit(tmp_path)
+    skipping = Learner(backbone=backbone(), method="simplecil", corrupt="skip", **QUICK)
+    with pytest.warns(UserWarning, match="left out 1 images that cannot be decoded: .*b/1.png"):
+        assert skipping.fit(tmp_path).classes == ["a", "b"]

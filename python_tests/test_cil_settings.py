@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def test_checkpoints_in_words_of_before_are_of_the_same_run() -> None:
     now = fingerprint(Settings().as_dict())
     before = fingerprint({**Settings().as_dict(), "class_order": None, "onto": "base", "init": "first"})
     del before["settings"]["replay_epochs"]
-    assert refuse_other(before, now, "it is the checkpoint") == []
+    assert refuse_other(before, now, "it is the checkpoint") == {}
     with pytest.raises(ValueError, match="class_order is 'shuffled' there and 'sorted' here"):
         refuse_other(before, fingerprint(Settings(class_order="sorted").as_dict()), "it is the checkpoint")
 
@@ -127,6 +128,7 @@ def test_configs_are_what_their_names_say(repository: Path) -> None:
         ("target_modules", "qkv", ["qkv"]),
         ("target_modules", "blocks.0.attn.qkv, fc1", ["blocks.0.attn.qkv", "fc1"]),
         ("target_modules", r".*\.(fc1|fc2)", r".*\.(fc1|fc2)"),
+        ("target_modules", "all-linear", "all-linear"),
         ("class_order", "sorted", "sorted"),
         ("class_order", "2,0,1", [2, 0, 1]),
         ("class_order", "0", [0]),
@@ -134,9 +136,14 @@ def test_configs_are_what_their_names_say(repository: Path) -> None:
         ("tasks", "[[0, 1], [2]]", [[0, 1], [2]]),
         ("lora_alpha", "null", None),
         ("data", "1993", "1993"),
+        ("epochs", "4.0", 4),
+        ("out", "~/$RUNS/a", "/home/me/some/a"),
+        ("weights", "$HOME/w.pth", "/home/me/w.pth"),
     ],
 )
-def test_words_of_the_command_line(name: str, text: str, value: object) -> None:
+def test_words_of_the_command_line(name: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUNS", "some")
     settings = Settings(**{name: parse(name, text)})
     assert getattr(settings, name) == value
 
@@ -144,7 +151,11 @@ def test_words_of_the_command_line(name: str, text: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"learning_rate": 1}, "unknown setting 'learning_rate'"),
+        ({"learning_rate": 1}, "unknown setting 'learning_rate'; did you mean 'lr'[?]$"),
+        ({"bs": 1}, "unknown setting 'bs'; did you mean 'batch_size'?"),
+        ({"output_dir": "x"}, "unknown setting 'output_dir'; did you mean 'out'?"),
+        ({"val_fraction": 1}, "unknown setting 'val_fraction'; train --help lists them$"),
+        ({"epochs": 1.5}, "epochs must be int, got 1.5"),
         ({"epoch": 1}, "unknown setting 'epoch'; did you mean 'epochs'?"),
         ({"method": "plora-ensembel"}, "unknown method 'plora-ensembel'; did you mean 'plora-ensemble'?"),
         ({"alignment": "semantics"}, "unknown alignment 'semantics'; did you mean 'semantic'?"),
@@ -155,7 +166,7 @@ def test_words_of_the_command_line(name: str, text: str, value: object) -> None:
         ({"lr": float("nan")}, "lr must be a finite number, got nan"),
         ({"r": 0}, "r must be at least 1, got 0"),
         ({"tau": 0}, "tau must be above 0"),
-        ({"augment": "yes please"}, "augment must be bool"),
+        ({"augment": "yes please"}, "augment must be true or false"),
         ({"target_modules": 3}, r"target_modules must be list\[str\] or str, got 3"),
         ({"target_modules": "(qkv"}, r"target_modules must be a list or a regular expression, got '\(qkv'"),
         ({"class_order": "random"}, r"unknown class_order 'random'.*\(one of: shuffled, sorted\)"),
@@ -181,9 +192,33 @@ def test_what_is_refused(values: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[1, 2]", "must hold `setting: value` lines"), ("a: [", "not valid YAML")]
+    ("text", "message"),
+    [
+        (b"[1, 2]", "must hold `setting: value` lines"),
+        (b"a: [", "is not valid YAML"),
+        (b"seed: 1\nr: 2\nseed: 3", "is not valid YAML: seed is given twice"),
+        ("seed: 1".encode("utf-16"), "is no text file"),
+        (b"epochs: many", ": epochs must be int, got 'many'"),
+        (b"head: cosin", ": unknown head 'cosin'; did you mean 'cosine'?"),
+        (b"epoch: 1", ": unknown setting 'epoch'; did you mean 'epochs'?"),
+        (b"1: 1", ": names of settings must be words, got 1: 1"),
+    ],
 )
-def test_files_that_are_not_settings(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        Settings.load(tmp_path / "a.yaml")
+def test_files_that_are_not_settings(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "a.yaml").write_bytes(text)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/a.yaml.*{re.escape(message)}"):
+        Settings.load(tmp_path / "a.yaml", {"r": 1})
+    with pytest.raises(ValueError, match="^lr must be"):  # not the file's fault
+        Settings.load(None, {"lr": 0})
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"cannot read settings from a.yaml \(No such .*\): looked for a .*at /"
+    ):
+        Settings.load("a.yaml")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("r: 3")
+    assert Settings.load("~/a.yaml").r == 3
+    with pytest.raises(IsADirectoryError, match=rf"cannot read settings from {tmp_path} \(Is a directory\)"):
+        Settings.load(tmp_path)

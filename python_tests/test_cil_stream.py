@@ -66,6 +66,7 @@ def test_given_orders_and_tasks() -> None:
         ({"train_labels": [0, 1, 2, -1]}, "train_labels must lie in 0 ... 2, got unknown class -1"),
         ({"test_labels": [0, 1, 7, 3]}, "test_labels must lie in 0 ... 3, got unknown class 7"),
         ({"train_labels": [0, 1, 3, 3]}, "every class needs a training image, got none for class 2"),
+        ({"train_labels": [0, 5, 9, 9]}, "must be 0 ... 9 without gaps, found 0, 5, 9"),
         ({"test_labels": [0, 1], "tasks": [[0, 1], [2, 3]]}, "every task needs a test image, got none for task 1"),
         ({"train_labels": []}, "at least one label"),
     ],

@@ -160,17 +160,20 @@ def test_the_embedded_backbone_and_data(tmp_path: Path) -> None:
         (["train", "--method", "plroa"], "unknown method 'plroa'; did you mean 'plora'?"),
         (["train", "--alignment", "semantik"], "unknown alignment 'semantik'; did you mean 'semantic'?"),
         (["train", "--epoch", "3"], "unknown argument '--epoch'; did you mean '--epochs'?"),
+        (["train", "--learning-rate", "3"], "unknown argument '--learning-rate'; did you mean '--lr'?\n"),
+        (["train", "--topk", "3"], "unknown argument '--topk'; train --help lists them\n"),
+        (["train", "--feature-cache", "/proc/x"], "feature_cache '/proc/x' cannot be made (No such file or directory)"),
         (["train", "--epochs"], "expected one argument"),
         (["train", "--lr", "fast"], "lr must be float, got 'fast'"),
         (["train", "-c", "nowhere.yaml"], "nowhere.yaml"),
-        (["train", "--data", "icon10"], "unknown data 'icon10'; did you mean 'icon100'?"),
+        (["train", "--data", "icon10"], "; did you mean 'icon100'?"),
         (["train", "--data", "nowhere.npz"], "nowhere.npz"),
         (["train", "--tasks", "[[0, 1], [1, 2]]"], "tasks must name each of the 6 classes exactly once"),
         (["train", "--r", "33"], "r must be an integer in [1, 32]"),
         (["train", "--device", "tpu"], "device 'tpu' cannot be used"),
         (["train", "--device", "meta"], "device 'meta' cannot be used: it must be auto, cpu or cuda, not meta"),
         (["train", "--device", "mps"], "device 'mps' cannot be used: it must be auto, cpu or cuda, not mps"),
-        (["train", "--augment", "maybe"], "augment must be bool, got 'maybe'"),
+        (["train", "--augment", "maybe"], "augment must be true or false, got 'maybe'"),
         (["report", "nowhere"], "nowhere"),
         (["dmeo"], "invalid choice: 'dmeo'"),
         ([], "required"),
@@ -200,11 +203,13 @@ def test_what_is_hardly_meant_is_said(problem: list[str], tmp_path: Path, capsys
         arrays = dict(file)
     np.savez(problem[1], **{**arrays, "test_images": arrays["train_images"][:24]})
     options = ["--method", "simplecil", "--init-cls", "9", "--measure-drift", "--out", str(tmp_path / "out")]
+    options += ["--amp", "float16"]
     assert main(["train", *problem, *options]) == 0
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["runs"][0]["settings"]["measure_drift"] is True
     out, printed = capsys.readouterr()
     assert "6 classes in 1 task\n" in out
     assert "note: 24 of 24 test images are training images as well" in printed
+    assert "note: amp float16 makes a CPU slower" in printed
     assert "note: init_cls is 9, but there are only 6 classes" in printed
     assert "note: all 6 classes fit into one task: nothing is incremental; lower increment" in printed
     assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "out")]) == 2
@@ -482,6 +487,17 @@ def test_plans(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert main(["info", *wrong.split()]) == 2
         assert capsys.readouterr().err == f"error: {said}\n"
+
+
+@pytest.mark.skipif(libraries.build_info() is None, reason="about the compiled module")
+def test_an_instruction_set_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    import plora_ext._C as _C
+
+    monkeypatch.setattr(_C, "cpu_isa", lambda: "avx2")
+    monkeypatch.setenv("PLORA_CPU_ISA", "amx")
+    assert main(["info"]) == 0
+    said = "cpu kernels     avx2 (PLORA_CPU_ISA=amx is more than this CPU or build has), "
+    assert said in capsys.readouterr().out
 
 
 def test_info_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import plora_ext.data
@@ -185,7 +185,7 @@ def tiny_weights(tmp_path: Path) -> Iterator[tuple[dict, Path]]:
 
 def test_position_grid_is_resampled(tiny_weights: tuple[dict, Path]) -> None:
     config, path = tiny_weights
-    state = backbone.load_file(path)
+    state = load_file(path)
     larger = {**config, "architecture": {**TINY, "img_size": 32}}
     result = backbone.build_backbone(larger, {key: value.half() for key, value in state.items()})
     assert result.image_size == 32
@@ -272,8 +272,12 @@ def test_weights_that_are_refused(tmp_path: Path) -> None:
     torch.save(_Code(), tmp_path / "code.pth")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:-2])
-    for file in ("code.pth", "other.safetensors", "cut.safetensors"):
-        with pytest.raises(ValueError, match=f"{file} do not fit the backbone '{TIMM}'"):
+    for file, said in (
+        ("code.pth", "code.pth is no state dict: save one by torch.save"),
+        ("other.safetensors", f"other.safetensors do not fit the backbone '{TIMM}'"),
+        ("cut.safetensors", r"cut.safetensors is damaged \(.*\): copy it anew"),
+    ):
+        with pytest.raises(ValueError, match=said):
             create_backbone(TIMM, weights=tmp_path / file)
     with pytest.raises(ValueError, match="'resnet10t.c3_in1k' takes no image_size"):
         create_backbone("resnet10t.c3_in1k", pretrained=False, image_size=64)
@@ -294,8 +298,23 @@ def test_image_sizes_that_do_not_fit(name: str, size: int, message: str) -> None
 
 def test_weights_that_are_no_weights(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"epoch": 3}, tmp_path / "dict.pth")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
+    torch.save({"a": torch.zeros(9)}, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-100])
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "text.safetensors").write_text("hello")
+    whats = {"list": "no state", "dict": "no state", "module": "no state", "cut": "damaged", "empty": "damaged"}
     for path in list(tmp_path.iterdir()):
-        with pytest.raises(ValueError, match=f"the weights in .*{path.name} do not fit the backbone"):
-            create_backbone("vit_tiny_patch16_224.augreg_in21k", weights=path)
+        for name in ("vit_tiny_patch16_224.augreg_in21k", "embedded"):
+            with pytest.raises(ValueError, match=f"weights .*{path.name} is {whats.get(path.stem, 'damaged')}") as said:
+                create_backbone(name, weights=path)
+            assert len(str(said.value)) < len(str(path)) + 250
+
+
+def test_two_of_many_misfits_are_named(tmp_path: Path) -> None:
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
+    torch.save(VisionTransformer(**small).state_dict(), tmp_path / "small.pth")
+    with pytest.raises(ValueError, match=r"small.pth do not fit .*: .* \(and \d+ faults more\)$") as said:
+        create_backbone(TIMM, weights=tmp_path / "small.pth")
+    assert len(str(said.value)) < len(str(tmp_path)) + 500

@@ -21,6 +21,7 @@ from plora_ext.cil.build import load_data
 from plora_ext.cil.loop import run
 from plora_ext.data import Backbone, ImageFiles, Preparation, View, load_images
 from plora_ext.data import view as views
+from plora_ext.data.inputs import image_paths
 from plora_ext.data.sets import FOLDERS, Images, checked, doubles
 
 SPLITS = ("train", "test")
@@ -164,7 +165,7 @@ def test_missing_folders_say_where_and_how(tmp_path: Path) -> None:
         load_images("fashion-mnist", tmp_path)
     with pytest.raises(FileNotFoundError, match="'some/folder' is no folder, looked for at /"):
         load_images("some/folder")
-    with pytest.raises(ValueError, match="unknown data 'imagenet-s'; did you mean 'imagenet-r'?"):
+    with pytest.raises(ValueError, match="unknown data 'imagenet-s', and no folder /.*; did you mean 'imagenet-r'?"):
         load_images("imagenet-s")
 
 
@@ -304,9 +305,46 @@ def test_hidden_files_and_links(tmp_path: Path) -> None:
     (tmp_path / "train" / "bee" / "same.png").symlink_to(tmp_path / "train" / "bee" / "0.png")
     with pytest.warns(UserWarning, match="left out 1 images that links lead to a second time"):
         assert load_images(str(tmp_path)).train_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    (tmp_path / "train" / "ant" / "other").symlink_to(tmp_path / "train" / "bee")
+    said = f"{tmp_path}/train/bee is left with none"
+    with pytest.warns(UserWarning, match="left out 4 images that links"), pytest.raises(ValueError, match=said):
+        load_images(str(tmp_path))
+    (tmp_path / "train" / "ant" / "other").unlink()
     (tmp_path / "train" / "ant" / "loop").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="ant/loop is a link to a folder above it"):
         load_images(str(tmp_path))
+
+
+def test_class_folders_without_images_are_named(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    for image in (tmp_path / "test" / "bee").iterdir():
+        image.rename(image.with_suffix(".txt"))
+    with pytest.raises(ValueError, match=rf"but {tmp_path}/test/bee holds no image \(.jpg .*\): add some, or remove"):
+        load_images(str(tmp_path))
+    write_folders(tmp_path)
+    for image in (tmp_path / "train" / "ant").iterdir():
+        image.write_bytes(b"no image")
+    said = f"{tmp_path}/train/ant is left with none: mend its images"
+    with pytest.warns(UserWarning, match="left out 2 images"), pytest.raises(ValueError, match=said):
+        load_images(str(tmp_path), corrupt="skip")
+
+
+def test_hidden_files_are_not_predicted(tmp_path: Path) -> None:
+    for name in (".cache", "seen"):
+        (tmp_path / name).mkdir()
+        for file in ("a.pgm", "._a.png", "b.gif", "c.txt"):
+            (tmp_path / name / file).touch()
+    assert image_paths([tmp_path]) == [tmp_path / "seen" / "a.pgm", tmp_path / "seen" / "b.gif"]
+    assert image_paths([tmp_path / ".cache"]) == [tmp_path / ".cache" / "a.pgm", tmp_path / ".cache" / "b.gif"]
+
+
+def test_lists_and_tensors_become_arrays() -> None:
+    given = Images(torch.from_numpy(pixels(4)), [0, 1, 0, 1], pixels(2), torch.tensor([0, 1]), ["a", "b"])
+    data = checked(given)
+    assert data.train_labels.tolist() == [0, 1, 0, 1] and data.class_names == ["a", "b"]
+    np.testing.assert_array_equal(data.train_images, pixels(4))
+    with pytest.raises(TypeError, match=r"data must be plora_ext.data.Images\(train_images, .*, got tuple"):
+        checked((pixels(4), [0] * 4))
 
 
 def test_a_file_that_is_no_image_is_found_before_anything_is_learned(tmp_path: Path) -> None:
@@ -318,11 +356,39 @@ def test_a_file_that_is_no_image_is_found_before_anything_is_learned(tmp_path: P
         load_images(str(tmp_path))
 
 
+def test_a_file_that_is_cut_short_is_found_before_anything_is_learned(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    good = tmp_path / "train" / "ant" / "0.png"
+    good.write_bytes(good.read_bytes() + b"what a telephone appends")
+    large = Image.fromarray(pixels(1, 64)[0])
+    for name, suffix in (("ant", "jpg"), ("bee", "png"), ("bee", "gif.png")):
+        large.save(bad := tmp_path / "test" / name / f"9.{suffix}", {"gif.png": "gif"}.get(suffix))
+        content = bad.read_bytes()
+        bad.write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match=rf"^{bad} is no image .*set corrupt to skip$"):
+            load_images(str(tmp_path))
+        bad.write_bytes(content)
+    assert len(load_images(str(tmp_path)).test_images) == 9
+
+
+def test_images_of_more_than_8_bits_that_become_dark_are_named(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    ramp = np.linspace(0, 4095, 64).reshape(8, 8).astype(np.uint16)  # 12 bits
+    Image.fromarray(ramp).save(tmp_path / "train" / "ant" / "9.png")
+    with pytest.warns(UserWarning, match="ant/9.png and 0 images more reach 16 of 255 at most: scale them"):
+        load_images(str(tmp_path))
+    twelve = np.repeat(ramp[None, :, :, None], 3, 3)
+    with pytest.warns(UserWarning, match="x.npz: train_images reach 16 of 255"):
+        load_images(str(write_npz(tmp_path / "x.npz", train_images=twelve, train_labels=np.zeros(1, int))))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_corrupt_image_is_named_or_left_out(tmp_path: Path, workers: int) -> None:
     write_folders(tmp_path)
     bad = tmp_path / "train" / "bee" / "0.png"
-    bad.write_bytes(bad.read_bytes()[:60])
+    content = bytearray(bad.read_bytes())
+    content[60] ^= 255
+    bad.write_bytes(content)
     view = prepared(load_images(str(tmp_path)).train_images, workers=workers)
     with pytest.raises(ValueError, match=rf"^{bad} is no image that can be decoded .*set corrupt to skip$"):
         whole(view)

@@ -313,7 +313,9 @@ def test_no_images_and_bad_input() -> None:
         ensemble(images, [])
     with pytest.raises(ValueError, match="memory must be a positive number of bytes, got 0"):
         Ensemble(adapters, memory=0)
-    with pytest.raises(ValueError, match=r"memory must be at least \d+ bytes, what one image under one adapter takes"):
+    with pytest.raises(
+        ValueError, match=r"memory \(.*\) must be at least .* MiB, what one image under one adapter takes"
+    ):
         Ensemble(adapters, memory=1)(images)
     adapters.model.train()
     with pytest.raises(RuntimeError, match=r"eval mode: call model\.eval\(\) first"):

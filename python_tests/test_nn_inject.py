@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from plora_ext import ops
 from plora_ext.nn import Adapters, MultiLoRALinear, inject
@@ -444,7 +446,7 @@ def test_layers_that_are_read_but_not_called_are_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * F.linear(x, self.weight, self.bias)
 
-    with pytest.raises(ValueError, match=r"'0' is a .*Doubled; only plain torch\.nn\.Linear"):
+    with pytest.raises(ValueError, match=r"'0' is a .*Doubled, and only plain torch\.nn\.Linear"):
         inject(nn.Sequential(Doubled(4, 4)), ["0"], r=2)
 
 
@@ -504,7 +506,7 @@ def test_ids_out_of_range() -> None:
             pass
     with pytest.raises(IndexError, match="made for 4 adapters"), adapters.batch(ops.AdapterBatch([0], 4)):
         pass
-    with pytest.raises(ValueError, match="ids must have the shape"), adapters.batch([0, 1]):
+    with pytest.raises(ValueError, match="given 2 adapters, but a layer sees 3"), adapters.batch([0, 1]):
         adapters.model(images(3))
 
 
@@ -515,3 +517,57 @@ def test_merge_refuses_a_weight_that_others_use() -> None:
     adapters.add_adapter("a")
     with pytest.raises(RuntimeError, match="layer '0' shares its weight with another module"):
         adapters.merge()
+
+
+def test_all_linear_and_names_that_are_no_expression() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 1), nn.Sequential(nn.Linear(4, 2)))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(ValueError, match="'0' has a weight that a hook computes.*prune.remove.*; leave it out"):
+        inject(model, ["0"], r=2)
+    with pytest.raises(TypeError, match="got torch.nn.modules.linear.Linear whose weight a hook computes"):
+        MultiLoRALinear(model[0])
+    assert list(inject(model, "all-linear", r=2).layers) == ["2.0"]
+    vit = nn.ModuleDict({"qkv": nn.ModuleDict({"qkv": nn.Linear(4, 12)})})
+    with pytest.raises(ValueError, match=r"whole names, such as 'qkv.qkv', which 'qkv' does .*the list \['qkv'\]$"):
+        inject(vit, "qkv", r=2)
+    with pytest.raises(ValueError, match="'qkv' matches none, it has no torch.nn.Linear"):
+        inject(nn.Sequential(nn.Conv2d(3, 3, 1)), ["qkv"])
+
+
+def test_a_training_batch_of_which_some_train() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    adapters = inject(model, ["0"], r=2)
+    for name in ("a", "b"):
+        adapters.add_adapter(name)
+    said = r"\['b'\] train and \['a'\] do not: train_adapter\(\['a', 'b'\]\)"
+    with pytest.warns(UserWarning, match=said) as seen, adapters.batch(["a", "b", "__base__"]):
+        model(torch.randn(3, 4))
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with (
+            adapters.batch(["b", "b"]),
+            pytest.raises(ValueError, match="given 2 adapters, but a layer sees 6 samples"),
+        ):
+            model(torch.randn(6, 4))
+        model.eval()
+        with adapters.batch(["a", "b"]):
+            model(torch.randn(2, 4))
+        model.train()
+        adapters.train_adapter(["a", "b"])
+        with adapters.batch(["a", "b"]):
+            model(torch.randn(2, 4)).sum().backward()
+
+
+def test_an_unloaded_copy_is_exported_as_a_plain_model() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+    adapters = inject(model, ["0"], r=2)
+    adapters.add_adapter("a")
+    nn.init.normal_(adapters.parameters("a")[1])
+    x, copied = torch.randn(3, 4), copy.deepcopy(model)
+    plain = Adapters(copied).unload()
+    targets = [
+        {str(node.target).split(".")[0] for node in torch.export.export(of, (x,)).graph.nodes} for of in (model, plain)
+    ]
+    assert "plora_ext" in targets[0] and "plora_ext" not in targets[1]
+    torch.testing.assert_close(plain(x), model(x))

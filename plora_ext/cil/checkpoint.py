@@ -39,6 +39,7 @@ from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task
 from plora_ext.data import ImageFiles, Images
+from plora_ext.data.sets import NAMES
 from plora_ext.nn import Adapters
 
 FORMAT, READS = 4, (2, 3, 4)  # written; and read: `_migrated`
@@ -54,6 +55,7 @@ ROUNDING = ("eval_batch_size", "amp", "tf32", "channels_last", "compile", "deter
 RESULTS = ("metrics.json", "settings.yaml", "accuracy.png", "task_matrix.png", "forgetting.png", "drift.png",
            "cost.png", "cost_of_tasks.png")  # fmt: skip
 
+_TEST = "test images"  # what alone of a learned task may be other when a run goes on
 _OURS = re.compile(r".+-[0-9a-f]{16}\.safetensors|\..+\.part")
 
 
@@ -97,10 +99,18 @@ class Checkpoint:
     def settings(self) -> dict[str, Any]:
         """The settings of the saved run; one that came later has its default.
 
+        Where it was begun in another folder, its relative paths are those from there, as far as they exist.
+
         Raises:
             ValueError: There is one that this version does not have.
         """
-        return _settings(self.manifest["settings"], f"{self.folder}, written by plora_ext {self.manifest['plora_ext']}")
+        by = f"{self.folder}, written by plora_ext {self.manifest['plora_ext']}"
+        saved, begun = _settings(self.manifest["settings"], by), Path(self.manifest.get("cwd", "."))
+        names = {"data": NAMES, "data_root": (), "weights": (None, "random")}  # and values that are no paths
+        for name in names if begun.absolute() != Path.cwd() else ():
+            if saved[name] not in names[name] and (begun / saved[name]).exists():
+                saved[name] = str(begun / saved[name])
+        return saved
 
     # ------------------------------------------------------------------ tasks
 
@@ -133,6 +143,7 @@ class Checkpoint:
             "format": FORMAT,
             "plora_ext": plora_ext.__version__,
             "torch": str(torch.__version__),
+            "cwd": os.getcwd(),
             "fingerprint": dict(fingerprint),
             "settings": dict(settings),
             "run": saved["run"] if saved and saved["run"]["curve"] else {"curve": [], "tasks": 1, **(run or {})},
@@ -141,17 +152,18 @@ class Checkpoint:
         return self.load() if saved and saved["run"]["curve"] else None
 
     def _changed(self, fingerprint: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-        """Refuses another run; says what else differs, and forgets epochs of a task that has other images now."""
+        """Refuses another run; says what else differs, and forgets epochs of a task that trains on others now."""
         saved, before = self.manifest, self.settings
         learned = len(saved["run"].get("curve", []))
         tasks = refuse_other(saved["fingerprint"], fingerprint, f"{self.folder} is the checkpoint", learned)
         changed = [f"{name} {before[name]} -> {settings[name]}" for name in ROUNDING if before[name] != settings[name]]
         for name, now in (("plora_ext", plora_ext.__version__), ("torch", str(torch.__version__))):
             changed += [f"{name} {saved[name]} -> {now}"] if saved[name] != now else []
-        if tasks:
-            if "fit" in saved["parts"] and self._read("fit")["task"] in tasks:
-                saved["parts"] = {name: part for name, part in saved["parts"].items() if name != "fit"}
-            changed.append(f"images or labels of task {', '.join(map(str, tasks))}")
+        trains = [task for task, what in tasks.items() if what != _TEST]
+        if trains and "fit" in saved["parts"] and self._read("fit")["task"] in trains:
+            saved["parts"] = {name: part for name, part in saved["parts"].items() if name != "fit"}
+        for what in sorted(set(tasks.values())):
+            changed.append(f"{what} of task {', '.join(str(t) for t, of in tasks.items() if of == what)}")
         return changed
 
     def load(self) -> dict[str, Any]:
@@ -416,7 +428,10 @@ def fingerprint_of(
 
 
 def data_digests(data: Images, tasks: Sequence[Task]) -> dict[str, Any]:
-    """Digests of the whole data set, `data`, and of the images and labels of each of the `tasks`."""
+    """Digests of the whole data set, `data`, and of the images and labels of each of the `tasks`.
+
+    `training` holds those of their training images alone, where they are files: pictures are mended and left out.
+    """
 
     def chosen(images: Any, rows: np.ndarray) -> Any:
         return ImageFiles([images.paths[i] for i in rows]) if isinstance(images, ImageFiles) else images[rows]
@@ -425,7 +440,11 @@ def data_digests(data: Images, tasks: Sequence[Task]) -> dict[str, Any]:
         Images(chosen(data.train_images, t.train), t.train_labels, chosen(data.test_images, t.test), t.test_labels)
         for t in tasks
     ]
-    return {"data": data.digest(), "tasks": [part.digest() for part in parts]}
+    digests = {"data": data.digest(), "tasks": [part.digest() for part in parts]}
+    if not isinstance(data.train_images, ImageFiles):
+        return digests
+    nothing = ImageFiles([]), np.zeros(0, np.int64)
+    return {**digests, "training": [Images(p.train_images, p.train_labels, *nothing).digest() for p in parts]}
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -437,29 +456,34 @@ def weights_digest(model: nn.Module) -> str:
     return weights.hexdigest()[:16]
 
 
-def refuse_other(saved: Mapping[str, Any], here: Mapping[str, Any], what: str, learned: int | None = None) -> list[int]:
+def refuse_other(
+    saved: Mapping[str, Any], here: Mapping[str, Any], what: str, learned: int | None = None
+) -> dict[int, str]:
     """Raises ValueError, "`what` of another run", with every difference between two fingerprints, if there is one.
 
     Args:
-        learned: How many tasks the saved run has learned, when the others may have other images.
+        learned: How many tasks the saved run has learned, when the others may have other images, and these, where they
+            are files, other test images.
 
     Returns:
-        The tasks that have.
+        What each task has that is other.
     """
     names = [name for name in here["settings"] if name not in ELSEWHERE]
-    there, now = (_settings(of["settings"], what) for of in (saved, here))
+    there, chosen = (_settings(of["settings"], what) for of in (saved, here))
     differences = [
-        f"{name} is {there[name]!r} there and {now[name]!r} here" for name in names if there[name] != now[name]
+        f"{name} is {there[name]!r} there and {chosen[name]!r} here" for name in names if there[name] != chosen[name]
     ]
-    tasks: list[int] = []
+    tasks: dict[int, str] = {}
     if not differences and saved["data"] != here["data"]:
         if learned is None or "tasks" not in saved:
             differences.append("the images or labels differ")
         else:
-            both = zip_longest(saved["tasks"], here["tasks"])
-            tasks = [t for t, (before, after) in enumerate(both) if before != after]
-            if tasks and tasks[0] < learned:
-                some = ", ".join(str(t) for t in tasks if t < learned)
+            training, now = (of.get("training") or () for of in (saved, here))
+            for task, (before, after) in enumerate(zip_longest(saved["tasks"], here["tasks"])):
+                if before != after:
+                    same = task < min(len(training), len(now)) and training[task] == now[task]
+                    tasks[task] = _TEST if same else "images or labels"
+            if some := ", ".join(str(t) for t, of in tasks.items() if t < learned and of != _TEST):
                 differences.append(f"the images or labels differ, those of task {some}, which is learned")
     if not differences and saved["backbone"] != here["backbone"]:
         differences.append("the backbone's weights differ")

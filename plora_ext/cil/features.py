@@ -90,7 +90,11 @@ class FeatureCache:
         self._names: dict[str, str] = {}  # the fingerprint that an adapter's name stands for
         self._files: dict[str, list[tuple[str, Path]]] = {}  # of an earlier run, by name: fingerprint, file
         if self._folder:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                why = f"cannot be made ({error.strerror}): name a folder, auto or none"
+                raise type(error)(f"feature_cache {str(self._folder)!r} {why}") from error
             self._look_around()
 
     def __call__(self, images: Tensor | Selection, spaces: Mapping[str, str], compute: Compute) -> Tensor:

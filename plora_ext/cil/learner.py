@@ -77,9 +77,15 @@ class Learner:
         from plora_ext.cil.frozen import check_backbone
         from plora_ext.cil.methods import METHODS
         from plora_ext.cil.training import Trainer
+        from plora_ext.data import Backbone
 
         if not isinstance(settings, Settings | None):
             raise TypeError(f"settings must be Settings, as Settings.load(FILE) reads, got {type(settings).__name__}")
+        if not isinstance(backbone, Backbone | str | None):
+            raise TypeError(
+                "backbone must be plora_ext.data.Backbone(model, image_size, mean, std), whose model gives features, "
+                f"or a name as in settings, got {type(backbone).__name__}"
+            )
         if isinstance(backbone, str):
             changes, backbone = {**changes, "backbone": backbone}, None
         self.settings = s = Settings.load(overrides={**(settings.as_dict() if settings else {}), **changes})
@@ -119,7 +125,7 @@ class Learner:
 
         if self._cut_short:
             raise RuntimeError("an earlier fit was cut short within its task: make a new learner, or load a saved one")
-        images, labels = read_labelled(data)
+        images, labels = read_labelled(data, self.settings.corrupt)
         try:
             new, first = sorted(set(labels)), len(self.classes)
         except TypeError as error:
@@ -215,7 +221,7 @@ class Learner:
         """
         from plora_ext.data.inputs import read_labelled
 
-        images, labels = read_labelled(data)
+        images, labels = read_labelled(data, self.settings.corrupt)
         position = {label: i for i, label in enumerate(self.classes)}
         if unknown := [label for label in labels if label not in position]:
             raise ValueError(f"data holds label {unknown[0]!r}, which no task has brought yet")

@@ -52,7 +52,9 @@ def run(
         FloatingPointError: A loss or a weight that is not finite.
         torch.OutOfMemoryError: Memory is exhausted, the device's or the host's; names the setting to lower.
     """
-    data = checked(data) if data else load_data(settings)
+    if not isinstance(checkpoint, Checkpoint | None):
+        raise TypeError(f"checkpoint must be plora_ext.cil.checkpoint.Checkpoint(Path(FOLDER)), got {checkpoint!r}")
+    data = load_data(settings) if data is None else checked(data)
     stream = make_stream(settings, data)
     tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
     learner = Learner(settings, backbone=backbone, callbacks=callbacks, make=make, num_tasks=len(tasks), world=world)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import types
 import warnings
@@ -29,6 +30,20 @@ _LEAST = (  # what settings must be, where they are not null
     ("at least 0", lambda v: v >= 0, "init_cls ridge ensemble_alpha weight_decay workers"),
     ("above 0", lambda v: v > 0, "fusion_tau tau ensemble_tau lr scale"),
 )
+_PATHS = (
+    "data",
+    "data_root",
+    "weights",
+    "out",
+    "feature_cache",
+)  # in which ~ and $HOME stand for what they do elsewhere
+# What others call a setting: timm, PEFT, PILOT, Hugging Face.
+_SYNONYMS = {
+    "learning_rate": "lr", "init_lr": "lr", "bs": "batch_size", "n_epochs": "epochs", "num_epochs": "epochs",
+    "num_train_epochs": "epochs", "rank": "r", "lora_r": "r", "lora_rank": "r", "alpha": "lora_alpha",
+    "dropout": "lora_dropout", "dataset": "data", "model": "backbone", "model_name": "backbone", "output": "out",
+    "output_dir": "out", "num_workers": "workers", "wd": "weight_decay", "opt": "optimizer", "init_classes": "init_cls",
+}  # fmt: skip
 _ORDERS = {None: "shuffled", "none": "sorted"}  # words of class_order in files and checkpoints of before
 
 
@@ -82,7 +97,8 @@ class Settings:
 
     target_modules: list[str] | str = _setting(
         ["qkv", "proj"],
-        "linear layers that get adapters: names (q, k, v: slices of qkv), or a regular expression of whole names",
+        "linear layers that get adapters: names (q, k, v: slices of qkv), all-linear, or a regular expression of whole "
+        "names",
         "adapters",
     )
     r: int = _setting(16, "rank of an adapter")
@@ -160,6 +176,8 @@ class Settings:
         for name, kind in _types().items():
             value = _checked(name, getattr(self, name), kind)
             _require(not isinstance(value, float) or math.isfinite(value), name, "a finite number", value)
+            if name in _PATHS and isinstance(value, str):
+                value = os.path.expandvars(os.path.expanduser(value))
             setattr(self, name, value)
         _require(self.out != "", "out", "the name of a folder", self.out)
         _require(0 <= self.seed < 2**32, "seed", "in [0, 4294967295]", self.seed)
@@ -208,16 +226,23 @@ class Settings:
             OSError: A file cannot be read.
         """
         paths = [] if path is None else [path] if isinstance(path, str | Path) else path
-        values: dict[str, Any] = {}
-        for layer in (*map(_of_file, paths), overrides or {}):
+        values: dict[Any, Any] = {}
+        origin: dict[Any, str] = {}  # of a value: the file that says it
+        for path, layer in (*((f"{path}: ", _of_file(path)) for path in paths), ("", overrides or {})):
             values.update(layer)
+            origin.update(dict.fromkeys(layer, path))
         known = [f.name for f in fields(cls)]
         for name in values:
             if not isinstance(name, str):
-                raise ValueError(f"names of settings must be words, got {name!r}: {values[name]!r}")
+                raise ValueError(f"{origin[name]}names of settings must be words, got {name!r}: {values[name]!r}")
             if name not in known:
-                raise ValueError(f"unknown setting {name!r}{closest(name, known)}")
-        return cls(**values)
+                raise ValueError(f"{origin[name]}unknown setting {name!r}{closest(name, known)}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            about = re.match(r"(?:unknown )?(\w+)", str(error))  # they begin with the setting
+            where = origin.get(about[1], "") if about else ""
+            raise ValueError(f"{where}{error}") from error
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, in the order of this file."""
@@ -241,9 +266,24 @@ def current(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "class_order": _ORDERS.get(order, order) if known else order}
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a name that is given twice is an error: the last one would win without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _of_file(path: str | Path) -> Mapping[str, Any]:
+    path = os.path.expanduser(path)
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        why = f"cannot read settings from {path} ({error.strerror})"
+        raise type(error)(f"{why}: looked for a YAML file at {Path(path).absolute()}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text file: {error}") from error
     except yaml.YAMLError as error:
@@ -256,8 +296,11 @@ def _of_file(path: str | Path) -> Mapping[str, Any]:
 def closest(name: object, known: Iterable[object]) -> str:
     """The end of an error about an unknown name: "; did you mean 'semantic'? (one of ...)"."""
     choices = [str(k) for k in known]
-    near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.4)
-    listed = f" (one of: {', '.join(choices)})" if len(choices) < 10 or not near else ""
+    words = {choice.removeprefix("--").replace("-", "_"): choice for choice in choices}
+    word = str(name).removeprefix("--").replace("-", "_")
+    meant = _SYNONYMS.get(word)
+    near = [words[w] for w in ([meant] if meant in words else difflib.get_close_matches(word, words, n=1))]
+    listed = f" (one of: {', '.join(choices)})" if len(choices) < 10 else "" if near else "; train --help lists them"
     return (f"; did you mean {near[0]!r}?" if near else "") + listed
 
 
@@ -305,6 +348,10 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
         elif member is float and not isinstance(value, bool):
             with suppress(TypeError, ValueError):
                 return float(value)
+        elif member is int and isinstance(value, str | float):
+            with suppress(ValueError):
+                if float(value).is_integer():
+                    return int(float(value))
         elif isinstance(value, member) and not (member is int and isinstance(value, bool)):
             return value
     return _fail(name, kind, value)
@@ -312,7 +359,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
 
 def _fail(name: str, kind: Any, value: Any) -> Any:
     words = [getattr(m, "__name__", str(m)) if get_origin(m) is None else str(m) for m in _members(kind)]
-    wanted = " or ".join("null" if word == "NoneType" else word for word in words)
+    wanted = " or ".join({"NoneType": "null", "bool": "true or false"}.get(word, word) for word in words)
     raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 

@@ -147,9 +147,13 @@ def _check_labels(train: np.ndarray, test: np.ndarray, num_classes: int) -> None
         unknown = sorted({int(c) for c in labels if not 0 <= c < num_classes})
         if unknown:
             raise ValueError(f"{name} must lie in 0 ... {num_classes - 1}, got unknown class {_some(unknown)}")
-    empty = np.flatnonzero(np.bincount(train, minlength=num_classes) == 0).tolist()
-    if empty:
-        raise ValueError(f"every class needs a training image, got none for class {_some(empty)}")
+    found = np.unique(train).tolist()
+    if len(found) < num_classes:
+        empty = sorted({*range(num_classes)} - {*found})
+        raise ValueError(
+            f"every class needs a training image, got none for class {_some(empty)}: train_labels must be "
+            f"0 ... {num_classes - 1} without gaps, found {_some(found)}"
+        )
 
 
 def _some(classes: Sequence[int], most: int = 5) -> str:

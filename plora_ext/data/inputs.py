@@ -11,9 +11,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from .decode import to_8_bits, to_rgb
-from .sets import ImageFiles
+from .sets import IMG_EXTENSIONS, ImageFiles, decodable
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif")
 _WANTED = (
     "a pair (images, labels), a folder of one folder of images for each class, a torch Dataset of (image, label), or a "
     "Hugging Face data set with a column of images and one of labels"
@@ -58,8 +58,11 @@ def read_images(data: Any) -> np.ndarray | ImageFiles:
     raise ValueError(f"images must be uint8 [N, H, W, 3], a sequence of images or a path, got {type(data).__name__}")
 
 
-def read_labelled(data: Any) -> tuple[np.ndarray | ImageFiles, list[Any]]:
+def read_labelled(data: Any, corrupt: str = "error") -> tuple[np.ndarray | ImageFiles, list[Any]]:
     """Images and their labels, of any kind that can be compared.
+
+    Args:
+        corrupt: What files of a folder do that are no images, as in `plora_ext.data.load_images`.
 
     Raises:
         ValueError: The data is of no kind known here, or labels and images do not fit together.
@@ -67,7 +70,7 @@ def read_labelled(data: Any) -> tuple[np.ndarray | ImageFiles, list[Any]]:
     """
     images: np.ndarray | ImageFiles
     if isinstance(data, str | Path):
-        images, labels = _class_folders(Path(data))
+        images, labels = _class_folders(Path(data), corrupt)
     elif isinstance(data, tuple | list) and len(data) == 2:
         images, labels = read_images(data[0]), _labels(data[1])
     elif hasattr(data, "column_names"):
@@ -101,7 +104,7 @@ def to_pixels(image: Any) -> np.ndarray:
 
 
 def image_paths(given: Sequence[str | Path]) -> list[Path]:
-    """The image files among `given`: files as they are, folders searched, sorted by name.
+    """The image files among `given`: files as they are, folders searched (but for what is hidden), sorted by name.
 
     Raises:
         FileNotFoundError: A path that does not exist, or no image at all.
@@ -109,7 +112,7 @@ def image_paths(given: Sequence[str | Path]) -> list[Path]:
     paths: list[Path] = []
     for path in map(Path, given):
         if path.is_dir():
-            paths += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            paths += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not _hidden(p, path))
         elif path.is_file():
             paths.append(path)
         else:
@@ -119,7 +122,11 @@ def image_paths(given: Sequence[str | Path]) -> list[Path]:
     return paths
 
 
-def _class_folders(root: Path) -> tuple[ImageFiles, list[str]]:
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _class_folders(root: Path, corrupt: str) -> tuple[ImageFiles, list[str]]:
     """Labels are the names of the folders."""
     if not root.is_dir():
         raise FileNotFoundError(f"data {str(root)!r} is no folder, looked for at {root.absolute()}")
@@ -130,9 +137,9 @@ def _class_folders(root: Path) -> tuple[ImageFiles, list[str]]:
         raise ValueError(
             f"{root} holds {', '.join(f.name for f in folders)} and not classes: give one of these folders"
         )
-    files = {folder.name: image_paths([folder]) for folder in folders}
-    paths = [path for of in files.values() for path in of]
-    return ImageFiles(paths), [name for name, of in files.items() for _ in of]
+    files = decodable([image_paths([folder]) for folder in folders], corrupt)
+    paths = [path for of in files for path in of]
+    return ImageFiles(paths), [folder.name for folder, of in zip(folders, files) for _ in of]
 
 
 def _labels(given: Any) -> list[Any]:

@@ -14,7 +14,8 @@ import os
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ NAMES = ("icon100", "cifar100", "fashion-mnist", *FOLDERS)
 _IDX = {split: [f"{stem}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
         for split, stem in (("train", "train"), ("test", "t10k"))}  # fmt: skip
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# How files of a format end, unless something follows: what ends otherwise may be cut short.
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+_DARK = 64  # what images of more than 8 bits have to reach of 255, else it is said: 12 bits kept in 16 give 16
 _FASHION = "t-shirt/top trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
 
 
@@ -115,9 +119,9 @@ def load_images(data: str, root: str | Path = "data", *, download: bool = False,
         data: Name or path.
         root: Where named sets lie.
         download: Let torchvision download a set that is not there.
-        corrupt: "error": an image file that cannot be opened is an error at the start, one whose pixels cannot be
-            decoded when they are met; "skip": every image file is decoded once at the start, and those that cannot be
-            are left out with a warning that names them.
+        corrupt: "error": an image file that cannot be opened or is cut short is an error at the start, one whose pixels
+            cannot be decoded for another reason when they are met; "skip": every image file is decoded once at the
+            start, and those that cannot be are left out with a warning that names them.
 
     Raises:
         ValueError: An unknown name, arrays that do not fit together, class folders that differ between train and
@@ -140,8 +144,9 @@ def load_images(data: str, root: str | Path = "data", *, download: bool = False,
     if "/" in data:
         raise FileNotFoundError(f"data {data!r} is no folder, looked for at {Path(data).absolute()}")
     near = difflib.get_close_matches(data, NAMES, n=1, cutoff=0.4)
-    guess = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown data {data!r}; {guess}(one of: {', '.join(NAMES)}, a folder, FILE.npz)")
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    named = f"(one of: {', '.join(NAMES)}, a folder, FILE.npz)"
+    raise ValueError(f"unknown data {data!r}, and no folder {Path(data).absolute()}{guess} {named}")
 
 
 def packaged(name: str, maker: str) -> Path:
@@ -194,7 +199,9 @@ def _npz(path: Path) -> Images:
                 raise ValueError(f"{path}: {name} cannot be read: {objects}") from error
     names = arrays.pop("class_names", None)
     for name in ("train_images", "test_images"):
-        arrays[name] = to_8_bits(arrays[name], f"{path}: {name}")
+        given, arrays[name] = arrays[name], to_8_bits(arrays[name], f"{path}: {name}")
+        if given.dtype != np.uint8:
+            _warn_if_dark(arrays[name], f"{path}: {name}")
     images = Images(arrays["train_images"], arrays["train_labels"], arrays["test_images"], arrays["test_labels"])
     images.class_names = None if names is None else [str(name) for name in names]
     try:
@@ -204,11 +211,20 @@ def _npz(path: Path) -> Images:
 
 
 def checked(images: Images) -> Images:
-    """`images`, whose arrays fit together.
+    """`images`, whose arrays fit together; lists and tensors become arrays.
 
     Raises:
+        TypeError: It is something else.
         ValueError: They do not; names the array.
     """
+    if not isinstance(images, Images):
+        raise TypeError(
+            "data must be plora_ext.data.Images(train_images, train_labels, test_images, test_labels), or what "
+            f"plora_ext.data.load_images(FOLDER) reads, got {type(images).__name__}"
+        )
+    given = {name: getattr(images, name) for name in ARRAYS}
+    arrays: dict[str, Any] = {k: v if isinstance(v, ImageFiles) else np.asarray(v) for k, v in given.items()}
+    images = replace(images, **arrays)
     for split in ("train", "test"):
         pixels, labels = getattr(images, f"{split}_images"), getattr(images, f"{split}_labels")
         if isinstance(pixels, np.ndarray) and (pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3):
@@ -311,98 +327,133 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
 
 
 def _class_folders(root: Path, corrupt: str) -> Images:
-    from torchvision.datasets import ImageFolder
-
     for split in ("train", "test"):
         if not (root / split).is_dir():
             raise FileNotFoundError(
                 f"no data at {root.absolute()}: expected {root / 'train'}/<class>/<image> and "
                 f"{root / 'test'}/<class>/<image>; move it there, or set data_root"
             )
-
-    class Folder(ImageFolder):
-        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-            names = sorted(p.name for p in Path(directory).iterdir() if p.is_dir() and not p.name.startswith("."))
-            if not names:
-                raise FileNotFoundError(f"there is no class folder in {directory}")
-            return names, {name: label for label, name in enumerate(names)}
-
-    try:
-        train, test = (Folder(str(root / split), is_valid_file=_is_image) for split in ("train", "test"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{root}: every class folder must hold an image; {error}") from error
-    if train.classes != test.classes:
-        only = {"train": set(train.classes) - set(test.classes), "test": set(test.classes) - set(train.classes)}
+    train, test = (
+        sorted(p.name for p in (root / split).iterdir() if p.is_dir() and not p.name.startswith("."))
+        for split in ("train", "test")
+    )
+    if train != test:
+        only = {"train": set(train) - set(test), "test": set(test) - set(train)}
         said = "; ".join(f"only in {side}: {_some(sorted(names))}" for side, names in only.items() if names)
         raise ValueError(f"{root}: train and test must hold the same class folders; {said}")
+    if not train:
+        raise FileNotFoundError(f"there is no class folder in {root / 'train'}")
     arrays: list[Any] = []
-    for side in (train, test):
-        samples = _decodable(_once([(Path(path), label) for path, label in side.samples]), corrupt)
-        arrays += [ImageFiles([path for path, _ in samples]), np.array([label for _, label in samples], dtype=np.int64)]
-    arrays.append(list(train.classes))
+    for split in ("train", "test"):
+        found = [_files(root / split / name) for name in train]
+        none = f"holds no image ({' '.join(IMG_EXTENSIONS)}): add some, or remove it"
+        _refuse_empty(found, root / split, train, none)
+        kept = decodable(_once(found), corrupt)
+        if split == "train":
+            _refuse_empty(kept, root / split, train, "is left with none: mend its images, or remove it")
+        paths = [path for of in kept for path in of]
+        labels = np.repeat(np.arange(len(kept)), [len(of) for of in kept])
+        arrays += [ImageFiles(paths), labels.astype(np.int64)]
+    arrays.append(train)
     return Images(*arrays)
 
 
-def _is_image(path: str) -> bool:
-    """By its name; what is hidden (`._x.jpg`, `.ipynb_checkpoints`) is not meant to be one."""
-    return path.lower().endswith(IMG_EXTENSIONS) and not any(part.startswith(".") for part in Path(path).parts[-2:])
+def _files(folder: Path) -> list[Path]:
+    """The images in a class folder and below, those that links lead to as well, in the order of torchvision.
 
-
-def _once(samples: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
-    """The samples without those that links lead to a second time.
+    Hidden files (`._x.jpg`) and folders (`.ipynb_checkpoints`) are not meant to be images.
 
     Raises:
         ValueError: A link leads to a folder above itself, so that images of other classes would count as of this one.
     """
-    real: dict[Path, str] = {}
-    for folder in {path.parent for path, _ in samples}:
-        for part in (folder, *folder.parents):
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        for part in (Path(place), *(Path(place) / name for name in folders)):
             if part.is_symlink() and part.parent.resolve().is_relative_to(part.resolve()):
                 raise ValueError(
                     f"{part} is a link to a folder above it, whose images are not all of one class: remove it"
                 )
-        real[folder] = os.path.realpath(folder)
-    found: dict[str, tuple[Path, int]] = {}
-    for path, label in samples:
-        key = os.path.realpath(path) if path.is_symlink() else os.path.join(real[path.parent], path.name)
-        found.setdefault(key, (path, label))
-    if len(found) < len(samples):
-        warnings.warn(f"left out {len(samples) - len(found)} images that links lead to a second time", stacklevel=2)
-    return list(found.values())
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        wanted = (name for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS) and name[0] != ".")
+        found.append((place, [Path(place) / name for name in wanted]))
+    return [path for _, paths in sorted(found) for path in paths]
+
+
+def _once(classes: list[list[Path]]) -> list[list[Path]]:
+    """The images of each class without those that links lead to a second time."""
+    seen: set[str] = set()
+    real: dict[Path, str] = {}  # of folders: fewer questions to the file system
+    kept: list[list[Path]] = []
+    for paths in classes:
+        kept.append([])
+        for path in paths:
+            if path.parent not in real:
+                real[path.parent] = os.path.realpath(path.parent)
+            key = os.path.realpath(path) if path.is_symlink() else os.path.join(real[path.parent], path.name)
+            if key not in seen:
+                seen.add(key)
+                kept[-1].append(path)
+    if twice := sum(map(len, classes)) - len(seen):
+        warnings.warn(f"left out {twice} images that links lead to a second time", stacklevel=2)
+    return kept
+
+
+def _refuse_empty(classes: list[list[Path]], folder: Path, names: list[str], why: str) -> None:
+    if empty := [str(folder / name) for name, paths in zip(names, classes) if not paths]:
+        raise ValueError(f"every class needs an image, but {_some(empty)} {why}")
 
 
 def _no_image(path: Path, error: Exception) -> str:
     return f"{path} is no image that can be decoded ({error}); mend or remove it, or set corrupt to skip"
 
 
-def _decodable(samples: list[tuple[Path, int]], corrupt: str) -> list[tuple[Path, int]]:
-    """The samples whose image can be decoded, if `corrupt` is "skip"; a warning names the others.
+def decodable(classes: list[list[Path]], corrupt: str) -> list[list[Path]]:
+    """The images of each class that can be decoded, if `corrupt` is "skip"; a warning names the others.
 
-    Else all of them: only headers are read, so that a file that is no image is found before anything is learned.
+    Else all of them: headers and ends are read, and what looks cut short is decoded, so that a file that is no image is
+    found before anything is learned. Another warning names the first image of more than 8 bits if it becomes dark.
 
     Raises:
         ValueError: There is one that is none, and it is not to be skipped.
     """
+    deep: set[Path] = set()
 
     def fault(path: Path) -> str:
         try:
-            if corrupt == "skip":
+            with path.open("rb") as file, Image.open(file) as image:
+                if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                    deep.add(path)
+                end = _ENDS.get(image.format or "", b"")
+                file.seek(-len(end), os.SEEK_END)
+                whole = file.read() == end or not end
+            if corrupt == "skip" or not whole:
                 decode(path)
-            else:
-                with Image.open(path):
-                    pass
         except Exception as error:  # decoders raise all kinds
             return _no_image(path, error)
         return ""
 
+    paths = [path for of in classes for path in of]
     with ThreadPoolExecutor() as pool:  # decoders leave Python's lock
-        faults = list(pool.map(fault, [path for path, _ in samples]))
-    bad = [(str(path), said) for (path, _), said in zip(samples, faults) if said]
+        bad = {path: said for path, said in zip(paths, pool.map(fault, paths)) if said}
     if bad and corrupt != "skip":
-        raise ValueError(bad[0][1] + (f" (and {len(bad) - 1} images more)" if len(bad) > 1 else ""))
+        more = f" (and {len(bad) - 1} images more)" if len(bad) > 1 else ""
+        raise ValueError(next(iter(bad.values())) + more)
     if bad:
-        warnings.warn(f"left out {len(bad)} images that cannot be decoded: {_some([p for p, _ in bad])}", stacklevel=2)
-    return [sample for sample, said in zip(samples, faults) if not said]
+        named = _some([str(path) for path in bad])
+        warnings.warn(f"left out {len(bad)} images that cannot be decoded: {named}", stacklevel=2)
+    if first := next((path for path in paths if path in deep and path not in bad), None):
+        with suppress(Exception):  # it is met, and named, where it is needed
+            _warn_if_dark(decode(first), f"{first} and {len(deep) - 1} images more")
+    return [[path for path in of if path not in bad] for of in classes]
+
+
+def _warn_if_dark(pixels: np.ndarray, what: str) -> None:
+    if pixels.size and pixels.max() < _DARK:
+        warnings.warn(
+            f"more than 8 bits are scaled by the range of their type, so that {what} reach {pixels.max()} of 255 at "
+            "most: scale them to 8 bits yourself",
+            stacklevel=2,
+        )
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -182,6 +183,7 @@ class Adapters:
         Args:
             adapters: for each sample of the batch an index into `names` (-1 for the base alone) or a name
                 (`"__base__"` for the base alone). Adapted layers must see the batch as their first dimension.
+                In training, those train that `train_adapter` has named; set_adapter does not change that.
                 With activation checkpointing, keep the backward pass inside the `with` block as well.
 
         Raises:
@@ -199,6 +201,8 @@ class Adapters:
             batch = adapters.to(device)
         else:
             ids = adapters if isinstance(adapters, Tensor) else [self._id_of(adapter) for adapter in adapters]
+            if not isinstance(ids, Tensor) and self.model.training and torch.is_grad_enabled():
+                self._warn_of_frozen(set(ids))
             batch = ops.AdapterBatch(ids, len(self.names), device)
         with self._state.within(batch=batch):
             yield
@@ -411,6 +415,18 @@ class Adapters:
         return self.unload()
 
     # ------------------------------------------------------------------ checks
+
+    def _warn_of_frozen(self, ids: set[int]) -> None:
+        """Some of the adapters of a training batch train and some do not: hardly what was meant."""
+        chosen = [name for i, name in enumerate(self.names) if i in ids]
+        frozen = [name for name in chosen if not self._first.pairs(name)[0][0].requires_grad]
+        if 0 < len(frozen) < len(chosen):
+            trained = [name for name in chosen if name not in frozen]
+            warnings.warn(
+                f"of the adapters of this batch {trained} train and {frozen} do not: "
+                f"train_adapter({chosen}) trains them all",
+                stacklevel=4,
+            )
 
     def _check_finite(self) -> None:
         """Refuses adapters that are not finite, before samples of several share a product; once after each change."""

@@ -220,8 +220,8 @@ class Ensemble:
         slabs = (self.memory - plan.fixed) // plan.slab
         if slabs < 1:
             raise ValueError(
-                f"memory must be at least {plan.fixed + plan.slab} bytes, what one image under one adapter takes, "
-                f"got {self.memory}"
+                f"memory (of a run: ensemble_memory) must be at least {(plan.fixed + plan.slab) / 2**20:.3g} MiB, what "
+                f"one image under one adapter takes, got {self.memory / 2**20:.3g} MiB"
             )
         return slabs
 

@@ -25,12 +25,13 @@ def inject(
     """Replace linear layers of `model` by `MultiLoRALinear`, in place, and freeze the whole model.
 
     Args:
-        model: any torch model; its parameters stop training (only adapters train from here on).
+        model: any torch model; its parameters stop training (only adapters train from here on, unless
+            `requires_grad_` is called on them later).
         target_modules: which layers, matched as PEFT does: a list of names, each of which a module's full name equals
             or ends with after a dot (`"qkv"` matches `blocks.0.attn.qkv`), or one regular expression for the full
-            name. `"q"`, `"k"` and `"v"` choose row slices of fused `qkv` layers as well (rows in the order q, k, v, as
-            in timm), each with an A and a B of its own. Modules other than linear ones that share a name
-            (`patch_embed.proj`, a convolution) are left alone.
+            name, or `"all-linear"` for all that can be adapted. `"q"`, `"k"` and `"v"` choose row slices of fused
+            `qkv` layers as well (rows in the order q, k, v, as in timm), each with an A and a B of its own. Modules
+            other than linear ones that share a name (`patch_embed.proj`, a convolution) are left alone.
         r: default rank of the adapters.
         lora_alpha: default alpha, the scale being alpha / r; `None` means alpha = r.
         lora_dropout: dropout before the adapters in training.
@@ -49,7 +50,7 @@ def inject(
     targets = find_targets(model, target_modules)
     for name, rows in targets.items():
         layer = linear_at(model, name)
-        refuse_unsupported(model, name, layer)
+        refuse_unsupported(model, name)
         check_rank(r, name, layer.in_features, rows or {"": (0, layer.out_features)})
     # A module may be reachable under several names: it is wrapped once and replaced everywhere.
     wrapped: dict[nn.Module, MultiLoRALinear] = {}

@@ -104,7 +104,10 @@ class MultiLoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         if not is_plain_linear(base):
-            raise TypeError(f"base must be a plain torch.nn.Linear, got {type(base).__module__}.{type(base).__name__}")
+            got = f"{type(base).__module__}.{type(base).__name__}"
+            if type(base) is nn.Linear:
+                got += " whose weight a hook computes"
+            raise TypeError(f"base must be a plain torch.nn.Linear, got {got}")
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout}")
         for key, (start, stop) in (slices or {}).items():
@@ -322,6 +325,12 @@ class MultiLoRALinear(nn.Module):
         keywords: dict[str, Any] = {}
         if active.batch is not None:
             op, names = ops.lora_indexed, tuple(self.r)
+            given = active.batch.ids.shape[:1]
+            if not torch.compiler.is_compiling() and x.dim() > 1 and given != x.shape[:1]:
+                raise ValueError(
+                    f"Adapters.batch was given {given.numel()} adapters, but a layer sees {x.shape[0]} samples: give "
+                    "one for each (beam search repeats every sample num_beams times)"
+                )
             ids = (active.batch if active.batch.ids.device == x.device else active.batch.to(x.device),)
         elif active.coefficients is not None:
             keywords["coeff"] = active.coefficients.to(x.device)

@@ -173,7 +173,8 @@ class State:
             if self._pending != {active.key}:
                 raise RuntimeError(
                     "the active adapters are not those of the forward pass that activation checkpointing computes "
-                    "again: call backward() before set_adapter, or checkpoint(..., use_reentrant=False)"
+                    "again: call backward() before set_adapter and within the block of Adapters.batch, or "
+                    "checkpoint(..., use_reentrant=False)"
                 )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -19,8 +19,16 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[
     modules = dict(model.named_modules(remove_duplicate=False))
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     if isinstance(target_modules, str):
-        found = [name for name in linear if re.fullmatch(target_modules, name)]
+        if target_modules == "all-linear":
+            found = [name for name in linear if _unsupported(model, name) is None]
+        else:
+            found = [name for name in linear if re.fullmatch(target_modules, name)]
         if not found:
+            if whole := [name for name in linear if _ends_with(name, target_modules)]:
+                raise ValueError(
+                    f"target_modules as a text is a regular expression of whole names, such as {whole[0]!r}, which "
+                    f"{target_modules!r} does not match: give the list [{target_modules!r}]"
+                )
             raise ValueError(_no_match(f"the expression {target_modules!r}", target_modules, linear))
         return dict.fromkeys(found)
 
@@ -52,9 +60,10 @@ def _ends_with(name: str, target: str) -> bool:
 
 
 def _no_match(what: str, target: str, linear: list[str]) -> str:
-    words = sorted({name.rpartition(".")[2] for name in linear} | set(linear))
-    close = difflib.get_close_matches(target, words, n=5, cutoff=0.5) or sorted({n.rpartition(".")[2] for n in linear})
-    return f"target_modules must match linear layers of the model; {what} matches none, closest are {close[:8]}"
+    last = {name.rpartition(".")[2] for name in linear}
+    close = difflib.get_close_matches(target, sorted(last | set(linear)), n=5, cutoff=0.5) or sorted(last)
+    said = f"closest are {close[:8]}" if linear else "it has no torch.nn.Linear"
+    return f"target_modules must match linear layers of the model; {what} matches none, {said}"
 
 
 def _qkv_slices(model: nn.Module, name: str, chosen: list[str]) -> Rows:
@@ -68,17 +77,28 @@ def _qkv_slices(model: nn.Module, name: str, chosen: list[str]) -> Rows:
     return {key: ("qkv".index(key) * third, ("qkv".index(key) + 1) * third) for key in chosen}
 
 
-def refuse_unsupported(model: nn.Module, name: str, layer: nn.Linear) -> None:
+def refuse_unsupported(model: nn.Module, name: str) -> None:
+    if why := _unsupported(model, name):
+        raise ValueError(f"{name!r} {why}; leave it out of target_modules")
+
+
+def _unsupported(model: nn.Module, name: str) -> str | None:
+    """Why the linear layer `name` cannot be adapted."""
+    layer = linear_at(model, name)
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-        raise ValueError(
-            f"{name!r} belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls it, so an "
-            "adapter would have no effect: leave it out of target_modules"
+        return (
+            "belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls it, so an adapter would "
+            "have no effect"
+        )
+    if type(layer) is nn.Linear and not is_plain_linear(layer):
+        return (
+            "has a weight that a hook computes, as pruning and weight_norm do: make it permanent "
+            "before (torch.nn.utils.prune.remove, remove_weight_norm)"
         )
     if not is_plain_linear(layer):
-        raise ValueError(
-            f"{name!r} is a {type(layer).__module__}.{type(layer).__name__}; only plain torch.nn.Linear layers can be "
-            "adapted: leave it out of target_modules"
-        )
+        kind = f"{type(layer).__module__}.{type(layer).__name__}"
+        return f"is a {kind}, and only plain torch.nn.Linear layers can be adapted"
+    return None
 
 
 def linear_at(model: nn.Module, name: str) -> nn.Linear:

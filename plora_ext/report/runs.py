@@ -177,6 +177,8 @@ def protocol_of(result: Result) -> dict[str, Any]:
     facts = {name: s[name] for name in PROTOCOL}
     facts["init_cls"] = s["init_cls"] or s["increment"]  # 0 says the same
     facts["images"] = [result.num_train, result.num_test]
+    if "data_digest" in result.inputs:  # it says which; the folder may have been named from elsewhere
+        facts |= {name: s[name] and Path(s[name]).name for name in ("data", "weights")}
     for name in ("data", "backbone"):
         facts[name] = result.inputs.get(name, facts[name])
     facts["digests"] = [result.inputs.get(f"{name}_digest", "unknown") for name in ("data", "backbone")]
