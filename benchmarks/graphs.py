@@ -17,9 +17,10 @@ import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
-from throughput import CLASSES, Clock
+from throughput import CLASSES
 from torch import Tensor
 
+from plora_ext.bench import Clock
 from plora_ext.cil import Settings
 from plora_ext.cil.build import load_backbone
 from plora_ext.cil.training import Trainer
@@ -40,7 +41,7 @@ def rates(model: str, batch: int, graphs: str) -> dict[str, Any]:
     )  # fmt: skip
     torch.manual_seed(0)
     torch.cuda.reset_peak_memory_stats()
-    backbone, clock = load_backbone(s), Clock(n)
+    backbone, clock = load_backbone(s), Clock()
     trainer = Trainer(backbone.model.to(device).requires_grad_(False), s, device, [clock])
     adapters = inject(trainer.model, ["qkv", "proj"], r=16)
     adapters.add_adapter("task0")
@@ -50,7 +51,7 @@ def rates(model: str, batch: int, graphs: str) -> dict[str, Any]:
     with trainer.speed.passes():
         trainer.fit(0, adapters.parameters("task0"), images, labels, CLASSES)
     torch.cuda.synchronize()
-    first, *later = (n / seconds for seconds in np.diff([*clock.times, time.perf_counter()]))
+    first, *later = (n / seconds for seconds in clock.seconds)
     read = []
     for _ in range(3):
         start = time.perf_counter()

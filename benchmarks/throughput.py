@@ -36,11 +36,10 @@ import harness
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
+from plora_ext.bench import Clock, Resident
 from plora_ext.cil import Images, Settings, run
 from plora_ext.cil.build import load_backbone, pick_device
-from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.training import Phases, Trainer
 from plora_ext.data import ImageFiles, Preparation, View
 from plora_ext.data.view import SHARE
@@ -49,46 +48,6 @@ from plora_ext.nn import inject
 RATES = ("part", "source", "first", "later", "share", "peak_mb")
 PHASES = ("form", "amp", "phase", "seconds", "peak_mb", "images_per_s", "seconds_20_epochs")
 CLASSES = 10
-
-
-class Resident:
-    """What a view gives, but always the same batch, which is on the device."""
-
-    def __init__(self, n: int, size: int, device: torch.device):
-        self.n, self.batch = n, torch.empty(0)
-        self.size, self.device = size, device
-
-    def __len__(self) -> int:
-        return self.n
-
-    def split(self, batch_size: int) -> Iterator[Tensor]:
-        if len(self.batch) != batch_size:
-            self.batch = torch.randn(batch_size, 3, self.size, self.size, device=self.device)
-        for first in range(0, self.n, batch_size):
-            yield self.batch[: self.n - first]
-
-    def __getitem__(self, rows: Tensor) -> Resident:
-        part = Resident(len(rows), self.size, self.device)
-        part.batch = self.batch
-        return part
-
-    def epoch(self, order: Tensor, batch_size: int, _: Any = None) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(order.split(batch_size), self.split(batch_size))
-
-
-class Clock(Callback):
-    """When the epochs of a fit begin; at the end of each, `fit` waits for the device."""
-
-    def __init__(self, images: int):
-        self.images, self.seen, self.times = images, 0, [0.0]
-
-    def fit(self, task: int, images: int) -> None:
-        self.seen, self.times = 0, [time.perf_counter()]
-
-    def step(self, images: int) -> None:
-        if self.seen and self.seen % self.images == 0:
-            self.times.append(time.perf_counter())
-        self.seen += images
 
 
 def sources(args: argparse.Namespace, size: int, device: torch.device, folder: Path) -> dict[str, Callable[[], Any]]:
@@ -132,7 +91,7 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
     )  # fmt: skip
     torch.manual_seed(0)
     backbone = load_backbone(settings)
-    clock = Clock(args.images)
+    clock = Clock()
     trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, [clock])
     adapters = inject(trainer.model, ["qkv", "proj"], r=16)
     adapters.add_adapter("task0")
@@ -141,7 +100,7 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
     def train(images: Any) -> list[float]:
         with trainer.speed.passes():
             trainer.fit(0, adapters.parameters("task0"), images, labels, CLASSES)
-        return np.diff([*clock.times, time.perf_counter()]).tolist()
+        return clock.seconds
 
     def evaluate(images: Any) -> list[float]:
         seconds = []

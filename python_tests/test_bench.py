@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import runpy
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -173,3 +175,39 @@ def test_images_a_second_from_every_source(repository: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "rates.csv").read_text(encoding="utf-8").splitlines()))
     assert len(rows) == 2 * 6 and all(float(row["later"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("method", ["plora", "simplecil", "joint"])
+def test_the_parts_of_a_run(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 20)
+    images = rng.integers(0, 256, (80, 12, 12, 3), dtype=np.uint8)
+    np.savez(
+        tmp_path / "data.npz",
+        train_images=images,
+        train_labels=labels,
+        test_images=images[::2],
+        test_labels=labels[::2],
+    )
+    options = f"--data {tmp_path}/data.npz --method {method} --increment 2 --batch-size 2 --epochs 30 --device cpu"
+    command = ["bench", "run", *options.split(), "--seconds", "0.001", "--out", str(tmp_path / "rates.json")]
+    assert main(command) == 0
+    trains = method != "simplecil"
+    parts = ["step on one batch, eager", "loop, first epoch", "loop, later", "data alone"] * trains
+    found = json.loads((tmp_path / "rates.json").read_text(encoding="utf-8"))
+    assert list(found["images_per_second"]) == [*parts, "evaluation, one batch", "evaluation"]
+    assert all(rate > 0 for rate in found["images_per_second"].values())
+    assert found["images"] == ([8, 80 if method == "joint" else 40] if trains else [32, 40])
+    assert found["settings"]["epochs"] == 30 and found["classes"] == ([4] if method == "joint" else [2, 2])
+    assert ("train" in found["phases"]) == trains
+    if trains:  # thirty epochs, not the three that were run
+        assert found["phases"]["train"] > 20 * 8 / found["images_per_second"]["loop, later"]
+    printed = capsys.readouterr().out
+    assert "| evaluation |" in printed and "| eval |" in printed and "%" in printed
+
+
+def test_the_parts_of_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "run", "--seconds", "0"]) == 2
+    assert capsys.readouterr().err == "error: seconds must be above 0 and at most 600, got 0.0\n"
+    assert main(["bench", "run", "--lrr", "1"]) == 2
+    assert "unknown argument '--lrr'; did you mean '--lr'?" in capsys.readouterr().err
