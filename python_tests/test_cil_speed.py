@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 from torchvision.transforms import InterpolationMode, v2
 
 from plora_ext.cil import Images, Result, Settings, run
+from plora_ext.cil.build import prepare
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.speed import Speed
 from plora_ext.data import Backbone, ImageFiles, Preparation, View
@@ -226,6 +227,16 @@ def test_a_fast_run_learns_and_resumes(changes: dict, tmp_path: Path, monkeypatc
     monkeypatch.setattr(Checkpoint, "_save", save)
     resumed = learn(checkpoint=Checkpoint(tmp_path, resume=True), **changes)
     assert (resumed.curve, resumed.matrix) == (whole_run.curve, whole_run.matrix)
+
+
+@pytest.mark.parametrize("device, cores, expected", [("cpu", 2, 0), ("cpu", 16, 2), ("cpu", 128, 8), ("cuda", 2, 2)])
+def test_workers_leave_a_cpu_to_the_model(
+    device: str, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    look = Backbone(nn.Identity(), 16, [0.5] * 3, [0.5] * 3)
+    assert prepare(Settings(), look, torch.device(device)).workers == expected
+    assert prepare(Settings(workers=3), look, torch.device(device)).workers == 3
 
 
 def test_workers_that_shared_memory_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
