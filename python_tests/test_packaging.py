@@ -280,7 +280,7 @@ def test_a_busy_process_takes_half_of_the_rate_at_most(tmp_path: Path) -> None:
     if len(cores) < 2:
         pytest.skip("one core")
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (1280, 48, 48, 3), dtype=np.uint8), np.arange(1280) % 10
+    images, labels = rng.integers(0, 256, (640, 48, 48, 3), dtype=np.uint8), np.arange(640) % 10
     test = {"test_images": images[:10], "test_labels": labels[:10]}
     np.savez(tmp_path / "data.npz", train_images=images, train_labels=labels, **test)
     options = f"--method lora-sequential --data {tmp_path}/data.npz --epochs 1 --device cpu --out {tmp_path}"
