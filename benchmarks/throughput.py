@@ -9,9 +9,10 @@ size. `first` is the first pass, which starts workers and decodes (training come
 decoded already), `later` the median of the others, `share` its part of the rate on the batch on the device.
 
 With --phases: B0 Inc10 on random images of CIFAR-100's shape, with random weights, batches of 48 and PILOT's
-transforms: seconds and peak memory by phase. The last column carries training, which is linear in the epochs, on to 20
-of them. `ease` is LAMDA-PILOT's own loop with the settings that it ships, `ease, patched` the same with this package's
-patch; both need PLORA_PILOT, a checkout. PILOT's own precision is none (float32).
+transforms: seconds and peak memory by phase. The last column carries a run of fewer epochs and images on to 20 epochs
+and 50,000 images, as if all but the alignment were linear in them. `ease` is LAMDA-PILOT's own loop with the settings
+that it ships, `ease, patched` the same with this package's patch; both need PLORA_PILOT, a checkout. PILOT's own
+precision is none (float32).
 
 Writes NAME.csv and NAME.md.
 """
@@ -46,17 +47,18 @@ from plora_ext.data.view import SHARE
 from plora_ext.nn import inject
 
 RATES = ("part", "source", "first", "later", "share", "peak_mb")
-PHASES = ("form", "amp", "phase", "seconds", "peak_mb", "images_per_s", "seconds_20_epochs")
+PHASES = ("form", "amp", "phase", "seconds", "peak_mb", "images_per_s", "seconds_whole")
 CLASSES = 10
 
 
-def sources(args: argparse.Namespace, size: int, device: torch.device, folder: Path) -> dict[str, Callable[[], Any]]:
-    """The images in each form; made when they are measured, gone after."""
+def jpegs(folder: Path, number: int) -> list[Path]:
+    """Pictures of 256 pixels, 64 of them distinct; the others are the same files by other names."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
-    paths = [folder / f"{i}.jpg" for i in range(args.images)]
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{i}.jpg" for i in range(number)]
     for i, path in enumerate(paths):
-        if i < 64:  # distinct pictures; the others are the same files by other names
+        if i < 64:
             picture = np.asarray(
                 Image.fromarray(coarse[i]).resize((256, 256), Image.Resampling.BICUBIC), dtype=np.int16
             )
@@ -64,6 +66,12 @@ def sources(args: argparse.Namespace, size: int, device: torch.device, folder: P
             Image.fromarray(noisy).save(path, quality=90)
         else:
             path.hardlink_to(paths[i % 64])
+    return paths
+
+
+def sources(args: argparse.Namespace, size: int, device: torch.device, folder: Path) -> dict[str, Callable[[], Any]]:
+    """The images in each form; made when they are measured, gone after."""
+    rng, paths = np.random.default_rng(0), jpegs(folder, args.images)
 
     def view(images: np.ndarray | ImageFiles, **look: Any) -> View:
         return View(images, Preparation(size, [0.5] * 3, [0.5] * 3, device, workers=args.workers, **look))
@@ -154,7 +162,8 @@ def ours(form: str, amp: str, args: argparse.Namespace, data: Images) -> tuple[d
         transform_on="cpu" if "workers" in form else "device", workers=args.workers, device=args.device,
     )  # fmt: skip
     result = run(settings, data=data)
-    return result.seconds, result.peak_mb
+    other = result.total_seconds - sum(result.seconds.values())
+    return {**result.seconds, "other": other}, result.peak_mb
 
 
 class Pilots:
@@ -248,12 +257,15 @@ def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             print(f"{form}: left out, PLORA_PILOT names no checkout")
             continue
         seconds, peak = FORMS[form](form, amp, args, data)
-        total = dict(seconds, total=sum(seconds.values()))
-        whole = total["total"] + seconds["train"] * (20 / args.epochs - 1)
-        for phase, value in total.items():
+        images = 50_000 / args.images
+        whole = {
+            phase: value * (1 if phase == "align" else images) * (20 / args.epochs if phase == "train" else 1)
+            for phase, value in seconds.items()
+        }
+        whole["total"] = sum(whole.values())
+        for phase, value in {**seconds, "total": sum(seconds.values())}.items():
             rate = args.images * args.epochs / value if phase == "train" else None
-            longer = {"train": value * 20 / args.epochs, "total": whole}.get(phase, value)
-            row = dict(zip(PHASES, (form, amp, phase, value, peak.get(phase, max(peak.values())), rate, longer)))
+            row = dict(zip(PHASES, (form, amp, phase, value, peak.get(phase, max(peak.values())), rate, whole[phase])))
             print(*cells(row), sep=" | ", flush=True)
             yield row
 

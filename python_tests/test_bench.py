@@ -211,3 +211,17 @@ def test_the_parts_of_no_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "error: seconds must be above 0 and at most 600, got 0.0\n"
     assert main(["bench", "run", "--lrr", "1"]) == 2
     assert "unknown argument '--lrr'; did you mean '--lr'?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_loop_against_its_step(repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(repository / "benchmarks" / "graphs.py"), "--out", str(tmp_path / "graphs")]
+    command += "--device cpu --model embedded --small embedded --batches 2 --steps 3 --eval-batch 4".split()
+    command += "--small-batch 2 --workers 0".split()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "graphs.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["part"] for row in rows] == ["arrays", *["files"] * 2, *["evaluation"] * 3, *["step"] * 2, "small"]
+    for row in rows:
+        ratio = float(row["images_per_s"]) / float(row["its_images_per_s"])
+        assert float(row["ratio"]) == pytest.approx(1 / ratio if row["part"] == "step" else ratio)
