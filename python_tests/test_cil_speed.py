@@ -24,6 +24,7 @@ from plora_ext.cil.build import prepare
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.speed import Speed
 from plora_ext.data import Backbone, ImageFiles, Preparation, View
+from plora_ext.data import resample as resampling
 from plora_ext.data import view as views
 from plora_ext.data.decoded import Decoded
 from plora_ext.data.resample import center, random_crop, random_numbers, resample, whole
@@ -227,6 +228,28 @@ def test_a_fast_run_learns_and_resumes(changes: dict, tmp_path: Path, monkeypatc
     monkeypatch.setattr(Checkpoint, "_save", save)
     resumed = learn(checkpoint=Checkpoint(tmp_path, resume=True), **changes)
     assert (resumed.curve, resumed.matrix) == (whole_run.curve, whole_run.matrix)
+
+
+def test_images_of_one_size_share_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, sizes = torch.from_numpy(pixels(3, 20, 30)), torch.tensor([[20, 30]] * 3)
+    asked: list[int] = []
+    original = resampling._weights
+
+    def counted(window: torch.Tensor, *rest) -> torch.Tensor:
+        asked.append(window.shape[-1])
+        return original(window, *rest)
+
+    monkeypatch.setattr(resampling, "_weights", counted)
+    together = resample(images, center(sizes, 18, 16), 16, "bicubic")
+    assert asked == [1, 1]
+    assert torch.equal(
+        together, torch.cat([resample(i[None], center(sizes[:1], 18, 16), 16, "bicubic") for i in images])
+    )
+    asked.clear()
+    windows, flip = random_crop(sizes, random_numbers(3), 16, SCALE, RATIO)
+    monkeypatch.setattr(resampling, "_BYTES", 2 * 12 * 20 * 30)
+    resample(images, windows, 16, flip=flip)
+    assert asked == [2, 2, 1, 1]
 
 
 @pytest.mark.parametrize("device, cores, expected", [("cpu", 2, 0), ("cpu", 16, 2), ("cpu", 128, 8), ("cuda", 2, 2)])
