@@ -7,6 +7,7 @@ Before it is timed, what a form computes is compared with the first one's. A run
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -380,6 +381,8 @@ def time_run(settings: Settings, seconds: float = 2.0, tell: Callable[[str, floa
         resident: Any = Resident(len(task.train), made.preparation.image_size, made.trainer.device)
         with made.random():
             made.learn(task, resident, task.classes)
+        del made
+        gc.collect()  # one model and graph at a time
         return clock.seconds
 
     whole, batch = len(tasks[0].train), settings.batch_size

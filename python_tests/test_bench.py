@@ -177,8 +177,13 @@ def test_images_a_second_from_every_source(repository: Path, tmp_path: Path) -> 
     assert len(rows) == 2 * 6 and all(float(row["later"]) > 0 for row in rows)
 
 
-@pytest.mark.parametrize("method", ["plora", "simplecil", "joint"])
-def test_the_parts_of_a_run(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "method, device",
+    [("plora", "cpu"), ("simplecil", "cpu"), ("joint", "cpu"), pytest.param("plora", "cuda", marks=pytest.mark.cuda)],
+)
+def test_the_parts_of_a_run(method: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 20)
     images = rng.integers(0, 256, (80, 12, 12, 3), dtype=np.uint8)
@@ -189,11 +194,14 @@ def test_the_parts_of_a_run(method: str, tmp_path: Path, capsys: pytest.CaptureF
         test_images=images[::2],
         test_labels=labels[::2],
     )
-    options = f"--data {tmp_path}/data.npz --method {method} --increment 2 --batch-size 2 --epochs 30 --device cpu"
+    options = f"--data {tmp_path}/data.npz --method {method} --increment 2 --batch-size 2 --epochs 30"
+    (tmp_path / "device.yaml").write_text(f"device: {device}\n")
+    options += f" -c {tmp_path}/device.yaml"
     command = ["bench", "run", *options.split(), "--seconds", "0.001", "--out", str(tmp_path / "rates.json")]
     assert main(command) == 0
     trains = method != "simplecil"
-    parts = ["step on one batch, eager", "loop, first epoch", "loop, later", "data alone"] * trains
+    steps = ["step on one batch, eager", *["step on one batch, captured"] * (device == "cuda")]
+    parts = [*steps, "loop, first epoch", "loop, later", "data alone"] * trains
     found = json.loads((tmp_path / "rates.json").read_text(encoding="utf-8"))
     assert list(found["images_per_second"]) == [*parts, "evaluation, one batch", "evaluation"]
     assert all(rate > 0 for rate in found["images_per_second"].values())
@@ -202,6 +210,8 @@ def test_the_parts_of_a_run(method: str, tmp_path: Path, capsys: pytest.CaptureF
     assert ("train" in found["phases"]) == trains
     if trains:  # thirty epochs, not the three that were run
         assert found["phases"]["train"] > 20 * 8 / found["images_per_second"]["loop, later"]
+    if device == "cuda":
+        assert found["cuda_graphs"]["training"].startswith("captured in")
     printed = capsys.readouterr().out
     assert "| evaluation |" in printed and "| eval |" in printed and "%" in printed
 
