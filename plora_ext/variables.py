@@ -26,7 +26,7 @@ OTHERS = (
     *("PILOT", "MAMMOTH", "INFLORA", "SDLORA", "CLLORA", "TUNA", "ACMAP"),
 )
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-QUICK = {"info", "report", "--version", "-h", "--help"}  # what computes nothing with many threads
+QUICK = {"report", "--version", "-h", "--help"}  # what computes nothing with many threads
 
 in_force: dict[str, str] = {}
 """Every PLORA_ variable that is set: its value, or what is wrong with it."""
@@ -74,7 +74,7 @@ def settle() -> None:
             elif not informs:
                 print(f"warning: unknown environment variable {name}: {hint}", file=sys.stderr)
     chosen = os.environ.get("OMP_NUM_THREADS") == "1" or any(name in os.environ for name in WAITING)
-    if running and not chosen and not QUICK.intersection(sys.argv[1:]) and others_work():
+    if running and not (informs or chosen or QUICK.intersection(sys.argv[1:])) and others_work():
         os.environ["OMP_WAIT_POLICY"] = "passive"
         print(
             "note: other processes keep a core busy, so threads sleep while they wait for each other: "
