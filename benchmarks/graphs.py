@@ -18,6 +18,7 @@ it is measured against; of `step` the time over its. A whole run is measured by 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
@@ -63,7 +64,9 @@ class Bench:
         torch.manual_seed(0)
         backbone = load_backbone(s)
         self.clock, self.size = Clock(), backbone.image_size
-        self.trainer = Trainer(backbone.model.to(self.device).requires_grad_(False), s, self.device, [self.clock])
+        model = backbone.model.to(self.device).requires_grad_(False)
+        self.plain = copy.deepcopy(model)  # as timm has it
+        self.trainer = Trainer(model, s, self.device, [self.clock])
 
     def adapted(self) -> Adapters:
         """The adapters, of which one trains."""
@@ -160,11 +163,10 @@ def evaluation(args: argparse.Namespace) -> Iterator[Row]:
     batch = args.eval_batch
     bench = Bench(args, batch)
     trainer, one = bench.trainer, torch.randn(batch, 3, bench.size, bench.size, device=bench.device)
-    trainer.model.eval()
 
     @torch.no_grad()
     def plain(images: Tensor) -> Tensor:
-        return trainer.speed.forward(images, trainer.model)
+        return trainer.speed.forward(images, bench.plain)
 
     its = bench.rate(Captured(plain), one)
     method: Any = METHODS["plora"](trainer, bench.settings)
@@ -193,7 +195,7 @@ def step(args: argparse.Namespace) -> Iterator[Row]:
     batch = args.batches[-1]
     for modules, goal in (("qkv proj", "<= 1.08"), ("qkv proj fc1 fc2", "<= 1.12")):
         bench = Bench(args, batch, modules=modules)
-        speed, model = bench.trainer.speed, bench.trainer.model
+        speed, model = bench.trainer.speed, bench.plain
 
         def to_input(images: Tensor, speed: Any = speed, model: Any = model) -> Tensor:
             pixels = images.detach().requires_grad_()
