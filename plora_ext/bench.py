@@ -345,13 +345,13 @@ class Clock(Callback):
         return np.diff(self.fits[-1]).tolist() if self.fits else []
 
 
-def time_run(settings: Settings, seconds: float = 2.0, tell: Callable[[str, float], None] = lambda *_: None) -> Any:
+def time_run(settings: Settings, seconds: float = 2.0, tell: Callable[[str], None] = lambda line: None) -> Any:
     """Images a second of the parts of a run, and the seconds of its phases, on as many images as a part has time for.
 
     Args:
         settings: The run's.
         seconds: Of an epoch on one batch again and again, uncaptured; the first epoch of three counts only as such.
-        tell: Called with part and images a second as they are found.
+        tell: Called with the lines of a Markdown table of the parts as they are found.
 
     Returns:
         `images_per_second`: by part. `phases`: seconds of each over the first two tasks, training carried on to all
@@ -369,8 +369,10 @@ def time_run(settings: Settings, seconds: float = 2.0, tell: Callable[[str, floa
     rates: dict[str, float] = {}
 
     def found(part: str, images: int, seconds: float) -> None:
+        if not rates:
+            tell("| part | images/s |\n|---|---:|")
         rates[part] = images / seconds
-        tell(part, rates[part])
+        tell(f"| {part} | {rates[part]:,.0f} |")
 
     def learner(**changes: Any) -> tuple[Learner, Clock]:
         clock = Clock()

@@ -157,10 +157,7 @@ def bench(args: argparse.Namespace) -> None:
     from plora_ext.cil.checkpoint import write_whole
 
     if args.what == "run":
-        print("| part | images/s |\n|---|---:|")
-        figures = benchmarks.time_run(
-            settings_from(args), args.seconds, lambda part, rate: print(f"| {part} | {rate:,.0f} |", flush=True)
-        )
+        figures = benchmarks.time_run(settings_from(args), args.seconds, lambda line: print(line, flush=True))
         print("\n" + benchmarks.shares(figures))
         if args.json:
             write_whole(Path(args.json), (json.dumps(figures, indent=1) + "\n").encode())
