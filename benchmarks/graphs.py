@@ -1,120 +1,259 @@
-"""The training loop and passes without gradients, with CUDA graphs and without: images a second.
+"""The loop against its own captured step, and passes against timm's: images a second, part by part.
 
-    python benchmarks/graphs.py [--models vit_base_patch16_224:224 ...] [--batches 16 48 128] [--out FOLDER/NAME]
+    python benchmarks/graphs.py [--parts arrays files evaluation step small] [--batches 16 48 128] [--out FOLDER/NAME]
 
-Random weights, r = 16 on qkv and proj, uint8 arrays on the device that are cropped there (transform pilot), bfloat16.
-`first` is the first epoch, which captures; `later` the median of the others; `evaluation` the median of three readings
-of all images, 256 at a time. `same_step` is the captured step on one batch again and again: what a loop could reach.
+A ViT-B/16 with random weights, r = 16 on qkv and proj, bfloat16, transform pilot, cropped on the device.
+
+    arrays      the loop over uint8 arrays on the device, against its step captured on one batch again and again
+    files       the same over JPEG files of 256 pixels, which workers decode once or in every epoch
+    evaluation  features and evaluation, against timm's plain forward, captured
+    step        the captured step with qkv and proj, or all four linear layers adapted, against the frozen backbone's
+                captured forward and gradient to its input; 128 images
+    small       the loop of a small model (ViT-S/14, 84 pixels, 64 images), against itself without graphs
+
+A loop's rate is that of the epochs after the first, which captures and decodes. `ratio` is the rate over that of what
+it is measured against; of `step` the time over its. A whole run is measured by `throughput.py --phases`.
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
 import statistics
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
-from throughput import CLASSES, Clock
+from throughput import CLASSES, jpegs
 from torch import Tensor
 
+from plora_ext.bench import Clock, Resident, synchronize
 from plora_ext.cil import Settings
-from plora_ext.cil.build import load_backbone
+from plora_ext.cil.build import load_backbone, pick_device
+from plora_ext.cil.evaluate import classify
+from plora_ext.cil.methods import METHODS
 from plora_ext.cil.training import Trainer
-from plora_ext.data import Preparation, View
+from plora_ext.data import ImageFiles, Preparation, View
+from plora_ext.data.view import SHARE
 from plora_ext.graphs import Captured
-from plora_ext.nn import inject
+from plora_ext.nn import Adapters, inject
 
-FIELDS = ("model", "batch", "graphs", "first", "later", "evaluation", "same_step", "loop_over_step", "peak_mb", "said")
-EPOCHS, EVALUATION = 4, 256
-
-
-def rates(model: str, batch: int, graphs: str) -> dict[str, Any]:
-    device, (name, size) = torch.device("cuda"), model.split(":")
-    n = batch * (48 if batch >= 128 else 96)
-    s = Settings(
-        backbone=name, image_size=int(size), weights="random", epochs=EPOCHS, batch_size=batch,
-        eval_batch_size=EVALUATION, amp="bfloat16", graphs=graphs,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    torch.cuda.reset_peak_memory_stats()
-    backbone, clock = load_backbone(s), Clock(n)
-    trainer = Trainer(backbone.model.to(device).requires_grad_(False), s, device, [clock])
-    adapters = inject(trainer.model, ["qkv", "proj"], r=16)
-    adapters.add_adapter("task0")
-    pixels = np.random.default_rng(0).integers(0, 256, (n, 224, 224, 3), dtype=np.uint8)
-    look = Preparation(backbone.image_size, [0.5] * 3, [0.5] * 3, device, transform="pilot", on_device=True)
-    images, labels = View(pixels, look), torch.arange(n, device=device) % CLASSES
-    with trainer.speed.passes():
-        trainer.fit(0, adapters.parameters("task0"), images, labels, CLASSES)
-    torch.cuda.synchronize()
-    first, *later = (n / seconds for seconds in np.diff([*clock.times, time.perf_counter()]))
-    read = []
-    for _ in range(3):
-        start = time.perf_counter()
-        trainer.features(images)[0, 0].item()
-        read.append(n / (time.perf_counter() - start))
-    peak = torch.cuda.max_memory_reserved() / 2**20
-    alone = one_batch(trainer, adapters.parameters("task0"), batch)
-    rate = statistics.median(later)
-    said = "; ".join(f"{what}: {line}" for what, line in trainer.speed.graphs.items())
-    return dict(
-        zip(FIELDS, (model, batch, graphs, first, rate, statistics.median(read), alone, rate / alone, peak, said))
-    )
+FIELDS = ("part", "case", "images_per_s", "against", "its_images_per_s", "ratio", "goal", "note")
+EPOCHS = 4
+Row = dict[str, Any]
 
 
-def one_batch(trainer: Trainer, parameters: list[Tensor], batch: int) -> float:
-    """Images a second of the captured step on a batch that does not change."""
-    size = trainer.settings.image_size
-    images = torch.randn(batch, 3, size, size, device="cuda")
-    labels = torch.arange(batch, device="cuda") % CLASSES
-    head = torch.randn(CLASSES, trainer.model.num_features, device="cuda").requires_grad_()
-    optimizer = trainer.speed.optimizer([{"params": [*parameters, head]}])
-    trainer.speed.set_rate(optimizer, 1e-3)
-    trainer.model.train()
+class Bench:
+    """A model with one adapter that trains, and how images are looked at."""
 
-    def update(images: Tensor, labels: Tensor) -> Tensor:
-        features = trainer.speed.forward(images, trainer.model)
-        loss = F.cross_entropy(16 * F.linear(F.normalize(features), F.normalize(head)), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+    def __init__(
+        self, args: argparse.Namespace, batch: int, model: str = "", modules: str = "qkv proj", **changes: Any
+    ):
+        name, _, size = (model or args.model).partition(":")
+        self.args, self.batch, self.device = args, batch, pick_device(args.device)
+        self.settings = s = Settings(
+            backbone=name, image_size=int(size) if size else None, weights="random", epochs=EPOCHS, batch_size=batch,
+            eval_batch_size=args.eval_batch, amp="bfloat16", target_modules=modules.split(), **changes,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        backbone = load_backbone(s)
+        self.clock, self.size = Clock(), backbone.image_size
+        model = backbone.model.to(self.device).requires_grad_(False)
+        self.plain = copy.deepcopy(model)  # as timm has it
+        self.trainer = Trainer(model, s, self.device, [self.clock])
 
-    step, times = Captured(update), []
-    for _ in range(6):
-        step(images, labels)
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(20):
-            step(images, labels)
-        torch.cuda.synchronize()
-        times.append(20 * batch / (time.perf_counter() - start))
-    return statistics.median(times)
+    def adapted(self) -> Adapters:
+        """The adapters, of which one trains."""
+        adapters = inject(self.trainer.model, self.settings.target_modules, r=16)
+        adapters.add_adapter("task0")
+        return adapters
+
+    def view(self, images: np.ndarray | ImageFiles, **look: Any) -> View:
+        """Images of transform pilot, cropped on the device."""
+        half = [0.5] * 3
+        return View(images, Preparation(self.size, half, half, self.device, transform="pilot", on_device=True, **look))
+
+    def arrays(self, n: int) -> View:
+        return self.view(np.random.default_rng(0).integers(0, 256, (n, self.size, self.size, 3), dtype=np.uint8))
+
+    def loop(self, adapters: Adapters, images: Any) -> float:
+        """Images a second of the epochs after the first."""
+        labels = torch.arange(len(images), device=self.device) % CLASSES
+        with self.trainer.speed.passes():
+            self.trainer.fit(0, adapters.parameters("task0"), images, labels, CLASSES)
+        return len(images) / statistics.median(self.clock.seconds[1:])
+
+    def step(self, adapters: Adapters) -> float:
+        """Images a second of the captured step on a batch that does not change."""
+        images = torch.randn(self.batch, 3, self.size, self.size, device=self.device)
+        labels = torch.arange(self.batch, device=self.device) % CLASSES
+        head = torch.randn(CLASSES, self.trainer.model.num_features, device=self.device).requires_grad_()
+        optimizer = self.trainer.speed.optimizer([{"params": [*adapters.parameters("task0"), head]}])
+        self.trainer.speed.set_rate(optimizer, 1e-3)
+        self.trainer.model.train()
+
+        def update(images: Tensor, labels: Tensor) -> Tensor:
+            features = self.trainer.speed.forward(images, self.trainer.model)
+            loss = F.cross_entropy(16 * F.linear(F.normalize(features), F.normalize(head)), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return self.rate(Captured(update), images, labels)
+
+    def rate(self, call: Callable[..., Any], *tensors: Tensor, calls: int = 20) -> float:
+        """Images a second of a call with these tensors, again and again."""
+        for _ in range(6):
+            call(*tensors)
+        times = []
+        for _ in range(5):
+            synchronize(self.device)
+            start = time.perf_counter()
+            for _ in range(calls if self.device.type == "cuda" else 1):
+                call(*tensors)
+            synchronize(self.device)
+            times.append((time.perf_counter() - start) / (calls if self.device.type == "cuda" else 1))
+        return len(tensors[0]) / statistics.median(times)
+
+    def said(self) -> str:
+        return "; ".join(f"{what}: {line}" for what, line in self.trainer.speed.graphs.items())
+
+
+def images_of(args: argparse.Namespace, batch: int) -> int:
+    """Of an epoch, which is long enough for what begins and ends it."""
+    return batch * args.steps * (1 if batch >= 128 else 2)
+
+
+def row(case: str, rate: float, against: str, its: float, goal: str, note: str = "", times: bool = False) -> Row:
+    ratio = its / rate if times else rate / its
+    return dict(zip(FIELDS[1:], (case, rate, against, its, ratio, goal, note)))
+
+
+STEP = "its captured step on one batch"
+
+
+def arrays(args: argparse.Namespace) -> Iterator[Row]:
+    for batch in args.batches:
+        bench = Bench(args, batch)
+        adapters = bench.adapted()
+        rate = bench.loop(adapters, bench.arrays(images_of(args, batch)))
+        yield row(f"loop over arrays, B={batch}", rate, STEP, bench.step(adapters), ">= 0.95", bench.said())
+
+
+def files(args: argparse.Namespace) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory(prefix="plora-graphs-") as folder:
+        for batch in args.batches[-2:]:
+            images = ImageFiles(jpegs(Path(folder, str(batch)), images_of(args, batch)))
+            for what, cache, goal in (("once", SHARE, ">= 0.90"), ("every epoch", 0.0, ">= 0.75")):
+                bench = Bench(args, batch)
+                adapters = bench.adapted()
+                rate = bench.loop(adapters, bench.view(images, workers=args.workers, cache=cache))
+                case = f"loop over JPEG files decoded {what}, B={batch}, {args.workers} workers"
+                yield row(case, rate, STEP, bench.step(adapters), goal)
+
+
+def evaluation(args: argparse.Namespace) -> Iterator[Row]:
+    batch = args.eval_batch
+    bench = Bench(args, batch)
+    trainer, one = bench.trainer, torch.randn(batch, 3, bench.size, bench.size, device=bench.device)
+
+    @torch.no_grad()
+    def plain(images: Tensor) -> Tensor:
+        return trainer.speed.forward(images, bench.plain)
+
+    its = bench.rate(Captured(plain), one)
+    method: Any = METHODS["plora"](trainer, bench.settings)
+    method.adapters.add_adapter("task0")
+    n = images_of(args, batch)
+    method.prototypes = torch.randn(100, trainer.model.num_features, device=bench.device)
+    on_device, stored = Resident(n, bench.size, bench.device), bench.arrays(n)
+    calls: dict[str, Callable[[], Any]] = {
+        "features of a batch on the device": lambda: trainer.features(on_device),  # type: ignore[arg-type]
+        "features of arrays": lambda: trainer.features(stored),
+        "evaluation on arrays, 100 classes": lambda: classify(method, stored, torch.arange(n), 100).cpu(),
+    }
+    for case, call in calls.items():
+        seconds = []
+        for _ in range(4):
+            synchronize(bench.device)
+            start = time.perf_counter()
+            call()
+            synchronize(bench.device)
+            seconds.append(time.perf_counter() - start)
+        rate = n / statistics.median(seconds[1:])
+        yield row(f"{case}, B={batch}", rate, "timm's forward, captured", its, ">= 0.95", bench.said())
+
+
+def step(args: argparse.Namespace) -> Iterator[Row]:
+    batch = args.batches[-1]
+    for modules, goal in (("qkv proj", "<= 1.08"), ("qkv proj fc1 fc2", "<= 1.12")):
+        bench = Bench(args, batch, modules=modules)
+        speed, model = bench.trainer.speed, bench.plain
+
+        def to_input(images: Tensor, speed: Any = speed, model: Any = model) -> Tensor:
+            pixels = images.detach().requires_grad_()
+            return torch.autograd.grad(speed.forward(pixels, model).sum(), pixels)[0]
+
+        its = bench.rate(Captured(to_input), torch.randn(batch, 3, bench.size, bench.size, device=bench.device))
+        rate = bench.step(bench.adapted())
+        against = "the frozen backbone's captured forward and gradient to its input"
+        yield row(f"captured step, {modules.replace(' ', ', ')}, B={batch}", rate, against, its, goal, times=True)
+
+
+def small(args: argparse.Namespace) -> Iterator[Row]:
+    rates = {}
+    for graphs in ("off", "auto"):
+        bench = Bench(args, args.small_batch, model=args.small, graphs=graphs)
+        rates[graphs] = bench.loop(bench.adapted(), bench.arrays(images_of(args, args.small_batch)))
+    case = f"loop, {args.small}, B={args.small_batch}"
+    yield row(case, rates["auto"], "without graphs", rates["off"], ">= 6 x the loop before graphs", bench.said())
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
+    "arrays": arrays, "files": files, "evaluation": evaluation, "step": step, "small": small,
+}  # fmt: skip
 
 
 def main() -> None:
     parser = harness.options(__doc__, "graphs")
-    models = ["vit_base_patch16_224:224", "vit_small_patch14_dinov2:84"]
-    parser.add_argument("--models", nargs="+", default=models, help="NAME:PIXELS, models of timm")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 48, 128])
+    parser.add_argument("--model", default="vit_base_patch16_224:224", metavar="NAME:PIXELS", help="a model of timm")
+    parser.add_argument("--small", default="vit_small_patch14_dinov2:84", metavar="NAME:PIXELS")
+    parser.add_argument("--small-batch", type=int, default=64)
+    parser.add_argument("--eval-batch", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=48, help="batches of an epoch")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
-    harness.need_cuda()
-    rows: list[dict[str, Any]] = []
-    for model in args.models:
-        for batch in args.batches:
-            for graphs in ("off", "auto"):
-                rows.append(rates(model, batch, graphs))
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        harness.need_cuda()
+    rows: list[Row] = []
+    for part in args.parts:
+        for found in PARTS[part](args):
+            rows.append({"part": part, **found})
+            cells = [
+                [harness.number(v, ".2f" if v < 9 else ".0f") if isinstance(v, float) else v for v in r.values()]
+                for r in rows
+            ]
+            print(*cells[-1], sep=" | ", flush=True)
+            harness.write(
+                args.out,
+                FIELDS,
+                rows,
+                harness.table(FIELDS, cells, texts=2, notes=2),
+                harness.facts(device, args.commit),
+            )
+            if device.type == "cuda":
                 torch.cuda.empty_cache()
-                print(rows[-1], flush=True)
-    cells = [
-        [harness.number(v, ".2f" if v < 9 else ".0f") if isinstance(v, float) else v for v in r.values()] for r in rows
-    ]
-    text = harness.table(FIELDS, cells, texts=3, notes=1)
-    harness.write(args.out, FIELDS, rows, text, harness.facts(torch.device("cuda"), args.commit))
 
 
 if __name__ == "__main__":

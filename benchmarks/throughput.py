@@ -9,9 +9,10 @@ size. `first` is the first pass, which starts workers and decodes (training come
 decoded already), `later` the median of the others, `share` its part of the rate on the batch on the device.
 
 With --phases: B0 Inc10 on random images of CIFAR-100's shape, with random weights, batches of 48 and PILOT's
-transforms: seconds and peak memory by phase. The last column carries training, which is linear in the epochs, on to 20
-of them. `ease` is LAMDA-PILOT's own loop with the settings that it ships, `ease, patched` the same with this package's
-patch; both need PLORA_PILOT, a checkout. PILOT's own precision is none (float32).
+transforms: seconds and peak memory by phase. The last column carries a run of fewer epochs and images on to 20 epochs
+and 50,000 images, as if all but the alignment were linear in them. `ease` is LAMDA-PILOT's own loop with the settings
+that it ships, `ease, patched` the same with this package's patch; both need PLORA_PILOT, a checkout. PILOT's own
+precision is none (float32).
 
 Writes NAME.csv and NAME.md.
 """
@@ -36,68 +37,28 @@ import harness
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
+from plora_ext.bench import Clock, Resident
 from plora_ext.cil import Images, Settings, run
 from plora_ext.cil.build import load_backbone, pick_device
-from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.training import Phases, Trainer
 from plora_ext.data import ImageFiles, Preparation, View
 from plora_ext.data.view import SHARE
 from plora_ext.nn import inject
 
 RATES = ("part", "source", "first", "later", "share", "peak_mb")
-PHASES = ("form", "amp", "phase", "seconds", "peak_mb", "images_per_s", "seconds_20_epochs")
+PHASES = ("form", "amp", "phase", "seconds", "peak_mb", "images_per_s", "seconds_whole")
 CLASSES = 10
 
 
-class Resident:
-    """What a view gives, but always the same batch, which is on the device."""
-
-    def __init__(self, n: int, size: int, device: torch.device):
-        self.n, self.batch = n, torch.empty(0)
-        self.size, self.device = size, device
-
-    def __len__(self) -> int:
-        return self.n
-
-    def split(self, batch_size: int) -> Iterator[Tensor]:
-        if len(self.batch) != batch_size:
-            self.batch = torch.randn(batch_size, 3, self.size, self.size, device=self.device)
-        for first in range(0, self.n, batch_size):
-            yield self.batch[: self.n - first]
-
-    def __getitem__(self, rows: Tensor) -> Resident:
-        part = Resident(len(rows), self.size, self.device)
-        part.batch = self.batch
-        return part
-
-    def epoch(self, order: Tensor, batch_size: int, _: Any = None) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(order.split(batch_size), self.split(batch_size))
-
-
-class Clock(Callback):
-    """When the epochs of a fit begin; at the end of each, `fit` waits for the device."""
-
-    def __init__(self, images: int):
-        self.images, self.seen, self.times = images, 0, [0.0]
-
-    def fit(self, task: int, images: int) -> None:
-        self.seen, self.times = 0, [time.perf_counter()]
-
-    def step(self, images: int) -> None:
-        if self.seen and self.seen % self.images == 0:
-            self.times.append(time.perf_counter())
-        self.seen += images
-
-
-def sources(args: argparse.Namespace, size: int, device: torch.device, folder: Path) -> dict[str, Callable[[], Any]]:
-    """The images in each form; made when they are measured, gone after."""
+def jpegs(folder: Path, number: int) -> list[Path]:
+    """Pictures of 256 pixels, 64 of them distinct; the others are the same files by other names."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
-    paths = [folder / f"{i}.jpg" for i in range(args.images)]
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{i}.jpg" for i in range(number)]
     for i, path in enumerate(paths):
-        if i < 64:  # distinct pictures; the others are the same files by other names
+        if i < 64:
             picture = np.asarray(
                 Image.fromarray(coarse[i]).resize((256, 256), Image.Resampling.BICUBIC), dtype=np.int16
             )
@@ -105,6 +66,12 @@ def sources(args: argparse.Namespace, size: int, device: torch.device, folder: P
             Image.fromarray(noisy).save(path, quality=90)
         else:
             path.hardlink_to(paths[i % 64])
+    return paths
+
+
+def sources(args: argparse.Namespace, size: int, device: torch.device, folder: Path) -> dict[str, Callable[[], Any]]:
+    """The images in each form; made when they are measured, gone after."""
+    rng, paths = np.random.default_rng(0), jpegs(folder, args.images)
 
     def view(images: np.ndarray | ImageFiles, **look: Any) -> View:
         return View(images, Preparation(size, [0.5] * 3, [0.5] * 3, device, workers=args.workers, **look))
@@ -132,7 +99,7 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
     )  # fmt: skip
     torch.manual_seed(0)
     backbone = load_backbone(settings)
-    clock = Clock(args.images)
+    clock = Clock()
     trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, [clock])
     adapters = inject(trainer.model, ["qkv", "proj"], r=16)
     adapters.add_adapter("task0")
@@ -141,7 +108,7 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
     def train(images: Any) -> list[float]:
         with trainer.speed.passes():
             trainer.fit(0, adapters.parameters("task0"), images, labels, CLASSES)
-        return np.diff([*clock.times, time.perf_counter()]).tolist()
+        return clock.seconds
 
     def evaluate(images: Any) -> list[float]:
         seconds = []
@@ -195,7 +162,8 @@ def ours(form: str, amp: str, args: argparse.Namespace, data: Images) -> tuple[d
         transform_on="cpu" if "workers" in form else "device", workers=args.workers, device=args.device,
     )  # fmt: skip
     result = run(settings, data=data)
-    return result.seconds, result.peak_mb
+    other = result.total_seconds - sum(result.seconds.values())
+    return {**result.seconds, "other": other}, result.peak_mb
 
 
 class Pilots:
@@ -289,12 +257,15 @@ def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             print(f"{form}: left out, PLORA_PILOT names no checkout")
             continue
         seconds, peak = FORMS[form](form, amp, args, data)
-        total = dict(seconds, total=sum(seconds.values()))
-        whole = total["total"] + seconds["train"] * (20 / args.epochs - 1)
-        for phase, value in total.items():
+        images = 50_000 / args.images
+        whole = {
+            phase: value * (1 if phase == "align" else images) * (20 / args.epochs if phase == "train" else 1)
+            for phase, value in seconds.items()
+        }
+        whole["total"] = sum(whole.values())
+        for phase, value in {**seconds, "total": sum(seconds.values())}.items():
             rate = args.images * args.epochs / value if phase == "train" else None
-            longer = {"train": value * 20 / args.epochs, "total": whole}.get(phase, value)
-            row = dict(zip(PHASES, (form, amp, phase, value, peak.get(phase, max(peak.values())), rate, longer)))
+            row = dict(zip(PHASES, (form, amp, phase, value, peak.get(phase, max(peak.values())), rate, whole[phase])))
             print(*cells(row), sep=" | ", flush=True)
             yield row
 

@@ -219,10 +219,17 @@ def report(args: argparse.Namespace) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Times a part of this package beside its rivals, on this machine."""
+    """Times a part of this package beside its rivals, or the parts of a run of yours, on this machine."""
     from plora_ext import bench as benchmarks
     from plora_ext.cil.build import pick_device
+    from plora_ext.cil.checkpoint import write_whole
 
+    if args.what == "run":
+        figures = benchmarks.time_run(settings_from(args), args.seconds, lambda line: print(line, flush=True))
+        print("\n" + benchmarks.shares(figures))
+        if args.json:
+            write_whole(Path(args.json), (json.dumps(figures, indent=1) + "\n").encode())
+        return
     device = pick_device(args.device)
     lines: list[benchmarks.Line] = []
     for case in benchmarks.CASES[args.what](device, quick=args.quick):
@@ -388,10 +395,25 @@ def _parser() -> argparse.ArgumentParser:
     reporter = command(report)
     reporter.add_argument("runs", nargs="+", metavar="RUN", help="a folder that demo, train or report wrote")
     reporter.add_argument("--out", default="plora-report", help="folder for the comparison (default: plora-report)")
-    bencher = command(bench)
-    bencher.add_argument("what", choices=("ensemble", "prototypes"), help="what to time")
-    bencher.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds")
-    bencher.add_argument("--device", default="auto", metavar="VALUE", help="auto, cpu, cuda, cuda:1, ...")
+    what = command(bench).add_subparsers(dest="what", required=True, metavar="ensemble | prototypes | run")
+    for name, text in (
+        ("ensemble", "one batch under many adapters, beside one pass an adapter"),
+        ("prototypes", "the prototype operators, beside plain torch"),
+        ("run", "loop, step, data and evaluation of a run with these settings, and the share of its phases"),
+    ):
+        added = what.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        added.set_defaults(options=added._option_string_actions)
+        if name == "run":
+            added.add_argument("--out", dest="json", metavar="FILE", help="JSON file for the figures")
+            added.add_argument(
+                "--seconds", type=float, default=2.0, metavar="VALUE", help="of each part, roughly (default: 2)"
+            )
+            add_config(added)
+            add_settings(added, skip=("out",))
+        else:
+            added.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds")
+            added.add_argument("--device", default="auto", metavar="VALUE", help="auto, cpu, cuda, cuda:1, ...")
     add_plan(command(info))
     return parser
 

@@ -1,8 +1,9 @@
 """What the environment says, settled before torch is imported: PLORA_* variables, and how OpenMP's threads wait.
 
 At a barrier those threads spin by default. Beside another busy process they spin on the core that it or their fellows
-need, and training is many times slower. So the command (`plora-ext`, `python -m plora_ext`) lets them sleep, unless
-the user has chosen; the OpenMP runtime reads that when torch loads it. Elsewhere an import changes nothing.
+need, and training is many times slower. So where the command (`plora-ext`, `python -m plora_ext`) finds a core at work
+for others when it starts, it lets them sleep, unless the user has chosen; the OpenMP runtime reads that when torch
+loads it. Elsewhere an import changes nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import time
 import warnings
 
 CHOICES = {
@@ -24,6 +26,7 @@ OTHERS = (
     *("PILOT", "MAMMOTH", "INFLORA", "SDLORA", "CLLORA", "TUNA", "ACMAP"),
 )
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+QUICK = {"report", "--version", "-h", "--help"}  # what computes nothing with many threads
 
 in_force: dict[str, str] = {}
 """Every PLORA_ variable that is set: its value, or what is wrong with it."""
@@ -70,5 +73,32 @@ def settle() -> None:
                 warnings.warn(f"unknown environment variable {name}: {hint}", stacklevel=3)
             elif not informs:
                 print(f"warning: unknown environment variable {name}: {hint}", file=sys.stderr)
-    if running and not any(name in os.environ for name in WAITING):
+    chosen = os.environ.get("OMP_NUM_THREADS") == "1" or any(name in os.environ for name in WAITING)
+    if running and not (informs or chosen or QUICK.intersection(sys.argv[1:])) and others_work():
         os.environ["OMP_WAIT_POLICY"] = "passive"
+        print(
+            "note: other processes keep a core busy, so threads sleep while they wait for each other: "
+            "OMP_WAIT_POLICY=passive (active lets them spin)",
+            file=sys.stderr,
+        )
+
+
+def others_work(seconds: float = 0.1, stat: str = "/proc/stat") -> bool:
+    """Whether one of the cores that this process may use is busy for half of the time while this process sleeps.
+
+    False where the system does not say.
+    """
+
+    def look() -> dict[int, list[int]]:
+        with open(stat, encoding="ascii") as file:
+            lines = [line.split() for line in file if line.startswith("cpu") and not line.startswith("cpu ")]
+        return {int(name[3:]): [int(v) for v in values[:8]] for name, *values in lines}  # ticks by what they were for
+
+    try:
+        mine = os.sched_getaffinity(0)
+        before = look()
+        time.sleep(seconds)
+        spent = [[b - a for a, b in zip(before[core], ticks)] for core, ticks in look().items() if core in mine]
+    except (AttributeError, OSError, ValueError, LookupError):
+        return False
+    return any(2 * (ticks[3] + ticks[4]) < sum(ticks) for ticks in spent)  # idle, and idle but for the disk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import runpy
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -173,3 +175,63 @@ def test_images_a_second_from_every_source(repository: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "rates.csv").read_text(encoding="utf-8").splitlines()))
     assert len(rows) == 2 * 6 and all(float(row["later"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "method, device",
+    [("plora", "cpu"), ("simplecil", "cpu"), ("joint", "cpu"), pytest.param("plora", "cuda", marks=pytest.mark.cuda)],
+)
+def test_the_parts_of_a_run(method: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 20)
+    images = rng.integers(0, 256, (80, 12, 12, 3), dtype=np.uint8)
+    np.savez(
+        tmp_path / "data.npz",
+        train_images=images,
+        train_labels=labels,
+        test_images=images[::2],
+        test_labels=labels[::2],
+    )
+    options = f"--data {tmp_path}/data.npz --method {method} --increment 2 --batch-size 2 --epochs 30"
+    (tmp_path / "device.yaml").write_text(f"device: {device}\n")
+    options += f" -c {tmp_path}/device.yaml"
+    command = ["bench", "run", *options.split(), "--seconds", "0.001", "--out", str(tmp_path / "rates.json")]
+    assert main(command) == 0
+    trains = method != "simplecil"
+    steps = ["step on one batch, eager", *["step on one batch, captured"] * (device == "cuda")]
+    parts = [*steps, "loop, first epoch", "loop, later", "data alone"] * trains
+    found = json.loads((tmp_path / "rates.json").read_text(encoding="utf-8"))
+    assert list(found["images_per_second"]) == [*parts, "evaluation, one batch", "evaluation"]
+    assert all(rate > 0 for rate in found["images_per_second"].values())
+    assert found["images"] == ([8, 80 if method == "joint" else 40] if trains else [32, 40])
+    assert found["settings"]["epochs"] == 30 and found["classes"] == ([4] if method == "joint" else [2, 2])
+    assert ("train" in found["phases"]) == trains
+    if trains:  # thirty epochs, not the three that were run
+        assert found["phases"]["train"] > 20 * 8 / found["images_per_second"]["loop, later"]
+    if device == "cuda":
+        assert found["cuda_graphs"]["training"].startswith("captured in")
+    printed = capsys.readouterr().out
+    assert "| evaluation |" in printed and "| eval |" in printed and "%" in printed
+
+
+def test_the_parts_of_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "run", "--seconds", "0"]) == 2
+    assert capsys.readouterr().err == "error: seconds must be above 0 and at most 600, got 0.0\n"
+    assert main(["bench", "run", "--lrr", "1"]) == 2
+    assert "unknown argument '--lrr'; did you mean '--lr'?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_loop_against_its_step(repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(repository / "benchmarks" / "graphs.py"), "--out", str(tmp_path / "graphs")]
+    command += "--device cpu --model embedded --small embedded --batches 2 --steps 3 --eval-batch 4".split()
+    command += "--small-batch 2 --workers 0".split()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "graphs.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["part"] for row in rows] == ["arrays", *["files"] * 2, *["evaluation"] * 3, *["step"] * 2, "small"]
+    for row in rows:
+        ratio = float(row["images_per_s"]) / float(row["its_images_per_s"])
+        assert float(row["ratio"]) == pytest.approx(1 / ratio if row["part"] == "step" else ratio)

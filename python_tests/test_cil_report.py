@@ -304,6 +304,7 @@ def test_sixty_runs(sixty: Path) -> None:
     names = {path.name for path in sixty.iterdir()}
     text = (sixty / "report.html").read_text()
     outline = check_page(text)
+    assert "7.5 (62%)" in text and "0.6 (5%)" in text  # seconds of training and evaluation in six tasks, of 12
     assert outline.tags["svg"] == 2 * (4 + 1 + 9)  # four figures, the seconds of tasks, a matrix for each but joint
     assert "60 runs, 20 configurations, 2 protocols" in text and "no figure is averaged across them" in text
     assert {"icon100_B0_Inc2_embedded-drift.png", "icon100_B0_Inc4_embedded-accuracy.png", "tasks.csv"} <= names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import time
@@ -14,15 +15,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch._dynamo.utils import counters
 from torchvision.transforms import InterpolationMode, v2
 
+import plora_ext
 from plora_ext.cil import Images, Result, Settings, run
+from plora_ext.cil.build import prepare
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.speed import Speed
 from plora_ext.data import Backbone, ImageFiles, Preparation, View
+from plora_ext.data import resample as resampling
 from plora_ext.data import view as views
 from plora_ext.data.decoded import Decoded
 from plora_ext.data.resample import center, random_crop, random_numbers, resample, whole
@@ -226,6 +230,82 @@ def test_a_fast_run_learns_and_resumes(changes: dict, tmp_path: Path, monkeypatc
     monkeypatch.setattr(Checkpoint, "_save", save)
     resumed = learn(checkpoint=Checkpoint(tmp_path, resume=True), **changes)
     assert (resumed.curve, resumed.matrix) == (whole_run.curve, whole_run.matrix)
+
+
+TOKEN = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"init_values": 0.5}, {"reg_tokens": 2, "qk_norm": True}, {"fc_norm": True}], ids=str
+)
+def test_what_no_feature_is_made_of_is_not_computed(changes: dict) -> None:
+    """The MLP of the last block sees class tokens alone; features and gradients are what they were."""
+    torch.manual_seed(0)
+    plain = VisionTransformer(**TOKEN, **changes).double()
+    model, seen = copy.deepcopy(plain), []
+    Speed(model, Settings(), torch.device("cpu"))
+    for block in model.blocks:
+        block.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    adapted = [plora_ext.inject(vit, ["qkv", "proj", "fc1", "fc2"], r=2) for vit in (plain, model)]
+    images, grads = torch.randn(3, 3, 16, 16, dtype=torch.float64), []
+    for adapters, vit in zip(adapted, (plain, model)):
+        torch.manual_seed(1)
+        adapters.add_adapter("a")
+        for p in adapters.parameters("a"):
+            nn.init.normal_(p, std=0.3)
+        features = vit(images)
+        grads.append([features.detach(), *torch.autograd.grad(features.square().sum(), adapters.parameters("a"))])
+    tokens = 17 + changes.get("reg_tokens", 0)
+    assert seen == [(3, tokens, 32), (3, 1, 32)]
+    for ours, theirs in zip(*grads):
+        torch.testing.assert_close(ours, theirs)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    copied = copy.deepcopy(model)  # as for data-parallel training, or a user
+    torch.testing.assert_close(copied(images), model(images))
+
+
+@pytest.mark.parametrize(
+    "changes, settings",
+    [({"global_pool": "avg"}, {}), ({"proj_drop_rate": 0.1}, {}), ({"drop_path_rate": 0.1}, {}),
+     ({}, {"init": "inflora", "fusion": "sum", "onto": "fused"})],
+    ids=str,
+)  # fmt: skip
+def test_where_all_tokens_are_asked_for(changes: dict, settings: dict) -> None:
+    model = VisionTransformer(**TOKEN, **changes)
+    Speed(model, Settings(**settings), torch.device("cpu"))
+    assert type(model.blocks[-1]) is Block
+
+
+def test_images_of_one_size_share_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, sizes = torch.from_numpy(pixels(3, 20, 30)), torch.tensor([[20, 30]] * 3)
+    asked: list[int] = []
+    original = resampling._weights
+
+    def counted(window: torch.Tensor, *rest) -> torch.Tensor:
+        asked.append(window.shape[-1])
+        return original(window, *rest)
+
+    monkeypatch.setattr(resampling, "_weights", counted)
+    together = resample(images, center(sizes, 18, 16), 16, "bicubic")
+    assert asked == [1, 1]
+    assert torch.equal(
+        together, torch.cat([resample(i[None], center(sizes[:1], 18, 16), 16, "bicubic") for i in images])
+    )
+    asked.clear()
+    windows, flip = random_crop(sizes, random_numbers(3), 16, SCALE, RATIO)
+    monkeypatch.setattr(resampling, "_BYTES", 2 * 12 * 20 * 30)
+    resample(images, windows, 16, flip=flip)
+    assert asked == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("device, cores, expected", [("cpu", 2, 0), ("cpu", 16, 2), ("cpu", 128, 8), ("cuda", 2, 2)])
+def test_workers_leave_a_cpu_to_the_model(
+    device: str, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    look = Backbone(nn.Identity(), 16, [0.5] * 3, [0.5] * 3)
+    assert prepare(Settings(), look, torch.device(device)).workers == expected
+    assert prepare(Settings(workers=3), look, torch.device(device)).workers == 3
 
 
 def test_workers_that_shared_memory_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

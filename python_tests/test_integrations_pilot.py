@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +57,96 @@ def test_ease_runs_are_equal(case: str, caplog: pytest.LogCaptureFixture) -> Non
         np.testing.assert_array_equal(a, b)
     for a, b in zip(ours.weights, theirs.weights):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+class Replayed:
+    """What a graph does to a step, for batches of the first one's size: its results lie where they lay."""
+
+    def __init__(self, function: Any, tried: Any = None) -> None:
+        self.function, self.held = function, None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Any:
+        sums, grads = self.function(images, labels)
+        if self.held is None:
+            self.size, self.held = len(images), (sums.clone(), [None if g is None else g.clone() for g in grads])
+        if len(images) != self.size:
+            return sums, grads
+        for parameter in inspect.getclosurevars(self.function).nonlocals["learned"]:
+            parameter.grad = None if parameter.grad is None else torch.full_like(parameter, 9.0)  # another's
+        for held, new in zip([self.held[0], *self.held[1]], [sums, *grads]):
+            if held is not None:
+                held.copy_(new)
+        return self.held
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_ease_trains_as_in_pilot(
+    replayed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """24 images in batches of ten: every epoch has a ragged batch between two full ones."""
+    if replayed:
+        monkeypatch.setattr(pilot, "Captured", Replayed)
+    caplog.set_level(logging.INFO)
+
+    def trained() -> tuple[list[str], Tensor, list[list[float]]]:
+        learner = host.learn({**host.EASE, "init_epochs": 3, "init_lr": 0.5}, tasks=2)
+        vit = learner._network.backbone
+        lines = [r.getMessage() for r in caplog.records if "Epoch" in r.getMessage()]
+        caplog.clear()
+        told = [[float(number) for number in re.findall(r"\d+(?:\.\d+)?", line)] for line in lines]
+        weights = torch.cat([p.detach().flatten() for old in vit.adapter_list for p in old.parameters()])
+        return [re.sub(r"[\d.]+", "", line) for line in lines], weights, told
+
+    words, theirs, numbers = trained()
+    with pilot.patch():
+        our_words, ours, our_numbers = trained()
+    assert our_words == words and len(words) == 2
+    np.testing.assert_allclose(our_numbers, numbers, atol=2e-3)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_graph_of_eases_step(caplog: pytest.LogCaptureFixture) -> None:
+    """The same weights after batches that are captured, with a ragged one between them; drops and all."""
+    caplog.set_level(logging.INFO)
+    assert train_some("cuda", caplog) == ["CUDA graph of EASE's step: captured in"]
+
+
+def train_some(device: str, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Trains some steps with the patch and without; returns what was said of graphs."""
+    learner = host.learn({**host.EASE, "init_lr": 0.5}, tasks=1)
+    network = learner._network
+    network.update_fc(6)
+    learner._device = torch.device(device)
+    network.to(device)
+    state = {name: t.clone() for name, t in network.state_dict().items()}
+    learned = [p for name, p in network.named_parameters() if "cur_adapter" in name or "proxy_fc" in name]
+    draw = torch.Generator().manual_seed(5)
+    sizes = [8] * 7 + [5] + [8] * 4
+    batches = [(None, torch.rand(n, 3, 32, 32, generator=draw), torch.arange(n) % 3 + 3) for n in sizes]
+    batches = [(i, images.to(device), labels.to(device)) for i, images, labels in batches]
+
+    def trained() -> Tensor:
+        network.load_state_dict(state)
+        optimizer = torch.optim.SGD([p.requires_grad_() for p in learned], 0.5, 0.9)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
+        torch.manual_seed(4)
+        learner._init_train(batches, None, optimizer, scheduler)
+        return torch.cat([p.detach().flatten() for p in learned])
+
+    before = torch.cat([p.detach().flatten() for p in learned])
+    theirs = trained()
+    caplog.clear()
+    with pilot.patch():
+        ours = trained()
+    assert (theirs - before).abs().max() > 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    return [re.sub(r" [0-9.]+ s.*", "", r.getMessage()) for r in caplog.records if "CUDA graph" in r.getMessage()]
+
+
+def test_the_same_without_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    assert train_some("cpu", caplog) == []
 
 
 @pytest.mark.parametrize("case", ["reset", "frozen_too"])

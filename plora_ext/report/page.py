@@ -229,8 +229,8 @@ def _cost(protocol: Protocol, name: str) -> Section:
         words = "Seconds to learn each task, without evaluation."
         section.pictures.append((words, figures.svg(by_task, f"{name}-tasks", words)))
     phases = figures.phases(groups)
-    seconds = [[g.label, *(f"{float(g.spread(figures.phase(p))[0]):.1f}" for p in phases)] for g in groups]  # type: ignore[index]
-    section.tables.append(Table("Seconds, mean over seeds", ("Method", *phases), seconds))
+    seconds = [[g.label, *(_seconds(g, p) for p in phases)] for g in groups]
+    section.tables.append(Table("Seconds and share of the run, mean over seeds", ("Method", *phases), seconds))
     phases = [p for p in phases if p != "other"]
     peaks = [[g.label, *(_peak(g, p) for p in phases)] for g in groups]
     what = "Peak memory in MiB: what was allocated on a GPU, the process's resident set on a CPU; largest over seeds"
@@ -293,6 +293,13 @@ def _several(groups: Sequence[Group]) -> bool:
 def _mean_moved(result: Result, which: str) -> float | None:
     values = figures.moved(result, which)
     return None if values is None else float(np.mean(values))
+
+
+def _seconds(group: Group, phase: str) -> str:
+    mean, total = (
+        float(np.mean([value(r) for r in group.results])) for value in (figures.phase(phase), lambda r: r.total_seconds)
+    )
+    return f"{mean:.1f} ({mean / total:.0%})" if total else f"{mean:.1f}"
 
 
 def _peak(group: Group, phase: str) -> str:

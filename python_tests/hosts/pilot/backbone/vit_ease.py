@@ -43,6 +43,7 @@ class Block(nn.Module):
         self.norm1, self.norm2, self.attn = norm_layer(dim), norm_layer(dim), Attention(dim, num_heads)
         self.fc1, self.act = nn.Linear(dim, int(dim * mlp_ratio)), nn.GELU()
         self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+        self.mlp_drop, self.drop_path = nn.Dropout(0.0), nn.Identity()
 
     def forward(self, x, adapt=None):
         x = x + self.attn(self.norm1(x))

@@ -30,14 +30,30 @@ class Learner(BaseLearner):
         self.test_dataset = self.test_loader.dataset
         self.train_loader_for_protonet = self._loader(new, "train", "test", True)
         self.train_dataset_for_protonet = self.train_loader_for_protonet.dataset
-        network = self._network.train()
-        optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], self.args["init_lr"], 0.9)
-        for _, images, labels in self.train_loader:
-            loss = F.cross_entropy(network(images)["logits"], labels - self._known_classes)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        learned = [p for p in self._network.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(learned, self.args["init_lr"], 0.9)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.args["init_epochs"])
+        self._init_train(self.train_loader, self.test_loader, optimizer, scheduler)
         self.replace_fc(self.train_loader_for_protonet)
+
+    def _init_train(self, train_loader, test_loader, optimizer, scheduler):
+        epochs = self.args["init_epochs" if self._cur_task == 0 or self.init_cls == self.inc else "later_epochs"]
+        for _ in range(epochs):
+            self._network.train()
+            losses, correct, total = 0.0, 0, 0
+            for _, images, labels in train_loader:
+                logits, labels = self._network(images)["logits"], labels - self._known_classes
+                loss = F.cross_entropy(logits, labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses, total = losses + loss.item(), total + len(labels)
+                correct += (logits.argmax(1) == labels).sum()
+            scheduler.step()
+            shares = losses / len(train_loader), np.around(correct.cpu().numpy() * 100 / total, 2)
+        logging.info(
+            "Task {}, Epoch {}/{} => Loss {:.3f}, Train_accy {:.2f}".format(self._cur_task, epochs, epochs, *shares)
+        )
 
     def _loader(self, classes, source, mode, shuffle):
         dataset = self.data_manager.get_dataset(classes, source=source, mode=mode)
