@@ -26,6 +26,11 @@ LAYERS = ((768, 768), (768, 2304), (768, 3072), (3072, 768))  # in, out: proj, q
 PLAIN, MASKED = "plain torch", "concatenated, masked"
 BEST, MERGE = "best rival", "merge"
 Layer = tuple[int, int]
+SERVED: dict[Layer, tuple[tuple[int, int], ...]] = {  # rows, adapters
+    (4096, 4096): ((1, 1), (8, 8), (64, 1), (64, 64), (256, 1), (256, 32), (512, 64)),
+    (768, 768): ((1, 1), (64, 64), (256, 32), (512, 1)),
+    (4096, 11008): ((1, 1), (64, 64), (256, 32)),
+}
 
 
 # ---------------------------------------------------------------------- inputs
@@ -301,9 +306,9 @@ class Case(GPUCase):
         return found
 
 
-def one(row: int, layer: Layer, r: int, **goals: Any) -> Case:
-    name = f"one adapter, r={r}, {layer[0]}→{layer[1]}"
-    return Case(row, name, lambda: Problem(M, layer, r, 1), ONE, lambda p: ONE[PLAIN](p.double()), "one", **goals)
+def one(row: int, layer: Layer, r: int, rows: int = M, **goals: Any) -> Case:
+    name = f"one adapter, r={r}, M={rows:,}, {layer[0]}→{layer[1]}"
+    return Case(row, name, lambda: Problem(rows, layer, r, 1), ONE, lambda p: ONE[PLAIN](p.double()), "one", **goals)
 
 
 def indexed(row: int, what: str, layer: Layer, r: int, T: int, ids: Tensor, rows: int = M, **goals: Any) -> Case:
@@ -392,6 +397,13 @@ def cases(rows: Sequence[int], quick: bool, compiled: bool, bandwidth: float) ->
     found += [sum_of(T, train) for T in (10, 50) for train in (False, True)] + [all_of(10, bandwidth)]
     for n in (197, 788, 1576, 3152):
         found.append(training(10, TRAINED_MODULES, square, n, gains={"PEFT": 3.0}, judged="wall_us"))
+    for layer in list(SERVED)[:1] if quick else SERVED:
+        for n, T in SERVED[layer]:
+            goals: dict[str, Any] = dict(limits={BASE: 1.5 if n <= 64 else 1.6}, gains={BEST: 1.2})
+            ids = torch.randint(T, (n,), device=DEVICE)
+            found.append(
+                one(11, layer, 16, n, **goals) if T == 1 else indexed(11, "few rows", layer, 16, T, ids, n, **goals)
+            )
     yield from sorted((case for case in found if case.row in rows), key=lambda case: case.row)
     if 9 in rows:
         yield vit(1, True, compiled, limits={BASE: 1.15}, gains={"PEFT eager": 1.25, "PEFT, torch.compile": 1.0})
