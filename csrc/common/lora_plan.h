@@ -156,11 +156,11 @@ inline bool adds_on_hopper(const LoraShape& s) {
 // takes the shape, has h for next to nothing.
 inline bool few_rows(const LoraShape& s) {
   using namespace lora_plan;
-  const bool fused = s.weight && s.half && s.capability == 90 && !s.mma_only && s.M >= kHopperRows && s.in <= kDeep &&
-                     adapters_of_tile(s) == 1;
+  const bool fused = s.weight && s.half && s.capability == 90 && !s.mma_only && s.M >= kHopperRows &&
+                     (s.backward ? s.out : s.in) <= kDeep && adapters_of_tile(s) == 1;
   const int64_t ranks = (s.family == Family::sum ? s.T : 1) * ceil_div(s.r, kSlot) * kSlot;
-  return !s.backward && s.family != Family::all && s.M <= kFewRows && s.T <= kFewAdapters && s.r > 0 &&
-         ranks <= kFewRanks && s.in > 0 && std::max(s.in, s.out) < int64_t{1} << 25 && !fused;
+  return s.family != Family::all && s.M <= kFewRows && s.T <= kFewAdapters && s.r > 0 && ranks <= kFewRanks &&
+         std::min(s.in, s.out) > 0 && std::max(s.in, s.out) < int64_t{1} << 25 && !fused;
 }
 
 inline LoraPlan plan_lora(const LoraShape& s) {

@@ -10,6 +10,8 @@
 //   factors, waits, adds up the parts in their order, and multiplies.
 // Both find their tiles from the ids, by themselves: no host waits, and no launch is spent on it.
 //
+// Backward is the same with the factors swapped and transposed: dy for x, dx for y, g for h.
+//
 // Ranks lie in chunks of 16 (of an adapter; the last is filled up in registers), rows are the narrow side of a product
 // (mma.cuh), so that 8 rows or fewer cost no more than one.
 
@@ -141,8 +143,37 @@ __device__ inline void find(const Rows& rows, int index, bool idle, Choices& cho
   __syncthreads();
 }
 
+// kVector neighbouring elements, from k on, of ranks 2 g and 2 g + 1 of a chunk that ends with rank `last`: beyond come
+// the last ones again. `down` is [T, r, K], or transposed [T, K, r]; VECTORS: K is a whole number of vectors, there r is
+// even, and all is aligned.
+template <bool TRANSPOSED, bool VECTORS, typename scalar>
+__device__ inline void load_pair(const scalar* down, int g, int last, int r, int k, int K, Vector<scalar>& even,
+                                 Vector<scalar>& odd) {
+  const int first = min(2 * g, last), second = min(2 * g + 1, last);
+  if constexpr (!TRANSPOSED) {
+    even = load<VECTORS>(down + first * static_cast<int64_t>(K) + k, K - k);
+    odd = load<VECTORS>(down + second * static_cast<int64_t>(K) + k, K - k);
+  } else {
+    struct alignas(2 * sizeof(scalar)) Pair {
+      scalar even, odd;
+    };
+    even = odd = Vector<scalar>{};
+#pragma unroll
+    for (int e = 0; e < kVector<scalar>; ++e) {
+      const scalar* const row = down + (k + e) * static_cast<int64_t>(r);
+      if (k + e >= K) break;
+      if (VECTORS) {
+        const Pair two = *reinterpret_cast<const Pair*>(row + (first & ~1));
+        even[e] = two.even, odd[e] = two.odd;
+      } else {
+        even[e] = row[first], odd[e] = row[second];
+      }
+    }
+  }
+}
+
 // The grid: tiles, parts of K, chunks of ranks of all adapters.
-template <typename scalar, bool VECTORS>
+template <typename scalar, bool TRANSPOSED, bool VECTORS>
 __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>) shrink_kernel(const __grid_constant__ Arguments a) {
   constexpr int V = kVector<scalar>, kPitch = kChunk + 4;
   __shared__ Choices choices;
@@ -165,10 +196,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>) shrink_ker
   }
   if (rank >= limit) return;  // nobody reads what would come of it
 
-  // Beyond the last rank and row come the last: nobody uses what comes of it.
-  const scalar* const down = static_cast<const scalar*>(p.down) + (t * p.rows.r + rank) * K;
-  const scalar* const upper = down + static_cast<int64_t>(min(g, limit - rank - 1)) * K;
-  const scalar* const lower = down + static_cast<int64_t>(min(g + 8, limit - rank - 1)) * K;
+  // Of a product, row g of the first operand stands for rank 2 g, row g + 8 for the one after it. Beyond the last rank
+  // and row come the last: nobody uses what comes of it.
+  const int r = static_cast<int>(p.rows.r);
+  const scalar* const down = static_cast<const scalar*>(p.down) + t * p.rows.r * K + rank * (TRANSPOSED ? 1 : p.K);
   float acc[kEight][4] = {};
 #pragma unroll 1
   for (int k0 = (blockIdx.y * kWarps + warp) * kUnit<scalar>; k0 < K;
@@ -177,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>) shrink_ker
 #pragma unroll
     for (int v = 0; v < kSteps; ++v) {
       const int k = k0 + (4 * v + q) * V;
-      factors[v][0] = load<VECTORS>(upper + k, K - k), factors[v][1] = load<VECTORS>(lower + k, K - k);
+      load_pair<TRANSPOSED, VECTORS>(down, g, limit - rank - 1, r, k, K, factors[v][0], factors[v][1]);
     }
 #pragma unroll
     for (int i = 0; i < kEight; ++i) {
@@ -200,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>) shrink_ker
 #pragma unroll
   for (int i = 0; i < kEight; ++i)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) sums[warp][8 * i + 2 * q + e % 2][g + e / 2 * 8] = acc[i][e];
+    for (int e = 0; e < 4; ++e) sums[warp][8 * i + 2 * q + e % 2][2 * g + e / 2] = acc[i][e];
   __syncthreads();
   float* const to = a.partial + blockIdx.y * p.rows.M * a.width + blockIdx.z * kChunk;
   for (int i = threadIdx.x; i < rows * kChunk; i += kThreads) {
@@ -226,7 +257,8 @@ __device__ inline Four<scalar> load_ranks(const scalar* from, int left) {
 }
 
 // The grid: the parts of 256 columns of a tile, of the next, ... A lane has 8 neighbouring columns of two rows of 8.
-template <typename scalar, bool VECTORS>
+// `up` is [T, N, r], or transposed [T, r, N].
+template <typename scalar, bool TRANSPOSED, bool VECTORS>
 __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>) expand_kernel(const __grid_constant__ Arguments a) {
   constexpr int V = kVector<scalar>, kVectors = 8 / V;
   extern __shared__ __align__(16) unsigned char shared[];
@@ -234,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>) expand_ker
   __shared__ Tile tile;
   const LowRank& p = a.p;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
-  const int N = static_cast<int>(p.N), r = static_cast<int>(p.rows.r), slabs = (N + kColumns - 1) / kColumns;
+  const int N = static_cast<int>(p.N), r = static_cast<int>(p.rows.r), slabs = max((N + kColumns - 1) / kColumns, 1);
   const int slab = blockIdx.x % slabs, column = slab * kColumns + warp * kWarpColumns + 8 * g;
   find(p.rows, blockIdx.x / slabs, a.idle, choices, tile);
   const int rows = tile.rows, width = rows > 0 && tile.adapter >= 0 ? a.width : 0, per = a.chunks * kChunk;
@@ -245,11 +277,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>) expand_ker
   };
   const auto load_up = [&](int c) {
     const int t = tile.adapter + c / per, rank = c % per + 4 * q, ranks = a.limit(t) - rank;
-    const scalar* const up = static_cast<const scalar*>(p.up) + t * p.N * r + rank;
+    const scalar* const up = static_cast<const scalar*>(p.up) + t * p.N * r;
     Factors f;
+    if constexpr (!TRANSPOSED) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      f.up[i / 2][i % 2] = load_ranks<VECTORS>(up + static_cast<int64_t>(min(column + i, N - 1)) * r, ranks);
+      for (int i = 0; i < 8; ++i)
+        f.up[i / 2][i % 2] = load_ranks<VECTORS>(up + static_cast<int64_t>(min(column + i, N - 1)) * r + rank, ranks);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          const int n = column + v * V;
+          const auto some = load<VECTORS>(up + (rank + e) * p.N + n, e < ranks ? N - n : 0);
+#pragma unroll
+          for (int i = 0; i < V; ++i) f.up[(v * V + i) / 2][i % 2][e] = some[i];
+        }
+    }
     return f;
   };
   Vector<scalar> y[2][kVectors];
@@ -265,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>) expand_ker
   };
   Factors next{};
   if (rows > 0) {
-    if (width > 0) next = load_up(0);
+    if (width > 0 && N > 0) next = load_up(0);
     load_y(0);
   }
   wait_for_predecessor();
@@ -276,7 +320,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>) expand_ker
   const int pitch = padded(a.width);
   for (int i = threadIdx.x; i < rows * a.width; i += kThreads) {
     const int row = i / a.width, c = i % a.width, place = c / per, rank = c % per, t = tile.adapter + place;
-    const int64_t m = tile.row[row];
+    const int64_t m = tile.row[row], own = (m * a.adapters + place) * a.columns + rank;
     float sum = 0;
     if (width > 0 && rank < a.limit(t)) {
       const float* const from = a.partial + m * a.width + c;
@@ -284,8 +328,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>) expand_ker
       for (int part = 0; part < a.parts; ++part) sum += __ldcg(from + part * p.rows.M * a.width);
       if (p.bias_down) sum += to_float(static_cast<const scalar*>(p.bias_down)[static_cast<int64_t>(t) * r + rank]);
       if (p.relu && sum < 0) sum = 0;
+      if (p.gate && to_float(static_cast<const scalar*>(p.gate)[own]) <= 0) sum = 0;
     }
-    if (kept && rank < a.columns) kept[(m * a.adapters + place) * a.columns + rank] = from_float<scalar>(sum);
+    if (kept && rank < a.columns) kept[own] = from_float<scalar>(sum);
     h[row * pitch + c] = from_float<scalar>(a.adapters > 1 ? p.scaling[t] * sum : sum);
   }
   __syncthreads();
@@ -327,7 +372,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>) expand_ker
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <typename scalar>
+template <typename scalar, bool TRANSPOSED>
 void launch(const LowRank& p, const Tensor& like, cudaStream_t stream) {
   constexpr int V = kVector<scalar>;
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r;
@@ -352,18 +397,19 @@ void launch(const LowRank& p, const Tensor& like, cudaStream_t stream) {
   const int64_t bytes = p.N * r * static_cast<int64_t>(sizeof(scalar));
   a.ahead = aligned(p.up) && bytes % 16 == 0 && std::min(tiles, T) * bytes <= kAhead && bytes < a.parts << 20;
 
-  const bool x_vectors = aligned(p.x) && aligned(p.down) && p.K % V == 0 && p.ldx % V == 0;
+  const bool x_vectors =
+      aligned(p.x) && aligned(p.down) && p.K % V == 0 && p.ldx % V == 0 && (!TRANSPOSED || r % 2 == 0);
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(a.parts),
                   static_cast<unsigned>(a.width / kChunk));
-  const auto shrink = x_vectors ? &shrink_kernel<scalar, true> : &shrink_kernel<scalar, false>;
+  const auto shrink = x_vectors ? &shrink_kernel<scalar, TRANSPOSED, true> : &shrink_kernel<scalar, TRANSPOSED, false>;
   shrink<<<grid, kThreads, 0, stream>>>(a);
   check_launch("few_rows");
 
   const bool y_vectors = aligned(p.y) && aligned(p.y0) && aligned(p.up) && p.N % V == 0 && p.ldy % V == 0 &&
-                         p.ldy0 % V == 0 && r % 4 == 0;
-  launch_overlapped("few_rows", y_vectors ? &expand_kernel<scalar, true> : &expand_kernel<scalar, false>,
-                    most_tiles(T + 1) * ceil_div(p.N, kColumns), kThreads, kTile * padded(a.width) * sizeof(scalar),
-                    stream, true, a);
+                         p.ldy0 % V == 0 && (TRANSPOSED || r % 4 == 0);
+  const auto expand = y_vectors ? &expand_kernel<scalar, TRANSPOSED, true> : &expand_kernel<scalar, TRANSPOSED, false>;
+  launch_overlapped("few_rows", expand, most_tiles(T + 1) * std::max<int64_t>(ceil_div(p.N, kColumns), 1), kThreads,
+                    kTile * padded(a.width) * sizeof(scalar), stream, true, a);
 }
 
 }  // namespace
@@ -372,7 +418,8 @@ void few_rows(const LowRank& p, const Tensor& like, cudaStream_t stream) {
   dispatch("few_rows", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
     PLORA_CHECK(sizeof(scalar) < 8, "few_rows: float64 has no kernel");
-    if constexpr (sizeof(scalar) < 8) launch<scalar>(p, like, stream);
+    if constexpr (sizeof(scalar) < 8)
+      p.down_transposed ? launch<scalar, true>(p, like, stream) : launch<scalar, false>(p, like, stream);
   });
 }
 

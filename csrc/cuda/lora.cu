@@ -237,8 +237,13 @@ Tensor h_of(const Inputs& p, const OptTensor& kept) {
     check_dtype(p.op, "kept", *kept, p.x.scalar_type());
     return compact(*kept);
   }
-  const Factors factors = factors_of(p);
   const LoraShape shape = shape_of(p, p.x, {}, {}, false, true);
+  if (few_rows(shape)) {
+    const Tensor h = new_ranks(p);
+    add_few(p, down_of(p, {p.lora_A, p.lora_B, p.bias_A}, h));
+    return h;
+  }
+  const Factors factors = factors_of(p);
   if (p.family == Family::sum && h_by_product(shape) && !p.relu && !p.bias_A) return x_times(p, factors.A);
   const Tensor h = new_ranks(p);
   low_rank(down_of(p, factors, h), stream_of(p.x));
@@ -250,6 +255,16 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
                    Tensor& dx) {
   LoraShape shape = shape_of(p, dy, {}, {}, true, false);
   shape.aligned = shape.aligned && reinterpret_cast<uintptr_t>(pointer(gate)) % 16 == 0;
+  if (few_rows(shape)) {
+    if (wants_x) dx = p.weight ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
+    if (wants_g) g = new_ranks(p);
+    LowRank l = low_rank_of(p);
+    l.K = l.ldx = p.out, l.x = pointer(dy);
+    l.gate = pointer(gate), l.h = out_pointer(g);
+    l.down = pointer(p.lora_B), l.up = pointer(p.lora_A), l.down_transposed = l.up_transposed = true;
+    if (wants_x) l.N = l.ldy = l.ldy0 = p.in, l.y = out_pointer(dx), l.y0 = p.weight ? l.y : nullptr;
+    return add_few(p, l);
+  }
   const LoraPlan plan = wants_x ? plan_lora(shape) : LoraPlan{};
   if (wants_x) dx = p.weight && !plan.hopper ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
   const Factors factors = factors_of(p);

@@ -51,7 +51,7 @@ struct LowRank {
   int64_t x_slab = 0;          // elements from the x of adapter t to that of t + 1 (the dy of `all`); 0: one x for all
   const void* down = nullptr;  // [T, r, K]
   const int64_t* ranks = nullptr;   // [T], of which few_rows alone wants to know: what lies beyond is not read
-  bool down_transposed = false;     // it is [T, K, r], which low_rank_sm90 alone takes
+  bool down_transposed = false;     // it is [T, K, r], which low_rank_sm90 and few_rows take
   const void* bias_down = nullptr;  // [T, r]
   bool relu = false;
   const void* gate = nullptr;  // [M, R]: h becomes 0 where the gate is <= 0 (not where it is NaN)
@@ -64,7 +64,7 @@ struct LowRank {
 
   void* y = nullptr;              // null: no second half
   const void* up = nullptr;       // [T, N, r]
-  bool up_transposed = false;     // it is [T, r, N], which low_rank_add_sm90 alone takes
+  bool up_transposed = false;     // it is [T, r, N], which low_rank_add_sm90 takes, and few_rows with the other one
   const void* bias_up = nullptr;  // [T, N]
   const void* y0 = nullptr;  // [M, N], one for all slabs of y, or null: zero. For y += ... give y and y_slab itself
   int64_t ldy = 0, ldy0 = 0;
@@ -80,8 +80,8 @@ bool low_rank_sm90(const LowRank& p, cudaStream_t stream);
 // (add_sm90.cu).
 bool low_rank_add_sm90(const LowRank& p, cudaStream_t stream);
 
-// Both halves of a few rows (lora_plan.h), from factors of any rank as they are; h has padded_rank(r) columns for each
-// adapter. `like` tells where workspace is allocated (few_rows.cu).
+// Both halves of a few rows (lora_plan.h), or h alone where N = 0, from factors of any rank as they are; h and the gate
+// have padded_rank(r) columns for each adapter. `like` tells where workspace is allocated (few_rows.cu).
 void few_rows(const LowRank& p, const Tensor& like, cudaStream_t stream);
 
 // The second half alone, of `all` (h [M, T r] is read, y_slab is set), where `expands` serves the arguments
