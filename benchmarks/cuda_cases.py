@@ -146,6 +146,12 @@ def masked(p: Problem, y: Tensor) -> Tensor:
     return y.addmm_(F.linear(p.x, p.A_cat) * p.mask, p.B_cat, alpha=SCALE)
 
 
+def masked_apart(p: Problem) -> Tensor:
+    """From factors that are concatenated each time, so that each adapter's get their gradients."""
+    h = F.linear(p.x, p.A.flatten(0, 1)) * p.mask
+    return base(p).addmm_(h, p.B.transpose(1, 2).flatten(0, 1), alpha=SCALE)
+
+
 def loop(p: Problem, y: Tensor) -> Tensor:
     if p.sorted:
         for x, part, A, B in zip(p.x.split(p.counts), y.split(p.counts), p.A, p.B):
@@ -259,6 +265,12 @@ TRAINED: dict[str, Form] = {
     **{name: Step(ONE[name], "x A B") for name in (OURS, PLAIN, "addmm", "addmm_")},
     "PEFT": Step(ONE["PEFT"], lambda p: [p.x, p.peft.lora_A["t0"].weight, p.peft.lora_B["t0"].weight]),
 }
+MIXED: dict[str, Form] = {
+    BASE: Step(base, "x"),
+    OURS: Step(ours_indexed, "x A B"),
+    "grouped_mm": Step(INDEXED["grouped_mm"], "x A B"),
+    MASKED: Step(masked_apart, "x A B"),
+}
 TRAINED_MODULES: dict[str, Form] = {
     **TRAINED,
     OURS: Step(lambda p: p.ours(p.x), lambda p: [p.x, *p.ours.pairs("t0")[0]]),
@@ -323,6 +335,14 @@ def indexed(row: int, what: str, layer: Layer, r: int, T: int, ids: Tensor, rows
     return Case(
         row, name, lambda: Problem(rows, layer, r, T, ids), forms, lambda p: INDEXED[MASKED](p.double()), "indexed",
         eager=("PEFT",), **goals,  # it reads names and moves indices from the host
+    )  # fmt: skip
+
+
+def mixed(row: int, layer: Layer, T: int, ids: Tensor, rows: int, **goals: Any) -> Case:
+    return Case(
+        row, f"forward + backward of mixed adapters, T={T}, r=16, M={rows:,}, {layer[0]}→{layer[1]}",
+        lambda: Problem(rows, layer, 16, T, ids, "x A B"), MIXED, lambda p: MIXED[MASKED](p.double()), "training",
+        train=True, **goals,
     )  # fmt: skip
 
 
@@ -404,6 +424,8 @@ def cases(rows: Sequence[int], quick: bool, compiled: bool, bandwidth: float) ->
             found.append(
                 one(11, layer, 16, n, **goals) if T == 1 else indexed(11, "few rows", layer, 16, T, ids, n, **goals)
             )
+            if T > 8:
+                found.append(mixed(11, layer, T, ids, n, gains={BEST: 1.5}))
     yield from sorted((case for case in found if case.row in rows), key=lambda case: case.row)
     if 9 in rows:
         yield vit(1, True, compiled, limits={BASE: 1.15}, gains={"PEFT eager": 1.25, "PEFT, torch.compile": 1.0})
