@@ -152,8 +152,8 @@ inline bool adds_on_hopper(const LoraShape& s) {
   return std::min(adapters_of_tile(s), s.M) > 2 || 2 * s.M * (K + 2 * N) >= kTwoKernels;
 }
 
-// Whether the low-rank part of so few rows goes through few_rows.cu. With one adapter a tile the fused product, where it
-// takes the shape, has h for next to nothing.
+// Whether the low-rank part of so few rows goes through few_rows.cu. With one adapter a tile the fused product, where
+// it takes the shape, has h for next to nothing.
 inline bool few_rows(const LoraShape& s) {
   using namespace lora_plan;
   const bool fused = s.weight && s.half && s.capability == 90 && !s.mma_only && s.M >= kHopperRows &&

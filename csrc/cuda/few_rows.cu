@@ -2,8 +2,8 @@
 // of an adapter are gathered, so that each factor met is read once and one that no row chose never.
 //
 // Floor: the factors met pass once. 64 rows of 40 adapters of rank 16, 4096 -> 4096: 5 MB of `down`, 5 of `up`, 2.5 us
-// at 4.2 TB/s, beside 8 for the frozen layer's own 34 MB. At that rate 3 MB must be on their way at any time, a third of
-// all there is, so what counts is that every byte is asked for at once, and that little else waits for its turn:
+// at 4.2 TB/s, beside 8 for the frozen layer's own 34 MB. At that rate 3 MB must be on their way at any time, a third
+// of all there is, so what counts is that every byte is asked for at once, and that little else waits for its turn:
 // - shrink: a block has a tile (up to 32 rows of an adapter), 16 ranks and a part of K, of which each warp loads 128
 //   elements a row in one go; the sums go to memory in float32, a slab for each part of K. Meanwhile L2 fetches `up`.
 // - expand: a block has a tile and 256 columns. It is launched while shrink runs, finds its tile and loads its first
@@ -32,9 +32,11 @@ constexpr int kTile = 32, kEight = kTile / 8;  // rows of a tile; by how many ti
 constexpr int kChunk = 16;                     // ranks
 constexpr int kThreads = 128, kWarps = kThreads / 32, kWarpColumns = 64, kColumns = kWarps * kWarpColumns;
 template <typename scalar, bool VECTORS>
-constexpr int kBlocks = sizeof(scalar) == 4 ? 2 : VECTORS ? 5 : 4;  // of a multiprocessor
+constexpr int kBlocks = sizeof(scalar) == 4 ? 2
+                        : VECTORS           ? 5
+                                            : 4;      // of a multiprocessor
 constexpr int64_t kMaxParts = 16, kAhead = 24 << 20;  // of K; bytes that L2 keeps for expand
-constexpr int kSteps = 4;  // 16-byte vectors of a row that a lane loads in one go
+constexpr int kSteps = 4;                             // 16-byte vectors of a row that a lane loads in one go
 template <typename scalar>
 constexpr int kUnit = 4 * kSteps * kVector<scalar>;  // elements of a row that a warp loads in one go
 
@@ -144,8 +146,8 @@ __device__ inline void find(const Rows& rows, int index, bool idle, Choices& cho
 }
 
 // kVector neighbouring elements, from k on, of ranks 2 g and 2 g + 1 of a chunk that ends with rank `last`: beyond come
-// the last ones again. `down` is [T, r, K], or transposed [T, K, r]; VECTORS: K is a whole number of vectors, there r is
-// even, and all is aligned.
+// the last ones again. `down` is [T, r, K], or transposed [T, K, r]; VECTORS: K is a whole number of vectors, there r
+// is even, and all is aligned.
 template <bool TRANSPOSED, bool VECTORS, typename scalar>
 __device__ inline void load_pair(const scalar* down, int g, int last, int r, int k, int K, Vector<scalar>& even,
                                  Vector<scalar>& odd) {
@@ -174,7 +176,8 @@ __device__ inline void load_pair(const scalar* down, int g, int last, int r, int
 
 // The grid: tiles, parts of K, chunks of ranks of all adapters.
 template <typename scalar, bool TRANSPOSED, bool VECTORS>
-__global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>) shrink_kernel(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
+    shrink_kernel(const __grid_constant__ Arguments a) {
   constexpr int V = kVector<scalar>, kPitch = kChunk + 4;
   __shared__ Choices choices;
   __shared__ Tile tile;
@@ -191,8 +194,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>) shrink_ker
   if (a.ahead && threadIdx.x == 0 && tile.first && rank == 0) {
     const int64_t share = (bytes / 16 + a.parts - 1) / a.parts * 16, begin = blockIdx.y * share;
     const int64_t size = min(share, bytes - begin);
-    if (size > 0)
-      prefetch_to_l2(static_cast<const char*>(p.up) + t * bytes + begin, static_cast<uint32_t>(size));
+    if (size > 0) prefetch_to_l2(static_cast<const char*>(p.up) + t * bytes + begin, static_cast<uint32_t>(size));
   }
   if (rank >= limit) return;  // nobody reads what would come of it
 
@@ -202,8 +204,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>) shrink_ker
   const scalar* const down = static_cast<const scalar*>(p.down) + t * p.rows.r * K + rank * (TRANSPOSED ? 1 : p.K);
   float acc[kEight][4] = {};
 #pragma unroll 1
-  for (int k0 = (blockIdx.y * kWarps + warp) * kUnit<scalar>; k0 < K;
-       k0 += a.parts * kWarps * kUnit<scalar>) {
+  for (int k0 = (blockIdx.y * kWarps + warp) * kUnit<scalar>; k0 < K; k0 += a.parts * kWarps * kUnit<scalar>) {
     Vector<scalar> factors[kSteps][2];
 #pragma unroll
     for (int v = 0; v < kSteps; ++v) {
@@ -259,7 +260,8 @@ __device__ inline Four<scalar> load_ranks(const scalar* from, int left) {
 // The grid: the parts of 256 columns of a tile, of the next, ... A lane has 8 neighbouring columns of two rows of 8.
 // `up` is [T, N, r], or transposed [T, r, N].
 template <typename scalar, bool TRANSPOSED, bool VECTORS>
-__global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>) expand_kernel(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
+    expand_kernel(const __grid_constant__ Arguments a) {
   constexpr int V = kVector<scalar>, kVectors = 8 / V;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ Choices choices;

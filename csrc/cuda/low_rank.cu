@@ -16,7 +16,7 @@ namespace plora::cuda {
 namespace {
 
 constexpr int kThreads = 256, kRows = 32;  // a lane of a warp for each row
-constexpr int kBlocks = 512;  // where rows give fewer blocks than this, they are split further
+constexpr int kBlocks = 512;               // where rows give fewer blocks than this, they are split further
 
 // A warp takes W tiles of 16 rows, one of the two or both, and one of kShares parts of K or of N: with few ranks W = 1,
 // which needs fewer registers, with many W = 2, which reads the factors less often.

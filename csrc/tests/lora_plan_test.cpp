@@ -112,10 +112,12 @@ int main() {
   expect(takes(plan(Family::sum, 20, 16, few), A::few_rows), "nor for few rows");
 
   const auto serves = [&](Family family, int64_t T, int64_t M, int64_t in, const auto& change) {
-    return takes(plan(family, T, 16, [&](LoraShape& s) { s.M = M, s.in = in, s.rows_per_id = 1, change(s); }), A::few_rows);
+    return takes(plan(family, T, 16, [&](LoraShape& s) { s.M = M, s.in = in, s.rows_per_id = 1, change(s); }),
+                 A::few_rows);
   };
   const auto same = [](LoraShape&) {};
-  expect(serves(Family::indexed, 64, 1, 4096, same) && serves(Family::indexed, 64, 512, 4096, same), "few rows: to 512");
+  expect(serves(Family::indexed, 64, 1, 4096, same) && serves(Family::indexed, 64, 512, 4096, same),
+         "few rows: to 512");
   expect(!serves(Family::indexed, 64, 513, 4096, same), "and no more");
   expect(serves(Family::indexed, 64, 64, 4096, [](LoraShape& s) { s.backward = true; }), "backward too");
   expect(!serves(Family::all, 4, 64, 4096, same), "nor all adapters' outputs");
