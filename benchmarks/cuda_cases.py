@@ -26,6 +26,11 @@ LAYERS = ((768, 768), (768, 2304), (768, 3072), (3072, 768))  # in, out: proj, q
 PLAIN, MASKED = "plain torch", "concatenated, masked"
 BEST, MERGE = "best rival", "merge"
 Layer = tuple[int, int]
+SERVED: dict[Layer, tuple[tuple[int, int], ...]] = {  # rows, adapters
+    (4096, 4096): ((1, 1), (8, 8), (64, 1), (64, 64), (256, 1), (256, 32), (512, 64)),
+    (768, 768): ((1, 1), (64, 64), (256, 32), (512, 1)),
+    (4096, 11008): ((1, 1), (64, 64), (256, 32)),
+}
 
 
 # ---------------------------------------------------------------------- inputs
@@ -141,6 +146,12 @@ def masked(p: Problem, y: Tensor) -> Tensor:
     return y.addmm_(F.linear(p.x, p.A_cat) * p.mask, p.B_cat, alpha=SCALE)
 
 
+def masked_apart(p: Problem) -> Tensor:
+    """From factors that are concatenated each time, so that each adapter's get their gradients."""
+    h = F.linear(p.x, p.A.flatten(0, 1)) * p.mask
+    return base(p).addmm_(h, p.B.transpose(1, 2).flatten(0, 1), alpha=SCALE)
+
+
 def loop(p: Problem, y: Tensor) -> Tensor:
     if p.sorted:
         for x, part, A, B in zip(p.x.split(p.counts), y.split(p.counts), p.A, p.B):
@@ -254,6 +265,12 @@ TRAINED: dict[str, Form] = {
     **{name: Step(ONE[name], "x A B") for name in (OURS, PLAIN, "addmm", "addmm_")},
     "PEFT": Step(ONE["PEFT"], lambda p: [p.x, p.peft.lora_A["t0"].weight, p.peft.lora_B["t0"].weight]),
 }
+MIXED: dict[str, Form] = {
+    BASE: Step(base, "x"),
+    OURS: Step(ours_indexed, "x A B"),
+    "grouped_mm": Step(INDEXED["grouped_mm"], "x A B"),
+    MASKED: Step(masked_apart, "x A B"),
+}
 TRAINED_MODULES: dict[str, Form] = {
     **TRAINED,
     OURS: Step(lambda p: p.ours(p.x), lambda p: [p.x, *p.ours.pairs("t0")[0]]),
@@ -301,9 +318,9 @@ class Case(GPUCase):
         return found
 
 
-def one(row: int, layer: Layer, r: int, **goals: Any) -> Case:
-    name = f"one adapter, r={r}, {layer[0]}→{layer[1]}"
-    return Case(row, name, lambda: Problem(M, layer, r, 1), ONE, lambda p: ONE[PLAIN](p.double()), "one", **goals)
+def one(row: int, layer: Layer, r: int, rows: int = M, **goals: Any) -> Case:
+    name = f"one adapter, r={r}, M={rows:,}, {layer[0]}→{layer[1]}"
+    return Case(row, name, lambda: Problem(rows, layer, r, 1), ONE, lambda p: ONE[PLAIN](p.double()), "one", **goals)
 
 
 def indexed(row: int, what: str, layer: Layer, r: int, T: int, ids: Tensor, rows: int = M, **goals: Any) -> Case:
@@ -318,6 +335,14 @@ def indexed(row: int, what: str, layer: Layer, r: int, T: int, ids: Tensor, rows
     return Case(
         row, name, lambda: Problem(rows, layer, r, T, ids), forms, lambda p: INDEXED[MASKED](p.double()), "indexed",
         eager=("PEFT",), **goals,  # it reads names and moves indices from the host
+    )  # fmt: skip
+
+
+def mixed(row: int, layer: Layer, T: int, ids: Tensor, rows: int, **goals: Any) -> Case:
+    return Case(
+        row, f"forward + backward of mixed adapters, T={T}, r=16, M={rows:,}, {layer[0]}→{layer[1]}",
+        lambda: Problem(rows, layer, 16, T, ids, "x A B"), MIXED, lambda p: MIXED[MASKED](p.double()), "training",
+        train=True, **goals,
     )  # fmt: skip
 
 
@@ -392,6 +417,15 @@ def cases(rows: Sequence[int], quick: bool, compiled: bool, bandwidth: float) ->
     found += [sum_of(T, train) for T in (10, 50) for train in (False, True)] + [all_of(10, bandwidth)]
     for n in (197, 788, 1576, 3152):
         found.append(training(10, TRAINED_MODULES, square, n, gains={"PEFT": 3.0}, judged="wall_us"))
+    for layer in list(SERVED)[:1] if quick else SERVED:
+        for n, T in SERVED[layer]:
+            goals: dict[str, Any] = dict(limits={BASE: 1.5 if n <= 64 else 1.6}, gains={BEST: 1.2})
+            ids = torch.randint(T, (n,), device=DEVICE)
+            found.append(
+                one(11, layer, 16, n, **goals) if T == 1 else indexed(11, "few rows", layer, 16, T, ids, n, **goals)
+            )
+            if T > 8:
+                found.append(mixed(11, layer, T, ids, n, gains={BEST: 1.5}))
     yield from sorted((case for case in found if case.row in rows), key=lambda case: case.row)
     if 9 in rows:
         yield vit(1, True, compiled, limits={BASE: 1.15}, gains={"PEFT eager": 1.25, "PEFT, torch.compile": 1.0})

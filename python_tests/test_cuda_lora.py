@@ -7,6 +7,7 @@ filled with NaN, against the float64 twin (`oracle.check`). test_ops_lora.py hol
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -257,6 +258,69 @@ def test_an_id_for_each_sample(lead: tuple[int, int]) -> None:
     verify("lora_indexed", args, kwargs, cotangent)
 
 
+# ---------------------------------------------------------------------- few rows
+
+
+@pytest.mark.parametrize("M", [1, 2, 7, 33, 64, 257, 512])
+@pytest.mark.parametrize(
+    ("n_in", "out"), [(64, 4104), (100, 768), (768, 100), (4096, 4096), (4104, 64), (768, 768), (33, 13), (520, 1031)]
+)
+def test_few_rows(n_in: int, out: int, M: int) -> None:
+    """Ranks, dtypes, options and ids take turns."""
+    turns = zip(
+        itertools.cycle((16, 1, 24, 128, 5, 8, 100)),
+        itertools.cycle(("weight bias", "base ranks", "weight bias_A bias_B relu", "", "weight bias base ranks relu")),
+        itertools.cycle(("random", "segments", "one", "none")),
+        itertools.cycle((BF16, FP16, FP32)),
+    )
+    for _ in range(M % 7):
+        next(turns)
+    for (family, T), (r, options, ids, dtype) in zip(
+        itertools.product(("lora_indexed", "lora_sum"), (1, 4, 64, 100)), turns, strict=False
+    ):
+        r = min(r, 8) if family == "lora_sum" and T > 4 else r
+        arguments = problem(family, M, n_in, out, r, T, options=options, ids=ids if T > 3 else "random", dtype=dtype)
+        verify(family, *arguments)
+        assert same(bits(family, *arguments), bits(family, *arguments))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_few_rows_read_only_what_they_chose(dtype: torch.dtype) -> None:
+    """Neither adapters that no row chose nor ranks that an adapter does not have."""
+    for M, T, r, n in ((40, 64, 16, 264), (300, 7, 24, 4096), (3, 1000, 5, 33)):
+        args, kwargs, _ = problem("lora_indexed", M, n, n, r, T, options="weight ranks bias_A", dtype=dtype, grad=False)
+        _, ids, A, B, _ = args
+        expected = ops.lora_indexed(*args, **kwargs)
+        beyond = torch.arange(r, device=DEVICE) >= kwargs["ranks"][:, None]
+        beyond |= (torch.arange(T, device=DEVICE)[:, None] != ids).all(1, keepdim=True)
+        A[beyond] = kwargs["bias_A"][beyond] = torch.nan
+        B.mT[beyond] = torch.nan
+        assert torch.equal(ops.lora_indexed(*args, **kwargs), expected)
+
+
+@pytest.mark.parametrize(("M", "T"), [(512, 3), (300, 64), (64, 1000), (512, 32768)])
+def test_few_rows_in_any_order(M: int, T: int) -> None:
+    """A row's bits do not depend on its neighbours; nor where there are as many adapters as may be."""
+    (x, ids, A, B, s), _, y = problem("lora_indexed", M, 264, 520, 8, T, options="", grad=False)
+    expected, order = ops.lora_indexed_(y.clone(), x, ids, A, B, s), torch.randperm(M, device=DEVICE)
+    assert torch.equal(ops.lora_indexed_(y[order], x[order], ids[order], A, B, s), expected[order])
+    assert torch.equal(expected[ids < 0], y[ids < 0])
+
+
+def test_a_graph_of_few_rows_meets_other_adapters() -> None:
+    args, kwargs, _ = problem("lora_indexed", 64, 4096, 768, T=64, grad=False)
+    ops.lora_indexed(*args, **kwargs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.lora_indexed(*args, **kwargs)
+    for kind in ("none", "one", "segments", "random"):
+        args[1].copy_(row_ids(kind, 64, 64))
+        args[0].copy_(args[0].roll(1, 0))
+        captured.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(captured, ops.lora_indexed(*args, **kwargs))
+
+
 # ---------------------------------------------------------------------- options and dtypes
 
 
@@ -269,7 +333,8 @@ def test_an_id_for_each_sample(lead: tuple[int, int]) -> None:
      "base bias_A bias_B relu ranks", "weight relu"],
 )  # fmt: skip
 def test_options(family: str, dtype: torch.dtype, options: str) -> None:
-    verify(family, *problem(family, dtype=dtype, options=options, ids="tiles"))
+    for M in (200, 520):  # by the kernels for few rows, and by the others
+        verify(family, *problem(family, M, dtype=dtype, options=options, ids="tiles"))
 
 
 @families
@@ -370,12 +435,12 @@ def transposed(t: Tensor) -> Tensor:
 @families
 @pytest.mark.parametrize("layout", [every_other, in_wider_rows, off_by_one, transposed])
 def test_layouts(family: str, layout: Callable[[Tensor], Tensor]) -> None:
-    args, kwargs, cotangent = problem(family, options="weight bias base bias_A bias_B", grad=False)
-
     def strided(v: Any) -> Any:
         return layout(v).requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1 else v
 
-    verify(family, [strided(a) for a in args], {k: strided(v) for k, v in kwargs.items()}, layout(cotangent))
+    for M in (200, 520):
+        args, kwargs, cotangent = problem(family, M, options="weight bias base bias_A bias_B", grad=False)
+        verify(family, [strided(a) for a in args], {k: strided(v) for k, v in kwargs.items()}, layout(cotangent))
 
 
 @both_paths
@@ -474,8 +539,8 @@ def inside(y: Tensor, left: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize(("n_in", "out", "left"), [(72, 136, 8), (136, 72, 3), (33, 13, 5)])
 def test_in_place(family: str, dtype: torch.dtype, n_in: int, out: int, left: int) -> None:
-    for options in ("", "ranks bias_A bias_B relu"):
-        args, kwargs, y0 = problem(family, 600, n_in, out, dtype=dtype, options=options, grad=False, ids="tiles")
+    for options, M in itertools.product(("", "ranks bias_A bias_B relu"), (200, 600)):
+        args, kwargs, y0 = problem(family, M, n_in, out, dtype=dtype, options=options, grad=False, ids="tiles")
 
         def added(y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             target, wide = inside(y, left)
@@ -679,10 +744,11 @@ assert all(torch.equal(a, b) for seed in (0, 1) for a, b in zip(together[seed], 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("options", ["weight bias base", "bias_A bias_B relu"])
 @pytest.mark.parametrize(("n_in", "out", "r"), [(72, 136, 16), (33, 13, 5)])
-def test_corrupted_ids_count_as_none(dtype: torch.dtype, options: str, n_in: int, out: int, r: int) -> None:
+@pytest.mark.parametrize("M", [200, 600])
+def test_corrupted_ids_count_as_none(M: int, dtype: torch.dtype, options: str, n_in: int, out: int, r: int) -> None:
     """NaN lies before and behind everything that is read: a read or write out of bounds shows."""
     T = 5
-    args, kwargs, cotangent = problem("lora_indexed", 600, n_in, out, r, T, dtype=dtype, options=options, grad=False)
+    args, kwargs, cotangent = problem("lora_indexed", M, n_in, out, r, T, dtype=dtype, options=options, grad=False)
 
     def guarded(v: Any) -> Any:
         if not isinstance(v, Tensor) or not v.is_floating_point():
@@ -692,11 +758,11 @@ def test_corrupted_ids_count_as_none(dtype: torch.dtype, options: str, n_in: int
 
     args, kwargs = [guarded(a) for a in args], {k: guarded(v) for k, v in kwargs.items()}
     bad = torch.tensor([10**12, -7, T, T + 5, 2**31, 2**32, 2**32 + 1, -(2**63), 2**63 - 1], device=DEVICE)
-    where = torch.rand(600, device=DEVICE) < 0.3
+    where = torch.rand(M, device=DEVICE) < 0.3
     where[:128] = True  # a whole tile of them
     clean, corrupted = args[1].clone(), args[1].clone()
     clean[where] = -1
-    corrupted[where] = bad[torch.arange(600, device=DEVICE) % len(bad)][where]
+    corrupted[where] = bad[torch.arange(M, device=DEVICE) % len(bad)][where]
 
     args[1] = clean
     verify("lora_indexed", args, kwargs, cotangent)

@@ -31,6 +31,7 @@ struct LoraShape {
 
 enum class LoraAlgorithm {
   low_rank,     // torch's own product, then the low-rank part on top
+  few_rows,     // likewise, by kernels that gather the rows of an adapter
   in_loop,      // one fused product, h made in its main loop
   precomputed,  // h first, then the fused product
   merge,        // the factors folded into the weight, then torch's own product
@@ -46,7 +47,7 @@ struct LoraPlan {
 };
 
 inline const char* algorithm_name(LoraAlgorithm algorithm) {
-  static const char* const names[] = {"low_rank", "in_loop", "precomputed", "merge", "dense"};
+  static const char* const names[] = {"low_rank", "few_rows", "in_loop", "precomputed", "merge", "dense"};
   return names[static_cast<int>(algorithm)];
 }
 
@@ -59,6 +60,8 @@ constexpr int64_t kMergeRank = 64;   // above: merging pays where nothing is kep
 constexpr int64_t kMergeRows = 256;  // ... from this many rows on
 // Fewer rows are few tiles for the fused product; of a deep product each takes long, and torch's shares out the depth.
 constexpr int64_t kHopperRows = 128, kDeepRows = 1024, kDeep = 1024;
+// What cuda/few_rows.cu takes: rows; adapters; ranks that act on a row.
+constexpr int64_t kFewRows = 512, kFewAdapters = 1 << 15, kFewRanks = 512;
 constexpr int64_t kTileRows = 128, kTileColumns = 192, kSlot = 16;
 constexpr int64_t kMaxSlices = 8;      // that the fused product tells apart
 constexpr int64_t kGivenRanks = 2048;  // of all adapters that a tile may meet: a row of h as the fused product takes it
@@ -149,6 +152,17 @@ inline bool adds_on_hopper(const LoraShape& s) {
   return std::min(adapters_of_tile(s), s.M) > 2 || 2 * s.M * (K + 2 * N) >= kTwoKernels;
 }
 
+// Whether the low-rank part of so few rows goes through few_rows.cu. With one adapter a tile the fused product, where
+// it takes the shape, has h for next to nothing.
+inline bool few_rows(const LoraShape& s) {
+  using namespace lora_plan;
+  const bool fused = s.weight && s.half && s.capability == 90 && !s.mma_only && s.M >= kHopperRows &&
+                     (s.backward ? s.out : s.in) <= kDeep && adapters_of_tile(s) == 1;
+  const int64_t ranks = (s.family == Family::sum ? s.T : 1) * ceil_div(s.r, kSlot) * kSlot;
+  return s.family != Family::all && s.M <= kFewRows && s.T <= kFewAdapters && s.r > 0 && ranks <= kFewRanks &&
+         std::min(s.in, s.out) > 0 && std::max(s.in, s.out) < int64_t{1} << 25 && !fused;
+}
+
 inline LoraPlan plan_lora(const LoraShape& s) {
   using namespace lora_plan;
   LoraPlan plan;
@@ -162,6 +176,7 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   if (s.family == Family::sum && s.weight && !s.relu && !s.bias && !s.keep && !s.backward && s.T * s.r > kMergeRank &&
       s.M >= kMergeRows)
     return choose(LoraAlgorithm::merge, "nothing is kept for backward, and merging costs less than the ranks");
+  if (few_rows(s)) return choose(LoraAlgorithm::few_rows, "few rows: each adapter that they meet is read once");
 
   if (!s.weight) return choose(LoraAlgorithm::low_rank, "no frozen layer to fuse with");
   if (s.family == Family::all) return choose(LoraAlgorithm::low_rank, "one frozen product serves all adapters");

@@ -201,6 +201,16 @@ bool add_on_hopper(const Inputs& p, const LoraShape& shape, LowRank l, bool keep
   return low_rank_add_sm90(l, stream_of(p.x));
 }
 
+void add(const Inputs& p, const LoraShape& shape, const LowRank& l, bool keep) {
+  if (!add_on_hopper(p, shape, l, keep)) low_rank(l, stream_of(p.x));
+}
+
+void add_few(const Inputs& p, LowRank l) {
+  l.rows.r = p.r;
+  l.ranks = p.ranks ? data<int64_t>(*p.ranks) : nullptr;
+  few_rows(l, p.x, stream_of(p.x));
+}
+
 // Fills in what both directions share.
 void run_fused(const Inputs& p, const LoraPlan& plan, const OptTensor& h, Fused& f) {
 #ifndef PLORA_NO_SM90
@@ -227,8 +237,13 @@ Tensor h_of(const Inputs& p, const OptTensor& kept) {
     check_dtype(p.op, "kept", *kept, p.x.scalar_type());
     return compact(*kept);
   }
-  const Factors factors = factors_of(p);
   const LoraShape shape = shape_of(p, p.x, {}, {}, false, true);
+  if (few_rows(shape)) {
+    const Tensor h = new_ranks(p);
+    add_few(p, down_of(p, {p.lora_A, p.lora_B, p.bias_A}, h));
+    return h;
+  }
+  const Factors factors = factors_of(p);
   if (p.family == Family::sum && h_by_product(shape) && !p.relu && !p.bias_A) return x_times(p, factors.A);
   const Tensor h = new_ranks(p);
   low_rank(down_of(p, factors, h), stream_of(p.x));
@@ -240,6 +255,16 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
                    Tensor& dx) {
   LoraShape shape = shape_of(p, dy, {}, {}, true, false);
   shape.aligned = shape.aligned && reinterpret_cast<uintptr_t>(pointer(gate)) % 16 == 0;
+  if (few_rows(shape)) {
+    if (wants_x) dx = p.weight ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
+    if (wants_g) g = new_ranks(p);
+    LowRank l = low_rank_of(p);
+    l.K = l.ldx = p.out, l.x = pointer(dy);
+    l.gate = pointer(gate), l.h = out_pointer(g);
+    l.down = pointer(p.lora_B), l.up = pointer(p.lora_A), l.down_transposed = l.up_transposed = true;
+    if (wants_x) l.N = l.ldy = l.ldy0 = p.in, l.y = out_pointer(dx), l.y0 = p.weight ? l.y : nullptr;
+    return add_few(p, l);
+  }
   const LoraPlan plan = wants_x ? plan_lora(shape) : LoraPlan{};
   if (wants_x) dx = p.weight && !plan.hopper ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
   const Factors factors = factors_of(p);
@@ -428,9 +453,10 @@ struct Cuda {
       return {plus(linear(p.x, merged, p.bias), base), keep ? merged : none_like(p.x)};
     }
 
-    const Factors factors = factors_of(p);
+    const bool few = plan.algorithm == LoraAlgorithm::few_rows;
+    const Factors factors = few ? Factors{p.lora_A, p.lora_B, p.bias_A} : factors_of(p);
     OptTensor h;
-    if (keep || (crowded(p) && !plan.hopper)) h = new_ranks(p);
+    if (keep || (crowded(p) && !plan.hopper && !few)) h = new_ranks(p);
     // the fused product writes no h of rows without an adapter, and nobody reads it, but it leaves this operator
     if (keep && plan.slots > 0 && p.ids) torch::stable::zero_(*h);
     LowRank l = down_of(p, factors, h);
@@ -480,7 +506,7 @@ struct Cuda {
       expand(l, stream_of(p.x));
       return {y, keep ? *h : none_like(p.x)};
     }
-    if (!add_on_hopper(p, shape, l, keep)) low_rank(l, stream_of(p.x));
+    few ? add_few(p, l) : add(p, shape, l, keep);
     return {y, keep ? *h : none_like(p.x)};
   }
 
@@ -488,14 +514,16 @@ struct Cuda {
     check_served(p);
     if (empty(p)) return;
     const torch::stable::accelerator::DeviceGuard guard(p.x.get_device_index());
-    const Factors factors = factors_of(p);
+    const LoraShape shape = shape_of(p, p.x, y, {}, false, false);
+    const bool few = few_rows(shape);
+    const Factors factors = few ? Factors{p.lora_A, p.lora_B, p.bias_A} : factors_of(p);
     const int64_t d = y.dim();
-    LowRank l = down_of(p, factors, crowded(p) ? OptTensor(new_ranks(p)) : std::nullopt);
+    LowRank l = down_of(p, factors, crowded(p) && !few ? OptTensor(new_ranks(p)) : std::nullopt);
     l.N = p.out;
     l.up = pointer(factors.B), l.bias_up = pointer(p.bias_B);
     l.y = y.mutable_data_ptr(), l.ldy = p.M > 1 ? y.stride(d - 2) : p.out, l.y_slab = d == 3 ? y.stride(0) : 0;
     l.y0 = l.y, l.ldy0 = l.ldy, l.y0_slab = l.y_slab;
-    if (!add_on_hopper(p, shape_of(p, p.x, y, {}, false, false), l, false)) low_rank(l, stream_of(p.x));
+    few ? add_few(p, l) : add(p, shape, l, false);
   }
 
   static Gradients backward(const Inputs& p, const Tensor& dy, const OptTensor& kept, const OptInts& trainable,

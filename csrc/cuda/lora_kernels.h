@@ -27,6 +27,16 @@ struct Rows {
   int64_t R() const { return ids ? r : T * r; }
 };
 
+constexpr int kNone = -1, kOutside = -2;  // instead of an adapter: the row has none; there is no such row
+
+// The adapter that a row chose; 0 where there are no ids.
+__device__ inline int choice(const Rows& rows, int64_t row) {
+  if (row >= rows.M) return kOutside;
+  if (!rows.ids) return 0;
+  const int64_t id = rows.ids[static_cast<int>(row) / static_cast<int>(rows.rows_per_id)];
+  return id >= 0 && id < rows.T ? static_cast<int>(id) : kNone;
+}
+
 // h = act(x down^T + bias), then y = y0 + s h up^T + s bias_up. Either half may be left out (low_rank.cu).
 struct LowRank {
   ScalarType dtype;  // bf16, fp16 or fp32; fp32 in true float32 (three TF32 products), or TF32 where tf32 is set
@@ -40,7 +50,8 @@ struct LowRank {
   int64_t ldx = 0;
   int64_t x_slab = 0;          // elements from the x of adapter t to that of t + 1 (the dy of `all`); 0: one x for all
   const void* down = nullptr;  // [T, r, K]
-  bool down_transposed = false;     // it is [T, K, r], which low_rank_sm90 alone takes
+  const int64_t* ranks = nullptr;   // [T], of which few_rows alone wants to know: what lies beyond is not read
+  bool down_transposed = false;     // it is [T, K, r], which low_rank_sm90 and few_rows take
   const void* bias_down = nullptr;  // [T, r]
   bool relu = false;
   const void* gate = nullptr;  // [M, R]: h becomes 0 where the gate is <= 0 (not where it is NaN)
@@ -53,7 +64,7 @@ struct LowRank {
 
   void* y = nullptr;              // null: no second half
   const void* up = nullptr;       // [T, N, r]
-  bool up_transposed = false;     // it is [T, r, N], which low_rank_add_sm90 alone takes
+  bool up_transposed = false;     // it is [T, r, N], which low_rank_add_sm90 takes, and few_rows with the other one
   const void* bias_up = nullptr;  // [T, N]
   const void* y0 = nullptr;  // [M, N], one for all slabs of y, or null: zero. For y += ... give y and y_slab itself
   int64_t ldy = 0, ldy0 = 0;
@@ -68,6 +79,10 @@ bool low_rank_sm90(const LowRank& p, cudaStream_t stream);
 // Both halves, s h between them in p.scaled_h; false, and nothing happens, where it does not serve the arguments
 // (add_sm90.cu).
 bool low_rank_add_sm90(const LowRank& p, cudaStream_t stream);
+
+// Both halves of a few rows (lora_plan.h), or h alone where N = 0, from factors of any rank as they are; h and the gate
+// have padded_rank(r) columns for each adapter. `like` tells where workspace is allocated (few_rows.cu).
+void few_rows(const LowRank& p, const Tensor& like, cudaStream_t stream);
 
 // The second half alone, of `all` (h [M, T r] is read, y_slab is set), where `expands` serves the arguments
 // (expand.cu).

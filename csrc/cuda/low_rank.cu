@@ -16,7 +16,6 @@ namespace plora::cuda {
 namespace {
 
 constexpr int kThreads = 256, kRows = 32;  // a lane of a warp for each row
-constexpr int kNone = -1, kOutside = -2;   // instead of an adapter: the row has none; there is no such row
 constexpr int kBlocks = 512;               // where rows give fewer blocks than this, they are split further
 
 // A warp takes W tiles of 16 rows, one of the two or both, and one of kShares parts of K or of N: with few ranks W = 1,
@@ -40,9 +39,6 @@ template <int NT>
 constexpr int kPartial = 8 * NT + 8;
 template <int NT>
 constexpr int kPartialBytes = 4 * kRows * kPartial<NT> * static_cast<int>(sizeof(float));
-
-// How far apart the rows of h lie in shared memory, so that the fragments of a warp miss each other's banks.
-constexpr int padded(int ranks) { return (ranks + 47) / 64 * 64 + 16; }
 
 struct Group {
   int adapter;   // the first; kNone: of the rows that have none
@@ -70,38 +66,6 @@ struct Block {
   float* partial;  // [4, kRows, kPartial]
   int64_t R;       // width of p.h
 };
-
-// `left` elements are there to be read, then come zeros. VECTORS: aligned, and `left` is a whole number of vectors;
-// WHOLE: at least one.
-template <bool VECTORS, bool WHOLE = false, typename scalar>
-__device__ inline Vector<scalar> load(const scalar* from, int left) {
-  Vector<scalar> v;
-  if constexpr (VECTORS) {
-    v.raw = WHOLE || left > 0 ? *reinterpret_cast<const uint4*>(from) : uint4{};
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector<scalar>; ++i) v[i] = i < left ? from[i] : from_float<scalar>(0);
-  }
-  return v;
-}
-
-template <bool VECTORS, typename scalar>
-__device__ inline void store(scalar* to, const Vector<scalar>& v, int left) {
-  if constexpr (VECTORS) {
-    if (left > 0) store_vector(to, v.raw);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector<scalar>; ++i)
-      if (i < left) to[i] = v[i];
-  }
-}
-
-__device__ inline int choice(const Rows& rows, int64_t row) {
-  if (row >= rows.M) return kOutside;
-  if (!rows.ids) return 0;
-  const int64_t id = rows.ids[rows.rows_per_id == 1 ? row : row / rows.rows_per_id];
-  return id >= 0 && id < rows.T ? static_cast<int>(id) : kNone;
-}
 
 // Sets a row on its way from memory to L2; not more of it than L2 can hold of all blocks.
 __device__ inline void prefetch(const void* row, int64_t bytes) {

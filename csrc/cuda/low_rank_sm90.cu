@@ -27,7 +27,6 @@ namespace {
 
 constexpr int kDepth = 64, kNarrow = 64, kWide = 192;
 constexpr int kFusedRows = lora_plan::kTileRows;
-constexpr int kNone = -1, kOutside = -2;  // instead of an adapter: the row has none; there is no such row
 constexpr int kMaxAdapters = 1 << 15;
 constexpr int kMaxBoxes = kWide / 8;  // copies that fetch a stage's factors
 constexpr int64_t kAhead = 24 << 20;  // bytes of y0 that L2 keeps for the second half
@@ -94,12 +93,6 @@ struct Ring {
     if (++index == stages) index = 0, phase ^= 1;
   }
 };
-
-__device__ inline int choice(const Rows& rows, int row) {
-  if (row >= rows.M) return kOutside;
-  const int64_t id = rows.ids[row / static_cast<int>(rows.rows_per_id)];
-  return id >= 0 && id < rows.T ? static_cast<int>(id) : kNone;
-}
 
 // How many adapters the rows chose. By all threads.
 __device__ inline int choose(const LowRank& p, int row0, Choices& choices) {

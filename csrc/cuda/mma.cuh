@@ -88,6 +88,34 @@ __device__ inline void store_vector(void* to, const uint4& v) {
                : "memory");
 }
 
+// `left` elements are there to be read, then come zeros. VECTORS: aligned, and `left` is a whole number of vectors;
+// WHOLE: at least one.
+template <bool VECTORS, bool WHOLE = false, typename scalar>
+__device__ inline Vector<scalar> load(const scalar* from, int left) {
+  Vector<scalar> v;
+  if constexpr (VECTORS) {
+    v.raw = WHOLE || left > 0 ? *reinterpret_cast<const uint4*>(from) : uint4{};
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector<scalar>; ++i) v[i] = i < left ? from[i] : from_float<scalar>(0);
+  }
+  return v;
+}
+
+template <bool VECTORS, typename scalar>
+__device__ inline void store(scalar* to, const Vector<scalar>& v, int left) {
+  if constexpr (VECTORS) {
+    if (left > 0) store_vector(to, v.raw);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector<scalar>; ++i)
+      if (i < left) to[i] = v[i];
+  }
+}
+
+// How far apart the rows of h lie in shared memory, so that the fragments of a warp miss each other's banks.
+constexpr int padded(int ranks) { return (ranks + 47) / 64 * 64 + 16; }
+
 // Four elements as multiply() takes them. float32 comes as two TF32 numbers: hi + lo is exact to 2^-22.
 template <typename scalar>
 struct Operand {

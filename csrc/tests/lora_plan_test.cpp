@@ -109,7 +109,30 @@ int main() {
   expect(takes(plan(Family::sum, 5, 16, inference), A::merge), "80 ranks are merged without gradients");
   expect(!takes(plan(Family::sum, 4, 16, inference), A::merge), "64 are not");
   const auto few = [](LoraShape& s) { s.keep = false, s.M = 255; };
-  expect(takes(plan(Family::sum, 20, 16, few), A::low_rank), "nor for few rows");
+  expect(takes(plan(Family::sum, 20, 16, few), A::few_rows), "nor for few rows");
+
+  const auto serves = [&](Family family, int64_t T, int64_t M, int64_t in, const auto& change) {
+    return takes(plan(family, T, 16, [&](LoraShape& s) { s.M = M, s.in = in, s.rows_per_id = 1, change(s); }),
+                 A::few_rows);
+  };
+  const auto same = [](LoraShape&) {};
+  expect(serves(Family::indexed, 64, 1, 4096, same) && serves(Family::indexed, 64, 512, 4096, same),
+         "few rows: to 512");
+  expect(!serves(Family::indexed, 64, 513, 4096, same), "and no more");
+  expect(serves(Family::indexed, 64, 64, 4096, [](LoraShape& s) { s.backward = true; }), "backward too");
+  expect(!serves(Family::all, 4, 64, 4096, same), "nor all adapters' outputs");
+  expect(serves(Family::indexed, 64, 512, 768, same) && serves(Family::sum, 1, 127, 768, same), "of a short product");
+  expect(!serves(Family::sum, 1, 128, 768, same) && serves(Family::sum, 2, 128, 768, same), "unless one slot serves");
+  expect(serves(Family::sum, 1, 512, 4096, same), "and the product is not deep");
+  expect(serves(Family::indexed, 64, 64, 4096, [](LoraShape& s) { s.half = s.weight = false, s.capability = 80; }),
+         "in float32, without a frozen layer, and on every GPU");
+  expect(serves(Family::indexed, 64, 64, 4097, [](LoraShape& s) { s.out = 33, s.r = 3; }), "of any width and rank");
+  expect(!serves(Family::indexed, 64, 64, 4096, [](LoraShape& s) { s.r = 513; }) &&
+             !serves(Family::indexed, 64, 64, 4096, [](LoraShape& s) { s.r = 0; }) &&
+             serves(Family::indexed, 64, 64, 4096, [](LoraShape& s) { s.r = 512; }),
+         "up to 512");
+  expect(serves(Family::indexed, 32768, 64, 64, same) && !serves(Family::indexed, 32769, 64, 64, same),
+         "and 32,768 adapters");
 
   expect(plan(Family::sum, 1, 16).ctas == 132 && plan(Family::sum, 1, 16).waves == 6, "197 x 4 tiles on 132");
   const auto product = [](Family family, int64_t T, int64_t r, const auto& change) {

@@ -1,0 +1,428 @@
+// y = y0 + s h up^T + s bias_up with h = act(x down^T + bias) for up to 512 rows in any order, as in serving: the rows
+// of an adapter are gathered, so that each factor met is read once and one that no row chose never.
+//
+// Floor: the factors met pass once. 64 rows of 40 adapters of rank 16, 4096 -> 4096: 5 MB of `down`, 5 of `up`, 2.5 us
+// at 4.2 TB/s, beside 8 for the frozen layer's own 34 MB. At that rate 3 MB must be on their way at any time, a third
+// of all there is, so what counts is that every byte is asked for at once, and that little else waits for its turn:
+// - shrink: a block has a tile (up to 32 rows of an adapter), 16 ranks and a part of K, of which each warp loads 128
+//   elements a row in one go; the sums go to memory in float32, a slab for each part of K. Meanwhile L2 fetches `up`.
+// - expand: a block has a tile and 256 columns. It is launched while shrink runs, finds its tile and loads its first
+//   factors, waits, adds up the parts in their order, and multiplies.
+// Both find their tiles from the ids, by themselves: no host waits, and no launch is spent on it.
+//
+// Backward is the same with the factors swapped and transposed: dy for x, dx for y, g for h.
+//
+// Ranks lie in chunks of 16 (of an adapter; the last is filled up in registers), rows are the narrow side of a product
+// (mma.cuh), so that 8 rows or fewer cost no more than one.
+
+#include <algorithm>
+
+#include "../common/lora_plan.h"
+#include "device.cuh"
+#include "launch.cuh"
+#include "lora_kernels.h"
+#include "mma.cuh"
+#include "overlap.cuh"
+
+namespace plora::cuda {
+namespace {
+
+constexpr int kMaxRows = lora_plan::kFewRows, kMaxAdapters = lora_plan::kFewAdapters;
+constexpr int kTile = 32, kEight = kTile / 8;  // rows of a tile; by how many times 8 a product takes them
+constexpr int kChunk = 16;                     // ranks
+constexpr int kThreads = 128, kWarps = kThreads / 32, kWarpColumns = 64, kColumns = kWarps * kWarpColumns;
+template <typename scalar, bool VECTORS>
+constexpr int kBlocks = sizeof(scalar) == 4 ? 2
+                        : VECTORS           ? 5
+                                            : 4;      // of a multiprocessor
+constexpr int64_t kMaxParts = 16, kAhead = 24 << 20;  // of K; bytes that L2 keeps for expand
+constexpr int kSteps = 4;                             // 16-byte vectors of a row that a lane loads in one go
+template <typename scalar>
+constexpr int kUnit = 4 * kSteps * kVector<scalar>;  // elements of a row that a warp loads in one go
+
+struct Arguments {
+  LowRank p;
+  int adapters;    // that a row meets: 1 with ids, else T
+  int chunks;      // of an adapter
+  int width;       // ranks of a row in `partial`: the chunks of all its adapters
+  int columns;     // of an adapter in p.h
+  int parts;       // of K
+  float* partial;  // [parts, M, width]
+  bool idle;       // rows without an adapter are written too
+  bool ahead;      // L2 has space for `up`
+  __device__ int limit(int t) const {
+    const int r = static_cast<int>(p.rows.r);
+    return p.ranks ? static_cast<int>(min(max(p.ranks[t], int64_t{0}), p.rows.r)) : r;
+  }
+};
+
+struct Tile {
+  int adapter;  // kNone: of rows that have none
+  int rows;     // 0: there is no such tile
+  bool first;   // of the adapter's tiles
+  int16_t row[kTile];
+};
+
+// For finding it. Adapters have places, ascending among those met; the last is of the rows that have none.
+struct Choices {
+  uint32_t met[kMaxAdapters / 32];  // a bit for each adapter
+  int count[kMaxRows];              // of the rows of a place
+  int adapter[kMaxRows];            // of a place
+  int16_t place[kMaxRows];          // of a row; kNone: it is not asked for
+};
+
+// Tile `index` of the places' tiles one after another, by all threads.
+__device__ inline void find(const Rows& rows, int index, bool idle, Choices& choices, Tile& tile) {
+  constexpr int kEach = kMaxRows / kThreads;
+  const int M = static_cast<int>(rows.M), thread = threadIdx.x, lane = thread % 32;
+  if (!rows.ids) {
+    const int first = index * kTile;
+    if (thread < kTile) tile.row[thread] = static_cast<int16_t>(first + thread);
+    if (thread == 0) tile.adapter = 0, tile.rows = max(min(M - first, kTile), 0), tile.first = index == 0;
+    __syncthreads();
+    return;
+  }
+  int mine[kEach], place[kEach] = {};
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) mine[e] = choice(rows, thread + e * kThreads);
+  const int words = static_cast<int>(rows.T + 31) / 32;
+  for (int w = thread; w < words; w += kThreads) choices.met[w] = 0;
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) choices.count[thread + e * kThreads] = 0;
+  __syncthreads();
+#pragma unroll
+  for (int e = 0; e < kEach; ++e)
+    if (mine[e] >= 0) atomicOr(&choices.met[mine[e] / 32], 1u << mine[e] % 32);
+  __syncthreads();
+  int places = 0;
+  for (int w = 0; w < words; ++w) {
+    const uint32_t met = choices.met[w];
+    places += __popc(met);
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int word = mine[e] >= 0 ? mine[e] / 32 : words;
+      place[e] += w > word ? 0 : __popc(w == word ? met & ((1u << mine[e] % 32) - 1) : met);
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const bool asked = mine[e] >= 0 || (idle && mine[e] == kNone);
+    choices.place[thread + e * kThreads] = static_cast<int16_t>(asked ? place[e] : kNone);
+    if (asked) atomicAdd(&choices.count[place[e]], 1), choices.adapter[place[e]] = mine[e];
+  }
+  __syncthreads();
+  if (thread < 32) {
+    places = min(places + 1, kMaxRows);
+    const auto tiles = [&](int p) { return p < places ? (choices.count[p] + kTile - 1) / kTile : 0; };
+    const int each = (places + 31) / 32;
+    int own = 0;
+    for (int p = lane * each; p < (lane + 1) * each; ++p) own += tiles(p);
+    int before = own;  // first up to this lane, then before it
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(~0u, before, step);
+      if (lane >= step) before += other;
+    }
+    before -= own;
+    const unsigned holder = __ballot_sync(~0u, before <= index && index < before + own);
+    int found = lane * each, part = index - before;
+    if (holder >> lane & 1)
+      for (; part >= tiles(found); ++found) part -= tiles(found);
+    found = __shfl_sync(~0u, found, __ffs(holder) - 1 & 31), part = __shfl_sync(~0u, part, __ffs(holder) - 1 & 31);
+    int seen = -kTile * part;
+    for (int row = lane; holder != 0 && row - lane < M; row += 32) {
+      const bool hit = choices.place[row] == found;
+      const unsigned hits = __ballot_sync(~0u, hit);
+      const int at = seen + __popc(hits & ((1u << lane) - 1));
+      if (hit && at >= 0 && at < kTile) tile.row[at] = static_cast<int16_t>(row);
+      seen += __popc(hits);
+    }
+    if (lane == 0) {
+      tile.adapter = choices.adapter[found], tile.first = part == 0;
+      tile.rows = holder != 0 ? min(choices.count[found] - kTile * part, kTile) : 0;
+    }
+  }
+  __syncthreads();
+}
+
+// kVector neighbouring elements, from k on, of ranks 2 g and 2 g + 1 of a chunk that ends with rank `last`: beyond come
+// the last ones again. `down` is [T, r, K], or transposed [T, K, r]; VECTORS: K is a whole number of vectors, there r
+// is even, and all is aligned.
+template <bool TRANSPOSED, bool VECTORS, typename scalar>
+__device__ inline void load_pair(const scalar* down, int g, int last, int r, int k, int K, Vector<scalar>& even,
+                                 Vector<scalar>& odd) {
+  const int first = min(2 * g, last), second = min(2 * g + 1, last);
+  if constexpr (!TRANSPOSED) {
+    even = load<VECTORS>(down + first * static_cast<int64_t>(K) + k, K - k);
+    odd = load<VECTORS>(down + second * static_cast<int64_t>(K) + k, K - k);
+  } else {
+    struct alignas(2 * sizeof(scalar)) Pair {
+      scalar even, odd;
+    };
+    even = odd = Vector<scalar>{};
+#pragma unroll
+    for (int e = 0; e < kVector<scalar>; ++e) {
+      const scalar* const row = down + (k + e) * static_cast<int64_t>(r);
+      if (k + e >= K) break;
+      if (VECTORS) {
+        const Pair two = *reinterpret_cast<const Pair*>(row + (first & ~1));
+        even[e] = two.even, odd[e] = two.odd;
+      } else {
+        even[e] = row[first], odd[e] = row[second];
+      }
+    }
+  }
+}
+
+// The grid: tiles, parts of K, chunks of ranks of all adapters.
+template <typename scalar, bool TRANSPOSED, bool VECTORS>
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
+    shrink_kernel(const __grid_constant__ Arguments a) {
+  constexpr int V = kVector<scalar>, kPitch = kChunk + 4;
+  __shared__ Choices choices;
+  __shared__ Tile tile;
+  __shared__ float sums[kWarps][kTile][kPitch];
+  const LowRank& p = a.p;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4, K = static_cast<int>(p.K);
+  launch_successor();
+  find(p.rows, blockIdx.x, false, choices, tile);
+  const int rows = tile.rows, t = tile.adapter + blockIdx.z / a.chunks, rank = blockIdx.z % a.chunks * kChunk;
+  if (rows == 0) return;
+  const int limit = a.limit(t);
+
+  const int64_t bytes = p.N * p.rows.r * static_cast<int64_t>(sizeof(scalar));  // of `up`
+  if (a.ahead && threadIdx.x == 0 && tile.first && rank == 0) {
+    const int64_t share = (bytes / 16 + a.parts - 1) / a.parts * 16, begin = blockIdx.y * share;
+    const int64_t size = min(share, bytes - begin);
+    if (size > 0) prefetch_to_l2(static_cast<const char*>(p.up) + t * bytes + begin, static_cast<uint32_t>(size));
+  }
+  if (rank >= limit) return;  // nobody reads what would come of it
+
+  // Of a product, row g of the first operand stands for rank 2 g, row g + 8 for the one after it. Beyond the last rank
+  // and row come the last: nobody uses what comes of it.
+  const int r = static_cast<int>(p.rows.r);
+  const scalar* const down = static_cast<const scalar*>(p.down) + t * p.rows.r * K + rank * (TRANSPOSED ? 1 : p.K);
+  float acc[kEight][4] = {};
+#pragma unroll 1
+  for (int k0 = (blockIdx.y * kWarps + warp) * kUnit<scalar>; k0 < K; k0 += a.parts * kWarps * kUnit<scalar>) {
+    Vector<scalar> factors[kSteps][2];
+#pragma unroll
+    for (int v = 0; v < kSteps; ++v) {
+      const int k = k0 + (4 * v + q) * V;
+      load_pair<TRANSPOSED, VECTORS>(down, g, limit - rank - 1, r, k, K, factors[v][0], factors[v][1]);
+    }
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) {
+      if (8 * i >= rows) break;
+      const scalar* const x = static_cast<const scalar*>(p.x) + tile.row[min(8 * i + g, rows - 1)] * p.ldx;
+      Vector<scalar> own[kSteps];
+#pragma unroll
+      for (int v = 0; v < kSteps; ++v) {
+        const int k = k0 + (4 * v + q) * V;
+        own[v] = load<VECTORS>(x + k, K - k);
+      }
+#pragma unroll
+      for (int v = 0; v < kSteps; ++v)
+#pragma unroll
+        for (int f = 0; f < V / 4; ++f)
+          multiply(acc[i], Operand<scalar>(factors[v][0].four(f)), Operand<scalar>(factors[v][1].four(f)),
+                   Operand<scalar>(own[v].four(f)), false);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kEight; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums[warp][8 * i + 2 * q + e % 2][2 * g + e / 2] = acc[i][e];
+  __syncthreads();
+  float* const to = a.partial + blockIdx.y * p.rows.M * a.width + blockIdx.z * kChunk;
+  for (int i = threadIdx.x; i < rows * kChunk; i += kThreads) {
+    const int row = i / kChunk, c = i % kChunk;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += sums[w][row][c];
+    to[static_cast<int64_t>(tile.row[row]) * a.width + c] = sum;
+  }
+}
+
+// Four ranks of a row of `up`, of which `left` count. VECTORS: all four are there, and aligned.
+template <bool VECTORS, typename scalar>
+__device__ inline Four<scalar> load_ranks(const scalar* from, int left) {
+  Four<scalar> v{};
+  if (VECTORS && left > 0) v.raw = *reinterpret_cast<const typename Four<scalar>::Raw*>(from);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    if (!VECTORS && e < left) v[e] = from[e];
+    if (VECTORS && e >= left) v[e] = from_float<scalar>(0);
+  }
+  return v;
+}
+
+// The grid: the parts of 256 columns of a tile, of the next, ... A lane has 8 neighbouring columns of two rows of 8.
+// `up` is [T, N, r], or transposed [T, r, N].
+template <typename scalar, bool TRANSPOSED, bool VECTORS>
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
+    expand_kernel(const __grid_constant__ Arguments a) {
+  constexpr int V = kVector<scalar>, kVectors = 8 / V;
+  extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ Choices choices;
+  __shared__ Tile tile;
+  const LowRank& p = a.p;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+  const int N = static_cast<int>(p.N), r = static_cast<int>(p.rows.r), slabs = max((N + kColumns - 1) / kColumns, 1);
+  const int slab = blockIdx.x % slabs, column = slab * kColumns + warp * kWarpColumns + 8 * g;
+  find(p.rows, blockIdx.x / slabs, a.idle, choices, tile);
+  const int rows = tile.rows, width = rows > 0 && tile.adapter >= 0 ? a.width : 0, per = a.chunks * kChunk;
+
+  // Of product i, row g of the first operand stands for column 2 i of the lane's g, row g + 8 for the one after it.
+  struct Factors {
+    Four<scalar> up[4][2];
+  };
+  const auto load_up = [&](int c) {
+    const int t = tile.adapter + c / per, rank = c % per + 4 * q, ranks = a.limit(t) - rank;
+    const scalar* const up = static_cast<const scalar*>(p.up) + t * p.N * r;
+    Factors f;
+    if constexpr (!TRANSPOSED) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        f.up[i / 2][i % 2] = load_ranks<VECTORS>(up + static_cast<int64_t>(min(column + i, N - 1)) * r + rank, ranks);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          const int n = column + v * V;
+          const auto some = load<VECTORS>(up + (rank + e) * p.N + n, e < ranks ? N - n : 0);
+#pragma unroll
+          for (int i = 0; i < V; ++i) f.up[(v * V + i) / 2][i % 2][e] = some[i];
+        }
+    }
+    return f;
+  };
+  Vector<scalar> y[2][kVectors];
+  const auto at = [&](int i, int b) { return tile.row[min(8 * i + 2 * q + b, rows - 1)]; };
+  const auto left = [&](int i, int b) { return 8 * i + 2 * q + b < rows ? N - column : 0; };
+  const auto load_y = [&](int i) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b)
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v)
+        y[b][v] = load<VECTORS>(static_cast<const scalar*>(p.y0) + at(i, b) * p.ldy0 + column + v * V,
+                                p.y0 ? left(i, b) - v * V : 0);
+  };
+  Factors next{};
+  if (rows > 0) {
+    if (width > 0 && N > 0) next = load_up(0);
+    load_y(0);
+  }
+  wait_for_predecessor();
+  if (rows == 0) return;
+
+  scalar* const h = reinterpret_cast<scalar*>(shared);
+  scalar* const kept = slab == 0 ? static_cast<scalar*>(p.h) : nullptr;
+  const int pitch = padded(a.width);
+  for (int i = threadIdx.x; i < rows * a.width; i += kThreads) {
+    const int row = i / a.width, c = i % a.width, place = c / per, rank = c % per, t = tile.adapter + place;
+    const int64_t m = tile.row[row], own = (m * a.adapters + place) * a.columns + rank;
+    float sum = 0;
+    if (width > 0 && rank < a.limit(t)) {
+      const float* const from = a.partial + m * a.width + c;
+#pragma unroll 8
+      for (int part = 0; part < a.parts; ++part) sum += __ldcg(from + part * p.rows.M * a.width);
+      if (p.bias_down) sum += to_float(static_cast<const scalar*>(p.bias_down)[static_cast<int64_t>(t) * r + rank]);
+      if (p.relu && sum < 0) sum = 0;
+      if (p.gate && to_float(static_cast<const scalar*>(p.gate)[own]) <= 0) sum = 0;
+    }
+    if (kept && rank < a.columns) kept[own] = from_float<scalar>(sum);
+    h[row * pitch + c] = from_float<scalar>(a.adapters > 1 ? p.scaling[t] * sum : sum);
+  }
+  __syncthreads();
+  if (column - 8 * g >= N || (width == 0 && p.y == p.y0 && p.ldy == p.ldy0)) return;
+
+  const float scale = width > 0 && a.adapters == 1 ? p.scaling[tile.adapter] : 1.f;
+  float bias[8] = {};
+  if (p.bias_up && width > 0)
+    for (int t = tile.adapter; t < tile.adapter + a.adapters; ++t)
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        bias[e] += p.scaling[t] * to_float(static_cast<const scalar*>(p.bias_up)[t * p.N + min(column + e, N - 1)]);
+#pragma unroll 1
+  for (int i = 0; 8 * i < rows; ++i) {
+    if (i > 0) load_y(i);
+    float acc[4][4] = {};
+#pragma unroll 1
+    for (int c = 0; c < width; c += kChunk) {
+      const Factors now = next;
+      if (c + kChunk < width || 8 * i + 8 < rows) next = load_up(c + kChunk < width ? c + kChunk : 0);
+      const Operand<scalar> own(*reinterpret_cast<const Four<scalar>*>(h + (8 * i + g) * pitch + c + 4 * q));
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        multiply(acc[j], Operand<scalar>(now.up[j][0]), Operand<scalar>(now.up[j][1]), own, false);
+    }
+#pragma unroll
+    for (int b = 0; b < 2; ++b)
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          const int n = v * V + e;
+          y[b][v][e] = from_float<scalar>(scale * acc[n / 2][b + n % 2 * 2] + bias[n] + to_float(y[b][v][e]));
+        }
+        store<VECTORS>(static_cast<scalar*>(p.y) + at(i, b) * p.ldy + column + v * V, y[b][v], left(i, b) - v * V);
+      }
+  }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename scalar, bool TRANSPOSED>
+void launch(const LowRank& p, const Tensor& like, cudaStream_t stream) {
+  constexpr int V = kVector<scalar>;
+  const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r;
+  Arguments a{p};
+  a.adapters = static_cast<int>(p.rows.ids ? 1 : T), a.chunks = static_cast<int>(ceil_div(r, kChunk));
+  a.width = a.adapters * a.chunks * kChunk, a.columns = static_cast<int>(padded_rank(r));
+  a.idle = p.h || p.y != p.y0 || p.ldy != p.ldy0;
+  // Of so many places, each with a row, if all rows that are left join those whose tiles are full.
+  const auto most_tiles = [&](int64_t places) {
+    if (!p.rows.ids) return ceil_div(M, kTile);
+    places = std::min(M, places);
+    return places + (M - places) / kTile;
+  };
+  // A part of K is a unit for each warp, or more where there are more blocks than run at once.
+  const int64_t tiles = most_tiles(T), units = ceil_div(p.K, kWarps * kUnit<scalar>);
+  const int64_t blocks = tiles * a.width / kChunk, most = 4 * multiprocessors();
+  const int64_t each = std::max({units * blocks / most, ceil_div(units, kMaxParts), int64_t{1}});
+  a.parts = static_cast<int>(ceil_div(units, each));
+  const Tensor partial = allocate(like, {a.parts, M, a.width}, ScalarType::Float);
+  a.partial = static_cast<float*>(partial.mutable_data_ptr());
+
+  const int64_t bytes = p.N * r * static_cast<int64_t>(sizeof(scalar));
+  a.ahead = aligned(p.up) && bytes % 16 == 0 && std::min(tiles, T) * bytes <= kAhead && bytes < a.parts << 20;
+
+  const bool x_vectors =
+      aligned(p.x) && aligned(p.down) && p.K % V == 0 && p.ldx % V == 0 && (!TRANSPOSED || r % 2 == 0);
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(a.parts),
+                  static_cast<unsigned>(a.width / kChunk));
+  const auto shrink = x_vectors ? &shrink_kernel<scalar, TRANSPOSED, true> : &shrink_kernel<scalar, TRANSPOSED, false>;
+  shrink<<<grid, kThreads, 0, stream>>>(a);
+  check_launch("few_rows");
+
+  const bool y_vectors = aligned(p.y) && aligned(p.y0) && aligned(p.up) && p.N % V == 0 && p.ldy % V == 0 &&
+                         p.ldy0 % V == 0 && (TRANSPOSED || r % 4 == 0);
+  const auto expand = y_vectors ? &expand_kernel<scalar, TRANSPOSED, true> : &expand_kernel<scalar, TRANSPOSED, false>;
+  launch_overlapped("few_rows", expand, most_tiles(T + 1) * std::max<int64_t>(ceil_div(p.N, kColumns), 1), kThreads,
+                    kTile * padded(a.width) * sizeof(scalar), stream, true, a);
+}
+
+}  // namespace
+
+void few_rows(const LowRank& p, const Tensor& like, cudaStream_t stream) {
+  dispatch("few_rows", p.dtype, [&](auto tag) {
+    using scalar = decltype(tag);
+    PLORA_CHECK(sizeof(scalar) < 8, "few_rows: float64 has no kernel");
+    if constexpr (sizeof(scalar) < 8)
+      p.down_transposed ? launch<scalar, true>(p, like, stream) : launch<scalar, false>(p, like, stream);
+  });
+}
+
+}  // namespace plora::cuda
