@@ -46,8 +46,9 @@ def rounding(
         total = i > 0 and exact.dim() == 1
         size = cotangent.double().norm() * (y.norm() if total else 10)
         allowed = allowed + (1e-15 if wide else 1e-7) * size
-        if total:  # of terms that were rounded to the dtype of y, one by one
-            allowed = allowed + torch.finfo(y_dtype).eps / max(y.numel(), 1) ** 0.5 * size
+        if total:  # of terms that were rounded to the dtype of y, one by one, or, where h was, a row's together
+            rows = (cotangent.double() * y).flatten(0, -2).sum(1).norm() if y.dim() > 1 else 0
+            allowed = allowed + torch.finfo(y_dtype).eps * (size / max(y.numel(), 1) ** 0.5 + rows)
     return allowed
 
 

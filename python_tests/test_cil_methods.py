@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from plora_ext.cil import Images, Result, Settings, run
+from plora_ext.cil import Images, PLoRA, Result, Settings, run
 from plora_ext.cil.alignment import align, class_means
 from plora_ext.cil.build import pick_device
 from plora_ext.cil.callbacks import Callback
@@ -46,6 +46,26 @@ def backbone() -> Backbone:
 def learn(images: Images, callbacks=(), make=None, **settings) -> Result:
     quick = {"increment": 2, "r": 4, "epochs": 4, "batch_size": 16, "lr": 5e-3, "device": "cpu", "augment": False}
     return run(Settings(**{**quick, **settings}), data=images, backbone=backbone(), callbacks=callbacks, make=make)
+
+
+@pytest.mark.parametrize(("init", "start"), [("first", "task0"), ("newest", "task1"), ("fresh", None)])
+def test_where_an_adapter_starts(init: str, start: str | None) -> None:
+    net = PLoRA(backbone().model, r=2, init=init)
+    for value in (1.0, 2.0):
+        name = net.add_adapter()
+        for p in net.adapters.parameters(name):
+            torch.nn.init.constant_(p, value)
+    net.add_adapter()
+    made, older = ([p.detach() for p in net.adapters.parameters(name)] for name in ("task2", start or "task0"))
+    assert all(map(torch.equal, made, older)) == (start is not None)
+
+
+def test_cutmix_trains_and_repeats(images: Images) -> None:
+    first, again, plain = (learn(images, cutmix=share, scale=4.0) for share in (0.5, 0.5, 0.0))
+    assert first.curve == again.curve
+    assert first.curve[-1] > 1.5 * 100 / CLASSES
+    a, b = (next(iter(r.learner.method.adapters.parameters("task0"))) for r in (first, plain))
+    assert not torch.equal(a, b)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import plora_ext.data
-from plora_ext.data import Images, backbone, create_backbone, load_icon100, random_affine, sets, to_tensor
+from plora_ext.data import Images, backbone, create_backbone, cutmix, load_icon100, random_affine, sets, to_tensor
 
 FOLDER = Path(plora_ext.data.__file__).parent
 PERMISSIVE = {"MIT", "Apache-2.0", "ISC", "BSD-2-Clause", "BSD-3-Clause", "OFL-1.1", "Unlicense", "CC0-1.0"}
@@ -111,6 +111,21 @@ def test_to_tensor_keeps_pixels_at_the_own_size() -> None:
 def test_to_tensor_refuses_other_images(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"images must be uint8 of shape \[N, H, W, 3\], got torch\."):
         to_tensor(images, 8, HALF, HALF)
+
+
+def test_cutmix_labels_what_an_image_shows() -> None:
+    """Image i is i everywhere, so that the part of each class can be counted."""
+    torch.manual_seed(0)
+    labels = torch.tensor([2, 0, 1, 1])
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    for _ in range(20):
+        mixed, parts = cutmix(images, labels, 3, 1.0)
+        for i in range(4):
+            shown = labels[mixed[i, 0].long()].flatten()
+            assert {i, (i - 1) % 4} >= set(mixed[i].unique().tolist())
+            assert parts[i] == pytest.approx((torch.bincount(shown, minlength=3) / 64).tolist(), abs=1e-6)
+    same, parts = cutmix(images, labels, 3, 0.0)
+    assert torch.equal(same, images) and parts.tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 1, 0]]
 
 
 def test_random_affine_is_deterministic_under_a_generator() -> None:

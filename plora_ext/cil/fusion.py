@@ -54,6 +54,16 @@ def coefficients(
     return given
 
 
+def start(init: str, names: Sequence[str]) -> str | None:
+    """The adapter, among those of earlier tasks, that a new one starts from; None: from nothing.
+
+    From the newest one, adapters are points along one path of training and `mean` is the mean of that path (stochastic
+    weight averaging, Izmailov et al., UAI 2018, with a point for each task).
+    """
+    chosen = {"first": names[:1], "newest": names[-1:]}.get(init)
+    return chosen[0] if chosen else None
+
+
 @torch.no_grad()
 def to_directions(parameters: Sequence[nn.Parameter]) -> None:
     """Scales the A and the B of every layer to Frobenius norm 1, in place: SD-LoRA keeps only their direction."""

@@ -152,7 +152,7 @@ class _Adapted(Method):
     def _add_adapter(self, task: Task) -> str:
         """A new adapter; it alone is active and trains."""
         name = f"task{task.index}"
-        self.adapters.add_adapter(name, init_from="task0" if task.index and self.settings.init == "first" else None)
+        self.adapters.add_adapter(name, init_from=fusion.start(str(self.settings.init), self.adapters.names))
         return name
 
 

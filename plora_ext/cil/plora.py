@@ -46,7 +46,7 @@ class PLoRA(nn.Module):
         scale: factor of the cosines.
         num_features: D; default `backbone.num_features`, as timm's models have it.
         lora_dropout: as in `plora_ext.nn.inject`.
-        init: "first": a new adapter starts from task 0's; "fresh": from nothing.
+        init: "first": a new adapter starts from task 0's; "newest": from the last task's; "fresh": from nothing.
 
     Attributes:
         adapters: one for each task, "task0" first.
@@ -107,7 +107,7 @@ class PLoRA(nn.Module):
         """A new adapter, by its name; it alone is active and trains."""
         names = self.adapters.names
         name = f"task{len(names)}"
-        self.adapters.add_adapter(name, init_from=names[0] if names and self.init == "first" else None)
+        self.adapters.add_adapter(name, init_from=fusion.start(self.init, names))
         return name
 
     @torch.no_grad()

@@ -109,8 +109,10 @@ class Settings:
     onto: Literal["base", "fused"] | None = _setting(
         None, "train a new adapter on the frozen backbone or on the fused model (null: base, or what fusion needs)"
     )
-    init: Literal["first", "fresh", "inflora"] | None = _setting(
-        None, "start a new adapter from task 0's, from nothing, or as InfLoRA does (null: first on base, else fresh)"
+    init: Literal["first", "newest", "fresh", "inflora"] | None = _setting(
+        None,
+        "start a new adapter from task 0's, from the newest one, from nothing, or as InfLoRA does (null: first on "
+        "base, else fresh)",
     )
     subspace: float = _setting(0.95, "init inflora: share of a layer's inputs to protect, after the first task")
 
@@ -139,6 +141,7 @@ class Settings:
     weight_decay: float = _setting(0.0, "weight decay of the adapters")
     scale: float = _setting(16.0, "scale of the cosine logits while training")
     augment: bool = _setting(True, "augment training images")
+    cutmix: float = _setting(0.0, "share of the training batches in which images get a rectangle of another (CutMix)")
 
     eval_batch_size: int = _setting(256, "images per pass when no gradient is needed", "evaluation and the machine")
     ensemble_memory: float | None = _setting(
@@ -193,7 +196,8 @@ class Settings:
                 value = getattr(self, name)
                 _require(value is None or holds(value), name, wanted, value)
         _require(0 < self.subspace <= 1, "subspace", "in (0, 1]", self.subspace)
-        _require(0 <= self.shrinkage <= 1, "shrinkage", "in [0, 1]", self.shrinkage)
+        for name in ("shrinkage", "cutmix"):
+            _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
         memory = self.ensemble_memory
         _require(memory is None or memory > 0, "ensemble_memory", "above 0 or null", memory)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)

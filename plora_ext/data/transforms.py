@@ -123,3 +123,26 @@ def random_affine(
     grid = torch.stack(torch.broadcast_tensors(grid_x, grid_y), dim=-1)
     moved = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return moved.to(images.dtype)
+
+
+def cutmix(images: Tensor, labels: Tensor, num_classes: int, share: float) -> tuple[Tensor, Tensor]:
+    """With probability `share` the images with a rectangle of the batch's next one each, and what they then show.
+
+    CutMix (Yun et al., ICCV 2019), by torchvision: the rectangle is a part of the image uniform in [0, 1]. Numbers are
+    drawn from torch's global CPU generator.
+
+    Args:
+        images: float [N, C, H, W].
+        labels: int64 [N] in 0 ... num_classes - 1.
+        num_classes: width of the result.
+        share: in [0, 1].
+
+    Returns:
+        images, and float32 [N, num_classes]: the part of an image that is of a class; rows sum to 1.
+    """
+    from torchvision.transforms import v2
+
+    if torch.rand(()) < share:
+        mixed: tuple[Tensor, Tensor] = v2.CutMix(num_classes=num_classes)(images, labels)
+        return mixed
+    return images, F.one_hot(labels, num_classes).float()
