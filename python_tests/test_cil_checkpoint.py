@@ -424,6 +424,7 @@ def test_paths_are_those_of_the_folder_where_the_run_began(
     capsys.readouterr()
     for file in ("toy.npz", "w.pth"):
         (tmp_path / "begun" / file).rename(tmp_path / "away" / file)
+    Path("predictions.csv").unlink()
     assert main(["predict", str(run_), "a.png"]) == 2
     assert "weights must be a file" in (said := capsys.readouterr().err) and f"{tmp_path}/else/w.pth" in said
     moved = ["--weights", str(tmp_path / "away" / "w.pth")]

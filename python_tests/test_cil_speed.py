@@ -431,7 +431,7 @@ def test_settings_of_speed() -> None:
     for bad, message in (
         ({"amp": "fp16"}, "unknown amp 'fp16'; did you mean 'float16'?"),
         ({"transform_on": "gpu"}, "unknown transform_on 'gpu'"),
-        ({"compile": 1}, "compile must be bool, got 1"),
+        ({"compile": 1}, "compile must be true or false, got 1"),
     ):
         with pytest.raises(ValueError) as error:
             Settings(**bad)

@@ -43,6 +43,7 @@ _SYNONYMS = {
     "num_train_epochs": "epochs", "rank": "r", "lora_r": "r", "lora_rank": "r", "alpha": "lora_alpha",
     "dropout": "lora_dropout", "dataset": "data", "model": "backbone", "model_name": "backbone", "output": "out",
     "output_dir": "out", "num_workers": "workers", "wd": "weight_decay", "opt": "optimizer", "init_classes": "init_cls",
+    "fp16": "float16", "half": "float16", "bf16": "bfloat16",
 }  # fmt: skip
 _ORDERS = {None: "shuffled", "none": "sorted"}  # words of class_order in files and checkpoints of before
 
