@@ -222,3 +222,10 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert Settings.load("~/a.yaml").r == 3
     with pytest.raises(IsADirectoryError, match=rf"cannot read settings from {tmp_path} \(Is a directory\)"):
         Settings.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["shrinkage", "cutmix"])
+@pytest.mark.parametrize("value", [-0.1, 1.5])
+def test_shares_lie_in_the_unit_interval(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} must be in \[0, 1\], got {value}$"):
+        Settings(**{name: value})
