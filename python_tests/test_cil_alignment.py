@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from plora_ext.cil import metrics
-from plora_ext.cil.alignment import ALIGNMENTS, Drift, align, class_means, drift_map, solve_ridge
+from plora_ext.cil.alignment import (
+    ALIGNMENTS,
+    LOCAL_RIDGE,
+    Drift,
+    align,
+    class_means,
+    drift_map,
+    solve_ridge,
+)
 from plora_ext.cil.fusion import coefficients, to_directions
 
 TAU, RIDGE = 0.07, 0.2
@@ -39,7 +47,15 @@ def by_hand(name: str, old: Tensor, before: Tensor, after: Tensor, labels: Tenso
         grown = np.exp(cosines / TAU)
         return grown / grown.sum(1, keepdims=True)
 
+    def local(c: int) -> np.ndarray:
+        cosines = f @ p[c] / np.linalg.norm(f, axis=1) / np.linalg.norm(p[c])
+        near = np.diag(np.exp((cosines - cosines.max()) / TAU))
+        gram = f.T @ near @ f
+        regular = gram + LOCAL_RIDGE * np.mean(np.diag(gram)) * np.eye(8)
+        return p[c] @ (moved + np.linalg.solve(regular, f.T @ near @ (g - f @ moved)))
+
     return {
+        "local": np.stack([local(c) for c in range(len(p))]),
         "none": p,
         "complement": weights(new_old) @ new_new,
         "shift": p + weights(new_old) @ (new_new - new_old),
@@ -62,7 +78,7 @@ def test_without_drift_prototypes_stay(name: str, drift: tuple[Tensor, Tensor, T
     torch.testing.assert_close(align(name, old, before, before, labels), old)
 
 
-@pytest.mark.parametrize("name", ["ridge", "semantic"])
+@pytest.mark.parametrize("name", ["ridge", "semantic", "local"])
 def test_a_linear_drift_is_recovered(name: str, drift: tuple, generator: torch.Generator) -> None:
     old, before, _, labels = drift
     moved = torch.eye(8) + 0.4 * torch.randn(8, 8, generator=generator)
@@ -151,6 +167,11 @@ def test_one_image_and_none(name: str, generator: torch.Generator) -> None:
     old, before, after = (torch.randn(n, 6, generator=generator) for n in (4, 1, 1))
     move = after - before
     share = (old @ before.T) / before.square().sum() / (1 + RIDGE / 6)
+
+    def one_share(ridge: float) -> float:
+        """What a ridge finds of the drift of the only image."""
+        return 1 / (1 + ridge / 6)
+
     expected = {
         "none": old,
         "complement": after.expand(4, 6),
@@ -158,6 +179,7 @@ def test_one_image_and_none(name: str, generator: torch.Generator) -> None:
         "sdc": old + move,
         "ridge": old + share * move,
         "semantic": old + move + (share - 1 / (1 + RIDGE / 6)) * move,
+        "local": old + share * (1 + RIDGE / 6) * (1 - (1 - one_share(RIDGE)) * (1 - one_share(LOCAL_RIDGE))) * move,
     }[name]
     one = align(name, old, before, after, torch.zeros(1, dtype=torch.int64), tau=TAU, ridge=RIDGE)
     torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
@@ -167,6 +189,34 @@ def test_one_image_and_none(name: str, generator: torch.Generator) -> None:
             align(name, *nothing)
     else:
         assert torch.equal(align(name, *nothing), old)
+
+
+def test_covariances_follow_the_maps(drift: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    old, before, after, labels = drift
+    held = torch.stack([torch.diag(torch.arange(1.0, 9) + c) for c in range(5)])
+    for name in ALIGNMENTS:
+        sums = Drift(name, old, 3, tau=TAU, ridge=RIDGE, covariances=held)
+        sums.add(before, after, labels)
+        aligned = sums.align()
+        assert sums.covariances is not None
+        if name in ("none", "complement", "shift", "sdc"):
+            assert torch.equal(sums.covariances, held)
+            continue
+        maps = list(sums.local_maps()) if name == "local" else [sums.map()] * 5
+        if name != "semantic":
+            torch.testing.assert_close(aligned, torch.stack([(p.double() @ m).float() for p, m in zip(old, maps)]))
+        expected = torch.stack([m.T @ torch.diag(torch.arange(1.0, 9) + c).double() @ m for c, m in enumerate(maps)])
+        torch.testing.assert_close(sums.covariances, expected.float())
+    assert held[0, 0, 0] == 1  # the head's own are not written to
+
+
+def test_images_of_no_class_tell_of_the_drift_only(drift: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    old, before, after, labels = drift
+    with_them = Drift("local", old, 3, tau=TAU, ridge=RIDGE)
+    with_them.add(before[:20], after[:20], labels[:20])
+    with_them.add(before[20:], after[20:], None)
+    torch.testing.assert_close(with_them.align(), align("local", *drift, tau=TAU, ridge=RIDGE))
+    assert torch.equal(with_them.means()[1], class_means(after[:20], labels[:20], 3))
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-17, 0.1])

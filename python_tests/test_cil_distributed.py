@@ -130,6 +130,7 @@ CASES = [
     *(v for v in VARIANTS if "lora_dropout" not in v),
     {"method": "plora", "alignment": "sdc", "batch_size": 7},  # the last batch of 15 or 16 images is one or two
     {"method": "plora", "optimizer": "sgd", "batch_size": 5, "fusion": "similarity"},
+    {"method": "plora", "alignment": "local", "sought": 5, "head": "gaussian", "distill": 0.5},
     {"method": "plora", "transform": "pilot", "transform_on": "device", "measure_drift": True},
 ]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plora_ext.cil import Settings
-from plora_ext.cil.alignment import align, class_means, drift_map
+from plora_ext.cil.alignment import Drift, align, class_means, drift_map
 from plora_ext.cil.heads import HEADS, Head, create_head
 from plora_ext.cil.heads.ranpac import RIDGES, best_ridge, spectrum
 
@@ -38,7 +38,11 @@ def taught(name: str, moves: Tensor | None = None, **settings) -> tuple:
     after, y2 = blobs(range(3, 5))
     before = None if moves is None else after @ torch.linalg.inv(moves)
     if before is not None:
+        drift = Drift(s.alignment, prototypes, 2, ridge=s.ridge, covariances=head.covariances)
+        drift.add(before, after, y2)
         prototypes = align("ridge", prototypes, before, after, y2, ridge=s.ridge)
+        drift.align()
+        head.follow(drift)
         x = x @ moves
     prototypes = torch.cat([prototypes, class_means(after, y2, 2)])
     head.learn(prototypes, before, after, y2)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
-from plora_ext.cil import Images, PLoRA, Result, Settings, run
+from plora_ext.cil import Images, PLoRA, Result, Settings, run, sought, training
 from plora_ext.cil.alignment import align, class_means
 from plora_ext.cil.build import pick_device
 from plora_ext.cil.callbacks import Callback
@@ -17,7 +18,7 @@ from plora_ext.cil.methods import METHODS, Method, PLoRAFused
 from plora_ext.cil.speed import Speed
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer
-from plora_ext.data import Backbone, View
+from plora_ext.data import Backbone, View, quarter_turns
 from plora_ext.nn import MultiLoRALinear
 
 CLASSES = 6
@@ -66,6 +67,51 @@ def test_cutmix_trains_and_repeats(images: Images) -> None:
     assert first.curve[-1] > 1.5 * 100 / CLASSES
     a, b = (next(iter(r.learner.method.adapters.parameters("task0"))) for r in (first, plain))
     assert not torch.equal(a, b)
+
+
+def test_turned_classes_are_classes_of_their_own(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a batch is turned, and the classifier of a task has a direction for every class and turn."""
+    first, again = (learn(images, rotations=True, cutmix=0.5, scale=4.0) for _ in range(2))
+    assert first.curve == again.curve and first.curve[-1] > 1.5 * 100 / CLASSES
+    seen: list[Tensor] = []
+
+    def watched(batch: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        turned = quarter_turns(batch, labels, number)
+        seen.append(turned[1])
+        return turned
+
+    monkeypatch.setattr(training, "quarter_turns", watched)
+    learn(images, rotations=True, epochs=1)
+    for wanted in seen:
+        each = len(wanted) // 6
+        assert torch.bincount(wanted // 2, minlength=4).tolist() == [len(wanted) - 3 * each, each, each, each]
+
+
+def test_distillation_holds_features_near_those_of_before(images: Images) -> None:
+    """The stronger, the less an image's feature moves; task 0 has no model before it."""
+    moved = []
+    for weight in (0.0, 1.0, 100.0):
+        result = learn(images, distill=weight, measure_drift=True, alignment="none", scale=4.0)
+        moved.append(result.drift[-1]["after"])
+    assert moved[0] > moved[1] > 2 * moved[2]
+    plain, first = (learn(images, distill=w, tasks=[list(range(6))], epochs=1) for w in (0.0, 9.0))
+    assert plain.curve == first.curve
+    a, b = (next(iter(r.learner.method.adapters.parameters("task0"))) for r in (plain, first))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_images_are_sought_for_old_classes(head: str, images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as asked for, once for each task after the first; training is the same without them."""
+    aims, move = [], sought.move
+    monkeypatch.setattr(sought, "move", lambda x, z, model: aims.append(len(z)) or move(x, z, model))
+    learned = [learn(images, alignment="local", sought=n, head=head, projections=100, epochs=1) for n in (7, 0)]
+    assert aims == [14, 28]
+    assert all(r.curve[-1] > 1.5 * 100 / CLASSES for r in learned)
+    a, b = ([*r.learner.method.adapters.parameters("task2")] for r in learned)
+    assert all(map(torch.equal, a, b))
+    p, q = (r.learner.method.prototypes for r in learned)
+    assert not torch.equal(p[:4], q[:4]) and torch.equal(p[4:], q[4:])
 
 
 @pytest.mark.parametrize("method", METHODS)

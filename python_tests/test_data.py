@@ -14,7 +14,17 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import plora_ext.data
-from plora_ext.data import Images, backbone, create_backbone, cutmix, load_icon100, random_affine, sets, to_tensor
+from plora_ext.data import (
+    Images,
+    backbone,
+    create_backbone,
+    cutmix,
+    load_icon100,
+    quarter_turns,
+    random_affine,
+    sets,
+    to_tensor,
+)
 
 FOLDER = Path(plora_ext.data.__file__).parent
 PERMISSIVE = {"MIT", "Apache-2.0", "ISC", "BSD-2-Clause", "BSD-3-Clause", "OFL-1.1", "Unlicense", "CC0-1.0"}
@@ -126,6 +136,18 @@ def test_cutmix_labels_what_an_image_shows() -> None:
             assert parts[i] == pytest.approx((torch.bincount(shown, minlength=3) / 64).tolist(), abs=1e-6)
     same, parts = cutmix(images, labels, 3, 0.0)
     assert torch.equal(same, images) and parts.tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 1, 0]]
+
+
+def test_quarter_turns() -> None:
+    for number in (1, 5, 6, 16, 33):
+        images, labels, n = torch.randn(number, 3, 4, 4), torch.arange(number) % 5, number // 6
+        turned, renamed = quarter_turns(images, labels, 5)
+        assert turned.shape == images.shape and torch.equal(renamed % 5, labels)
+        upright = number - 3 * n
+        assert torch.equal(turned[:upright], images[:upright]) and torch.equal(renamed[:upright], labels[:upright])
+        for k in (1, 2, 3):
+            part = slice(upright + (k - 1) * n, upright + k * n)
+            assert torch.equal(turned[part].rot90(-k, (2, 3)), images[part]) and bool((renamed[part] // 5 == k).all())
 
 
 def test_random_affine_is_deterministic_under_a_generator() -> None:

@@ -242,9 +242,17 @@ def test_frozen_stays_what_the_model_was(autocast: bool) -> None:
             assert torch.equal(old(x[:1]), old(x)[:1]) or autocast
     assert adapters.active == adapters.names
     adapters.merge()
-    for use in (adapters.frozen, lambda: old(x)):
-        with pytest.raises(RuntimeError, match="merged"):
-            use()
+    with pytest.raises(RuntimeError, match="merged"):
+        adapters.frozen()
+    with torch.autocast("cpu", enabled=autocast):
+        assert torch.equal(old(x), y)  # it has weights of its own
+    assert not old(x).requires_grad
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(old(x)[:, 0].sum(), x)
+    assert gradient.abs().sum() > 0
+    adapters.unload(merge=False)
+    with pytest.raises(RuntimeError, match="unloaded"):
+        old(x)
 
 
 def test_frozen_where_the_model_reads_weights_itself() -> None:

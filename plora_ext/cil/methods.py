@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext import ops
-from plora_ext.cil import fusion
+from plora_ext.cil import fusion, sought
 from plora_ext.cil.alignment import Drift, class_means
 from plora_ext.cil.checkpoint import adapters_state, restore_adapters, to_device
 from plora_ext.cil.features import space_fingerprints
@@ -143,11 +143,18 @@ class _Adapted(Method):
         restore_adapters(self.adapters, state)
         super().restore(state)
 
-    def _fit(self, task: Task, images: View, labels: Tensor, extra: tuple[Tensor, ...] = ()) -> None:
+    def _fit(
+        self,
+        task: Task,
+        images: View,
+        labels: Tensor,
+        extra: tuple[Tensor, ...] = (),
+        teacher: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         newest = self.adapters.parameters(self.adapters.names[-1])
         parameters = [*(p for p in newest if p.requires_grad), *extra]
         with self.trainer.phases("train"), lower_on_exhaustion("batch_size in a new run"), self.trainer.speed.passes():
-            self.trainer.fit(task.index, parameters, images, labels, len(task.classes))
+            self.trainer.fit(task.index, parameters, images, labels, len(task.classes), teacher)
 
     def _add_adapter(self, task: Task) -> str:
         """A new adapter; it alone is active and trains."""
@@ -228,9 +235,9 @@ class PLoRAFused(_Adapted):
             return
         s, older = self.settings, (self.adapters.names, self.coefficients)
         # `learned` goes on to change the older adapters; elsewhere they need not be held as weights while one trains.
-        before = self._frozen() if s.fusion == "learned" else None
-        self.train_and_fuse(task, images, labels)
-        drift = self.net.drift(range(len(self.prototypes)), len(task.classes))
+        before = self._frozen() if s.fusion == "learned" or s.distill else None
+        self.train_and_fuse(task, images, labels, before if s.distill else None)
+        drift = self.net.drift(range(len(self.prototypes)), len(task.classes), self.head.covariances)
         with self.trainer.phases("prototypes"):
             if before is None:
                 self.adapters.set_adapter(*older)
@@ -239,7 +246,8 @@ class PLoRAFused(_Adapted):
             features = self._read_both(before, images, labels, drift)
         with self.trainer.phases("align"):
             self.prototypes = torch.cat([drift.align(), drift.means()[1]])
-        if features is not None:
+        if features is not None and self.head.learns:
+            self.head.follow(drift)
             self._teach(features[:, 0], features[:, 1], labels)
 
     def _frozen(self) -> Callable[[Tensor], Tensor]:
@@ -253,17 +261,28 @@ class PLoRAFused(_Adapted):
         """Feeds `drift` an image's features under the model `before` and under the present one, from one look at it.
 
         Returns:
-            Features [n, 2, D] of all images where a head learns from them, else nothing.
+            Features [n, 2, D] of all images where a head learns from them, or images are sought by them, else nothing.
         """
         own, kept, after = self.world.rows(len(images)), [], self._frozen()
+        seeks = drift.kind.rows and self.settings.sought > 0
         parts = labels[own.to(labels.device)].split(self.settings.eval_batch_size)
         both = self.trainer.read(images[own], lambda batch: torch.stack([before(batch), after(batch)], 1))
         for features, part in zip(both, parts, strict=True):
             drift.add(features[:, 0], features[:, 1], part)
-            if self.head.learns:
+            if self.head.learns or seeks:
                 kept.append(features)
         drift.gather(self.world)
-        return self.world.gather(torch.cat(kept), len(images)) if kept else None
+        gathered = self.world.gather(torch.cat(kept), len(images)) if kept else None
+        if gathered is not None and seeks:
+            starts, wanted = sought.targets(drift.prototypes, gathered[:, 0], labels, self.settings.sought)
+            mine = self.world.rows(len(starts))
+            found, aims = [gathered[:0]], wanted[mine.to(wanted.device)].split(self.settings.eval_batch_size)
+            for batch, aim in zip(images[starts[mine]].split(self.settings.eval_batch_size), aims, strict=True):
+                moved = sought.move(batch, aim, before)
+                found.append(torch.stack([before(moved), after(moved)], 1).float())
+            pairs = self.world.gather(torch.cat(found), len(starts))
+            drift.add(pairs[:, 0], pairs[:, 1], None)
+        return gathered
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "subspaces": self.subspaces.bases}
@@ -273,8 +292,14 @@ class PLoRAFused(_Adapted):
         self.subspaces.bases = to_device(state["subspaces"], self.trainer.device)
         self.activate()
 
-    def train_and_fuse(self, task: Task, images: View, labels: Tensor) -> None:
-        """Trains the task's adapter, alone or beside the others, and fuses all of them."""
+    def train_and_fuse(
+        self, task: Task, images: View, labels: Tensor, teacher: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Trains the task's adapter, alone or beside the others, and fuses all of them.
+
+        Args:
+            teacher: Gives the features to stay near, as far as the setting `distill` asks for it.
+        """
         s = self.settings
         if s.fusion == "similarity":
             with self.trainer.phases("prototypes"), self.adapters.disabled():
@@ -287,7 +312,7 @@ class PLoRAFused(_Adapted):
             # 0.8 is where SD-LoRA starts its magnitudes.
             magnitudes = nn.Parameter(torch.full((len(older) + 1,), 0.8, device=self.trainer.device))
             self.adapters.set_adapter([*older, name], magnitudes)
-            self._fit(task, images, labels, (magnitudes,))
+            self._fit(task, images, labels, (magnitudes,), teacher)
             self.coefficients = fusion.coefficients("learned", len(older) + 1, magnitudes=magnitudes.detach())
         else:
             means = torch.stack(self.task_means) if self.task_means else None
@@ -296,7 +321,7 @@ class PLoRAFused(_Adapted):
                 self.adapters.set_adapter([*older, name], self.coefficients)
             if s.init == "inflora":  # the new B is zero: these are the inputs of the model before the task
                 self.subspaces.design(self.adapters, name, self._input_grams(images))
-            self._fit(task, images, labels)
+            self._fit(task, images, labels, (), teacher)
             if s.init == "inflora":
                 assert self.trainer.num_tasks is not None  # a learner asks for it
                 share = share_after(task.index, self.trainer.num_tasks, s.subspace)

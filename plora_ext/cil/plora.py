@@ -154,13 +154,15 @@ class PLoRA(nn.Module):
         self.coefficients = fusion.coefficients("mean", len(names)) if coefficients is None else coefficients
         self.adapters.set_adapter(names, self.coefficients)
 
-    def drift(self, known: Sequence[int], num_classes: int) -> Drift:
+    def drift(self, known: Sequence[int], num_classes: int, covariances: Tensor | None = None) -> Drift:
         """What tells how the prototypes of the classes `known` move, once it has seen the images of a task.
 
         Args:
             num_classes: the task's classes.
+            covariances: of the classes `known`, to move along.
         """
-        return Drift(self.alignment, self.bank.select(known), num_classes, tau=self.tau, ridge=self.ridge)
+        old, rule = self.bank.select(known), self.alignment
+        return Drift(rule, old, num_classes, tau=self.tau, ridge=self.ridge, covariances=covariances)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] among all classes seen; in training mode among those of the task that is trained."""

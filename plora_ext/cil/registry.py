@@ -32,6 +32,7 @@ class Alignment(NamedTuple):
     rule: Callable[[Any], Any]
     linear: bool = False
     images: bool = False
+    rows: bool = False
 
 
 def register_method(name: str) -> Callable[[T], T]:
@@ -44,15 +45,18 @@ def register_head(name: str) -> Callable[[T], T]:
     return lambda made: _add("head", name, made, made)
 
 
-def register_alignment(name: str, *, linear: bool = False, images: bool = False) -> Callable[[T], T]:
+def register_alignment(
+    name: str, *, linear: bool = False, images: bool = False, rows: bool = False
+) -> Callable[[T], T]:
     """Decorates a function of a `plora_ext.cil.alignment.Drift` that gives the old prototypes [C, D] in the new space.
 
     Args:
         name: What `alignment: name` then means.
         linear: It reads `gram` and `cross`; covariances and the sums of head ranpac follow their linear drift map.
         images: It reads `moved` and `weight`.
+        rows: It asks for `local_maps`, and moves `covariances`, if there are any, by itself.
     """
-    return lambda made: _add("alignment", name, Alignment(made, linear, images), made)
+    return lambda made: _add("alignment", name, Alignment(made, linear, images, rows), made)
 
 
 def register_backbone(name: str) -> Callable[[T], T]:

@@ -27,7 +27,7 @@ MethodName = Literal["plora", "plora-ensemble", "simplecil", "lora-sequential", 
 _LEAST = (  # what settings must be, where they are not null
     ("at least 1", lambda v: v >= 1, "increment r epochs batch_size eval_batch_size projections replay_epochs"),
     ("at least 1", lambda v: v >= 1, "image_size"),
-    ("at least 0", lambda v: v >= 0, "init_cls ridge ensemble_alpha weight_decay workers"),
+    ("at least 0", lambda v: v >= 0, "init_cls ridge ensemble_alpha weight_decay workers sought distill"),
     ("above 0", lambda v: v > 0, "fusion_tau tau ensemble_tau lr scale"),
 )
 _PATHS = (
@@ -121,8 +121,11 @@ class Settings:
         "mean", "rule of the adapters' coefficients", "fusion, prototypes and head"
     )
     fusion_tau: float = _setting(0.1, "temperature of fusion: similarity")
-    alignment: Literal["none", "complement", "shift", "sdc", "ridge", "semantic"] = _setting(
-        "semantic", "how old prototypes follow the fused model"
+    alignment: Literal["none", "complement", "shift", "sdc", "ridge", "semantic", "local"] = _setting(
+        "semantic", "how old prototypes, and the covariances that a head keeps, follow the fused model"
+    )
+    sought: int = _setting(
+        10, "alignment local: images moved to where an old class is, for each (plora_ext.cil.sought)"
     )
     tau: float = _setting(0.05, "temperature of the similarities between prototypes in the alignment")
     ridge: float = _setting(0.1, "ridge strength of the drift map, relative to the mean of diag(F'F)")
@@ -142,6 +145,10 @@ class Settings:
     weight_decay: float = _setting(0.0, "weight decay of the adapters")
     scale: float = _setting(16.0, "scale of the cosine logits while training")
     augment: bool = _setting(True, "augment training images")
+    rotations: bool = _setting(
+        False, "turn half of a training batch by 90, 180 and 270 degrees, as classes of their own"
+    )
+    distill: float = _setting(0.0, "method plora: weight of the features' distance to those of the fused model before")
     cutmix: float = _setting(0.0, "share of the training batches in which images get a rectangle of another (CutMix)")
 
     eval_batch_size: int = _setting(256, "images per pass when no gradient is needed", "evaluation and the machine")

@@ -75,13 +75,13 @@ class Speed:
         switches = {"tf32": s.tf32, "channels_last": s.channels_last, "compile": s.compile}
         return s.amp, *(name for name, on in switches.items() if on)
 
-    def forward(self, images: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
-        """`model(images)` in float32."""
+    def forward(self, images: Tensor, model: Callable[[Tensor], Tensor], compiled: bool = True) -> Tensor:
+        """`model(images)` in float32; not `compiled`: whatever the settings say."""
         if self.settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         gradients = torch.is_grad_enabled()
         self._largest[gradients] = max(self._largest[gradients], len(images))
-        with self._eager(len(images) < self._largest[gradients]), self.autocast():
+        with self._eager(not compiled or len(images) < self._largest[gradients]), self.autocast():
             return model(images).float()
 
     def autocast(self) -> torch.autocast:

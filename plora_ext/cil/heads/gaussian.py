@@ -32,7 +32,7 @@ class Gaussian(CovarianceHead):
     """
 
     def learn(self, prototypes: Tensor, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
-        self.take_in(before, after, labels)
+        self.take_in(after, labels)
         self._factorise()
 
     def _factorise(self) -> None:

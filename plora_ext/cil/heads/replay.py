@@ -28,7 +28,7 @@ class Replay(CovarianceHead):
     """
 
     def learn(self, prototypes: Tensor, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
-        self.take_in(before, after, labels)
+        self.take_in(after, labels)
         means, number = prototypes.float(), len(prototypes)
         shared = self.covariances.mean(0).diag()
         floor = 1e-3 * shared.mean().clamp_min(1e-12) * torch.eye(means.shape[1], device=means.device)
