@@ -43,7 +43,7 @@ def classify(method: Method, images: View, rows: Tensor, classes: int, top: int 
 def predict(
     method: Method, images: View, rows: Tensor, among: Sequence[int], cache: FeatureCache | None = None
 ) -> Tensor:
-    """The class of each image of `rows` among the first `among[i]` classes seen, in every process: int64 [n, i].
+    """The class of each image of `rows` among the first `among[i]` classes seen, everywhere: int64 [n, len(among)].
 
     Args:
         cache: Keeps features of images under adapters that stay as they are.
