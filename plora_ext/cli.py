@@ -153,7 +153,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Accuracy of a run's last checkpoint on its own test images."""
+    """Accuracy of a run's last checkpoint on its own test images, or those that it held out."""
     from plora_ext.cil.checkpoint import write_whole
     from plora_ext.cil.trained import Trained
 
@@ -163,7 +163,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if not args.world.first:
         return
     print(
-        f"{args.run}: {figures['accuracy']:.2f} % over {figures['classes_seen']} classes, "
+        f"{args.run}: {figures['accuracy']:.2f} % on {figures['evaluated_on']} of {figures['classes_seen']} classes, "
         f"after {figures['tasks_learned']} of {figures['tasks']} tasks"
     )
     print("on each task:", " ".join(f"{accuracy:.1f}" for accuracy in figures["task_accuracies"]))
@@ -260,6 +260,7 @@ def _run(
     from plora_ext.cil.build import load_data, make_stream
     from plora_ext.cil.checkpoint import Checkpoint, exclusive
     from plora_ext.cil.loop import run
+    from plora_ext.cil.metrics import evaluated_on
     from plora_ext.cil.result import Result
     from plora_ext.report import files as reports
     from plora_ext.report.console import ConsoleProgress
@@ -286,10 +287,13 @@ def _run(
             for line in _odd(shown, data, stream):
                 print(f"note: {line}", file=sys.stderr)
             together = f", {world.size} processes" if world.size > 1 else ""
+            kind = "held-out" if data.held_out else "test"
             print(
-                f"{shown.data}: {len(data.train_images)} training and {len(data.test_images)} test images, "
+                f"{shown.data}: {len(data.train_images)} training and {len(data.test_images)} {kind} images, "
                 f"{stream.num_classes} classes in {len(stream)} {'task' if len(stream) == 1 else 'tasks'}{together}"
             )
+            if data.held_out:
+                print(f"evaluated on: {evaluated_on(shown.validation)}, not the test set")
         results: list[Result] = []
         with console if world.first else nullcontext():
             for job in jobs:
@@ -313,7 +317,8 @@ def _odd(settings: Settings, data: Any, stream: Any) -> list[str]:
 
     lines = []
     if number := doubles(data):
-        lines.append(f"{number} of {len(data.test_images)} test images are training images as well, byte for byte")
+        kind = "held-out" if data.held_out else "test"
+        lines.append(f"{number} of {len(data.test_images)} {kind} images are training images as well, byte for byte")
     if settings.amp == "float16" and pick_device(settings.device).type == "cpu":
         lines.append("amp float16 makes a CPU slower, not faster: it is for GPUs; bfloat16 or none")
     if settings.init_cls > stream.num_classes:

@@ -305,6 +305,62 @@ def test_settings_that_came_later_have_their_default(data: Images, tmp_path: Pat
     assert learn(data, Checkpoint(tmp_path, resume=True))[0].curve == learn(data, None)[0].curve
 
 
+@pytest.mark.parametrize("changes", [{"method": "lora-first"}, {"head": "ranpac"}])
+def test_parameters_are_known_after_a_resumed_run_too(changes: dict, data: Images, tmp_path: Path) -> None:
+    whole, _ = learn(data, None, **changes)
+    cut_after(1, data, tmp_path, **changes)
+    rewrite(tmp_path, lambda manifest: manifest["run"].pop("parameters"))  # as a version of before
+    resumed, _ = learn(data, Checkpoint(tmp_path, resume=True), **changes)
+    again, _ = learn(data, Checkpoint(tmp_path, resume=True), **changes)
+    assert resumed.parameters == again.parameters == whole.parameters and whole.parameters["trainable"] == 384
+
+
+def test_validation_makes_another_run(data: Images, tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture) -> None:
+    cut_after(0, data, tmp_path, validation=0.25)
+    for share in (0.0, 0.5):
+        with pytest.raises(ValueError, match=f"validation is 0.25 there and {share} here"):
+            learn(data, Checkpoint(tmp_path, resume=True), validation=share)
+    resumed, _ = learn(data, Checkpoint(tmp_path, resume=True), validation=0.25)
+    assert resumed.curve == learn(data, None, validation=0.25)[0].curve and resumed.num_test == 12
+
+
+def test_what_a_run_held_out_is_evaluated_again(
+    problem: list[str], tmp_path: Path, tiny: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["train", *problem, "--method", "simplecil", "--validation", "0.25", "--out", str(out)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "36 training and 12 held-out images, 6 classes in 3 tasks evaluated on: 25 % of the training images" in said
+    assert "embedded, on 25 % of the training images, accuracy in %" in said
+    run_ = json.loads((out / "metrics.json").read_text())["runs"][0]
+    assert (run_["evaluated_on"], run_["num_train"], run_["num_test"]) == ("25 % of the training images", 36, 12)
+    np.savez(tmp_path / "toy.npz", **{**arrays(), "test_images": arrays()["test_images"][:3], "test_labels": [0, 1, 2]})
+    assert main(["eval", str(out), "--out", str(tmp_path / "eval.json")]) == 0
+    figures = json.loads((tmp_path / "eval.json").read_text())
+    assert (figures["accuracy"], figures["task_accuracies"]) == (run_["last_accuracy"], run_["matrix"][-1])
+    assert "% on 25 % of the training images of 6 classes" in capsys.readouterr().out
+
+
+def test_joint_of_before_is_as_it_was(problem: list[str], tmp_path: Path, tiny: None) -> None:
+    """Then its curve had one entry, A_B."""
+    assert main(["train", *problem, "--method", "joint", "--out", str(tmp_path)]) == 0
+    (new,) = load_results(tmp_path)
+    evaluated, learner = Trained(tmp_path).evaluate(), Trained(tmp_path).learner
+    assert (evaluated["accuracy"], evaluated["task_accuracies"]) == (new.curve[-1], new.matrix[0])
+    assert learner.task_sizes == [6] and len(new.curve) == len(new.classes_seen) == 3
+
+    def older(manifest: dict) -> None:
+        manifest["run"] |= {"curve": manifest["run"]["curve"][-1:], "classes_seen": [6], "tasks": 1}
+        del manifest["run"]["parameters"]
+
+    rewrite(tmp_path, older)
+    (tmp_path / "metrics.json").unlink()
+    assert main(["train", *problem, "--method", "joint", "--out", str(tmp_path), "--resume"]) == 0
+    (old,) = load_results(tmp_path)
+    assert old.curve == new.curve[-1:] and old.classes_seen == [6] and old.summary()["average_accuracy"] is None
+    assert Trained(tmp_path).evaluate()["accuracy"] == old.curve[0] and Trained(tmp_path).learner.task_sizes == [6]
+
+
 def test_settings_that_are_gone_are_named(data: Images, tmp_path: Path, tiny: None) -> None:
     cut_after(1, data, tmp_path)
     rewrite(tmp_path, lambda manifest: manifest["settings"].update(momentum=0.9))

@@ -13,7 +13,7 @@ import pickle
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from multiprocessing import forkserver
@@ -288,13 +288,13 @@ def test_gradients_are_the_mean_over_the_whole_batch() -> None:
 
 def count_evaluated(world: World) -> tuple[list[list[int]], list[int]]:
     seen: list[list[int]] = []
-    own = evaluate._best
+    own = evaluate._logits
 
-    def best(method: Method, images: View, rows: Tensor, *rest: Any) -> Tensor:
+    def logits(method: Method, images: View, rows: Tensor, *rest: Any) -> Iterator[Tensor]:
         seen.append(rows.tolist())
         return own(method, images, rows, *rest)
 
-    evaluate._best = best
+    evaluate._logits = logits
     _, method = learn(world, {"method": "simplecil"})
     cache = [len(method.prototypes)]  # type: ignore[arg-type]
     return seen, cache

@@ -18,7 +18,7 @@ from plora_ext.cil.methods import METHODS, Method, PLoRAFused
 from plora_ext.cil.speed import Speed
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer
-from plora_ext.data import Backbone, View, quarter_turns
+from plora_ext.data import Backbone, View, hold_out, quarter_turns
 from plora_ext.nn import MultiLoRALinear
 
 CLASSES = 6
@@ -117,15 +117,84 @@ def test_images_are_sought_for_old_classes(head: str, images: Images, monkeypatc
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns(method: str, images: Images) -> None:
     result = learn(images, method=method)
-    steps = 1 if method == "joint" else 3
-    assert len(result.curve) == len(result.matrix) == len(result.classes_seen) == steps
+    assert len(result.curve) == len(result.classes_seen) == 3
     assert [len(row) for row in result.matrix] == ([3] if method == "joint" else [1, 2, 3])
     assert result.classes_seen[-1] == CLASSES
-    for accuracy, row in zip(result.curve, result.matrix, strict=True):
+    for accuracy, row in zip(result.curve[-len(result.matrix) :], result.matrix, strict=True):
         assert accuracy == pytest.approx(np.mean(row))  # tasks of one size
     assert result.curve[-1] > 1.5 * 100 / CLASSES
     assert result.passes == (3 if method == "plora-ensemble" else 1)
     assert {"prototypes", "eval"} <= set(result.seconds) == set(result.peak_mb)
+
+
+@pytest.mark.parametrize("head", ["cosine", "ranpac"])
+def test_joint_is_evaluated_on_the_growing_sets_among_them_alone(head: str, images: Images) -> None:
+    told: list[tuple[int, float]] = []
+
+    class Ear(Callback):
+        def task(self, task: int, accuracy: float) -> None:
+            told.append((task, accuracy))
+
+    result = learn(images, method="joint", epochs=1, head=head, projections=50, callbacks=[Ear()], scale=2.0)
+    method, place = result.learner.method, np.argsort(result.class_order)[images.test_labels]
+    with torch.no_grad():
+        logits = method.predict(View(images.test_images, result.learner.preparation)).numpy()
+    every = [100 * (logits[place < n, :n].argmax(1) == place[place < n]).mean() for n in (2, 4, 6)]
+    assert (
+        result.curve == pytest.approx(every) and result.classes_seen == [2, 4, 6] and told == [*enumerate(result.curve)]
+    )
+    among_all = 100 * (logits.argmax(1) == place)[place < 2].mean()
+    assert result.matrix == [pytest.approx([among_all, *result.matrix[0][1:]])] and every[0] > among_all
+    assert result.curve[-1] == pytest.approx(np.mean(result.matrix[0]))
+
+
+def test_the_test_set_is_not_touched_by_validation(images: Images) -> None:
+    """And what is held out is the same for every seed, and evaluated as a test set of its own would be."""
+    garbage = Images(images.train_images, images.train_labels, images.test_images[:1], images.test_labels[:1])
+    result = learn(garbage, validation=0.25, method="lora-first", epochs=1)
+    part = hold_out(images, 0.25)
+    assert (result.num_train, result.num_test) == (90, 30) and result.evaluated_on == "25 % of the training images"
+    own = Images(part.train_images, part.train_labels, part.test_images, part.test_labels)
+    plain = learn(own, method="lora-first", epochs=1)
+    assert result.matrix == plain.matrix and plain.evaluated_on == "the test images"
+    other = learn(garbage, validation=0.25, method="simplecil", seed=7)
+    assert other.inputs["data_digest"] == result.inputs["data_digest"] == part.digest()
+    assert other.class_order != result.class_order
+    few = Images(images.train_images[::20], images.train_labels[::20], images.test_images, images.test_labels)
+    with pytest.raises(ValueError, match="got none for task 0: add one or, with `validation`, which takes them from"):
+        learn(few, validation=0.5)
+
+
+def test_the_class_order_has_a_seed_of_its_own(images: Images) -> None:
+    orders = [learn(images, method="simplecil", **s) for s in ({"seed": 5}, {"seed": 6, "order_seed": 5}, {"seed": 6})]
+    assert orders[0].class_order == orders[1].class_order == np.random.RandomState(5).permutation(6).tolist()
+    assert orders[2].class_order != orders[0].class_order
+    first, again = (learn(images, epochs=1, seed=6, **s).learner.method for s in ({}, {"order_seed": 6}))
+    assert torch.equal(first.prototypes, again.prototypes)
+
+
+ADAPTER = 2 * 4 * ((32 + 96) + (32 + 32))  # r = 4, qkv and proj of two blocks
+MEANS, FLOAT = 6 * 32, 4 / 2**20
+
+
+@pytest.mark.parametrize(
+    ("settings", "trainable", "stored", "numbers"),
+    [
+        ({"method": "simplecil"}, 0, 0, MEANS),
+        ({"method": "lora-first"}, ADAPTER, ADAPTER, ADAPTER + MEANS),
+        ({"method": "joint"}, ADAPTER, ADAPTER, ADAPTER + MEANS),
+        ({"method": "plora"}, ADAPTER, 3 * ADAPTER, 3 * ADAPTER + MEANS + 3),  # and the fusion's coefficients
+        ({"method": "plora", "head": "gaussian"}, ADAPTER, 3 * ADAPTER, 3 * ADAPTER + MEANS + 3 + 6 * 32 * 32),
+        ({"method": "simplecil", "head": "ranpac", "projections": 50}, 0, 0, MEANS + 32 * 50 + 50 * 50 + 2 * 50 * 6),
+        ({"method": "plora", "fusion": "learned"}, ADAPTER + 3, 3 * ADAPTER, 3 * ADAPTER + MEANS + 3),
+    ],
+)
+def test_what_is_trained_and_what_is_kept(
+    settings: dict, trainable: int, stored: int, numbers: int, images: Images
+) -> None:
+    found = learn(images, epochs=1, **settings).parameters
+    assert (found["trainable"], found["stored"]) == (trainable, stored)
+    assert found["stored_mb"] == pytest.approx(numbers * FLOAT, rel=1e-3)
 
 
 PAIRS = [
@@ -291,11 +360,11 @@ def test_evaluation_keeps_features_only_while_they_hold(images: Images) -> None:
 def test_ragged_last_task(images: Images) -> None:
     for method in METHODS:
         result = learn(images, method=method, increment=4, epochs=1)
-        assert result.classes_seen == ([6] if method == "joint" else [4, 6])
+        assert result.classes_seen == [4, 6]
         figures = result.summary()
         assert figures["last_accuracy"] == result.curve[-1]
-        average = None if method == "joint" else pytest.approx(np.mean(result.curve))
-        assert figures["average_accuracy"] == average
+        assert figures["average_accuracy"] == pytest.approx(np.mean(result.curve))
+        assert (figures["forgetting"] is None) == (method == "joint")
 
 
 def test_one_task_only(images: Images) -> None:

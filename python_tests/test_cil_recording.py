@@ -105,7 +105,7 @@ def test_spacing_block_by_block() -> None:
 def test_measuring_changes_nothing(data: Images, method: str) -> None:
     measured, plain = (learn(data, method=method, measure_drift=on) for on in (True, False))
     assert measured.matrix == plain.matrix and measured.curve == plain.curve
-    assert plain.drift == [] and len(measured.drift) == len(measured.curve)
+    assert plain.drift == [] and len(measured.drift) == len(measured.matrix)
     assert "drift" in measured.seconds and "drift" not in plain.seconds
     for step in measured.drift[1:]:
         if method == "plora-ensemble":  # no single space

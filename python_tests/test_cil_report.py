@@ -38,8 +38,11 @@ def result(method: str = "plora", seed: int = 1993, tasks: int = 4, done: int | 
     rng = np.random.default_rng([seed, tasks, len(method), len(settings)])
     values = {"increment": 2, "out": f"runs/{method}-{seed}", **settings}
     resolved = Settings(method=method, seed=seed, **values).as_dict()  # type: ignore[arg-type]
-    steps = 1 if method == "joint" else tasks if done is None else done
-    matrix = [np.round(rng.uniform(40, 100, tasks if method == "joint" else t + 1), 2).tolist() for t in range(steps)]
+    steps = tasks if done is None else done
+    matrix = [np.round(rng.uniform(40, 100, t + 1), 2).tolist() for t in range(steps)]
+    curve = [float(np.mean(row)) for row in matrix]
+    if method == "joint":
+        matrix, steps = matrix[-1:], 1
     costs = [
         {"seconds": {"train": 1.0 + t / 10, "eval": 0.1}, "peak_mb": {"train": 100.0 + t, "eval": 90.0}}
         for t in range(steps)
@@ -50,11 +53,12 @@ def result(method: str = "plora", seed: int = 1993, tasks: int = 4, done: int | 
     ]
     return Result(
         settings=resolved,
-        classes_seen=[2 * tasks] if method == "joint" else [2 * (t + 1) for t in range(tasks)],
+        classes_seen=[2 * (t + 1) for t in range(tasks)],
         class_order=list(range(2 * tasks)),
-        curve=[float(np.mean(row)) for row in matrix],
+        curve=curve,
         matrix=matrix,
         passes=1,
+        parameters={"trainable": 1000 + tasks, "stored": 1000 * tasks, "stored_mb": 0.25 * tasks},
         seconds={"train": sum(c["seconds"]["train"] for c in costs), "eval": 0.1 * steps},
         peak_mb={"train": 100.0 + steps, "eval": 90.0},
         total_seconds=2.0 * steps,
@@ -189,11 +193,14 @@ def test_a_result_is_short_to_see_and_saved(tmp_path: Path) -> None:
 
 def test_metrics_without_the_newer_fields_are_read(tmp_path: Path) -> None:
     text = json.loads(to_json([result()]))
-    for name in ("costs", "drift", "environment"):
+    for name in ("costs", "drift", "environment", "parameters", "evaluated_on"):
         del text["runs"][0][name]
+    for name in ("validation", "order_seed"):
+        del text["runs"][0]["settings"][name]
     (tmp_path / "metrics.json").write_text(json.dumps(text))
     (read,) = load_results(tmp_path)
-    assert read.costs == read.drift == [] and read.environment == {}
+    assert read.costs == read.drift == [] and read.environment == read.parameters == {}
+    assert read.evaluated_on == "the test images"
     write_report(tmp_path, [read])
     page = (tmp_path / "report.html").read_text()
     assert "No run here recorded what each task cost." in page and "No complete run here measured it." in page
@@ -406,10 +413,10 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 def test_headings_say_in_words_what_tells_protocols_apart() -> None:
     runs = [result(), replace(result(), num_train=8264), result(increment=4), result(class_order="sorted")]
     assert [p.name for p in group(runs)] == [
-        "icon100, B0 Inc2, embedded, class order shuffled, 48 training and 24 test images",
-        "icon100, B0 Inc2, embedded, class order shuffled, 8264 training and 24 test images",
+        "icon100, B0 Inc2, embedded, class order shuffled, 48 training and 24 evaluation images",
+        "icon100, B0 Inc2, embedded, class order shuffled, 8264 training and 24 evaluation images",
         "icon100, B0 Inc4, embedded",
-        "icon100, B0 Inc2, embedded, class order sorted, 48 training and 24 test images",
+        "icon100, B0 Inc2, embedded, class order sorted, 48 training and 24 evaluation images",
     ]
 
 
@@ -433,6 +440,58 @@ def test_the_result_comes_first(tmp_path: Path) -> None:
         "lora-sequential", "plora", "simplecil"
     ]  # fmt: skip
     assert "82.0 ± 1.0" in text[table:figure] and not re.search(r"<td[^>]*>-\d", text)
+
+
+def test_what_figures_are_of_is_said_wherever_they_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = [result(seed=s, validation=0.2) for s in (1, 2)]
+    folders = [write(tmp_path / str(i), r) for i, r in enumerate(held)]
+    assert main(["report", *map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    note = "evaluated on 20 % of the training images, which were held out, and not on the test set."
+    text, said = (tmp_path / "out" / "report.html").read_text(), capsys.readouterr().out
+    assert "% over all 8 classes on 20 % of the training images" in text and note in text and note in said
+    assert "embedded, on 20 % of the training images, accuracy in %" in " ".join(said.split())
+    runs = json.loads((tmp_path / "out" / "metrics.json").read_text())["runs"]
+    assert [run["evaluated_on"] for run in runs] == ["20 % of the training images"] * 2
+    protocols = group([*held, result(seed=1), result(seed=1, order_seed=3)])  # never side by side with the test set
+    assert [len(p.results) for p in protocols] == [2, 1, 1]
+    assert [p.name.partition("embedded")[2] for p in protocols] == [
+        ", on 20 % of the training images", ", order seed null", ", order seed 3"
+    ]  # fmt: skip
+
+
+def test_what_is_trained_and_stored_stands_beside_passes(tmp_path: Path) -> None:
+    old = result("simplecil")
+    old.parameters = {}
+    runs = [result(seed=s) for s in (1, 2)] + [old]
+    write_report(tmp_path, runs)
+    text = (tmp_path / "report.html").read_text()
+    assert re.search(r"Passes</th>\s*<th[^>]*>Trainable</th>\s*<th[^>]*>Stored MB", text)
+    assert re.search(r">1</td>\s*<td[^>]*>1004</td>\s*<td[^>]*>1.00</td>", text)
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        rows = {row["label"]: row for row in csv.DictReader(file)}
+    assert (rows["plora"]["trainable"], rows["plora"]["stored_mb"], rows["simplecil"]["stored_mb"]) == (
+        "1004.0",
+        "1.0",
+        "",
+    )
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        assert [row["stored"] for row in csv.DictReader(file)] == ["4000", "4000", ""]
+
+
+def test_joint_has_a_curve_and_older_files_a_line(tmp_path: Path) -> None:
+    new, old = result("joint", 1), result("joint", 2)
+    old.classes_seen, old.curve = old.classes_seen[-1:], old.curve[-1:]
+    assert new.summary()["average_accuracy"] == np.mean(new.curve) and old.summary()["average_accuracy"] is None
+    for r in (new, old):
+        assert r.summary()["last_accuracy"] == r.curve[-1] and is_finished(r)
+        assert r.summary()["forgetting"] is r.summary()["backward_transfer"] is None
+    (protocol,) = group([result("plora", 1), old, new])
+    assert [g.label for g in protocol.groups] == ["plora", "joint, evaluations 1", "joint, evaluations 4"]
+    lines = figures.accuracy(protocol).axes[0].get_lines()
+    np.testing.assert_allclose(lines[1].get_ydata(), old.curve * 4)
+    np.testing.assert_allclose(lines[2].get_ydata(), new.curve)
+    assert [line.get_linestyle() for line in lines] == ["-", "--", "--"]
+    write_report(tmp_path, protocol.results)
 
 
 def test_two_runs_are_dots_and_three_a_band() -> None:
@@ -488,7 +547,7 @@ def test_the_table_of_the_terminal_marks_the_best(capsys: pytest.CaptureFixture[
     assert "plora, r 4" in printed and "Seeds" in printed and max(map(len, printed.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("width", [40, 60, 80])
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_no_figure_is_cut_on_a_narrow_terminal(width: int) -> None:
     runs = [result(method, tasks=12) for method in ("simplecil", "lora-sequential", "plora")]
     (protocol,) = group(runs)
@@ -507,8 +566,13 @@ def test_no_figure_is_cut_on_a_narrow_terminal(width: int) -> None:
         (line,) = (line for line in live if line.split()[:1] == [run.method])
         shown = [f"{accuracy:.1f}" for accuracy in run.curve]
         assert line.split()[1:] == shown[-min(10, (width - 17) // 6) :]
-    titles = {40: [], 60: ["Forgetting", "BWT", "Time s"], 80: ["Forgetting", "BWT", "Passes", "Time s", "Peak MB"]}
-    assert re.findall("Forgetting|BWT|Passes|Time s|Peak MB|Pea|Tim", printed) == titles[width]
+    titles = {
+        40: [],
+        60: ["Forgetting", "BWT", "Time s"],
+        80: ["Forgetting", "BWT", "Passes", "Stored MB", "Time s"],
+        120: ["Forgetting", "BWT", "Passes", "Trainable", "Stored MB", "Time s", "Peak MB"],
+    }
+    assert re.findall("Forgetting|BWT|Passes|Trainable|Stored MB|Time s|Peak MB|Pea|Tim", printed) == titles[width]
     (several,) = group([result(seed=s) for s in (1, 2)])
     page.print(comparison_table(several, width))
     mean, deviation = (float(v) for v in several.groups[0].spread(lambda r: r.curve[-1]) or (0, 0))

@@ -19,7 +19,7 @@ from torchvision.datasets import CIFAR100
 from plora_ext.cil import Settings
 from plora_ext.cil.build import load_data
 from plora_ext.cil.loop import run
-from plora_ext.data import Backbone, ImageFiles, Preparation, View, load_images
+from plora_ext.data import Backbone, ImageFiles, Preparation, View, hold_out, load_images
 from plora_ext.data import view as views
 from plora_ext.data.inputs import image_paths
 from plora_ext.data.sets import FOLDERS, Images, checked, doubles
@@ -125,6 +125,75 @@ def test_settings_name_the_data(tmp_path: Path) -> None:
     assert digest == load_images(str(tmp_path / "cub")).digest()
     (tmp_path / "cub" / "test" / "cat" / "new.png").write_bytes((tmp_path / "cub/test/cat/0.png").read_bytes())
     assert load_images("cub", tmp_path).digest() != digest
+
+
+# ---------------------------------------------------------------------- held out
+
+
+def numbered(labels: list[int], groups: list[int] | None = None) -> Images:
+    """Training images that hold their own number."""
+    images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+    return Images(
+        images,
+        np.array(labels),
+        images[:0],
+        np.zeros(0, np.int64),
+        train_groups=None if groups is None else np.array(groups),
+    )
+
+
+def test_a_share_of_every_class_is_held_out() -> None:
+    labels = [0] * 10 + [1] * 5 + [2] * 2 + [3] + [0] * 10
+    whole = numbered(labels)
+    part = hold_out(whole, 0.3)
+    assert np.bincount(part.test_labels).tolist() == [6, 2, 1]  # of one image none, of two one
+    assert np.bincount(part.train_labels).tolist() == [14, 3, 1, 1]
+    for images, own in ((part.train_images, part.train_labels), (part.test_images, part.test_labels)):
+        assert [labels[i] for i in images.ravel()[::3]] == own.tolist()
+    everything = np.concatenate([part.train_images, part.test_images]).ravel()[::3]
+    assert sorted(everything.tolist()) == list(range(28))
+    np.random.seed(5)
+    np.testing.assert_array_equal(part.test_images, hold_out(whole, 0.3).test_images)
+    drawn = np.random.rand()
+    np.random.seed(5)
+    assert np.random.rand() == drawn  # nobody else has drawn
+    other = hold_out(numbered(labels + [3] * 9), 0.3)  # more of another class changes nothing
+    np.testing.assert_array_equal(other.test_images[other.test_labels < 3], part.test_images)
+    assert hold_out(whole, 0) is whole and hold_out(part, 0.3) is part
+    with pytest.raises(ValueError, match="validation is 0.2, but data has 0.3 of its images held out"):
+        hold_out(part, 0.2)
+
+
+def test_sources_are_held_out_whole() -> None:
+    groups = np.tile(np.arange(10), 8)
+    part = hold_out(numbered([0] * 40 + [1] * 40, groups.tolist()), 0.25)
+    held = groups[part.test_images.ravel()[::3]]
+    assert len(np.unique(held)) == 2 and len(held) == 16 and not set(held) & set(part.train_groups)
+    alone = hold_out(numbered([0, 0, 1, 1, 2], [0, 0, 1, 1, 2]), 0.9)  # each class is of one source
+    assert len(alone.test_labels) == 0
+    with pytest.raises(ValueError, match="train_groups must hold a number for each of 2 training images, got 1"):
+        checked(numbered([0, 1], [3]))
+
+
+def test_icon100_holds_out_families() -> None:
+    data = load_data(Settings(validation=0.2))
+    whole = load_images("icon100")
+    assert (len(data.train_images), len(data.test_images)) == (6613, 1651) and len(np.unique(whole.train_groups)) == 71
+    shares = np.bincount(data.test_labels) / np.bincount(whole.train_labels)
+    assert shares.min() > 0.09 and shares.max() < 0.33
+    assert data.digest() == load_data(Settings(validation=0.2, seed=1)).digest() != whole.digest()
+
+
+def test_with_validation_no_test_file_is_opened(tmp_path: Path) -> None:
+    write_folders(tmp_path, each=4)
+    for path in (tmp_path / "test").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="is no image that can be decoded"):
+        load_data(Settings(data=str(tmp_path)))
+    for corrupt in ("error", "skip"):
+        data = load_data(Settings(data=str(tmp_path), validation=0.25, corrupt=corrupt))
+        assert [path.parent.parent.name for path in data.test_images.paths] == ["train"] * 3
+        assert data.test_labels.tolist() == [0, 1, 2] and len(data.train_images) == 9
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

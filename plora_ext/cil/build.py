@@ -19,14 +19,15 @@ from plora_ext.cil.registry import BACKBONES
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import TaskStream
 from plora_ext.cil.training import Trainer
-from plora_ext.data import Backbone, Images, Preparation, create_backbone, load_images
+from plora_ext.data import Backbone, Images, Preparation, create_backbone, hold_out, load_images
 from plora_ext.data.view import SHARE
 
 
 def load_data(settings: Settings) -> Images:
-    """The data set that the settings name; raises what `plora_ext.data.load_images` does."""
+    """The data set that the settings name, as much held out as they say; raises what `load_images` does."""
     s = settings
-    return replace(load_images(s.data, s.data_root, download=s.download, corrupt=s.corrupt), source=s.data)
+    loaded = load_images(s.data, s.data_root, download=s.download, corrupt=s.corrupt, test=not s.validation)
+    return hold_out(replace(loaded, source=s.data), s.validation)
 
 
 def load_backbone(settings: Settings) -> Backbone:
@@ -52,8 +53,8 @@ def prepare(settings: Settings, backbone: Backbone, device: torch.device, world:
 
 def make_stream(settings: Settings, data: Images) -> TaskStream:
     """The task stream that the settings ask for."""
-    s = settings
-    return TaskStream(data.train_labels, data.test_labels, s.init_cls, s.increment, s.seed, s.class_order, s.tasks)
+    s, seed = settings, settings.seed if settings.order_seed is None else settings.order_seed
+    return TaskStream(data.train_labels, data.test_labels, s.init_cls, s.increment, seed, s.class_order, s.tasks)
 
 
 def pick_device(device: str) -> torch.device:

@@ -39,7 +39,7 @@ from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task
 from plora_ext.data import ImageFiles, Images
-from plora_ext.data.sets import NAMES
+from plora_ext.data.sets import NAMES, select
 from plora_ext.nn import Adapters
 
 FORMAT, READS = 4, (2, 3, 4)  # written; and read: `_migrated`
@@ -432,12 +432,8 @@ def data_digests(data: Images, tasks: Sequence[Task]) -> dict[str, Any]:
 
     `training` holds those of their training images alone, where they are files: pictures are mended and left out.
     """
-
-    def chosen(images: Any, rows: np.ndarray) -> Any:
-        return ImageFiles([images.paths[i] for i in rows]) if isinstance(images, ImageFiles) else images[rows]
-
     parts = [
-        Images(chosen(data.train_images, t.train), t.train_labels, chosen(data.test_images, t.test), t.test_labels)
+        Images(select(data.train_images, t.train), t.train_labels, select(data.test_images, t.test), t.test_labels)
         for t in tasks
     ]
     digests = {"data": data.digest(), "tasks": [part.digest() for part in parts]}

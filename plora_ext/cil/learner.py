@@ -42,6 +42,7 @@ class Learner:
     """A frozen backbone, a method that learns tasks on it, and the labels of the classes seen.
 
     The process's random generators are as they were after every call: those of the learner are its own, by `seed`.
+    Settings of the protocol (tasks, class order, `validation`) are for `run`: what `fit` is given is learned whole.
 
     Args:
         settings: Of the run; default those of `Settings()`.

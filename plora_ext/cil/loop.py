@@ -16,7 +16,7 @@ from plora_ext.cil.methods import Method
 from plora_ext.cil.result import Result
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.training import Phases, Trainer
-from plora_ext.data import Backbone, Images, View
+from plora_ext.data import Backbone, Images, View, hold_out
 from plora_ext.data.sets import checked
 from plora_ext.info import environment
 
@@ -54,7 +54,7 @@ def run(
     """
     if not isinstance(checkpoint, Checkpoint | None):
         raise TypeError(f"checkpoint must be plora_ext.cil.checkpoint.Checkpoint(Path(FOLDER)), got {checkpoint!r}")
-    data = load_data(settings) if data is None else checked(data)
+    data = load_data(settings) if data is None else hold_out(checked(data), settings.validation)
     stream = make_stream(settings, data)
     tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
     learner = Learner(settings, backbone=backbone, callbacks=callbacks, make=make, num_tasks=len(tasks), world=world)
@@ -63,7 +63,7 @@ def run(
     known = fingerprint_of(settings, data, tasks, learner.backbone_digest, bool(train.preparation.on_device))
     result = Result(
         settings=settings.as_dict(),
-        classes_seen=[task.classes.stop for task in tasks],
+        classes_seen=[task.classes.stop for task in stream],
         class_order=stream.class_order,
         class_names=None if data.class_names is None else [data.class_names[c] for c in stream.class_order],
         num_train=len(train),
@@ -75,7 +75,7 @@ def run(
     with learner.random():
         trainer.checkpoint, trainer.phases.seconds, trainer.phases.peak_mb = checkpoint, result.seconds, result.peak_mb
         saved = checkpoint.begin(known, settings.as_dict(), result.record()) if checkpoint else None
-        trainer.callbacks.tell("begin", settings.method, len(tasks))
+        trainer.callbacks.tell("begin", settings.method, len(stream))
         if saved:
             method.restore(saved["state"])
             set_rng_state(saved["state"]["rng"])
@@ -86,30 +86,33 @@ def run(
             if changed and world.first:
                 trainer.callbacks.note(f"the run continues, though not as it began: {changed}")
         labels = [[stream.class_order[c] for c in task.classes] for task in tasks]
+        learned = len(result.matrix)
+        for task in tasks[:learned]:
+            learner.add_task(labels[task.index])
+            trainer.steps += trainer.steps_for(len(task.train))
         for done, accuracy in enumerate(result.curve):
-            learner.add_task(labels[done])
-            trainer.steps += trainer.steps_for(len(tasks[done].train))
             trainer.callbacks.tell("task", done, accuracy)
 
         evaluator = Evaluator(method, tasks, test, stream.task_of_class(), make_cache(settings, trainer))
         start = time.perf_counter() - result.total_seconds
-        for task in tasks[len(result.curve) :]:
+        for task in tasks[learned:]:
             held, moved = method.prototypes, None
             learner.learn(task, train, labels[task.index])
             with trainer.phases("eval"):
-                accuracy, row = evaluator.after(task.index)
+                curve, row = evaluator.after(task.index)
             if settings.measure_drift:
                 with trainer.phases("drift"):
                     moved = prototype_error.measure(method, tasks[: task.index + 1], train, held)
-            result.append(accuracy, row, moved, settings.measure_drift)
-            result.passes = method.passes
+            result.append(curve, row, moved, settings.measure_drift)
+            result.passes, result.parameters = method.passes, method.parameters()
             result.environment |= {f"cuda_graph_{what}": said for what, said in trainer.speed.graphs.items()}
             result.costs.append(trainer.phases.lap())
             result.total_seconds = time.perf_counter() - start
             if checkpoint:
                 checkpoint.save_task(result.record(), method.state())
-            trainer.callbacks.tell("task", task.index, accuracy)
-            trainer.callbacks.tell("measured", task.index, result.figures())
+            for done, accuracy in enumerate(curve, len(result.curve) - len(curve)):
+                trainer.callbacks.tell("task", done, accuracy)
+            trainer.callbacks.tell("measured", len(result.curve) - 1, result.figures())
     trainer.checkpoint, trainer.phases = None, Phases(trainer.device)  # what the learner learns next is no part of it
     return result
 

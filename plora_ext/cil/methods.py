@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from plora_ext import ops
 from plora_ext.cil import fusion, sought
 from plora_ext.cil.alignment import Drift, class_means
-from plora_ext.cil.checkpoint import adapters_state, restore_adapters, to_device
+from plora_ext.cil.checkpoint import adapters_state, pack, restore_adapters, to_device
 from plora_ext.cil.features import space_fingerprints
 from plora_ext.cil.heads import Subspace, create_head
 from plora_ext.cil.inflora import InputGrams, Subspaces, share_after
@@ -40,15 +40,16 @@ class Method(ABC):
         prototypes: One row per class seen, in the class order.
         head: What classifies by them or by what it learns (plora_ext.cil.heads).
         passes: Forward passes of the backbone that one prediction takes.
+        trainable: Numbers that the last training optimised, beside the directions that serve it as a classifier.
     """
 
-    STATE: tuple[str, ...] = ("prototypes", "passes")  # attributes that a checkpoint holds
+    STATE: tuple[str, ...] = ("prototypes", "passes", "trainable")  # attributes that a checkpoint holds
     prototypes: Tensor | None = None
 
     def __init__(self, trainer: Trainer, settings: Settings):
         self.trainer, self.settings, self.world = trainer, settings, trainer.world
         self.head = create_head(settings.head, settings, trainer.device)
-        self.passes = 1
+        self.passes, self.trainable = 1, 0
 
     @abstractmethod
     def learn(self, task: Task, images: View, labels: Tensor) -> None:
@@ -95,6 +96,17 @@ class Method(ABC):
         head = {name.removeprefix("head:"): value for name, value in state.items() if name.startswith("head:")}
         if head:
             self.head.restore(to_device(head, self.trainer.device))
+
+    def parameters(self) -> dict[str, float]:
+        """`trainable`; `stored`, the numbers in all adapters; `stored_mb`, MiB of all that `state` holds.
+
+        The last is what must be kept beside the backbone to classify and to go on: adapters, prototypes, statistics.
+        """
+        kept: dict[str, Tensor] = {}
+        pack(self.state(), "", kept)
+        stored = sum(tensor.numel() for name, tensor in kept.items() if name.startswith("/adapter:"))
+        size = sum(tensor.nbytes for tensor in kept.values()) / 2**20
+        return {"trainable": self.trainable, "stored": stored, "stored_mb": size}
 
     def _append_means(self, task: Task, images: View, labels: Tensor) -> None:
         """Appends the means of the task's classes to the prototypes."""
@@ -153,6 +165,7 @@ class _Adapted(Method):
     ) -> None:
         newest = self.adapters.parameters(self.adapters.names[-1])
         parameters = [*(p for p in newest if p.requires_grad), *extra]
+        self.trainable = sum(p.numel() for p in parameters)
         with self.trainer.phases("train"), lower_on_exhaustion("batch_size in a new run"), self.trainer.speed.passes():
             self.trainer.fit(task.index, parameters, images, labels, len(task.classes), teacher)
 
@@ -190,7 +203,10 @@ class LoRAFirst(_Adapted):
 
 
 class Joint(LoRAFirst):
-    """`joint`: all classes at once as a single task, the upper bound of this recipe; the loop hands it that task."""
+    """`joint`: all classes at once as a single task, the upper bound of this recipe; the loop hands it that task.
+
+    It is evaluated as the others are, on the growing sets of classes, among these alone.
+    """
 
 
 class PLoRAFused(_Adapted):

@@ -14,6 +14,11 @@ import numpy as np
 Matrix = Sequence[Sequence[float]]  # row t holds t + 1 accuracies
 
 
+def evaluated_on(validation: float) -> str:
+    """In words, the images that accuracies are of under the setting `validation`."""
+    return f"{100 * validation:g} % of the training images" if validation else "the test images"
+
+
 def average_accuracy(curve: Sequence[float]) -> float:
     """Average incremental accuracy, the mean of A_1 ... A_B over the tasks ("Ā"; PILOT's "Average Accuracy")."""
     return float(np.mean(curve))

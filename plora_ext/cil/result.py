@@ -24,12 +24,13 @@ class Result:
         settings: The resolved settings.
         classes_seen: Classes seen after each task, in order.
         class_order: The classes of the data set in the order they came.
-        curve: A_b after each task.
+        curve: A_b after each task (for joint, of the model trained on all classes).
         matrix: Row t: accuracy on the classes of tasks 0 ... t after task t (for joint, one row over all tasks).
         passes: Forward passes per prediction after the last task.
+        parameters: After the last task (`plora_ext.cil.methods.Method.parameters`).
         seconds, peak_mb: Per phase: train, prototypes, align, eval.
         total_seconds: The whole run, without loading data and backbone.
-        num_train, num_test: Images.
+        num_train, num_test: Images to train and to evaluate on.
         costs: `seconds` and `peak_mb` of each phase, task by task.
         drift: Of the prototypes, task by task (plora_ext.cil.prototype_error); None where there is none, empty if not
             measured.
@@ -48,6 +49,7 @@ class Result:
     curve: list[float] = field(default_factory=list)
     matrix: list[list[float]] = field(default_factory=list)
     passes: int = 1
+    parameters: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_mb: dict[str, float] = field(default_factory=dict)
     total_seconds: float = 0.0
@@ -64,6 +66,11 @@ class Result:
     def method(self) -> str:
         return str(self.settings["method"])
 
+    @property
+    def evaluated_on(self) -> str:
+        """What the accuracies are of: "the test images", or a share of the training images (setting `validation`)."""
+        return metrics.evaluated_on(self.settings.get("validation", 0))
+
     def __repr__(self) -> str:
         known = {k: f"{v:.2f}" for k, v in (self.summary() if self.curve else {}).items() if v is not None}
         done = f"{len(self.curve)} of {len(self.classes_seen)} tasks"
@@ -79,18 +86,19 @@ class Result:
         return file
 
     def summary(self) -> dict[str, float | None]:
-        """The figures of a comparison: Ā, A_B, forgetting and BWT (None for joint but A_B: it has one step)."""
+        """The figures of a comparison: Ā, A_B, forgetting and BWT (both None for joint, which learns once)."""
+        # A version of before gave joint's curve one entry, A_B.
+        whole = len(self.curve) >= len(self.matrix[-1])
         return {
-            # its accuracy over all classes beside means that hold easy early tasks would say that these are ahead
-            "average_accuracy": None if self.method == "joint" else metrics.average_accuracy(self.curve),
+            "average_accuracy": metrics.average_accuracy(self.curve) if whole else None,
             "last_accuracy": metrics.last_accuracy(self.curve),
             "forgetting": metrics.forgetting(self.matrix),
             "backward_transfer": metrics.backward_transfer(self.matrix),
         }
 
-    def append(self, accuracy: float, row: list[float], moved: dict[str, float] | None, measured: bool) -> None:
+    def append(self, curve: list[float], row: list[float], moved: dict[str, float] | None, measured: bool) -> None:
         """Takes down a task: A_b, its row of the matrix, and the drift, if that is `measured` or was once."""
-        self.curve.append(accuracy)
+        self.curve += curve
         self.matrix.append(row)
         if measured or self.drift:
             self.drift.append(moved)
@@ -101,12 +109,12 @@ class Result:
 
     def resume(self, record: Mapping[str, Any], changed: Sequence[str], measure_drift: bool) -> str:
         """Takes over what was measured before, from `record`; returns what is said of the run if it is `changed`."""
-        for name in ("curve", "matrix", "passes", "total_seconds", "costs", "drift"):
+        for name in ("classes_seen", "curve", "matrix", "passes", "parameters", "total_seconds", "costs", "drift"):
             setattr(self, name, copy.deepcopy(record.get(name, getattr(self, name))))
         self.seconds |= record.get("seconds", {})  # they are the clock's
         self.peak_mb |= record.get("peak_mb", {})
-        if self.drift or measure_drift:  # as many as tasks, also where it was not measured
-            self.drift += [None] * (len(self.curve) - len(self.drift))
+        if self.drift or measure_drift:  # as many as were learned, also where it was not measured
+            self.drift += [None] * (len(self.matrix) - len(self.drift))
         text = f"{'; '.join(changed)}, after {len(self.curve)} of {len(self.classes_seen)} tasks" if changed else ""
         if all_changes := "; ".join(filter(None, (record.get("environment", {}).get("changed"), text))):
             self.environment["changed"] = all_changes
@@ -132,5 +140,8 @@ class Result:
 def to_json(results: Sequence[Result]) -> str:
     """The results as the text of metrics.json."""
     head = {"format": 1, "plora_ext": plora_ext.__version__, "torch": str(torch.__version__)}
-    runs = [{"method": r.method, **(r.summary() if r.curve else {}), **asdict(r)} for r in results]
+    runs = [
+        {"method": r.method, "evaluated_on": r.evaluated_on, **(r.summary() if r.curve else {}), **asdict(r)}
+        for r in results
+    ]
     return json.dumps({**head, "runs": runs}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

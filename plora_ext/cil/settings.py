@@ -92,11 +92,15 @@ class Settings:
 
     init_cls: int = _setting(0, "classes of the first task (0: as many as increment)", "protocol")
     increment: int = _setting(10, "classes of every later task")
-    seed: int = _setting(1993, "seed of the class order and of training")
+    seed: int = _setting(1993, "seed of training and, without order_seed, of the class order")
+    order_seed: int | None = _setting(None, "seed of the class order (null: seed)")
     class_order: list[int] | Literal["shuffled", "sorted"] = _setting(
         "shuffled", "drawn from the seed, by label, or a list of all classes"
     )
     tasks: list[list[int]] | None = _setting(None, "the classes of every task, spelled out")
+    validation: float = _setting(
+        0.0, "share of the training images to hold out and evaluate on, in place of the test set: to choose settings"
+    )
 
     target_modules: list[str] | str = _setting(
         ["qkv", "proj"],
@@ -193,7 +197,8 @@ class Settings:
                 value = os.path.expandvars(os.path.expanduser(value))
             setattr(self, name, value)
         _require(self.out != "", "out", "the name of a folder", self.out)
-        _require(0 <= self.seed < 2**32, "seed", "in [0, 4294967295]", self.seed)
+        for name in ("seed", "order_seed"):
+            _require(0 <= (getattr(self, name) or 0) < 2**32, name, "in [0, 4294967295]", getattr(self, name))
         most = {"image_size": 4096, "projections": 200_000, "workers": 1024}
         for name, limit in most.items():
             _require((getattr(self, name) or 0) <= limit, name, f"at most {limit}", getattr(self, name))
@@ -208,7 +213,8 @@ class Settings:
             _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
         memory = self.ensemble_memory
         _require(memory is None or memory > 0, "ensemble_memory", "above 0 or null", memory)
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
+        for name in ("lora_dropout", "validation"):
+            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         if self.head != "cosine" and self.method == "plora-ensemble":
             raise ValueError(
                 f"head {self.head!r} works in one feature space, plora-ensemble has one a task: use cosine"

@@ -89,7 +89,10 @@ class TaskStream:
         self.tasks = [_task(t, range(a, b), train, test) for t, (a, b) in enumerate(pairwise(bounds))]
         for task in self.tasks:
             if task.test.size == 0:
-                raise ValueError(f"every task needs a test image, got none for task {task.index}")
+                raise ValueError(
+                    f"every task needs a test image, got none for task {task.index}: add one or, with `validation`, "
+                    "which takes them from classes of two training images and more, raise it or make tasks larger"
+                )
         self._all = _task(0, range(self.num_classes), train, test)
 
     def __len__(self) -> int:

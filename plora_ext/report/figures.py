@@ -41,9 +41,10 @@ def accuracy(protocol: Protocol, narrow: bool = False) -> Figure:
     for group in groups:
         style = _style(protocol, group)
         mean, deviation = group.spread(lambda r: r.curve) or (np.zeros(1), np.zeros(1))
-        if len(mean) == 1 < len(seen):  # joint training: one figure, drawn across as the bound it is
-            mean, deviation, style = mean.repeat(len(seen)), deviation.repeat(len(seen)), {**style, "marker": ""}
-            style["linestyle"] = (0, (4, 3))
+        if group.method == "joint":  # no learner of tasks but their bound
+            style |= {"marker": "", "linestyle": (0, (4, 3))}
+        if len(mean) == 1 < len(seen):  # of a version that measured joint at the end alone: drawn across
+            mean, deviation = mean.repeat(len(seen)), deviation.repeat(len(seen))
         x = group.example.classes_seen if len(seen) == 1 else seen
         _curve(axes, x, mean, deviation, style, _both(group, lambda r: r.curve), limits=(0, 100))
         ends.append((mean[-1], f"{group.short}  {mean[-1]:.1f}", style["color"]))

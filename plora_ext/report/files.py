@@ -131,9 +131,10 @@ def comparison_table(protocol: Protocol, width: int = 80) -> Table:
     """The comparison as a table for a terminal of so many columns, into which it fits; the best Ā and A_B stand out."""
     several = any(len(g.results) > 1 for g in protocol.groups)
     titles = ["Method", "Seeds", *(title for title, *_ in COLUMNS)]
-    shown = ["Method", "Seeds", "Ā", "A_B", "Forgetting", "Time s"] if several else [t for t in titles if t != "Seeds"]
+    shown = [t for t in titles if t not in (("Trainable", "BWT", "Peak MB") if several else ("Seeds",))]
     table = _comparison(protocol, titles, shown)
-    for title in ("Passes", "Peak MB", "BWT", "Time s", "Seeds", "Forgetting"):  # columns go, never digits
+    # Columns go, never digits.
+    for title in ("Trainable", "Peak MB", "Passes", "Stored MB", "BWT", "Time s", "Seeds", "Forgetting"):
         if title in shown and not fits(table, width):
             shown.remove(title)
             table = _comparison(protocol, titles, shown)
@@ -158,11 +159,11 @@ def _comparison(protocol: Protocol, titles: Sequence[str], shown: Sequence[str])
 
 
 def _summary_rows(protocols: Sequence[Protocol]) -> Iterable[dict[str, Any]]:
-    names = ("average_accuracy", "last_accuracy", "forgetting", "backward_transfer", "passes", "seconds", "peak_mb")
+    names = "average_accuracy last_accuracy forgetting backward_transfer passes trainable stored_mb seconds peak_mb"
     for protocol in protocols:
         for g in protocol.groups:
             row: dict[str, Any] = {"protocol": protocol.name, "label": g.label, "seeds": len(g.results)}
-            for name, (_, of, _) in zip(names, COLUMNS):
+            for name, (_, of, _) in zip(names.split(), COLUMNS):
                 spread = g.spread(of)
                 row[name], row[f"{name}_std"] = (None, None) if spread is None else map(float, spread)
             yield row
@@ -178,6 +179,7 @@ def _run_rows(protocols: Sequence[Protocol]) -> Iterable[dict[str, Any]]:
             "tasks": len(r.classes_seen),
             **r.summary(),
             "passes": r.passes,
+            **r.parameters,
             "total_seconds": r.total_seconds,
             **{f"seconds_{phase}": value for phase, value in r.seconds.items()},
             **{f"peak_mb_{phase}": value for phase, value in r.peak_mb.items()},

@@ -85,7 +85,9 @@ def lead(protocol: Protocol, named: bool) -> str:
     seeds = f" over {lines[0][1]} seeds" if lines[0][1] != "1" else ""
     among = f", best of {len(lines)} configurations" if len(lines) > 1 else ""
     average = f" (Ā {lines[0][2]} %)" if lines[0][2] != "–" else ""
-    end = f"{lines[0][0]} ends at {lines[0][3]} % over all {protocol.classes_seen[-1]} classes"
+    example = protocol.groups[0].example
+    on = f" on {example.evaluated_on}" if example.settings.get("validation") else ""
+    end = f"{lines[0][0]} ends at {lines[0][3]} % over all {protocol.classes_seen[-1]} classes{on}"
     return f"{where}{end}{average}{seeds}{among}."
 
 
@@ -109,6 +111,9 @@ def notes(protocols: Sequence[Protocol], results: Sequence[Result]) -> Iterable[
         yield f"The runs follow {len(protocols)} protocols: no figure is averaged across them."
     for protocol in protocols:
         where = f"{protocol.name}: " if len(protocols) > 1 else ""
+        example = protocol.groups[0].example
+        if example.settings.get("validation"):
+            yield f"{where}evaluated on {example.evaluated_on}, which were held out, and not on the test set."
         for g in protocol.groups:
             for r in g.unfinished:
                 yield (

@@ -21,11 +21,12 @@ import numpy as np
 
 from plora_ext.cil.checkpoint import ELSEWHERE, MANIFEST, Checkpoint
 from plora_ext.cil.methods import METHODS
+from plora_ext.cil.metrics import evaluated_on
 from plora_ext.cil.result import Result
 from plora_ext.cil.settings import Settings, current
 
-PROTOCOL = ("data", "init_cls", "increment", "tasks", "class_order", "backbone", "weights", "image_size", "transform",
-            "normalize", "corrupt")  # fmt: skip
+PROTOCOL = ("data", "init_cls", "increment", "tasks", "class_order", "order_seed", "validation", "backbone", "weights",
+            "image_size", "transform", "normalize", "corrupt")  # fmt: skip
 _PARTS = {"plora": ("fusion", "alignment", "head"), "plora-ensemble": ()}
 # Settings that may differ between runs that are averaged.
 _FREE = {"seed", "measure_drift", *ELSEWHERE} - {"data", "weights"}
@@ -186,9 +187,13 @@ def protocol_of(result: Result) -> dict[str, Any]:
 
 
 def configuration_of(result: Result) -> dict[str, Any]:
-    """What must agree for two results to be averaged, beside the protocol: settings, and the device's name."""
+    """What must agree for two results to be averaged, beside the protocol: settings, and the device's name.
+
+    `evaluations`: how many accuracies the curve has; one for joint where a version of before measured it.
+    """
     facts = {name: value for name, value in settings_of(result).items() if name not in _FREE and name not in PROTOCOL}
-    return {**facts, "device": result.environment.get("device", "unknown")}
+    device = result.environment.get("device", "unknown")
+    return {**facts, "device": device, "evaluations": len(result.classes_seen)}
 
 
 def settings_of(result: Result) -> dict[str, Any]:
@@ -255,12 +260,13 @@ def _usual(values: list[Any], default: Any) -> str | None:
 def _names(firsts: Sequence[Result]) -> list[str]:
     """A title for each protocol: data, tasks and backbone, and what else tells apart those in which they agree."""
     facts = [protocol_of(r) for r in firsts]
-    telling = ("class_order", "weights", "image_size", "transform", "normalize", "corrupt", "images", "digests")
+    telling = (*PROTOCOL[PROTOCOL.index("class_order") :], "images", "digests")
     titles = []
     for f in facts:
         first, increment = f["init_cls"], f["increment"]
         tasks = f"B{0 if first == increment else first} Inc{increment}" if first else f"{len(f['tasks'])} given tasks"
-        titles.append(f"{Path(str(f['data'])).name or f['data']}, {tasks}, {f['backbone']}")
+        on = f", on {evaluated_on(f['validation'])}" if f["validation"] else ""
+        titles.append(f"{Path(str(f['data'])).name or f['data']}, {tasks}, {f['backbone']}{on}")
     for alike in [[i for i, t in enumerate(titles) if t == title] for title in dict.fromkeys(titles)]:
         for name in (n for n in telling if len({_key(facts[i][n]) for i in alike}) > 1):
             for i in alike:
@@ -271,7 +277,7 @@ def _names(firsts: Sequence[Result]) -> list[str]:
 
 def _said(name: str, value: Any) -> str:
     if name == "images":
-        return f"{value[0]} training and {value[1]} test images"
+        return f"{value[0]} training and {value[1]} evaluation images"
     return f"{name.replace('_', ' ')} {textwrap.shorten(text_of(value), 40)}"
 
 
@@ -284,6 +290,8 @@ COLUMNS: tuple[tuple[str, Callable[[Result], float | None], int], ...] = (
     ("Forgetting", lambda r: r.summary()["forgetting"], 1),
     ("BWT", lambda r: r.summary()["backward_transfer"], 1),
     ("Passes", lambda r: r.passes, 0),
+    ("Trainable", lambda r: r.parameters.get("trainable"), 0),
+    ("Stored MB", lambda r: r.parameters.get("stored_mb"), 2),
     ("Time s", lambda r: r.total_seconds, 0),
     ("Peak MB", lambda r: max(r.peak_mb.values()), 0),
 )
@@ -301,4 +309,4 @@ def _cell(group: Group, of: Callable[[Result], float | None], digits: int) -> st
     if spread is None:
         return "–"
     mean, deviation = (f"{float(value):.{digits}f}" for value in spread)
-    return f"{mean} ± {deviation}" if len(group.results) > 1 and digits else mean
+    return f"{mean} ± {deviation}" if len(group.results) > 1 and digits == 1 else mean  # accuracies
