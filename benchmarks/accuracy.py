@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import harness
 import numpy as np
@@ -26,7 +26,7 @@ from torch import Tensor
 from plora_ext.cil import metrics
 from plora_ext.cil.alignment import ALIGNMENTS, align, class_means
 from plora_ext.cil.build import load_data, make_stream, pick_device
-from plora_ext.cil.heads import HEADS, create_head
+from plora_ext.cil.heads import HEADS, Head, Subspace, create_head
 from plora_ext.cil.loop import run
 from plora_ext.cil.methods import METHODS, Method, PLoRAEnsemble, PLoRAFused
 from plora_ext.cil.result import Result
@@ -43,37 +43,35 @@ FIGURES = ("average_accuracy", "last_accuracy", "forgetting", "backward_transfer
 FIELDS = ("method", "seed", *FIGURES, *"passes data init_cls increment backbone epochs lr r device torch".split())
 
 
-class Recording(Method):
-    """A method that, beside its own classifier, teaches every head, and takes down what each predicts."""
+class Heads(Head):
+    """Several heads on the same features: all of them learn, and what each predicts is taken down.
 
-    def __init__(self, trainer: Trainer, settings: Settings):
-        super().__init__(trainer, settings)
-        heads = {name: create_head(name, settings, trainer.device) for name in HEADS}
-        self.heads = {name: head for name, head in heads.items() if head.learns}
+    Put in the place of a method's head; the logits of the first one are the method's.
+    """
+
+    def __init__(self, names: Iterable[str], settings: Settings, device: torch.device):
+        super().__init__(settings, device)
+        self.heads = {name: create_head(name, settings, device) for name in names}
         self.predictions: list[dict[str, np.ndarray]] = []
 
-    def spaces(self) -> None:
-        """Nothing is kept: the features are of several spaces."""
-
-    def _teach(self, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
-        assert self.prototypes is not None
+    def learn(self, *given: Any) -> None:
         for head in self.heads.values():
-            head.learn(self.prototypes, before, after, labels)
+            if head.learns:
+                head.learn(*given)
 
-    def logits(self, features: Tensor) -> Tensor:
-        own = super().logits(features)
-        self.record({self.settings.method: own}, features)
-        return own
+    def __call__(self, features: Tensor, prototypes: Tensor) -> Tensor:
+        return self.record({name: head(features, prototypes) for name, head in self.heads.items()})
 
-    def record(self, logits: dict[str, Tensor], features: Tensor) -> None:
-        for name, head in self.heads.items():
-            logits[f"{self.settings.method} + {name}"] = head(features, self.prototypes)
+    def record(self, logits: dict[str, Tensor]) -> Tensor:
         self.predictions.append({name: values.argmax(-1).cpu().numpy() for name, values in logits.items()})
+        return next(iter(logits.values()))
 
 
-class Ablation(Recording, PLoRAFused):
+class Ablation(PLoRAFused):
     """PLoRA under every alignment, the oracle (true means of old classes), every head on the alignment of the settings,
     and the ensemble, all from the same adapters."""
+
+    head: Heads
 
     def __init__(self, trainer: Trainer, settings: Settings):
         super().__init__(trainer, settings)
@@ -109,26 +107,36 @@ class Ablation(Recording, PLoRAFused):
         return spaces
 
     def logits(self, features: Tensor) -> Tensor:
-        logits = {f"plora, {name}": self.head(features[:, 0], means) for name, means in self.variants.items()}
+        fused, heads = features[:, 0], dict(self.head.heads)
+        cosine = heads.pop("cosine")
+        logits = {f"plora, {name}": cosine(fused, means) for name, means in self.variants.items()}
         if self.ensemble:
             logits["plora-ensemble"] = self.ensemble.logits(features[:, 1:])
-        self.record(logits, features[:, 0])
+        self.head.record(logits | {name: head(fused, self.prototypes) for name, head in heads.items()})
         return logits[f"plora, {self.settings.alignment}"]
 
 
-def measure(settings: Settings, data: Images, progress: ConsoleProgress) -> list[dict[str, object]]:
-    """A row for the method with each classifier; for plora also one for each alignment and for the ensemble."""
-    made: list[Recording] = []
-    kind = Ablation if settings.method == "plora" else type("Recorded", (Recording, METHODS[settings.method]), {})
+def results_by_head(
+    settings: Settings,
+    data: Images,
+    progress: ConsoleProgress,
+    heads: Iterable[str] = HEADS,
+    kind: Callable[[Trainer, Settings], Method] | None = None,
+) -> dict[str, Result]:
+    """The settings' method, or `kind`, with each of `heads` from one training; an ensemble has a head of its own."""
+    made: list[Method] = []
 
     def make(trainer: Trainer, settings: Settings) -> Method:
-        made.append(kind(trainer, settings))
+        made.append((kind or METHODS[settings.method])(trainer, settings))
+        if not isinstance(made[0].head, Subspace):
+            made[0].head = Heads(heads, settings, trainer.device)
         return made[0]
 
     result = run(settings, data=data, callbacks=[progress], make=make)
-    stream, predictions = make_stream(settings, data), made[0].predictions
+    if not isinstance(made[0].head, Heads):
+        return {"cosine": result}
+    stream, predictions, results = make_stream(settings, data), made[0].head.predictions, {}
     tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
-    rows = []
     for name in predictions[0]:
         curve, matrix = [], []
         every = np.concatenate([predicted[name] for predicted in predictions])  # an evaluation may have several parts
@@ -138,9 +146,17 @@ def measure(settings: Settings, data: Images, progress: ConsoleProgress) -> list
             correct = (predicted == labels).astype(np.float64)
             curve.append(100 * float(correct.mean()))
             matrix.append(metrics.task_accuracies(correct, stream.task_of_class()[labels]))
-        passes = len(stream) if name == "plora-ensemble" else 1
-        rows.append(row(name, replace(result, curve=curve, matrix=matrix, passes=passes)))
-    return rows
+        passes = len(stream) if name == "plora-ensemble" else result.passes
+        results[name] = replace(result, curve=curve, matrix=matrix, passes=passes)
+    return results
+
+
+def measure(settings: Settings, data: Images, progress: ConsoleProgress) -> list[dict[str, object]]:
+    """A row for the method with each classifier; for plora also one for each alignment and for the ensemble."""
+    kind, method = (Ablation if settings.method == "plora" else None), settings.method
+    names = {"cosine": method, **{name: f"{method} + {name}" for name in HEADS if name != "cosine"}}
+    results = results_by_head(settings, data, progress, kind=kind)
+    return [row(names.get(name, name), result) for name, result in results.items()]
 
 
 def row(name: str, result: Result) -> dict[str, object]:
@@ -154,7 +170,8 @@ def row(name: str, result: Result) -> dict[str, object]:
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:
-    """The Markdown table: a line a method, mean ± standard deviation over its seeds."""
+    """The Markdown table: a line a method, mean ± standard deviation over its seeds; seconds where rows have them."""
+    timed = ["seconds"] if "seconds" in rows[0] else []
 
     def cell(values: list[float]) -> str:
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -165,8 +182,10 @@ def table(rows: Sequence[dict[str, object]]) -> str:
         own = [r for r in rows if r["method"] == method]
         names = FIGURES[method.startswith("joint") :]  # no Ā: one step, over all classes
         figures = [[float(str(r[f])) for r in own if f in names and r[f] not in (None, "")] for f in FIGURES]
-        lines.append([method, *map(cell, figures), str(own[0]["passes"]), str(len(own))])
-    return harness.table(("Method", "Ā", "A_B", "Forgetting", "BWT", "Passes", "Seeds"), lines)
+        seconds = [cell([float(str(r[f])) for r in own]) for f in timed]
+        lines.append([method, *map(cell, figures), str(own[0]["passes"]), *seconds, str(len(own))])
+    columns = ("Method", "Ā", "A_B", "Forgetting", "BWT", "Passes", *map(str.capitalize, timed), "Seeds")
+    return harness.table(columns, lines)
 
 
 def main() -> None:

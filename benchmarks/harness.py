@@ -110,7 +110,7 @@ def write(
     writer.writeheader()
     writer.writerows({**row, **where} for row in rows)
     for suffix, content in ((".csv", sheet.getvalue()), (".md", f"{said(where)}\n\n{text}" if where else text)):
-        part = out.with_name(f".{out.name}{suffix}.part")
+        part = out.with_name(f".{out.name}{suffix}.{os.getpid()}.part")
         part.write_text(content, encoding="utf-8")
         os.replace(part, out.with_name(out.name + suffix))
 

@@ -107,6 +107,7 @@ VARIANTS = [
     {"method": "plora", "fusion": "learned", "optimizer": "sgd", "target_modules": ["q", "v"]},
     {"method": "plora", "fusion": "similarity", "head": "replay", "transform": "pilot"},
     {"method": "plora", "fusion": "sum", "onto": "fused", "init": "inflora", "head": "gaussian"},
+    {"method": "plora", "fusion": "newest", "init": "newest", "lr_later": 1e-3},
     {"method": "lora-first", "head": "ranpac"},
     *({"method": name} for name in METHODS if name != "plora"),
 ]
@@ -141,7 +142,7 @@ def test_cut_after_every_save(
             break
         except Cut:
             assert all(path.name == MANIFEST or path.suffix == ".safetensors" for path in _files(tmp_path))
-    trains = {"simplecil": 0, "joint": 1, "lora-first": 1}.get(changes["method"], 3)
+    trains = {"simplecil": 0, "joint": 1, "lora-first": 1, "aper": 1}.get(changes["method"], 3)
     assert saves == (1 if changes["method"] == "joint" else 3) + 2 * trains  # a task each, two epochs where it trains
     assert (result.curve, result.matrix, result.passes) == (whole.curve, whole.matrix, whole.passes)
     assert method.prototypes is not None and torch.equal(method.prototypes, resumed.prototypes)

@@ -395,11 +395,11 @@ def test_the_loop_gives_the_same_with_and_without(method: str, images: Images, t
 
     folder = str(tmp_path / "features")
     assert learn("auto") == learn("none") == learn(folder) == learn(folder)
-    kept = method in ("plora-ensemble", "simplecil", "lora-first", "joint")
+    kept = method in ("plora-ensemble", "simplecil", "lora-first", "aper", "joint")
     assert (tmp_path / "features").is_dir() and bool(list((tmp_path / "features").iterdir())) == kept
     # The second run with the folder finds all test images under all adapters there.
-    passes = {"plora-ensemble": 12 * 3, "simplecil": 12, "lora-first": 12, "joint": 12}.get(method, 0)
-    if method in ("plora-ensemble", "simplecil", "lora-first"):
+    passes = {"plora-ensemble": 12 * 3, "simplecil": 12, "lora-first": 12, "aper": 24, "joint": 12}.get(method, 0)
+    if method in ("plora-ensemble", "simplecil", "lora-first", "aper"):
         assert counts["auto"] < counts["none"]
     assert counts["auto"] - counts[folder] == passes
 

@@ -42,7 +42,8 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 KINDS: list[dict[str, Any]] = [
     {}, {"head": "gaussian"}, {"head": "ranpac"}, {"method": "plora-ensemble"}, {"method": "lora-first"},
-    {"method": "lora-sequential"}, {"method": "simplecil"}, {"fusion": "learned"},
+    {"method": "lora-sequential"}, {"method": "aper", "head": "gaussian"}, {"method": "simplecil"},
+    {"fusion": "newest", "init": "newest", "lr_later": 1e-3}, {"fusion": "learned"},
     {"fusion": "sum", "onto": "fused", "init": "inflora"}, {"lora_dropout": 0.1, "target_modules": ["q", "v"]},
 ]  # fmt: skip
 

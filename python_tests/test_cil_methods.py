@@ -12,6 +12,7 @@ from plora_ext.cil import Images, PLoRA, Result, Settings, run, sought, training
 from plora_ext.cil.alignment import align, class_means
 from plora_ext.cil.build import pick_device
 from plora_ext.cil.callbacks import Callback
+from plora_ext.cil.fusion import coefficients
 from plora_ext.cil.heads import HEADS, RanPAC
 from plora_ext.cil.inflora import Subspaces, share_after
 from plora_ext.cil.methods import METHODS, Method, PLoRAFused
@@ -123,7 +124,7 @@ def test_every_method_learns(method: str, images: Images) -> None:
     for accuracy, row in zip(result.curve[-len(result.matrix) :], result.matrix, strict=True):
         assert accuracy == pytest.approx(np.mean(row))  # tasks of one size
     assert result.curve[-1] > 1.5 * 100 / CLASSES
-    assert result.passes == (3 if method == "plora-ensemble" else 1)
+    assert result.passes == {"plora-ensemble": 3, "aper": 2}.get(method, 1)
     assert {"prototypes", "eval"} <= set(result.seconds) == set(result.peak_mb)
 
 
@@ -198,7 +199,10 @@ def test_what_is_trained_and_what_is_kept(
 
 
 PAIRS = [
-    (f, o) for f in ("mean", "sum", "similarity", "learned") for o in ("base", "fused") if (f, o) != ("learned", "base")
+    (f, o)
+    for f in ("mean", "sum", "newest", "similarity", "learned")
+    for o in ("base", "fused")
+    if (f, o) != ("learned", "base")
 ]
 
 
@@ -207,7 +211,45 @@ def test_fusion_rules(fusion: str, onto: str, images: Images) -> None:
     assert learn(images, fusion=fusion, onto=onto, epochs=1).curve[-1] > 100 / CLASSES
 
 
-@pytest.mark.parametrize("method", ["plora", "lora-first", "joint"])
+def test_the_newest_adapter_alone_is_one_trained_on_and_on(images: Images) -> None:
+    """The last point of the chain, with old prototypes as they were: what `lora-sequential` learns."""
+    assert coefficients("newest", 3).tolist() == [0, 0, 1]
+    chain = learn(images, fusion="newest", init="newest", alignment="none").learner.method
+    one = learn(images, method="lora-sequential").learner.method
+    assert chain.coefficients.tolist() == [0, 0, 1] and len(chain.adapters.names) == 3
+    assert chain.adapters.active == ["task2"]  # what has no part in it takes no time
+    for mine, theirs in zip(chain.adapters.parameters("task2"), one.adapters.parameters("task0"), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(chain.prototypes, one.prototypes, atol=1e-4, rtol=1e-4)
+    moved = learn(images, fusion="newest", init="newest", alignment="ridge").learner.method
+    assert (moved.prototypes[:4] - one.prototypes[:4]).abs().max() > 0.01
+    assert torch.equal(moved.prototypes[4:], chain.prototypes[4:])
+
+
+@pytest.mark.parametrize(("later", "rates"), [(None, [5e-3] * 3), (1e-3, [5e-3, 1e-3, 1e-3])])
+def test_the_learning_rate_of_later_tasks(later: float | None, rates: list[float], images: Images) -> None:
+    begins: list[list[float]] = []
+
+    class Ear(Callback):
+        def steps(self, first: int, losses: list[float], rates: list[float]) -> None:
+            begins.append(rates)
+
+    learn(images, lr_later=later, epochs=1, callbacks=[Ear()])
+    assert [task[0] for task in begins] == rates
+    for task in begins:  # along a cosine from there
+        assert task == pytest.approx([task[0] * (1 + np.cos(np.pi * step / 3)) / 2 for step in range(3)])
+
+
+def test_aper_puts_the_frozen_features_before_the_adapted_ones(images: Images) -> None:
+    method = learn(images, method="aper", epochs=1).learner.method
+    x = torch.rand(5, 3, 16, 16)
+    with torch.no_grad():
+        expected = torch.cat([backbone().model(x), method.trainer.model(x)], 1)
+        torch.testing.assert_close(method.features(x), expected, atol=1e-5, rtol=1e-5)
+    assert method.prototypes.shape == (CLASSES, 64) and list(method.spaces()) == ["__base__", "task0"]
+
+
+@pytest.mark.parametrize("method", ["plora", "lora-first", "aper", "joint"])
 @pytest.mark.parametrize("head", HEADS)
 def test_heads_in_the_loop(head: str, method: str, images: Images) -> None:
     result = learn(images, method=method, head=head, projections=100, replay_epochs=5, epochs=1)
@@ -377,6 +419,8 @@ def test_a_loss_that_is_not_finite_names_its_place(images: Images) -> None:
         FloatingPointError, match=r"the loss is (nan|inf) at task 0, epoch \d, step \d; .*the cause may be lr 1e\+30$"
     ):
         learn(images, optimizer="sgd", lr=1e30)
+    with pytest.raises(FloatingPointError, match=r"at task 1, .*the cause may be lr 0\.005 or lr_later 1e\+30$"):
+        learn(images, optimizer="sgd", lr_later=1e30)
 
 
 def test_what_is_not_finite_is_said_and_what_can_be_the_cause(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:

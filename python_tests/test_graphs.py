@@ -149,7 +149,7 @@ def test_what_waits_for_the_host_runs_as_it_is() -> None:
     assert all(torch.equal(twice(x), x * 2) for _ in range(4)) and twice.reason is None
 
 
-METHODS = ["plora", "plora-ensemble", "lora-first", "lora-sequential", "joint"]
+METHODS = ["plora", "plora-ensemble", "lora-first", "aper", "lora-sequential", "joint"]
 INFLORA, SD_LORA = {"init": "inflora", "fusion": "sum", "onto": "fused"}, {"fusion": "learned"}
 
 
@@ -163,7 +163,7 @@ INFLORA, SD_LORA = {"init": "inflora", "fusion": "sum", "onto": "fused"}, {"fusi
 )  # fmt: skip
 def test_runs_are_equal(changes: dict[str, Any]) -> None:
     (eager, told), (captured, heard) = learn(graphs="off", **changes), learn(**changes)
-    fits = 1 if changes.get("method") in ("joint", "lora-first") else 3
+    fits = 1 if changes.get("method") in ("joint", "lora-first", "aper") else 3
     assert heard.losses == told.losses and len(told.losses) == 3 * fits
     assert captured.curve == eager.curve and captured.matrix == eager.matrix
     assert str(said(captured)).startswith("captured in ") and said(eager) is None and not heard.lines, heard.lines

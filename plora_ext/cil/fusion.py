@@ -25,6 +25,8 @@ def coefficients(
 
     - mean: c_i = 1 / T.
     - sum: c_i = 1.
+    - newest: c_T = 1, all others 0: the newest adapter alone. Where it starts from the one before it (`init: newest`),
+      this is one adapter trained on and on, as in SLCA (ICCV 2023) and SLDC (AAAI 2026).
     - similarity: c = softmax_i(cos(m_T, m_i) / tau), with m_i the mean feature of task i under the frozen backbone,
       the one space in which the means of all tasks can be compared (the similarity mixture of MIN, NeurIPS 2025).
     - learned: c = `magnitudes`, trained beside the newest adapter while the older ones are reduced to directions
@@ -41,9 +43,11 @@ def coefficients(
         return torch.full((num_tasks,), 1 / num_tasks)
     if rule == "sum":
         return torch.ones(num_tasks)
+    if rule == "newest":
+        return F.one_hot(torch.tensor(num_tasks - 1), num_tasks).float()
     needed = {"similarity": task_means, "learned": magnitudes}
     if rule not in needed:
-        raise ValueError(f"rule must be mean, sum, similarity or learned, got {rule!r}")
+        raise ValueError(f"rule must be mean, sum, newest, similarity or learned, got {rule!r}")
     given = needed[rule]
     if given is None or len(given) != num_tasks:
         what = {"similarity": "task_means", "learned": "magnitudes"}[rule]

@@ -189,7 +189,7 @@ class LoRASequential(_Adapted):
 class LoRAFirst(_Adapted):
     """`lora-first`: an adapter trained on the first task only, class means from then on.
 
-    First-session adaptation (Panos et al., ICCV 2023) with LoRA; APER also keeps the frozen model's features beside.
+    First-session adaptation (Panos et al., ICCV 2023) with LoRA.
     """
 
     def learn(self, task: Task, images: View, labels: Tensor) -> None:
@@ -200,6 +200,27 @@ class LoRAFirst(_Adapted):
 
     def spaces(self) -> dict[str, str]:
         return space_fingerprints(self.adapters, self.adapters.names, *self.trainer.speed.context)
+
+
+class APER(LoRAFirst):
+    """`aper`: f(x) = [f_0(x), f_1(x)], the frozen model's features and those of `lora-first` side by side, [n, 2 D].
+
+    `aper_adapter` (Zhou et al., IJCV 2024) with LoRA for its adapters. Two forward passes, made as one
+    (`plora_ext.nn.Ensemble`).
+    """
+
+    def __init__(self, trainer: Trainer, settings: Settings):
+        super().__init__(trainer, settings)
+        self.ensemble, self.passes = Ensemble(self.adapters), 2
+
+    def features(self, images: View) -> Tensor:
+        return self.features_in(images, [BASE, *self.adapters.names]).flatten(1)
+
+    def features_in(self, images: View, names: Sequence[str]) -> Tensor:
+        return self.trainer.features(images, lambda batch: self.ensemble(batch, names).movedim(0, 1))
+
+    def spaces(self) -> dict[str, str]:
+        return space_fingerprints(self.adapters, [BASE, *self.adapters.names], *self.trainer.speed.context)
 
 
 class Joint(LoRAFirst):
@@ -256,7 +277,7 @@ class PLoRAFused(_Adapted):
         drift = self.net.drift(range(len(self.prototypes)), len(task.classes), self.head.covariances)
         with self.trainer.phases("prototypes"):
             if before is None:
-                self.adapters.set_adapter(*older)
+                self.net.activate(*older)
                 before = self._frozen()
                 self.activate()
             features = self._read_both(before, images, labels, drift)
@@ -334,7 +355,7 @@ class PLoRAFused(_Adapted):
             means = torch.stack(self.task_means) if self.task_means else None
             self.coefficients = fusion.coefficients(s.fusion, len(older) + 1, task_means=means, tau=s.fusion_tau)
             if s.onto == "fused":
-                self.adapters.set_adapter([*older, name], self.coefficients)
+                self.net.activate([*older, name], self.coefficients)
             if s.init == "inflora":  # the new B is zero: these are the inputs of the model before the task
                 self.subspaces.design(self.adapters, name, self._input_grams(images))
             self._fit(task, images, labels, (), teacher)
@@ -409,5 +430,6 @@ METHODS |= {
     "simplecil": SimpleCIL,
     "lora-sequential": LoRASequential,
     "lora-first": LoRAFirst,
+    "aper": APER,
     "joint": Joint,
 }

@@ -152,7 +152,12 @@ class PLoRA(nn.Module):
         """Makes the sum of all adapters, or of all but the newest, the active model; `coefficients`: default mean."""
         names = self.adapters.names[: None if newest else -1]
         self.coefficients = fusion.coefficients("mean", len(names)) if coefficients is None else coefficients
-        self.adapters.set_adapter(names, self.coefficients)
+        self.activate(names, self.coefficients)
+
+    def activate(self, names: Sequence[str], coefficients: Tensor) -> None:
+        """Makes adapters the active ones, except those with coefficient 0: they would cost time and change nothing."""
+        chosen = coefficients.nonzero().flatten().tolist()
+        self.adapters.set_adapter([names[i] for i in chosen], coefficients[chosen])
 
     def drift(self, known: Sequence[int], num_classes: int, covariances: Tensor | None = None) -> Drift:
         """What tells how the prototypes of the classes `known` move, once it has seen the images of a task.

@@ -23,12 +23,12 @@ import yaml
 from plora_ext.cil.registry import choices as registered
 from plora_ext.cil.registry import import_plugins
 
-MethodName = Literal["plora", "plora-ensemble", "simplecil", "lora-sequential", "lora-first", "joint"]
+MethodName = Literal["plora", "plora-ensemble", "simplecil", "lora-sequential", "lora-first", "aper", "joint"]
 _LEAST = (  # what settings must be, where they are not null
     ("at least 1", lambda v: v >= 1, "increment r epochs batch_size eval_batch_size projections replay_epochs"),
     ("at least 1", lambda v: v >= 1, "image_size"),
     ("at least 0", lambda v: v >= 0, "init_cls ridge ensemble_alpha weight_decay workers sought distill"),
-    ("above 0", lambda v: v > 0, "fusion_tau tau ensemble_tau lr scale"),
+    ("above 0", lambda v: v > 0, "fusion_tau tau ensemble_tau lr lr_later scale"),
 )
 _PATHS = (
     "data",
@@ -121,7 +121,7 @@ class Settings:
     )
     subspace: float = _setting(0.95, "init inflora: share of a layer's inputs to protect, after the first task")
 
-    fusion: Literal["mean", "sum", "similarity", "learned"] = _setting(
+    fusion: Literal["mean", "sum", "newest", "similarity", "learned"] = _setting(
         "mean", "rule of the adapters' coefficients", "fusion, prototypes and head"
     )
     fusion_tau: float = _setting(0.1, "temperature of fusion: similarity")
@@ -146,6 +146,7 @@ class Settings:
     batch_size: int = _setting(32, "images per step, over all processes")
     optimizer: Literal["sgd", "adamw"] = _setting("adamw", "SGD with momentum 0.9, or AdamW")
     lr: float = _setting(3e-3, "learning rate at the start; it falls to zero along a cosine")
+    lr_later: float | None = _setting(None, "learning rate at the start of every task after the first (null: lr)")
     weight_decay: float = _setting(0.0, "weight decay of the adapters")
     scale: float = _setting(16.0, "scale of the cosine logits while training")
     augment: bool = _setting(True, "augment training images")

@@ -204,6 +204,7 @@ class Trainer:
 
         several = "several processes share the work" if world.size > 1 else None
         captured = self.speed.captured("training", update, learned, reason=several)
+        rate = s.lr if task == 0 or s.lr_later is None else s.lr_later
         self.callbacks.tell("fit", task, len(images) * (s.epochs - first))
         for epoch in range(first, s.epochs):
             rates = []
@@ -211,7 +212,7 @@ class Trainer:
             targets = labels[order.to(self.device)].split(s.batch_size)  # at once: every copy makes the host wait
             for step, (_, batch) in enumerate(images.epoch(order, s.batch_size, world.own)):
                 done = (epoch * steps + step) / (steps * s.epochs)
-                rates.append(s.lr * (1 + math.cos(math.pi * done)) / 2)
+                rates.append(rate * (1 + math.cos(math.pi * done)) / 2)
                 self.speed.set_rate(optimizer, rates[-1])
                 number = len(targets[step])
                 wanted, share = targets[step][world.own(number)], world.share(number)
@@ -249,7 +250,9 @@ class Trainer:
             what += f"; not finite: {tensors[0]}{more}"
         # What can be the cause: the learning rate, and whatever else is not as usual.
         s, usual = self.settings, Settings()
-        unusual = [n for n in ("weight_decay", "scale", "lora_alpha", "amp") if getattr(s, n) != getattr(usual, n)]
+        unusual = [
+            n for n in ("lr_later", "weight_decay", "scale", "lora_alpha", "amp") if getattr(s, n) != getattr(usual, n)
+        ]
         causes = " or ".join(f"{name} {getattr(s, name)}" for name in ("lr", *unusual))
         if len(bad) and not tensors:  # as in the first step: what goes in
             causes += ", or the images or the backbone's weights"
