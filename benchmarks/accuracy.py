@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from plora_ext.cil import metrics
-from plora_ext.cil.alignment import ALIGNMENTS, align, class_means
+from plora_ext.cil.alignment import ALIGNMENTS, Drift, class_means
 from plora_ext.cil.build import load_data, make_stream, pick_device
 from plora_ext.cil.heads import HEADS, Head, Subspace, create_head
 from plora_ext.cil.loop import run
@@ -46,13 +46,24 @@ FIELDS = ("method", "seed", *FIGURES, *"passes data init_cls increment backbone 
 class Heads(Head):
     """Several heads on the same features: all of them learn, and what each predicts is taken down.
 
-    Put in the place of a method's head; the logits of the first one are the method's.
+    Put in the place of a method's head; the logits of the first one are the method's. Of joint, predictions are among
+    the first `among` classes each, else among all.
     """
 
-    def __init__(self, names: Iterable[str], settings: Settings, device: torch.device):
+    def __init__(self, names: Iterable[str], settings: Settings, device: torch.device, among: Sequence[int]):
         super().__init__(settings, device)
         self.heads = {name: create_head(name, settings, device) for name in names}
         self.predictions: list[dict[str, np.ndarray]] = []
+        self.among = among if settings.method == "joint" else ()
+
+    @property
+    def covariances(self) -> Tensor | None:  # type: ignore[override]
+        """Those of the classes, the same in every head that keeps them."""
+        return next((h.covariances for h in self.heads.values() if h.covariances is not None), None)
+
+    def follow(self, drift: Drift) -> None:
+        for head in self.heads.values():
+            head.follow(drift)
 
     def learn(self, *given: Any) -> None:
         for head in self.heads.values():
@@ -63,7 +74,11 @@ class Heads(Head):
         return self.record({name: head(features, prototypes) for name, head in self.heads.items()})
 
     def record(self, logits: dict[str, Tensor]) -> Tensor:
-        self.predictions.append({name: values.argmax(-1).cpu().numpy() for name, values in logits.items()})
+        best = {
+            name: torch.stack([values[:, :classes].argmax(-1) for classes in self.among or (values.shape[1],)], 1)
+            for name, values in logits.items()
+        }
+        self.predictions.append({name: chosen.cpu().numpy() for name, chosen in best.items()})
         return next(iter(logits.values()))
 
 
@@ -80,17 +95,29 @@ class Ablation(PLoRAFused):
         self.seen: list[tuple[View, Tensor]] = []
 
     def learn(self, task: Task, images: View, labels: Tensor) -> None:
-        before = self.trainer.features(images)
-        self.train_and_fuse(task, images, labels)
+        s, old_model, before = self.settings, None, None
+        if task.index:
+            old_model = self._frozen()
+            before = self.trainer.features(images, old_model)
+        self.train_and_fuse(task, images, labels, old_model if s.distill else None)
         after = self.trainer.features(images)
-        new, s = class_means(after, labels, len(task.classes)), self.settings
+        new = class_means(after, labels, len(task.classes))
         for name in ALIGNMENTS:
             old = self.variants.get(name, new[:0])
-            if task.index:
-                old = align(name, old, before, after, labels, tau=s.tau, ridge=s.ridge)
+            if old_model is not None and before is not None:
+                own = self.head.covariances if name == s.alignment else None
+                drift = Drift(name, old, len(new), tau=s.tau, ridge=s.ridge, covariances=own)
+                drift.add(before, after, labels)
+                if drift.kind.rows and s.sought:
+                    drift.add(
+                        *self._seek(old_model, self._frozen(), images, before, labels, old).unbind(1), labels=None
+                    )
+                old = drift.align()
+                if name == s.alignment:
+                    self.head.follow(drift)
             self.variants[name] = torch.cat([old, new])
         self.prototypes = self.variants[s.alignment]
-        self._teach(before if task.index else None, after, labels)
+        self._teach(before, after, labels)
         self.seen.append((images, labels + task.classes.start))
         true, of = torch.cat([self.trainer.features(seen) for seen, _ in self.seen]), [label for _, label in self.seen]
         self.variants["oracle"] = class_means(true, torch.cat(of), task.classes.stop)
@@ -125,17 +152,19 @@ def results_by_head(
 ) -> dict[str, Result]:
     """The settings' method, or `kind`, with each of `heads` from one training; an ensemble has a head of its own."""
     made: list[Method] = []
+    stream = make_stream(settings, data)
+    ends = [task.classes.stop for task in stream.tasks]
 
     def make(trainer: Trainer, settings: Settings) -> Method:
         made.append((kind or METHODS[settings.method])(trainer, settings))
         if not isinstance(made[0].head, Subspace):
-            made[0].head = Heads(heads, settings, trainer.device)
+            made[0].head = Heads(heads, settings, trainer.device, ends)
         return made[0]
 
     result = run(settings, data=data, callbacks=[progress], make=make)
     if not isinstance(made[0].head, Heads):
         return {"cosine": result}
-    stream, predictions, results = make_stream(settings, data), made[0].head.predictions, {}
+    predictions, results = made[0].head.predictions, {}
     tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
     for name in predictions[0]:
         curve, matrix = [], []
@@ -143,9 +172,10 @@ def results_by_head(
         for t in range(len(tasks)):
             labels = np.concatenate([task.test_labels for task in tasks[: t + 1]])
             predicted, every = np.split(every, [len(labels)])
-            correct = (predicted == labels).astype(np.float64)
-            curve.append(100 * float(correct.mean()))
-            matrix.append(metrics.task_accuracies(correct, stream.task_of_class()[labels]))
+            correct = (predicted == labels[:, None]).astype(np.float64)
+            of = ends if settings.method == "joint" else ends[t : t + 1]
+            curve += [100 * float(correct[labels < end, i].mean()) for i, end in enumerate(of)]
+            matrix.append(metrics.task_accuracies(correct[:, -1], stream.task_of_class()[labels]))
         passes = len(stream) if name == "plora-ensemble" else result.passes
         results[name] = replace(result, curve=curve, matrix=matrix, passes=passes)
     return results
@@ -180,8 +210,7 @@ def table(rows: Sequence[dict[str, object]]) -> str:
     lines = []
     for method in dict.fromkeys(str(r["method"]) for r in rows):
         own = [r for r in rows if r["method"] == method]
-        names = FIGURES[method.startswith("joint") :]  # no Ā: one step, over all classes
-        figures = [[float(str(r[f])) for r in own if f in names and r[f] not in (None, "")] for f in FIGURES]
+        figures = [[float(str(r[f])) for r in own if r[f] not in (None, "")] for f in FIGURES]
         seconds = [cell([float(str(r[f])) for r in own]) for f in timed]
         lines.append([method, *map(cell, figures), str(own[0]["passes"]), *seconds, str(len(own))])
     columns = ("Method", "Ā", "A_B", "Forgetting", "BWT", "Passes", *map(str.capitalize, timed), "Seeds")

@@ -38,7 +38,7 @@ FILES = Path(__file__).resolve().parents[1] / "configs" / "methods"
 AT_THEIR_RATES = ("sdlora+lr=8e-3", "inflora+lr=5e-4")  # whatever --lr says
 ROWS = ("plora", "first", "aper", "ranpac", "slca", "sldc", *AT_THEIR_RATES, "ensemble", "simplecil", "joint")
 KEPT = """seed data init_cls increment backbone image_size fusion init alignment shrinkage r epochs batch_size optimizer
-    lr lr_later scale cutmix""".split()
+    lr lr_later scale cutmix rotations distill target_modules validation""".split()
 FIELDS = ("method", *FIGURES, "passes", "seconds", *KEPT, "device", "torch")
 
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import plora_ext
 from plora_ext import change
 from plora_ext.cil.distributed import SINGLE, World
-from plora_ext.cil.settings import Settings
+from plora_ext.cil.settings import BEFORE, Settings
 from plora_ext.cil.stream import Task
 from plora_ext.data import ImageFiles, Images
 from plora_ext.data.sets import NAMES, select
@@ -97,7 +97,7 @@ class Checkpoint:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of the saved run; one that came later has its default.
+        """The settings of the saved run; one that came later is as if there was none.
 
         Where it was begun in another folder, its relative paths are those from there, as far as they exist.
 
@@ -489,13 +489,13 @@ def refuse_other(
 
 
 def _settings(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """All settings, those that `saved` lacks with their defaults."""
+    """All settings, those that `saved` lacks as they were before there was such a setting."""
     unknown = [name for name in saved if name not in {f.name for f in fields(Settings)}]
     if unknown:
         raise ValueError(
             f"{where}: it has settings that this version, {plora_ext.__version__}, does not have: {', '.join(unknown)}"
         )
-    return json.loads(json.dumps(Settings(**saved).as_dict()))
+    return json.loads(json.dumps(Settings(**{**BEFORE, **saved}).as_dict()))
 
 
 def rng_state() -> dict[str, Any]:

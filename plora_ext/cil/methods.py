@@ -311,15 +311,32 @@ class PLoRAFused(_Adapted):
         drift.gather(self.world)
         gathered = self.world.gather(torch.cat(kept), len(images)) if kept else None
         if gathered is not None and seeks:
-            starts, wanted = sought.targets(drift.prototypes, gathered[:, 0], labels, self.settings.sought)
-            mine = self.world.rows(len(starts))
-            found, aims = [gathered[:0]], wanted[mine.to(wanted.device)].split(self.settings.eval_batch_size)
-            for batch, aim in zip(images[starts[mine]].split(self.settings.eval_batch_size), aims, strict=True):
-                moved = sought.move(batch, aim, before)
-                found.append(torch.stack([before(moved), after(moved)], 1).float())
-            pairs = self.world.gather(torch.cat(found), len(starts))
-            drift.add(pairs[:, 0], pairs[:, 1], None)
+            found = self._seek(before, after, images, gathered[:, 0], labels, drift.prototypes)
+            drift.add(found[:, 0], found[:, 1], None)
         return gathered
+
+    def _seek(
+        self,
+        before: Callable[[Tensor], Tensor],
+        after: Callable[[Tensor], Tensor],
+        images: View,
+        features: Tensor,
+        labels: Tensor,
+        prototypes: Tensor,
+    ) -> Tensor:
+        """Features [k, 2, D] under the two models of images that are moved to the old `prototypes` (`cil.sought`).
+
+        Args:
+            features: Of the task's images under the model `before`.
+        """
+        size = self.settings.eval_batch_size
+        starts, wanted = sought.targets(prototypes, features, labels, self.settings.sought)
+        own = self.world.rows(len(starts))
+        pairs = [torch.stack([features[:0]] * 2, 1)]
+        for batch, aims in zip(images[starts[own]].split(size), wanted[own.to(wanted.device)].split(size), strict=True):
+            moved = sought.move(batch, aims, before)
+            pairs.append(torch.stack([before(moved), after(moved)], 1).float())
+        return self.world.gather(torch.cat(pairs), len(starts))
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "subspaces": self.subspaces.bases}

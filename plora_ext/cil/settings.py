@@ -45,6 +45,7 @@ _SYNONYMS = {
     "output_dir": "out", "num_workers": "workers", "wd": "weight_decay", "opt": "optimizer", "init_classes": "init_cls",
     "fp16": "float16", "half": "float16", "bf16": "bfloat16",
 }  # fmt: skip
+BEFORE = {"cutmix": 0.0, "rotations": False, "distill": 0.0}  # what a saved run that does not say so has had
 _ORDERS = {None: "shuffled", "none": "sorted"}  # words of class_order in files and checkpoints of before
 
 
@@ -116,8 +117,8 @@ class Settings:
     )
     init: Literal["first", "newest", "fresh", "inflora"] | None = _setting(
         None,
-        "start a new adapter from task 0's, from the newest one, from nothing, or as InfLoRA does (null: first on "
-        "base, else fresh)",
+        "start a new adapter from task 0's, from the newest one, from nothing, or as InfLoRA does (null: newest "
+        "on base, else fresh)",
     )
     subspace: float = _setting(0.95, "init inflora: share of a layer's inputs to protect, after the first task")
 
@@ -126,7 +127,7 @@ class Settings:
     )
     fusion_tau: float = _setting(0.1, "temperature of fusion: similarity")
     alignment: Literal["none", "complement", "shift", "sdc", "ridge", "semantic", "local"] = _setting(
-        "semantic", "how old prototypes, and the covariances that a head keeps, follow the fused model"
+        "local", "how old prototypes, and the covariances that a head keeps, follow the fused model"
     )
     sought: int = _setting(
         10, "alignment local: images moved to where an old class is, for each (plora_ext.cil.sought)"
@@ -136,7 +137,7 @@ class Settings:
     head: Literal["cosine", "gaussian", "ranpac", "replay"] = _setting(
         "cosine", "classifier: cosine to the prototypes, or one that learns from features"
     )
-    shrinkage: float = _setting(0.7, "head gaussian: how far a class's covariance is drawn to the mean of all")
+    shrinkage: float = _setting(0.8, "head gaussian: how far a class's covariance is drawn to the mean of all")
     projections: int = _setting(2000, "head ranpac: random projections (the authors': 10000)")
     replay_epochs: int = _setting(20, "head replay: draws from the classes' Gaussians after each task")
     ensemble_tau: float = _setting(0.1, "temperature of plora-ensemble's completion of prototypes")
@@ -148,13 +149,13 @@ class Settings:
     lr: float = _setting(3e-3, "learning rate at the start; it falls to zero along a cosine")
     lr_later: float | None = _setting(None, "learning rate at the start of every task after the first (null: lr)")
     weight_decay: float = _setting(0.0, "weight decay of the adapters")
-    scale: float = _setting(16.0, "scale of the cosine logits while training")
+    scale: float = _setting(32.0, "scale of the cosine logits while training")
     augment: bool = _setting(True, "augment training images")
     rotations: bool = _setting(
         False, "turn half of a training batch by 90, 180 and 270 degrees, as classes of their own"
     )
-    distill: float = _setting(0.0, "method plora: weight of the features' distance to those of the fused model before")
-    cutmix: float = _setting(0.0, "share of the training batches in which images get a rectangle of another (CutMix)")
+    distill: float = _setting(1.0, "method plora: weight of the features' distance to those of the fused model before")
+    cutmix: float = _setting(0.5, "share of the training batches in which images get a rectangle of another (CutMix)")
 
     eval_batch_size: int = _setting(256, "images per pass when no gradient is needed", "evaluation and the machine")
     ensemble_memory: float | None = _setting(
@@ -230,7 +231,7 @@ class Settings:
         if self.onto is None:
             self.onto = _Derived("fused" if self.fusion == "learned" else "base")  # type: ignore[assignment]
         if self.init is None:
-            self.init = _Derived("first" if self.onto == "base" else "fresh")  # type: ignore[assignment]
+            self.init = _Derived("newest" if self.onto == "base" else "fresh")  # type: ignore[assignment]
         if self.init == "inflora" and (self.fusion, self.onto) != ("sum", "fused"):
             raise ValueError(f"init inflora needs fusion sum and onto fused, got {self.fusion} and {self.onto}")
         if self.fusion == "learned" and self.onto == "base":

@@ -180,6 +180,7 @@ class Trainer:
         ]
         optimizer, scaler = self.speed.optimizer(groups), self.speed.scaler()
         steps = math.ceil(len(images) / s.batch_size)
+        size = math.ceil(len(images) / steps)  # a last batch of a few images would be a step as large, of noise
         losses = torch.zeros(steps, device=self.device)
         learned = [*parameters, directions]
         first = self.checkpoint.enter_fit(task, learned, optimizer, scaler) if self.checkpoint else 0
@@ -209,8 +210,8 @@ class Trainer:
         for epoch in range(first, s.epochs):
             rates = []
             order = torch.randperm(len(images))
-            targets = labels[order.to(self.device)].split(s.batch_size)  # at once: every copy makes the host wait
-            for step, (_, batch) in enumerate(images.epoch(order, s.batch_size, world.own)):
+            targets = labels[order.to(self.device)].split(size)  # at once: every copy makes the host wait
+            for step, (_, batch) in enumerate(images.epoch(order, size, world.own)):
                 done = (epoch * steps + step) / (steps * s.epochs)
                 rates.append(rate * (1 + math.cos(math.pi * done)) / 2)
                 self.speed.set_rate(optimizer, rates[-1])
