@@ -6,7 +6,8 @@
 
 Writes OUT.csv, a row for each method and seed, and OUT.md, their mean ± standard deviation over seeds. Alignments and
 heads only read features, so they are all computed from the same adapters, trained once per method and seed; so is the
-ensemble, where adapters are trained on the frozen backbone. "METHOD + HEAD" is the method with `--head HEAD`.
+ensemble, where adapters are trained on the frozen backbone and without distillation. "METHOD + HEAD" is the method with
+`--head HEAD`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from plora_ext.data import Images, View
 from plora_ext.report.console import ConsoleProgress
 from plora_ext.report.files import prepare_folder
 
-BASELINES = tuple(m for m in get_args(MethodName) if not m.startswith("plora"))
+BASELINES = tuple(m for m in get_args(MethodName) if m != "plora")
 FIGURES = ("average_accuracy", "last_accuracy", "forgetting", "backward_transfer")
 FIELDS = ("method", "seed", *FIGURES, *"passes data init_cls increment backbone epochs lr r device torch".split())
 
@@ -90,7 +91,8 @@ class Ablation(PLoRAFused):
 
     def __init__(self, trainer: Trainer, settings: Settings):
         super().__init__(trainer, settings)
-        self.ensemble = PLoRAEnsemble(trainer, settings, self.adapters) if settings.onto == "base" else None
+        same = settings.onto == "base" and not settings.distill  # as the ensemble's
+        self.ensemble = PLoRAEnsemble(trainer, settings, self.adapters) if same else None
         self.variants: dict[str, Tensor] = {}
         self.seen: list[tuple[View, Tensor]] = []
 

@@ -291,19 +291,21 @@ def cut_after(task: int, data: Images, folder: Path, epoch: int | None = None, *
             learn(data, Checkpoint(folder, resume=True), **changes)
 
 
-def test_settings_that_came_later_have_their_default(data: Images, tmp_path: Path, tiny: None) -> None:
-    cut_after(1, data, tmp_path)
+def test_settings_that_came_later_are_as_before(data: Images, tmp_path: Path, tiny: None) -> None:
+    of = {"cutmix": 0.0, "rotations": False, "distill": 0.0, "shrinkage": 0.7, "init": "first"}
+    cut_after(1, data, tmp_path, **of)
 
     def older(manifest: dict) -> None:
         for held in (manifest["settings"], manifest["fingerprint"]["settings"]):
-            for name in ("deterministic", "shrinkage", "init", "augment"):
+            for name in ("deterministic", "augment", *of):
                 held.pop(name, None)
 
     rewrite(tmp_path, older)
     with pytest.raises(ValueError, match="shrinkage is 0.7 there and 0.5 here"):
-        learn(data, Checkpoint(tmp_path, resume=True), shrinkage=0.5)
-    assert Checkpoint(tmp_path, resume=True).settings["shrinkage"] == 0.7
-    assert learn(data, Checkpoint(tmp_path, resume=True))[0].curve == learn(data, None)[0].curve
+        learn(data, Checkpoint(tmp_path, resume=True), **{**of, "shrinkage": 0.5})
+    saved = Checkpoint(tmp_path, resume=True).settings
+    assert {name: saved[name] for name in of} == of
+    assert learn(data, Checkpoint(tmp_path, resume=True), **of)[0].curve == learn(data, None, **of)[0].curve
 
 
 @pytest.mark.parametrize("changes", [{"method": "lora-first"}, {"head": "ranpac"}])

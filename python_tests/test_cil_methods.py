@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -76,8 +78,8 @@ def test_turned_classes_are_classes_of_their_own(images: Images, monkeypatch: py
     assert first.curve == again.curve and first.curve[-1] > 1.5 * 100 / CLASSES
     seen: list[Tensor] = []
 
-    def watched(batch: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        turned = quarter_turns(batch, labels, number)
+    def watched(*given: Any) -> tuple[Tensor, Tensor]:
+        turned = quarter_turns(*given)
         seen.append(turned[1])
         return turned
 
@@ -214,14 +216,14 @@ def test_fusion_rules(fusion: str, onto: str, images: Images) -> None:
 def test_the_newest_adapter_alone_is_one_trained_on_and_on(images: Images) -> None:
     """The last point of the chain, with old prototypes as they were: what `lora-sequential` learns."""
     assert coefficients("newest", 3).tolist() == [0, 0, 1]
-    chain = learn(images, fusion="newest", init="newest", alignment="none").learner.method
+    chain = learn(images, fusion="newest", init="newest", alignment="none", distill=0).learner.method
     one = learn(images, method="lora-sequential").learner.method
     assert chain.coefficients.tolist() == [0, 0, 1] and len(chain.adapters.names) == 3
     assert chain.adapters.active == ["task2"]  # what has no part in it takes no time
     for mine, theirs in zip(chain.adapters.parameters("task2"), one.adapters.parameters("task0"), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(chain.prototypes, one.prototypes, atol=1e-4, rtol=1e-4)
-    moved = learn(images, fusion="newest", init="newest", alignment="ridge").learner.method
+    moved = learn(images, fusion="newest", init="newest", alignment="ridge", distill=0).learner.method
     assert (moved.prototypes[:4] - one.prototypes[:4]).abs().max() > 0.01
     assert torch.equal(moved.prototypes[4:], chain.prototypes[4:])
 

@@ -17,7 +17,7 @@ from plora_ext.data.backbone import PILOT_NAMES
 
 def test_defaults_resolve() -> None:
     settings = Settings()
-    assert (settings.onto, settings.init) == ("base", "first")
+    assert (settings.onto, settings.init) == ("base", "newest")
     assert (Settings(onto="fused").init, Settings(fusion="learned").onto) == ("fresh", "fused")
     assert replace(settings, method="joint").method == "joint"
     assert all(f.metadata["help"] for f in fields(Settings))
@@ -55,7 +55,7 @@ def test_what_follows_from_others_follows_in_a_copy(tmp_path: Path) -> None:
     assert (changed.onto, changed.init) == ("fused", "fresh") and changed == learned
     assert replace(learned, fusion="mean") == mean and replace(mean, onto="fused").init == "fresh"
     (tmp_path / "mean.yaml").write_text(mean.to_yaml())
-    assert "\nonto: null  # here base\ninit: null  # here first\n" in mean.to_yaml()
+    assert "\nonto: null  # here base\ninit: null  # here newest\n" in mean.to_yaml()
     assert Settings.load(tmp_path / "mean.yaml", {"fusion": "learned"}) == learned
     said = replace(Settings(onto="base", init="fresh"), seed=1)  # what was said stays
     assert (said.onto, said.init) == ("base", "fresh") and "\nonto: base\n" in said.to_yaml()
@@ -77,7 +77,7 @@ def test_checkpoints_in_words_of_before_are_of_the_same_run() -> None:
         return {"settings": settings, "data": "d", "tasks": [], "backbone": "b"}
 
     now = fingerprint(Settings().as_dict())
-    before = fingerprint({**Settings().as_dict(), "class_order": None, "onto": "base", "init": "first"})
+    before = fingerprint({**Settings().as_dict(), "class_order": None, "onto": "base", "init": "newest"})
     del before["settings"]["replay_epochs"]
     assert refuse_other(before, now, "it is the checkpoint") == {}
     with pytest.raises(ValueError, match="class_order is 'shuffled' there and 'sorted' here"):

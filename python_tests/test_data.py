@@ -24,6 +24,7 @@ from plora_ext.data import (
     random_affine,
     sets,
     to_tensor,
+    upright,
 )
 
 FOLDER = Path(plora_ext.data.__file__).parent
@@ -143,10 +144,14 @@ def test_quarter_turns() -> None:
         images, labels, n = torch.randn(number, 3, 4, 4), torch.arange(number) % 5, number // 6
         turned, renamed = quarter_turns(images, labels, 5)
         assert turned.shape == images.shape and torch.equal(renamed % 5, labels)
-        upright = number - 3 * n
-        assert torch.equal(turned[:upright], images[:upright]) and torch.equal(renamed[:upright], labels[:upright])
+        first = upright(number)
+        assert first == number - 3 * n
+        assert torch.equal(turned[:first], images[:first]) and torch.equal(renamed[:first], labels[:first])
+        for which in (slice(0, None, 2), slice(1, None, 2), slice(0, 1)):  # as processes share a batch
+            of = quarter_turns(images[which], labels[which], 5, (number, which))
+            assert torch.equal(of[0], turned[which]) and torch.equal(of[1], renamed[which])
         for k in (1, 2, 3):
-            part = slice(upright + (k - 1) * n, upright + k * n)
+            part = slice(first + (k - 1) * n, first + k * n)
             assert torch.equal(turned[part].rot90(-k, (2, 3)), images[part]) and bool((renamed[part] // 5 == k).all())
 
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import plora_ext
 from plora_ext import change
 from plora_ext.cil.distributed import SINGLE, World
-from plora_ext.cil.settings import BEFORE, Settings
+from plora_ext.cil.settings import Settings, as_before
 from plora_ext.cil.stream import Task
 from plora_ext.data import ImageFiles, Images
 from plora_ext.data.sets import NAMES, select
@@ -495,7 +495,7 @@ def _settings(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where}: it has settings that this version, {plora_ext.__version__}, does not have: {', '.join(unknown)}"
         )
-    return json.loads(json.dumps(Settings(**{**BEFORE, **saved}).as_dict()))
+    return json.loads(json.dumps(Settings(**as_before(saved)).as_dict()))
 
 
 def rng_state() -> dict[str, Any]:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from plora_ext.cil.distributed import SINGLE, World
-from plora_ext.cil.settings import BEFORE, Settings
+from plora_ext.cil.settings import Settings, as_before
 
 if TYPE_CHECKING:  # they import timm: not before a learner is made
     from plora_ext.cil.callbacks import Callback
@@ -345,7 +345,7 @@ class Learner:
             given, names, classes, sizes, number = (
                 config[key] for key in ("backbone", "adapters", "classes", "task_sizes", "num_tasks")
             )
-            settings = Settings.load(overrides={**BEFORE, **config["settings"], **elsewhere})
+            settings = Settings.load(overrides={**as_before(config["settings"]), **elsewhere})
         except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
             why = f"what of it is a user's own must be registered first, and the folder whole: {error}"
             raise ValueError(f"{folder} cannot be read as a learner; {why}") from error

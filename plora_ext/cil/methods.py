@@ -332,10 +332,11 @@ class PLoRAFused(_Adapted):
         size = self.settings.eval_batch_size
         starts, wanted = sought.targets(prototypes, features, labels, self.settings.sought)
         own = self.world.rows(len(starts))
-        pairs = [torch.stack([features[:0]] * 2, 1)]
-        for batch, aims in zip(images[starts[own]].split(size), wanted[own.to(wanted.device)].split(size), strict=True):
-            moved = sought.move(batch, aims, before)
-            pairs.append(torch.stack([before(moved), after(moved)], 1).float())
+        pairs, parts = [torch.stack([features[:0]] * 2, 1)], wanted[own.to(wanted.device)].split(size)
+        with self.trainer.speed.passes(alone=False), lower_on_exhaustion("eval_batch_size"), torch.no_grad():
+            for batch, aims in zip(images[starts[own]].split(size), parts, strict=True):
+                moved = sought.move(batch, aims, before)
+                pairs.append(torch.stack([before(moved), after(moved)], 1).float())
         return self.world.gather(torch.cat(pairs), len(starts))
 
     def state(self) -> dict[str, Any]:

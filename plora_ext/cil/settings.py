@@ -45,7 +45,6 @@ _SYNONYMS = {
     "output_dir": "out", "num_workers": "workers", "wd": "weight_decay", "opt": "optimizer", "init_classes": "init_cls",
     "fp16": "float16", "half": "float16", "bf16": "bfloat16",
 }  # fmt: skip
-BEFORE = {"cutmix": 0.0, "rotations": False, "distill": 0.0}  # what a saved run that does not say so has had
 _ORDERS = {None: "shuffled", "none": "sorted"}  # words of class_order in files and checkpoints of before
 
 
@@ -279,6 +278,12 @@ class Settings:
             return yaml.safe_dump({name: value}, default_flow_style=None if isinstance(value, list) else False)
 
         return "".join(line(name, value) for name, value in asdict(self).items())
+
+
+def as_before(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a saved run: what it does not say is as it was when there was no such setting."""
+    init = "first" if saved.get("onto", "base") == "base" else "fresh"
+    return {"cutmix": 0.0, "rotations": False, "distill": 0.0, "shrinkage": 0.7, "init": init, **saved}
 
 
 def current(values: Mapping[str, Any]) -> dict[str, Any]:

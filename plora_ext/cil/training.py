@@ -21,7 +21,7 @@ from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.frozen import hold_statistics, moving, unchanged
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.speed import Speed
-from plora_ext.data import View, cutmix, quarter_turns
+from plora_ext.data import View, cutmix, quarter_turns, upright
 from plora_ext.graphs import Captured
 
 
@@ -188,15 +188,19 @@ class Trainer:
         hold_statistics(self.model, held)
         model = world.parallel(self.model, learned)
 
-        def update(batch: Tensor, wanted: Tensor, share: float = 1.0) -> Tensor:
+        def update(batch: Tensor, wanted: Tensor, number: int = 0) -> Tensor:
+            """A step on this process's part of a batch of `number` images, 0: which is the batch."""
+            number = number or len(batch)
             features = self.speed.forward(batch, model)
             loss = F.cross_entropy(s.scale * F.linear(F.normalize(features), F.normalize(directions)), wanted)
-            if teacher:
-                upright = slice(len(batch) - 3 * (len(batch) // 6) if s.rotations else None)
-                near = F.cosine_similarity(features[upright], self.speed.forward(batch[upright], teacher, False))
-                loss = loss + s.distill * (1 - near).mean()
-            if share != 1:
+            if (share := world.share(number)) != 1:
                 loss = loss * share  # an uneven last batch
+            if teacher:
+                of = upright(number) if s.rotations else number
+                own = len(range(world.rank, of, world.size))  # there may be none; a pass needs one
+                seen = slice(max(own, 1))
+                near = F.cosine_similarity(features[seen], self.speed.forward(batch[seen], teacher, False))
+                loss = loss + s.distill * (1 - near)[:own].sum() * (world.size / of)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -216,13 +220,13 @@ class Trainer:
                 rates.append(rate * (1 + math.cos(math.pi * done)) / 2)
                 self.speed.set_rate(optimizer, rates[-1])
                 number = len(targets[step])
-                wanted, share = targets[step][world.own(number)], world.share(number)
+                wanted = targets[step][world.own(number)]
                 with world.own_random(s.seed, task, epoch, step):
                     if s.rotations:
-                        batch, wanted = quarter_turns(batch, wanted, num_classes // 4)
+                        batch, wanted = quarter_turns(batch, wanted, num_classes // 4, (number, world.own(number)))
                     if s.cutmix:
                         batch, wanted = cutmix(batch, wanted, num_classes, s.cutmix)
-                    losses[step] = captured(batch, wanted) if share == 1 else update(batch, wanted, share)
+                    losses[step] = captured(batch, wanted) if world.size == 1 else update(batch, wanted, number)
                 self.callbacks.tell("step", number)
             # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
             world.sum_(losses.div_(world.size))

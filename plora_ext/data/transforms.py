@@ -125,21 +125,29 @@ def random_affine(
     return moved.to(images.dtype)
 
 
-def quarter_turns(images: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The images with half of them turned by 90, 180 and 270 degrees, a sixth each; the first half stays as it is.
+def upright(number: int) -> int:
+    """How many images of a batch of `number` `quarter_turns` leaves as they are: the first ones, half of them."""
+    return number - 3 * (number // 6)
+
+
+def quarter_turns(
+    images: Tensor, labels: Tensor, num_classes: int, among: tuple[int, slice] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The images with the second half of them turned by 90, 180 and 270 degrees, a sixth each.
 
     Args:
         images: float [N, C, S, S].
         labels: int64 [N] in 0 ... num_classes - 1.
+        among: (n, which): the images are `which` of a batch of n, and turn as they would in it; default: all of it.
 
     Returns:
         images, and int64 [N]: after k quarter turns a label is k * num_classes larger.
     """
-    each = len(images) // 6
-    parts = images.split([len(images) - 3 * each, *[each] * 3])
+    total, which = among or (len(images), slice(None))
+    turns = ((torch.arange(total)[which] - upright(total)) // max(total // 6, 1) + 1).clamp(min=0)  # ascending
+    parts = images.split(torch.bincount(turns, minlength=4).tolist())
     turned = torch.cat([part.rot90(k, (2, 3)) for k, part in enumerate(parts)])
-    turns = (torch.arange(len(images), device=labels.device) - len(parts[0])) // max(each, 1) + 1
-    return turned, labels + num_classes * turns.clamp(min=0)
+    return turned, labels + num_classes * to_device(turns, labels.device)
 
 
 def cutmix(images: Tensor, labels: Tensor, num_classes: int, share: float) -> tuple[Tensor, Tensor]:
