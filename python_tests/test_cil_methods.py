@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from plora_ext.cil import Images, PLoRA, Result, Settings, run, sought, training
 from plora_ext.cil.alignment import align, class_means
@@ -16,13 +16,13 @@ from plora_ext.cil.build import pick_device
 from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.fusion import coefficients
 from plora_ext.cil.heads import HEADS, RanPAC
-from plora_ext.cil.inflora import Subspaces, share_after
+from plora_ext.cil.inflora import InputGrams, Subspaces, share_after
 from plora_ext.cil.methods import METHODS, Method, PLoRAFused
 from plora_ext.cil.speed import Speed
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer
 from plora_ext.data import Backbone, View, hold_out, quarter_turns
-from plora_ext.nn import MultiLoRALinear
+from plora_ext.nn import MultiLoRALinear, inject
 
 CLASSES = 6
 
@@ -319,6 +319,18 @@ def test_sd_lora_is_its_formula(images: Images) -> None:
                 norms = 1 if i == 2 else A.norm() * B.norm()
                 expected[start:stop] += magnitudes[i] * (B @ A) / norms
         torch.testing.assert_close(layer.weight, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_input_grams_are_float32_under_autocast() -> None:
+    adapters = inject(nn.Sequential(nn.Linear(24, 8)), "all-linear", r=2)
+    x = torch.randn(3, 100, 24)
+    with torch.no_grad(), InputGrams(adapters) as grams, torch.autocast("cpu", torch.bfloat16):
+        for part in x:
+            adapters.model(part)
+    (gram,) = grams.means().values()
+    rows = x.flatten(0, 1)
+    assert gram.dtype == torch.float32
+    torch.testing.assert_close(gram, rows.T @ rows / 300)
 
 
 def test_inflora_is_its_formula_and_spares_old_inputs(images: Images) -> None:

@@ -43,7 +43,8 @@ class InputGrams:
 
     def _add(self, name: str, x: Tensor) -> None:
         rows = x.detach().flatten(0, -2).float()
-        gram = rows.T @ rows
+        with torch.autocast(x.device.type, enabled=False):  # the pass may have it, sums over all rows must not
+            gram = rows.T @ rows
         self._sums[name] = self._sums[name] + gram if name in self._sums else gram
         self._rows[name] += len(rows)
 
