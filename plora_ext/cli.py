@@ -20,7 +20,7 @@ from plora_ext.cil.settings import MethodName, Settings, closest, parse
 if TYPE_CHECKING:  # functions import what takes seconds: --help and what is mistyped are answered without torch
     from plora_ext.cil.distributed import World
 
-DEMO_METHODS: tuple[MethodName, ...] = ("simplecil", "lora-sequential", "plora")
+DEMO_METHODS: tuple[MethodName, ...] = ("simplecil", "lora-first", "plora")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,8 +126,8 @@ def _one_line(message: Warning | str, *rest: Any, **keywords: Any) -> None:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """PLoRA beside two baselines on the embedded benchmark."""
-    settings = settings_from(args, out="plora-demo")
+    """PLoRA beside two baselines on the embedded benchmark, with the Gaussian head."""
+    settings = settings_from(args, out="plora-demo", head="gaussian")
     _run([replace(settings, method=method) for method in DEMO_METHODS], settings, args.world, None, args.tensorboard)
 
 

@@ -65,7 +65,7 @@ def test_demo_writes_a_folder(problem: list[str], tmp_path: Path, capsys: pytest
     assert main(["demo", *problem, "--out", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == FILES
     results = load_results(out)
-    assert [r.method for r in results] == ["simplecil", "lora-sequential", "plora"]
+    assert [r.method for r in results] == ["simplecil", "lora-first", "plora"]
     runs = json.loads((out / "metrics.json").read_text())["runs"]
     for run in runs:
         assert run["average_accuracy"] == pytest.approx(np.mean(run["curve"]))
