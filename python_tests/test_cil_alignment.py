@@ -196,7 +196,7 @@ def test_one_image_and_none(name: str, generator: torch.Generator) -> None:
 def test_covariances_follow_the_maps(rank: int | None, drift: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     old, before, after, labels = drift
     generator = torch.Generator().manual_seed(1)
-    held = ClassCovariances(rank).added(torch.randn(60, 8, generator=generator), torch.arange(60) % 5)
+    held = ClassCovariances(rank or 0).added(torch.randn(60, 8, generator=generator), torch.arange(60) % 5)
     rows, base = held.rows.double(), held.base.double()
     for name in ALIGNMENTS:
         sums = Drift(name, old, 3, tau=TAU, ridge=RIDGE, covariances=held)

@@ -835,6 +835,10 @@ def test_a_checkpoint_holds_the_live_adapter(
         ({"method": "simplecil", "head": "gaussian", "covariance_rank": 2}, {"head:covariances:shared"}),
         ({"method": "plora", "head": "replay", "alignment": "shift"}, set()),
         ({"method": "plora", "head": "gaussian"}, {"head:covariances:0", "head:covariances:1"}),
+        (
+            {"method": "plora", "head": "replay", "covariance_rank": 2},
+            {"head:covariances:0", "head:covariances:1", "head:covariances:shared"},
+        ),
         ({"method": "plora", "head": "ranpac"}, set()),
     ],
 )

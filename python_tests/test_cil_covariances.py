@@ -41,7 +41,7 @@ def by_hand(given: list[tuple[Tensor, Tensor]]) -> list[np.ndarray]:
 def test_low_rank_is_the_best_and_the_mean_is_exact(rank: int) -> None:
     """With more and with fewer images than features, in tasks of three classes and of one."""
     given = tasks((20, 5, 9), (6,))
-    held = ClassCovariances(rank)
+    held = ClassCovariances(rank or 0)
     for x, y in given:
         held = held.added(x, y)
     own, left = by_hand(given), []
@@ -60,14 +60,14 @@ def test_low_rank_is_the_best_and_the_mean_is_exact(rank: int) -> None:
 def test_few_images_and_a_rank_above_the_width(rank: int | None) -> None:
     """Of n images, n - 1 axes: nothing is left over, and every class is as it is whole."""
     given = tasks((1, 2, 5), (3,))
-    held = ClassCovariances(rank)
+    held = ClassCovariances(rank or 0)
     for x, y in given:
         held = held.added(x, y)
     assert held.rows.shape == (4, min(rank or 0, D), D) and held.base.shape == (1 if rank else 4, D, D)
     for c, expected in enumerate(by_hand(given)):
         np.testing.assert_allclose(held.of(c).numpy(), expected, atol=1e-4)
     assert not held.of(0).any()
-    again = ClassCovariances(rank).restored(held.state())
+    again = ClassCovariances(rank or 0).restored(held.state())
     assert torch.equal(again.mean(), held.mean()) and again.state().keys() == held.state().keys()
 
 
@@ -77,7 +77,7 @@ def test_features_that_have_no_covariance(rank: int | None, bad: float) -> None:
     x, y = tasks((4, 4))[0]
     x[2, 1] = bad
     with pytest.raises(ValueError, match="features must be finite, below 1e18"):
-        ClassCovariances(rank).added(x, y)
+        ClassCovariances(rank or 0).added(x, y)
 
 
 class Largest(TorchDispatchMode):

@@ -139,9 +139,7 @@ class Settings:
     )
     shrinkage: float = _setting(0.8, "head gaussian: how far a class's covariance is drawn to the mean of all")
     covariance_rank: int | None = _setting(
-        None,
-        "heads gaussian and replay: axes of its own that a class's covariance keeps, the rest is shared by all classes "
-        "(null: whole covariances, D x D numbers a class)",
+        None, "heads gaussian and replay: principal axes that each class's covariance keeps (null: all, D x D numbers)"
     )
     projections: int = _setting(2000, "head ranpac: random projections (the authors': 10000)")
     replay_epochs: int = _setting(20, "head replay: draws from the classes' Gaussians after each task")

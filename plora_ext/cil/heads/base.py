@@ -65,7 +65,7 @@ class CovarianceHead(Head):
 
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__(settings, device)
-        self.covariances = ClassCovariances(settings.covariance_rank)
+        self.covariances = ClassCovariances(settings.covariance_rank or 0)
 
     def follow(self, drift: Drift) -> None:
         if drift.covariances is not None:

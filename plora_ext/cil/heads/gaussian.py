@@ -35,10 +35,11 @@ class Gaussian(CovarianceHead):
     """See above; `shrinkage` is a, `covariance_rank` r.
 
     Attributes:
-        whitening: Inverse Cholesky factors of K_c, float32 [C, D, D]; for low rank W [1, D, D].
-        inner: For low rank sqrt(1 - a) L_c^-1, float32 [C, r, r].
-        offsets: float32 [C], -1/2 log det K_c.
+        factors: float32, not part of the state: inverse Cholesky factors of K_c [C, D, D], or W [1, D, D];
+            sqrt(1 - a) L_c^-1 [C, r, r]; -1/2 log det K_c [C].
     """
+
+    factors: tuple[Tensor, Tensor, Tensor]
 
     def learn(self, prototypes: Tensor, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
         self.take_in(after, labels)
@@ -53,40 +54,29 @@ class Gaussian(CovarianceHead):
             factor = torch.linalg.cholesky((1 - a) * base.double() + common)
             whitening.append(torch.linalg.solve_triangular(factor, identity, upper=False).float())
             offsets.append(-factor.diag().log().sum().float())
-        self.whitening, self.offsets = torch.stack(whitening), torch.stack(offsets)
-        if self.covariances.rank is None:
-            return
-        inner, offsets = [], []
-        for rows in self.covariances.rows.split(CLASSES):
+        inner, further = [], []
+        for rows in self.covariances.rows.split(CLASSES):  # none for whole ones
             white = (1 - a) ** 0.5 * rows.double() @ whitening[0].double().T
             unit = identity[: rows.shape[1], : rows.shape[1]]
-            factors = torch.linalg.cholesky(unit + white @ white.mT)
-            inner.append(torch.linalg.solve_triangular(factors, (1 - a) ** 0.5 * unit, upper=False).float())
-            offsets.append(-factors.diagonal(dim1=1, dim2=2).log().sum(1).float())
-        self.inner, self.offsets = torch.cat(inner), self.offsets + torch.cat(offsets)
+            factor = torch.linalg.cholesky(unit + white @ white.mT)
+            inner.append(torch.linalg.solve_triangular(factor, (1 - a) ** 0.5 * unit, upper=False).float())
+            further.append(-factor.diagonal(dim1=1, dim2=2).log().sum(1).float())
+        self.factors = torch.stack(whitening), torch.cat(inner), torch.stack(offsets) + torch.cat(further)
 
     def __call__(self, features: Tensor, prototypes: Tensor) -> Tensor:
-        x, means = features.float(), prototypes.float()
-        if self.covariances.rank is not None:
-            return self.offsets - self._distances(x, means) / 2
-        distances = [((x - mean) @ whiten.T).square().sum(1) for mean, whiten in zip(means, self.whitening)]
-        return self.offsets - torch.stack(distances, 1) / 2
-
-    def _distances(self, x: Tensor, means: Tensor) -> Tensor:
-        """d' K_c^-1 d, [n, C], by products of all classes at once."""
-        (whiten,), centre, rows = self.whitening, means.mean(0), self.covariances.rows
+        (whitening, inner, offsets), x, means = self.factors, features.float(), prototypes.float()
+        if not self.covariances.rank:
+            distances = [((x - mean) @ whiten.T).square().sum(1) for mean, whiten in zip(means, whitening)]
+            return offsets - torch.stack(distances, 1) / 2
+        whiten, centre, near = whitening[0], means.mean(0), []
         x, means = (x - centre) @ whiten.T, (means - centre) @ whiten.T
         far = torch.cdist(x, means, compute_mode="donot_use_mm_for_euclid_dist").square()
-        x, means, near = x @ whiten, means @ whiten, []
-        size = max(1, _NUMBERS // max(1, len(x) * rows.shape[1]))
-        for own, inner, mean in zip(rows.split(size), self.inner.split(size), means.split(size)):
-            along = torch.einsum("nd,crd->ncr", x, own) - torch.einsum("cd,crd->cr", mean, own)
-            near.append(torch.einsum("ncr,csr->ncs", along, inner).square().sum(2))
-        return far - torch.cat(near, 1)
-
-    def state(self) -> dict[str, Any]:
-        derived = ("whitening", "inner", "offsets")
-        return {name: value for name, value in super().state().items() if name not in derived}
+        x, means = x @ whiten, means @ whiten
+        size = max(1, _NUMBERS // max(1, len(x) * inner.shape[1]))
+        for rows, factors, mean in zip(self.covariances.rows.split(size), inner.split(size), means.split(size)):
+            along = torch.einsum("nd,crd->ncr", x, rows) - torch.einsum("cd,crd->cr", mean, rows)
+            near.append(torch.einsum("ncr,csr->ncs", along, factors).square().sum(2))
+        return offsets - (far - torch.cat(near, 1)) / 2
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
