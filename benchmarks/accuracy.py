@@ -27,6 +27,7 @@ from torch import Tensor
 from plora_ext.cil import metrics
 from plora_ext.cil.alignment import ALIGNMENTS, Drift, class_means
 from plora_ext.cil.build import load_data, make_stream, pick_device
+from plora_ext.cil.covariances import ClassCovariances
 from plora_ext.cil.heads import HEADS, Head, Subspace, create_head
 from plora_ext.cil.loop import run
 from plora_ext.cil.methods import METHODS, Method, PLoRAEnsemble, PLoRAFused
@@ -58,7 +59,7 @@ class Heads(Head):
         self.among = among if settings.method == "joint" else ()
 
     @property
-    def covariances(self) -> Tensor | None:  # type: ignore[override]
+    def covariances(self) -> ClassCovariances | None:  # type: ignore[override]
         """Those of the classes, the same in every head that keeps them."""
         return next((h.covariances for h in self.heads.values() if h.covariances is not None), None)
 

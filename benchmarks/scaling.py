@@ -230,6 +230,7 @@ def _memory() -> str:
     rows = [[name, *(_bytes(of(project(s, 1))) for s in SCENARIOS)] for name, of in names.items()]
     heads = {
         "head `gaussian`: covariances": lambda s: 4 * WIDTH**2 * s.T * s.c,
+        "the same, `covariance_rank: 16`": lambda s: 4 * WIDTH * (WIDTH + 16 * s.T * s.c),
         "head `ranpac`, M = 10,000: G and Q": lambda s: 4 * (10_000**2 + 10_000 * s.T * s.c),
         "`plora-ensemble`: prototypes": lambda s: 4 * WIDTH * s.T * s.T * s.c,
         "all logits at once (not done)": lambda s: 4 * s.m * (s.T * s.c) ** 2,

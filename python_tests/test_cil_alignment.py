@@ -17,6 +17,7 @@ from plora_ext.cil.alignment import (
     drift_map,
     solve_ridge,
 )
+from plora_ext.cil.covariances import ClassCovariances
 from plora_ext.cil.fusion import coefficients, to_directions
 
 TAU, RIDGE = 0.07, 0.2
@@ -191,23 +192,28 @@ def test_one_image_and_none(name: str, generator: torch.Generator) -> None:
         assert torch.equal(align(name, *nothing), old)
 
 
-def test_covariances_follow_the_maps(drift: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("rank", [None, 3])
+def test_covariances_follow_the_maps(rank: int | None, drift: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     old, before, after, labels = drift
-    held = torch.stack([torch.diag(torch.arange(1.0, 9) + c) for c in range(5)])
+    generator = torch.Generator().manual_seed(1)
+    held = ClassCovariances(rank or 0).added(torch.randn(60, 8, generator=generator), torch.arange(60) % 5)
+    rows, base = held.rows.double(), held.base.double()
     for name in ALIGNMENTS:
         sums = Drift(name, old, 3, tau=TAU, ridge=RIDGE, covariances=held)
         sums.add(before, after, labels)
         aligned = sums.align()
         assert sums.covariances is not None
         if name in ("none", "complement", "shift", "sdc"):
-            assert torch.equal(sums.covariances, held)
+            assert sums.covariances is held
             continue
         maps = list(sums.local_maps()) if name == "local" else [sums.map()] * 5
         if name != "semantic":
             torch.testing.assert_close(aligned, torch.stack([(p.double() @ m).float() for p, m in zip(old, maps)]))
-        expected = torch.stack([m.T @ torch.diag(torch.arange(1.0, 9) + c).double() @ m for c, m in enumerate(maps)])
-        torch.testing.assert_close(sums.covariances, expected.float())
-    assert held[0, 0, 0] == 1  # the head's own are not written to
+        of_base = [sums.map()] if rank else maps
+        torch.testing.assert_close(sums.covariances.rows, torch.stack([f @ m for f, m in zip(rows, maps)]).float())
+        expected = torch.stack([m.T @ own @ m for own, m in zip(base, of_base, strict=True)])
+        torch.testing.assert_close(sums.covariances.base, expected.float())
+    assert torch.equal(held.rows.double(), rows) and torch.equal(held.base.double(), base)  # not written to
 
 
 def test_images_of_no_class_tell_of_the_drift_only(drift: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:

@@ -53,11 +53,16 @@ def moving() -> Tensor:
     return torch.eye(D) + 0.3 * torch.randn(D, D, generator=torch.Generator().manual_seed(9))
 
 
+@pytest.mark.parametrize("shrinkage", [0.0, 0.8])
+@pytest.mark.parametrize("rank", [None, 2, 6, 60])
 @pytest.mark.parametrize("moves", [None, moving()])
-def test_gaussian_is_the_discriminant_of_the_formula(moves: Tensor | None) -> None:
+def test_gaussian_is_the_discriminant_of_the_formula(moves: Tensor | None, rank: int | None, shrinkage: float) -> None:
     """Old classes too, after a linear move of the space: means and covariances are those of the moved features."""
-    head, x, y, s, prototypes = taught("gaussian", moves)
+    head, x, y, s, prototypes = taught("gaussian", moves, covariance_rank=rank, shrinkage=shrinkage)
     own = torch.stack([torch.cov(x[y == c].T.double()) for c in range(5)])
+    torch.testing.assert_close(head.covariances.mean(), own.mean(0), atol=1e-4, rtol=1e-4)
+    if rank == 2:
+        own = torch.stack([head.covariances.of(c).double() for c in range(5)])
     shared, identity = own.mean(0), torch.eye(D, dtype=torch.float64)
     expected = []
     for c in range(5):
@@ -68,8 +73,8 @@ def test_gaussian_is_the_discriminant_of_the_formula(moves: Tensor | None) -> No
 
 
 def test_covariances_stay_where_the_alignment_has_no_map() -> None:
-    still, moved = (taught("gaussian", moving(), alignment=name)[0].covariances for name in ("shift", "ridge"))
-    first = taught("gaussian")[0].covariances
+    still, moved = (taught("gaussian", moving(), alignment=name)[0].covariances.base for name in ("shift", "ridge"))
+    first = taught("gaussian")[0].covariances.base
     assert torch.equal(still[:3], first[:3]) and not torch.equal(moved[:3], first[:3])
     assert torch.equal(still[3:], moved[3:])
 
@@ -152,26 +157,44 @@ def test_heads_beat_the_cosine_where_covariances_matter(name: str) -> None:
     assert (head(x, prototypes).argmax(1) == y).float().mean() > (cosine == y).float().mean()
 
 
-@pytest.mark.parametrize("name", LEARNED)
-def test_state_brings_a_head_back(name: str) -> None:
-    head, x, _, s, prototypes = taught(name)
+@pytest.mark.parametrize(("name", "rank"), [*((name, None) for name in LEARNED), ("gaussian", 2), ("replay", 2)])
+def test_state_brings_a_head_back(name: str, rank: int | None) -> None:
+    head, x, _, s, prototypes = taught(name, covariance_rank=rank)
     again = create_head(name, s, CPU)
     again.restore(head.state())
     assert torch.equal(again(x, prototypes), head(x, prototypes))
-    if name != "ranpac":  # as older checkpoints have it
+    if name != "ranpac" and rank is None:  # as older checkpoints have it
         older = {key: value for key, value in head.state().items() if not key.startswith("covariances")}
         again = create_head(name, s, CPU)
-        again.restore({**older, "covariances": head.covariances})
+        again.restore({**older, "covariances": head.covariances.base})
         assert torch.equal(again(x, prototypes), head(x, prototypes))
 
 
+@pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("name", LEARNED)
-def test_one_image_of_a_class(name: str) -> None:
-    s = Settings(projections=20, replay_epochs=1)
+def test_one_image_of_a_class(name: str, rank: int | None) -> None:
+    s = Settings(projections=20, replay_epochs=1, covariance_rank=rank)
     head, (x, y) = create_head(name, s, CPU), blobs(range(2), each=1)
     prototypes = class_means(x, y, 2)
     head.learn(prototypes, None, x, y)
     assert head(x, prototypes).isfinite().all()
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_replay_draws_from_the_covariances(rank: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, linear = [], F.linear
+    monkeypatch.setattr("plora_ext.cil.heads.replay._SAMPLES", 20_000)
+    monkeypatch.setattr(F, "linear", lambda x, *rest: (drawn.append(x), linear(x, *rest))[1])
+    monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))
+    x, y = blobs(range(2))
+    head, means = create_head("replay", Settings(replay_epochs=1, covariance_rank=rank), CPU), class_means(x, y, 2)
+    head.learn(means, None, x, y)
+    shared = head.covariances.mean().diag().float()
+    spread = (shared + means.var(0, correction=0)).sqrt()
+    for c, part in enumerate((torch.cat(drawn) * spread).chunk(2)):
+        expected = head.covariances.of(c) + 1e-3 * shared.mean() * torch.eye(D)
+        assert (torch.cov(part.T) - expected).norm() < 0.04 * expected.norm()
+        torch.testing.assert_close(part.mean(0) + means.mean(0), means[c], atol=0.1, rtol=0)
 
 
 def test_an_ensemble_has_no_one_space() -> None:

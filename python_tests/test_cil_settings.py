@@ -180,6 +180,8 @@ def test_words_of_the_command_line(name: str, text: str, value: object, monkeypa
         ({"init": "inflora", "fusion": "sum"}, "init inflora needs fusion sum and onto fused, got sum and base"),
         ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"covariance_rank": 0}, "covariance_rank must be at least 1, got 0"),
+        ({"covariance_rank": 2.5}, "covariance_rank must be int or null, got 2.5"),
         ({"shrinkage": 2}, r"shrinkage must be in \[0, 1\], got 2"),
         ({"weight_decay": float("inf")}, "weight_decay must be a finite number, got inf"),
         ({"seed": 2**33}, r"seed must be in \[0, 4294967295\], got 8589934592"),

@@ -18,7 +18,8 @@ has a map for each class, from images weighted by their similarity to it, exp(co
 with images moved to where old classes are (plora_ext.cil.sought), which tell of the drift there. All but `local` follow
 from sums over the images (`Drift`) and hold no more features than those of a batch.
 
-The class covariances that a head keeps follow the same maps, (I + R)' S_c (I + R); for `local` with R + R_c.
+The class covariances that a head keeps (plora_ext.cil.covariances) follow the same maps, (I + R)' S_c (I + R); for
+`local` with R + R_c, but for what low-rank ones share.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plora_ext import ops
+from plora_ext.cil.covariances import ClassCovariances
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.registry import ALIGNMENTS, register_alignment
 
@@ -53,12 +55,6 @@ def _means(sums: Tensor, counts: Tensor) -> Tensor:
     if not bool(counts.all()):
         raise ValueError(f"every class needs a feature, got none for class {int((counts == 0).nonzero()[0])}")
     return sums / counts[:, None]
-
-
-def covariance(features: Tensor) -> Tensor:
-    """Of features [n, D] around their mean, float32 [D, D]; zero for a single one."""
-    centred = features.double() - features.double().mean(0)
-    return (centred.T @ centred / max(len(features) - 1, 1)).float()
 
 
 def drift_map(before: Tensor, after: Tensor, ridge: float) -> Tensor:
@@ -102,10 +98,10 @@ class Drift:
         num_classes: New classes.
         tau: Temperature of the similarities.
         ridge: Strength of the ridge, relative to the mean of diag(F' F).
-        covariances: Those of the old classes around their prototypes, [C, D, D], where a head keeps them.
+        covariances: Those of the old classes around their prototypes, where a head keeps them.
 
     Attributes:
-        covariances: After `align` in the new space, float32, where the alignment has a linear drift map.
+        covariances: After `align` in the new space, where the alignment has a linear drift map.
 
     Raises:
         ValueError: An unknown alignment, or a tau that is not positive.
@@ -119,7 +115,7 @@ class Drift:
         *,
         tau: float = 0.05,
         ridge: float = 0.1,
-        covariances: Tensor | None = None,
+        covariances: ClassCovariances | None = None,
     ) -> None:
         if alignment not in ALIGNMENTS:
             raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, got {alignment!r}")
@@ -193,10 +189,9 @@ class Drift:
         """
         if self.unsound:
             raise ValueError("before and after must be finite, got a feature that is not")
+        if self.covariances is not None and self.kind.linear:
+            self.covariances = self.covariances.moved(self.map(), shared_only=self.kind.rows)
         aligned: Tensor = self.kind.rule(self)
-        if self.covariances is not None and self.kind.linear and not self.kind.rows:
-            move = self.map()
-            self.covariances = torch.stack([_moved(own, move) for own in self.covariances])
         return aligned
 
     def map(self) -> Tensor:
@@ -218,10 +213,6 @@ class Drift:
             weighted = before * similar[:, None]
             gram = weighted.T @ before
             yield move + solve_ridge(gram, weighted.T @ left, LOCAL_RIDGE * gram.diagonal().mean())
-
-
-def _moved(covariance: Tensor, move: Tensor) -> Tensor:
-    return (move.T @ covariance.double() @ move).float()
 
 
 def has_map(alignment: str) -> bool:
@@ -265,14 +256,12 @@ def _semantic(drift: Drift) -> Tensor:
 
 @register_alignment("local", linear=True, rows=True)
 def _local(drift: Drift) -> Tensor:
-    old, own, moved = drift.prototypes, drift.covariances, []
-    if own is not None:
-        drift.covariances = torch.empty_like(own, dtype=torch.float32)
+    aligned = torch.empty_like(drift.prototypes)
     for c, move in enumerate(drift.local_maps()):
-        moved.append((old[c].double() @ move).to(old.dtype))
-        if own is not None and drift.covariances is not None:
-            drift.covariances[c] = _moved(own[c], move)
-    return torch.stack(moved)
+        aligned[c] = drift.prototypes[c].double() @ move
+        if drift.covariances is not None:
+            drift.covariances.move(c, move)
+    return aligned
 
 
 def align(

@@ -124,8 +124,7 @@ class Method(ABC):
         if not self.head.learns:
             return
         assert self.prototypes is not None
-        # The other heads keep a covariance for each class.
-        size = "projections" if self.settings.head == "ranpac" else "the demand: head ranpac or cosine takes less"
+        size = "projections" if self.settings.head == "ranpac" else "covariance_rank (null: as large as the features)"
         with self.trainer.phases("head"), lower_on_exhaustion(size):
             self.head.learn(self.prototypes, before, after, labels)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from plora_ext.cil import fusion
 from plora_ext.cil.alignment import Drift, class_means
+from plora_ext.cil.covariances import ClassCovariances
 from plora_ext.cil.frozen import hold_statistics
 from plora_ext.nn import CosineHead, PrototypeBank, inject
 
@@ -159,7 +160,7 @@ class PLoRA(nn.Module):
         chosen = coefficients.nonzero().flatten().tolist()
         self.adapters.set_adapter([names[i] for i in chosen], coefficients[chosen])
 
-    def drift(self, known: Sequence[int], num_classes: int, covariances: Tensor | None = None) -> Drift:
+    def drift(self, known: Sequence[int], num_classes: int, covariances: ClassCovariances | None = None) -> Drift:
         """What tells how the prototypes of the classes `known` move, once it has seen the images of a task.
 
         Args:

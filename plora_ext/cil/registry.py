@@ -54,7 +54,7 @@ def register_alignment(
         name: What `alignment: name` then means.
         linear: It reads `gram` and `cross`; covariances and the sums of head ranpac follow their linear drift map.
         images: It reads `moved` and `weight`.
-        rows: It asks for `local_maps`, and moves `covariances`, if there are any, by itself.
+        rows: It asks for `local_maps`, and moves each class's own `covariances`, if there are any, by its map.
     """
     return lambda made: _add("alignment", name, Alignment(made, linear, images, rows), made)
 

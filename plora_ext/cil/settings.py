@@ -26,7 +26,7 @@ from plora_ext.cil.registry import import_plugins
 MethodName = Literal["plora", "plora-ensemble", "simplecil", "lora-sequential", "lora-first", "aper", "joint"]
 _LEAST = (  # what settings must be, where they are not null
     ("at least 1", lambda v: v >= 1, "increment r epochs batch_size eval_batch_size projections replay_epochs"),
-    ("at least 1", lambda v: v >= 1, "image_size"),
+    ("at least 1", lambda v: v >= 1, "image_size covariance_rank"),
     ("at least 0", lambda v: v >= 0, "init_cls ridge ensemble_alpha weight_decay workers sought distill"),
     ("above 0", lambda v: v > 0, "fusion_tau tau ensemble_tau lr lr_later scale"),
 )
@@ -137,6 +137,9 @@ class Settings:
         "cosine", "classifier: cosine to the prototypes, or one that learns from features"
     )
     shrinkage: float = _setting(0.8, "head gaussian: how far a class's covariance is drawn to the mean of all")
+    covariance_rank: int | None = _setting(
+        None, "heads gaussian and replay: principal axes that each class's covariance keeps (null: all, D x D numbers)"
+    )
     projections: int = _setting(2000, "head ranpac: random projections (the authors': 10000)")
     replay_epochs: int = _setting(20, "head replay: draws from the classes' Gaussians after each task")
     ensemble_tau: float = _setting(0.1, "temperature of plora-ensemble's completion of prototypes")

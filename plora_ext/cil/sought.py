@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plora_ext.cil.alignment import covariance
+from plora_ext.cil.covariances import covariance
 
 NEAREST, STEPS, STEP = 100, 5, 0.1
 

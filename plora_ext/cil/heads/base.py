@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plora_ext.cil.alignment import Drift, covariance
+from plora_ext.cil.alignment import Drift
+from plora_ext.cil.covariances import ClassCovariances
 from plora_ext.cil.settings import Settings
 
 
@@ -17,10 +18,10 @@ class Head(ABC):
 
     Attributes:
         learns: Whether it has a `learn` of its own; all features of a task are then put together for it.
-        covariances: Of the classes, [C, D, D], where it keeps them.
+        covariances: Of the classes, where it keeps them.
     """
 
-    covariances: Tensor | None = None
+    covariances: ClassCovariances | None = None
 
     def __init__(self, settings: Settings, device: torch.device):
         self.settings, self.device = settings, device
@@ -54,19 +55,17 @@ class Head(ABC):
 
 
 class CovarianceHead(Head):
-    """A head that keeps a covariance for each class: D^2 numbers a class.
+    """A head that keeps the covariances of the classes, whole or of rank `covariance_rank`.
 
     They follow the alignment's linear drift maps (plora_ext.cil.alignment). Under one that has none they stay as they
     are, and so does a task's entry in the checkpoint.
-
-    Attributes:
-        covariances: float32 [C, D, D], of the samples around their class mean.
     """
+
+    covariances: ClassCovariances
 
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__(settings, device)
-        self.covariances: Tensor = torch.empty(0)
-        self._classes: list[int] = []  # of each task
+        self.covariances = ClassCovariances(settings.covariance_rank or 0)
 
     def follow(self, drift: Drift) -> None:
         if drift.covariances is not None:
@@ -74,16 +73,12 @@ class CovarianceHead(Head):
 
     def take_in(self, features: Tensor, labels: Tensor) -> None:
         """Adds the covariances of the task's classes."""
-        new = torch.stack([covariance(features[labels == c]) for c in range(int(labels.max()) + 1)])
-        self.covariances = torch.cat([self.covariances, new]) if len(self.covariances) else new
-        self._classes.append(len(new))
+        self.covariances = self.covariances.added(features, labels)
 
     def state(self) -> dict[str, Any]:
-        state = {name: value for name, value in super().state().items() if name != "covariances"}
-        return state | {f"covariances:{t}": part for t, part in enumerate(self.covariances.split(self._classes))}
+        return super().state() | self.covariances.state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        tasks = [name for name in state if name.partition(":")[0] == "covariances"]
-        super().restore({name: value for name, value in state.items() if name not in tasks})
-        parts = [state[name] for name in sorted(tasks, key=lambda name: int(name.partition(":")[2] or 0))]
-        self.covariances, self._classes = torch.cat(parts), [len(part) for part in parts]
+        own = {name: value for name, value in state.items() if name.startswith("covariances")}
+        super().restore({name: value for name, value in state.items() if name not in own})
+        self.covariances = self.covariances.restored(own)
