@@ -5,9 +5,8 @@
     python benchmarks/accuracy.py --merge a.csv b.csv --out benchmarks/results/accuracy_embedded
 
 Writes OUT.csv, a row for each method and seed, and OUT.md, their mean ± standard deviation over seeds. Alignments and
-heads only read features, so they are all computed from the same adapters, trained once per method and seed; so is the
-ensemble, where adapters are trained on the frozen backbone and without distillation. "METHOD + HEAD" is the method with
-`--head HEAD`.
+heads only read features, so they are all computed from the same adapters, trained once per method and seed, with the
+distillation that the settings' own head has. "METHOD + HEAD" is the method with `--head HEAD` and that `--distill`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from plora_ext.cil.build import load_data, make_stream, pick_device
 from plora_ext.cil.covariances import ClassCovariances
 from plora_ext.cil.heads import HEADS, Head, Subspace, create_head
 from plora_ext.cil.loop import run
-from plora_ext.cil.methods import METHODS, Method, PLoRAEnsemble, PLoRAFused
+from plora_ext.cil.methods import METHODS, Method, PLoRAFused
 from plora_ext.cil.result import Result
 from plora_ext.cil.settings import MethodName, Settings
 from plora_ext.cil.stream import Task
@@ -85,15 +84,13 @@ class Heads(Head):
 
 
 class Ablation(PLoRAFused):
-    """PLoRA under every alignment, the oracle (true means of old classes), every head on the alignment of the settings,
-    and the ensemble, all from the same adapters."""
+    """PLoRA under every alignment, the oracle (true means of old classes) and every head on the alignment of the
+    settings, all from the same adapters."""
 
     head: Heads
 
     def __init__(self, trainer: Trainer, settings: Settings):
         super().__init__(trainer, settings)
-        same = settings.onto == "base" and not settings.distill  # as the ensemble's
-        self.ensemble = PLoRAEnsemble(trainer, settings, self.adapters) if same else None
         self.variants: dict[str, Tensor] = {}
         self.seen: list[tuple[View, Tensor]] = []
 
@@ -102,7 +99,7 @@ class Ablation(PLoRAFused):
         if task.index:
             old_model = self._frozen()
             before = self.trainer.features(images, old_model)
-        self.train_and_fuse(task, images, labels, old_model if s.distill else None)
+        self.train_and_fuse(task, images, labels, old_model if s.distillation else None)
         after = self.trainer.features(images)
         new = class_means(after, labels, len(task.classes))
         for name in ALIGNMENTS:
@@ -124,25 +121,12 @@ class Ablation(PLoRAFused):
         self.seen.append((images, labels + task.classes.start))
         true, of = torch.cat([self.trainer.features(seen) for seen, _ in self.seen]), [label for _, label in self.seen]
         self.variants["oracle"] = class_means(true, torch.cat(of), task.classes.stop)
-        if self.ensemble:
-            self.ensemble.add_prototypes(task, images, labels)
-            self.activate()
-
-    def features(self, images: View) -> Tensor:
-        """[n, 1 + T, D]: the fused space, then the spaces of the adapters (without an ensemble only the first)."""
-        spaces = self.trainer.features(images)[:, None]
-        if self.ensemble:
-            spaces = torch.cat([spaces, self.ensemble.features(images)], 1)
-            self.activate()
-        return spaces
 
     def logits(self, features: Tensor) -> Tensor:
-        fused, heads = features[:, 0], dict(self.head.heads)
+        heads = dict(self.head.heads)
         cosine = heads.pop("cosine")
-        logits = {f"plora, {name}": cosine(fused, means) for name, means in self.variants.items()}
-        if self.ensemble:
-            logits["plora-ensemble"] = self.ensemble.logits(features[:, 1:])
-        self.head.record(logits | {name: head(fused, self.prototypes) for name, head in heads.items()})
+        logits = {f"plora, {name}": cosine(features, means) for name, means in self.variants.items()}
+        self.head.record(logits | {name: head(features, self.prototypes) for name, head in heads.items()})
         return logits[f"plora, {self.settings.alignment}"]
 
 
@@ -179,13 +163,12 @@ def results_by_head(
             of = ends if settings.method == "joint" else ends[t : t + 1]
             curve += [100 * float(correct[labels < end, i].mean()) for i, end in enumerate(of)]
             matrix.append(metrics.task_accuracies(correct[:, -1], stream.task_of_class()[labels]))
-        passes = len(stream) if name == "plora-ensemble" else result.passes
-        results[name] = replace(result, curve=curve, matrix=matrix, passes=passes)
+        results[name] = replace(result, curve=curve, matrix=matrix)
     return results
 
 
 def measure(settings: Settings, data: Images, progress: ConsoleProgress) -> list[dict[str, object]]:
-    """A row for the method with each classifier; for plora also one for each alignment and for the ensemble."""
+    """A row for the method with each classifier; for plora also one for each alignment."""
     kind, method = (Ablation if settings.method == "plora" else None), settings.method
     names = {"cosine": method, **{name: f"{method} + {name}" for name in HEADS if name != "cosine"}}
     results = results_by_head(settings, data, progress, kind=kind)

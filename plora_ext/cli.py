@@ -127,7 +127,7 @@ def _one_line(message: Warning | str, *rest: Any, **keywords: Any) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     """PLoRA beside two baselines on the embedded benchmark, with the Gaussian head."""
-    settings = settings_from(args, out="plora-demo", head="gaussian")
+    settings = settings_from(args, out="plora-demo", head="gaussian", sought=5)
     _run([replace(settings, method=method) for method in DEMO_METHODS], settings, args.world, None, args.tensorboard)
 
 

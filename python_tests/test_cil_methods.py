@@ -505,7 +505,7 @@ def test_progress_hears_every_step(images: Images) -> None:
 
     learn(images, callbacks=[Ear()], epochs=2)
     assert heard[0] == ("begin", "plora", 3)
-    epoch = [("step", 16), ("step", 16), ("step", 8)]
+    epoch = [("step", 14), ("step", 14), ("step", 12)]  # three batches of one size, hardly
     assert heard[1:10] == [("read", 40), ("step", 40), ("fit", 0, 80), *epoch, *epoch]
     assert [event for event in heard if event[0] == "task"] == [("task", 0), ("task", 1), ("task", 2)]
 

@@ -20,6 +20,8 @@ def test_defaults_resolve() -> None:
     assert (settings.onto, settings.init) == ("base", "newest")
     assert (Settings(onto="fused").init, Settings(fusion="learned").onto) == ("fresh", "fused")
     assert replace(settings, method="joint").method == "joint"
+    assert settings.distillation == 0 and replace(settings, head="gaussian").distillation == 1
+    assert replace(settings, head="gaussian", distill=0).distillation == 0 and Settings(distill=2).distillation == 2
     assert all(f.metadata["help"] for f in fields(Settings))
 
 

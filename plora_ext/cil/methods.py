@@ -271,8 +271,8 @@ class PLoRAFused(_Adapted):
             return
         s, older = self.settings, (self.adapters.names, self.coefficients)
         # `learned` goes on to change the older adapters; elsewhere they need not be held as weights while one trains.
-        before = self._frozen() if s.fusion == "learned" or s.distill else None
-        self.train_and_fuse(task, images, labels, before if s.distill else None)
+        before = self._frozen() if s.fusion == "learned" or s.distillation else None
+        self.train_and_fuse(task, images, labels, before if s.distillation else None)
         drift = self.net.drift(range(len(self.prototypes)), len(task.classes), self.head.covariances)
         with self.trainer.phases("prototypes"):
             if before is None:

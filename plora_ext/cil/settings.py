@@ -156,7 +156,10 @@ class Settings:
     rotations: bool = _setting(
         False, "turn half of a training batch by 90, 180 and 270 degrees, as classes of their own"
     )
-    distill: float = _setting(1.0, "method plora: weight of the features' distance to those of the fused model before")
+    distill: float | None = _setting(
+        None,
+        "method plora: weight of the features' distance to those of the fused model before (null: 1; head cosine: 0)",
+    )
     cutmix: float = _setting(0.5, "share of the training batches in which images get a rectangle of another (CutMix)")
 
     eval_batch_size: int = _setting(256, "images per pass when no gradient is needed", "evaluation and the machine")
@@ -267,6 +270,11 @@ class Settings:
             about = re.match(r"(?:unknown )?(\w+)", str(error))  # they begin with the setting
             where = origin.get(about[1], "") if about else ""
             raise ValueError(f"{where}{error}") from error
+
+    @property
+    def distillation(self) -> float:
+        """`distill`, or what null means: it keeps statistics in place, and costs means their distance."""
+        return (0.0 if self.head == "cosine" else 1.0) if self.distill is None else self.distill
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, in the order of this file."""

@@ -200,7 +200,7 @@ class Trainer:
                 own = len(range(world.rank, of, world.size))  # there may be none; a pass needs one
                 seen = slice(max(own, 1))
                 near = F.cosine_similarity(features[seen], self.speed.forward(batch[seen], teacher, False))
-                loss = loss + s.distill * (1 - near)[:own].sum() * (world.size / of)
+                loss = loss + s.distillation * (1 - near)[:own].sum() * (world.size / of)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
