@@ -26,6 +26,18 @@ def test_targets_are_around_the_prototypes_and_start_from_the_nearest_images(gen
     assert torch.equal(again[0], starts) and torch.equal(again[1], wanted)
 
 
+def test_a_sample_of_a_stream() -> None:
+    """Rows stay together, and those of the last batches are as likely as those of the first."""
+    sample = sought.Sample()
+    for start in range(0, 3000, 30):
+        numbers = torch.arange(start, start + 30)
+        sample.add(numbers, numbers.double() * 2)
+        assert len(sample.keys) == min(start + 30, sought.SAMPLE)
+    numbers, doubled = sample.rows
+    assert torch.equal(doubled, numbers.double() * 2) and len(numbers.unique()) == sought.SAMPLE
+    assert 1300 < numbers.double().mean() < 1700
+
+
 def test_a_class_with_one_image_and_fewer_images_than_are_nearest() -> None:
     features = torch.eye(3)[:2]
     starts, wanted = sought.targets(torch.ones(1, 3), features, torch.arange(2), 5)

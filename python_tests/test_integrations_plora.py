@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from plora_ext.cil import plora
 from plora_ext.cil.plora import PLoRA
 
 SETTINGS: dict[str, Any] = {
@@ -81,6 +82,20 @@ def test_each_setting_decides_what_comes_next(name: str) -> None:
         learn(one, task)
         learn(other, task)
     assert (one.eval()(images()) - other.eval()(images())).abs().max() > 1e-4
+
+
+def test_images_are_sought_for_old_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    nets, moved, move = [network(alignment="local", sought=n) for n in (3, 0)], [], plora.move
+    monkeypatch.setattr(plora, "move", lambda x, z, model: moved.append(len(x)) or move(x, z, model))
+    for net in nets:
+        for task in range(3):
+            learn(net, task)
+    assert moved == [6, 12]  # three for each class of before
+    a, b = (net.bank.prototypes for net in nets)
+    assert (a[:4] - b[:4]).abs().max() > 1e-4 and torch.equal(a[4:], b[4:])
+    fresh = network(sought=9)
+    fresh.load_state_dict(nets[0].state_dict())
+    assert (fresh.sought, fresh.alignment) == (3, "local")
 
 
 def test_files_without_settings_stay_readable() -> None:

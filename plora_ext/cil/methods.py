@@ -238,7 +238,7 @@ class PLoRAFused(_Adapted):
         s = settings
         self.net = PLoRA(
             trainer.model, s.target_modules, s.r, s.lora_alpha, s.alignment, s.tau, s.ridge,
-            num_features=1, lora_dropout=s.lora_dropout, init=str(s.init),
+            num_features=1, lora_dropout=s.lora_dropout, init=str(s.init), sought=s.sought,
         )  # fmt: skip
         super().__init__(trainer, settings, self.net.adapters)
         self.task_means: list[Tensor] = []  # of fusion: similarity

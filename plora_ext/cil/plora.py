@@ -14,6 +14,7 @@ from plora_ext.cil import fusion
 from plora_ext.cil.alignment import Drift, class_means
 from plora_ext.cil.covariances import ClassCovariances
 from plora_ext.cil.frozen import hold_statistics
+from plora_ext.cil.sought import ROWS, Sample, move, targets
 from plora_ext.nn import CosineHead, PrototypeBank, inject
 
 __all__ = ["UNSEEN", "PLoRA"]
@@ -28,7 +29,7 @@ class PLoRA(nn.Module):
     For every task: `add_task` and `start`, train `parameters_to_train()` with the cross-entropy of `forward` in
     training mode, then `end_task`. In evaluation mode `forward` classifies among all classes seen, in one pass. Loading
     a `state_dict` gives a fresh network the tasks and classes of the saved one, and its settings (r, lora_alpha,
-    alignment, tau, ridge, init, scale), whatever it was made with; files of 0.1 hold no settings but `scale`.
+    alignment, tau, ridge, init, sought, scale), whatever it was made with; files of 0.1 hold no settings but `scale`.
 
         net = PLoRA(backbone, r=16)
         for batches, classes in tasks:                       # batches: (images, labels) of the task
@@ -47,7 +48,9 @@ class PLoRA(nn.Module):
         scale: factor of the cosines.
         num_features: D; default `backbone.num_features`, as timm's models have it.
         lora_dropout: as in `plora_ext.nn.inject`.
-        init: "first": a new adapter starts from task 0's; "newest": from the last task's; "fresh": from nothing.
+        init: "newest": a new adapter starts from the last task's; "first": from task 0's; "fresh": from nothing.
+        sought: for alignment local, images moved to where an old class is, for each (`plora_ext.cil.sought`), from a
+            sample of the task's; the backbone must have a gradient to its images, else 0.
 
     Attributes:
         adapters: one for each task, "task0" first.
@@ -63,14 +66,15 @@ class PLoRA(nn.Module):
         target_modules: str | Sequence[str] = ("qkv", "proj"),
         r: int = 16,
         lora_alpha: float | None = None,
-        alignment: str = "semantic",
+        alignment: str = "local",
         tau: float = 0.05,
         ridge: float = 0.1,
-        scale: float = 16.0,
+        scale: float = 32.0,
         num_features: int | None = None,
         *,
         lora_dropout: float = 0.0,
-        init: str = "first",
+        init: str = "newest",
+        sought: int = 10,
     ) -> None:
         super().__init__()
         num_features = num_features or getattr(backbone, "num_features", None)
@@ -78,7 +82,7 @@ class PLoRA(nn.Module):
             raise ValueError("num_features must be given for a backbone that has no attribute num_features")
         self.backbone = backbone
         self.adapters = inject(backbone, target_modules, r, lora_alpha, lora_dropout)
-        self.alignment, self.tau, self.ridge, self.init = alignment, tau, ridge, init
+        self.alignment, self.tau, self.ridge, self.init, self.sought = alignment, tau, ridge, init, sought
         self.coefficients = torch.empty(0)
         self.bank, self.head = PrototypeBank(num_features), CosineHead(scale)
         self.num_classes = 0  # width of the logits
@@ -91,7 +95,7 @@ class PLoRA(nn.Module):
         return [*self.adapters.parameters(self.adapters.names[-1]), self.directions]
 
     def add_task(self, classes: Iterable[int]) -> None:
-        """A new adapter, started from the first one's; it alone is active and trains.
+        """A new adapter; it alone is active and trains.
 
         Raises:
             ValueError: no class is given.
@@ -138,11 +142,21 @@ class PLoRA(nn.Module):
             self.fuse(newest=False)
             before, drift = self.adapters.frozen(), self.drift(known, len(self.task_classes))
         self.fuse()
+        sample = Sample()
         for images, labels in batches:
             features = self.backbone(images).float()
             if known:
-                drift.add(before(images).float(), features, torch.searchsorted(self.task_classes, labels))
+                old, local = before(images).float(), torch.searchsorted(self.task_classes, labels)
+                drift.add(old, features, local)
+                if drift.kind.rows and self.sought:
+                    sample.add(images, old, local)
             self.bank.update(features, labels)
+        if sample.rows:
+            images, old, local = sample.rows
+            starts, wanted = targets(drift.prototypes, old, local, self.sought)
+            for rows, aims in zip(starts.to(images.device).split(ROWS), wanted.split(ROWS)):
+                moved = move(images[rows], aims, before)
+                drift.add(before(moved).float(), self.backbone(moved).float(), None)
         if known:
             self.bank.set(known, drift.align())
         self.adapters.train_adapter(None)
@@ -187,7 +201,7 @@ class PLoRA(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The settings as JSON in a tensor of bytes: whatever keeps state dicts keeps tensors."""
-        names = ("alignment", "tau", "ridge", "init")
+        names = ("alignment", "tau", "ridge", "init", "sought")
         settings = {name: getattr(self, name) for name in names}
         text = json.dumps({**settings, "r": self.adapters.r, "lora_alpha": self.adapters.lora_alpha})
         return torch.tensor(list(text.encode()), dtype=torch.uint8)

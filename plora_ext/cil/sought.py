@@ -23,6 +23,23 @@ from torch import Tensor
 from plora_ext.cil.covariances import covariance
 
 NEAREST, STEPS, STEP = 100, 5, 0.1
+SAMPLE, ROWS = 256, 128  # images kept of a stream; moved at once
+
+
+class Sample:
+    """Up to SAMPLE rows of a stream, any of them as likely as any other."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        self.keys = torch.empty(0)
+        self.rows: tuple[Tensor, ...] = ()
+
+    def add(self, *rows: Tensor) -> None:
+        """Takes in rows, tensors of one length."""
+        keys = torch.cat([self.keys, torch.rand(len(rows[0]), generator=self.generator)])
+        kept = keys.topk(min(SAMPLE, len(keys))).indices
+        both = [torch.cat(pair) for pair in zip(self.rows, rows)] or rows
+        self.keys, self.rows = keys[kept], tuple(part[kept.to(part.device)] for part in both)
 
 
 def targets(prototypes: Tensor, features: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -48,12 +65,12 @@ def targets(prototypes: Tensor, features: Tensor, labels: Tensor, number: int) -
 
 
 def move(images: Tensor, wanted: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
-    """Images [B, 3, H, W] moved until `model` gives them features near `wanted` [B, D]; the model stays as it is."""
+    """Images [B, ...] moved until `model` gives them features near `wanted` [B, D]; the model stays as it is."""
     step = STEP * images[0].numel() ** 0.5
     with torch.enable_grad():
         for _ in range(STEPS):
             images = images.detach().requires_grad_()
             (gradient,) = torch.autograd.grad((model(images).float() - wanted).square().sum(), images)
-            norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
-            images = images - step * gradient / norm
+            norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
+            images = images - step * gradient / norm.view(-1, *[1] * (images.dim() - 1))
     return images.detach()

@@ -47,7 +47,7 @@ def make_model() -> type:
             parser.add_argument("--lora_targets", type=str, nargs="+", default=["qkv", "proj"])
             parser.add_argument("--lora_r", type=int, default=16, help="rank of an adapter")
             parser.add_argument("--lora_alpha", type=float, default=None, help="scale times rank; default: the rank")
-            parser.add_argument("--alignment", type=str, default="semantic")
+            parser.add_argument("--alignment", type=str, default="local")
             parser.add_argument("--plora_tau", type=float, default=0.05)
             parser.add_argument("--plora_ridge", type=float, default=0.1)
             return parser

@@ -20,8 +20,8 @@ from plora_ext.integrations._patch import require
 
 # Keys of the JSON file beside PILOT's own, with their defaults.
 DEFAULTS: dict[str, Any] = {
-    "target_modules": ["qkv", "proj"], "r": 16, "lora_alpha": None, "alignment": "semantic", "tau": 0.05,
-    "ridge": 0.1, "scale": 16.0, "epochs": 5, "lr": 3e-3, "weight_decay": 0.0, "num_workers": 8,
+    "target_modules": ["qkv", "proj"], "r": 16, "lora_alpha": None, "alignment": "local", "tau": 0.05,
+    "ridge": 0.1, "scale": 32.0, "epochs": 5, "lr": 3e-3, "weight_decay": 0.0, "num_workers": 8,
 }  # fmt: skip
 
 
