@@ -6,7 +6,9 @@ does it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,9 +84,13 @@ PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, list}
 
 def is_eager() -> bool:
     """Whether this is eager code: nothing traces it, transforms it, differentiates it in forward mode or looks on."""
+    return not torch.compiler.is_compiling() and is_alone()
+
+
+def is_alone() -> bool:
+    """The same of code that is not being compiled."""
     return (
         _EAGER
-        and not torch.compiler.is_compiling()
         and _top_transform() is None
         and forward_ad._current_level < 0
         and not _count_dispatch_modes()
@@ -98,10 +104,8 @@ def is_plain(*args: Any) -> bool:
     return is_eager() and PLAIN.issuperset(map(type, args))
 
 
-def below() -> AbstractContextManager[Any]:
-    """Calls go to the kernels themselves, past autograd and autocast. Only where `is_eager`."""
-    guard: AbstractContextManager[Any] = _exclude(_above)
-    return guard
+below: Callable[[], AbstractContextManager[Any]] = partial(_exclude or nullcontext, _above)
+"""() → a context in which calls go to the kernels themselves, past autograd and autocast. Only where `is_eager`."""
 
 
 def forward_mode(*args: Any) -> bool:

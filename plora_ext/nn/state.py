@@ -58,6 +58,12 @@ class Active:
         return replace(self, names=tuple(self.names[i] for i in keep), coefficients=coefficients, written=written)
 
     @cached_property
+    def alone(self) -> str | None:
+        """The adapter that acts on all samples, where it is one and nothing else is asked for."""
+        others = self.coefficients, self.batch, self.weights, self.ensemble
+        return self.names[0] if len(self.names) == 1 and others == (None,) * 4 else None
+
+    @cached_property
     def key(self) -> int:
         """The same number for the same adapters with the same coefficients."""
         coefficients = None if self.coefficients is None else self.serial if self.written is None else self.written

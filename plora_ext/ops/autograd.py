@@ -115,10 +115,18 @@ def _gradients(
     ]
 
 
-class LowRank(torch.autograd.Function):
-    """A low-rank operator as `call` takes it, in eager code on plain tensors.
+def narrow(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 factor in the dtype of an x of 16 bits; autocast has rules of its own."""
+    if factor.dtype != dtype and factor.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16):
+        return factor.to(dtype)
+    return factor
 
-    The host pays far less than for what is registered, and the views that are made here need no gradients of their own.
+
+class LowRank(torch.autograd.Function):
+    """A low-rank operator as `call` takes it, in eager code on plain tensors; float32 factors of 16 bits are narrowed.
+
+    The host pays far less than for what is registered, and the views and copies that are made here need no gradients
+    of their own.
     """
 
     @staticmethod
@@ -128,19 +136,22 @@ class LowRank(torch.autograd.Function):
         bias_B: Tensor | None,
     ) -> Tensor:  # fmt: skip
         with below():  # a view made here counts as none: what follows may write to y
-            y, kept = call(op[family], options, x, ids, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B)
-        ctx.save_for_backward(x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept)
+            A, B = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)
+            y, kept = call(op[family], options, x, ids, A, B, scaling, base, weight, bias, bias_A, bias_B)
+        narrowed = () if A is lora_A and B is lora_B else (A, B)
+        ctx.save_for_backward(x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept, *narrowed)
         ctx.family, ctx.options = family, options
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept = (
-            ctx.saved_tensors
-        )  # hooks may compute them anew, with autograd
+        saved = ctx.saved_tensors  # hooks may compute them anew, with autograd
+        x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept, *narrowed = saved
         again, one = _is_differentiated_again(grad), lora_A.dim() == 2
         with without_autocast(grad.device.type) if again else below():
             flat, of_rows = (x, grad) if x.dim() == 2 else (rows(x), rows_of_grad(grad, x))
+            if narrowed:  # torch widens their gradients, as any gradient that is not of its tensor's dtype
+                lora_A, lora_B = (narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)) if again else narrowed
             if one:
                 lora_A, lora_B = lora_A[None], lora_B[None]
             found = _gradients(

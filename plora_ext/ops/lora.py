@@ -17,10 +17,19 @@ from plora_ext import libraries
 from plora_ext.ops import compiled, rules
 from plora_ext.ops.adapter_batch import AdapterBatch
 from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
-from plora_ext.ops.autograd import LowRank, call, rows
+from plora_ext.ops.autograd import LowRank, call, narrow, rows
 from plora_ext.ops.checks import check, shape, wide
 from plora_ext.ops.twins import run, run_twin
-from plora_ext.torch_private import PLAIN, any_requires_grad, below, forward_mode, is_eager, is_plain, needs_twin
+from plora_ext.torch_private import (
+    PLAIN,
+    any_requires_grad,
+    below,
+    forward_mode,
+    is_alone,
+    is_eager,
+    is_plain,
+    needs_twin,
+)
 
 _ACTIVATIONS = ("none", "relu")
 _OPERANDS = ("lora_A", "lora_B", "base", "weight", "bias", "bias_A", "bias_B")
@@ -129,32 +138,41 @@ def _run(
 def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any) -> Tensor | None:
     """`lora_sum` of one adapter, [r, in] and [out, r], beside its frozen layer, with few looks at them.
 
-    None where this is not eager code on plain tensors of one dtype and device without autocast, or the widths do not
-    fit, or the layer is not frozen: that is for `lora_sum` to serve or to refuse. Whatever else is wrong the kernel
-    refuses.
+    float32 factors beside an x of 16 bits are narrowed. None where this is not eager code on plain tensors of one dtype
+    and device without autocast, or the widths do not fit, or the layer is not frozen: that is for `lora_sum` to serve
+    or to refuse. Not before code that compiles was told apart.
     """
-    cuda, dtype, device = x.is_cuda, x.dtype, x.device
+    cuda = x.is_cuda
     if (
-        not is_eager()
+        not (_SERVES_CUDA if cuda else _SERVES_CPU)
+        or not is_alone()
         or not PLAIN.issuperset(map(type, (x, lora_A, lora_B, weight, bias)))
         or torch.is_autocast_enabled("cuda" if cuda else "cpu")
-        or not (_SERVES_CUDA and dtype != torch.float64 if cuda else _SERVES_CPU and x.is_cpu)
-        or not dtype == lora_A.dtype == lora_B.dtype == weight.dtype
-        or not device == lora_A.device == lora_B.device == scaling.device == weight.device
-        or not (bias is None or bias.device == device)
-        or x.dim() == 0
-        or x.size(-1) != lora_A.size(1)
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
         return None
-    args, keep = (x, None, lora_A, lora_B, scaling, None, weight, bias, None, None), False
-    if torch.is_grad_enabled() and any_requires_grad(x, lora_A, lora_B):
-        keep = x.requires_grad if rules.dense("lora_sum", 1, lora_A.size(0), True) else lora_B.requires_grad
-        y: Tensor = LowRank.apply("lora_sum", (None, False, None, None, keep), *args)
-        return y
-    with below():
-        return call(compiled.op["lora_sum"], (None, False, None, None, keep), *args)[0]
+    asks, up = x.requires_grad, lora_B.requires_grad
+    try:
+        if (asks or up or lora_A.requires_grad) and torch.is_grad_enabled():
+            keep = asks if asks != up and rules.dense("lora_sum", 1, lora_A.size(0), True) else up
+            options = None, False, None, None, keep
+            y: Tensor = LowRank.apply(
+                "lora_sum", options, x, None, lora_A, lora_B, scaling, None, weight, bias, None, None
+            )
+            return y
+        with below():
+            A, B = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)
+            options = None, False, None, None, False
+            return call(compiled.op["lora_sum"], options, x, None, A, B, scaling, None, weight, bias, None, None)[0]
+    except RuntimeError:  # of the kernel, which sees more than could be asked here for the same price
+        dtype, device = x.dtype, x.device
+        A, B = narrow(lora_A, dtype), narrow(lora_B, dtype)
+        fit = dtype == A.dtype == B.dtype == weight.dtype and x.shape[-1:] == A.shape[-1:]
+        others = [t for t in (A, B, scaling, weight, bias) if t is not None and t.device != device]
+        if fit and not others and device.type in ("cpu", "cuda") and not (cuda and dtype == torch.float64):
+            raise
+        return None
 
 
 def _run_in_place(
