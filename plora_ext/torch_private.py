@@ -164,9 +164,8 @@ def has_saved_tensor_hooks() -> bool:
     return _saved_tensor_hooks is None or _saved_tensor_hooks(True) is not None
 
 
-def has_global_module_hooks() -> bool:
-    """Whether hooks are registered for every module; True where torch does not say."""
-    return _global_hooks is None or bool(_global_hooks())
+has_global_module_hooks: Callable[[], Any] = _global_hooks or (lambda: True)
+"""() → whether hooks are registered for every module; True where torch does not say."""
 
 
 def kernels(key: str) -> list[str]:

@@ -52,15 +52,13 @@ def call(
     scaling: Tensor, base: Tensor | None, weight: Tensor | None, bias: Tensor | None, bias_A: Tensor | None,
     bias_B: Tensor | None,
 ) -> tuple[Tensor, Any]:  # fmt: skip
-    """An operator on x and base [..., n] with factors [T, ...], or those of one adapter: y [..., n] and what it keeps.
+    """An operator on x and base [..., n] with factors [T, ...]: y [..., n] and what it keeps.
 
     ids: of `lora_indexed`, else None. options: ranks, relu, trainable, slices, keep.
     """
     flat = x
     if x.dim() != 2:
         flat, base = rows(x), None if base is None else rows(base)
-    if lora_A.dim() == 2:
-        lora_A, lora_B = lora_A[None], lora_B[None]
     front = (flat,) if ids is None else (flat, ids)
     y, kept = run(*front, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B, *options)
     return y if flat is x else unflat(y, x), kept
@@ -115,18 +113,10 @@ def _gradients(
     ]
 
 
-def narrow(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 factor in the dtype of an x of 16 bits; autocast has rules of its own."""
-    if factor.dtype != dtype and factor.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16):
-        return factor.to(dtype)
-    return factor
-
-
 class LowRank(torch.autograd.Function):
-    """A low-rank operator as `call` takes it, in eager code on plain tensors; float32 factors of 16 bits are narrowed.
+    """A low-rank operator as `call` takes it, in eager code on plain tensors.
 
-    The host pays far less than for what is registered, and the views and copies that are made here need no gradients
-    of their own.
+    The host pays far less than for what is registered, and the views that are made here need no gradients of their own.
     """
 
     @staticmethod
@@ -136,36 +126,82 @@ class LowRank(torch.autograd.Function):
         bias_B: Tensor | None,
     ) -> Tensor:  # fmt: skip
         with below():  # a view made here counts as none: what follows may write to y
-            A, B = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)
-            y, kept = call(op[family], options, x, ids, A, B, scaling, base, weight, bias, bias_A, bias_B)
-        narrowed = () if A is lora_A and B is lora_B else (A, B)
-        ctx.save_for_backward(x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept, *narrowed)
+            y, kept = call(op[family], options, x, ids, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B)
+        ctx.save_for_backward(x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept)
         ctx.family, ctx.options = family, options
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # hooks may compute them anew, with autograd
-        x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept, *narrowed = saved
-        again, one = _is_differentiated_again(grad), lora_A.dim() == 2
+        x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept = saved
+        again = _is_differentiated_again(grad)
         with without_autocast(grad.device.type) if again else below():
             flat, of_rows = (x, grad) if x.dim() == 2 else (rows(x), rows_of_grad(grad, x))
-            if narrowed:  # torch widens their gradients, as any gradient that is not of its tensor's dtype
-                lora_A, lora_B = (narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)) if again else narrowed
-            if one:
-                lora_A, lora_B = lora_A[None], lora_B[None]
             found = _gradients(
                 ctx.family, ctx.options, ctx.needs_input_grad[2:], again, of_rows, flat, ids, lora_A, lora_B, scaling,
                 weight, bias_A, bias_B, kept,
             )  # fmt: skip
-            if one:
-                dA, dB = found[2:4]
-                found[2:4] = None if dA is None else dA[0], None if dB is None else dB[0]
             if flat is not x:
                 for i in (0, 5):
                     if found[i] is not None:
                         found[i] = unflat(found[i], x)
         return (None, None, *found)
+
+
+def narrow(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 factor in the dtype of an x of 16 bits; autocast has rules of its own."""
+    if factor.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16):
+        return factor.to(dtype)
+    return factor
+
+
+def call_one(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, bias: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`lora_sum` of one adapter, [r, in] and [out, r]: y, what it keeps, and the factors if they had to be narrowed."""
+    flat, dtype, narrowed = x if x.dim() == 2 else rows(x), x.dtype, []
+    if lora_A.dtype != dtype or lora_B.dtype != dtype:
+        narrowed = [lora_A, lora_B] = [narrow(lora_A, dtype), narrow(lora_B, dtype)]
+    run, A, B = op["lora_sum"], lora_A[None], lora_B[None]
+    y, kept = run(flat, A, B, scaling, None, weight, bias, None, None, None, False, None, None, keep)
+    return y if flat is x else unflat(y, x), kept, narrowed
+
+
+class OneAdapter(torch.autograd.Function):
+    """`LowRank` for `call_one`, of which only x and the factors get gradients: the least that the host can do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, bias: Any, keep: bool
+    ) -> Tensor:
+        with below():
+            y, kept, narrowed = call_one(x, lora_A, lora_B, scaling, weight, bias, keep)
+        ctx.save_for_backward(x, lora_A, lora_B, scaling, weight, kept, *narrowed)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, lora_A, lora_B, scaling, weight, kept, *narrowed = ctx.saved_tensors
+        X, A, B, *_ = ctx.needs_input_grad
+        if again := _is_differentiated_again(grad):
+            lora_A, lora_B = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)
+        elif narrowed:
+            lora_A, lora_B = narrowed
+        with without_autocast(grad.device.type) if again else below():
+            flat, of_rows = (x, grad) if x.dim() == 2 else (rows(x), rows_of_grad(grad, x))
+            factors = lora_A[None], lora_B[None], scaling
+            if again:
+                args = (flat, *factors, None, weight, *[None] * 4, False, None, None, False)
+                dx, dA, dB, *_ = twins.gradients("lora_sum", args, (X, A, B, *[False] * 11), of_rows)
+            else:
+                needs = X | A << 1 | B << 2
+                dx, dA, dB, *_ = _BACKWARD["lora_sum"](
+                    of_rows, flat, *factors, weight, None, None, None, kept, False, None, needs
+                )
+            dx = dx if not X or flat is x else unflat(dx, x)
+            # where factors were narrowed, torch widens their gradients
+            return dx if X else None, dA[0] if A else None, dB[0] if B else None, None, None, None, None
 
 
 def _register_lora(family: str) -> None:

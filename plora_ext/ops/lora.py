@@ -17,7 +17,7 @@ from plora_ext import libraries
 from plora_ext.ops import compiled, rules
 from plora_ext.ops.adapter_batch import AdapterBatch
 from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
-from plora_ext.ops.autograd import LowRank, call, narrow, rows
+from plora_ext.ops.autograd import LowRank, OneAdapter, call, call_one, narrow, rows
 from plora_ext.ops.checks import check, shape, wide
 from plora_ext.ops.twins import run, run_twin
 from plora_ext.torch_private import (
@@ -144,9 +144,9 @@ def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: 
     """
     cuda = x.is_cuda
     if (
-        not (_SERVES_CUDA if cuda else _SERVES_CPU)
+        not (_SERVES_CUDA and x.dtype != torch.float64 if cuda else _SERVES_CPU and x.is_cpu)
         or not is_alone()
-        or not PLAIN.issuperset(map(type, (x, lora_A, lora_B, weight, bias)))
+        or not (type(x) in PLAIN and type(lora_A) in PLAIN and type(lora_B) in PLAIN)
         or torch.is_autocast_enabled("cuda" if cuda else "cpu")
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
@@ -156,21 +156,14 @@ def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: 
     try:
         if (asks or up or lora_A.requires_grad) and torch.is_grad_enabled():
             keep = asks if asks != up and rules.dense("lora_sum", 1, lora_A.size(0), True) else up
-            options = None, False, None, None, keep
-            y: Tensor = LowRank.apply(
-                "lora_sum", options, x, None, lora_A, lora_B, scaling, None, weight, bias, None, None
-            )
+            y: Tensor = OneAdapter.apply(x, lora_A, lora_B, scaling, weight, bias, keep)
             return y
         with below():
-            A, B = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)
-            options = None, False, None, None, False
-            return call(compiled.op["lora_sum"], options, x, None, A, B, scaling, None, weight, bias, None, None)[0]
+            return call_one(x, lora_A, lora_B, scaling, weight, bias, False)[0]
     except RuntimeError:  # of the kernel, which sees more than could be asked here for the same price
-        dtype, device = x.dtype, x.device
-        A, B = narrow(lora_A, dtype), narrow(lora_B, dtype)
-        fit = dtype == A.dtype == B.dtype == weight.dtype and x.shape[-1:] == A.shape[-1:]
-        others = [t for t in (A, B, scaling, weight, bias) if t is not None and t.device != device]
-        if fit and not others and device.type in ("cpu", "cuda") and not (cuda and dtype == torch.float64):
+        dtypes = {x.dtype, narrow(lora_A, x.dtype).dtype, narrow(lora_B, x.dtype).dtype, weight.dtype}
+        devices = {t.device for t in (x, lora_A, lora_B, scaling, weight, bias) if t is not None}
+        if len(dtypes) == len(devices) == 1 and x.shape[-1:] == lora_A.shape[-1:]:
             raise
         return None
 
