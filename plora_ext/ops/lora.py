@@ -142,14 +142,15 @@ def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: 
     and device without autocast, or the widths do not fit, or the layer is not frozen: that is for `lora_sum` to serve
     or to refuse. Not before code that compiles was told apart.
     """
-    cuda = x.is_cuda
+    cuda, device = x.is_cuda, x.device
     if (
         not (_SERVES_CUDA and x.dtype != torch.float64 if cuda else _SERVES_CPU and x.is_cpu)
         or not is_alone()
         or not (type(x) in PLAIN and type(lora_A) in PLAIN and type(lora_B) in PLAIN)
         or torch.is_autocast_enabled("cuda" if cuda else "cpu")
+        or not device == lora_A.device == lora_B.device == scaling.device == weight.device  # which may be "meta"
         or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
+        or (bias is not None and (bias.requires_grad or bias.device != device))
     ):
         return None
     asks, up = x.requires_grad, lora_B.requires_grad
@@ -162,8 +163,7 @@ def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: 
             return call_one(x, lora_A, lora_B, scaling, weight, bias, False)[0]
     except RuntimeError:  # of the kernel, which sees more than could be asked here for the same price
         dtypes = {x.dtype, narrow(lora_A, x.dtype).dtype, narrow(lora_B, x.dtype).dtype, weight.dtype}
-        devices = {t.device for t in (x, lora_A, lora_B, scaling, weight, bias) if t is not None}
-        if len(dtypes) == len(devices) == 1 and x.shape[-1:] == lora_A.shape[-1:]:
+        if len(dtypes) == 1 and x.shape[-1:] == lora_A.shape[-1:]:
             raise
         return None
 
