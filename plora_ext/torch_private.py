@@ -82,15 +82,14 @@ PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, list}
 """Types of arguments of the operators that behave as torch's own."""
 
 
-def is_eager() -> bool:
-    """Whether this is eager code: nothing traces it, transforms it, differentiates it in forward mode or looks on."""
-    return not torch.compiler.is_compiling() and is_alone()
+def is_eager(compiling: bool | None = None) -> bool:
+    """Whether this is eager code: nothing traces it, transforms it, differentiates it in forward mode or looks on.
 
-
-def is_alone() -> bool:
-    """The same of code that is not being compiled."""
+    compiling: whether it is being compiled, for those who know.
+    """
     return (
         _EAGER
+        and not (torch.compiler.is_compiling() if compiling is None else compiling)
         and _top_transform() is None
         and forward_ad._current_level < 0
         and not _count_dispatch_modes()

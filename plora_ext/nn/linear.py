@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from plora_ext import ops
-from plora_ext.nn.state import Active, State, is_watched, mark
+from plora_ext.nn.state import Active, State, mark
 from plora_ext.ops.autograd import narrow
 from plora_ext.ops.lora import run_one
 from plora_ext.torch_private import has_global_module_hooks, has_saved_tensor_hooks
@@ -43,8 +43,7 @@ def is_called_plainly(module: nn.Module) -> bool:
     Otherwise it has to be called: hooks and an instance's own forward (feature extractors, offloading, sharding) live
     on the call, and a quantised or sharded weight is nobody else's to read.
     """
-    own = module.__dict__
-    parameters = own["_parameters"]
+    own, parameters = module.__dict__, module._parameters
     return (
         type(module).forward is nn.Linear.forward
         and "forward" not in own
@@ -293,7 +292,7 @@ class MultiLoRALinear(nn.Module):
         watched = False
         if not torch.compiler.is_compiling():
             self._state.check_recomputation(active)
-            watched = is_watched()
+            watched = torch.is_grad_enabled() and has_saved_tensor_hooks()
             if watched:
                 x = mark(x, active)
         return self._of_any(x, active, watched)
@@ -415,7 +414,7 @@ class MultiLoRALinear(nn.Module):
             )
         if not active.names:
             return weight
-        watched = not torch.compiler.is_compiling() and is_watched()
+        watched = not torch.compiler.is_compiling() and torch.is_grad_enabled() and has_saved_tensor_hooks()
         lora_A, lora_B, scaling, ranks, _ = self.operands(active.names, active if watched else None)
         coeff = None if active.coefficients is None else active.coefficients.to(weight.device)
         merged = ops.lora_merge(weight.to(lora_A.dtype), lora_A, lora_B, scaling, coeff=coeff, ranks=ranks)

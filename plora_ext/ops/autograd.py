@@ -76,22 +76,8 @@ def _gradients(
         ranks, relu, trainable, _, _ = options
         front = (x,) if ids is None else (x, ids)
         if again:
-            args = [
-                *front,
-                lora_A,
-                lora_B,
-                scaling,
-                None,
-                weight,
-                None,
-                bias_A,
-                bias_B,
-                ranks,
-                relu,
-                trainable,
-                None,
-                False,
-            ]
+            factors = lora_A, lora_B, scaling, None, weight, None, bias_A, bias_B
+            args = [*front, *factors, ranks, relu, trainable, None, False]
             asks = [X, *[False] * (len(front) - 1), A, B, s, False, False, False, a, b, *[False] * 5]
             dx, *_, dA, dB, ds, _, _, _, da, db, _, _, _, _, _ = twins.gradients(family, args, asks, grad)
         else:
@@ -100,17 +86,9 @@ def _gradients(
             )
     total = grad.sum(0) if family == "lora_all" and (base or W or bias) else grad
     return [
-        dx if X else None,
-        None,
-        dA if A else None,
-        dB if B else None,
-        ds if s else None,
-        total if base else None,
-        total.T @ x if W else None,
-        total.sum(0) if bias else None,
-        da if a else None,
-        db if b else None,
-    ]
+        dx if X else None, None, dA if A else None, dB if B else None, ds if s else None, total if base else None,
+        total.T @ x if W else None, total.sum(0) if bias else None, da if a else None, db if b else None,
+    ]  # fmt: skip
 
 
 class LowRank(torch.autograd.Function):

@@ -20,16 +20,7 @@ from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
 from plora_ext.ops.autograd import LowRank, OneAdapter, call, call_one, narrow, rows
 from plora_ext.ops.checks import check, shape, wide
 from plora_ext.ops.twins import run, run_twin
-from plora_ext.torch_private import (
-    PLAIN,
-    any_requires_grad,
-    below,
-    forward_mode,
-    is_alone,
-    is_eager,
-    is_plain,
-    needs_twin,
-)
+from plora_ext.torch_private import PLAIN, any_requires_grad, below, forward_mode, is_eager, is_plain, needs_twin
 
 _ACTIVATIONS = ("none", "relu")
 _OPERANDS = ("lora_A", "lora_B", "base", "weight", "bias", "bias_A", "bias_B")
@@ -138,14 +129,14 @@ def _run(
 def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any) -> Tensor | None:
     """`lora_sum` of one adapter, [r, in] and [out, r], beside its frozen layer, with few looks at them.
 
-    float32 factors beside an x of 16 bits are narrowed. None where this is not eager code on plain tensors of one dtype
-    and device without autocast, or the widths do not fit, or the layer is not frozen: that is for `lora_sum` to serve
-    or to refuse. Not before code that compiles was told apart.
+    None where this is not eager code on plain tensors of one dtype (but for float32 factors beside an x of 16 bits,
+    which are narrowed) and device without autocast, or the widths do not fit, or the layer is not frozen: that is for
+    `lora_sum` to serve or to refuse. Whatever else is wrong the kernel refuses. Not for code that is being compiled.
     """
     cuda, device = x.is_cuda, x.device
     if (
         not (_SERVES_CUDA and x.dtype != torch.float64 if cuda else _SERVES_CPU and x.is_cpu)
-        or not is_alone()
+        or not is_eager(compiling=False)
         or not (type(x) in PLAIN and type(lora_A) in PLAIN and type(lora_B) in PLAIN)
         or torch.is_autocast_enabled("cuda" if cuda else "cpu")
         or not device == lora_A.device == lora_B.device == scaling.device == weight.device  # which may be "meta"
