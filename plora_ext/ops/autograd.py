@@ -136,14 +136,14 @@ def narrow(factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def call_one(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, bias: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """`lora_sum` of one adapter, [r, in] and [out, r]: y, what it keeps, and the factors if they had to be narrowed."""
-    flat, dtype, narrowed = x if x.dim() == 2 else rows(x), x.dtype, []
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`lora_sum` of one adapter, [r, in] and [out, r]: y, what it keeps, and the factors that it was given."""
+    flat, dtype = x if x.dim() == 2 else rows(x), x.dtype
     if lora_A.dtype != dtype or lora_B.dtype != dtype:
-        narrowed = [lora_A, lora_B] = [narrow(lora_A, dtype), narrow(lora_B, dtype)]
+        lora_A, lora_B = narrow(lora_A, dtype), narrow(lora_B, dtype)
     run, A, B = op["lora_sum"], lora_A[None], lora_B[None]
     y, kept = run(flat, A, B, scaling, None, weight, bias, None, None, None, False, None, None, keep)
-    return y if flat is x else unflat(y, x), kept, narrowed
+    return y if flat is x else unflat(y, x), kept, A, B
 
 
 class OneAdapter(torch.autograd.Function):
@@ -154,28 +154,24 @@ class OneAdapter(torch.autograd.Function):
         ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, bias: Any, keep: bool
     ) -> Tensor:
         with below():
-            y, kept, narrowed = call_one(x, lora_A, lora_B, scaling, weight, bias, keep)
-        ctx.save_for_backward(x, lora_A, lora_B, scaling, weight, kept, *narrowed)
+            y, *given = call_one(x, lora_A, lora_B, scaling, weight, bias, keep)
+        ctx.save_for_backward(x, lora_A, lora_B, scaling, weight, *given)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, lora_A, lora_B, scaling, weight, kept, *narrowed = ctx.saved_tensors
-        X, A, B, *_ = ctx.needs_input_grad
-        if again := _is_differentiated_again(grad):
-            lora_A, lora_B = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)
-        elif narrowed:
-            lora_A, lora_B = narrowed
+        x, lora_A, lora_B, scaling, weight, kept, *given = ctx.saved_tensors
+        (X, A, B, *_), again = ctx.needs_input_grad, _is_differentiated_again(grad)
         with without_autocast(grad.device.type) if again else below():
             flat, of_rows = (x, grad) if x.dim() == 2 else (rows(x), rows_of_grad(grad, x))
-            factors = lora_A[None], lora_B[None], scaling
             if again:
-                args = (flat, *factors, None, weight, *[None] * 4, False, None, None, False)
+                factors = narrow(lora_A, x.dtype)[None], narrow(lora_B, x.dtype)[None]
+                args = (flat, *factors, scaling, None, weight, *[None] * 4, False, None, None, False)
                 dx, dA, dB, *_ = twins.gradients("lora_sum", args, (X, A, B, *[False] * 11), of_rows)
             else:
                 needs = X | A << 1 | B << 2
                 dx, dA, dB, *_ = _BACKWARD["lora_sum"](
-                    of_rows, flat, *factors, weight, None, None, None, kept, False, None, needs
+                    of_rows, flat, *given, scaling, weight, None, None, None, kept, False, None, needs
                 )
             dx = dx if not X or flat is x else unflat(dx, x)
             # where factors were narrowed, torch widens their gradients
