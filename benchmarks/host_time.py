@@ -48,7 +48,7 @@ class Empty(torch.autograd.Function):
 
 
 def ours(linear: nn.Linear, A: Tensor, B: Tensor) -> tuple[MultiLoRALinear, list[Tensor]]:
-    layer = MultiLoRALinear(copy.deepcopy(linear))
+    layer = MultiLoRALinear(copy.deepcopy(linear), autocast_adapter_dtype=False)  # as `peft_model` has them
     layer.add_adapter("t0", [(A, B)], lora_alpha=SCALE * len(A))
     layer.set_adapter(["t0"])
     factors: list[Tensor] = [p.requires_grad_() for p in layer.pairs("t0")[0]]

@@ -6,7 +6,9 @@ does it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,11 +82,14 @@ PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, list}
 """Types of arguments of the operators that behave as torch's own."""
 
 
-def is_eager() -> bool:
-    """Whether this is eager code: nothing traces it, transforms it, differentiates it in forward mode or looks on."""
+def is_eager(compiling: bool | None = None) -> bool:
+    """Whether this is eager code: nothing traces it, transforms it, differentiates it in forward mode or looks on.
+
+    compiling: whether it is being compiled, for those who know.
+    """
     return (
         _EAGER
-        and not torch.compiler.is_compiling()
+        and not (torch.compiler.is_compiling() if compiling is None else compiling)
         and _top_transform() is None
         and forward_ad._current_level < 0
         and not _count_dispatch_modes()
@@ -98,10 +103,8 @@ def is_plain(*args: Any) -> bool:
     return is_eager() and PLAIN.issuperset(map(type, args))
 
 
-def below() -> AbstractContextManager[Any]:
-    """Calls go to the kernels themselves, past autograd and autocast. Only where `is_eager`."""
-    guard: AbstractContextManager[Any] = _exclude(_above)
-    return guard
+below: Callable[[], AbstractContextManager[Any]] = partial(_exclude or nullcontext, _above)
+"""() → a context in which calls go to the kernels themselves, past autograd and autocast. Only where `is_eager`."""
 
 
 def forward_mode(*args: Any) -> bool:
@@ -160,9 +163,8 @@ def has_saved_tensor_hooks() -> bool:
     return _saved_tensor_hooks is None or _saved_tensor_hooks(True) is not None
 
 
-def has_global_module_hooks() -> bool:
-    """Whether hooks are registered for every module; True where torch does not say."""
-    return _global_hooks is None or bool(_global_hooks())
+has_global_module_hooks: Callable[[], Any] = _global_hooks or (lambda: True)
+"""() → whether hooks are registered for every module; True where torch does not say."""
 
 
 def kernels(key: str) -> list[str]:

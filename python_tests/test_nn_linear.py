@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -480,6 +481,56 @@ def test_the_short_way_gives_the_same_bits(lead, asks, device, monkeypatch) -> N
     monkeypatch.setattr(linear, "run_one", lambda *args: None)
     for a, b in zip(short, bits(), strict=True):
         assert a.shape == b.shape and torch.equal(a, b)
+
+
+@native
+@pytest.mark.parametrize("lead", [(5,), (2, 3)], ids=str)
+def test_wide_factors_are_narrowed_on_the_short_way(lead, device, monkeypatch) -> None:
+    layer = one(torch.bfloat16, device).layers["qkv"]
+    x, cotangent = (torch.randn(*lead, n, device=device, dtype=torch.bfloat16) for n in (IN, OUT))
+    leaves = [x.requires_grad_(), *layer.pairs("t0")[0]]
+
+    def derivatives() -> list[Tensor]:
+        y = layer(x)
+        first = torch.autograd.grad(y, leaves, cotangent, retain_graph=True)
+        again = torch.autograd.grad(y, leaves, cotangent, create_graph=True)
+        return [y, *first, *torch.autograd.grad(sum(g.float().square().sum() for g in again), leaves)]
+
+    taken, short = ways(monkeypatch, derivatives)
+    assert taken == ["short"] and [leaf.dtype for leaf in leaves] == [torch.bfloat16, torch.float32, torch.float32]
+    monkeypatch.setattr(linear, "run_one", lambda *args: None)
+    for a, b in zip(short, derivatives(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_training_step_of_one_adapter_is_few_functions(dtype) -> None:
+    layer, calls = one(dtype).layers["qkv"], []
+    x = torch.randn(3, IN, dtype=dtype, requires_grad=True)
+    leaves = [x, *layer.pairs("t0")[0]]
+
+    def count(call: Callable[[Tensor], Any], x: Tensor) -> Any:
+        names: list[str] = []
+        sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_name) if event == "call" else None)
+        try:
+            return call(x)
+        finally:
+            sys.setprofile(None)
+            calls.append(names)
+
+    for _ in range(2):  # once to look up what is kept
+        calls.clear()
+        y = count(layer, x)
+        with torch.no_grad():
+            count(y.grad_fn.apply, torch.ones_like(y))
+            count(layer, x)
+    print(*(f"{len(names)} functions: {', '.join(names)}" for names in calls), sep="\n")
+    forward, backward, without = map(len, calls)
+    assert forward <= 20 and backward <= 7 and without <= 19
+    # nothing between the layer and its leaves: every cast there would be a node more, there and back
+    inputs = [getattr(node, "variable", None) for node, _ in y.grad_fn.next_functions]
+    assert [any(leaf is found for found in inputs) for leaf in leaves] == [True] * 3
 
 
 @native

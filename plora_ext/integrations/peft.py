@@ -299,7 +299,7 @@ def _run(
     )
     # The frozen layer belongs to the product if nobody looks at it, and all is of one dtype.
     fused = dropped is x and _is_plain_layer(base)
-    if fused and biases is None and len(names) == 1 and not ids:
+    if fused and biases is None and len(names) == 1 and not ids and x.dtype == dtype:
         y = run_one(x, factors[0], factors[1], scaling, base.weight, base.bias)
         if y is not None:
             return y

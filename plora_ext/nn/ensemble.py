@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from plora_ext import ops
 from plora_ext.memory import PeakMemory, limit_of_pass
 from plora_ext.nn.adapters import BASE, Adapters
-from plora_ext.nn.linear import MultiLoRALinear, Operands, narrow
+from plora_ext.nn.linear import MultiLoRALinear, Operands
+from plora_ext.ops.autograd import narrow
 from plora_ext.torch_private import tree_map_only
 
 __all__ = ["Ensemble"]

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from plora_ext import ops
-from plora_ext.nn.state import Active, State, is_watched, mark
+from plora_ext.nn.state import Active, State, mark
+from plora_ext.ops.autograd import narrow
 from plora_ext.ops.lora import run_one
-from plora_ext.torch_private import has_global_module_hooks
+from plora_ext.torch_private import has_global_module_hooks, has_saved_tensor_hooks
 
 __all__ = ["MultiLoRALinear"]
 
@@ -50,7 +51,7 @@ def is_called_plainly(module: nn.Module) -> bool:
         and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
         and type(parameters.get("weight")) in _PLAIN
         and (parameters.get("bias") is None or type(parameters["bias"]) in _PLAIN)
-        and (torch.compiler.is_compiling() or not has_global_module_hooks())
+        and (not has_global_module_hooks() or torch.compiler.is_compiling())
     )
 
 
@@ -274,6 +275,8 @@ class MultiLoRALinear(nn.Module):
     # ------------------------------------------------------------------ forward
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and (one := self._of_one(x)) is not None:
+            return one
         active = self._state.current
         if active.ensemble is not None:
             return active.ensemble(self, x)
@@ -289,33 +292,30 @@ class MultiLoRALinear(nn.Module):
         watched = False
         if not torch.compiler.is_compiling():
             self._state.check_recomputation(active)
-            watched = is_watched()
+            watched = torch.is_grad_enabled() and has_saved_tensor_hooks()
             if watched:
                 x = mark(x, active)
-            if len(active.names) == 1 and (one := self._of_one(x, active, watched)) is not None:
-                return one
         return self._of_any(x, active, watched)
 
-    def _of_one(self, x: Tensor, active: Active, watched: bool) -> Tensor | None:
-        """The forward of one adapter that acts on all rows, where nothing else is asked for; else None."""
-        if (
-            active.coefficients is not None
-            or active.batch is not None
-            or self.slices is not None
-            or (self.lora_dropout and self.training)
-        ):
+    def _of_one(self, x: Tensor) -> Tensor | None:
+        """The forward of one adapter that acts on all rows, where nothing else is asked for; else None.
+
+        Of a small layer the host's time is all there is: every function and every look counts.
+        """
+        state, own = self._state, self.__dict__
+        active = state.current if state._open else state.common
+        name, modules = active.alone, own["_modules"]
+        if name is None or own["slices"] is not None or (own["lora_dropout"] and own["training"]):
             return None
-        (name,) = active.names
-        modules: dict[str, Any] = self._modules
         base, table_A, table_B = modules["base_layer"], modules["lora_A"]._parameters, modules["lora_B"]._parameters
-        if name not in table_A or name not in table_B or not is_called_plainly(base):
+        if name not in table_A or name not in table_B or "_is_replica" in own or not is_called_plainly(base):
             return None
         lora_A, lora_B = table_A[name], table_B[name]
-        if watched:
-            lora_A = mark(lora_A, active)
-        dtype = x.dtype
-        if dtype != lora_A.dtype or dtype != lora_B.dtype:
-            lora_A, lora_B = narrow(lora_A, dtype), narrow(lora_B, dtype)
+        records = torch.is_grad_enabled()
+        if not records or state._pending:
+            state.check_recomputation(active)
+        if records and has_saved_tensor_hooks():
+            x, lora_A = mark(x, active), mark(lora_A, active)
         return run_one(x, lora_A, lora_B, self._scaling[name], base._parameters["weight"], base._parameters["bias"])
 
     def _of_any(self, x: Tensor, active: Active, watched: bool) -> Tensor:
@@ -414,7 +414,7 @@ class MultiLoRALinear(nn.Module):
             )
         if not active.names:
             return weight
-        watched = not torch.compiler.is_compiling() and is_watched()
+        watched = not torch.compiler.is_compiling() and torch.is_grad_enabled() and has_saved_tensor_hooks()
         lora_A, lora_B, scaling, ranks, _ = self.operands(active.names, active if watched else None)
         coeff = None if active.coefficients is None else active.coefficients.to(weight.device)
         merged = ops.lora_merge(weight.to(lora_A.dtype), lora_A, lora_B, scaling, coeff=coeff, ranks=ranks)
@@ -481,10 +481,3 @@ def _renew_constants(layer: MultiLoRALinear, _: Any) -> None:
     """After load_state_dict: scales may have been loaded, and with `assign` adapters may be on another device."""
     layer._set_constants(*layer.r)
     layer._state.unchecked.update(layer.r)
-
-
-def narrow(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 factor in the dtype of an x of 16 bits; autocast has rules of its own."""
-    if dtype in (torch.bfloat16, torch.float16) and factor.dtype == torch.float32:
-        return factor.to(dtype)
-    return factor

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from plora_ext import ops
-from plora_ext.torch_private import has_saved_tensor_hooks, in_backward
+from plora_ext.torch_private import in_backward
 
 __all__ = ["Active", "State"]
 
@@ -56,6 +56,12 @@ class Active:
             coefficients = torch.cat([parts[i] for i in keep]) if keep else None
             written = None if written is None or not keep else tuple(written[i] for i in keep)
         return replace(self, names=tuple(self.names[i] for i in keep), coefficients=coefficients, written=written)
+
+    @cached_property
+    def alone(self) -> str | None:
+        """The adapter that acts on all samples, where it is one and nothing else is asked for."""
+        others = self.coefficients, self.batch, self.weights, self.ensemble
+        return self.names[0] if len(self.names) == 1 and all(other is None for other in others) else None
 
     @cached_property
     def key(self) -> int:
@@ -221,13 +227,8 @@ class _Mark(torch.autograd.Function):
         return grad, None
 
 
-def is_watched() -> bool:
-    """Whether something keeps an eye on saved tensors, as a checkpoint does: what matters is then to be marked."""
-    return torch.is_grad_enabled() and has_saved_tensor_hooks()
-
-
 def mark(t: Tensor, active: Active) -> Tensor:
-    """`t`, marked by what is active, if it asks for a gradient."""
+    """`t`, marked by what is active, if it asks for a gradient: where something keeps an eye on saved tensors."""
     if t.requires_grad:
         marked: Tensor = _Mark.apply(t, active.key)
         return marked

@@ -52,15 +52,13 @@ def call(
     scaling: Tensor, base: Tensor | None, weight: Tensor | None, bias: Tensor | None, bias_A: Tensor | None,
     bias_B: Tensor | None,
 ) -> tuple[Tensor, Any]:  # fmt: skip
-    """An operator on x and base [..., n] with factors [T, ...], or those of one adapter: y [..., n] and what it keeps.
+    """An operator on x and base [..., n] with factors [T, ...]: y [..., n] and what it keeps.
 
     ids: of `lora_indexed`, else None. options: ranks, relu, trainable, slices, keep.
     """
     flat = x
     if x.dim() != 2:
         flat, base = rows(x), None if base is None else rows(base)
-    if lora_A.dim() == 2:
-        lora_A, lora_B = lora_A[None], lora_B[None]
     front = (flat,) if ids is None else (flat, ids)
     y, kept = run(*front, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B, *options)
     return y if flat is x else unflat(y, x), kept
@@ -78,22 +76,8 @@ def _gradients(
         ranks, relu, trainable, _, _ = options
         front = (x,) if ids is None else (x, ids)
         if again:
-            args = [
-                *front,
-                lora_A,
-                lora_B,
-                scaling,
-                None,
-                weight,
-                None,
-                bias_A,
-                bias_B,
-                ranks,
-                relu,
-                trainable,
-                None,
-                False,
-            ]
+            factors = lora_A, lora_B, scaling, None, weight, None, bias_A, bias_B
+            args = [*front, *factors, ranks, relu, trainable, None, False]
             asks = [X, *[False] * (len(front) - 1), A, B, s, False, False, False, a, b, *[False] * 5]
             dx, *_, dA, dB, ds, _, _, _, da, db, _, _, _, _, _ = twins.gradients(family, args, asks, grad)
         else:
@@ -102,17 +86,9 @@ def _gradients(
             )
     total = grad.sum(0) if family == "lora_all" and (base or W or bias) else grad
     return [
-        dx if X else None,
-        None,
-        dA if A else None,
-        dB if B else None,
-        ds if s else None,
-        total if base else None,
-        total.T @ x if W else None,
-        total.sum(0) if bias else None,
-        da if a else None,
-        db if b else None,
-    ]
+        dx if X else None, None, dA if A else None, dB if B else None, ds if s else None, total if base else None,
+        total.T @ x if W else None, total.sum(0) if bias else None, da if a else None, db if b else None,
+    ]  # fmt: skip
 
 
 class LowRank(torch.autograd.Function):
@@ -135,26 +111,71 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept = (
-            ctx.saved_tensors
-        )  # hooks may compute them anew, with autograd
-        again, one = _is_differentiated_again(grad), lora_A.dim() == 2
+        saved = ctx.saved_tensors  # hooks may compute them anew, with autograd
+        x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept = saved
+        again = _is_differentiated_again(grad)
         with without_autocast(grad.device.type) if again else below():
             flat, of_rows = (x, grad) if x.dim() == 2 else (rows(x), rows_of_grad(grad, x))
-            if one:
-                lora_A, lora_B = lora_A[None], lora_B[None]
             found = _gradients(
                 ctx.family, ctx.options, ctx.needs_input_grad[2:], again, of_rows, flat, ids, lora_A, lora_B, scaling,
                 weight, bias_A, bias_B, kept,
             )  # fmt: skip
-            if one:
-                dA, dB = found[2:4]
-                found[2:4] = None if dA is None else dA[0], None if dB is None else dB[0]
             if flat is not x:
                 for i in (0, 5):
                     if found[i] is not None:
                         found[i] = unflat(found[i], x)
         return (None, None, *found)
+
+
+def narrow(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 factor in the dtype of an x of 16 bits; autocast has rules of its own."""
+    if factor.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16):
+        return factor.to(dtype)
+    return factor
+
+
+def call_one(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, bias: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`lora_sum` of one adapter, [r, in] and [out, r]: y, what it keeps, and the factors that it was given."""
+    flat, dtype = x if x.dim() == 2 else rows(x), x.dtype
+    if lora_A.dtype != dtype or lora_B.dtype != dtype:
+        lora_A, lora_B = narrow(lora_A, dtype), narrow(lora_B, dtype)
+    run, A, B = op["lora_sum"], lora_A[None], lora_B[None]
+    y, kept = run(flat, A, B, scaling, None, weight, bias, None, None, None, False, None, None, keep)
+    return y if flat is x else unflat(y, x), kept, A, B
+
+
+class OneAdapter(torch.autograd.Function):
+    """`LowRank` for `call_one`, of which only x and the factors get gradients: the least that the host can do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, bias: Any, keep: bool
+    ) -> Tensor:
+        with below():
+            y, *given = call_one(x, lora_A, lora_B, scaling, weight, bias, keep)
+        ctx.save_for_backward(x, lora_A, lora_B, scaling, weight, *given)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, lora_A, lora_B, scaling, weight, kept, *given = ctx.saved_tensors
+        (X, A, B, *_), again = ctx.needs_input_grad, _is_differentiated_again(grad)
+        with without_autocast(grad.device.type) if again else below():
+            flat, of_rows = (x, grad) if x.dim() == 2 else (rows(x), rows_of_grad(grad, x))
+            if again:
+                factors = narrow(lora_A, x.dtype)[None], narrow(lora_B, x.dtype)[None]
+                args = (flat, *factors, scaling, None, weight, *[None] * 4, False, None, None, False)
+                dx, dA, dB, *_ = twins.gradients("lora_sum", args, (X, A, B, *[False] * 11), of_rows)
+            else:
+                needs = X | A << 1 | B << 2
+                dx, dA, dB, *_ = _BACKWARD["lora_sum"](
+                    of_rows, flat, *given, scaling, weight, None, None, None, kept, False, None, needs
+                )
+            dx = dx if not X or flat is x else unflat(dx, x)
+            # where factors were narrowed, torch widens their gradients
+            return dx if X else None, dA[0] if A else None, dB[0] if B else None, None, None, None, None
 
 
 def _register_lora(family: str) -> None:

@@ -17,7 +17,7 @@ from plora_ext import libraries
 from plora_ext.ops import compiled, rules
 from plora_ext.ops.adapter_batch import AdapterBatch
 from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
-from plora_ext.ops.autograd import LowRank, call, rows
+from plora_ext.ops.autograd import LowRank, OneAdapter, call, call_one, narrow, rows
 from plora_ext.ops.checks import check, shape, wide
 from plora_ext.ops.twins import run, run_twin
 from plora_ext.torch_private import PLAIN, any_requires_grad, below, forward_mode, is_eager, is_plain, needs_twin
@@ -129,32 +129,34 @@ def _run(
 def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any) -> Tensor | None:
     """`lora_sum` of one adapter, [r, in] and [out, r], beside its frozen layer, with few looks at them.
 
-    None where this is not eager code on plain tensors of one dtype and device without autocast, or the widths do not
-    fit, or the layer is not frozen: that is for `lora_sum` to serve or to refuse. Whatever else is wrong the kernel
-    refuses.
+    None where this is not eager code on plain tensors of one dtype (but for float32 factors beside an x of 16 bits,
+    which are narrowed) and device without autocast, or the widths do not fit, or the layer is not frozen: that is for
+    `lora_sum` to serve or to refuse. Whatever else is wrong the kernel refuses. Not for code that is being compiled.
     """
-    cuda, dtype, device = x.is_cuda, x.dtype, x.device
+    cuda, device = x.is_cuda, x.device
     if (
-        not is_eager()
-        or not PLAIN.issuperset(map(type, (x, lora_A, lora_B, weight, bias)))
+        not (_SERVES_CUDA and x.dtype != torch.float64 if cuda else _SERVES_CPU and x.is_cpu)
+        or not is_eager(compiling=False)
+        or not (type(x) in PLAIN and type(lora_A) in PLAIN and type(lora_B) in PLAIN)
         or torch.is_autocast_enabled("cuda" if cuda else "cpu")
-        or not (_SERVES_CUDA and dtype != torch.float64 if cuda else _SERVES_CPU and x.is_cpu)
-        or not dtype == lora_A.dtype == lora_B.dtype == weight.dtype
-        or not device == lora_A.device == lora_B.device == scaling.device == weight.device
-        or not (bias is None or bias.device == device)
-        or x.dim() == 0
-        or x.size(-1) != lora_A.size(1)
+        or not device == lora_A.device == lora_B.device == scaling.device == weight.device  # which may be "meta"
         or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
+        or (bias is not None and (bias.requires_grad or bias.device != device))
     ):
         return None
-    args, keep = (x, None, lora_A, lora_B, scaling, None, weight, bias, None, None), False
-    if torch.is_grad_enabled() and any_requires_grad(x, lora_A, lora_B):
-        keep = x.requires_grad if rules.dense("lora_sum", 1, lora_A.size(0), True) else lora_B.requires_grad
-        y: Tensor = LowRank.apply("lora_sum", (None, False, None, None, keep), *args)
-        return y
-    with below():
-        return call(compiled.op["lora_sum"], (None, False, None, None, keep), *args)[0]
+    asks, up = x.requires_grad, lora_B.requires_grad
+    try:
+        if (asks or up or lora_A.requires_grad) and torch.is_grad_enabled():
+            keep = asks if asks != up and rules.dense("lora_sum", 1, lora_A.size(0), True) else up
+            y: Tensor = OneAdapter.apply(x, lora_A, lora_B, scaling, weight, bias, keep)
+            return y
+        with below():
+            return call_one(x, lora_A, lora_B, scaling, weight, bias, False)[0]
+    except RuntimeError:  # of the kernel, which sees more than could be asked here for the same price
+        dtypes = {x.dtype, narrow(lora_A, x.dtype).dtype, narrow(lora_B, x.dtype).dtype, weight.dtype}
+        if len(dtypes) == 1 and x.shape[-1:] == lora_A.shape[-1:]:
+            raise
+        return None
 
 
 def _run_in_place(

@@ -24,16 +24,9 @@ def padded(r: int) -> int:
 
 
 def keeps(
-    family: str,
-    x_asks: bool,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    weight: Tensor | None,
-    bias_A: Tensor | None,
-    bias_B: Tensor | None,
-    relu: bool,
-) -> bool:
+    family: str, x_asks: bool, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor | None,
+    bias_A: Tensor | None, bias_B: Tensor | None, relu: bool,
+) -> bool:  # fmt: skip
     """Whether a gradient that is asked for needs what the forward can keep: the merged weight, or else h."""
     if dense(family, lora_A.shape[0], lora_A.shape[1], is_linear(weight, bias_A, bias_B, relu)):
         return x_asks
