@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -43,6 +44,13 @@ def test_a_class_with_one_image_and_fewer_images_than_are_nearest() -> None:
     starts, wanted = sought.targets(torch.ones(1, 3), features, torch.arange(2), 5)
     assert starts.max() <= 1
     torch.testing.assert_close(wanted, torch.ones(5, 3), atol=1e-4, rtol=0)  # no spread is known of
+
+
+def test_features_that_are_not_finite() -> None:
+    features = torch.randn(4, 3)
+    features[2, 1] = torch.inf
+    with pytest.raises(ValueError, match="features must be finite"):
+        sought.targets(torch.ones(1, 3), features, torch.arange(4), 2)
 
 
 def test_images_come_nearer_by_steps_of_one_size(generator: torch.Generator) -> None:

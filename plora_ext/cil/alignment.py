@@ -79,7 +79,7 @@ def solve_ridge(gram: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
 
 
 class Drift:
-    """The sums over images from which `align` follows: features come batch by batch and are not kept.
+    """The sums over images from which `align` follows: features come batch by batch, and only `local` keeps them.
 
     With F and G the features [n, D] before and after, they are
 

@@ -52,7 +52,12 @@ def targets(prototypes: Tensor, features: Tensor, labels: Tensor, number: int) -
 
     Returns:
         Images to start from, int64 [C number] in 0 ... n - 1 on the CPU, and features z, float32 [C number, D].
+
+    Raises:
+        ValueError: A feature is not finite.
     """
+    if not bool(features.isfinite().all()):
+        raise ValueError("features must be finite, got one that is not: did the model before the task diverge?")
     generator = torch.Generator().manual_seed(len(prototypes))  # its own: training is the same without it
     (C, D), n = prototypes.shape, len(features)
     within = torch.stack([covariance(features[labels == c]) for c in labels.unique().tolist()]).double().mean(0)
