@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -272,6 +273,18 @@ SCRIPT = (
 )
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Signals that `nohup` and jobs in the background ignore, and their children, are heard."""
+    deaf = {n: signal.SIG_DFL for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_IGN}
+    for number, handler in deaf.items():
+        signal.signal(number, handler)
+    yield
+    for number in deaf:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.mark.usefixtures("heard")
 def test_interrupt_keeps_whole_files(tmp_path: Path) -> None:
     """A closed connection tells all processes, the data workers too, and is as Ctrl-C."""
     out, rng = tmp_path / "out", np.random.default_rng(0)
@@ -306,6 +319,7 @@ def test_interrupt_keeps_whole_files(tmp_path: Path) -> None:
     assert [r.method for r in load_results(out)] == ["simplecil"]
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_one_line(
     number: signal.Signals, problem: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
