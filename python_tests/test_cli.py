@@ -276,9 +276,10 @@ SCRIPT = (
 @pytest.fixture
 def heard() -> Iterator[None]:
     """Signals that `nohup` and jobs in the background ignore, and their children, are heard."""
-    deaf = {n: signal.SIG_DFL for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_IGN}
-    for number, handler in deaf.items():
-        signal.signal(number, handler)
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    deaf = [number for number in usual if signal.getsignal(number) == signal.SIG_IGN]
+    for number in deaf:
+        signal.signal(number, usual[number])
     yield
     for number in deaf:
         signal.signal(number, signal.SIG_IGN)
