@@ -7,6 +7,8 @@ import copy
 import io
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import plora_ext
 from plora_ext import libraries, ops
 from plora_ext.nn import Adapters, MultiLoRALinear, inject, linear
 
@@ -506,13 +509,18 @@ def test_wide_factors_are_narrowed_on_the_short_way(lead, device, monkeypatch) -
 @native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_training_step_of_one_adapter_is_few_functions(dtype) -> None:
-    layer, calls = one(dtype).layers["qkv"], []
+    layer, calls, package = one(dtype).layers["qkv"], [], str(Path(plora_ext.__file__).parent)
     x = torch.randn(3, IN, dtype=dtype, requires_grad=True)
     leaves = [x, *layer.pairs("t0")[0]]
 
     def count(call: Callable[[Tensor], Any], x: Tensor) -> Any:
         names: list[str] = []
-        sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_name) if event == "call" else None)
+
+        def note(frame: FrameType, event: str, _: Any) -> None:  # torch's own functions differ between its versions
+            if event == "call" and frame.f_code.co_filename.startswith(package):
+                names.append(frame.f_code.co_name)
+
+        sys.setprofile(note)
         try:
             return call(x)
         finally:
@@ -527,7 +535,7 @@ def test_a_training_step_of_one_adapter_is_few_functions(dtype) -> None:
             count(layer, x)
     print(*(f"{len(names)} functions: {', '.join(names)}" for names in calls), sep="\n")
     forward, backward, without = map(len, calls)
-    assert forward <= 20 and backward <= 7 and without <= 19
+    assert forward <= 10 and backward <= 3 and without <= 10
     # nothing between the layer and its leaves: every cast there would be a node more, there and back
     inputs = [getattr(node, "variable", None) for node, _ in y.grad_fn.next_functions]
     assert [any(leaf is found for found in inputs) for leaf in leaves] == [True] * 3
