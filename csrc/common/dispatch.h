@@ -1,31 +1,23 @@
-// Element types, shared by the CPU and the CUDA kernels.
+// From torch's tensors to the element types and pointers that kernels take.
 #pragma once
 
-#include <type_traits>
-
 #include "checks.h"
+#include "dtype.h"
 
 namespace plora {
 
-// The type that sums are kept in.
-template <typename scalar>
-using acc_type = std::conditional_t<std::is_same_v<scalar, double>, double, float>;
-
-// Calls f with a value of the C++ type of `dtype`, of which only the type matters; the 16-bit types differ by device.
-template <typename bfloat16, typename float16, typename F>
-void dispatch_as(const char* op, ScalarType dtype, const F& f) {
+inline Dtype dtype_of(const char* op, ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
-      return f(float{});
+      return Dtype::float32;
     case ScalarType::Double:
-      return f(double{});
+      return Dtype::float64;
     case ScalarType::BFloat16:
-      return f(bfloat16{});
+      return Dtype::bfloat16;
     case ScalarType::Half:
-      return f(float16{});
+      return Dtype::float16;
     default:
-      PLORA_CHECK(false, op, ": the dtype must be float32, bfloat16, float16 or float64, got ",
-                  torch::headeronly::toString(dtype));
+      fail(op, ": the dtype must be float32, bfloat16, float16 or float64, got ", torch::headeronly::toString(dtype));
   }
 }
 

@@ -1,5 +1,6 @@
-// How CUDA computes the low-rank families: one pure function of the shape, so that it can be asked and tested without a
-// GPU (plora_ext._C.lora_plan).
+// How CUDA computes the low-rank families: plan_lora, one pure function of the shape, decides for either direction, so
+// that it can be asked and tested without a GPU (plora_ext._C.lora_plan). The host code follows it, and what it calls
+// refuses what the plan should not have sent there.
 //
 // The fused product (cuda/fused_sm90.cu) makes tiles of 128 x 192. A `slot` is 16 ranks of one adapter: 16 more columns
 // in the main loop, which takes one, or 16 more of the depth where h was computed before.
@@ -19,8 +20,12 @@ struct LoraShape {
   bool half = true;                 // bfloat16 or float16
   bool weight = true;               // with the frozen layer's product
   bool relu = false, bias = false;  // bias: bias_A or bias_B
-  bool backward = false;            // dx from dy, else y from x
-  bool keep = false;                // backward will follow
+  bool bias_A = false;
+  bool backward = false;  // dx from dy, else y from x
+  bool keep = false;      // backward will follow
+  bool outputs = true;    // y or dx is asked for; else h or g alone
+  bool in_place = false;  // y += ..., whose rows are ld elements apart
+  int64_t ld = 0;
   int64_t rows_per_id = 1;
   std::vector<int64_t> slices{};  // columns of y for equal blocks of ranks, as cuda/lora_kernels.h has them
   int capability = 90;            // 10 * major + minor
@@ -30,25 +35,48 @@ struct LoraShape {
 };
 
 enum class LoraAlgorithm {
-  low_rank,     // torch's own product, then the low-rank part on top
-  few_rows,     // likewise, by kernels that gather the rows of an adapter
-  in_loop,      // one fused product, h made in its main loop
+  low_rank,     // torch's own product, then the low-rank part on top (low_rank.cu)
+  add,          // likewise, by two kernels for Hopper (low_rank_sm90.cu, add_sm90.cu)
+  expand,       // likewise, the y of all adapters from their h (expand.cu)
+  few_rows,     // likewise, by kernels that gather the rows of an adapter (few_rows.cu)
+  in_loop,      // one fused product, h made in its main loop (fused_sm90.cu)
   precomputed,  // h first, then the fused product
   merge,        // the factors folded into the weight, then torch's own product
   dense,        // the same with gradients: backward goes through the gradient of the merged weight
 };
 
+// Who makes h, or backward g.
+enum class LoraRanks {
+  within,    // the kernel that makes the outputs; h alone: low_rank.cu, or few_rows.cu with that algorithm
+  low_rank,  // low_rank.cu, before
+  product,   // torch, for all adapters side by side
+  rows,      // low_rank_sm90.cu
+  packed,    // likewise, backward, from a copy of lora_B whose ranks lie side by side
+};
+
 struct LoraPlan {
-  bool hopper = false;
   LoraAlgorithm algorithm = LoraAlgorithm::low_rank;
+  LoraRanks ranks = LoraRanks::within;
   int64_t slots = 0;            // of a tile that the main loop takes
   int64_t ctas = 0, waves = 0;  // of the fused product
   const char* reason = "";
+
+  bool fused() const { return algorithm == LoraAlgorithm::in_loop || algorithm == LoraAlgorithm::precomputed; }
+  bool merged() const { return algorithm == LoraAlgorithm::merge || algorithm == LoraAlgorithm::dense; }
+  bool by_rows() const { return ranks == LoraRanks::rows || ranks == LoraRanks::packed; }
+  // Whether a kernel takes part that is for Hopper alone.
+  bool hopper() const { return fused() || by_rows(); }
 };
 
 inline const char* algorithm_name(LoraAlgorithm algorithm) {
-  static const char* const names[] = {"low_rank", "few_rows", "in_loop", "precomputed", "merge", "dense"};
+  static const char* const names[] = {"low_rank", "add",         "expand", "few_rows",
+                                      "in_loop",  "precomputed", "merge",  "dense"};
   return names[static_cast<int>(algorithm)];
+}
+
+inline const char* ranks_name(LoraRanks ranks) {
+  static const char* const names[] = {"within", "low_rank", "product", "rows", "packed"};
+  return names[static_cast<int>(ranks)];
 }
 
 namespace lora_plan {
@@ -121,15 +149,26 @@ inline bool lora_dense(Family family, int64_t T, int64_t r, bool weight, bool re
          T * r > (T > 1 ? lora_plan::kDenseRank : lora_plan::kDenseAlone);
 }
 
+// Whether Hopper's own kernels can take the shape, for what they read: rows of whole 16 bytes.
+inline bool for_hopper(const LoraShape& s) {
+  const int64_t K = s.backward ? s.out : s.in;
+  return s.capability == 90 && !s.mma_only && s.half && s.aligned && K > 0 && K % 8 == 0;
+}
+
+// Whether low_rank_sm90.cu can make h or g.
+inline bool rows_on_hopper(const LoraShape& s) {
+  return for_hopper(s) && !(s.family == Family::all && s.backward) && s.M <= INT32_MAX - lora_plan::kTileRows &&
+         s.T <= INT16_MAX && s.T * padded_rank(s.r) < int64_t{1} << 25;
+}
+
 // Whether torch's own product makes h (backward: g), which is x times the factors of all adapters side by side. Where
 // rows choose one of them it never does: low_rank_sm90.cu multiplies those alone that a block's rows chose.
 inline bool h_by_product(const LoraShape& s) {
   using namespace lora_plan;
   const int64_t K = s.backward ? s.out : s.in, ranks = s.T * padded_rank(s.r);
-  if (!s.half || K == 0 || s.family == Family::indexed) return false;
+  if (!s.half || K == 0 || s.family == Family::indexed || s.relu || (s.bias_A && !s.backward)) return false;
   if (s.family == Family::all) return !s.backward && (ranks <= kAllRanks || s.M * K * ranks < kAllProducts);
-  const bool hopper = s.capability == 90 && !s.mma_only && K % 8 == 0 && s.aligned;
-  return ranks > (hopper ? kProductRanksHopper : kProductRanks);
+  return ranks > (for_hopper(s) ? kProductRanksHopper : kProductRanks);
 }
 
 // Whether low_rank_sm90.cu reads lora_B as it is for g = dy B, though an adapter then takes whole rows of columns, or a
@@ -145,11 +184,17 @@ inline bool reads_lora_B(const LoraShape& s) {
 // Whether the low-rank part that is added to a y, or is all of it, goes through add_sm90.cu.
 inline bool adds_on_hopper(const LoraShape& s) {
   using namespace lora_plan;
-  const int64_t K = s.backward ? s.out : s.in, N = s.backward ? s.in : s.out, rank = padded_rank(s.r);
-  if (s.family == Family::all || s.capability != 90 || s.mma_only || !s.half || !s.aligned) return false;
-  if (K == 0 || K % 8 != 0 || N == 0 || N % 8 != 0) return false;
-  if (s.T > INT16_MAX || s.T * rank >= int64_t{1} << 25 || adapters_of_tile(s) * rank > kGivenRanks) return false;
+  const int64_t K = s.backward ? s.out : s.in, N = s.backward ? s.in : s.out;
+  if (s.family == Family::all || !rows_on_hopper(s) || N == 0 || N % 8 != 0 || s.ld % 8 != 0) return false;
+  if (N >= int64_t{1} << 25 || ceil_div(s.M, kTileRows) * ceil_div(N, kTileColumns) > INT32_MAX) return false;
+  if (adapters_of_tile(s) * padded_rank(s.r) > kGivenRanks) return false;
   return std::min(adapters_of_tile(s), s.M) > 2 || 2 * s.M * (K + 2 * N) >= kTwoKernels;
+}
+
+// Whether the y of all adapters are made by expand.cu from their h.
+inline bool expands(const LoraShape& s) {
+  return s.family == Family::all && !s.backward && !s.in_place && s.half && s.aligned && s.out % 8 == 0 &&
+         s.M < int64_t{1} << 30;
 }
 
 // Whether the low-rank part of so few rows goes through few_rows.cu. With one adapter a tile the fused product, where
@@ -166,32 +211,51 @@ inline bool few_rows(const LoraShape& s) {
 inline LoraPlan plan_lora(const LoraShape& s) {
   using namespace lora_plan;
   LoraPlan plan;
-  const auto choose = [&](LoraAlgorithm algorithm, const char* reason) {
+  const auto choose = [&](LoraAlgorithm algorithm, LoraRanks ranks, const char* reason) {
     plan.algorithm = algorithm;
+    plan.ranks = ranks;
     plan.reason = reason;
     return plan;
   };
-  if (lora_dense(s.family, s.T, s.r, s.weight, s.relu, s.bias) && (s.keep || s.backward))
-    return choose(LoraAlgorithm::dense, "the ranks add up to more than the merged weight costs");
-  if (s.family == Family::sum && s.weight && !s.relu && !s.bias && !s.keep && !s.backward && s.T * s.r > kMergeRank &&
-      s.M >= kMergeRows)
-    return choose(LoraAlgorithm::merge, "nothing is kept for backward, and merging costs less than the ranks");
-  if (few_rows(s)) return choose(LoraAlgorithm::few_rows, "few rows: each adapter that they meet is read once");
+  const LoraRanks rows = s.backward && !reads_lora_B(s) ? LoraRanks::packed : LoraRanks::rows;
+  const bool linear_sum = s.family == Family::sum && s.weight && !s.relu && !s.bias;
+  if (s.outputs && lora_dense(s.family, s.T, s.r, s.weight, s.relu, s.bias) && (s.keep || s.backward))
+    return choose(LoraAlgorithm::dense, LoraRanks::within, "the ranks add up to more than the merged weight costs");
+  if (s.outputs && linear_sum && !s.keep && !s.backward && s.T * s.r > kMergeRank && s.M >= kMergeRows)
+    return choose(LoraAlgorithm::merge, LoraRanks::within,
+                  "nothing is kept for backward, and merging costs less than the ranks");
+  if (few_rows(s))
+    return choose(LoraAlgorithm::few_rows, LoraRanks::within, "few rows: each adapter that they meet is read once");
+  if (!s.outputs)
+    return choose(LoraAlgorithm::low_rank,
+                  h_by_product(s) && !s.backward ? LoraRanks::product
+                  : rows_on_hopper(s)            ? rows
+                                                 : LoraRanks::within,
+                  "no outputs are asked for");
 
-  if (!s.weight) return choose(LoraAlgorithm::low_rank, "no frozen layer to fuse with");
-  if (s.family == Family::all) return choose(LoraAlgorithm::low_rank, "one frozen product serves all adapters");
-  if (s.capability != 90) return choose(LoraAlgorithm::low_rank, "the fused product is for compute capability 9.0");
-  if (s.mma_only) return choose(LoraAlgorithm::low_rank, "PLORA_CUDA_PATH=mma");
-  if (!s.half) return choose(LoraAlgorithm::low_rank, "the fused product is for bfloat16 and float16");
+  const auto apart = [&](const char* reason) {  // from the frozen product
+    if (expands(s))
+      return choose(LoraAlgorithm::expand,
+                    h_by_product(s)     ? LoraRanks::product
+                    : rows_on_hopper(s) ? rows
+                                        : LoraRanks::low_rank,
+                    reason);
+    if (adds_on_hopper(s)) return choose(LoraAlgorithm::add, rows, reason);
+    return choose(LoraAlgorithm::low_rank, LoraRanks::within, reason);
+  };
+  if (!s.weight) return apart("no frozen layer to fuse with");
+  if (s.family == Family::all) return apart("one frozen product serves all adapters");
+  if (s.capability != 90) return apart("the fused product is for compute capability 9.0");
+  if (s.mma_only) return apart("PLORA_CUDA_PATH=mma");
+  if (!s.half) return apart("the fused product is for bfloat16 and float16");
   if (s.in == 0 || s.in % 8 != 0 || s.out == 0 || s.out % 8 != 0 || !s.aligned)
-    return choose(LoraAlgorithm::low_rank, "the fused product needs rows of a multiple of 16 bytes");
+    return apart("the fused product needs rows of a multiple of 16 bytes");
   if (s.T > INT16_MAX || s.T * padded_rank(s.r) >= int64_t{1} << 25)
-    return choose(LoraAlgorithm::low_rank, "more adapters or ranks than the fused product can number");
+    return apart("more adapters or ranks than the fused product can number");
 
   // From K columns to N.
   const int64_t K = s.backward ? s.out : s.in, N = s.backward ? s.in : s.out;
-  if (s.M < (K > kDeep ? kDeepRows : kHopperRows))
-    return choose(LoraAlgorithm::low_rank, "too few rows for the fused product");
+  if (s.M < (K > kDeep ? kDeepRows : kHopperRows)) return apart("too few rows for the fused product");
   const int64_t column_tiles = ceil_div(N, kTileColumns), tiles = ceil_div(s.M, kTileRows) * column_tiles;
   const int64_t at_once = std::max<int64_t>(1, s.sms), waves = ceil_div(tiles, at_once);
 
@@ -200,7 +264,7 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   // to load B a few columns at a time, which costs more than the pass.
   const int64_t each = ceil_div(padded_rank(s.r), kSlot), most = adapters_of_tile(s);
   if (s.family == Family::indexed && most * padded_rank(s.r) > kGivenRanks)
-    return choose(LoraAlgorithm::low_rank, "a tile may meet more ranks than there is space for");
+    return apart("a tile may meet more ranks than there is space for");
   const double product = waves * (2.0 * kTileRows * kTileColumns * K / kFlops);
   const int copies = s.backward && !reads_lora_B(s);
   const double pass = 2.0 * s.M * K / kBytes + kLaunch * (1 + copies);
@@ -213,15 +277,16 @@ inline LoraPlan plan_lora(const LoraShape& s) {
           ? s.T
           : std::min<double>(s.T, 1 + (kTileRows - 1.0) / std::max<int64_t>(s.rows_per_id, kTileRows / 2));
   if (!fits && pass + given * mean * each > alone)
-    return choose(LoraAlgorithm::low_rank, "a tile may meet more ranks than a second pass over y costs");
+    return apart("a tile may meet more ranks than a second pass over y costs");
+  if (!fits && !h_by_product(s) && !rows_on_hopper(s)) return apart("more rows than the fused product can number");
 
-  plan.hopper = true;
   plan.ctas = std::min(tiles, at_once), plan.waves = waves;
   if (fits) {
     plan.slots = most * each;
-    return choose(LoraAlgorithm::in_loop, "the ranks of every tile fit beside it");
+    return choose(LoraAlgorithm::in_loop, LoraRanks::within, "the ranks of every tile fit beside it");
   }
-  return choose(LoraAlgorithm::precomputed, "a pass over the rows costs less than the ranks beside every tile");
+  return choose(LoraAlgorithm::precomputed, h_by_product(s) ? LoraRanks::product : rows,
+                "a pass over the rows costs less than the ranks beside every tile");
 }
 
 }  // namespace plora

@@ -13,7 +13,7 @@ namespace plora::cpu {
 
 template <typename F>
 void dispatch(const char* op, ScalarType dtype, const F& f) {
-  dispatch_as<torch::headeronly::BFloat16, torch::headeronly::Half>(op, dtype, f);
+  dispatch_as<torch::headeronly::BFloat16, torch::headeronly::Half>(dtype_of(op, dtype), f);
 }
 
 template <typename From, typename To>

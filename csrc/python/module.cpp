@@ -85,14 +85,16 @@ py::dict lora_plan(const std::string& family, int64_t M, int64_t in_features, in
   s.mma_only = plora::mma_only(path.c_str());
   const plora::LoraPlan plan = plora::plan_lora(s);
   py::dict result;
-  result["path"] = plan.hopper ? "hopper" : "mma";
+  result["path"] = plan.hopper() ? "hopper" : "mma";
   result["algorithm"] = plora::algorithm_name(plan.algorithm);
+  result["ranks"] = plora::ranks_name(plan.ranks);
   result["dense"] = plora::lora_dense(s.family, T, r, weight, relu, bias);
   result["slots"] = plan.slots;
   result["ctas"] = plan.ctas;
   result["waves"] = plan.waves;
-  result["tile"] = plan.hopper ? py::object(py::make_tuple(plora::lora_plan::kTileRows, plora::lora_plan::kTileColumns))
-                               : py::object(py::none());
+  result["tile"] = plan.fused()
+                       ? py::object(py::make_tuple(plora::lora_plan::kTileRows, plora::lora_plan::kTileColumns))
+                       : py::object(py::none());
   result["reason"] = plan.reason;
   return result;
 }

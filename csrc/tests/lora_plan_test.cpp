@@ -1,7 +1,9 @@
 // Which way CUDA takes for a shape: the borders of the rules of common/lora_plan.h.
 #include "common/lora_plan.h"
 
+#include <algorithm>
 #include <cstdio>
+#include <random>
 
 #include "common/cuda_path.h"
 
@@ -35,6 +37,67 @@ LoraPlan plan(Family family, int64_t T, int64_t r) {
 
 bool takes(const LoraPlan& p, LoraAlgorithm algorithm) { return p.algorithm == algorithm; }
 
+// Whether the kernels that a plan names take what it sends them, as their own checks in csrc/cuda/lora say. Addresses
+// are the shape's `aligned` alone: all else is memory of torch's.
+bool holds(const LoraShape& s, const LoraPlan& p) {
+  using A = LoraAlgorithm;
+  using R = plora::LoraRanks;
+  const int64_t K = s.backward ? s.out : s.in, N = s.backward ? s.in : s.out, rank = plora::padded_rank(s.r);
+  const int64_t met = plora::lora_plan::adapters_of_tile(s);
+  const bool ids = s.family == Family::indexed, hopper = s.capability == 90 && !s.mma_only && s.half && s.aligned;
+  if (p.by_rows()) {
+    const bool transposed = s.backward && p.ranks == R::rows;  // lora_B as it is
+    const bool slabs = s.family == Family::all && s.backward;
+    if (!hopper || slabs || K == 0 || K % 8 != 0 || s.T * rank >= 1 << 25 || s.T > 1 << 15) return false;
+    if (transposed && !ids && s.T > 1 && rank % 16 != 0) return false;
+    if (!s.backward && p.ranks == R::packed) return false;
+  }
+  const bool merges = s.family == Family::sum && s.weight && !s.relu && !s.bias && s.outputs;
+  switch (p.algorithm) {
+    case A::merge:
+      return merges && !s.keep && !s.backward;
+    case A::dense:
+      return merges && (s.keep || s.backward);
+    case A::few_rows:
+      return s.M <= 512 && s.T <= 1 << 15 && (ids ? 1 : s.T) * rank <= 1024 && s.family != Family::all;
+    case A::in_loop:  // one adapter a tile, whose ranks are one slot there, and h is left to the loop
+      return hopper && s.weight && s.outputs && !s.backward && K % 8 == 0 && N % 8 == 0 && met <= 1 &&
+             p.ranks == R::within && p.slots == (rank + 15) / 16 * met;
+    case A::precomputed:
+      return hopper && s.weight && s.outputs && s.family != Family::all && K % 8 == 0 && N % 8 == 0 &&
+             (p.by_rows() || (p.ranks == R::product && !ids && !s.relu)) && (!ids || met * rank <= 2048);
+    case A::add:
+      return p.by_rows() && s.outputs && s.family != Family::all && N % 8 == 0 && N > 0 && s.ld % 8 == 0 &&
+             met * rank <= 2048;
+    case A::expand:
+      return s.half && s.aligned && s.outputs && s.family == Family::all && !s.backward && !s.in_place && N % 8 == 0 &&
+             p.ranks != R::within;
+    case A::low_rank:
+      return s.outputs ? p.ranks == R::within : p.ranks != R::product || (!s.backward && !ids && !s.relu && !s.bias_A);
+  }
+  return false;
+}
+
+LoraShape random_shape(std::mt19937& random) {
+  const auto of = [&](std::initializer_list<int64_t> values) { return values.begin()[random() % values.size()]; };
+  const auto chance = [&](unsigned one_in) { return random() % one_in == 0; };
+  LoraShape s{static_cast<Family>(random() % 3),
+              of({1, 2, 100, 127, 128, 255, 256, 512, 513, 1023, 1024, 1366, 3150, 12608, 25216, 1 << 20}),
+              of({0, 1, 8, 64, 513, 764, 768, 1024, 1032, 2304, 3072, 4096, 1 << 25}),
+              of({1, 8, 64, 513, 764, 768, 1024, 1032, 2304, 3072, 4096, 1 << 25}),
+              of({1, 1, 2, 3, 4, 5, 10, 13, 50, 100, 200, 1000, 32767, 32768, 32769}),
+              of({0, 1, 4, 7, 8, 9, 16, 16, 17, 24, 32, 48, 64, 65, 128, 192, 193, 256, 512})};
+  s.half = !chance(4), s.weight = !chance(3), s.relu = chance(5), s.bias_A = chance(6);
+  s.bias = s.bias_A || chance(6), s.backward = chance(2), s.keep = !s.backward && chance(2), s.outputs = !chance(6);
+  s.in_place = !s.weight && !s.backward && !s.keep && s.outputs && chance(2),
+  s.ld = s.in_place ? s.out + of({0, 3, 8}) : 0;
+  s.rows_per_id = of({1, 2, 50, 63, 64, 128, 197, 256, 1000});
+  if (s.family == Family::indexed) s.M = (s.M + s.rows_per_id - 1) / s.rows_per_id * s.rows_per_id;
+  s.capability = static_cast<int>(of({80, 90, 90, 90, 100})), s.sms = static_cast<int>(of({16, 78, 114, 132}));
+  s.aligned = !chance(8), s.mma_only = chance(10);
+  return s;
+}
+
 bool refuses(const char* path) {
   try {
     plora::mma_only(path);
@@ -49,20 +112,20 @@ bool refuses(const char* path) {
 int main() {
   using A = LoraAlgorithm;
 
-  expect(plan(Family::sum, 1, 16).hopper, "the fused product for the common case");
-  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.capability = 80; }).hopper, "not on Ampere");
-  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.capability = 100; }).hopper, "nor on Blackwell");
-  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.half = false; }).hopper, "not in float32");
-  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.weight = false; }).hopper, "not without a frozen layer");
-  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.mma_only = true; }).hopper, "not when told otherwise");
-  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.aligned = false; }).hopper, "not with odd addresses");
-  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.in = 764; }).hopper, "nor odd widths");
-  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.out = 764; }).hopper, "of either side");
-  expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 128; }).hopper, "128 rows are enough");
-  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 127; }).hopper, "127 are not");
-  expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 1024, s.in = 3072; }).hopper, "a deep product wants 1024");
-  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 1023, s.in = 3072; }).hopper, "and not 1023");
-  expect(!plan(Family::all, 4, 16).hopper, "`all` shares one frozen product");
+  expect(plan(Family::sum, 1, 16).fused(), "the fused product for the common case");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.capability = 80; }).fused(), "not on Ampere");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.capability = 100; }).fused(), "nor on Blackwell");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.half = false; }).fused(), "not in float32");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.weight = false; }).fused(), "not without a frozen layer");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.mma_only = true; }).fused(), "not when told otherwise");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.aligned = false; }).fused(), "not with odd addresses");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.in = 764; }).fused(), "nor odd widths");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.out = 764; }).fused(), "of either side");
+  expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 128; }).fused(), "128 rows are enough");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 127; }).fused(), "127 are not");
+  expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 1024, s.in = 3072; }).fused(), "a deep product wants 1024");
+  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 1023, s.in = 3072; }).fused(), "and not 1023");
+  expect(!plan(Family::all, 4, 16).fused(), "`all` shares one frozen product");
 
   expect(takes(plan(Family::sum, 1, 16), A::in_loop) && plan(Family::sum, 1, 16).slots == 1, "one slot in the loop");
   expect(takes(plan(Family::sum, 1, 8), A::in_loop), "a smaller rank too");
@@ -149,6 +212,10 @@ int main() {
   expect(product(Family::sum, 1, 64, [](LoraShape& s) { s.in = 764; }), "or with odd widths");
   expect(!product(Family::sum, 1, 64, [](LoraShape& s) { s.in = 764, s.backward = true; }), "of the side that is read");
   expect(!product(Family::indexed, 100, 64, ampere) && !product(Family::indexed, 2, 16, as_is), "never with ids");
+  expect(!product(Family::sum, 1, 65, [](LoraShape& s) { s.relu = true; }) &&
+             !product(Family::sum, 1, 65, [](LoraShape& s) { s.bias_A = true; }) &&
+             product(Family::sum, 1, 65, [](LoraShape& s) { s.bias_A = s.backward = true; }),
+         "nor what is more than a product");
   expect(product(Family::all, 10, 16, as_is) && !product(Family::all, 50, 16, as_is), "up to 256 ranks of all");
   expect(!product(Family::all, 10, 16, [](LoraShape& s) { s.half = false; }), "not in float32");
   const auto reads = [](Family family, int64_t T, int64_t r, int64_t rows_per_id) {
@@ -192,6 +259,22 @@ int main() {
   expect(plan(Family::sum, 3, 0).slots >= 0 && plan(Family::indexed, 3, 0).slots >= 0, "no rank at all");
   expect(!plora::mma_only(nullptr) && !plora::mma_only("auto") && plora::mma_only("mma"), "PLORA_CUDA_PATH");
   expect(!plora::mma_only("") && refuses("hopper"), "empty is not set, and nothing else is taken");
+
+  std::mt19937 random(1993);
+  bool met[8] = {}, made[5] = {};
+  for (int i = 0; i < 200000 && failures == 0; ++i) {
+    const LoraShape s = random_shape(random);
+    const LoraPlan p = plora::plan_lora(s);
+    met[static_cast<int>(p.algorithm)] = made[static_cast<int>(p.ranks)] = true;
+    if (!holds(s, p))
+      std::fprintf(stderr, "shape %d: %s, %s; M %lld, in %lld, out %lld, T %lld, r %lld\n", i,
+                   plora::algorithm_name(p.algorithm), plora::ranks_name(p.ranks), static_cast<long long>(s.M),
+                   static_cast<long long>(s.in), static_cast<long long>(s.out), static_cast<long long>(s.T),
+                   static_cast<long long>(s.r));
+    expect(holds(s, p), "the kernels take what is planned for them");
+  }
+  expect(std::all_of(met, met + 8, [](bool b) { return b; }) && std::all_of(made, made + 5, [](bool b) { return b; }),
+         "and there is a shape for each of them");
 
   if (failures == 0) std::puts("lora_plan: all passed");
   return failures == 0 ? 0 : 1;

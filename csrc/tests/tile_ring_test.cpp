@@ -3,7 +3,7 @@
 //
 // One warp describes tiles, a tile ahead of the warp that starts and feeds them into a ring of stages; two warpgroups
 // take turns at multiplying and writing. Fewest stages a tile, one, is the worst case.
-#include "../cuda/tile_ring.h"
+#include "../cuda/lora/tile_ring.h"
 
 #include <cstdio>
 #include <queue>

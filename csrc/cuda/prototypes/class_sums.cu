@@ -5,15 +5,13 @@
 //   sum_kernel   a warp owns a class and a slab of columns. It finds its rows in the sorted chunks, sends for them well
 //                ahead, into a ring in shared memory, and adds one after another.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cstdio>
 
-#include "../common/prototype_checks.h"
-#include "device.cuh"
-#include "mma_smem.cuh"
-#include "overlap.cuh"
+#include "../device/device.h"
+#include "../device/mma_smem.cuh"
+#include "../device/overlap.cuh"
+#include "kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -186,32 +184,26 @@ __global__ void __launch_bounds__(32)
   if (first_column == 0 && lane == 0) counts[c] += found;
 }
 
-void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& features, const Tensor& labels) {
+}  // namespace
+
+void sum_classes(Dtype dtype, const void* features, const int64_t* labels, void* sums, int64_t* counts, int64_t N,
+                 int64_t D, int64_t C, const Allocator& memory, cudaStream_t stream) {
   const char* op = "class_sums";
-  check_class_sums(sums, counts, features, labels);
-  const int64_t N = features.size(0), D = features.size(1), C = sums.size(0);
-  if (N == 0) return;
   PLORA_CHECK(N < INT32_MAX - kChunk && C < INT32_MAX / kChunk - 1 && D < INT32_MAX, op,
               ": N, C or D is too large, got ", N, ", ", C, " and ", D);
-  const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
-  const cudaStream_t stream = stream_of(features);
-  const Tensor rows = compact(features), classes = compact(labels);
   const int64_t chunks = (N + kChunk - 1) / kChunk;
   // what is noted of every class in every chunk
   PLORA_CHECK(C * chunks <= int64_t{1} << 28, op, ": ", C, " classes and ", N, " rows in one call would take ",
               C * chunks >> 18, " MiB beside the features: give the rows in batches (class_sums_ adds them up)");
-  const Tensor order = allocate(labels, {N}, ScalarType::Int);
-  const Tensor bounds = allocate(labels, {C, chunks}, ScalarType::Int);
-  dispatch(op, features.scalar_type(), [&](auto tag) {
+  const auto order = static_cast<int*>(memory(N * sizeof(int)));
+  const auto bounds = static_cast<uint32_t*>(memory(C * chunks * sizeof(uint32_t)));
+  dispatch_with_float64(dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    const scalar* const from = data<scalar>(rows);
-    const int64_t row_bytes = D * static_cast<int64_t>(sizeof(scalar));
-    const auto aligned = [&](int64_t bytes) {
-      return reinterpret_cast<uintptr_t>(from) % bytes == 0 && row_bytes % bytes == 0;
-    };
+    const auto from = static_cast<const scalar*>(features);
+    const bool vectors = aligned(features) && D * sizeof(scalar) % 16 == 0;
     sort_kernel<<<static_cast<unsigned>(chunks), kChunk, 0, stream>>>(
-        data<int64_t>(classes), N, static_cast<int>(C), mutable_data<int>(order), mutable_data<uint32_t>(bounds),
-        reinterpret_cast<const char*>(from), aligned(16) ? N * row_bytes : 0);
+        labels, N, static_cast<int>(C), order, bounds, static_cast<const char*>(features),
+        vectors ? N * D * static_cast<int64_t>(sizeof(scalar)) : 0);
     check_launch(op);
     if (C == 0) return;
     const auto slabs_of = [&](int bytes) {
@@ -219,9 +211,9 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
       return std::max<int64_t>((D + width - 1) / width, 1);
     };
     const auto sum = [&](auto kernel, int bytes) {
-      launch_overlapped(op, kernel, C * slabs_of(bytes), 32, 0, stream, true, from, data<int>(order),
-                        data<uint32_t>(bounds), mutable_data<acc_type<scalar>>(sums), mutable_data<int64_t>(counts), D,
-                        static_cast<int>(chunks), static_cast<int>(slabs_of(bytes)), aligned(16));
+      launch_overlapped(op, kernel, C * slabs_of(bytes), 32, 0, stream, true, from, static_cast<const int*>(order),
+                        static_cast<const uint32_t*>(bounds), static_cast<acc_type<scalar>*>(sums), counts, D,
+                        static_cast<int>(chunks), static_cast<int>(slabs_of(bytes)), vectors);
     };
     // The wider the slabs the better for the memory, but some warps are needed to keep it busy. Rings of 24 to 32 KB:
     // seven warps of a multiprocessor run together.
@@ -235,16 +227,4 @@ void class_sums_(const Tensor& sums, const Tensor& counts, const Tensor& feature
   });
 }
 
-std::tuple<Tensor, Tensor> class_sums(const Tensor& features, const Tensor& labels, int64_t num_classes) {
-  const auto [sums, counts] = zero_totals(features, num_classes);
-  class_sums_(sums, counts, features, labels);
-  return {sums, counts};
-}
-
-}  // namespace
 }  // namespace plora::cuda
-
-STABLE_TORCH_LIBRARY_IMPL(plora_ext, CUDA, m) {
-  m.impl("class_sums", TORCH_BOX(&plora::cuda::class_sums));
-  m.impl("class_sums_", TORCH_BOX(&plora::cuda::class_sums_));
-}

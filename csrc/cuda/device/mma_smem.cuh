@@ -65,7 +65,7 @@ struct Step {
   };
 
   // `half`: which 8 of the 16 columns
-  __device__ static void add(float (&d)[4], const Left& a, const Right& b, int half, bool) {
+  __device__ static void add(float (&d)[4], const Left& a, const Right& b, int half) {
     mma_m16n8k16<scalar>(d, a.x[0], a.x[1], a.x[2], a.x[3], b.x[2 * half], b.x[2 * half + 1]);
   }
 };
@@ -101,13 +101,11 @@ struct Step<float> {
 
   // The tensor core cuts what it adds up to d's last bit, always towards zero: over thousands of rows that would be
   // seen, so the sum over the steps is made by ordinary additions.
-  __device__ static void add(float (&d)[4], const Left& a, const Right& b, int half, bool tf32) {
+  __device__ static void add(float (&d)[4], const Left& a, const Right& b, int half) {
     const int n = 2 * half;
     float step[4] = {};
-    if (!tf32) {
-      mma_m16n8k8(step, a.lo[0], a.lo[1], a.lo[2], a.lo[3], b.hi[n], b.hi[n + 1]);
-      mma_m16n8k8(step, a.hi[0], a.hi[1], a.hi[2], a.hi[3], b.lo[n], b.lo[n + 1]);
-    }
+    mma_m16n8k8(step, a.lo[0], a.lo[1], a.lo[2], a.lo[3], b.hi[n], b.hi[n + 1]);
+    mma_m16n8k8(step, a.hi[0], a.hi[1], a.hi[2], a.hi[3], b.lo[n], b.lo[n + 1]);
     mma_m16n8k8(step, a.hi[0], a.hi[1], a.hi[2], a.hi[3], b.hi[n], b.hi[n + 1]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[i] += step[i];

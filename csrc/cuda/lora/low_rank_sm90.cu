@@ -12,15 +12,16 @@
 
 #include <algorithm>
 
-#include "../common/lora_plan.h"
-#include "device.cuh"
+#include "../../common/lora_plan.h"
+#include "../device/device.h"
+#include "../device/launch.cuh"
+#include "../device/mma.cuh"
+#include "../device/overlap.cuh"
+#include "../device/sm90.cuh"
+#include "../device/tensor_map.cuh"
+#include "adapters.cuh"
 #include "given.cuh"
-#include "launch.cuh"
-#include "lora_kernels.h"
-#include "mma.cuh"
-#include "overlap.cuh"
-#include "sm90.cuh"
-#include "tensor_map.cuh"
+#include "kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -340,16 +341,16 @@ void launch(const LowRank& p, cudaStream_t stream) {
 
 }  // namespace
 
-bool low_rank_sm90(const LowRank& p, cudaStream_t stream) {
-  if (p.y || !p.x || p.x_slab || p.dtype == ScalarType::Float || !p.hopper || !on_hopper()) return false;
-  if (p.K == 0 || p.K % 8 != 0 || p.ldx % 8 != 0 || p.rows.r == 0 || p.rows.r % 8 != 0 || p.rows.M > INT32_MAX - 128 ||
-      p.rows.T * p.rows.r >= 1 << 25 || (p.rows.ids && p.rows.T > kMaxAdapters))
-    return false;
+void low_rank_sm90(const LowRank& p, cudaStream_t stream) {
+  bool serves = p.x && !p.x_slab && p.dtype != Dtype::float32 && p.K > 0 && p.K % 8 == 0 && p.ldx % 8 == 0 &&
+                p.rows.r > 0 && p.rows.r % 8 == 0 && p.rows.M <= INT32_MAX - 128 && p.rows.T * p.rows.r < 1 << 25 &&
+                (!p.rows.ids || p.rows.T <= kMaxAdapters);
   // the ranks of a sum must follow each other without a gap
-  if (p.down_transposed && !p.rows.ids && p.rows.T > 1 && p.rows.r % kRow != 0) return false;
+  serves = serves && (!p.down_transposed || p.rows.ids || p.rows.T <= 1 || p.rows.r % kRow == 0);
   for (const void* q :
        {p.x, p.down, p.bias_down, p.gate, static_cast<const void*>(p.h), static_cast<const void*>(p.scaled_h)})
-    if (!aligned(q)) return false;
+    serves = serves && aligned(q);
+  PLORA_CHECK(serves, "low_rank_sm90: not what it was planned for (rows_on_hopper)");
   dispatch("low_rank", p.dtype, [&](auto like) {
     using scalar = decltype(like);
     if constexpr (sizeof(scalar) == 2) {
@@ -361,7 +362,6 @@ bool low_rank_sm90(const LowRank& p, cudaStream_t stream) {
         small ? launch<scalar, 1, false>(p, stream) : launch<scalar, 2, false>(p, stream);
     }
   });
-  return true;
 }
 
 }  // namespace plora::cuda

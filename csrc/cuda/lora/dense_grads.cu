@@ -2,10 +2,10 @@
 //   dA[t] = s_t U[t]     dB[t] = s_t V[t]^T     dscaling[t] = the sum of the products of U[t] and A[t].
 // An adapter has blocks of each kind: parts of dscaling, which take longest, pieces of dA, tiles of dB.
 
-#include "../common/lora_plan.h"
-#include "launch.cuh"
-#include "lora_kernels.h"
-#include "mma.cuh"
+#include "../../common/lora_plan.h"
+#include "../device/launch.cuh"
+#include "../device/mma.cuh"
+#include "kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -157,11 +157,7 @@ void run(const DenseGrads& p, cudaStream_t stream) {
 }  // namespace
 
 void dense_grads(const DenseGrads& p, cudaStream_t stream) {
-  dispatch("dense_grads", p.dtype, [&](auto like) {
-    using scalar = decltype(like);
-    PLORA_CHECK(sizeof(scalar) < 8, "dense_grads: float64 has no kernel");
-    if constexpr (sizeof(scalar) < 8) run<scalar>(p, stream);
-  });
+  dispatch("dense_grads", p.dtype, [&](auto tag) { run<decltype(tag)>(p, stream); });
 }
 
 }  // namespace plora::cuda

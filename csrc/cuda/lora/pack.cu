@@ -3,9 +3,9 @@
 
 #include <algorithm>
 
-#include "launch.cuh"
-#include "lora_kernels.h"
-#include "mma.cuh"
+#include "../device/launch.cuh"
+#include "../device/mma.cuh"
+#include "kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -48,7 +48,7 @@ __global__ void pack_kernel(const scalar* __restrict__ from, scalar* __restrict_
 
 }  // namespace
 
-void pack(ScalarType dtype, const void* from, void* to, int64_t T, int64_t rows, int64_t columns, bool rank_is_rows,
+void pack(Dtype dtype, const void* from, void* to, int64_t T, int64_t rows, int64_t columns, bool rank_is_rows,
           int64_t padded, bool transpose, const int64_t* ranks, const float* scaling, cudaStream_t stream) {
   const Shape s{T,        rows, columns, rank_is_rows ? padded : rows, rank_is_rows ? columns : padded, rank_is_rows,
                 transpose};
@@ -60,10 +60,8 @@ void pack(ScalarType dtype, const void* from, void* to, int64_t T, int64_t rows,
   const dim3 block(kTile, kThreadRows);
   dispatch("pack", dtype, [&](auto like) {
     using scalar = decltype(like);
-    PLORA_CHECK(sizeof(scalar) < 8, "pack: float64 has no kernel");
-    if constexpr (sizeof(scalar) < 8)
-      pack_kernel<scalar>
-          <<<grid, block, 0, stream>>>(static_cast<const scalar*>(from), static_cast<scalar*>(to), s, ranks, scaling);
+    pack_kernel<scalar>
+        <<<grid, block, 0, stream>>>(static_cast<const scalar*>(from), static_cast<scalar*>(to), s, ranks, scaling);
   });
   check_launch("pack");
 }

@@ -2,14 +2,12 @@
 // added up on the way, so that neither features nor prototypes are normalised in memory. Where classes and images give
 // few tiles, the subspaces are shared out among blocks, whose parts sum_kernel adds in order.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 
-#include "../common/prototype_checks.h"
+#include "../device/device.h"
+#include "../device/overlap.cuh"
 #include "cosine.cuh"
-#include "device.cuh"
-#include "overlap.cuh"
+#include "kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -18,10 +16,8 @@ using cosine::kThreads;
 using Small = cosine::Tile<2, 2, 32, 4>;     // 32 x 128
 using Large = cosine::Tile<2, 4, 32, 4, 2>;  // 64 x 128
 
-struct Arguments {
-  const float *features, *prototypes, *weights;
-  float* out;  // [B, C], or that of each group [groups, B, C]
-  int B, C, T, D, per_group;
+struct Arguments : SubspaceLogits {
+  int per_group;  // subspaces; with more groups than one, out is that of each group, [groups, B, C]
   bool vectors;
 };
 
@@ -106,15 +102,14 @@ int64_t tiles_of(const Arguments& p) {
 }
 
 template <typename Tile>
-void launch(Arguments p, float* out, bool tf32, cudaStream_t stream, const Tensor& like) {
+void launch(Arguments p, bool tf32, const Allocator& memory, cudaStream_t stream) {
   const char* op = "subspace_logits";
   const int64_t tiles = tiles_of<Tile>(p), count = int64_t(p.B) * p.C;
   const int64_t wanted = std::clamp<int64_t>(multiprocessors() / tiles, 1, p.T);
   p.per_group = static_cast<int>((p.T + wanted - 1) / wanted);
   const int groups = (p.T + p.per_group - 1) / p.per_group;
-  OptTensor parts;
-  if (groups > 1) parts = allocate(like, {groups, p.B, p.C});
-  p.out = parts ? mutable_data<float>(*parts) : out;
+  float* const out = p.out;
+  if (groups > 1) p.out = static_cast<float*>(memory(groups * count * sizeof(float)));
   const auto kernel = tf32 ? &logits_kernel<Tile, true> : &logits_kernel<Tile, false>;
   constexpr int kBytes = Tile::kStages * Tile::kStage * static_cast<int>(sizeof(float));
   allow_shared_memory(kernel, kBytes);
@@ -125,39 +120,15 @@ void launch(Arguments p, float* out, bool tf32, cudaStream_t stream, const Tenso
                       static_cast<const float*>(p.out), out, count, groups);
 }
 
-Tensor subspace_logits(const Tensor& features_, const Tensor& prototypes_, const Tensor& weights_, bool tf32) {
-  const char* op = "subspace_logits";
-  check_subspaces(op, features_, prototypes_, weights_);
-  const torch::stable::accelerator::DeviceGuard guard(features_.get_device_index());
-  const ScalarType dtype = features_.scalar_type();
-  check_float(op, "features", dtype);
-  const auto widened = [&](const Tensor& t) {
-    return compact(dtype == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
-  };
-  const int64_t B = features_.size(0), T = features_.size(1), D = features_.size(2), C = prototypes_.size(0);
-  PLORA_CHECK(std::max({B, C, T, D}) < INT32_MAX / 2, op, ": sizes beyond 2^30");
-  const Tensor features = widened(features_), prototypes = widened(prototypes_), weights = compact(weights_);
-  const auto result = [&](const Tensor& logits) {
-    return dtype == ScalarType::Float ? logits : torch::stable::to(logits, dtype);
-  };
-  if (B == 0 || C == 0 || T == 0) return result(torch::stable::new_zeros(features, {B, C}));
+}  // namespace
 
-  const Tensor out = allocate(features, {B, C});
-  const auto aligned = [&](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; };
-  Arguments p{};
-  p.features = data<float>(features), p.prototypes = data<float>(prototypes), p.weights = data<float>(weights);
-  p.B = static_cast<int>(B), p.C = static_cast<int>(C), p.T = static_cast<int>(T), p.D = static_cast<int>(D);
-  p.vectors = D > 0 && D % 4 == 0 && aligned(features) && aligned(prototypes);
-  const cudaStream_t stream = stream_of(features_);
-  const bool fast = tf32 || dtype != ScalarType::Float;
-  if (2 * tiles_of<Large>(p) > multiprocessors())
-    launch<Large>(p, mutable_data<float>(out), fast, stream, features);
+void multiply_subspaces(const SubspaceLogits& p, bool tf32, const Allocator& memory, cudaStream_t stream) {
+  Arguments a{p};
+  a.vectors = p.D > 0 && p.D % 4 == 0 && aligned(p.features) && aligned(p.prototypes);
+  if (2 * tiles_of<Large>(a) > multiprocessors())
+    launch<Large>(a, tf32, memory, stream);
   else
-    launch<Small>(p, mutable_data<float>(out), fast, stream, features);
-  return result(out);
+    launch<Small>(a, tf32, memory, stream);
 }
 
-}  // namespace
 }  // namespace plora::cuda
-
-STABLE_TORCH_LIBRARY_IMPL(plora_ext, CUDA, m) { m.impl("subspace_logits", TORCH_BOX(&plora::cuda::subspace_logits)); }

@@ -1,5 +1,4 @@
-// What the kernels share that take s h as low_rank_sm90.cu lays it out (lora_kernels.h): the adapters of a tile's rows,
-// and pairs of 16-bit elements.
+// What the kernels share that take s h as low_rank_sm90.cu lays it out (kernels.h), and pairs of 16-bit elements.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,7 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "sm90.cuh"
+#include "../device/sm90.cuh"
 
 namespace plora::cuda {
 
@@ -28,31 +27,6 @@ __device__ inline Split split(float s) {
 
 // A block of rows of s h and 16 ranks, as the copy engine leaves it in shared memory: 32 bytes a row, swizzled.
 constexpr uint64_t kLayoutGiven = sm90::operand_layout(sm90::Swizzle::b32, 16, 256);
-
-// The adapter of a row, or -1.
-__device__ inline int adapter_of_row(const int64_t* ids, int rows_per_id, int M, int64_t T, int row) {
-  if (row >= M) return -1;
-  const int64_t id = ids[row / rows_per_id];
-  return id >= 0 && id < T ? static_cast<int>(id) : -1;
-}
-
-// By one warp, whose lanes have the adapters of a tile's rows: writes each once, ascending, and tells how many there
-// are.
-template <int kEach>
-__device__ inline int list_adapters(const int (&adapter)[kEach], int16_t* all) {
-  constexpr int kNone = 0x7fffffff;
-  int count = 0;
-  for (int last = -1;; ++count) {
-    int next = kNone;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      if (adapter[i] > last) next = min(next, adapter[i]);
-    next = __reduce_min_sync(0xffffffffu, next);
-    if (next == kNone) return count;
-    if (threadIdx.x % 32 == 0) all[count] = static_cast<int16_t>(next);
-    last = next;
-  }
-}
 
 template <typename scalar>
 __device__ inline uint32_t pair(float low, float high) {

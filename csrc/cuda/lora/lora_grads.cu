@@ -11,12 +11,12 @@
 #include <algorithm>
 #include <utility>
 
-#include "../common/lora_plan.h"
-#include "device.cuh"
-#include "launch.cuh"
-#include "lora_kernels.h"
-#include "mma_smem.cuh"
-#include "overlap.cuh"
+#include "../../common/lora_plan.h"
+#include "../device/device.h"
+#include "../device/launch.cuh"
+#include "../device/mma_smem.cuh"
+#include "../device/overlap.cuh"
+#include "kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -170,7 +170,6 @@ struct Product {
   int64_t slot_size;  // that of one adapter's dA and dB
   const float* scaling;
   const int64_t* ranks;
-  bool tf32;
 };
 
 // Rows of kWidth columns to shared memory, zero where `rows` ends and where no column is: `column(i)`, for the columns
@@ -292,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const __grid_const
         typename Step::Left left;
         left.load_transposed(q + kRows * kLdQ + k * kLdP + i * 16, kLdP);
 #pragma unroll
-        for (int n = 0; n < 4; ++n) Step::add(sum[i][n], left, right[n / 2], n % 2, p.tf32);
+        for (int n = 0; n < 4; ++n) Step::add(sum[i][n], left, right[n / 2], n % 2);
       }
     }
   }
@@ -464,7 +463,7 @@ __global__ void __launch_bounds__(kSmall) finish_kernel(const __grid_constant__ 
 }
 
 template <typename scalar>
-void run(const LoraGrads& p, const Tensor& like, cudaStream_t stream) {
+void run(const LoraGrads& p, const Allocator& workspace, cudaStream_t stream) {
   constexpr int64_t kVec = kVector<scalar>;
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r, padded_r = std::max(p.padded_r, r);
   const bool ids = p.rows.ids;
@@ -547,8 +546,7 @@ void run(const LoraGrads& p, const Tensor& like, cudaStream_t stream) {
   const int64_t at_dots = reserve(p.dscaling ? small_items.count * (ids ? 1 : T) * 4 : 0);
   const int64_t at_table = reserve(ids ? items.count * sizeof(Item) : 0);
   const int64_t at_runs = reserve(ids ? T * sizeof(Run) : 0), at_order = reserve(G * sizeof(int));
-  const Tensor workspace = allocate(like, {total * 4}, ScalarType::Float);
-  uint4* const base = static_cast<uint4*>(workspace.mutable_data_ptr());
+  uint4* const base = static_cast<uint4*>(workspace(total * sizeof(uint4)));
   const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(base + at); };
   if (ids) {
     items.table = reinterpret_cast<Item*>(base + at_table);
@@ -565,7 +563,6 @@ void run(const LoraGrads& p, const Tensor& like, cudaStream_t stream) {
     product.ldp = static_cast<int>(g_width);
     product.partial = floats(at_partial);
     product.scaling = p.scaling, product.ranks = p.ranks;
-    product.tf32 = p.tf32;
     const int64_t blocks = static_cast<int64_t>(product.tasks) * items.count;
     if (thin)
       launch(&product_kernel<scalar, 1>, blocks, kThreads, product_smem<scalar, 1>(ids), product);
@@ -605,12 +602,8 @@ void run(const LoraGrads& p, const Tensor& like, cudaStream_t stream) {
 
 }  // namespace
 
-void lora_grads(const LoraGrads& p, const Tensor& like, cudaStream_t stream) {
-  dispatch("lora_grads", p.dtype, [&](auto tag) {
-    using scalar = decltype(tag);
-    PLORA_CHECK(sizeof(scalar) < 8, "lora_grads: float64 has no kernel");
-    if constexpr (sizeof(scalar) < 8) run<scalar>(p, like, stream);
-  });
+void lora_grads(const LoraGrads& p, const Allocator& workspace, cudaStream_t stream) {
+  dispatch("lora_grads", p.dtype, [&](auto tag) { run<decltype(tag)>(p, workspace, stream); });
 }
 
 }  // namespace plora::cuda

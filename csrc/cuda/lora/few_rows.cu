@@ -17,12 +17,13 @@
 
 #include <algorithm>
 
-#include "../common/lora_plan.h"
-#include "device.cuh"
-#include "launch.cuh"
-#include "lora_kernels.h"
-#include "mma.cuh"
-#include "overlap.cuh"
+#include "../../common/lora_plan.h"
+#include "../device/device.h"
+#include "../device/launch.cuh"
+#include "../device/mma.cuh"
+#include "../device/overlap.cuh"
+#include "adapters.cuh"
+#include "kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
 #pragma unroll
         for (int f = 0; f < V / 4; ++f)
           multiply(acc[i], Operand<scalar>(factors[v][0].four(f)), Operand<scalar>(factors[v][1].four(f)),
-                   Operand<scalar>(own[v].four(f)), false);
+                   Operand<scalar>(own[v].four(f)));
     }
   }
 #pragma unroll
@@ -355,8 +356,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
       if (c + kChunk < width || 8 * i + 8 < rows) next = load_up(c + kChunk < width ? c + kChunk : 0);
       const Operand<scalar> own(*reinterpret_cast<const Four<scalar>*>(h + (8 * i + g) * pitch + c + 4 * q));
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        multiply(acc[j], Operand<scalar>(now.up[j][0]), Operand<scalar>(now.up[j][1]), own, false);
+      for (int j = 0; j < 4; ++j) multiply(acc[j], Operand<scalar>(now.up[j][0]), Operand<scalar>(now.up[j][1]), own);
     }
 #pragma unroll
     for (int b = 0; b < 2; ++b)
@@ -375,7 +375,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename scalar, bool TRANSPOSED>
-void launch(const LowRank& p, const Tensor& like, cudaStream_t stream) {
+void launch(const LowRank& p, const Allocator& workspace, cudaStream_t stream) {
   constexpr int V = kVector<scalar>;
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r;
   Arguments a{p};
@@ -393,8 +393,7 @@ void launch(const LowRank& p, const Tensor& like, cudaStream_t stream) {
   const int64_t blocks = tiles * a.width / kChunk, most = 4 * multiprocessors();
   const int64_t each = std::max({units * blocks / most, ceil_div(units, kMaxParts), int64_t{1}});
   a.parts = static_cast<int>(ceil_div(units, each));
-  const Tensor partial = allocate(like, {a.parts, M, a.width}, ScalarType::Float);
-  a.partial = static_cast<float*>(partial.mutable_data_ptr());
+  a.partial = static_cast<float*>(workspace(sizeof(float) * a.parts * M * a.width));
 
   const int64_t bytes = p.N * r * static_cast<int64_t>(sizeof(scalar));
   a.ahead = aligned(p.up) && bytes % 16 == 0 && std::min(tiles, T) * bytes <= kAhead && bytes < a.parts << 20;
@@ -416,12 +415,10 @@ void launch(const LowRank& p, const Tensor& like, cudaStream_t stream) {
 
 }  // namespace
 
-void few_rows(const LowRank& p, const Tensor& like, cudaStream_t stream) {
+void few_rows(const LowRank& p, const Allocator& workspace, cudaStream_t stream) {
   dispatch("few_rows", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    PLORA_CHECK(sizeof(scalar) < 8, "few_rows: float64 has no kernel");
-    if constexpr (sizeof(scalar) < 8)
-      p.down_transposed ? launch<scalar, true>(p, like, stream) : launch<scalar, false>(p, like, stream);
+    p.down_transposed ? launch<scalar, true>(p, workspace, stream) : launch<scalar, false>(p, workspace, stream);
   });
 }
 

@@ -33,15 +33,15 @@ inline void use_device() {
 
 // A tensor with the innermost dimension first, loaded box by box; zero outside. Sizes and strides are in elements.
 template <int kDims>
-void describe_tensor(CUtensorMap& map, ScalarType dtype, const void* data, const int64_t (&sizes)[kDims],
+void describe_tensor(CUtensorMap& map, Dtype dtype, const void* data, const int64_t (&sizes)[kDims],
                      const int64_t (&strides)[kDims - 1], const int (&box)[kDims], CUtensorMapSwizzle swizzle) {
   cuuint64_t dims[kDims], bytes[kDims - 1];
   cuuint32_t extent[kDims], ones[kDims];
-  const auto type = dtype == ScalarType::Float      ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                    : dtype == ScalarType::BFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const auto type = dtype == Dtype::float32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                    : dtype == Dtype::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   for (int i = 0; i < kDims; ++i) dims[i] = sizes[i], extent[i] = box[i], ones[i] = 1;
-  for (int i = 0; i < kDims - 1; ++i) bytes[i] = strides[i] * (dtype == ScalarType::Float ? 4 : 2);
+  for (int i = 0; i < kDims - 1; ++i) bytes[i] = strides[i] * (dtype == Dtype::float32 ? 4 : 2);
   use_device();
   const CUresult result = tensor_map_encoder()(&map, type, kDims, const_cast<void*>(data), dims, bytes, extent, ones,
                                                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,

@@ -2,9 +2,9 @@
 // block keeps its part of y0 in registers while it goes through the adapters, and has the factors of the next product
 // on their way while it writes the last.
 
-#include "launch.cuh"
-#include "lora_kernels.h"
-#include "mma.cuh"
+#include "../device/launch.cuh"
+#include "../device/mma.cuh"
+#include "kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_consta
         const Operand<scalar> up(f.up[j]);
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-          multiply(sum[i][j], Operand<scalar>(f.h[2 * i]), Operand<scalar>(f.h[2 * i + 1]), up, false);
+          multiply(sum[i][j], Operand<scalar>(f.h[2 * i]), Operand<scalar>(f.h[2 * i + 1]), up);
       }
     }
     if (own >= N) continue;
@@ -87,14 +87,12 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_consta
 
 }  // namespace
 
-bool expands(const LowRank& p) {
-  return p.dtype != ScalarType::Float && !p.rows.ids && p.y_slab % 8 == 0 && p.y0_slab == 0 && p.rows.r % 8 == 0 &&
-         p.N % 8 == 0 && p.ldy % 8 == 0 && p.ldy0 % 8 == 0 && p.rows.M < int64_t{1} << 30 && aligned(p.up) &&
-         aligned(p.y) && aligned(p.y0) && aligned(p.bias_up);
-}
-
 void expand(const LowRank& p, cudaStream_t stream) {
   if (p.rows.M == 0 || p.N == 0 || p.rows.T == 0) return;
+  PLORA_CHECK(!p.rows.ids && p.y_slab % 8 == 0 && p.y0_slab == 0 && p.rows.r % 8 == 0 && p.N % 8 == 0 &&
+                  p.ldy % 8 == 0 && p.ldy0 % 8 == 0 && aligned(p.up) && aligned(p.y) && aligned(p.y0) &&
+                  aligned(p.bias_up),
+              "expand: not what it was planned for");
   const dim3 grid(static_cast<unsigned>((p.rows.M + kRows - 1) / kRows),
                   static_cast<unsigned>((p.N + kColumns - 1) / kColumns));
   dispatch("expand", p.dtype, [&](auto like) {

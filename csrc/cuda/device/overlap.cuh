@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "device.cuh"
+#include "device.h"
 #include "launch.cuh"
 
 namespace plora::cuda {

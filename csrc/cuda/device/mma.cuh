@@ -140,21 +140,19 @@ struct Operand<float> {
 // d += a b over a block of 16; `a` is of row g, `a8` of row g + 8, `b` of column g.
 template <typename scalar>
 __device__ inline void multiply(float (&d)[4], const Operand<scalar>& a, const Operand<scalar>& a8,
-                                const Operand<scalar>& b, bool) {
+                                const Operand<scalar>& b) {
   mma_m16n8k16<scalar>(d, a.first, a8.first, a.second, a8.second, b.first, b.second);
 }
 
-// True float32 by three products, the small ones first (lo lo is below the rounding), or one product for TF32. The
-// matrix units cut their sums short instead of rounding them, so blocks are summed by ordinary additions.
+// True float32 by three products, the small ones first (lo lo is below the rounding). The matrix units cut their sums
+// short instead of rounding them, so blocks are summed by ordinary additions.
 __device__ inline void multiply(float (&d)[4], const Operand<float>& a, const Operand<float>& a8,
-                                const Operand<float>& b, bool tf32) {
+                                const Operand<float>& b) {
   float sum[4] = {};
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
-    if (!tf32) {
-      mma_m16n8k8(sum, a.lo[i], a8.lo[i], a.lo[i + 1], a8.lo[i + 1], b.hi[i], b.hi[i + 1]);
-      mma_m16n8k8(sum, a.hi[i], a8.hi[i], a.hi[i + 1], a8.hi[i + 1], b.lo[i], b.lo[i + 1]);
-    }
+    mma_m16n8k8(sum, a.lo[i], a8.lo[i], a.lo[i + 1], a8.lo[i + 1], b.hi[i], b.hi[i + 1]);
+    mma_m16n8k8(sum, a.hi[i], a8.hi[i], a.hi[i + 1], a8.hi[i + 1], b.lo[i], b.lo[i + 1]);
     mma_m16n8k8(sum, a.hi[i], a8.hi[i], a.hi[i + 1], a8.hi[i + 1], b.hi[i], b.hi[i + 1]);
   }
 #pragma unroll

@@ -2,13 +2,11 @@
 // rounded once. A block owns a 64 x 64 tile of the weight. 16-bit dtypes multiply on the tensor cores, one adapter
 // after the other; the others as one product over the concatenated ranks.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 
-#include "../common/lora_checks.h"
-#include "launch.cuh"
-#include "mma_smem.cuh"
+#include "../device/launch.cuh"
+#include "../device/mma_smem.cuh"
+#include "kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -143,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
       typename Step::Right right[2];
       left.load(from.B + warp_row * kLdB, kLdB);
       for (int n = 0; n < 2; ++n) right[n].load_transposed(from.A + warp_column + n * 16, kLdA);
-      for (int n = 0; n < 4; ++n) Step::add(product[n], left, right[n / 2], n % 2, false);
+      for (int n = 0; n < 4; ++n) Step::add(product[n], left, right[n / 2], n % 2);
       if ((slice + 1) % per_adapter > 0) continue;
       const float scale = scaling[slice / per_adapter];
       for (int n = 0; n < 4; ++n)
@@ -156,36 +154,25 @@ __global__ void __launch_bounds__(kThreads)
   each([&](int n, int i, int64_t at) { merged[at] = from_float<scalar>(to_float(frozen[n][i]) + sum[n][i]); });
 }
 
-Tensor lora_merge(const Tensor& weight_, const Tensor& A_, const Tensor& B_, const Tensor& scaling_,
-                  const OptTensor& ranks_) {
-  check_merge(weight_, A_, B_, scaling_, ranks_);
-  const torch::stable::accelerator::DeviceGuard guard(weight_.get_device_index());
-  const Tensor weight = compact(weight_), A = compact(A_), B = compact(B_), scaling = compact(scaling_);
-  const OptTensor ranks = compact(ranks_);
-  const int64_t out = weight.size(0), in = weight.size(1), T = A.size(0), r = A.size(1);
-  const Tensor merged = allocate(weight, weight.sizes());
-  if (out == 0 || in == 0) return merged;
-  const auto grid = static_cast<unsigned>(((out + kTile - 1) / kTile) * ((in + kTile - 1) / kTile));
-  dispatch("lora_merge", weight.scalar_type(), [&](auto tag) {
+}  // namespace
+
+void lora_merge(const LoraMerge& p, cudaStream_t stream) {
+  const auto grid = static_cast<unsigned>(((p.out + kTile - 1) / kTile) * ((p.in + kTile - 1) / kTile));
+  dispatch_with_float64(p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    using acc = acc_type<scalar>;
-    const int64_t* real = ranks ? data<int64_t>(*ranks) : nullptr;
-    const auto aligned = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(data<scalar>(t)) % 16 == 0; };
+    const auto typed = [](const void* t) { return static_cast<const scalar*>(t); };
+    const auto T = static_cast<int>(p.T), r = static_cast<int>(p.r);
     if constexpr (sizeof(scalar) == 2)
-      lora_merge_mma_kernel<<<grid, kThreads, 0, stream_of(weight)>>>(
-          data<scalar>(weight), data<scalar>(A), data<scalar>(B), data<float>(scaling), real,
-          mutable_data<scalar>(merged), out, in, static_cast<int>(T), static_cast<int>(r),
-          in % 8 == 0 && r % 8 == 0 && aligned(A) && aligned(B));
+      lora_merge_mma_kernel<<<grid, kThreads, 0, stream>>>(
+          typed(p.weight), typed(p.A), typed(p.B), static_cast<const float*>(p.scaling), p.ranks,
+          static_cast<scalar*>(p.merged), p.out, p.in, T, r,
+          p.in % 8 == 0 && p.r % 8 == 0 && aligned(p.A) && aligned(p.B));
     else
-      lora_merge_kernel<<<grid, kThreads, 0, stream_of(weight)>>>(
-          data<scalar>(weight), data<scalar>(A), data<scalar>(B), data<acc>(scaling), real,
-          mutable_data<scalar>(merged), out, in, static_cast<int>(T), static_cast<int>(r));
+      lora_merge_kernel<<<grid, kThreads, 0, stream>>>(typed(p.weight), typed(p.A), typed(p.B),
+                                                       static_cast<const acc_type<scalar>*>(p.scaling), p.ranks,
+                                                       static_cast<scalar*>(p.merged), p.out, p.in, T, r);
   });
   check_launch("lora_merge");
-  return merged;
 }
 
-}  // namespace
 }  // namespace plora::cuda
-
-STABLE_TORCH_LIBRARY_IMPL(plora_ext, CUDA, m) { m.impl("lora_merge", TORCH_BOX(&plora::cuda::lora_merge)); }

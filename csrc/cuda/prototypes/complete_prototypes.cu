@@ -7,15 +7,14 @@
 //   2. after all blocks: tiles of 32 classes x 128 columns of a subspace. Cosines become weights on their way in.
 
 #include <cooperative_groups.h>
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cstdio>
 
-#include "../common/prototype_checks.h"
+#include "../device/device.h"
+#include "../device/overlap.cuh"
 #include "cosine.cuh"
-#include "device.cuh"
-#include "overlap.cuh"
+#include "kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -26,7 +25,6 @@ using Tile = cosine::Tile<2, 2, 32, 3>;
 
 constexpr int kSide = 16;                            // of a block of cosines
 constexpr int kKeys = Tile::kStages * Tile::kDepth;  // that a tile takes together
-constexpr double kCold = 0.025;                      // exp(-2 / tau) is a float32 above this
 constexpr int64_t kAhead = int64_t(48) << 20;  // bytes of prototypes, of which half are sent for ahead of their use
 
 struct Arguments {
@@ -311,36 +309,20 @@ __global__ void __launch_bounds__(kThreads, 2) complete_kernel(const __grid_cons
     fill(p, sorted, work.step, tile.t, tile.n / slices * Tile::kRows, tile.n % slices * Tile::kColumns);
 }
 
-Tensor complete_prototypes(const Tensor& prototypes_, const Tensor& task_of_class, double tau, bool last) {
+}  // namespace
+
+void complete(const float* prototypes, const int64_t* tasks, float* out, int64_t C, int64_t T, int64_t D, double tau,
+              bool last, const Allocator& memory, cudaStream_t stream) {
   const char* op = "complete_prototypes";
-  check_complete(op, prototypes_, task_of_class, tau);
-  const torch::stable::accelerator::DeviceGuard guard(prototypes_.get_device_index());
-  const ScalarType dtype = prototypes_.scalar_type();
-  check_float(op, "prototypes", dtype);
-  const Tensor prototypes =
-      compact(dtype == ScalarType::Float ? prototypes_ : torch::stable::to(prototypes_, ScalarType::Float));
-  const Tensor tasks = compact(task_of_class);
-  const int64_t C = prototypes.size(0), T = prototypes.size(1), D = prototypes.size(2);
-  const Tensor out = allocate(prototypes, prototypes.sizes());
-  const auto result = [&] { return dtype == ScalarType::Float ? out : torch::stable::to(out, dtype); };
-  if (C == 0 || T == 0 || D == 0) return result();
   PLORA_CHECK(C * T < INT32_MAX && D < INT32_MAX, op, ": C T and D must be below 2^31");
   const int bytes = shared_bytes(C, T);
   PLORA_CHECK(bytes <= shared_memory_limit(), op, ": this GPU sorts at most ",
               (shared_memory_limit() - static_cast<int64_t>(sizeof(Work)) - 4 * T) / 8 - 4, " classes, got ", C);
 
-  const Tensor cosines = allocate(prototypes, {C, C});
-  const auto aligned = [](const Tensor& t, uintptr_t bytes) {
-    return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % bytes == 0;
-  };
-  Arguments p{};
-  p.prototypes = data<float>(prototypes), p.tasks = data<int64_t>(tasks);
-  p.cosines = mutable_data<float>(cosines), p.out = mutable_data<float>(out);
+  Arguments p{prototypes, tasks, static_cast<float*>(memory(C * C * sizeof(float))), out};
   p.C = static_cast<int>(C), p.T = static_cast<int>(T), p.D = static_cast<int>(D);
-  p.scale = static_cast<float>(1.4426950408889634 / tau);
-  p.last = last, p.cold = tau < kCold;
-  p.vectors = D % 4 == 0 && aligned(prototypes, 16) && aligned(out, 16);
-  p.pairs = D % 2 == 0 && aligned(out, 8);
+  p.scale = scale_of(tau), p.last = last, p.cold = tau < cosine::kCold;
+  p.vectors = D % 4 == 0 && aligned(prototypes) && aligned(out), p.pairs = D % 2 == 0 && aligned(out);
   p.ahead = p.vectors && C * T * D * 4 <= kAhead;
 
   allow_shared_memory(&complete_kernel, bytes);
@@ -353,17 +335,11 @@ Tensor complete_prototypes(const Tensor& prototypes_, const Tensor& task_of_clas
   config.gridDim = static_cast<unsigned>(std::min<int64_t>(std::max(resident, 1) * multiprocessors(), C * T));
   config.blockDim = kThreads;
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream_of(prototypes_);
+  config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
   cudaLaunchKernelEx(&config, &complete_kernel, p);
   check_launch(op);
-  return result();
 }
 
-}  // namespace
 }  // namespace plora::cuda
-
-STABLE_TORCH_LIBRARY_IMPL(plora_ext, CUDA, m) {
-  m.impl("complete_prototypes", TORCH_BOX(&plora::cuda::complete_prototypes));
-}

@@ -1,4 +1,4 @@
-// The CUDA kernels of the low-rank families, as their host code (lora.cu) calls them. Everything is enqueued on
+// The CUDA kernels of the low-rank families, as their host code (lora.cpp) calls them. Everything is enqueued on
 // `stream`; nothing waits, allocates or copies from the host. Pointers are 16-byte aligned where the fast paths of a
 // kernel need it, which each launcher looks at itself; rows may have any stride that is not smaller than their width.
 //
@@ -6,15 +6,28 @@
 // (sum, all): then column t r + j belongs to rank j of adapter t. h and g are kept unscaled, in the dtype of x:
 //   forward   h = act(x A^T + a)             y  = y0 + s h B^T + s b
 //   backward  g = dy B, 0 where act cut      dx = dy W + s g A
+//
+// Words of these files:
+//   down, up     the factor of the first product and of the second: A and B, backward B and A
+//   padded rank  r filled up with zeros to a multiple of 8, as the products take it
+//   tile         128 rows by 192 columns of y, the work of a block at a time; column tiles lie side by side
+//   slot         16 ranks of one adapter, a step of a product
+//   place        the number of an adapter among those that a tile's rows met, ascending
+//   given        s h, computed before the product that adds it; else h is made `in the loop` over x
+//   kept         h, or the merged weight, as forward leaves it for backward
+//   gate         the h whose zeros cut the gradient where act did
+//   slab         the y, or dy, of one adapter of `all`
+//   slice        columns of y that an equal block of an adapter's ranks alone reaches (q and v of a qkv layer)
 #pragma once
 
-#include <cuda_runtime.h>
+#include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "../common/checks.h"
+#include "../../common/dtype.h"
+#include "../device/memory.h"
 
 namespace plora::cuda {
 
@@ -27,21 +40,9 @@ struct Rows {
   int64_t R() const { return ids ? r : T * r; }
 };
 
-constexpr int kNone = -1, kOutside = -2;  // instead of an adapter: the row has none; there is no such row
-
-// The adapter that a row chose; 0 where there are no ids.
-__device__ inline int choice(const Rows& rows, int64_t row) {
-  if (row >= rows.M) return kOutside;
-  if (!rows.ids) return 0;
-  const int64_t id = rows.ids[static_cast<int>(row) / static_cast<int>(rows.rows_per_id)];
-  return id >= 0 && id < rows.T ? static_cast<int>(id) : kNone;
-}
-
 // h = act(x down^T + bias), then y = y0 + s h up^T + s bias_up. Either half may be left out (low_rank.cu).
 struct LowRank {
-  ScalarType dtype;  // bf16, fp16 or fp32; fp32 in true float32 (three TF32 products), or TF32 where tf32 is set
-  bool tf32 = false;
-  bool hopper = false;  // Hopper's own kernels may take what they serve
+  Dtype dtype;  // bf16, fp16 or fp32, the latter in true float32: three TF32 products
   Rows rows;
   const float* scaling;  // [T]
   int64_t K, N;          // width of x, width of y
@@ -72,27 +73,23 @@ struct LowRank {
 };
 void low_rank(const LowRank& p, cudaStream_t stream);
 
-// The first half alone; false, and nothing happens, where it does not serve the arguments (low_rank_sm90.cu). What y0
-// points to, if anything, comes to L2 meanwhile.
-bool low_rank_sm90(const LowRank& p, cudaStream_t stream);
+// The first half alone (low_rank_sm90.cu). What y0 points to, if anything, comes to L2 meanwhile.
+void low_rank_sm90(const LowRank& p, cudaStream_t stream);
 
-// Both halves, s h between them in p.scaled_h; false, and nothing happens, where it does not serve the arguments
-// (add_sm90.cu).
-bool low_rank_add_sm90(const LowRank& p, cudaStream_t stream);
+// Both halves, s h between them in p.scaled_h (add_sm90.cu).
+void low_rank_add_sm90(const LowRank& p, cudaStream_t stream);
 
 // Both halves of a few rows (lora_plan.h), or h alone where N = 0, from factors of any rank as they are; h and the gate
-// have padded_rank(r) columns for each adapter. `like` tells where workspace is allocated (few_rows.cu).
-void few_rows(const LowRank& p, const Tensor& like, cudaStream_t stream);
+// have padded_rank(r) columns for each adapter (few_rows.cu).
+void few_rows(const LowRank& p, const Allocator& workspace, cudaStream_t stream);
 
-// The second half alone, of `all` (h [M, T r] is read, y_slab is set), where `expands` serves the arguments
-// (expand.cu).
-bool expands(const LowRank& p);
+// The second half alone, of `all`: h [M, T r] is read, y_slab is set (expand.cu).
 void expand(const LowRank& p, cudaStream_t stream);
 
 // A copy of the factors that low_rank and the fused product can take: from [T, rows, columns], of which one dimension
 // is the rank, to [T, rows', columns'] or, transposed, [T, columns', rows'], the rank padded with zeros to `padded` (a
 // multiple of 8) and zero from ranks[t] on, times scaling[t]; either may be null (pack.cu).
-void pack(ScalarType dtype, const void* from, void* to, int64_t T, int64_t rows, int64_t columns, bool rank_is_rows,
+void pack(Dtype dtype, const void* from, void* to, int64_t T, int64_t rows, int64_t columns, bool rank_is_rows,
           int64_t padded, bool transpose, const int64_t* ranks, const float* scaling, cudaStream_t stream);
 
 // The gradients of everything but x; null: not asked (lora_grads.cu). Sums over rows in a fixed order.
@@ -100,8 +97,7 @@ void pack(ScalarType dtype, const void* from, void* to, int64_t T, int64_t rows,
 //   dbias_A[t, j] = s_t sum g[m, j]     dbias_B[t] = s_t sum dy[m]
 //   dscaling[t] = sum_m (sum_j g'[m, j] h[m, j] + dy[m] bias_B[t])     (g' = g: h is 0 where act cut)
 struct LoraGrads {
-  ScalarType dtype;
-  bool tf32 = false;
+  Dtype dtype;
   Rows rows;
   const float* scaling;  // [T]
   int64_t in, out;
@@ -117,14 +113,13 @@ struct LoraGrads {
        *dbias_B = nullptr;    // [T, r, in], [T, out, r], [T, r], [T, out]
   float* dscaling = nullptr;  // [T], for all adapters
 };
-// `like` tells where workspace is allocated (torch's caching allocator).
-void lora_grads(const LoraGrads& p, const Tensor& like, cudaStream_t stream);
+void lora_grads(const LoraGrads& p, const Allocator& workspace, cudaStream_t stream);
 
 // Likewise of a sum, by way of the merged weight's gradient dW: from U[t] = B[t]^T dW and V[t] = A[t] dW^T
 // (dense_grads.cu).
 //   dA[t] = s_t U[t]     dB[t] = s_t V[t]^T     dscaling[t] = the sum of the products of U[t] and A[t]
 struct DenseGrads {
-  ScalarType dtype;
+  Dtype dtype;
   int64_t T, r, padded_r, in, out;
   const float* scaling;           // [T]
   std::vector<int64_t> adapters;  // those whose factors ask, ascending; the others' entries are written as 0
@@ -139,12 +134,22 @@ void dense_grads(const DenseGrads& p, cudaStream_t stream);
 // In how many parts an adapter's dscaling is summed: no block has more than 2^17 products.
 inline int64_t dense_parts(int64_t padded_r, int64_t in) { return std::max<int64_t>(padded_r * in >> 16, 1); }
 
+// weight + sum over t of s_t B_t A_t, of ranks below ranks[t] where that is given (lora_merge.cu).
+struct LoraMerge {
+  Dtype dtype;
+  int64_t out, in, T, r;
+  const void *weight, *A, *B, *scaling;  // [out, in], [T, r, in], [T, out, r], [T] of float32, or of float64 with it
+  const int64_t* ranks;                  // [T] or null
+  void* merged;
+};
+void lora_merge(const LoraMerge& p, cudaStream_t stream);
+
 // The frozen layer and the low-rank part in one persistent product, for Hopper (fused_sm90.cu):
 //   forward     y = x W^T + bias + base + s h up^T + s bias_up       weight [N, K], down [T, r, K], up [T, N, r]
 //   transposed  y = x W + base + s h up                               weight [K, N], up [T, r, N]; h is given
 // (dx from dy: h is g, up is A). 16-bit dtypes, K, N and r multiples of 8, pointers 16-byte aligned.
 struct Fused {
-  ScalarType dtype;
+  Dtype dtype;
   bool transposed = false;
   Rows rows;  // without ids: all T adapters on every row
   const float* scaling;

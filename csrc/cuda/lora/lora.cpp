@@ -1,18 +1,26 @@
-// The low-rank families on CUDA: which kernels make the outputs and the gradients, as common/lora_plan.h plans it.
+// The low-rank families on CUDA: calls the kernels that make the outputs and the gradients, as common/lora_plan.h
+// plans.
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <numeric>
 
-#include "../common/cuda_path.h"
-#include "../common/lora_inputs.h"
-#include "../common/lora_plan.h"
-#include "device.cuh"
-#include "launch.cuh"
-#include "lora_kernels.h"
+#include "../../common/cuda_path.h"
+#include "../../common/lora_inputs.h"
+#include "../../common/lora_plan.h"
+#include "../device/device.h"
+#include "../tensors.h"
+#include "kernels.h"
 
 namespace plora::cuda {
+
+#ifdef PLORA_NO_SM90  // then the plan knows of no Hopper, and never asks for these
+void low_rank_sm90(const LowRank&, cudaStream_t) { fail("built without Hopper's kernels"); }
+void low_rank_add_sm90(const LowRank&, cudaStream_t) { fail("built without Hopper's kernels"); }
+void fused(const Fused&, cudaStream_t) { fail("built without Hopper's kernels"); }
+#endif
+
 namespace {
 
 using Sizes = std::vector<int64_t>;
@@ -36,8 +44,9 @@ Tensor packed(const Inputs& p, const Tensor& from, int64_t rows, int64_t columns
   const int64_t rank = padded_rank(p.r), tall = rank_is_rows ? rank : rows, wide = rank_is_rows ? columns : rank;
   const Tensor to = allocate(from, transpose ? Sizes{p.T, wide, tall} : Sizes{p.T, tall, wide});
   if (to.numel() == 0) return to;
-  pack(from.scalar_type(), pointer(from), to.mutable_data_ptr(), p.T, rows, columns, rank_is_rows, rank, transpose,
-       p.ranks ? data<int64_t>(*p.ranks) : nullptr, scaled ? data<float>(p.scaling) : nullptr, stream_of(from));
+  pack(dtype_of(p.op, from.scalar_type()), pointer(from), to.mutable_data_ptr(), p.T, rows, columns, rank_is_rows, rank,
+       transpose, p.ranks ? data<int64_t>(*p.ranks) : nullptr, scaled ? data<float>(p.scaling) : nullptr,
+       stream_of(from));
   return to;
 }
 
@@ -99,10 +108,9 @@ Tensor new_ranks(const Inputs& p) {
 
 LowRank low_rank_of(const Inputs& p) {
   LowRank l{};
-  l.dtype = p.x.scalar_type();
+  l.dtype = dtype_of(p.op, p.x.scalar_type());
   l.rows = rows_of(p, padded_rank(p.r));
   l.scaling = data<float>(p.scaling);
-  l.hopper = !mma_only();
   return l;
 }
 
@@ -141,13 +149,12 @@ Sizes usable(const Inputs& p, const OptInts& slices) {
   return *slices;
 }
 
-LoraShape shape_of(const Inputs& p, const Tensor& rows, const OptTensor& base, const Sizes& slices, bool backward,
-                   bool keep) {
+// `rows`: x, or backward dy; `other`: the base, the y that is added to, or the gate.
+LoraShape shape_of(const Inputs& p, const Tensor& rows, const OptTensor& other) {
   LoraShape s{p.family, p.M, p.in, p.out, p.T, p.r};
   s.half = p.x.scalar_type() != ScalarType::Float;
   s.weight = p.weight.has_value();
-  s.relu = p.relu, s.bias = p.bias_A || p.bias_B;
-  s.backward = backward, s.keep = keep, s.slices = slices;
+  s.relu = p.relu, s.bias = p.bias_A || p.bias_B, s.bias_A = p.bias_A.has_value();
   if (p.family == Family::indexed) s.rows_per_id = p.M / p.ids->size(0);
 #ifdef PLORA_NO_SM90
   s.capability = 0;
@@ -158,7 +165,7 @@ LoraShape shape_of(const Inputs& p, const Tensor& rows, const OptTensor& base, c
   s.sms = multiprocessors();
 #endif
   for (const void* q : {pointer(rows), pointer(p.lora_A), pointer(p.lora_B), pointer(p.weight), pointer(p.bias),
-                        pointer(p.bias_A), pointer(p.bias_B), pointer(base)})
+                        pointer(p.bias_A), pointer(p.bias_B), pointer(other)})
     s.aligned = s.aligned && reinterpret_cast<uintptr_t>(q) % 16 == 0;
   s.mma_only = mma_only();
   return s;
@@ -186,42 +193,95 @@ Tensor new_given(const Inputs& p, const LoraShape& shape, LowRank& l) {
   return given;
 }
 
-// Whether it was the kernel that the fused product may overlap with.
-bool make_h(const LowRank& l, cudaStream_t stream) {
-  if (low_rank_sm90(l, stream)) return true;
-  low_rank(l, stream);
-  return false;
-}
-
-// Both halves of a low-rank part by Hopper's kernels; false, and nothing happened, where low_rank has to make it.
-bool add_on_hopper(const Inputs& p, const LoraShape& shape, LowRank l, bool keep) {
-  if (!adds_on_hopper(shape)) return false;
-  if (!keep) l.h = nullptr;
-  const Tensor given = new_given(p, shape, l);
-  return low_rank_add_sm90(l, stream_of(p.x));
-}
-
-void add(const Inputs& p, const LoraShape& shape, const LowRank& l, bool keep) {
-  if (!add_on_hopper(p, shape, l, keep)) low_rank(l, stream_of(p.x));
-}
-
 void add_few(const Inputs& p, LowRank l) {
   l.rows.r = p.r;
   l.ranks = p.ranks ? data<int64_t>(*p.ranks) : nullptr;
-  few_rows(l, p.x, stream_of(p.x));
+  few_rows(l, Workspace(p.x), stream_of(p.x));
+}
+
+// Both halves of a low-rank part by Hopper's kernels.
+void add_on_hopper(const Inputs& p, const LoraShape& shape, LowRank l, bool keep) {
+  if (!keep) l.h = nullptr;
+  const Tensor given = new_given(p, shape, l);
+  low_rank_add_sm90(l, stream_of(p.x));
 }
 
 // Fills in what both directions share.
 void run_fused(const Inputs& p, const LoraPlan& plan, const OptTensor& h, Fused& f) {
-#ifndef PLORA_NO_SM90
-  f.dtype = p.x.scalar_type();
+  f.dtype = dtype_of(p.op, p.x.scalar_type());
   f.rows = rows_of(p, padded_rank(p.r));
   f.scaling = data<float>(p.scaling);
   f.weight = pointer(p.weight);
   f.in_loop_slots = static_cast<int>(plan.slots);
+  f.overlap = plan.by_rows();
   if (h) f.h = pointer(h), f.places = h->size(1) / f.rows.r;
   fused(f, stream_of(p.x));
-#endif
+}
+
+// --- forward ---------------------------------------------------------------------------------------------------------
+
+// h alone.
+Tensor make_h(const Inputs& p, LoraRanks by, const Factors& factors) {
+  if (by == LoraRanks::product) return x_times(p, factors.A);
+  const Tensor h = new_ranks(p);
+  const LowRank l = down_of(p, factors, h);
+  by == LoraRanks::rows ? low_rank_sm90(l, stream_of(p.x)) : low_rank(l, stream_of(p.x));
+  return h;
+}
+
+Tensor fused_forward(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const OptTensor& base,
+                     OptTensor& h) {
+  const Factors factors = factors_of(p);
+  Tensor up = factors.B;
+  OptTensor given;
+  if (plan.ranks == LoraRanks::product) {
+    h = given = x_times(p, factors.A);
+    up = scaled_B(p);
+  } else if (plan.ranks == LoraRanks::rows) {
+    LowRank l = down_of(p, factors, h);
+    given = new_given(p, shape, l);
+    low_rank_sm90(l, stream_of(p.x));
+  } else if (h &&
+             p.ids) {  // the loop writes no h of rows without an adapter; nobody reads it, but it leaves this operator
+    torch::stable::zero_(*h);
+  }
+  const Tensor y = allocate(p.x, {p.M, p.out});
+  Fused f{};
+  f.K = p.in, f.N = p.out;
+  f.x = pointer(p.x), f.ldx = p.in;
+  f.bias = pointer(p.bias), f.base = pointer(base), f.ld_base = p.out;
+  f.y = y.mutable_data_ptr(), f.ldy = p.out;
+  f.down = pointer(factors.A), f.up = pointer(up);
+  f.bias_down = pointer(factors.bias_A), f.bias_up = pointer(p.bias_B);
+  f.relu = p.relu;
+  if (plan.algorithm == LoraAlgorithm::in_loop) f.kept = out_pointer(h);
+  f.slices = shape.slices;
+  run_fused(p, plan, given, f);
+  return y;
+}
+
+// y = y0 + the low-rank part; `y` has the pointers and strides of both. Keeps h where it is given.
+void add_low_rank(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const LowRank& y, OptTensor& h,
+                  bool keep) {
+  const bool few = plan.algorithm == LoraAlgorithm::few_rows;
+  const Factors factors = few ? Factors{p.lora_A, p.lora_B, p.bias_A} : factors_of(p);
+  if (plan.algorithm == LoraAlgorithm::expand) h = make_h(p, plan.ranks, factors);
+  if (!h && plan.algorithm == LoraAlgorithm::low_rank && crowded(p)) h = new_ranks(p);
+  LowRank l = down_of(p, factors, h);
+  l.N = p.out;
+  l.up = pointer(factors.B), l.bias_up = pointer(p.bias_B);
+  l.y = y.y, l.ldy = y.ldy, l.y_slab = y.y_slab;
+  l.y0 = y.y0, l.ldy0 = y.ldy0, l.y0_slab = y.y0_slab;
+  switch (plan.algorithm) {
+    case LoraAlgorithm::few_rows:
+      return add_few(p, l);
+    case LoraAlgorithm::add:
+      return add_on_hopper(p, shape, l, keep);
+    case LoraAlgorithm::expand:
+      return expand(l, stream_of(p.x));
+    default:
+      return low_rank(l, stream_of(p.x));
+  }
 }
 
 // --- backward --------------------------------------------------------------------------------------------------------
@@ -237,40 +297,26 @@ Tensor h_of(const Inputs& p, const OptTensor& kept) {
     check_dtype(p.op, "kept", *kept, p.x.scalar_type());
     return compact(*kept);
   }
-  const LoraShape shape = shape_of(p, p.x, {}, {}, false, true);
-  if (few_rows(shape)) {
-    const Tensor h = new_ranks(p);
-    add_few(p, down_of(p, {p.lora_A, p.lora_B, p.bias_A}, h));
-    return h;
-  }
-  const Factors factors = factors_of(p);
-  if (p.family == Family::sum && h_by_product(shape) && !p.relu && !p.bias_A) return x_times(p, factors.A);
+  LoraShape shape = shape_of(p, p.x, {});
+  shape.keep = true, shape.outputs = false;
+  const LoraPlan plan = plan_lora(shape);
+  if (plan.algorithm != LoraAlgorithm::few_rows) return make_h(p, plan.ranks, factors_of(p));
   const Tensor h = new_ranks(p);
-  low_rank(down_of(p, factors, h), stream_of(p.x));
+  add_few(p, down_of(p, {p.lora_A, p.lora_B, p.bias_A}, h));
   return h;
 }
 
 // g = dy B, cut where act was, and dx = dy W + s g A, both only where they are asked for.
 void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, bool wants_g, bool wants_x, OptTensor& g,
                    Tensor& dx) {
-  LoraShape shape = shape_of(p, dy, {}, {}, true, false);
-  shape.aligned = shape.aligned && reinterpret_cast<uintptr_t>(pointer(gate)) % 16 == 0;
-  if (few_rows(shape)) {
-    if (wants_x) dx = p.weight ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
-    if (wants_g) g = new_ranks(p);
-    LowRank l = low_rank_of(p);
-    l.K = l.ldx = p.out, l.x = pointer(dy);
-    l.gate = pointer(gate), l.h = out_pointer(g);
-    l.down = pointer(p.lora_B), l.up = pointer(p.lora_A), l.down_transposed = l.up_transposed = true;
-    if (wants_x) l.N = l.ldy = l.ldy0 = p.in, l.y = out_pointer(dx), l.y0 = p.weight ? l.y : nullptr;
-    return add_few(p, l);
-  }
-  const LoraPlan plan = wants_x ? plan_lora(shape) : LoraPlan{};
-  if (wants_x) dx = p.weight && !plan.hopper ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
-  const Factors factors = factors_of(p);
-  const auto add_fused = [&](const Tensor& g, const Tensor& A, bool overlap) {  // one of them scaled
+  LoraShape shape = shape_of(p, dy, gate);
+  shape.backward = true, shape.outputs = wants_x;
+  const LoraPlan plan = plan_lora(shape);
+  const bool few = plan.algorithm == LoraAlgorithm::few_rows;
+  if (wants_x) dx = p.weight && !plan.fused() ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
+  const Factors factors = few ? Factors{p.lora_A, p.lora_B, {}} : factors_of(p);
+  const auto add_fused = [&](const Tensor& g, const Tensor& A) {  // one of them scaled
     Fused f{};
-    f.overlap = overlap;
     f.transposed = true;
     f.K = p.out, f.N = p.in;
     f.x = pointer(dy), f.ldx = p.out;
@@ -278,41 +324,40 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
     f.up = pointer(A);
     run_fused(p, plan, g, f);
   };
-  if (plan.hopper && h_by_product(shape) && !gate) {
+  if (plan.ranks == LoraRanks::product) {
     const int64_t rank = padded_rank(p.r);
     const Tensor B = p.T == 1
                          ? torch::stable::view(factors.B, {p.out, rank})
                          : torch::stable::transpose(torch::stable::view(B_transposed(p), {p.T * rank, p.out}), 0, 1);
     g = torch::stable::matmul(dy, B);
-    return add_fused(*g, scaled_A(p), false);
+    return add_fused(*g, scaled_A(p));
   }
-  if (wants_g || (crowded(p) && !plan.hopper)) g = new_ranks(p);
+  if (wants_g || (wants_x && plan.algorithm == LoraAlgorithm::low_rank && crowded(p))) g = new_ranks(p);
+
+  // few_rows and low_rank_sm90 take lora_B as it is, few_rows and add_sm90 lora_A
+  const bool B_as_it_is = few || plan.ranks == LoraRanks::rows;
+  const bool A_as_it_is = few || plan.algorithm == LoraAlgorithm::add;
+  const bool adds = wants_x && !plan.fused();
+  const Tensor down = B_as_it_is ? factors.B : B_transposed(p);
+  const Tensor up = A_as_it_is || !adds ? factors.A : A_transposed(p);
   LowRank l = low_rank_of(p);
-  const OptTensor scaled_g = plan.hopper ? OptTensor(new_given(p, shape, l)) : std::nullopt;
-  l.K = p.out, l.N = p.in;
+  l.K = p.out;
   l.x = pointer(dy), l.ldx = p.out, l.x_slab = p.family == Family::all ? p.M * p.out : 0;
-  l.gate = pointer(gate);
-  l.h = out_pointer(g);
-  const bool adds = wants_x && !plan.hopper;
+  l.down = pointer(down), l.down_transposed = B_as_it_is;
+  l.gate = pointer(gate), l.h = out_pointer(g);
   if (adds) {
-    l.up = pointer(factors.A), l.up_transposed = true;
-    l.y = out_pointer(dx), l.ldy = l.ldy0 = p.in;
-    if (p.weight) l.y0 = l.y;
+    l.N = l.ldy = l.ldy0 = p.in;
+    l.up = pointer(up), l.up_transposed = A_as_it_is;
+    l.y = out_pointer(dx), l.y0 = p.weight ? l.y : nullptr;
   }
-  const auto on_hopper = [&] { return adds ? add_on_hopper(p, shape, l, wants_g) : low_rank_sm90(l, stream_of(p.x)); };
-  l.down = pointer(factors.B), l.down_transposed = true;
-  bool done = reads_lora_B(shape) && on_hopper();
-  if (!done) {
-    const Tensor down = B_transposed(p);
-    l.down = pointer(down), l.down_transposed = false;
-    done = on_hopper();
-    if (!done) {
-      const OptTensor up = adds ? OptTensor(A_transposed(p)) : std::nullopt;
-      l.up = pointer(up), l.up_transposed = false;
-      low_rank(l, stream_of(p.x));
-    }
+  if (few) return add_few(p, l);
+  if (plan.fused()) {
+    const Tensor scaled_g = new_given(p, shape, l);
+    low_rank_sm90(l, stream_of(p.x));
+    return add_fused(scaled_g, factors.A);
   }
-  if (plan.hopper) add_fused(*scaled_g, factors.A, done);
+  if (plan.algorithm == LoraAlgorithm::add) return add_on_hopper(p, shape, l, wants_g);
+  plan.by_rows() ? low_rank_sm90(l, stream_of(p.x)) : low_rank(l, stream_of(p.x));
 }
 
 // `needs` holds no bit of the factors where nobody in `asks` would get a gradient.
@@ -334,7 +379,7 @@ Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor&
   if (!(needs & ~kNeedX)) return result;
 
   LoraGrads q{};
-  q.dtype = p.x.scalar_type();
+  q.dtype = dtype_of(p.op, p.x.scalar_type());
   q.padded_r = padded_rank(p.r);
   q.rows = rows_of(p, p.r ? p.r : q.padded_r);
   q.scaling = data<float>(p.scaling);
@@ -348,7 +393,7 @@ Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor&
   q.dA = out_pointer(result.lora_A), q.dB = out_pointer(result.lora_B);
   q.dbias_A = out_pointer(result.bias_A), q.dbias_B = out_pointer(result.bias_B);
   q.dscaling = static_cast<float*>(out_pointer(result.scaling));
-  lora_grads(q, p.x, stream_of(p.x));
+  lora_grads(q, Workspace(p.x), stream_of(p.x));
   return result;
 }
 
@@ -396,7 +441,7 @@ Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& ke
   const Tensor dW = torch::stable::matmul(torch::stable::transpose(dy, 0, 1), p.x);
   const Inputs& most = needs & kNeedScaling ? p : some;
   DenseGrads q{};
-  q.dtype = p.x.scalar_type();
+  q.dtype = dtype_of(p.op, p.x.scalar_type());
   q.T = p.T, q.r = p.r, q.padded_r = rank, q.in = p.in, q.out = p.out;
   q.scaling = data<float>(p.scaling);
   OptTensor U, V, A, sums;
@@ -445,68 +490,27 @@ struct Cuda {
       return {y, torch::stable::new_zeros(like, like.sizes())};
     }
 
-    const Sizes slices = usable(p, given_slices);
-    const LoraShape shape = shape_of(p, p.x, base, slices, false, keep);
+    LoraShape shape = shape_of(p, p.x, base);
+    shape.keep = keep, shape.slices = usable(p, given_slices);
     const LoraPlan plan = plan_lora(shape);
-    if (plan.algorithm == LoraAlgorithm::merge || plan.algorithm == LoraAlgorithm::dense) {
+    if (plan.merged()) {
       const Tensor merged = merge(p);
       return {plus(linear(p.x, merged, p.bias), base), keep ? merged : none_like(p.x)};
     }
-
-    const bool few = plan.algorithm == LoraAlgorithm::few_rows;
-    const Factors factors = few ? Factors{p.lora_A, p.lora_B, p.bias_A} : factors_of(p);
     OptTensor h;
-    if (keep || (crowded(p) && !plan.hopper && !few)) h = new_ranks(p);
-    // the fused product writes no h of rows without an adapter, and nobody reads it, but it leaves this operator
-    if (keep && plan.slots > 0 && p.ids) torch::stable::zero_(*h);
-    LowRank l = down_of(p, factors, h);
-    const bool plain = !p.relu && !p.bias_A;
-    if (plan.hopper) {
-      Tensor up = factors.B;
-      OptTensor given;
-      bool overlap = false;
-      if (plan.algorithm == LoraAlgorithm::precomputed && h_by_product(shape) && plain) {
-        h = given = x_times(p, factors.A);
-        up = scaled_B(p);
-      } else if (plan.algorithm != LoraAlgorithm::in_loop) {
-        given = new_given(p, shape, l);
-        overlap = make_h(l, stream_of(p.x));
-      }
-      const Tensor y = allocate(p.x, {p.M, p.out});
-      Fused f{};
-      f.overlap = overlap;
-      f.K = p.in, f.N = p.out;
-      f.x = pointer(p.x), f.ldx = p.in;
-      f.bias = pointer(p.bias), f.base = pointer(base), f.ld_base = p.out;
-      f.y = y.mutable_data_ptr(), f.ldy = p.out;
-      f.down = pointer(factors.A), f.up = pointer(up);
-      f.bias_down = pointer(factors.bias_A), f.bias_up = pointer(p.bias_B);
-      f.relu = p.relu;
-      if (keep && plan.slots > 0) f.kept = out_pointer(h);
-      f.slices = slices;
-      run_fused(p, plan, given, f);
-      return {y, keep ? *h : none_like(p.x)};
+    if (keep) h = new_ranks(p);
+    Tensor y;
+    if (plan.fused()) {
+      y = fused_forward(p, plan, shape, base, h);
+    } else {
+      OptTensor y0;
+      if (p.weight || base) y0 = frozen();
+      y = slabs ? allocate(p.x, {p.T, p.M, p.out}) : p.weight ? *y0 : allocate(p.x, {p.M, p.out});
+      LowRank to{};
+      to.y = y.mutable_data_ptr(), to.ldy = p.out, to.y_slab = slabs ? p.M * p.out : 0;
+      to.y0 = pointer(y0), to.ldy0 = p.out;
+      add_low_rank(p, plan, shape, to, h, keep);
     }
-
-    OptTensor y0;
-    if (p.weight || base) y0 = frozen();
-    const Tensor y = slabs ? allocate(p.x, {p.T, p.M, p.out}) : p.weight ? *y0 : allocate(p.x, {p.M, p.out});
-    l.N = p.out;
-    l.up = pointer(factors.B), l.bias_up = pointer(p.bias_B);
-    l.y = y.mutable_data_ptr(), l.ldy = p.out, l.y_slab = slabs ? p.M * p.out : 0;
-    l.y0 = pointer(y0), l.ldy0 = p.out;
-    if (slabs && expands(l)) {
-      if (h_by_product(shape) && plain) {
-        h = x_times(p, factors.A);
-      } else {
-        if (!h) h = new_ranks(p);
-        low_rank(down_of(p, factors, h), stream_of(p.x));
-      }
-      l.h = out_pointer(h);
-      expand(l, stream_of(p.x));
-      return {y, keep ? *h : none_like(p.x)};
-    }
-    few ? add_few(p, l) : add(p, shape, l, keep);
     return {y, keep ? *h : none_like(p.x)};
   }
 
@@ -514,16 +518,14 @@ struct Cuda {
     check_served(p);
     if (empty(p)) return;
     const torch::stable::accelerator::DeviceGuard guard(p.x.get_device_index());
-    const LoraShape shape = shape_of(p, p.x, y, {}, false, false);
-    const bool few = few_rows(shape);
-    const Factors factors = few ? Factors{p.lora_A, p.lora_B, p.bias_A} : factors_of(p);
     const int64_t d = y.dim();
-    LowRank l = down_of(p, factors, crowded(p) && !few ? OptTensor(new_ranks(p)) : std::nullopt);
-    l.N = p.out;
-    l.up = pointer(factors.B), l.bias_up = pointer(p.bias_B);
-    l.y = y.mutable_data_ptr(), l.ldy = p.M > 1 ? y.stride(d - 2) : p.out, l.y_slab = d == 3 ? y.stride(0) : 0;
-    l.y0 = l.y, l.ldy0 = l.ldy, l.y0_slab = l.y_slab;
-    few ? add_few(p, l) : add(p, shape, l, false);
+    LowRank to{};
+    to.y = y.mutable_data_ptr(), to.ldy = p.M > 1 ? y.stride(d - 2) : p.out, to.y_slab = d == 3 ? y.stride(0) : 0;
+    to.y0 = to.y, to.ldy0 = to.ldy, to.y0_slab = to.y_slab;
+    LoraShape shape = shape_of(p, p.x, y);
+    shape.in_place = true, shape.ld = to.ldy;
+    OptTensor h;
+    add_low_rank(p, plan_lora(shape), shape, to, h, false);
   }
 
   static Gradients backward(const Inputs& p, const Tensor& dy, const OptTensor& kept, const OptInts& trainable,

@@ -10,14 +10,15 @@
 
 #include <algorithm>
 
-#include "../common/lora_plan.h"
-#include "device.cuh"
+#include "../../common/lora_plan.h"
+#include "../device/device.h"
+#include "../device/launch.cuh"
+#include "../device/overlap.cuh"
+#include "../device/sm90.cuh"
+#include "../device/tensor_map.cuh"
+#include "adapters.cuh"
 #include "given.cuh"
-#include "launch.cuh"
-#include "lora_kernels.h"
-#include "overlap.cuh"
-#include "sm90.cuh"
-#include "tensor_map.cuh"
+#include "kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -301,20 +302,14 @@ void launch(const Maps& maps, const Arguments& a, int64_t tiles, cudaStream_t st
 
 }  // namespace
 
-bool low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
+void low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r, N = p.N;
-  if (!p.y || !p.scaled_h || p.y_slab || p.y0_slab || p.dtype == ScalarType::Float || !p.hopper || !on_hopper())
-    return false;
-  if (N == 0 || N % 8 != 0 || N >= 1 << 25 || p.ldy % 8 != 0 || p.ldy0 % 8 != 0 || r == 0 || r % 8 != 0 || T == 0 ||
-      T > INT16_MAX || p.places == 0 || M == 0 || M > INT32_MAX - kRows)
-    return false;
-  for (const void* q : {static_cast<const void*>(p.y), p.y0, p.up, p.bias_up, static_cast<const void*>(p.scaled_h)})
-    if (!aligned(q)) return false;
   const int64_t tiles = (M + kRows - 1) / kRows * ((N + kColumns - 1) / kColumns);
-  if (tiles > INT32_MAX) return false;
-  LowRank down = p;
-  down.y = nullptr;
-  if (!low_rank_sm90(down, stream)) return false;
+  bool serves = p.y && p.scaled_h && !p.y_slab && !p.y0_slab && N > 0 && N % 8 == 0 && N < 1 << 25 && p.ldy % 8 == 0 &&
+                p.ldy0 % 8 == 0 && T > 0 && T <= INT16_MAX && p.places > 0 && M > 0 && tiles <= INT32_MAX;
+  for (const void* q : {static_cast<const void*>(p.y), p.y0, p.up, p.bias_up}) serves = serves && aligned(q);
+  PLORA_CHECK(serves, "low_rank_add_sm90: not what it was planned for (adds_on_hopper)");
+  low_rank_sm90(p, stream);
 
   Arguments a{};
   a.M = static_cast<int>(M), a.N = static_cast<int>(N), a.T = static_cast<int>(T), a.r = static_cast<int>(r);
@@ -340,7 +335,6 @@ bool low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
         launch<scalar, false>(maps, a, tiles, stream);
     }
   });
-  return true;
 }
 
 }  // namespace plora::cuda

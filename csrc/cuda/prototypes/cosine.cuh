@@ -6,12 +6,13 @@
 // to 4 q + 3 where both are rows; q, q + 4, q + 8, q + 12 where one is columns, which are read one by one.
 #pragma once
 
-#include "mma_smem.cuh"
+#include "../device/mma_smem.cuh"
 
 namespace plora::cuda::cosine {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr float kEps = 1e-12f;  // norms below this count as this
+constexpr float kEps = 1e-12f;   // norms below this count as this
+constexpr double kCold = 0.025;  // exp(-2 / tau) is a float32 above this
 
 // DOWN x 8 / DOWN warps.
 template <int MT_, int NT_, int DEPTH, int STAGES, int DOWN = 1>

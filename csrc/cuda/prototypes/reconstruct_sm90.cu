@@ -19,10 +19,10 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "device.cuh"
-#include "reconstruct_kernels.h"
-#include "sm90.cuh"
-#include "tensor_map.cuh"
+#include "../device/device.h"
+#include "../device/sm90.cuh"
+#include "../device/tensor_map.cuh"
+#include "kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -46,7 +46,8 @@ struct Maps {
   CUtensorMap old, fresh, values;
 };
 
-struct Arguments : FastReconstruction {
+struct Arguments : Reconstruction {
+  float scale;                                      // scale_of(tau)
   float *inverse_fresh, *inverse_old, *transposed;  // [padded], [Co], [Dv, ld]
   int64_t ld;
   int padded;              // Cn up to a multiple of kKeys
@@ -367,15 +368,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <bool kStrict>
-void launch(const FastReconstruction& p, const Tensor& like, cudaStream_t stream) {
+void launch(const Reconstruction& p, double tau, const Allocator& memory, cudaStream_t stream) {
   const int64_t ld = (p.Cn + 3) / 4 * 4;
   const int64_t padded = (p.Cn + int64_t(kKeys) - 1) / kKeys * kKeys;
-  const Tensor inverse = allocate(like, {padded + p.Co});
-  const Tensor transposed = allocate(like, {p.Dv, ld});
-  Arguments a{};
-  static_cast<FastReconstruction&>(a) = p;
-  a.inverse_fresh = mutable_data<float>(inverse), a.inverse_old = a.inverse_fresh + padded;
-  a.transposed = mutable_data<float>(transposed), a.ld = ld, a.padded = static_cast<int>(padded);
+  Arguments a{p, scale_of(tau)};
+  a.inverse_fresh = static_cast<float*>(memory((padded + p.Co) * sizeof(float)));
+  a.inverse_old = a.inverse_fresh + padded;
+  a.transposed = static_cast<float*>(memory(p.Dv * ld * sizeof(float)));
+  a.ld = ld, a.padded = static_cast<int>(padded);
   // Float32: blocks of a last wave that would leave multiprocessors idle share out the columns, each with weights of
   // its own. TF32 would wait for the L2 cache instead.
   constexpr int kColumns = kTile<kStrict>;
@@ -386,9 +386,9 @@ void launch(const FastReconstruction& p, const Tensor& like, cudaStream_t stream
   const int blocks = a.whole + left * a.parts;
   Maps maps;
   constexpr auto k64 = CU_TENSOR_MAP_SWIZZLE_64B;
-  describe_tensor<2>(maps.old, ScalarType::Float, p.old, {p.D, p.Co}, {p.D}, {kDepth, kRows}, k64);
-  describe_tensor<2>(maps.fresh, ScalarType::Float, p.fresh, {p.D, p.Cn}, {p.D}, {kDepth, kColumns}, k64);
-  describe_tensor<2>(maps.values, ScalarType::Float, a.transposed, {p.Cn, p.Dv}, {ld}, {kDepth, kColumns}, k64);
+  describe_tensor<2>(maps.old, Dtype::float32, p.old, {p.D, p.Co}, {p.D}, {kDepth, kRows}, k64);
+  describe_tensor<2>(maps.fresh, Dtype::float32, p.fresh, {p.D, p.Cn}, {p.D}, {kDepth, kColumns}, k64);
+  describe_tensor<2>(maps.values, Dtype::float32, a.transposed, {p.Cn, p.Dv}, {ld}, {kDepth, kColumns}, k64);
   const int norms = (a.padded + p.Co + 7) / 8, tiles = (p.Cn + 31) / 32 * ((p.Dv + 31) / 32);
   prepare_kernel<kStrict><<<static_cast<unsigned>(norms + tiles), 256, 0, stream>>>(a);
   check_launch("reconstruct_prototypes");
@@ -399,8 +399,8 @@ void launch(const FastReconstruction& p, const Tensor& like, cudaStream_t stream
 
 }  // namespace
 
-void reconstruct_fast(const FastReconstruction& p, bool tf32, const Tensor& like, cudaStream_t stream) {
-  tf32 ? launch<false>(p, like, stream) : launch<true>(p, like, stream);
+void reconstruct_fast(const Reconstruction& p, double tau, bool tf32, const Allocator& memory, cudaStream_t stream) {
+  tf32 ? launch<false>(p, tau, memory, stream) : launch<true>(p, tau, memory, stream);
 }
 
 }  // namespace plora::cuda

@@ -7,10 +7,11 @@
 
 #include <algorithm>
 
-#include "device.cuh"
-#include "launch.cuh"
-#include "lora_kernels.h"
-#include "mma.cuh"
+#include "../device/device.h"
+#include "../device/launch.cuh"
+#include "../device/mma.cuh"
+#include "adapters.cuh"
+#include "kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -114,7 +115,7 @@ __device__ inline void multiply_down(const LowRank& p, int64_t first_row, const 
           if (8 * j < ranks) {
             const Operand<scalar> factor(b[j].four(f));
 #pragma unroll
-            for (int i = 0; i < W; ++i) multiply(acc[i][j], row[2 * i], row[2 * i + 1], factor, p.tf32);
+            for (int i = 0; i < W; ++i) multiply(acc[i][j], row[2 * i], row[2 * i + 1], factor);
           }
       }
     }
@@ -247,7 +248,7 @@ __device__ inline void multiply_up(const LowRank& p, const Group& group, const B
     for (int i = 0; i < NT; ++i) {
       const Operand<scalar> factor(b[i]);
 #pragma unroll
-      for (int j = 0; j < W; ++j) multiply(acc[j][i], a[2 * j], a[2 * j + 1], factor, p.tf32);
+      for (int j = 0; j < W; ++j) multiply(acc[j][i], a[2 * j], a[2 * j + 1], factor);
     }
   }
 }
@@ -374,7 +375,6 @@ void launch(const LowRank& p, cudaStream_t stream) {
   const int64_t r = p.rows.r, width = p.rows.ids || (p.y && p.y_slab) ? r : p.rows.T * r;
   PLORA_CHECK(std::max({p.x ? p.K : 0, p.y ? p.N : 0, width}) < int64_t(1) << 25,  // offsets of 32 bits
               "low_rank: K, N and the number of ranks must be less than 2^25");
-  if (low_rank_sm90(p, stream)) return;
   PLORA_CHECK(!p.scaled_h || !p.rows.ids, "low_rank: s h of all the adapters of a tile is Hopper's kernel's alone");
   const int most = p.y ? most_ranks<scalar>() : 0;
   if (p.x && p.y && width > most) {
@@ -403,21 +403,9 @@ void launch(const LowRank& p, cudaStream_t stream) {
 
 }  // namespace
 
-#ifdef PLORA_NO_SM90
-bool low_rank_sm90(const LowRank&, cudaStream_t) { return false; }
-bool low_rank_add_sm90(const LowRank&, cudaStream_t) { return false; }
-#endif
-
 void low_rank(const LowRank& p, cudaStream_t stream) {
   if (p.rows.M == 0 || (!p.x && !p.y)) return;
-  dispatch("low_rank", p.dtype, [&](auto like) {
-    using scalar = decltype(like);
-    if constexpr (std::is_same_v<scalar, double>) {
-      PLORA_CHECK(false, "low_rank: float64 has no kernel");
-    } else {
-      launch<scalar>(p, stream);
-    }
-  });
+  dispatch("low_rank", p.dtype, [&](auto tag) { launch<decltype(tag)>(p, stream); });
 }
 
 }  // namespace plora::cuda

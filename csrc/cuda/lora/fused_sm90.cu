@@ -13,14 +13,15 @@
 
 #include <algorithm>
 
-#include "../common/lora_plan.h"
-#include "device.cuh"
+#include "../../common/lora_plan.h"
+#include "../device/device.h"
+#include "../device/launch.cuh"
+#include "../device/overlap.cuh"
+#include "../device/sm90.cuh"
+#include "../device/tensor_map.cuh"
+#include "adapters.cuh"
 #include "given.cuh"
-#include "launch.cuh"
-#include "lora_kernels.h"
-#include "overlap.cuh"
-#include "sm90.cuh"
-#include "tensor_map.cuh"
+#include "kernels.h"
 #include "tile_ring.h"
 
 namespace plora::cuda {

@@ -12,16 +12,13 @@
 // the largest cosine so far. Few old classes leave blocks idle: then the new ones are split among blocks, whose parts
 // combine_kernel adds in order.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 
-#include "../common/cuda_path.h"
-#include "../common/prototype_checks.h"
+#include "../../common/cuda_path.h"
+#include "../device/device.h"
+#include "../device/overlap.cuh"
 #include "cosine.cuh"
-#include "device.cuh"
-#include "overlap.cuh"
-#include "reconstruct_kernels.h"
+#include "kernels.h"
 
 namespace plora::cuda {
 namespace {
@@ -33,7 +30,6 @@ constexpr int kKeys = 32;          // new classes of a strip
 constexpr int kUnit = kKeys * 16;  // floats of a unit: 32 new classes x 16 of D, or 16 new classes x 32 columns
 constexpr int kLd = kKeys + 8;     // 8 more keep lanes apart in the banks
 constexpr int kMinSplit = 48;      // new classes
-constexpr double kCold = 0.025;    // exp(-2 / tau) is a float32 above this
 
 // 16 MT old classes, STAGES units of a ring, and up to GROUPS x 256 columns of a block.
 template <int MT_, int GROUPS, int STAGES>
@@ -376,7 +372,7 @@ struct Plan {
 };
 
 template <typename T>
-void launch(Arguments p, bool tf32, cudaStream_t stream, const Tensor& like) {
+void launch(Arguments p, bool tf32, const Allocator& memory, cudaStream_t stream) {
   const Plan<T> plan(p);
   p.per_split = ((p.Cn + plan.splits - 1) / plan.splits + kKeys - 1) / kKeys * kKeys;
   const int used = (p.Cn + p.per_split - 1) / p.per_split;  // of which none is empty
@@ -385,11 +381,11 @@ void launch(Arguments p, bool tf32, cudaStream_t stream, const Tensor& like) {
   p.slot = kUnit + (p.resident ? 0 : T::kRows * 16);
   float* const out = p.out;
   const float* const base = p.base;
-  OptTensor parts, stats;
   if (used > 1) {
-    parts = allocate(like, {used, p.Co, p.Dv});
-    stats = allocate(like, {used, p.Co, 2});
-    p.out = mutable_data<float>(*parts), p.stats = mutable_data<float2>(*stats), p.base = nullptr;
+    const int64_t rows = int64_t(used) * p.Co;
+    p.out = static_cast<float*>(memory(rows * p.Dv * sizeof(float)));
+    p.stats = static_cast<float2*>(memory(rows * sizeof(float2)));
+    p.base = nullptr;
   }
   const auto kernel = tf32 ? &reconstruct_kernel<T, true> : &reconstruct_kernel<T, false>;
   const int bytes = shared_bytes<T>(p, p.resident);
@@ -405,60 +401,26 @@ void launch(Arguments p, bool tf32, cudaStream_t stream, const Tensor& like) {
                       static_cast<const float2*>(p.stats), base, out, used, p.Co, p.Dv, p.scale);
 }
 
-Tensor reconstruct_prototypes(const Tensor& old_, const Tensor& new_, const Tensor& values_, double tau, bool add_old,
-                              bool tf32) {
-  const char* op = "reconstruct_prototypes";
-  check_reconstruct(op, old_, new_, values_, tau, add_old);
-  const torch::stable::accelerator::DeviceGuard guard(old_.get_device_index());
-  const ScalarType dtype = old_.scalar_type();
-  check_float(op, "old", dtype);
-  // What 16 bits hold is exact in TF32, so that 16-bit inputs lose nothing by it.
-  const auto widened = [&](const Tensor& t) {
-    return compact(dtype == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
-  };
-  const int64_t Co = old_.size(0), Cn = new_.size(0), D = old_.size(1), Dv = values_.size(1);
-  PLORA_CHECK(std::max({Co, Cn, D, Dv}) < INT32_MAX / 2, op, ": sizes beyond 2^30");
-  const Tensor old = widened(old_), fresh = widened(new_), values = widened(values_);
-  const Tensor out = allocate(old, {Co, Dv});
-  const auto result = [&] { return dtype == ScalarType::Float ? out : torch::stable::to(out, dtype); };
-  if (Co == 0 || Dv == 0) return result();
+}  // namespace
 
-  const auto aligned = [](const Tensor& t, int64_t width) {
-    return width > 0 && width % 4 == 0 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  };
-  Arguments p{};
-  p.old = data<float>(old), p.fresh = data<float>(fresh), p.values = data<float>(values);
-  p.base = add_old ? p.old : nullptr;
-  p.out = mutable_data<float>(out);
-  p.Co = static_cast<int>(Co), p.Cn = static_cast<int>(Cn), p.D = static_cast<int>(D), p.Dv = static_cast<int>(Dv);
-  p.scale = static_cast<float>(1.4426950408889634 / tau);
-  p.cold = tau < kCold;
-  p.vector_rows = aligned(old, D) && aligned(fresh, D), p.vector_values = aligned(values, Dv);
-  p.vector_out = Dv % 4 == 0 && (!add_old || aligned(old, D));
-
-  const bool fast = tf32 || dtype != ScalarType::Float;
-  const cudaStream_t stream = stream_of(old_);
+void reconstruct(const Reconstruction& p, double tau, bool tf32, const Allocator& memory, cudaStream_t stream) {
+  Arguments a{p.old, p.fresh, p.values, p.base, p.out, nullptr, p.Co, p.Cn, p.D, p.Dv};
+  a.scale = scale_of(tau), a.cold = tau < cosine::kCold;
+  const auto vectors = [](const float* from, int width) { return width > 0 && width % 4 == 0 && aligned(from); };
+  a.vector_rows = vectors(p.old, p.D) && vectors(p.fresh, p.D), a.vector_values = vectors(p.values, p.Dv);
+  a.vector_out = p.Dv % 4 == 0 && aligned(p.out) && aligned(p.base);
 #ifndef PLORA_NO_SM90
   // From half a wave of its blocks of 128 on; in float32 also from half a tile of 128 new classes on.
-  if (!p.cold && p.vector_rows && p.vector_values && Co >= 64 * multiprocessors() && (fast || Cn >= 64) &&
-      on_hopper() && !mma_only()) {
-    const FastReconstruction all{p.old, p.fresh, p.values, p.base, p.out, p.Co, p.Cn, p.D, p.Dv, p.scale};
-    reconstruct_fast(all, fast, old, stream);
-    return result();
-  }
+  if (!a.cold && a.vector_rows && a.vector_values && p.Co >= 64 * multiprocessors() && (tf32 || p.Cn >= 64) &&
+      on_hopper() && !mma_only())
+    return reconstruct_fast(p, tau, tf32, memory, stream);
 #endif
-  if (shared_bytes<Small>(p, false) > shared_memory_limit())
-    launch<Narrow>(p, fast, stream, old);
-  else if (shared_bytes<Large>(p, false) <= shared_memory_limit() && Plan<Large>(p).cost < Plan<Small>(p).cost)
-    launch<Large>(p, fast, stream, old);
+  if (shared_bytes<Small>(a, false) > shared_memory_limit())
+    launch<Narrow>(a, tf32, memory, stream);
+  else if (shared_bytes<Large>(a, false) <= shared_memory_limit() && Plan<Large>(a).cost < Plan<Small>(a).cost)
+    launch<Large>(a, tf32, memory, stream);
   else
-    launch<Small>(p, fast, stream, old);
-  return result();
+    launch<Small>(a, tf32, memory, stream);
 }
 
-}  // namespace
 }  // namespace plora::cuda
-
-STABLE_TORCH_LIBRARY_IMPL(plora_ext, CUDA, m) {
-  m.impl("reconstruct_prototypes", TORCH_BOX(&plora::cuda::reconstruct_prototypes));
-}

@@ -1,0 +1,40 @@
+// What every CUDA launcher shares: element types, checked launches. No torch here: what launchers want of it comes as
+// pointers, a stream and an Allocator.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../../common/check.h"
+#include "../../common/dtype.h"
+
+namespace plora::cuda {
+
+// f with a value of the C++ type of `dtype`, of which only the type matters.
+template <typename F>
+void dispatch_with_float64(Dtype dtype, const F& f) {
+  dispatch_as<__nv_bfloat16, __half>(dtype, f);
+}
+
+template <typename F>
+void dispatch(const char* op, Dtype dtype, const F& f) {
+  dispatch_with_float64(dtype, [&](auto tag) {
+    if constexpr (sizeof(tag) < 8)
+      f(tag);
+    else
+      fail(op, ": float64 has no kernel");
+  });
+}
+
+// To the 16 bytes of a vector.
+inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+inline void check_launch(const char* op) {
+  const cudaError_t error = cudaGetLastError();
+  PLORA_CHECK(error == cudaSuccess, op, ": the kernel could not be launched: ", cudaGetErrorString(error));
+}
+
+}  // namespace plora::cuda
