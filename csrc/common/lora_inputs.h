@@ -97,8 +97,8 @@ class NoGrad {
   bool before_;
 };
 
-// The nine operators of a device, as csrc/schema.cpp declares them. Device says how they are computed:
-//   forward(Inputs, base, slices, keep) -> (y, kept)     in_place(Inputs, y)
+// The ten operators of a device, as csrc/schema.cpp declares them. Device says how they are computed:
+//   forward(Inputs, base, slices, keep) -> (y, kept)     in_place(Inputs, y)     all_out(Inputs, base, y)
 //   backward(Inputs, grad, kept, trainable, needs) -> Gradients
 template <typename Device>
 struct LoraOperators {
@@ -143,6 +143,18 @@ struct LoraOperators {
     in_place({"lora_all_", Family::all, x, {}, A, B, scaling, {}, {}, bias_A, bias_B, ranks, relu}, y);
   }
 
+  static void all_out(const Tensor& out, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling,
+                      const OptTensor& base, const OptTensor& weight, const OptTensor& bias, const OptTensor& bias_A,
+                      const OptTensor& bias_B, const OptTensor& ranks, bool relu) {
+    const Inputs p{"lora_all_out", Family::all, x, {}, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu};
+    p.check_output("out", out, true);
+    if (base) p.check_output("base", *base, false);
+    PLORA_CHECK(out.is_contiguous(), p.op, ": out must be contiguous");
+    const NoGrad guard;
+    const OptTensor y0 = compact(base);
+    Device::all_out(apart(p, out), y0 && overlap(out, *y0) ? torch::stable::clone(*y0) : y0, out);
+  }
+
   static Six indexed_backward(const Tensor& grad, const Tensor& x, const Tensor& ids, const Tensor& A, const Tensor& B,
                               const Tensor& scaling, const OptTensor& weight, const OptTensor& bias_A,
                               const OptTensor& bias_B, const OptTensor& ranks, const OptTensor& kept, bool relu,
@@ -176,6 +188,7 @@ struct LoraOperators {
     m.impl("lora_indexed_", TORCH_BOX(&LoraOperators::indexed_));
     m.impl("lora_sum_", TORCH_BOX(&LoraOperators::sum_));
     m.impl("lora_all_", TORCH_BOX(&LoraOperators::all_));
+    m.impl("lora_all_out", TORCH_BOX(&LoraOperators::all_out));
     m.impl("lora_indexed_backward", TORCH_BOX(&LoraOperators::indexed_backward));
     m.impl("lora_sum_backward", TORCH_BOX(&LoraOperators::sum_backward));
     m.impl("lora_all_backward", TORCH_BOX(&LoraOperators::all_backward));
@@ -195,29 +208,27 @@ struct LoraOperators {
     for (int64_t d = 0; d + 1 < y.dim(); ++d)
       PLORA_CHECK(y.size(d) <= 1 || y.stride(d) >= p.out, p.op, ": the rows of y must not overlap");
     const NoGrad guard;
-    if (!meets(y, p)) return Device::in_place(p, y);
-    Inputs apart = p;  // y is written while others are read
-    for (Tensor* t : {&apart.x, &apart.lora_A, &apart.lora_B}) *t = torch::stable::clone(*t);
-    for (OptTensor* t : {&apart.bias_A, &apart.bias_B})
-      if (*t) *t = torch::stable::clone(**t);
-    Device::in_place(apart, y);
+    Device::in_place(apart(p, y), y);
   }
 
-  // Whether y shares memory with what is read.
-  static bool meets(const Tensor& y, const Inputs& p) {
+  // With copies of what shares memory with y, which is written while others are read.
+  static Inputs apart(Inputs p, const Tensor& y) {
+    for (Tensor* t : {&p.x, &p.lora_A, &p.lora_B})
+      if (overlap(y, *t)) *t = torch::stable::clone(*t);
+    for (OptTensor* t : {&p.bias_A, &p.bias_B})
+      if (*t && overlap(y, **t)) *t = torch::stable::clone(**t);
+    return p;
+  }
+
+  static bool overlap(const Tensor& a, const Tensor& b) {
     const auto range = [](const Tensor& t) {
       int64_t last = t.numel() > 0 ? 1 : 0;
       for (int64_t d = 0; d < t.dim(); ++d) last += last ? (t.size(d) - 1) * t.stride(d) : 0;
       const auto* const first = static_cast<const char*>(t.const_data_ptr());
       return std::pair{first, first + last * static_cast<int64_t>(t.element_size())};
     };
-    const auto mine = range(y);
-    const auto with = [&](const Tensor& t) {
-      const auto other = range(t);
-      return other.first < mine.second && mine.first < other.second;
-    };
-    return with(p.x) || with(p.lora_A) || with(p.lora_B) || (p.bias_A && with(*p.bias_A)) ||
-           (p.bias_B && with(*p.bias_B));
+    const auto mine = range(a), other = range(b);
+    return other.first < mine.second && mine.first < other.second;
   }
 
   static Six backward(const Inputs& p, const Tensor& grad, const OptTensor& kept, const OptInts& trainable,

@@ -249,28 +249,18 @@ struct Cpu {
     });
   }
 
+  static void all_out(const Inputs& p, const OptTensor& base, const Tensor& out) {
+    const bool own = p.weight && own_frozen_product(p);
+    write(p, base, torch_product(p, own), own, out);
+  }
+
   static Gradients backward(const Inputs& p, const Tensor& dy, const OptTensor&, const OptInts& trainable,
                             int64_t needs) {
     return lora_gradients(p, dy, trainable, needs);
   }
 };
 
-void lora_all_out(const Tensor& out, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling,
-                  const OptTensor& base, const OptTensor& weight, const OptTensor& bias, const OptTensor& bias_A,
-                  const OptTensor& bias_B, const OptTensor& ranks, bool relu) {
-  const Inputs p("lora_all_out", Family::all, x, {}, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu);
-  p.check_output("out", out, true);
-  if (base) p.check_output("base", *base, false);
-  PLORA_CHECK(out.is_contiguous(), p.op, ": out must be contiguous");
-  const NoGrad guard;
-  const bool own = p.weight && own_frozen_product(p);
-  write(p, compact(base), torch_product(p, own), own, out);
-}
-
 }  // namespace
 }  // namespace plora::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(plora_ext, CPU, m) {
-  plora::LoraOperators<plora::cpu::Cpu>::add_to(m);
-  m.impl("lora_all_out", TORCH_BOX(&plora::cpu::lora_all_out));
-}
+STABLE_TORCH_LIBRARY_IMPL(plora_ext, CPU, m) { plora::LoraOperators<plora::cpu::Cpu>::add_to(m); }

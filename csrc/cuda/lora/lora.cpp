@@ -260,6 +260,19 @@ Tensor fused_forward(const Inputs& p, const LoraPlan& plan, const LoraShape& sha
   return y;
 }
 
+// What the low-rank part is added to where there is a frozen layer or a base.
+OptTensor frozen(const Inputs& p, const OptTensor& base) {
+  return p.weight ? OptTensor(plus(linear(p.x, *p.weight, p.bias), base)) : base;
+}
+
+// The pointers and strides of a contiguous y and y0, for add_low_rank.
+LowRank written(const Inputs& p, const OptTensor& y0, const Tensor& y) {
+  LowRank l{};
+  l.y = y.mutable_data_ptr(), l.ldy = l.ldy0 = p.out, l.y_slab = p.family == Family::all ? p.M * p.out : 0;
+  l.y0 = pointer(y0);
+  return l;
+}
+
 // y = y0 + the low-rank part; `y` has the pointers and strides of both. Keeps h where it is given.
 void add_low_rank(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const LowRank& y, OptTensor& h,
                   bool keep) {
@@ -479,10 +492,9 @@ struct Cuda {
     check_served(p);
     const torch::stable::accelerator::DeviceGuard guard(p.x.get_device_index());
     const bool slabs = p.family == Family::all;
-    const auto frozen = [&] { return p.weight ? plus(linear(p.x, *p.weight, p.bias), base) : *base; };
     if (empty(p)) {
       const Tensor y = slabs      ? torch::stable::new_zeros(p.x, {p.T, p.M, p.out})
-                       : p.weight ? frozen()
+                       : p.weight ? *frozen(p, base)
                        : base     ? torch::stable::clone(*base)
                                   : torch::stable::new_zeros(p.x, {p.M, p.out});
       if (!keep) return {y, none_like(p.x)};
@@ -503,15 +515,22 @@ struct Cuda {
     if (plan.fused()) {
       y = fused_forward(p, plan, shape, base, h);
     } else {
-      OptTensor y0;
-      if (p.weight || base) y0 = frozen();
+      const OptTensor y0 = frozen(p, base);
       y = slabs ? allocate(p.x, {p.T, p.M, p.out}) : p.weight ? *y0 : allocate(p.x, {p.M, p.out});
-      LowRank to{};
-      to.y = y.mutable_data_ptr(), to.ldy = p.out, to.y_slab = slabs ? p.M * p.out : 0;
-      to.y0 = pointer(y0), to.ldy0 = p.out;
-      add_low_rank(p, plan, shape, to, h, keep);
+      add_low_rank(p, plan, shape, written(p, y0, y), h, keep);
     }
     return {y, keep ? *h : none_like(p.x)};
+  }
+
+  static void all_out(const Inputs& p, const OptTensor& base, const Tensor& out) {
+    check_served(p);
+    if (empty(p)) return;  // as is `out`
+    const torch::stable::accelerator::DeviceGuard guard(p.x.get_device_index());
+    LoraShape shape = shape_of(p, p.x, base);
+    shape.aligned = shape.aligned && aligned(out);
+    const OptTensor y0 = frozen(p, base);
+    OptTensor h;
+    add_low_rank(p, plan_lora(shape), shape, written(p, y0, out), h, false);
   }
 
   static void in_place(const Inputs& p, const Tensor& y) {

@@ -1,0 +1,180 @@
+"""The host code of the CUDA operators without a GPU: csrc/cuda/lora/lora.cpp on CPU tensors, its kernels plain loops.
+
+Which kernels are called, with which factors, strides and memory, is the same code on a GPU. What the kernels themselves
+compute is tested there (test_cuda_lora.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from plora_ext import libraries
+
+pytestmark = pytest.mark.skipif(not libraries.has_kernel("lora_sum", "cpu"), reason="nothing is compiled")
+HALF = (torch.bfloat16, torch.float16)
+NEEDS = ("x", "lora_A", "lora_B", "scaling", "bias_A", "bias_B")
+
+
+@pytest.fixture(scope="module")
+def calls(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], list[str]]:
+    """Builds and loads the operators `plora_host`; the function tells which kernels were called since it was called."""
+    if not (compiler := shutil.which("g++") or shutil.which("c++")):
+        pytest.skip("no C++ compiler here")
+    torch_root, library = Path(torch.__path__[0]), tmp_path_factory.mktemp("host") / "libplora_host.so"
+    made = subprocess.run(
+        [compiler, "-std=c++17", "-O2", "-Wno-attributes", "-fPIC", "-shared", "-Dplora_ext=plora_host", "-DUSE_CUDA",
+         "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{repository / 'csrc/tests/host'}", f"-I{repository / 'csrc'}",
+         "-isystem", torch_root / "include", repository / "csrc/tests/host/lora_host.cpp", "-o", library,
+         "-Wl,-Bsymbolic", f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr[-2000:]
+    torch.ops.load_library(library)
+    asked = ctypes.CDLL(str(library)).calls
+    asked.restype = ctypes.c_char_p
+    return lambda: asked().decode().split()
+
+
+def close(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 8e-3}[dtype]
+    error = (got.double() - expected.double()).abs().max() / (expected.abs().max() + 1) if got.numel() else 0.0
+    assert got.shape == expected.shape and float(error) <= tolerance, (what, float(error))
+
+
+class Case:
+    """Random arguments of an operator; `slice` of rows that are longer than y, `addresses` not on 16 bytes."""
+
+    def __init__(self, draw: random.Random) -> None:
+        choose = draw.choice
+
+        def one_in(n: int) -> bool:
+            return draw.randrange(n) == 0
+
+        self.family, self.dtype = choose(("indexed", "indexed", "sum", "sum", "all")), choose((*HALF, torch.float32))
+        self.T, self.r = choose((1, 1, 2, 3, 5, 13)), choose((0, 1, 3, 8, 8, 16, 16, 17, 24, 64, 65))
+        self.n_in, self.out = choose((8, 16, 20, 40, 64)), choose((8, 16, 30, 48, 200))
+        self.M = choose((1, 5, 64, 128, 130, 520, 591, 640))
+        if one_in(8):  # so many bytes that adding is for Hopper's kernels
+            self.T, (self.n_in, self.out, self.M) = choose((1, 2)), (16, 512, 3200)
+        elif one_in(10):
+            self.T, self.r = choose((40, 100)), 16
+        groups = choose([1, self.M, *(g for g in (2, 3, 5) if self.M % g == 0)])
+        self.odd, self.path = one_in(12), choose(("auto", "auto", "auto", "mma"))
+        self.keep, self.kept, self.relu = one_in(2), not one_in(4), one_in(5)
+        x, A, B = self.of(self.M, self.n_in), self.of(self.T, self.r, self.n_in), self.of(self.T, self.out, self.r)
+        ids = torch.randint(-1, self.T, (groups,))
+        self.front = [x, *([ids.sort().values if one_in(3) else ids] if self.family == "indexed" else []), A, B]
+        self.front.append(torch.rand(self.T) + 0.5)
+        self.base = self.of(self.M, self.out) if one_in(3) else None
+        self.weight = self.of(self.out, self.n_in) if not one_in(3) else None
+        self.bias = self.of(self.out) if self.weight is not None and one_in(2) else None
+        self.bias_A = self.of(self.T, self.r) if one_in(5) else None
+        self.bias_B = self.of(self.T, self.out) if one_in(5) else None
+        self.ranks = torch.randint(0, self.r + 1, (self.T,)) if self.r and one_in(4) else None
+        self.wider = choose((0, 0, 3, 8)) if self.family != "all" else 0
+        self.needs = draw.randrange(1, 64)
+        self.trainable = sorted(draw.sample(range(self.T), draw.randrange(self.T + 1))) if one_in(3) else None
+        self.slices = None
+        if self.r and self.r % 2 == 0 and self.family != "all" and self.ranks is None and one_in(6):
+            cut = self.out // 2
+            B[:, cut:, : self.r // 2] = 0
+            B[:, :cut, self.r // 2 :] = 0
+            self.slices = [0, cut, cut, self.out]
+
+    def of(self, *sizes: int) -> Tensor:
+        t = 0.3 * torch.randn(sizes)
+        return torch.cat([t.new_zeros(1), t.flatten()]).to(self.dtype)[1:].view(sizes) if self.odd else t.to(self.dtype)
+
+    def __repr__(self) -> str:
+        return ", ".join(
+            f"{k}={tuple(v.shape) if isinstance(v, Tensor) else v}" for k, v in vars(self).items() if k != "front"
+        )
+
+
+def check(case: Case, calls: Callable[[], list[str]]) -> list[str]:
+    """Runs all operators of a case beside the CPU's; returns the kernels that were called."""
+    host, cpu, name, c = torch.ops.plora_host, torch.ops.plora_ext, f"lora_{case.family}", case
+    options = (c.base, c.weight, c.bias, c.bias_A, c.bias_B, c.ranks, c.relu)
+    seen: list[str] = []
+
+    y, kept = getattr(host, name)(*c.front, *options, None, c.slices, c.keep)
+    expected, _ = getattr(cpu, name)(*c.front, *options, None, None, False)
+    seen += calls()
+    close(y, expected, c.dtype, f"y of {c}")
+    if c.family == "all":
+        out = torch.full_like(y, float("nan"))
+        host.lora_all_out(out, *c.front, *options)
+        seen += calls()
+        close(out, expected, c.dtype, f"out of {c}")
+
+    start = c.of(*y.shape[:-1], c.out + c.wider)[..., : c.out]
+    added, summed = start.clone() if not c.wider else start, start.clone()
+    getattr(host, f"{name}_")(added, *c.front, c.bias_A, c.bias_B, c.ranks, c.relu)
+    getattr(cpu, f"{name}_")(summed, *c.front, c.bias_A, c.bias_B, c.ranks, c.relu)
+    seen += calls()
+    close(added, summed, c.dtype, f"y += of {c}")
+
+    if not c.relu or c.dtype == torch.float32:  # else roundings decide where the gradient is cut
+        back = [c.weight, c.bias_A, c.bias_B, c.ranks]
+        grads = getattr(host, f"{name}_backward")(
+            g := c.of(*y.shape), *c.front, *back, kept if c.keep and c.kept else None, c.relu, c.trainable, c.needs
+        )
+        seen += calls()
+
+        def wide(t: Any) -> Any:
+            return t.float() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+        expected_grads = getattr(cpu, f"{name}_backward")(
+            wide(g), *map(wide, c.front), *map(wide, back), None, c.relu, c.trainable, c.needs
+        )
+        for grad, expected, of in zip(grads, expected_grads, NEEDS, strict=True):
+            close(grad, expected, c.dtype, f"gradient of {of} of {c}")
+    return seen
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("seed", range(3))
+def test_random_calls(seed: int, calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(seed)
+    draw, seen = random.Random(seed), set()
+    for _ in range(80):
+        case = Case(draw)
+        monkeypatch.setenv("PLORA_CUDA_PATH", case.path)
+        seen |= set(check(case, calls))
+    assert seen >= {
+        "low_rank", "low_rank_down", "few_rows", "rows", "rows_transposed", "in_loop", "fused*", "fused_transposed*",
+        "add", "expand", "lora_grads", "dense_grads",
+    }  # fmt: skip
+
+
+def test_memory_lives_until_the_kernels_that_use_it(calls: Callable[[], list[str]]) -> None:
+    x, A, B, s = torch.randn(520, 8), torch.randn(40, 16, 8), torch.randn(40, 48, 16), torch.ones(40)
+    for _ in range(5):  # 640 ranks: low_rank wants memory for h, which once was given back before it ran
+        y = torch.randn(520, 48)
+        expected = y + x @ A.flatten(0, 1).T @ B.transpose(0, 1).flatten(1).T
+        torch.ops.plora_host.lora_sum_(y, x, A, B, s, None, None, None, False)
+        assert calls() == ["low_rank"]
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("operators", ["plora_host", "plora_ext"])
+@pytest.mark.usefixtures("calls")
+def test_out_may_be_what_is_read(operators: str) -> None:
+    lora_all_out = getattr(torch.ops, operators).lora_all_out
+    x, A, B = torch.randn(6, 16), torch.randn(2, 4, 16), torch.randn(2, 16, 4)
+    expected = torch.stack([base := torch.randn(6, 16)] * 2) + (x @ A.mT @ B.mT)
+    for i in range(2):
+        out = torch.stack([x, base])
+        shared = (out[0], base) if i == 0 else (x, out[1])
+        lora_all_out(out, shared[0], A, B, torch.ones(2), shared[1], None, None, None, None, None, False)
+        torch.testing.assert_close(out, expected)
