@@ -33,7 +33,8 @@ def calls(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     torch_root, library = Path(torch.__path__[0]), tmp_path_factory.mktemp("host") / "libplora_host.so"
     made = subprocess.run(
         [compiler, "-std=c++17", "-O2", "-Wno-attributes", "-fPIC", "-shared", "-Dplora_ext=plora_host", "-DUSE_CUDA",
-         "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{repository / 'csrc/tests/host'}", f"-I{repository / 'csrc'}",
+         "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+         f"-I{repository / 'csrc/tests/host'}", f"-I{repository / 'csrc'}",
          "-isystem", torch_root / "include", repository / "csrc/tests/host/lora_host.cpp", "-o", library,
          "-Wl,-Bsymbolic", f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"],
         capture_output=True, text=True, check=False,
