@@ -314,11 +314,27 @@ def test_workers_that_shared_memory_has_no_room_for(tmp_path: Path, monkeypatch:
         return list(view(files(tmp_path, [(9, 9)] * 6), transform="pilot", workers=2).split(3))
 
     batch = 3 * 3 * 8 * 8  # of three images, uint8 [3, 8, 8]
-    whole = with_free(5 * batch)
-    for free, fit in ((5 * batch - 1, 1), (3 * batch - 1, 0)):
+    whole = with_free(9 * batch)
+    for free, fit in ((9 * batch - 1, 1), (5 * batch - 1, 0)):
         with pytest.warns(UserWarning, match=f"{fit} data workers instead of 2 .docker run --shm-size=1g makes room"):
             fewer = with_free(free)
         assert all(torch.equal(a, b) for a, b in zip(whole, fewer, strict=True))
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_batch_is_the_same_in_pieces(on_device: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = files(tmp_path, [(9, 9), (12, 7), (5, 14), (9, 9), (30, 8), (6, 6), (11, 11)])
+
+    def batches(piece: int, workers: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(views, "PIECE", piece)
+        torch.manual_seed(0)
+        of = view(images, transform="pilot", workers=workers, on_device=on_device)
+        return [*of.split(4), *(batch for _, batch in of.epoch(torch.randperm(7), 5))]
+
+    whole = batches(7, 0)
+    assert [len(batch) for batch in whole] == [4, 3, 5, 2]
+    for piece, workers in ((1, 2), (2, 0), (3, 2)):
+        assert all(torch.equal(a, b) for a, b in zip(whole, batches(piece, workers), strict=True))
 
 
 def test_workers_that_bring_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,9 @@ from .transforms import random_affine, to_tensor
 
 READY_BYTES = 2 << 30  # arrays whose float images take no more than this are resized once and kept
 SHARE = 1 / 4  # of the free memory of the device or the host, that images may take
-SHM, TIMEOUT = "/dev/shm", 600  # where workers hand over batches; seconds to wait for one
+SHM, TIMEOUT = "/dev/shm", 600  # where workers hand over images; seconds to wait for some
+PIECE = 16  # images that a worker hands over together, so that all of them make an epoch's first batch
+AHEAD = 4  # pieces that a worker may be ahead
 CROP = {"scale": (0.05, 1.0), "ratio": (3 / 4, 4 / 3)}  # of transform pilot
 Own = Callable[[int], slice]
 
@@ -168,8 +171,8 @@ class View:
                 yield (self._resampled(images, sizes, own) / 255 - mean) / std
         elif self._loader:
             seeds = [[None] * len(rows) if own is None else own.tolist() for rows, own in zip(batches, numbers)]
-            for batch in self._loader([list(zip(rows.tolist(), own)) for rows, own in zip(batches, seeds)]):
-                batch = batch.to(p.device, non_blocking=True)
+            for pieces in self._loader([list(zip(rows.tolist(), own)) for rows, own in zip(batches, seeds)]):
+                batch = torch.cat([piece.to(p.device, non_blocking=True) for piece in pieces])
                 yield ((batch.float() / 255 if batch.dtype == torch.uint8 else batch) - mean) / std
         else:
             for rows in batches:
@@ -177,14 +180,16 @@ class View:
 
     def _pixels(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches as they are stored: uint8 [B, H, W, 3] on the device, padded, and their sizes [B, 2]."""
+        p = self.preparation
         if self._stored is not None:
             size = torch.tensor(self._stored.shape[1:3])
             for rows in _split_on(self._stored.device, batches):
                 yield self._stored[rows], size.expand(len(rows), 2)
         else:
             assert self._loader is not None
-            for images, sizes in self._loader([[(row, None) for row in rows.tolist()] for rows in batches]):
-                yield images.to(self.preparation.device, non_blocking=True), sizes
+            for pieces in self._loader([[(row, None) for row in rows.tolist()] for rows in batches]):
+                sizes = torch.cat([own for _, own in pieces])
+                yield _padded([images.to(p.device, non_blocking=True) for images, _ in pieces], sizes), sizes
 
     def _resampled(self, images: Tensor, sizes: Tensor, numbers: Tensor | None) -> Tensor:
         """Cropped and resized where the model is."""
@@ -216,15 +221,16 @@ class _Loader:
         self._warned = False
 
     def _fitting(self, batch_size: int) -> int:
-        """How many workers shared memory has room for: each has up to two batches there, and one is being read."""
+        """How many workers shared memory has room for: each has up to `AHEAD` pieces there; a batch is being read."""
         try:
             free = shutil.disk_usage(SHM).free
         except OSError:  # batches lie elsewhere
             return self._preparation.workers
         p, workers = self._preparation, self._preparation.workers
         # as they are stored, images may have any size: a million bytes is one of 580 pixels
-        batch = batch_size * (10**6 if p.on_device else p.image_size**2 * (3 if p.transform == "pilot" else 12))
-        fit = min(workers, max(0, (free // batch - 1) // 2))
+        image = 10**6 if p.on_device else p.image_size**2 * (3 if p.transform == "pilot" else 12)
+        batch, piece = batch_size * image, min(batch_size, PIECE) * image
+        fit = min(workers, max(0, (free - batch) // (AHEAD * piece)))
         if fit < workers and not self._warned:
             self._warned = True
             warnings.warn(
@@ -234,10 +240,11 @@ class _Loader:
             )
         return fit
 
-    def __call__(self, batches: list[Any]) -> Iterator[Any]:
-        """The batches of `batches`, lists of items; a worker that died becomes one clear error."""
-        self._plan[:] = batches
-        workers = min(self._preparation.workers, len(batches))
+    def __call__(self, batches: list[list[Any]]) -> Iterator[list[Any]]:
+        """The pieces of every batch of `batches`, lists of items; a worker that died becomes one clear error."""
+        cuts = [[batch[i : i + PIECE] for i in range(0, len(batch), PIECE)] for batch in batches]
+        self._plan[:] = chain.from_iterable(cuts)
+        workers = min(self._preparation.workers, len(self._plan))
         if workers and (fit := self._fitting(max(map(len, batches)))) < workers:
             workers = fit
             if self._loader is not None and self._loader.num_workers > fit:
@@ -252,13 +259,17 @@ class _Loader:
                 generator=torch.Generator(),  # its own: the global one stays where it is
                 persistent_workers=workers > 0,
                 multiprocessing_context="fork" if workers else None,
+                prefetch_factor=AHEAD if workers else None,
                 timeout=TIMEOUT if workers else 0,
             )
         try:
-            for batch in self._loader:
-                if isinstance(batch, Exception):
-                    raise batch
-                yield batch
+            loaded = iter(self._loader)
+            for cut in cuts:
+                pieces = [next(loaded) for _ in cut]
+                if wrong := next((piece for piece in pieces if isinstance(piece, Exception)), None):
+                    raise wrong
+                yield pieces
+            next(loaded, None)  # its end, or the next pass would begin while this one is under way
         except RuntimeError as error:
             said = str(error).splitlines()[0]
             if "DataLoader timed out" in said:
@@ -311,10 +322,18 @@ def _collate(raw: bool, items: list[Any]) -> Any:
     if not raw:
         return torch.stack(items)
     sizes = torch.tensor([image.shape[:2] for image in items])
-    batch = torch.zeros(len(items), *sizes.amax(0).tolist(), 3, dtype=torch.uint8)
-    for place, image in zip(batch, items):
-        place[: image.shape[0], : image.shape[1]] = image
-    return batch, sizes
+    return _padded([image[None] for image in items], sizes), sizes
+
+
+def _padded(pieces: list[Tensor], sizes: Tensor) -> Tensor:
+    """Images [n, H, W, 3] of several n, H and W one after another, zeros around those smaller than the largest."""
+    height, width = sizes.amax(0).tolist()
+    if all(piece.shape[1:3] == (height, width) for piece in pieces):
+        return torch.cat(pieces)
+    batch = pieces[0].new_zeros(len(sizes), height, width, 3)
+    for place, piece in zip(batch.split([len(piece) for piece in pieces]), pieces):
+        place[:, : piece.shape[1], : piece.shape[2]] = piece
+    return batch
 
 
 def _transform(p: Preparation, crop: bool) -> Callable[[np.ndarray], Tensor]:
