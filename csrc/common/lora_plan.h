@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "arithmetic.h"
+
 namespace plora {
 
 enum class Family { indexed, sum, all };
@@ -109,8 +111,6 @@ constexpr int64_t kTwoKernels = int64_t{6} << 20;
 constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kLaunch = 2.5e-6;
 constexpr double kInLoopShare = 0.1, kInLoopWave = 0.9e-6, kGivenWave = 0.2e-6;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // How many adapters a tile's rows meet at most.
 inline int64_t adapters_of_tile(const LoraShape& s) {
   if (s.family != Family::indexed) return s.T;
@@ -141,7 +141,7 @@ inline int64_t slots_of_tile(const LoraShape& s, int64_t slots, int64_t column_t
 }  // namespace lora_plan
 
 // The kernels take ranks in multiples of 8; `kept` holds as many columns per adapter.
-inline int64_t padded_rank(int64_t r) { return 8 * std::max<int64_t>(1, lora_plan::ceil_div(r, 8)); }
+inline int64_t padded_rank(int64_t r) { return 8 * std::max<int64_t>(1, ceil_div(r, 8)); }
 
 // Whether the sum is computed through the merged weight, which is then what forward keeps for backward.
 inline bool lora_dense(Family family, int64_t T, int64_t r, bool weight, bool relu, bool bias) {

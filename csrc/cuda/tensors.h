@@ -19,10 +19,6 @@ inline cudaStream_t stream_of(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline bool aligned(const Tensor& t, uintptr_t bytes = 16) {
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % bytes == 0;
-}
-
 // Memory of torch's caching allocator, on the device of `like`, given back to the stream at the end of its life.
 class Workspace {
  public:

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "../../common/arithmetic.h"
 #include "../../common/check.h"
 #include "../../common/dtype.h"
 
@@ -28,9 +29,6 @@ void dispatch(const char* op, Dtype dtype, const F& f) {
       fail(op, ": float64 has no kernel");
   });
 }
-
-// To the 16 bytes of a vector.
-inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 inline void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();

@@ -13,8 +13,7 @@ namespace plora::cuda::sm90 {
 
 __device__ inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// --- mbarriers, by their addresses
-// ------------------------------------------------------------------------------------------------------
+// --- mbarriers, by their addresses ---
 
 __device__ inline void barrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");

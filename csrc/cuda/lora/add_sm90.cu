@@ -304,7 +304,7 @@ void launch(const Maps& maps, const Arguments& a, int64_t tiles, cudaStream_t st
 
 void low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r, N = p.N;
-  const int64_t tiles = (M + kRows - 1) / kRows * ((N + kColumns - 1) / kColumns);
+  const int64_t tiles = ceil_div(M, kRows) * ceil_div(N, kColumns);
   bool serves = p.y && p.scaled_h && !p.y_slab && !p.y0_slab && N > 0 && N % 8 == 0 && N < 1 << 25 && p.ldy % 8 == 0 &&
                 p.ldy0 % 8 == 0 && T > 0 && T <= INT16_MAX && p.places > 0 && M > 0 && tiles <= INT32_MAX;
   for (const void* q : {static_cast<const void*>(p.y), p.y0, p.up, p.bias_up}) serves = serves && aligned(q);

@@ -12,8 +12,6 @@ namespace {
 
 constexpr int kThreads = 512, kTile = 64;
 
-using lora_plan::ceil_div;
-
 template <typename scalar>
 struct Params {
   int64_t r, padded_r, in, out;

@@ -93,8 +93,7 @@ void expand(const LowRank& p, cudaStream_t stream) {
                   p.ldy % 8 == 0 && p.ldy0 % 8 == 0 && aligned(p.up) && aligned(p.y) && aligned(p.y0) &&
                   aligned(p.bias_up),
               "expand: not what it was planned for");
-  const dim3 grid(static_cast<unsigned>((p.rows.M + kRows - 1) / kRows),
-                  static_cast<unsigned>((p.N + kColumns - 1) / kColumns));
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.rows.M, kRows)), static_cast<unsigned>(ceil_div(p.N, kColumns)));
   dispatch("expand", p.dtype, [&](auto like) {
     using scalar = decltype(like);
     if constexpr (sizeof(scalar) == 2) expand_kernel<scalar><<<grid, kThreads, 0, stream>>>(p);

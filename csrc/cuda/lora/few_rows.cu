@@ -372,8 +372,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   }
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename scalar, bool TRANSPOSED>
 void launch(const LowRank& p, const Allocator& workspace, cudaStream_t stream) {
   constexpr int V = kVector<scalar>;

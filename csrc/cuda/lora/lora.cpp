@@ -166,7 +166,7 @@ LoraShape shape_of(const Inputs& p, const Tensor& rows, const OptTensor& other) 
 #endif
   for (const void* q : {pointer(rows), pointer(p.lora_A), pointer(p.lora_B), pointer(p.weight), pointer(p.bias),
                         pointer(p.bias_A), pointer(p.bias_B), pointer(other)})
-    s.aligned = s.aligned && reinterpret_cast<uintptr_t>(q) % 16 == 0;
+    s.aligned = s.aligned && aligned(q);
   s.mma_only = mma_only();
   return s;
 }
@@ -527,7 +527,7 @@ struct Cuda {
     if (empty(p)) return;  // as is `out`
     const torch::stable::accelerator::DeviceGuard guard(p.x.get_device_index());
     LoraShape shape = shape_of(p, p.x, base);
-    shape.aligned = shape.aligned && aligned(out);
+    shape.aligned = shape.aligned && aligned(pointer(out));
     const OptTensor y0 = frozen(p, base);
     OptTensor h;
     add_low_rank(p, plan_lora(shape), shape, written(p, y0, out), h, false);

@@ -31,8 +31,6 @@ constexpr int kMask = 8192;      // adapters, where some are frozen
 template <typename scalar>
 inline constexpr int kStep = 128 / static_cast<int>(sizeof(scalar));  // rows per stage of the product's pipeline
 
-using lora_plan::ceil_div;
-
 __device__ void start() {
   launch_successor();
   wait_for_predecessor();

@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void lora_merge(const LoraMerge& p, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(((p.out + kTile - 1) / kTile) * ((p.in + kTile - 1) / kTile));
+  const auto grid = static_cast<unsigned>(ceil_div(p.out, kTile) * ceil_div(p.in, kTile));
   dispatch_with_float64(p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
     const auto typed = [](const void* t) { return static_cast<const scalar*>(t); };

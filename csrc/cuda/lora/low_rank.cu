@@ -10,6 +10,7 @@
 #include "../device/device.h"
 #include "../device/launch.cuh"
 #include "../device/mma.cuh"
+#include "../device/overlap.cuh"
 #include "adapters.cuh"
 #include "kernels.h"
 
@@ -70,10 +71,7 @@ struct Block {
 
 // Sets a row on its way from memory to L2; not more of it than L2 can hold of all blocks.
 __device__ inline void prefetch(const void* row, int64_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  const uint32_t size = static_cast<uint32_t>(bytes < 2048 ? bytes : 2048);
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(row)), "r"(size) : "memory");
-#endif
+  prefetch_to_l2(row, static_cast<uint32_t>(bytes < 2048 ? bytes : 2048));
 }
 
 // acc += x down^T over this warp's part of K, for at most 8 NT rows of `down`.
@@ -348,11 +346,10 @@ __global__ void __launch_bounds__(kThreads, W == 1 && sizeof(scalar) == 2 ? 3 : 
 template <typename scalar, int NT, int W, bool VECTORS>
 void enqueue(const LowRank& p, int stride, cudaStream_t stream) {
   const auto kernel = low_rank_kernel<scalar, NT, W, VECTORS>;
-  const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t blocks = ceil(p.rows.M, kRows);
-  int64_t parts = p.y_slab ? p.rows.T : ceil(p.N, kShares<W> * kColumns<scalar>);
+  const int64_t blocks = ceil_div(p.rows.M, kRows);
+  int64_t parts = p.y_slab ? p.rows.T : ceil_div(p.N, kShares<W> * kColumns<scalar>);
   if constexpr (NT > 0)
-    if (!p.y) parts = p.x_slab ? p.rows.T * ceil(p.rows.r, 8 * NT) : ceil(p.rows.R(), 8 * NT);
+    if (!p.y) parts = p.x_slab ? p.rows.T * ceil_div(p.rows.r, 8 * NT) : ceil_div(p.rows.R(), 8 * NT);
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(std::max<int64_t>(std::min(kBlocks / blocks, parts), 1)));
   const size_t bytes = kRows * stride * sizeof(scalar) + (NT ? kPartialBytes<NT> : 0);

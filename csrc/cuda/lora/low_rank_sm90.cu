@@ -312,7 +312,6 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
 template <typename scalar, int kGroups, bool kTransposed>
 void launch(const LowRank& p, cudaStream_t stream) {
   using S = Shape<kGroups>;
-  const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t T = p.rows.T, r = p.rows.r, each = padded<kTransposed>(static_cast<int>(r));
   Arguments a{p, kTransposed ? kRow : 64, static_cast<int>(p.rows.M)};
   if (p.y0 && aligned(p.y0) && p.N > 0 && p.N % 8 == 0 && p.ldy0 % 8 == 0)
@@ -329,8 +328,8 @@ void launch(const LowRank& p, cudaStream_t stream) {
   maps.run = maps.down;
   if constexpr (!kTransposed)
     describe_tensor<2>(maps.run, p.dtype, p.down, {p.K, T * r}, {p.K}, {kDepth, kNarrow}, k128);
-  const int64_t blocks = ceil(p.rows.M, S::kRows);
-  const int64_t most = ceil((p.rows.ids ? std::min<int64_t>(T, kFusedRows) : T) * each, kWide);
+  const int64_t blocks = ceil_div(p.rows.M, S::kRows);
+  const int64_t most = ceil_div((p.rows.ids ? std::min<int64_t>(T, kFusedRows) : T) * each, kWide);
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(std::max<int64_t>(1, std::min(multiprocessors() / blocks, most))));
   const auto kernel = &down_kernel<scalar, kGroups, kTransposed>;

@@ -53,9 +53,8 @@ void pack(Dtype dtype, const void* from, void* to, int64_t T, int64_t rows, int6
   const Shape s{T,        rows, columns, rank_is_rows ? padded : rows, rank_is_rows ? columns : padded, rank_is_rows,
                 transpose};
   if (T * s.to_rows * s.to_columns == 0) return;
-  const auto tiles = [](int64_t n) { return (n + kTile - 1) / kTile; };
-  const dim3 grid(static_cast<unsigned>(tiles(s.to_rows)),
-                  static_cast<unsigned>(std::min<int64_t>(tiles(s.to_columns), 65535)),
+  const dim3 grid(static_cast<unsigned>(ceil_div(s.to_rows, kTile)),
+                  static_cast<unsigned>(std::min<int64_t>(ceil_div(s.to_columns, kTile), 65535)),
                   static_cast<unsigned>(std::min<int64_t>(T, 65535)));
   const dim3 block(kTile, kThreadRows);
   dispatch("pack", dtype, [&](auto like) {

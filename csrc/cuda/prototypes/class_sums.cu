@@ -191,7 +191,7 @@ void sum_classes(Dtype dtype, const void* features, const int64_t* labels, void*
   const char* op = "class_sums";
   PLORA_CHECK(N < INT32_MAX - kChunk && C < INT32_MAX / kChunk - 1 && D < INT32_MAX, op,
               ": N, C or D is too large, got ", N, ", ", C, " and ", D);
-  const int64_t chunks = (N + kChunk - 1) / kChunk;
+  const int64_t chunks = ceil_div(N, kChunk);
   // what is noted of every class in every chunk
   PLORA_CHECK(C * chunks <= int64_t{1} << 28, op, ": ", C, " classes and ", N, " rows in one call would take ",
               C * chunks >> 18, " MiB beside the features: give the rows in batches (class_sums_ adds them up)");
