@@ -33,11 +33,12 @@ import torch.nn.functional as F
 from throughput import CLASSES, jpegs
 from torch import Tensor
 
-from plora_ext.bench import Clock, Resident, synchronize
+from plora_ext.bench import synchronize
 from plora_ext.cil import Settings
 from plora_ext.cil.build import load_backbone, pick_device
 from plora_ext.cil.evaluate import classify
 from plora_ext.cil.methods import METHODS
+from plora_ext.cil.timing import Clock, Resident
 from plora_ext.cil.training import Trainer
 from plora_ext.data import ImageFiles, Preparation, View
 from plora_ext.data.view import SHARE

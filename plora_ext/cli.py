@@ -220,16 +220,18 @@ def report(args: argparse.Namespace) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """Times a part of this package beside its rivals, or the parts of a run of yours, on this machine."""
-    from plora_ext import bench as benchmarks
-    from plora_ext.cil.build import pick_device
-    from plora_ext.cil.checkpoint import write_whole
-
     if args.what == "run":
-        figures = benchmarks.time_run(settings_from(args), args.seconds, lambda line: print(line, flush=True))
-        print("\n" + benchmarks.shares(figures))
+        from plora_ext.cil import timing
+        from plora_ext.cil.checkpoint import write_whole
+
+        figures = timing.time_run(settings_from(args), args.seconds, lambda line: print(line, flush=True))
+        print("\n" + timing.shares(figures))
         if args.json:
             write_whole(Path(args.json), (json.dumps(figures, indent=1) + "\n").encode())
         return
+    from plora_ext import bench as benchmarks
+    from plora_ext.cil.build import pick_device
+
     device = pick_device(args.device)
     lines: list[benchmarks.Line] = []
     for case in benchmarks.CASES[args.what](device, quick=args.quick):
