@@ -48,8 +48,7 @@ class Untrained(PLoRAEnsemble):
     def grow(self) -> None:
         t = len(self.adapters.names)
         bench.add_random(self.adapters, f"task{t}")
-        tasks = torch.arange(t + 1, device=self.trainer.device).repeat_interleave(CLASSES)
-        self.subspaces.assign(tasks)
+        tasks = self.head.add_task(CLASSES)
         self.prototypes = torch.randn(len(tasks), t + 1, self.trainer.model.num_features, device=self.trainer.device)
 
     def features_in(self, images: Tensor, names: Sequence[str]) -> Tensor:

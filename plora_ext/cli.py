@@ -176,6 +176,7 @@ def predict(args: argparse.Namespace) -> None:
     from plora_ext.cil import trained
     from plora_ext.data import ImageFiles
     from plora_ext.data.inputs import image_paths
+    from plora_ext.data.sets import decodable
 
     if Path(args.out).suffix not in (".csv", ".json"):
         raise ValueError(f"out must end in .csv or .json, got {args.out!r}")
@@ -186,7 +187,7 @@ def predict(args: argparse.Namespace) -> None:
     paths = image_paths(args.images)
     run = trained.Trained(args.run, args.world, **_given(args, ("device", "workers", "weights", "corrupt")))
     if run.settings.corrupt == "skip":
-        paths = trained.decodable(paths)
+        (paths,) = decodable([paths], "skip")
     predictions = run.predict(ImageFiles(paths), args.top)
     if not args.world.first:
         return

@@ -706,6 +706,7 @@ def test_eval_and_predict(problem: list[str], tmp_path: Path, capsys: pytest.Cap
         assert message in capsys.readouterr().err
     skipping = ["predict", str(out), str(pictures), "--corrupt", "skip", "--out", str(tmp_path / "left.json")]
     assert main(skipping) == 0
+    assert f"left out 1 images that cannot be decoded: {pictures / '00.png'}" in capsys.readouterr().err
     assert json.loads((tmp_path / "left.json").read_text()) == rows[1:]
     (tmp_path / "toy.npz").rename(tmp_path / "moved.npz")
     assert main(["eval", str(out), "--data", str(tmp_path / "moved.npz")]) == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -110,26 +109,6 @@ class Trained:
             for best in self.learner.best(images, top).tolist()
             for rank, (c, score, probability) in enumerate(best, 1)
         ]
-
-
-def decodable(paths: Sequence[Path]) -> list[Path]:
-    """The image files that can be decoded; a warning names the others.
-
-    Raises:
-        ValueError: There is none.
-    """
-    kept, said = [], []
-    for path in paths:
-        try:
-            ImageFiles([path])[0]
-            kept.append(path)
-        except ValueError as error:
-            said.append(str(error))
-    if not kept:
-        raise ValueError(f"none of {len(paths)} images can be decoded: {said[0]}")
-    if said:
-        warnings.warn(f"left out {len(said)} of {len(paths)} images: {said[0]}", stacklevel=2)
-    return kept
 
 
 def write_predictions(out: Path, paths: Sequence[Path], predictions: Sequence[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import warnings
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -394,7 +395,7 @@ def _class_folders(root: Path, corrupt: str, test_too: bool) -> Images:
     )
     if train != test:
         only = {"train": set(train) - set(test), "test": set(test) - set(train)}
-        said = "; ".join(f"only in {side}: {_some(sorted(names))}" for side, names in only.items() if names)
+        said = "; ".join(f"only in {side}: {some(sorted(names))}" for side, names in only.items() if names)
         raise ValueError(f"{root}: train and test must hold the same class folders; {said}")
     if not train:
         raise FileNotFoundError(f"there is no class folder in {root / 'train'}")
@@ -455,7 +456,7 @@ def _once(classes: list[list[Path]]) -> list[list[Path]]:
 
 def _refuse_empty(classes: list[list[Path]], folder: Path, names: list[str], why: str) -> None:
     if empty := [str(folder / name) for name, paths in zip(names, classes) if not paths]:
-        raise ValueError(f"every class needs an image, but {_some(empty)} {why}")
+        raise ValueError(f"every class needs an image, but {some(empty)} {why}")
 
 
 def _no_image(path: Path, error: Exception) -> str:
@@ -494,7 +495,7 @@ def decodable(classes: list[list[Path]], corrupt: str) -> list[list[Path]]:
         more = f" (and {len(bad) - 1} images more)" if len(bad) > 1 else ""
         raise ValueError(next(iter(bad.values())) + more)
     if bad:
-        named = _some([str(path) for path in bad])
+        named = some(list(bad))
         warnings.warn(f"left out {len(bad)} images that cannot be decoded: {named}", stacklevel=2)
     if first := next((path for path in paths if path in deep and path not in bad), None):
         with suppress(Exception):  # it is met, and named, where it is needed
@@ -511,5 +512,6 @@ def _warn_if_dark(pixels: np.ndarray, what: str) -> None:
         )
 
 
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def some(names: Sequence[Any], most: int = 5) -> str:
+    """The first of `names`, and how many there are beside them, for a message."""
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -17,7 +17,7 @@ from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer
 from plora_ext.data import View
-from plora_ext.nn import Adapters, Ensemble
+from plora_ext.nn import Ensemble
 
 
 class PLoRAEnsemble(_Adapted):
@@ -27,8 +27,8 @@ class PLoRAEnsemble(_Adapted):
     Prototypes are [C, T, D]. Those of a class in the spaces of later tasks' adapters are completed from later classes.
     """
 
-    def __init__(self, trainer: Trainer, settings: Settings, adapters: Adapters | None = None):
-        super().__init__(trainer, settings, adapters)
+    def __init__(self, trainer: Trainer, settings: Settings):
+        super().__init__(trainer, settings)
         self.head: Subspace = Subspace(settings, trainer.device)
         memory = settings.ensemble_memory
         self.ensemble = Ensemble(self.adapters, None if memory is None else int(memory * 2**20))
