@@ -155,17 +155,18 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of a call, to its end on the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
 @torch.no_grad()
 def measure(case: Case, device: torch.device, rounds: int) -> list[Line]:
     """The lines of a case; a form that fails is listed with its error."""
-
-    def timed(form: Callable[[], Any]) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        form()
-        synchronize(device)
-        return 1e3 * (time.perf_counter() - start)
-
     lines = {name: Line(case.name, name) for name in case.forms}
     expected = _first(case.forms[next(iter(case.forms))]())
     for name, form in case.forms.items():
@@ -175,7 +176,8 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[Line]:
                 lines[name].error = float((got.float() - expected.float()).norm() / expected.float().norm())
         except Exception as error:
             lines[name].note = fault(error, 120)
-    times = in_turn({n: partial(timed, form) for n, form in case.forms.items() if not lines[n].note}, rounds)
+    sound = {name: form for name, form in case.forms.items() if not lines[name].note}
+    times = in_turn({name: partial(timed, form, device) for name, form in sound.items()}, rounds)
     ours = next(iter(times.values()))
     for name, own in times.items():
         line, line.times = lines[name], own
