@@ -15,6 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from plora_ext.cil.files import exclusive, write_whole
 from plora_ext.cil.settings import MethodName, Settings, closest, parse
 
 if TYPE_CHECKING:  # functions import what takes seconds: --help and what is mistyped are answered without torch
@@ -154,7 +155,6 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Accuracy of a run's last checkpoint on its own test images, or those that it held out."""
-    from plora_ext.cil.checkpoint import write_whole
     from plora_ext.cil.trained import Trained
 
     figures = Trained(
@@ -223,7 +223,6 @@ def bench(args: argparse.Namespace) -> None:
     """Times a part of this package beside its rivals, or the parts of a run of yours, on this machine."""
     if args.what == "run":
         from plora_ext.cil import timing
-        from plora_ext.cil.checkpoint import write_whole
 
         figures = timing.time_run(settings_from(args), args.seconds, lambda line: print(line, flush=True))
         print("\n" + timing.shares(figures))
@@ -261,7 +260,7 @@ def _run(
 ) -> None:
     """Runs jobs into one folder; with `resume` not None, a single job with a checkpoint."""
     from plora_ext.cil.build import load_data, make_stream
-    from plora_ext.cil.checkpoint import Checkpoint, exclusive
+    from plora_ext.cil.checkpoint import Checkpoint
     from plora_ext.cil.loop import run
     from plora_ext.cil.metrics import evaluated_on
     from plora_ext.cil.result import Result

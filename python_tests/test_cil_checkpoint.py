@@ -26,7 +26,8 @@ import plora_ext.cil.build
 import plora_ext.cil.speed
 from plora_ext.cil import Images, Result, Settings, run
 from plora_ext.cil import checkpoint as checkpoints
-from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, exclusive
+from plora_ext.cil.checkpoint import MANIFEST, Checkpoint
+from plora_ext.cil.files import exclusive
 from plora_ext.cil.methods import METHODS, Method
 from plora_ext.cil.trained import Trained
 from plora_ext.cil.training import Trainer
@@ -619,7 +620,7 @@ def test_one_run_a_folder(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import os, sys, time\nfrom pathlib import Path\nfrom plora_ext.cil.checkpoint import exclusive\n"
+            "import os, sys, time\nfrom pathlib import Path\nfrom plora_ext.cil.files import exclusive\n"
             "with exclusive(Path(sys.argv[1])):\n    child = os.fork()\n    print(child or '', flush=True)\n"
             "    time.sleep(99)",
             str(tmp_path),

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from plora_ext.cil.checkpoint import rng_state, set_rng_state
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.features import FeatureCache
+from plora_ext.cil.packing import rng_state, set_rng_state
 from plora_ext.cil.registry import BACKBONES
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import TaskStream

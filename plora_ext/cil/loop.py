@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from plora_ext.cil import prototype_error
 from plora_ext.cil.build import load_data, make_cache, make_stream
 from plora_ext.cil.callbacks import Callback
-from plora_ext.cil.checkpoint import Checkpoint, fingerprint_of, set_rng_state
+from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.evaluate import Evaluator
 from plora_ext.cil.learner import Learner
 from plora_ext.cil.methods import Method
+from plora_ext.cil.packing import set_rng_state
 from plora_ext.cil.result import Result
+from plora_ext.cil.same_run import fingerprint_of
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.training import Phases, Trainer
 from plora_ext.data import Backbone, Images, View, hold_out

@@ -14,11 +14,13 @@ import numpy as np
 
 import plora_ext
 from plora_ext.cil.build import load_data, make_stream
-from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, data_digests, refuse_other, write_whole
+from plora_ext.cil.checkpoint import MANIFEST, Checkpoint
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.evaluate import Evaluator
+from plora_ext.cil.files import write_whole
 from plora_ext.cil.learner import Learner
 from plora_ext.cil.metrics import evaluated_on
+from plora_ext.cil.same_run import data_digests, refuse_other
 from plora_ext.cil.settings import Settings
 from plora_ext.data import ImageFiles, View
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from plora_ext.cil import fusion
 from plora_ext.cil.alignment import class_means
-from plora_ext.cil.checkpoint import adapters_state, pack, restore_adapters, to_device
 from plora_ext.cil.heads import create_head
+from plora_ext.cil.packing import adapters_state, pack, restore_adapters, to_device
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer, lower_on_exhaustion

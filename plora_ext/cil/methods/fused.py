@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from plora_ext.cil import fusion, sought
 from plora_ext.cil.alignment import Drift
-from plora_ext.cil.checkpoint import to_device
 from plora_ext.cil.inflora import InputGrams, Subspaces, share_after
 from plora_ext.cil.methods.base import Method, _Adapted
+from plora_ext.cil.packing import to_device
 from plora_ext.cil.plora import PLoRA
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task
