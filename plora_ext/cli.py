@@ -175,8 +175,8 @@ def predict(args: argparse.Namespace) -> None:
     """Classes of images, by a run's last checkpoint."""
     from plora_ext.cil import trained
     from plora_ext.data import ImageFiles
+    from plora_ext.data.folders import decodable
     from plora_ext.data.inputs import image_paths
-    from plora_ext.data.sets import decodable
 
     if Path(args.out).suffix not in (".csv", ".json"):
         raise ValueError(f"out must end in .csv or .json, got {args.out!r}")
@@ -315,7 +315,7 @@ def _run(
 def _odd(settings: Settings, data: Any, stream: Any) -> list[str]:
     """What is allowed and yet hardly meant."""
     from plora_ext.cil.build import pick_device
-    from plora_ext.data.sets import doubles
+    from plora_ext.data.images import doubles
 
     lines = []
     if number := doubles(data):

@@ -19,7 +19,7 @@ from plora_ext.cil.same_run import fingerprint_of
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.training import Phases, Trainer
 from plora_ext.data import Backbone, Images, View, hold_out
-from plora_ext.data.sets import checked
+from plora_ext.data.images import checked
 from plora_ext.info import environment
 
 

@@ -17,7 +17,7 @@ import plora_ext
 from plora_ext.cil.settings import Settings, as_before
 from plora_ext.cil.stream import Task
 from plora_ext.data import ImageFiles, Images
-from plora_ext.data.sets import select
+from plora_ext.data.images import select
 
 # Settings under which a run may continue that began with others: they say where things are and what is measured, not
 # what is computed (what the data and the weights are, their hashes say).

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from plora_ext.data.sets import some
+from plora_ext.data.images import some
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from .decode import to_8_bits, to_rgb
-from .sets import IMG_EXTENSIONS, ImageFiles, decodable
+from .folders import IMG_EXTENSIONS, decodable
+from .images import ImageFiles
 
 IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif")
 _WANTED = (
