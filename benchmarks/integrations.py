@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from plora_ext import libraries, reference
 from plora_ext.bench import fault, synchronize
-from plora_ext.integrations import _patch, _pilot_vit
+from plora_ext.integrations import _patch, _pilot_ease, _pilot_vit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FIELDS = (
@@ -389,12 +389,11 @@ def learner(T: int, quick: bool, inc: int) -> Any:
 @torch.no_grad()
 def fill_prototypes(ease: Any, loader: Any) -> None:
     """Every class's mean in every subspace."""
-    from plora_ext.integrations import pilot
 
     vit = ease._network.backbone
     sums, counts = torch.zeros_like(ease._network.fc.weight), torch.zeros(ease._total_classes, device=DEVICE)
     for _, images, labels in loader:
-        features = torch.cat(_pilot_vit.adapter_features(vit, images, pilot._subspaces(vit, False)), 2)[:, 0]
+        features = torch.cat(_pilot_vit.adapter_features(vit, images, _pilot_ease.subspaces_of(vit, False)), 2)[:, 0]
         sums.index_add_(0, labels.to(DEVICE), features)
         counts += torch.bincount(labels, minlength=len(counts)).to(DEVICE)
     ease._network.fc.weight.copy_(sums / counts[:, None])
@@ -471,7 +470,7 @@ def ease_evaluation(quick: bool) -> Iterator[Case]:
                 last = network.backbone.cur_adapter  # as if the newest adapter had not been there
                 network.backbone.cur_adapter = network.backbone.adapter_list[-1]
                 with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
-                    list(_pilot_vit.features_of(ease, earlier, True, pilot._subspaces(network.backbone, False)))
+                    list(_pilot_vit.features_of(ease, earlier, True, _pilot_ease.subspaces_of(network.backbone, False)))
                 kept = _pilot_vit.kept.get(ease)
                 network.backbone.cur_adapter = last
 

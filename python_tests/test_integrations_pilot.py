@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plora_ext.integrations import _pilot_vit, pilot
+from plora_ext.integrations import _pilot_ease, _pilot_mos, _pilot_vit, pilot
 
 SETTINGS = {
     "reset": {},
@@ -230,7 +230,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         seen.append((len(images), len(adapters)))
         return original(vit, images, adapters, class_token_only)
 
-    for module in (_pilot_vit, pilot):
+    for module in (_pilot_vit, _pilot_ease, _pilot_mos):
         monkeypatch.setattr(module, "adapter_features", counted)
     return seen
 
