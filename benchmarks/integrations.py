@@ -441,6 +441,16 @@ DTYPES = ((False, "fp32"), (True, "bf16 autocast"))
 SDPA = "PILOT, torch's attention"
 
 
+def ease_cases(name: str, call: Callable[[], Any]) -> Iterator[Case]:
+    """A computation without gradients, by EASE itself, patched, and with torch's attention, in both precisions."""
+    from plora_ext.integrations import pilot
+
+    forms = {"PILOT": nullcontext, "PILOT, patched": pilot.patch, SDPA: sdpa_only}
+    for autocast, what in DTYPES:
+        every = [Form(form, within(call, autocast), inside) for form, inside in forms.items()]
+        yield Case("pilot", f"{name}, {what}", every, (SDPA,), truth=within(call, False) if autocast else None)
+
+
 def ease_evaluation(quick: bool) -> Iterator[Case]:
     from torch.utils.data import DataLoader
 
@@ -457,14 +467,8 @@ def ease_evaluation(quick: bool) -> Iterator[Case]:
         def evaluate(ease: Any = ease, loader: Any = loader) -> Any:
             return ease._eval_cnn(loader)[0][:, 0]  # the best of the top 5
 
+        yield from ease_cases(f"EASE, one test batch, T={T}, B={len(images)}", batch)
         for autocast, what in DTYPES:
-            forms = {"PILOT": nullcontext, "PILOT, patched": pilot.patch, SDPA: sdpa_only}
-            yield Case(
-                "pilot", f"EASE, one test batch, T={T}, B={len(images)}, {what}",
-                [Form(name, within(batch, autocast), inside) for name, inside in forms.items()],
-                (SDPA,), truth=within(batch, False) if autocast else None,
-            )  # fmt: skip
-
             with torch.no_grad(), pilot.patch():
                 earlier = DataLoader(data.first((T - 1) * per_task), loader.batch_size)
                 last = network.backbone.cur_adapter  # as if the newest adapter had not been there
@@ -510,13 +514,7 @@ def ease_prototypes(quick: bool) -> Iterator[Case]:
                 del ease.solve_sim_reset
             return ease._network.fc.weight.data[-ease.inc :].clone()
 
-        for autocast, what in DTYPES:
-            forms = {"PILOT": nullcontext, "PILOT, patched": pilot.patch, SDPA: sdpa_only}
-            yield Case(
-                "pilot", f"EASE, prototypes of a task, T={T}, {len(new)} images, {what}",
-                [Form(name, within(prototypes, autocast), inside) for name, inside in forms.items()],
-                (SDPA,), truth=within(prototypes, False) if autocast else None,
-            )  # fmt: skip
+        yield from ease_cases(f"EASE, prototypes of a task, T={T}, {len(new)} images", prototypes)
 
         def restore(ease: Any = ease, weights: Tensor = weights) -> None:
             ease._network.fc.weight.data.copy_(weights)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from plora_ext.cil import prototype_error
-from plora_ext.cil.build import load_data, make_cache, make_stream
+from plora_ext.cil.build import load_data, make_cache, make_stream, tasks_of
 from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.distributed import SINGLE, World
@@ -58,7 +58,7 @@ def run(
         raise TypeError(f"checkpoint must be plora_ext.cil.checkpoint.Checkpoint(Path(FOLDER)), got {checkpoint!r}")
     data = load_data(settings) if data is None else hold_out(checked(data), settings.validation)
     stream = make_stream(settings, data)
-    tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
+    tasks = tasks_of(settings, stream)
     learner = Learner(settings, backbone=backbone, callbacks=callbacks, make=make, num_tasks=len(tasks), world=world)
     method, trainer = learner.method, learner.trainer
     train, test = View(data.train_images, learner.preparation), View(data.test_images, learner.preparation)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plora_ext.cil.build import load_data, make_cache, make_stream
+from plora_ext.cil.build import load_data, make_cache, make_stream, tasks_of
 from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.evaluate import Evaluator
 from plora_ext.cil.learner import Learner
@@ -91,7 +91,7 @@ def time_run(settings: Settings, seconds: float = 2.0, tell: Callable[[str], Non
         raise ValueError(f"seconds must be above 0 and at most 600, got {seconds}")
     data = load_data(settings)
     stream = make_stream(settings, data)
-    tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
+    tasks = tasks_of(settings, stream)
     rates: dict[str, float] = {}
 
     def found(part: str, images: int, seconds: float) -> None:

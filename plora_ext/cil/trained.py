@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import plora_ext
-from plora_ext.cil.build import load_data, make_stream
+from plora_ext.cil.build import load_data, make_stream, tasks_of
 from plora_ext.cil.checkpoint import MANIFEST, Checkpoint
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.evaluate import Evaluator
@@ -75,7 +75,7 @@ class Trained:
         except (ValueError, OSError) as error:
             raise type(error)(f"the run's data cannot be read; --data says where they are now: {error}") from error
         stream = make_stream(self.settings, data)
-        tasks = [stream.joined()] if self.settings.method == "joint" else stream.tasks
+        tasks = tasks_of(self.settings, stream)
         here = {**self.fingerprint, **data_digests(data, tasks), "training": None}  # test images have to be the same
         refuse_other(self.fingerprint, here, f"{self.settings.data} is the data", learned)
         images = View(data.test_images, self.learner.preparation)
@@ -122,13 +122,11 @@ def write_predictions(out: Path, paths: Sequence[Path], predictions: Sequence[di
     rows = [{"image": str(paths[i // each]), **prediction} for i, prediction in enumerate(predictions)]
     if out.suffix == ".json":
         text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
-    elif out.suffix == ".csv":
+    else:
         table = io.StringIO()
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         text = table.getvalue()
-    else:
-        raise ValueError(f"out must end in .csv or .json, got {str(out)!r}")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, text.encode("utf-8"))

