@@ -179,6 +179,6 @@ def doubles(images: Images) -> int:
     return sum(digest in seen for digest in test)
 
 
-def some(names: Sequence[Any], most: int = 5) -> str:
-    """The first of `names`, and how many there are beside them, for a message."""
-    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+def some(names: Sequence[Any]) -> str:
+    """The first five of `names`, and how many there are beside them, for a message."""
+    return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext import ops
+from plora_ext.data.resample import to_device
 from plora_ext.graphs import Captured, why_not
 from plora_ext.integrations._layers import kept_on_device
 from plora_ext.integrations._pilot_vit import (
@@ -117,7 +118,7 @@ def make_init_train(original: Callable[..., None]) -> Callable[..., None]:
             network.train()
             sums, total = torch.zeros(2, dtype=torch.float64, device=device), 0
             for _, images, labels in train_loader:
-                found, grads = step(*(_sent(t, device) for t in (images, labels)))
+                found, grads = step(*(to_device(t, device) for t in (images, labels)))
                 for parameter, grad in zip(learned, grads):
                     parameter.grad = grad  # a graph's own, also after a batch that ran without it
                 optimizer.step()
@@ -136,11 +137,6 @@ def make_init_train(original: Callable[..., None]) -> Callable[..., None]:
         logging.info(info)
 
     return _init_train
-
-
-def _sent(t: Tensor, device: torch.device) -> Tensor:
-    """On the device; a copy from the host's pinned memory, for which the host does not wait."""
-    return (t.pin_memory() if device.type == "cuda" and not t.is_cuda else t).to(device, non_blocking=True)
 
 
 def make_replace_fc(original: Callable[..., None]) -> Callable[..., None]:
