@@ -85,7 +85,7 @@ def test_ease_trains_as_in_pilot(
 ) -> None:
     """24 images in batches of ten: every epoch has a ragged batch between two full ones."""
     if replayed:
-        monkeypatch.setattr(pilot, "Captured", Replayed)
+        monkeypatch.setattr(_pilot_ease, "Captured", Replayed)
     caplog.set_level(logging.INFO)
 
     def trained() -> tuple[list[str], Tensor, list[list[float]]]:
