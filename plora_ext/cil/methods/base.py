@@ -147,8 +147,7 @@ class _Adapted(Method):
         with self.trainer.phases("train"), lower_on_exhaustion("batch_size in a new run"), self.trainer.speed.passes():
             self.trainer.fit(task.index, parameters, images, labels, len(task.classes), teacher)
 
-    def _add_adapter(self, task: Task) -> str:
+    def _add_adapter(self, task: Task) -> None:
         """A new adapter; it alone is active and trains."""
-        name = f"task{task.index}"
-        self.adapters.add_adapter(name, init_from=fusion.start(str(self.settings.init), self.adapters.names))
-        return name
+        start = fusion.start(str(self.settings.init), self.adapters.names)
+        self.adapters.add_adapter(f"task{task.index}", init_from=start)
