@@ -358,16 +358,15 @@ def _parser() -> argparse.ArgumentParser:
         required=True, metavar="demo | train | eval | predict | report | bench | info", parser_class=_Parser
     )
 
-    def command(function, name="", **keywords) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
-        added = commands.add_parser(
-            name or function.__name__,
-            help=function.__doc__,
-            description=function.__doc__,
-            allow_abbrev=False,
-            **keywords,
-        )
+    def add(group: Any, name: str, text: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = group.add_parser(name, help=text, description=text, allow_abbrev=False)
         added.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        added.set_defaults(command=function, options=added._option_string_actions)
+        added.set_defaults(options=added._option_string_actions)
+        return added
+
+    def command(function: Any, name: str = "") -> argparse.ArgumentParser:
+        added = add(commands, name or function.__name__, function.__doc__)
+        added.set_defaults(command=function)
         return added
 
     demonstrator, trainer = command(demo), command(train)
@@ -408,9 +407,7 @@ def _parser() -> argparse.ArgumentParser:
         ("prototypes", "the prototype operators, beside plain torch"),
         ("run", "loop, step, data and evaluation of a run with these settings, and the share of its phases"),
     ):
-        added = what.add_parser(name, help=text, description=text, allow_abbrev=False)
-        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        added.set_defaults(options=added._option_string_actions)
+        added = add(what, name, text)
         if name == "run":
             added.add_argument("--out", dest="json", metavar="FILE", help="JSON file for the figures")
             added.add_argument(
