@@ -25,7 +25,7 @@ from torch import Tensor
 
 from plora_ext.cil import metrics
 from plora_ext.cil.alignment import ALIGNMENTS, Drift, class_means
-from plora_ext.cil.build import load_data, make_stream, pick_device
+from plora_ext.cil.build import load_data, make_stream, pick_device, tasks_of
 from plora_ext.cil.covariances import ClassCovariances
 from plora_ext.cil.heads import HEADS, Head, Subspace, create_head
 from plora_ext.cil.loop import run
@@ -152,7 +152,7 @@ def results_by_head(
     if not isinstance(made[0].head, Heads):
         return {"cosine": result}
     predictions, results = made[0].head.predictions, {}
-    tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
+    tasks = tasks_of(settings, stream)
     for name in predictions[0]:
         curve, matrix = [], []
         every = np.concatenate([predicted[name] for predicted in predictions])  # an evaluation may have several parts

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,11 +19,12 @@ from typing import Any, NamedTuple
 import harness
 import torch
 import torch.nn.functional as F
+from operators import CASES, one_hot
 from torch import Tensor, nn
 
 from plora_ext import data, ops, reference
 from plora_ext import nn as plora_nn
-from plora_ext.bench import OPERATORS, OURS, in_turn
+from plora_ext.bench import OPERATORS, OURS, in_turn, timed
 from plora_ext.info import environment
 
 FROZEN = "frozen backbone, gradient to its input"
@@ -230,10 +230,6 @@ def index_add(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return torch.zeros(num_classes, D).index_add_(0, labels, features)
 
 
-def one_hot(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    return F.one_hot(labels, num_classes).float().T @ features
-
-
 RIVALS: dict[str, dict[str, Callable[..., Any]]] = {
     "class_sums": {"index_add_": index_add, "one-hot product": one_hot,
                    "features.sum(): its bytes alone": lambda features, **_: features.sum()},
@@ -245,17 +241,10 @@ RIVALS: dict[str, dict[str, Callable[..., Any]]] = {
 
 def prototypes() -> Iterator[Case]:
     torch.manual_seed(0)
-    for operator, what, sizes in (
-        ("class_sums", "50,000 rows, 100 classes", {}),
-        ("complete_prototypes", "100 classes, 10 tasks", {"T": 10}),
-        ("complete_prototypes", "100 classes, 20 tasks", {"T": 20}),
-        ("reconstruct_prototypes", "95 x 5", {"old": 95, "new": 5}),
-        ("reconstruct_prototypes", "900 x 100", {"old": 900, "new": 100}),
-        ("reconstruct_prototypes", "5000 x 1000", {"old": 5000, "new": 1000}),
-        ("subspace_logits", "20 subspaces, 128 images, 100 classes", {}),
-    ):
-        given, forms = OPERATORS[operator].inputs(**sizes), {OURS: getattr(ops, operator), **RIVALS[operator]}
-        yield Case(f"{operator}, {what}", {name: partial(form, **given) for name, form in forms.items()})
+    for case, (operator, sizes) in CASES.items():
+        if operator in RIVALS:
+            given, forms = OPERATORS[operator].inputs(**sizes), {OURS: getattr(ops, operator), **RIVALS[operator]}
+            yield Case(case, {name: partial(form, **given) for name, form in forms.items()})
 
 
 class PlainLoRA(nn.Module):
@@ -317,20 +306,16 @@ for dtype_, suffix in ((torch.float32, ""), (torch.bfloat16, ", bfloat16")):
 
 def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
     """Every form once a round, in an order that turns, until the time is spent."""
-
-    def timed(form: Form) -> float:
-        start = time.perf_counter()
-        form()
-        return time.perf_counter() - start
-
     for form in case.forms.values():
         form(), form()
-    times = in_turn({n: partial(timed, form) for n, form in case.forms.items()}, 9, seconds, turning=True)
+    times = in_turn(
+        {n: partial(timed, form, torch.device("cpu")) for n, form in case.forms.items()}, 9, seconds, turning=True
+    )
     rows = []
     for name in case.forms:
         ratios = [a / b for a, b in zip(times[name], times[OURS], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
-        row = {"case": case.name, "form": name, "median_ms": f"{1e3 * statistics.median(times[name]):.3f}"}
+        row = {"case": case.name, "form": name, "median_ms": f"{statistics.median(times[name]):.3f}"}
         row |= {"ratio": f"{statistics.median(ratios):.2f}", "ratio_q1": f"{low:.2f}", "ratio_q3": f"{high:.2f}"}
         rows.append(row | {"rounds": str(len(ratios))})
     return rows

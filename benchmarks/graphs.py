@@ -21,7 +21,6 @@ import argparse
 import copy
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,12 @@ import torch.nn.functional as F
 from throughput import CLASSES, jpegs
 from torch import Tensor
 
-from plora_ext.bench import Clock, Resident, synchronize
+from plora_ext.bench import timed
 from plora_ext.cil import Settings
 from plora_ext.cil.build import load_backbone, pick_device
 from plora_ext.cil.evaluate import classify
 from plora_ext.cil.methods import METHODS
+from plora_ext.cil.timing import Clock, Resident
 from plora_ext.cil.training import Trainer
 from plora_ext.data import ImageFiles, Preparation, View
 from plora_ext.data.view import SHARE
@@ -110,17 +110,15 @@ class Bench:
 
     def rate(self, call: Callable[..., Any], *tensors: Tensor, calls: int = 20) -> float:
         """Images a second of a call with these tensors, again and again."""
+        number = calls if self.device.type == "cuda" else 1
+
+        def several() -> None:
+            for _ in range(number):
+                call(*tensors)
+
         for _ in range(6):
             call(*tensors)
-        times = []
-        for _ in range(5):
-            synchronize(self.device)
-            start = time.perf_counter()
-            for _ in range(calls if self.device.type == "cuda" else 1):
-                call(*tensors)
-            synchronize(self.device)
-            times.append((time.perf_counter() - start) / (calls if self.device.type == "cuda" else 1))
-        return len(tensors[0]) / statistics.median(times)
+        return 1e3 * number * len(tensors[0]) / statistics.median(timed(several, self.device) for _ in range(5))
 
     def said(self) -> str:
         return "; ".join(f"{what}: {line}" for what, line in self.trainer.speed.graphs.items())
@@ -180,14 +178,8 @@ def evaluation(args: argparse.Namespace) -> Iterator[Row]:
         "evaluation on arrays, 100 classes": lambda: classify(method, stored, torch.arange(n), 100).cpu(),
     }
     for case, call in calls.items():
-        seconds = []
-        for _ in range(4):
-            synchronize(bench.device)
-            start = time.perf_counter()
-            call()
-            synchronize(bench.device)
-            seconds.append(time.perf_counter() - start)
-        rate = n / statistics.median(seconds[1:])
+        _, *later = (timed(call, bench.device) for _ in range(4))
+        rate = 1e3 * n / statistics.median(later)
         yield row(f"{case}, B={batch}", rate, "timm's forward, captured", its, ">= 0.95", bench.said())
 
 

@@ -13,7 +13,6 @@ import functools
 import gc
 import io
 import math
-import os
 import shlex
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from torch import Tensor
 import plora_ext
 from plora_ext import libraries
 from plora_ext.bench import OURS, fault, in_turn
+from plora_ext.cil.files import write_whole
 
 Form = Callable[[Any], Any]
 Line = dict[str, Any]
@@ -110,9 +110,7 @@ def write(
     writer.writeheader()
     writer.writerows({**row, **where} for row in rows)
     for suffix, content in ((".csv", sheet.getvalue()), (".md", f"{said(where)}\n\n{text}" if where else text)):
-        part = out.with_name(f".{out.name}{suffix}.{os.getpid()}.part")
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, out.with_name(out.name + suffix))
+        write_whole(out.with_name(out.name + suffix), content.encode())
 
 
 # ---------------------------------------------------------------------- GPU time

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from plora_ext import libraries, reference
 from plora_ext.bench import fault, synchronize
-from plora_ext.integrations import _patch, _pilot_vit
+from plora_ext.integrations import _patch, _pilot_ease, _pilot_vit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FIELDS = (
@@ -389,12 +389,11 @@ def learner(T: int, quick: bool, inc: int) -> Any:
 @torch.no_grad()
 def fill_prototypes(ease: Any, loader: Any) -> None:
     """Every class's mean in every subspace."""
-    from plora_ext.integrations import pilot
 
     vit = ease._network.backbone
     sums, counts = torch.zeros_like(ease._network.fc.weight), torch.zeros(ease._total_classes, device=DEVICE)
     for _, images, labels in loader:
-        features = torch.cat(_pilot_vit.adapter_features(vit, images, pilot._subspaces(vit, False)), 2)[:, 0]
+        features = torch.cat(_pilot_vit.adapter_features(vit, images, _pilot_ease.subspaces_of(vit, False)), 2)[:, 0]
         sums.index_add_(0, labels.to(DEVICE), features)
         counts += torch.bincount(labels, minlength=len(counts)).to(DEVICE)
     ease._network.fc.weight.copy_(sums / counts[:, None])
@@ -442,6 +441,16 @@ DTYPES = ((False, "fp32"), (True, "bf16 autocast"))
 SDPA = "PILOT, torch's attention"
 
 
+def ease_cases(name: str, call: Callable[[], Any]) -> Iterator[Case]:
+    """A computation without gradients, by EASE itself, patched, and with torch's attention, in both precisions."""
+    from plora_ext.integrations import pilot
+
+    forms = {"PILOT": nullcontext, "PILOT, patched": pilot.patch, SDPA: sdpa_only}
+    for autocast, what in DTYPES:
+        every = [Form(form, within(call, autocast), inside) for form, inside in forms.items()]
+        yield Case("pilot", f"{name}, {what}", every, (SDPA,), truth=within(call, False) if autocast else None)
+
+
 def ease_evaluation(quick: bool) -> Iterator[Case]:
     from torch.utils.data import DataLoader
 
@@ -458,20 +467,14 @@ def ease_evaluation(quick: bool) -> Iterator[Case]:
         def evaluate(ease: Any = ease, loader: Any = loader) -> Any:
             return ease._eval_cnn(loader)[0][:, 0]  # the best of the top 5
 
+        yield from ease_cases(f"EASE, one test batch, T={T}, B={len(images)}", batch)
         for autocast, what in DTYPES:
-            forms = {"PILOT": nullcontext, "PILOT, patched": pilot.patch, SDPA: sdpa_only}
-            yield Case(
-                "pilot", f"EASE, one test batch, T={T}, B={len(images)}, {what}",
-                [Form(name, within(batch, autocast), inside) for name, inside in forms.items()],
-                (SDPA,), truth=within(batch, False) if autocast else None,
-            )  # fmt: skip
-
             with torch.no_grad(), pilot.patch():
                 earlier = DataLoader(data.first((T - 1) * per_task), loader.batch_size)
                 last = network.backbone.cur_adapter  # as if the newest adapter had not been there
                 network.backbone.cur_adapter = network.backbone.adapter_list[-1]
                 with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
-                    list(_pilot_vit.features_of(ease, earlier, True, pilot._subspaces(network.backbone, False)))
+                    list(_pilot_vit.features_of(ease, earlier, True, _pilot_ease.subspaces_of(network.backbone, False)))
                 kept = _pilot_vit.kept.get(ease)
                 network.backbone.cur_adapter = last
 
@@ -511,13 +514,7 @@ def ease_prototypes(quick: bool) -> Iterator[Case]:
                 del ease.solve_sim_reset
             return ease._network.fc.weight.data[-ease.inc :].clone()
 
-        for autocast, what in DTYPES:
-            forms = {"PILOT": nullcontext, "PILOT, patched": pilot.patch, SDPA: sdpa_only}
-            yield Case(
-                "pilot", f"EASE, prototypes of a task, T={T}, {len(new)} images, {what}",
-                [Form(name, within(prototypes, autocast), inside) for name, inside in forms.items()],
-                (SDPA,), truth=within(prototypes, False) if autocast else None,
-            )  # fmt: skip
+        yield from ease_cases(f"EASE, prototypes of a task, T={T}, {len(new)} images", prototypes)
 
         def restore(ease: Any = ease, weights: Tensor = weights) -> None:
             ease._network.fc.weight.data.copy_(weights)

@@ -21,9 +21,9 @@ from torch import nn
 from plora_ext.nn import Adapters, Ensemble, inject
 
 
-def median(call: Callable[[], Any], cuda: bool, calls: int = 30) -> str:
+def median(call: Callable[[], Any], cuda: bool) -> str:
     times: list[tuple[float, float]] = []
-    for number in range(calls + 3):
+    for number in range(33):
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
         start = time.perf_counter()
         for event in events[:1]:

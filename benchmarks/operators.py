@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import re
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plora_ext import ops
-from plora_ext.bench import OPERATORS, OURS, in_turn, synchronize
+from plora_ext import bench, ops
+from plora_ext.bench import OPERATORS, OURS, in_turn
 from plora_ext.cil.build import pick_device
 
 SETS, BASE = 4, "frozen layer alone"
@@ -99,11 +98,7 @@ def measure(case: str, device: torch.device, seconds: float) -> list[dict[str, A
         forms = {rival: partial(step, form, rival == BASE) for rival, form in forms.items()}
 
     def timed(form: Form, inputs: Any) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        form(**next(inputs))
-        synchronize(device)
-        return 1e3 * (time.perf_counter() - start)
+        return bench.timed(partial(form, **next(inputs)), device)
 
     calls = {rival: partial(timed, form, itertools.cycle(sets)) for rival, form in forms.items()}
     with torch.set_grad_enabled(case == TRAINED):

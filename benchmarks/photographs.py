@@ -24,7 +24,7 @@ import harness
 from accuracy import FIGURES, results_by_head, table
 
 from plora_ext.cil.build import load_data
-from plora_ext.cil.checkpoint import write_whole
+from plora_ext.cil.files import write_whole
 from plora_ext.cil.heads import HEADS
 from plora_ext.cil.methods import METHODS
 from plora_ext.cil.result import to_json

@@ -38,9 +38,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from plora_ext.bench import Clock, Resident
 from plora_ext.cil import Images, Settings, run
 from plora_ext.cil.build import load_backbone, pick_device
+from plora_ext.cil.timing import Clock, Resident
 from plora_ext.cil.training import Phases, Trainer
 from plora_ext.data import ImageFiles, Preparation, View
 from plora_ext.data.view import SHARE

@@ -15,6 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from plora_ext.cil.files import exclusive, write_whole
 from plora_ext.cil.settings import MethodName, Settings, closest, parse
 
 if TYPE_CHECKING:  # functions import what takes seconds: --help and what is mistyped are answered without torch
@@ -154,7 +155,6 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Accuracy of a run's last checkpoint on its own test images, or those that it held out."""
-    from plora_ext.cil.checkpoint import write_whole
     from plora_ext.cil.trained import Trained
 
     figures = Trained(
@@ -175,6 +175,7 @@ def predict(args: argparse.Namespace) -> None:
     """Classes of images, by a run's last checkpoint."""
     from plora_ext.cil import trained
     from plora_ext.data import ImageFiles
+    from plora_ext.data.folders import decodable
     from plora_ext.data.inputs import image_paths
 
     if Path(args.out).suffix not in (".csv", ".json"):
@@ -186,7 +187,7 @@ def predict(args: argparse.Namespace) -> None:
     paths = image_paths(args.images)
     run = trained.Trained(args.run, args.world, **_given(args, ("device", "workers", "weights", "corrupt")))
     if run.settings.corrupt == "skip":
-        paths = trained.decodable(paths)
+        (paths,) = decodable([paths], "skip")
     predictions = run.predict(ImageFiles(paths), args.top)
     if not args.world.first:
         return
@@ -220,16 +221,17 @@ def report(args: argparse.Namespace) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """Times a part of this package beside its rivals, or the parts of a run of yours, on this machine."""
-    from plora_ext import bench as benchmarks
-    from plora_ext.cil.build import pick_device
-    from plora_ext.cil.checkpoint import write_whole
-
     if args.what == "run":
-        figures = benchmarks.time_run(settings_from(args), args.seconds, lambda line: print(line, flush=True))
-        print("\n" + benchmarks.shares(figures))
+        from plora_ext.cil import timing
+
+        figures = timing.time_run(settings_from(args), args.seconds, lambda line: print(line, flush=True))
+        print("\n" + timing.shares(figures))
         if args.json:
             write_whole(Path(args.json), (json.dumps(figures, indent=1) + "\n").encode())
         return
+    from plora_ext import bench as benchmarks
+    from plora_ext.cil.build import pick_device
+
     device = pick_device(args.device)
     lines: list[benchmarks.Line] = []
     for case in benchmarks.CASES[args.what](device, quick=args.quick):
@@ -258,7 +260,7 @@ def _run(
 ) -> None:
     """Runs jobs into one folder; with `resume` not None, a single job with a checkpoint."""
     from plora_ext.cil.build import load_data, make_stream
-    from plora_ext.cil.checkpoint import Checkpoint, exclusive
+    from plora_ext.cil.checkpoint import Checkpoint
     from plora_ext.cil.loop import run
     from plora_ext.cil.metrics import evaluated_on
     from plora_ext.cil.result import Result
@@ -313,7 +315,7 @@ def _run(
 def _odd(settings: Settings, data: Any, stream: Any) -> list[str]:
     """What is allowed and yet hardly meant."""
     from plora_ext.cil.build import pick_device
-    from plora_ext.data.sets import doubles
+    from plora_ext.data.images import doubles
 
     lines = []
     if number := doubles(data):
@@ -356,16 +358,15 @@ def _parser() -> argparse.ArgumentParser:
         required=True, metavar="demo | train | eval | predict | report | bench | info", parser_class=_Parser
     )
 
-    def command(function, name="", **keywords) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
-        added = commands.add_parser(
-            name or function.__name__,
-            help=function.__doc__,
-            description=function.__doc__,
-            allow_abbrev=False,
-            **keywords,
-        )
+    def add(group: Any, name: str, text: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = group.add_parser(name, help=text, description=text, allow_abbrev=False)
         added.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        added.set_defaults(command=function, options=added._option_string_actions)
+        added.set_defaults(options=added._option_string_actions)
+        return added
+
+    def command(function: Any, name: str = "") -> argparse.ArgumentParser:
+        added = add(commands, name or function.__name__, function.__doc__)
+        added.set_defaults(command=function)
         return added
 
     demonstrator, trainer = command(demo), command(train)
@@ -406,9 +407,7 @@ def _parser() -> argparse.ArgumentParser:
         ("prototypes", "the prototype operators, beside plain torch"),
         ("run", "loop, step, data and evaluation of a run with these settings, and the share of its phases"),
     ):
-        added = what.add_parser(name, help=text, description=text, allow_abbrev=False)
-        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        added.set_defaults(options=added._option_string_actions)
+        added = add(what, name, text)
         if name == "run":
             added.add_argument("--out", dest="json", metavar="FILE", help="JSON file for the figures")
             added.add_argument(

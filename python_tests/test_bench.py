@@ -78,6 +78,12 @@ def test_eases_loops_compute_what_the_operators_do(ease: Any) -> None:
     )
 
 
+def test_evaluations_after_every_task(ease: Any) -> None:
+    ensemble = importlib.import_module("ensemble")
+    forwards = {form: ensemble.evaluations(form, "small", 2, 5, CPU)[1] for form in (bench.OURS, bench.LOOP)}
+    assert forwards == {bench.OURS: 5 + 15, bench.LOOP: 5 + 20}  # 5 images of task 0 under adapter 0 are kept
+
+
 SMALL = {"images": 3, "rows": 5, "D": 8, "out": 6, "T": 4, "r": 2, "n": 20, "C": 6, "old": 5, "new": 3, "B": 2}
 
 

@@ -26,7 +26,8 @@ import plora_ext.cil.build
 import plora_ext.cil.speed
 from plora_ext.cil import Images, Result, Settings, run
 from plora_ext.cil import checkpoint as checkpoints
-from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, exclusive
+from plora_ext.cil.checkpoint import MANIFEST, Checkpoint
+from plora_ext.cil.files import exclusive
 from plora_ext.cil.methods import METHODS, Method
 from plora_ext.cil.trained import Trained
 from plora_ext.cil.training import Trainer
@@ -619,7 +620,7 @@ def test_one_run_a_folder(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import os, sys, time\nfrom pathlib import Path\nfrom plora_ext.cil.checkpoint import exclusive\n"
+            "import os, sys, time\nfrom pathlib import Path\nfrom plora_ext.cil.files import exclusive\n"
             "with exclusive(Path(sys.argv[1])):\n    child = os.fork()\n    print(child or '', flush=True)\n"
             "    time.sleep(99)",
             str(tmp_path),
@@ -706,6 +707,7 @@ def test_eval_and_predict(problem: list[str], tmp_path: Path, capsys: pytest.Cap
         assert message in capsys.readouterr().err
     skipping = ["predict", str(out), str(pictures), "--corrupt", "skip", "--out", str(tmp_path / "left.json")]
     assert main(skipping) == 0
+    assert f"left out 1 images that cannot be decoded: {pictures / '00.png'}" in capsys.readouterr().err
     assert json.loads((tmp_path / "left.json").read_text()) == rows[1:]
     (tmp_path / "toy.npz").rename(tmp_path / "moved.npz")
     assert main(["eval", str(out), "--data", str(tmp_path / "moved.npz")]) == 0

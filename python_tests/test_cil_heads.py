@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_cil_alignment import drift_map
 from torch import Tensor
 
 from plora_ext.cil import Settings
-from plora_ext.cil.alignment import Drift, align, class_means, drift_map
+from plora_ext.cil.alignment import Drift, align, class_means
 from plora_ext.cil.heads import HEADS, Head, create_head
 from plora_ext.cil.heads.ranpac import RIDGES, best_ridge, spectrum
 

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn
 
 from plora_ext.cil import Settings
-from plora_ext.cil.checkpoint import Checkpoint, exclusive
+from plora_ext.cil.checkpoint import Checkpoint
+from plora_ext.cil.files import exclusive
 from plora_ext.cil.result import Result
 from plora_ext.cli import main
 from plora_ext.report import figures

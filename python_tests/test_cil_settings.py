@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from plora_ext.cil.checkpoint import refuse_other
 from plora_ext.cil.methods import METHODS
+from plora_ext.cil.same_run import refuse_other
 from plora_ext.cil.settings import Settings, current, parse
 from plora_ext.data.backbone import PILOT_NAMES
 

@@ -21,8 +21,9 @@ from plora_ext.cil.build import load_data
 from plora_ext.cil.loop import run
 from plora_ext.data import Backbone, ImageFiles, Preparation, View, hold_out, load_images
 from plora_ext.data import view as views
+from plora_ext.data.images import Images, checked, doubles
 from plora_ext.data.inputs import image_paths
-from plora_ext.data.sets import FOLDERS, Images, checked, doubles
+from plora_ext.data.sets import FOLDERS
 
 SPLITS = ("train", "test")
 

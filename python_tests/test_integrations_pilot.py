@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plora_ext.integrations import _pilot_vit, pilot
+from plora_ext.integrations import _pilot_ease, _pilot_mos, _pilot_vit, pilot
 
 SETTINGS = {
     "reset": {},
@@ -85,7 +85,7 @@ def test_ease_trains_as_in_pilot(
 ) -> None:
     """24 images in batches of ten: every epoch has a ragged batch between two full ones."""
     if replayed:
-        monkeypatch.setattr(pilot, "Captured", Replayed)
+        monkeypatch.setattr(_pilot_ease, "Captured", Replayed)
     caplog.set_level(logging.INFO)
 
     def trained() -> tuple[list[str], Tensor, list[list[float]]]:
@@ -230,7 +230,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         seen.append((len(images), len(adapters)))
         return original(vit, images, adapters, class_token_only)
 
-    for module in (_pilot_vit, pilot):
+    for module in (_pilot_vit, _pilot_ease, _pilot_mos):
         monkeypatch.setattr(module, "adapter_features", counted)
     return seen
 

@@ -26,9 +26,9 @@ FLOORS = (
     ("change", "graphs", "libraries", "memory", "reference"),
     ("info", "ops"),
     ("nn",),
-    ("io", "data"),
+    ("io", "data", "bench"),
     ("cil",),
-    ("report", "integrations", "bench"),
+    ("report", "integrations"),
     ("cli",),
     ("__main__",),
 )

@@ -57,13 +57,6 @@ def _means(sums: Tensor, counts: Tensor) -> Tensor:
     return sums / counts[:, None]
 
 
-def drift_map(before: Tensor, after: Tensor, ridge: float) -> Tensor:
-    """R [D, D], float64: argmin over R of |F R - (F' - F)|^2 + l |R|^2, with l = ridge * mean(diag(F'F))."""
-    before, after = before.double(), after.double()
-    gram = before.T @ before
-    return solve_ridge(gram, before.T @ (after - before), ridge * gram.diagonal().mean())
-
-
 def solve_ridge(gram: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
     """(gram + ridge I)^-1 right in float64, by Cholesky; `gram` symmetric, changed in place.
 

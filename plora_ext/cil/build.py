@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from plora_ext.cil.checkpoint import rng_state, set_rng_state
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.features import FeatureCache
+from plora_ext.cil.packing import rng_state, set_rng_state
 from plora_ext.cil.registry import BACKBONES
 from plora_ext.cil.settings import Settings
-from plora_ext.cil.stream import TaskStream
+from plora_ext.cil.stream import Task, TaskStream
 from plora_ext.cil.training import Trainer
 from plora_ext.data import Backbone, Images, Preparation, create_backbone, hold_out, load_images
 from plora_ext.data.view import SHARE
@@ -55,6 +55,11 @@ def make_stream(settings: Settings, data: Images) -> TaskStream:
     """The task stream that the settings ask for."""
     s, seed = settings, settings.seed if settings.order_seed is None else settings.order_seed
     return TaskStream(data.train_labels, data.test_labels, s.init_cls, s.increment, seed, s.class_order, s.tasks)
+
+
+def tasks_of(settings: Settings, stream: TaskStream) -> list[Task]:
+    """The tasks that the method learns: for joint one, of all classes."""
+    return [stream.joined()] if settings.method == "joint" else stream.tasks
 
 
 def pick_device(device: str) -> torch.device:

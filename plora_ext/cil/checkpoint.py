@@ -13,49 +13,31 @@ images are not stored; a fingerprint makes sure that they and the settings are t
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import random
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import fields
-from itertools import zip_longest
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
 import plora_ext
 from plora_ext import change
 from plora_ext.cil.distributed import SINGLE, World
-from plora_ext.cil.settings import Settings, as_before
-from plora_ext.cil.stream import Task
-from plora_ext.data import ImageFiles, Images
-from plora_ext.data.sets import NAMES, select
-from plora_ext.nn import Adapters
+from plora_ext.cil.files import write_whole
+from plora_ext.cil.packing import pack, rng_state, set_rng_state, unpack
+from plora_ext.cil.same_run import ELSEWHERE, ROUNDING, TEST_IMAGES, all_settings, refuse_other
+from plora_ext.data.sets import NAMES
 
 FORMAT, READS = 4, (2, 3, 4)  # written; and read: `_migrated`
 MANIFEST = "checkpoint.json"
-# Settings under which a run may continue that began with others: they say where things are and what is measured, not
-# what is computed (what the data and the weights are, their hashes say).
-ELSEWHERE = ("out", "plugins", "data", "data_root", "download", "corrupt", "weights", "workers", "cache_images",
-             "device", "feature_cache", "ensemble_memory", "measure_drift", "graphs")  # fmt: skip
-# Likewise, but results differ by rounding from there on, which is said and recorded.
-ROUNDING = ("eval_batch_size", "amp", "tf32", "channels_last", "compile", "deterministic")
-
 # What a finished run writes beside its checkpoint (plora_ext.report.files).
 RESULTS = ("metrics.json", "settings.yaml", "accuracy.png", "task_matrix.png", "forgetting.png", "drift.png",
            "cost.png", "cost_of_tasks.png")  # fmt: skip
-
-_TEST = "test images"  # what alone of a learned task may be other when a run goes on
 _OURS = re.compile(r".+-[0-9a-f]{16}\.safetensors|\..+\.part")
 
 
@@ -105,7 +87,7 @@ class Checkpoint:
             ValueError: There is one that this version does not have.
         """
         by = f"{self.folder}, written by plora_ext {self.manifest['plora_ext']}"
-        saved, begun = _settings(self.manifest["settings"], by), Path(self.manifest.get("cwd", "."))
+        saved, begun = all_settings(self.manifest["settings"], by), Path(self.manifest.get("cwd", "."))
         names = {"data": NAMES, "data_root": (), "weights": (None, "random")}  # and values that are no paths
         for name in names if begun.absolute() != Path.cwd() else ():
             if saved[name] not in names[name] and (begun / saved[name]).exists():
@@ -159,7 +141,7 @@ class Checkpoint:
         changed = [f"{name} {before[name]} -> {settings[name]}" for name in ROUNDING if before[name] != settings[name]]
         for name, now in (("plora_ext", plora_ext.__version__), ("torch", str(torch.__version__))):
             changed += [f"{name} {saved[name]} -> {now}"] if saved[name] != now else []
-        trains = [task for task, what in tasks.items() if what != _TEST]
+        trains = [task for task, what in tasks.items() if what != TEST_IMAGES]
         if trains and "fit" in saved["parts"] and self._read("fit")["task"] in trains:
             saved["parts"] = {name: part for name, part in saved["parts"].items() if name != "fit"}
         for what in sorted(set(tasks.values())):
@@ -318,27 +300,6 @@ class Checkpoint:
                 path.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it appears whole or not at all, and stays thereafter, also when the machine stops."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the renaming itself: files of before may go after this
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
-                raise
-        finally:
-            os.close(folder)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
@@ -372,215 +333,3 @@ def _migrated(state: dict[str, Any]) -> dict[str, Any]:
         state["head:task_of_class"] = state.pop("task_of_class")
     state.pop("head:means", None)
     return state
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Keeps other runs from writing to `folder`; what a killed one left half-written there is removed.
-
-    The lock is on the folder itself and ends with the process, however that ends.
-
-    Raises:
-        OSError: Another run is writing there.
-    """
-    lock = os.open(folder, os.O_RDONLY)
-    _locks.add(lock)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise OSError(f"another run is writing to {folder}: choose another folder, or wait for it") from error
-            # a file system without such locks: nothing to be done
-        for left in folder.glob(".plora-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-    finally:
-        _locks.discard(lock)
-        os.close(lock)
-
-
-_locks: set[int] = set()
-
-
-def _let_go() -> None:
-    """A data worker must not hold the lock of the run that it outlives."""
-    while _locks:
-        os.close(_locks.pop())
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
-# ---------------------------------------------------------------------- what a run is
-
-
-def fingerprint_of(
-    settings: Settings, data: Images, tasks: Sequence[Task], backbone: str, on_device: bool
-) -> dict[str, Any]:
-    """What must be the same for a run to continue: settings, data, the backbone's weights (their digest).
-
-    on_device: where images are in fact cropped, which `transform_on: auto` leaves open.
-    """
-    kept = {name: value for name, value in settings.as_dict().items() if name not in (*ELSEWHERE, *ROUNDING)}
-    kept["transform_on"] = "device" if on_device else "cpu"
-    return {"settings": kept, **data_digests(data, tasks), "backbone": backbone}
-
-
-def data_digests(data: Images, tasks: Sequence[Task]) -> dict[str, Any]:
-    """Digests of the whole data set, `data`, and of the images and labels of each of the `tasks`.
-
-    `training` holds those of their training images alone, where they are files: pictures are mended and left out.
-    """
-    parts = [
-        Images(select(data.train_images, t.train), t.train_labels, select(data.test_images, t.test), t.test_labels)
-        for t in tasks
-    ]
-    digests = {"data": data.digest(), "tasks": [part.digest() for part in parts]}
-    if not isinstance(data.train_images, ImageFiles):
-        return digests
-    nothing = ImageFiles([]), np.zeros(0, np.int64)
-    return {**digests, "training": [Images(p.train_images, p.train_labels, *nothing).digest() for p in parts]}
-
-
-def weights_digest(model: nn.Module) -> str:
-    """16 hexadecimal digits that stand for the weights and buffers of a model."""
-    weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return weights.hexdigest()[:16]
-
-
-def refuse_other(
-    saved: Mapping[str, Any], here: Mapping[str, Any], what: str, learned: int | None = None
-) -> dict[int, str]:
-    """Raises ValueError, "`what` of another run", with every difference between two fingerprints, if there is one.
-
-    Args:
-        learned: How many tasks the saved run has learned, when the others may have other images, and these, where they
-            are files, other test images.
-
-    Returns:
-        What each task has that is other.
-    """
-    names = [name for name in here["settings"] if name not in ELSEWHERE]
-    there, chosen = (_settings(of["settings"], what) for of in (saved, here))
-    differences = [
-        f"{name} is {there[name]!r} there and {chosen[name]!r} here" for name in names if there[name] != chosen[name]
-    ]
-    tasks: dict[int, str] = {}
-    if not differences and saved["data"] != here["data"]:
-        if learned is None or "tasks" not in saved:
-            differences.append("the images or labels differ")
-        else:
-            training, now = (of.get("training") or () for of in (saved, here))
-            for task, (before, after) in enumerate(zip_longest(saved["tasks"], here["tasks"])):
-                if before != after:
-                    same = task < min(len(training), len(now)) and training[task] == now[task]
-                    tasks[task] = _TEST if same else "images or labels"
-            if some := ", ".join(str(t) for t, of in tasks.items() if t < learned and of != _TEST):
-                differences.append(f"the images or labels differ, those of task {some}, which is learned")
-    if not differences and saved["backbone"] != here["backbone"]:
-        differences.append("the backbone's weights differ")
-    if differences:
-        raise ValueError(f"{what} of another run: {'; '.join(differences)}")
-    return tasks
-
-
-def _settings(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """All settings, those that `saved` lacks as they were before there was such a setting."""
-    unknown = [name for name in saved if name not in {f.name for f in fields(Settings)}]
-    if unknown:
-        raise ValueError(
-            f"{where}: it has settings that this version, {plora_ext.__version__}, does not have: {', '.join(unknown)}"
-        )
-    return json.loads(json.dumps(Settings(**as_before(saved)).as_dict()))
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of every global random generator."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, torch.tensor(words), gauss],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Sets every global random generator."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    with suppress(RuntimeError):  # fewer GPUs than before
-        torch.cuda.set_rng_state_all(state["cuda"] if torch.cuda.is_available() else [])
-
-
-# ---------------------------------------------------------------------- adapters
-
-
-def adapters_state(adapters: Adapters) -> dict[str, Any]:
-    """An entry for each adapter, in their order: rank, alpha and the factors of every layer."""
-    return {
-        f"adapter:{name}": {
-            "alpha": {key: layer.lora_alpha[name] for key, layer in adapters.layers.items()},
-            "factors": {key: [p for pair in layer.pairs(name) for p in pair] for key, layer in adapters.layers.items()},
-        }
-        for name in adapters.names
-    }
-
-
-def restore_adapters(adapters: Adapters, state: Mapping[str, Any]) -> None:
-    """Adds the adapters of `adapters_state`; the last one is active and trains."""
-    for entry, value in state.items():
-        if entry.startswith("adapter:"):
-            name = entry.removeprefix("adapter:")
-            for key, layer in adapters.layers.items():
-                factors = value["factors"][key]
-                layer.add_adapter(name, list(zip(factors[::2], factors[1::2])), value["alpha"][key])
-    if adapters.names:
-        adapters.set_adapter(adapters.names[-1])
-        adapters.train_adapter(adapters.names[-1])
-
-
-# ---------------------------------------------------------------------- nested values
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """`value`, nested dicts and lists, with its tensors on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {k: to_device(v, device) for k, v in value.items()}
-    if isinstance(value, list):
-        return [to_device(v, device) for v in value]
-    return value
-
-
-def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON, with its tensors moved to `tensors`."""
-    if isinstance(value, Tensor):
-        key = path or "value"
-        tensors[key] = value
-        return {"tensor": key}
-    if isinstance(value, Mapping):
-        return {"dict": {str(k): pack(v, f"{path}/{k}", tensors) for k, v in value.items()}}
-    if isinstance(value, list | tuple):
-        return {"list": [pack(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
-    return {"value": value}
-
-
-def unpack(tree: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    ((kind, content),) = tree.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {k: unpack(v, tensors) for k, v in content.items()}
-    if kind == "list":
-        return [unpack(v, tensors) for v in content]
-    return content

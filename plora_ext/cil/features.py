@@ -148,8 +148,12 @@ class FeatureCache:
             digests = row_digests(images) + int.from_bytes(shape[:7], "little")
         else:
             digests = images.digests()
-        known = self._images
-        numbers = np.array([known.setdefault(digest, len(known)) for digest in _as_bytes(digests)])
+        return self._known(digests)
+
+    def _known(self, digests: Tensor) -> np.ndarray:
+        """The number of each image by its digest `[n, 2]`, a new one for a new image."""
+        known, keys = self._images, digests.cpu().numpy().view("V16").ravel().tolist()
+        numbers = np.array([known.setdefault(digest, len(known)) for digest in keys])
         for space in self._spaces.values():
             space.grow(len(known))
         return numbers
@@ -233,11 +237,7 @@ class FeatureCache:
         except (SafetensorError, ValueError, KeyError, OSError) as error:
             self._refuse(path, error)
             return
-        known = self._images
-        numbers = np.array([known.setdefault(digest, len(known)) for digest in _as_bytes(tensors["images"])])
-        for other in self._spaces.values():
-            other.grow(len(known))
-        space.add(numbers, _Block(tensors["features"], path))
+        space.add(self._known(tensors["images"]), _Block(tensors["features"], path))
 
     def _refuse(self, path: Path, error: Exception) -> None:
         path.unlink(missing_ok=True)
@@ -282,11 +282,6 @@ class _Space:
 
 
 # ---------------------------------------------------------------------- content
-
-
-def _as_bytes(digests: Tensor) -> list[bytes]:
-    """The digests `[n, 2]` one by one, as keys of a dictionary."""
-    return digests.cpu().numpy().view("V16").ravel().tolist()
 
 
 def space_fingerprints(model: nn.Module | Adapters, names: Sequence[str], *context: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from plora_ext.change import fingerprint
-from plora_ext.cil.checkpoint import rng_state, set_rng_state
+from plora_ext.cil.packing import rng_state, set_rng_state
 from plora_ext.nn import MultiLoRALinear
 
 __all__ = ["base_modules", "check_backbone", "hold_statistics", "moving", "unchanged"]

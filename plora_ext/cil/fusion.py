@@ -45,12 +45,11 @@ def coefficients(
         return torch.ones(num_tasks)
     if rule == "newest":
         return F.one_hot(torch.tensor(num_tasks - 1), num_tasks).float()
-    needed = {"similarity": task_means, "learned": magnitudes}
+    needed = {"similarity": ("task_means", task_means), "learned": ("magnitudes", magnitudes)}
     if rule not in needed:
         raise ValueError(f"rule must be mean, sum, newest, similarity or learned, got {rule!r}")
-    given = needed[rule]
+    what, given = needed[rule]
     if given is None or len(given) != num_tasks:
-        what = {"similarity": "task_means", "learned": "magnitudes"}[rule]
         came = None if given is None else len(given)
         raise ValueError(f"fusion {rule!r} needs {what} of {num_tasks} tasks, got {came}")
     if rule == "similarity":

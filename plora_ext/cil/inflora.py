@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.nn import Adapters
@@ -66,16 +66,13 @@ class Subspaces:
         self.bases: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def design(self, adapters: Adapters, name: str, grams: dict[str, Tensor]) -> list[nn.Parameter]:
-        """Sets and freezes the A of adapter `name` in every layer; returns the parameters left to train, the Bs."""
-        trained = []
+    def design(self, adapters: Adapters, name: str, grams: dict[str, Tensor]) -> None:
+        """Sets and freezes the A of adapter `name` in every layer; what is left to train are the Bs."""
         for key, layer in adapters.layers.items():
             directions = torch.linalg.svd(self._outside(key, grams[key]))[0]
-            for A, B in layer.pairs(name):
+            for A, _ in layer.pairs(name):
                 A.copy_(directions[:, : len(A)].T / math.sqrt(3))
                 A.requires_grad_(False)
-                trained.append(B)
-        return trained
 
     @torch.no_grad()
     def grow(self, grams: dict[str, Tensor], share: float) -> None:

@@ -74,9 +74,9 @@ class Learner:
         **changes: Any,
     ):
         from plora_ext.cil.build import Generators, load_backbone, pick_device, prepare
-        from plora_ext.cil.checkpoint import weights_digest
         from plora_ext.cil.frozen import check_backbone
         from plora_ext.cil.methods import METHODS
+        from plora_ext.cil.same_run import weights_digest
         from plora_ext.cil.training import Trainer
         from plora_ext.data import Backbone
 
@@ -253,7 +253,7 @@ class Learner:
             RuntimeError: No task is learned yet, or one was cut short.
         """
         import plora_ext
-        from plora_ext.cil.checkpoint import pack
+        from plora_ext.cil.packing import pack
         from plora_ext.cil.registry import HEADS, METHODS
 
         if not self.classes or self._cut_short:
@@ -328,7 +328,8 @@ class Learner:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        from plora_ext.cil.checkpoint import ELSEWHERE, ROUNDING, unpack
+        from plora_ext.cil.packing import unpack
+        from plora_ext.cil.same_run import ELSEWHERE, ROUNDING
         from plora_ext.io import load_adapter
 
         folder = Path(folder)

@@ -6,18 +6,20 @@ import time
 from collections.abc import Callable, Sequence
 
 from plora_ext.cil import prototype_error
-from plora_ext.cil.build import load_data, make_cache, make_stream
+from plora_ext.cil.build import load_data, make_cache, make_stream, tasks_of
 from plora_ext.cil.callbacks import Callback
-from plora_ext.cil.checkpoint import Checkpoint, fingerprint_of, set_rng_state
+from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.evaluate import Evaluator
 from plora_ext.cil.learner import Learner
 from plora_ext.cil.methods import Method
+from plora_ext.cil.packing import set_rng_state
 from plora_ext.cil.result import Result
+from plora_ext.cil.same_run import fingerprint_of
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.training import Phases, Trainer
 from plora_ext.data import Backbone, Images, View, hold_out
-from plora_ext.data.sets import checked
+from plora_ext.data.images import checked
 from plora_ext.info import environment
 
 
@@ -56,7 +58,7 @@ def run(
         raise TypeError(f"checkpoint must be plora_ext.cil.checkpoint.Checkpoint(Path(FOLDER)), got {checkpoint!r}")
     data = load_data(settings) if data is None else hold_out(checked(data), settings.validation)
     stream = make_stream(settings, data)
-    tasks = [stream.joined()] if settings.method == "joint" else stream.tasks
+    tasks = tasks_of(settings, stream)
     learner = Learner(settings, backbone=backbone, callbacks=callbacks, make=make, num_tasks=len(tasks), world=world)
     method, trainer = learner.method, learner.trainer
     train, test = View(data.train_images, learner.preparation), View(data.test_images, learner.preparation)

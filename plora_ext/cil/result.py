@@ -14,6 +14,7 @@ import torch
 
 import plora_ext
 from plora_ext.cil import metrics
+from plora_ext.cil.files import write_whole
 
 
 @dataclass(repr=False)
@@ -78,8 +79,6 @@ class Result:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes FOLDER/metrics.json, which `plora-ext report` reads, and returns its path; it appears whole or not."""
-        from plora_ext.cil.checkpoint import write_whole
-
         file = Path(folder) / "metrics.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, to_json([self]).encode())

@@ -24,19 +24,21 @@ from plora_ext.cil.registry import choices as registered
 from plora_ext.cil.registry import import_plugins
 
 MethodName = Literal["plora", "plora-ensemble", "simplecil", "lora-sequential", "lora-first", "aper", "joint"]
-_LEAST = (  # what settings must be, where they are not null
+_RANGES = (  # what settings must be, where they are not null
     ("at least 1", lambda v: v >= 1, "increment r epochs batch_size eval_batch_size projections replay_epochs"),
     ("at least 1", lambda v: v >= 1, "image_size covariance_rank"),
     ("at least 0", lambda v: v >= 0, "init_cls ridge ensemble_alpha weight_decay workers sought distill"),
     ("above 0", lambda v: v > 0, "fusion_tau tau ensemble_tau lr lr_later scale"),
+    ("above 0 or null", lambda v: v > 0, "ensemble_memory"),
+    ("in (0, 1]", lambda v: 0 < v <= 1, "subspace"),
+    ("in [0, 1]", lambda v: 0 <= v <= 1, "shrinkage cutmix"),
+    ("in [0, 1)", lambda v: 0 <= v < 1, "lora_dropout validation"),
+    ("in [0, 4294967295]", lambda v: 0 <= v < 2**32, "seed order_seed"),
+    ("at most 4096", lambda v: v <= 4096, "image_size"),
+    ("at most 200000", lambda v: v <= 200_000, "projections"),
+    ("at most 1024", lambda v: v <= 1024, "workers"),
 )
-_PATHS = (
-    "data",
-    "data_root",
-    "weights",
-    "out",
-    "feature_cache",
-)  # in which ~ and $HOME stand for what they do elsewhere
+_PATHS = ("data", "data_root", "weights", "out", "feature_cache")  # ~ and $HOME are as elsewhere
 # What others call a setting: timm, PEFT, PILOT, Hugging Face.
 _SYNONYMS = {
     "learning_rate": "lr", "init_lr": "lr", "bs": "batch_size", "n_epochs": "epochs", "num_epochs": "epochs",
@@ -204,24 +206,12 @@ class Settings:
                 value = os.path.expandvars(os.path.expanduser(value))
             setattr(self, name, value)
         _require(self.out != "", "out", "the name of a folder", self.out)
-        for name in ("seed", "order_seed"):
-            _require(0 <= (getattr(self, name) or 0) < 2**32, name, "in [0, 4294967295]", getattr(self, name))
-        most = {"image_size": 4096, "projections": 200_000, "workers": 1024}
-        for name, limit in most.items():
-            _require((getattr(self, name) or 0) <= limit, name, f"at most {limit}", getattr(self, name))
         if self.tasks is not None and self.class_order not in ("shuffled", "sorted"):
             raise ValueError("tasks spells out the classes of every task: leave class_order out")
-        for wanted, holds, names in _LEAST:
+        for wanted, holds, names in _RANGES:
             for name in names.split():
                 value = getattr(self, name)
                 _require(value is None or holds(value), name, wanted, value)
-        _require(0 < self.subspace <= 1, "subspace", "in (0, 1]", self.subspace)
-        for name in ("shrinkage", "cutmix"):
-            _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
-        memory = self.ensemble_memory
-        _require(memory is None or memory > 0, "ensemble_memory", "above 0 or null", memory)
-        for name in ("lora_dropout", "validation"):
-            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         if self.head != "cosine" and self.method == "plora-ensemble":
             raise ValueError(
                 f"head {self.head!r} works in one feature space, plora-ensemble has one a task: use cosine"

@@ -14,6 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from plora_ext.data.images import some
+
 
 @dataclass(frozen=True)
 class Task:
@@ -141,7 +143,7 @@ def _check_cover(classes: Sequence[int], num_classes: int, name: str) -> None:
         "repeated": sorted(c for c, n in times.items() if n > 1),
     }
     if any(faults.values()):
-        said = "; ".join(f"{fault}: {_some(which)}" for fault, which in faults.items() if which)
+        said = "; ".join(f"{fault}: {some(which)}" for fault, which in faults.items() if which)
         raise ValueError(f"{name} must name each of the {num_classes} classes exactly once; {said}")
 
 
@@ -149,15 +151,11 @@ def _check_labels(train: np.ndarray, test: np.ndarray, num_classes: int) -> None
     for name, labels in (("train_labels", train), ("test_labels", test)):
         unknown = sorted({int(c) for c in labels if not 0 <= c < num_classes})
         if unknown:
-            raise ValueError(f"{name} must lie in 0 ... {num_classes - 1}, got unknown class {_some(unknown)}")
+            raise ValueError(f"{name} must lie in 0 ... {num_classes - 1}, got unknown class {some(unknown)}")
     found = np.unique(train).tolist()
     if len(found) < num_classes:
         empty = sorted({*range(num_classes)} - {*found})
         raise ValueError(
-            f"every class needs a training image, got none for class {_some(empty)}: train_labels must be "
-            f"0 ... {num_classes - 1} without gaps, found {_some(found)}"
+            f"every class needs a training image, got none for class {some(empty)}: train_labels must be "
+            f"0 ... {num_classes - 1} without gaps, found {some(found)}"
         )
-
-
-def _some(classes: Sequence[int], most: int = 5) -> str:
-    return ", ".join(map(str, classes[:most])) + (f" and {len(classes) - most} more" if len(classes) > most else "")

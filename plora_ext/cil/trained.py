@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,12 +13,14 @@ from typing import Any
 import numpy as np
 
 import plora_ext
-from plora_ext.cil.build import load_data, make_stream
-from plora_ext.cil.checkpoint import MANIFEST, Checkpoint, data_digests, refuse_other, write_whole
+from plora_ext.cil.build import load_data, make_stream, tasks_of
+from plora_ext.cil.checkpoint import MANIFEST, Checkpoint
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.evaluate import Evaluator
+from plora_ext.cil.files import write_whole
 from plora_ext.cil.learner import Learner
 from plora_ext.cil.metrics import evaluated_on
+from plora_ext.cil.same_run import data_digests, refuse_other
 from plora_ext.cil.settings import Settings
 from plora_ext.data import ImageFiles, View
 
@@ -74,7 +75,7 @@ class Trained:
         except (ValueError, OSError) as error:
             raise type(error)(f"the run's data cannot be read; --data says where they are now: {error}") from error
         stream = make_stream(self.settings, data)
-        tasks = [stream.joined()] if self.settings.method == "joint" else stream.tasks
+        tasks = tasks_of(self.settings, stream)
         here = {**self.fingerprint, **data_digests(data, tasks), "training": None}  # test images have to be the same
         refuse_other(self.fingerprint, here, f"{self.settings.data} is the data", learned)
         images = View(data.test_images, self.learner.preparation)
@@ -112,26 +113,6 @@ class Trained:
         ]
 
 
-def decodable(paths: Sequence[Path]) -> list[Path]:
-    """The image files that can be decoded; a warning names the others.
-
-    Raises:
-        ValueError: There is none.
-    """
-    kept, said = [], []
-    for path in paths:
-        try:
-            ImageFiles([path])[0]
-            kept.append(path)
-        except ValueError as error:
-            said.append(str(error))
-    if not kept:
-        raise ValueError(f"none of {len(paths)} images can be decoded: {said[0]}")
-    if said:
-        warnings.warn(f"left out {len(said)} of {len(paths)} images: {said[0]}", stacklevel=2)
-    return kept
-
-
 def write_predictions(out: Path, paths: Sequence[Path], predictions: Sequence[dict[str, Any]]) -> None:
     """Writes the rows of `Trained.predict`, as many for each image, each with its path, as JSON or CSV by the suffix.
 
@@ -141,13 +122,11 @@ def write_predictions(out: Path, paths: Sequence[Path], predictions: Sequence[di
     rows = [{"image": str(paths[i // each]), **prediction} for i, prediction in enumerate(predictions)]
     if out.suffix == ".json":
         text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
-    elif out.suffix == ".csv":
+    else:
         table = io.StringIO()
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         text = table.getvalue()
-    else:
-        raise ValueError(f"out must end in .csv or .json, got {str(out)!r}")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, text.encode("utf-8"))

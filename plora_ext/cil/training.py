@@ -140,11 +140,80 @@ class Trainer:
                 and the settings that can be the cause.
             ValueError: A tensor of the frozen backbone has changed.
         """
-        first = self._held is None
+        s, world, unread = self.settings, self.world, self._held is None
         if self._held is None:
             self._held = moving(self.model, lambda: self._look(images))
-        with unchanged(self.model, parameters=first):  # parameters once: reading all of them takes time
-            self._fit(task, parameters, images, labels, num_classes, self._held, teacher)
+        with unchanged(self.model, parameters=unread):  # parameters once: reading all of them takes time
+            # Started from the class means: random directions would first pull the features of every class elsewhere.
+            own = world.rows(len(images))
+            means = class_means(self.features(images[own]), labels[own.to(labels.device)], num_classes, world)
+            if s.rotations:
+                num_classes, means = 4 * num_classes, means.repeat(4, 1)
+            directions = nn.Parameter(F.normalize(means))
+            groups = [
+                {"params": list(parameters), "weight_decay": s.weight_decay},
+                {"params": [directions], "weight_decay": 0.0},
+            ]
+            optimizer, scaler = self.speed.optimizer(groups), self.speed.scaler()
+            steps = math.ceil(len(images) / s.batch_size)
+            size = math.ceil(len(images) / steps)  # a last batch of a few images would be a step as large, of noise
+            losses = torch.zeros(steps, device=self.device)
+            learned = [*parameters, directions]
+            first = self.checkpoint.enter_fit(task, learned, optimizer, scaler) if self.checkpoint else 0
+            self.model.train()
+            hold_statistics(self.model, self._held)
+            model = world.parallel(self.model, learned)
+
+            def update(batch: Tensor, wanted: Tensor, number: int = 0) -> Tensor:
+                """A step on this process's part of a batch of `number` images, 0: which is the batch."""
+                number = number or len(batch)
+                features = self.speed.forward(batch, model)
+                loss = F.cross_entropy(s.scale * F.linear(F.normalize(features), F.normalize(directions)), wanted)
+                if (share := world.share(number)) != 1:
+                    loss = loss * share  # an uneven last batch
+                if teacher:
+                    of = upright(number) if s.rotations else number
+                    own = len(range(world.rank, of, world.size))  # there may be none; a pass needs one
+                    seen = slice(max(own, 1))
+                    near = F.cosine_similarity(features[seen], self.speed.forward(batch[seen], teacher, False))
+                    loss = loss + s.distillation * (1 - near)[:own].sum() * (world.size / of)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                return loss.detach()
+
+            several = "several processes share the work" if world.size > 1 else None
+            captured = self.speed.captured("training", update, learned, reason=several)
+            rate = s.lr if task == 0 or s.lr_later is None else s.lr_later
+            self.callbacks.tell("fit", task, len(images) * (s.epochs - first))
+            for epoch in range(first, s.epochs):
+                rates = []
+                order = torch.randperm(len(images))
+                targets = labels[order.to(self.device)].split(size)  # at once: every copy makes the host wait
+                for step, (_, batch) in enumerate(images.epoch(order, size, world.own)):
+                    done = (epoch * steps + step) / (steps * s.epochs)
+                    rates.append(rate * (1 + math.cos(math.pi * done)) / 2)
+                    self.speed.set_rate(optimizer, rates[-1])
+                    number = len(targets[step])
+                    wanted = targets[step][world.own(number)]
+                    with world.own_random(s.seed, task, epoch, step):
+                        if s.rotations:
+                            batch, wanted = quarter_turns(batch, wanted, num_classes // 4, (number, world.own(number)))
+                        if s.cutmix:
+                            batch, wanted = cutmix(batch, wanted, num_classes, s.cutmix)
+                        losses[step] = captured(batch, wanted) if world.size == 1 else update(batch, wanted, number)
+                    self.callbacks.tell("step", number)
+                # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
+                world.sum_(losses.div_(world.size))
+                self._refuse_infinite(f"task {task}, epoch {epoch}", losses, learned)
+                self.callbacks.tell("steps", self.steps + epoch * steps + 1, losses.tolist(), rates)
+                self.callbacks.tell("epoch", task * s.epochs + epoch + 1, float(losses.mean()))
+                if self.checkpoint:
+                    self.checkpoint.save_epoch(task, epoch, learned, optimizer, scaler)
+            self.steps += self.steps_for(len(images))
+            optimizer.zero_grad()  # a frozen adapter needs no memory for its gradient
+            self.model.eval()
 
     def steps_for(self, images: int) -> int:
         """Steps of training on a task of so many images."""
@@ -156,88 +225,6 @@ class Trainer:
         with self.speed.passes(alone=False), self.speed.autocast():
             for batch in images[rows].split(len(rows)):
                 self.model(batch)
-
-    def _fit(
-        self,
-        task: int,
-        parameters: Sequence[Tensor],
-        images: View,
-        labels: Tensor,
-        num_classes: int,
-        held: Sequence[nn.Module],
-        teacher: Callable[[Tensor], Tensor] | None,
-    ) -> None:
-        s, world = self.settings, self.world
-        # Started from the class means: random directions would first pull the features of every class elsewhere.
-        own = world.rows(len(images))
-        means = class_means(self.features(images[own]), labels[own.to(labels.device)], num_classes, world)
-        if s.rotations:
-            num_classes, means = 4 * num_classes, means.repeat(4, 1)
-        directions = nn.Parameter(F.normalize(means))
-        groups = [
-            {"params": list(parameters), "weight_decay": s.weight_decay},
-            {"params": [directions], "weight_decay": 0.0},
-        ]
-        optimizer, scaler = self.speed.optimizer(groups), self.speed.scaler()
-        steps = math.ceil(len(images) / s.batch_size)
-        size = math.ceil(len(images) / steps)  # a last batch of a few images would be a step as large, of noise
-        losses = torch.zeros(steps, device=self.device)
-        learned = [*parameters, directions]
-        first = self.checkpoint.enter_fit(task, learned, optimizer, scaler) if self.checkpoint else 0
-        self.model.train()
-        hold_statistics(self.model, held)
-        model = world.parallel(self.model, learned)
-
-        def update(batch: Tensor, wanted: Tensor, number: int = 0) -> Tensor:
-            """A step on this process's part of a batch of `number` images, 0: which is the batch."""
-            number = number or len(batch)
-            features = self.speed.forward(batch, model)
-            loss = F.cross_entropy(s.scale * F.linear(F.normalize(features), F.normalize(directions)), wanted)
-            if (share := world.share(number)) != 1:
-                loss = loss * share  # an uneven last batch
-            if teacher:
-                of = upright(number) if s.rotations else number
-                own = len(range(world.rank, of, world.size))  # there may be none; a pass needs one
-                seen = slice(max(own, 1))
-                near = F.cosine_similarity(features[seen], self.speed.forward(batch[seen], teacher, False))
-                loss = loss + s.distillation * (1 - near)[:own].sum() * (world.size / of)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            return loss.detach()
-
-        several = "several processes share the work" if world.size > 1 else None
-        captured = self.speed.captured("training", update, learned, reason=several)
-        rate = s.lr if task == 0 or s.lr_later is None else s.lr_later
-        self.callbacks.tell("fit", task, len(images) * (s.epochs - first))
-        for epoch in range(first, s.epochs):
-            rates = []
-            order = torch.randperm(len(images))
-            targets = labels[order.to(self.device)].split(size)  # at once: every copy makes the host wait
-            for step, (_, batch) in enumerate(images.epoch(order, size, world.own)):
-                done = (epoch * steps + step) / (steps * s.epochs)
-                rates.append(rate * (1 + math.cos(math.pi * done)) / 2)
-                self.speed.set_rate(optimizer, rates[-1])
-                number = len(targets[step])
-                wanted = targets[step][world.own(number)]
-                with world.own_random(s.seed, task, epoch, step):
-                    if s.rotations:
-                        batch, wanted = quarter_turns(batch, wanted, num_classes // 4, (number, world.own(number)))
-                    if s.cutmix:
-                        batch, wanted = cutmix(batch, wanted, num_classes, s.cutmix)
-                    losses[step] = captured(batch, wanted) if world.size == 1 else update(batch, wanted, number)
-                self.callbacks.tell("step", number)
-            # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
-            world.sum_(losses.div_(world.size))
-            self._refuse_infinite(f"task {task}, epoch {epoch}", losses, learned)
-            self.callbacks.tell("steps", self.steps + epoch * steps + 1, losses.tolist(), rates)
-            self.callbacks.tell("epoch", task * s.epochs + epoch + 1, float(losses.mean()))
-            if self.checkpoint:
-                self.checkpoint.save_epoch(task, epoch, learned, optimizer, scaler)
-        self.steps += self.steps_for(len(images))
-        optimizer.zero_grad()  # a frozen adapter needs no memory for its gradient
-        self.model.eval()
 
     def _refuse_infinite(self, where: str, losses: Tensor, learned: Sequence[Tensor]) -> None:
         """Raises FloatingPointError if a loss of an epoch, or what was learned in it, is not finite."""

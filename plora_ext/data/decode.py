@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 _ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
+_DARK = 64  # what images of more than 8 bits have to reach of 255, else it is said: 12 bits kept in 16 give 16
 
 
 def decode(path: Path) -> np.ndarray:
@@ -55,3 +57,13 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind != "f" or not 0 <= low <= high <= 255:  # NaN fails as well
         raise ValueError(f"must hold floats in [0, 1] or [0, 255], got {low} to {high}: scale them to 8 bits first")
     return np.round(values * (255 if high <= 1 else 1)).astype(np.uint8)
+
+
+def warn_if_dark(pixels: np.ndarray, what: str) -> None:
+    """Says so if what was scaled from more than 8 bits has become dark; `what` names it."""
+    if pixels.size and pixels.max() < _DARK:
+        warnings.warn(
+            f"more than 8 bits are scaled by the range of their type, so that {what} reach {pixels.max()} of 255 at "
+            "most: scale them to 8 bits yourself",
+            stacklevel=2,
+        )

@@ -7,7 +7,7 @@ import multiprocessing
 
 import numpy as np
 
-from .sets import ImageFiles
+from .images import ImageFiles
 
 
 class Decoded:

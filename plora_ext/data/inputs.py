@@ -11,7 +11,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from .decode import to_8_bits, to_rgb
-from .sets import IMG_EXTENSIONS, ImageFiles, decodable
+from .folders import IMG_EXTENSIONS, decodable
+from .images import ImageFiles
 
 IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif")
 _WANTED = (
@@ -46,7 +47,7 @@ def read_images(data: Any) -> np.ndarray | ImageFiles:
     if isinstance(data, str | Path):
         return ImageFiles(image_paths([data]))
     if hasattr(data, "column_names"):
-        column = _column(data, _is_image, "images")
+        column = _column(data, lambda value: isinstance(value, Image), "images")
         return Items(len(data), lambda row: data[row][column])
     if isinstance(data, np.ndarray | Tensor):
         pixels = np.asarray(data)
@@ -148,10 +149,6 @@ def _labels(given: Any) -> list[Any]:
         raise ValueError(f"labels must be one an image, got {given!r}")
     values = given.tolist() if hasattr(given, "tolist") else list(given)
     return [value.item() if hasattr(value, "item") else value for value in values]
-
-
-def _is_image(value: Any) -> bool:
-    return isinstance(value, Image)
 
 
 def _column(data: Any, fits: Callable[[Any], bool], what: str) -> str:

@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader, Dataset
 from plora_ext.memory import free_memory
 
 from .decoded import Decoded
+from .images import ImageFiles
 from .resample import center, random_crop, random_numbers, resample, to_device, whole
-from .sets import ImageFiles
 from .transforms import random_affine, to_tensor
 
 READY_BYTES = 2 << 30  # arrays whose float images take no more than this are resized once and kept

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from plora_ext import ops
 from plora_ext.integrations._layers import ones
-from plora_ext.integrations._pilot_vit import adapter_features, class_means, draw_as_if_read, features_of, is_served
+from plora_ext.integrations._pilot_vit import (
+    adapter_features,
+    class_means,
+    draw_as_if_read,
+    embed,
+    features_of,
+    is_served,
+)
 
 
 def make_inflora(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -102,8 +109,7 @@ def make_cl_lora(original: Callable[..., Any]) -> Callable[..., Any]:
         if self.training or not self.config.ffn_adapt:
             features: list[Tensor] = original(self, x, use_init_ptm)
             return features
-        x = self.patch_embed(x)
-        x = self.pos_drop(torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + self.pos_embed)
+        x = embed(self, x)
         features = [self.norm(self.blocks(x))] if use_init_ptm else []
         depth = len(self.blocks)
         shared = next((j for j in range(depth) if j in self.adapt_pos and j not in self.general_pos), depth)

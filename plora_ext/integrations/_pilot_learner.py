@@ -85,7 +85,7 @@ def make_learner() -> type:
                 yield images.to(self._device), labels.to(self._device)
 
         def _fit(self, plora: PLoRA) -> None:
-            s, losses = self.settings, torch.zeros(())
+            s = self.settings
             cuda = self._device.type == "cuda"  # there the learning rate is a number that a CUDA graph reads
             lr = torch.tensor(s["lr"], device=self._device) if cuda else s["lr"]
             optimizer = torch.optim.AdamW(

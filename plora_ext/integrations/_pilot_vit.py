@@ -19,6 +19,14 @@ IMAGES = 512
 """Images times adapters in one forward at most: more take more memory and no less time."""
 
 
+def embed(vit: Any, images: Tensor) -> Tensor:
+    """What the first block sees of images [B, 3, H, W]: tokens [B, N, D], the class token first."""
+    x = vit.patch_embed(images)
+    x = torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + vit.pos_embed
+    embedded: Tensor = vit.pos_drop(x)
+    return embedded
+
+
 def adapter_features(vit: Any, images: Tensor, adapters: Sequence[Any], class_token_only: bool = True) -> list[Tensor]:
     """Features of a batch in the subspace of every adapter: the T forward passes of EASE as one.
 
@@ -32,8 +40,7 @@ def adapter_features(vit: Any, images: Tensor, adapters: Sequence[Any], class_to
     Returns:
         T tensors [B, 1, D], or [B, N, D] with all tokens.
     """
-    x = vit.patch_embed(images)
-    x = vit.pos_drop(torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + vit.pos_embed)
+    x = embed(vit, images)
     # The frozen backbone first: an operator call then sees it as rows of id -1.
     order = sorted(range(len(adapters)), key=lambda i: adapters[i] is not None)
     step = max(1, IMAGES // max(1, len(x)))
@@ -99,8 +106,7 @@ def training_features(vit: Any, images: Tensor) -> Tensor:
 
     It drops the activations that PILOT drops.
     """
-    x = vit.patch_embed(images)
-    x = vit.pos_drop(torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + vit.pos_embed)
+    x = embed(vit, images)
     *blocks, last = vit.blocks
     for block, adapter in zip(blocks, vit.cur_adapter):
         x = block(x, adapter)

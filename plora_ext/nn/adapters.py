@@ -70,8 +70,7 @@ class Adapters:
 
     @property
     def _first(self) -> MultiLoRALinear:
-        if not self.layers:
-            raise RuntimeError("these adapters were unloaded: inject the model again")
+        self._require_layers()
         return next(iter(self.layers.values()))
 
     # ------------------------------------------------------------------ adding and choosing

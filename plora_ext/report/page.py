@@ -132,16 +132,15 @@ def notes(protocols: Sequence[Protocol], results: Sequence[Result]) -> Iterable[
 
 
 def _overview(protocol: Protocol, name: str) -> Section:
-    groups = protocol.finished
-    section = Section("Accuracy")
-    lines = ranked(protocol)
+    groups, lines, section = protocol.finished, ranked(protocol), Section("Accuracy")
+    several = any(len(g.results) > 1 for g in groups)
     best: set[tuple[int, int]] = set()
     for column in (2, 3) if len(lines) > 1 else ():
         values = {i: float(line[column].split()[0]) for i, line in enumerate(lines) if line[column] != "–"}
         best |= {(i, column) for i, value in values.items() if value == max(values.values())}
     if lines:
         head = ("Method", "Seeds", *(title for title, *_ in COLUMNS))
-        spread = ", mean ± standard deviation over seeds" if any(len(g.results) > 1 for g in groups) else ""
+        spread = ", mean ± standard deviation over seeds" if several else ""
         marked = " The best Ā and A_B are in bold." if best else ""
         section.tables.append(Table(f"Accuracies in %{spread}.{marked}", head, lines, best))
     else:
@@ -149,7 +148,7 @@ def _overview(protocol: Protocol, name: str) -> Section:
     last = ", ".join(f"{line[0]} ends at {line[3]}" for line in lines)
     words = f"Accuracy over all classes seen, by their number. {last}."
     caption = "Accuracy over all classes seen" + (
-        "; band: ± one standard deviation; dots: the runs, where there are two." if _several(groups) else "."
+        "; band: ± one standard deviation; dots: the runs, where there are two." if several else "."
     )
     section.pictures.append((caption, figures.svg(figures.accuracy(protocol, True), f"{name}-accuracy", words)))
     curves = [(g, g.spread(lambda r: r.curve)) for g in groups if len(g.example.curve) == len(protocol.classes_seen)]
@@ -289,10 +288,6 @@ def _over_tasks(caption: str, head: Sequence[str], curves: Sequence[tuple[Group,
         several = len(g.results) > 1
         lines.append([g.label, *(f"{m:.1f}" + (f" ± {d:.1f}" if several else "") for m, d in zip(mean, deviation))])
     return Table(caption, head, lines)
-
-
-def _several(groups: Sequence[Group]) -> bool:
-    return any(len(g.results) > 1 for g in groups)
 
 
 def _mean_moved(result: Result, which: str) -> float | None:

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from plora_ext.cil.checkpoint import ELSEWHERE, MANIFEST, Checkpoint
+from plora_ext.cil.checkpoint import MANIFEST, Checkpoint
 from plora_ext.cil.methods import METHODS
 from plora_ext.cil.metrics import evaluated_on
 from plora_ext.cil.result import Result
+from plora_ext.cil.same_run import ELSEWHERE
 from plora_ext.cil.settings import Settings, current
 
 PROTOCOL = ("data", "init_cls", "increment", "tasks", "class_order", "order_seed", "validation", "backbone", "weights",

@@ -1,0 +1,70 @@
+"""Files and folders that are whole whenever somebody looks."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that it appears whole or not at all, and stays thereafter, also when the machine stops."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the renaming itself: files of before may go after this
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+                raise
+        finally:
+            os.close(folder)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keeps other runs from writing to `folder`; what a killed one left half-written there is removed.
+
+    The lock is on the folder itself and ends with the process, however that ends.
+
+    Raises:
+        OSError: Another run is writing there.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    _locks.add(lock)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise OSError(f"another run is writing to {folder}: choose another folder, or wait for it") from error
+            # a file system without such locks: nothing to be done
+        for left in folder.glob(".plora-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        _locks.discard(lock)
+        os.close(lock)
+
+
+_locks: set[int] = set()
+
+
+def _let_go() -> None:
+    """A data worker must not hold the lock of the run that it outlives."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
