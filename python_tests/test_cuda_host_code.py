@@ -32,7 +32,7 @@ def calls(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         pytest.skip("no C++ compiler here")
     torch_root, library = Path(torch.__path__[0]), tmp_path_factory.mktemp("host") / "libplora_host.so"
     made = subprocess.run(
-        [compiler, "-std=c++17", "-O2", "-Wno-attributes", "-fPIC", "-shared", "-Dplora_ext=plora_host", "-DUSE_CUDA",
+        [compiler, "-std=c++17", "-O2", "-Wno-attributes", "-fPIC", "-shared", "-DUSE_CUDA",
          "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000",
          f"-I{repository / 'csrc/tests/host'}", f"-I{repository / 'csrc'}",
          "-isystem", torch_root / "include", repository / "csrc/tests/host/lora_host.cpp", "-o", library,

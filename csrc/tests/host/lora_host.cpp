@@ -2,14 +2,25 @@
 // what cuda/lora/kernels.h says of them, which refuse what the real ones could not take. So which kernels are called,
 // with what, and what becomes of their memory is tested where there is no GPU (python_tests/test_cuda_host_code.py).
 //
-// The operators are called plora_host (-Dplora_ext=plora_host); calls() tells which kernels ran since it was last
-// asked. PLORA_CUDA_PATH=mma makes the GPU one without Hopper's kernels.
+// The operators are called plora_host; calls() tells which kernels ran since it was last asked. PLORA_CUDA_PATH=mma
+// makes the GPU one without Hopper's kernels.
+#include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <set>
 #include <string>
+
+// The operators' own registrations, by another name.
+static void define(torch::stable::detail::StableLibrary& m);
+static void implement(torch::stable::detail::StableLibrary& m);
+STABLE_TORCH_LIBRARY(plora_host, m) { define(m); }
+STABLE_TORCH_LIBRARY_IMPL(plora_host, CPU, m) { implement(m); }
+#undef STABLE_TORCH_LIBRARY
+#undef STABLE_TORCH_LIBRARY_IMPL
+#define STABLE_TORCH_LIBRARY(name, m) static void define(torch::stable::detail::StableLibrary& m)
+#define STABLE_TORCH_LIBRARY_IMPL(name, key, m) static void implement(torch::stable::detail::StableLibrary& m)
 
 #include "../../cuda/lora/lora.cpp"
 #include "../../schema.cpp"
@@ -302,5 +313,3 @@ void dense_grads(const DenseGrads& p, cudaStream_t) {
 }
 
 }  // namespace plora::cuda
-
-STABLE_TORCH_LIBRARY_IMPL(plora_host, CPU, m) { plora::LoraOperators<plora::cuda::Cuda>::add_to(m); }
