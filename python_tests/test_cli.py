@@ -349,7 +349,7 @@ def command(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **variables},
+        env={**os.environ, "OMP_WAIT_POLICY": "passive", **variables},  # or a busy machine is worth a note
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 

@@ -167,7 +167,7 @@ inline bool h_by_product(const LoraShape& s) {
   using namespace lora_plan;
   const int64_t K = s.backward ? s.out : s.in, ranks = s.T * padded_rank(s.r);
   if (!s.half || K == 0 || s.family == Family::indexed || s.relu || (s.bias_A && !s.backward)) return false;
-  if (s.family == Family::all) return !s.backward && (ranks <= kAllRanks || s.M * K * ranks < kAllProducts);
+  if (s.family == Family::all) return !s.backward && (ranks <= kAllRanks || 1.0 * s.M * K * ranks < kAllProducts);
   return ranks > (for_hopper(s) ? kProductRanksHopper : kProductRanks);
 }
 
