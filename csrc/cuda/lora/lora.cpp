@@ -241,8 +241,8 @@ Tensor fused_forward(const Inputs& p, const LoraPlan& plan, const LoraShape& sha
     LowRank l = down_of(p, factors, h);
     given = new_given(p, shape, l);
     low_rank_sm90(l, stream_of(p.x));
-  } else if (h &&
-             p.ids) {  // the loop writes no h of rows without an adapter; nobody reads it, but it leaves this operator
+  } else if (h && p.ids) {
+    // the loop writes no h of rows without an adapter, and nobody reads it, but it leaves this operator
     torch::stable::zero_(*h);
   }
   const Tensor y = allocate(p.x, {p.M, p.out});
