@@ -145,9 +145,9 @@ __device__ inline void multiply(float (&d)[4], const Operand<scalar>& a, const O
 }
 
 // True float32 by three products, the small ones first (lo lo is below the rounding). The matrix units cut their sums
-// short instead of rounding them, so blocks are summed by ordinary additions.
-__device__ inline void multiply(float (&d)[4], const Operand<float>& a, const Operand<float>& a8,
-                                const Operand<float>& b) {
+// short instead of rounding them, so blocks are summed by ordinary additions. Operands have hi[4] and lo[4].
+template <typename Left, typename Right>
+__device__ inline void multiply_float32(float (&d)[4], const Left& a, const Left& a8, const Right& b) {
   float sum[4] = {};
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
@@ -157,6 +157,11 @@ __device__ inline void multiply(float (&d)[4], const Operand<float>& a, const Op
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) d[i] += sum[i];
+}
+
+__device__ inline void multiply(float (&d)[4], const Operand<float>& a, const Operand<float>& a8,
+                                const Operand<float>& b) {
+  multiply_float32(d, a, a8, b);
 }
 
 }  // namespace plora::cuda

@@ -100,20 +100,11 @@ struct Split {
   }
 };
 
-// d += a b over 16 k. True float32 takes three products (lo lo is below the rounding), the small ones first. The matrix
-// units cut their sums short instead of rounding them, so these are added up by ordinary additions.
+// d += a b over 16 k, in true float32 or TF32.
 template <typename Left, typename Right>
 __device__ inline void add_product(float (&d)[4], const Left& a, const Left& a8, const Right& b) {
   if constexpr (sizeof(a.lo) == sizeof(a.hi)) {
-    float sum[4] = {};
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      mma_m16n8k8(sum, a.lo[i], a8.lo[i], a.lo[i + 1], a8.lo[i + 1], b.hi[i], b.hi[i + 1]);
-      mma_m16n8k8(sum, a.hi[i], a8.hi[i], a.hi[i + 1], a8.hi[i + 1], b.lo[i], b.lo[i + 1]);
-      mma_m16n8k8(sum, a.hi[i], a8.hi[i], a.hi[i + 1], a8.hi[i + 1], b.hi[i], b.hi[i + 1]);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) d[i] += sum[i];
+    multiply_float32(d, a, a8, b);
   } else {
     mma_m16n8k8(d, a.hi[0], a8.hi[0], a.hi[1], a8.hi[1], b.hi[0], b.hi[1]);
     mma_m16n8k8(d, a.hi[2], a8.hi[2], a.hi[3], a8.hi[3], b.hi[2], b.hi[3]);
