@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py [--model NAME] [--images N] [--amp bfloat16] [--compile] [--out FOLDER/NAME]
     python benchmarks/throughput.py --phases [--epochs N] [--images N] [--amp none bfloat16] [--forms plora ease ...]
+    python benchmarks/throughput.py --phases --forms cifar100_b0_inc10 imagenet-r_b0_inc20 cub_b0_inc10
 
 Without --phases: evaluation and training (r = 16 on qkv and proj) of one backbone with random weights: on a batch that
 is on the device, on uint8 arrays, and on JPEG files of 256 pixels that the device or the workers crop to the input's
@@ -12,7 +13,8 @@ With --phases: B0 Inc10 on random images of CIFAR-100's shape, with random weigh
 transforms: seconds and peak memory by phase. The last column carries a run of fewer epochs and images on to 20 epochs
 and 50,000 images, as if all but the alignment were linear in them. `ease` is LAMDA-PILOT's own loop with the settings
 that it ships, `ease, patched` the same with this package's patch; both need PLORA_PILOT, a checkout. PILOT's own
-precision is none (float32).
+precision is none (float32). A form that is a file of configs/ is this package's loop with that file's settings, on
+random images of its data set's number and classes (the last column: all of them, 20 epochs).
 
 Writes NAME.csv and NAME.md.
 """
@@ -30,6 +32,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,13 @@ from plora_ext.nn import inject
 RATES = ("part", "source", "first", "later", "share", "peak_mb")
 PHASES = ("form", "amp", "phase", "seconds", "peak_mb", "images_per_s", "seconds_whole")
 CLASSES = 10
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CIFAR = (50_000, 10_000, 100, 32)
+PROTOCOLS = {  # training and test images, classes, pixels
+    "cifar100_b0_inc10": CIFAR,
+    "imagenet-r_b0_inc20": (24_000, 6_000, 200, 256),
+    "cub_b0_inc10": (9_430, 2_358, 200, 256),
+}
 
 
 def jpegs(folder: Path, number: int) -> list[Path]:
@@ -141,26 +151,35 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------- whole runs
 
 
-def noise(n: int) -> Images:
-    """n training and n / 5 test images of 100 classes, 32 x 32, every class with a colour of its own."""
+def noise(train: int, test: int, classes: int = 100, pixels: int = 32) -> Images:
+    """Random images, every class with a colour of its own."""
     rng = np.random.default_rng(0)
-    colors = rng.integers(60, 196, (100, 1, 1, 3))
+    colors = rng.integers(0, 136, (classes, 1, 1, 3), dtype=np.uint8)
 
     def draw(number: int) -> tuple[np.ndarray, np.ndarray]:
-        labels = np.arange(number) % 100
-        return (colors[labels] + rng.integers(-60, 60, (number, 32, 32, 3))).astype(np.uint8), labels
+        labels = np.arange(number) % classes
+        images = rng.integers(0, 120, (number, pixels, pixels, 3), dtype=np.uint8)
+        for i, label in enumerate(labels):
+            images[i] += colors[label]
+        return images, labels
 
-    return Images(*draw(n), *draw(n // 5))
+    return Images(*draw(train), *draw(test))
 
 
 def ours(form: str, amp: str, args: argparse.Namespace, data: Images) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds and peak memory by phase of this package's loop."""
-    settings = Settings(
-        method="plora-ensemble" if "ensemble" in form else "plora", backbone=args.model, weights="random",
-        epochs=args.epochs, batch_size=48, eval_batch_size=args.eval_batch, amp=amp, tf32=args.tf32,
-        compile=args.compile, channels_last=args.channels_last, transform="pilot", normalize="none", lr=5e-4,
-        transform_on="cpu" if "workers" in form else "device", workers=args.workers, device=args.device,
+    common: dict[str, Any] = dict(
+        weights="random", epochs=args.epochs, eval_batch_size=args.eval_batch, amp=amp, tf32=args.tf32,
+        compile=args.compile, channels_last=args.channels_last, workers=args.workers, device=args.device,
+        transform_on="cpu" if "workers" in form else "device",
     )  # fmt: skip
+    if form in PROTOCOLS:
+        settings = replace(Settings.load(CONFIGS / f"{form}.yaml"), **common)
+    else:
+        method = "plora-ensemble" if "ensemble" in form else "plora"
+        settings = Settings(
+            method=method, backbone=args.model, batch_size=48, transform="pilot", normalize="none", lr=5e-4, **common
+        )
     result = run(settings, data=data)
     other = result.total_seconds - sum(result.seconds.values())
     return {**result.seconds, "other": other}, result.peak_mb
@@ -246,25 +265,27 @@ FORMS: dict[str, Callable[..., tuple[dict[str, float], dict[str, float]]]] = {
     "plora-ensemble": ours,
     "ease": ease,
     "ease, patched": ease,
+    **dict.fromkeys(PROTOCOLS, ours),
 }
 
 
 def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A line for each phase of each form and precision."""
-    data = noise(args.images)
+    share = args.images / CIFAR[0]
     for form, amp in ((form, amp) for form in args.forms for amp in args.amp):
         if FORMS[form] is ease and not os.environ.get("PLORA_PILOT"):
             print(f"{form}: left out, PLORA_PILOT names no checkout")
             continue
-        seconds, peak = FORMS[form](form, amp, args, data)
-        images = 50_000 / args.images
+        train, test, *look = PROTOCOLS.get(form, CIFAR)
+        images = round(train * share)
+        seconds, peak = FORMS[form](form, amp, args, noise(images, round(test * share), *look))
         whole = {
-            phase: value * (1 if phase == "align" else images) * (20 / args.epochs if phase == "train" else 1)
+            phase: value * (1 if phase == "align" else 1 / share) * (20 / args.epochs if phase == "train" else 1)
             for phase, value in seconds.items()
         }
         whole["total"] = sum(whole.values())
         for phase, value in {**seconds, "total": sum(seconds.values())}.items():
-            rate = args.images * args.epochs / value if phase == "train" else None
+            rate = images * args.epochs / value if phase == "train" else None
             row = dict(zip(PHASES, (form, amp, phase, value, peak.get(phase, max(peak.values())), rate, whole[phase])))
             print(*cells(row), sep=" | ", flush=True)
             yield row
@@ -285,7 +306,7 @@ def write(args: argparse.Namespace, fields: tuple[str, ...], rows: list[dict[str
 def main() -> None:
     parser = harness.options(__doc__, "throughput")
     parser.add_argument("--model", default="vit_base_patch16_224", help="embedded, or a model of timm")
-    parser.add_argument("--images", type=int, help="training images (default: 12800; --phases: 50000)")
+    parser.add_argument("--images", type=int, help="training images (default: 12800; --phases: 50000, or that share)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", nargs="+", choices=("none", "bfloat16", "float16"), default=["bfloat16"])
     parser.add_argument("--batch", type=int, default=128, help="images of a training step (--phases: always 48)")
