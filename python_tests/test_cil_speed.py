@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import os
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from plora_ext.cil import Images, Result, Settings, run
 from plora_ext.cil.build import prepare
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.speed import Speed
-from plora_ext.data import Backbone, ImageFiles, Preparation, View
+from plora_ext.data import Backbone, ImageFiles, Preparation, View, loader
 from plora_ext.data import resample as resampling
 from plora_ext.data import view as views
 from plora_ext.data.decoded import Decoded
@@ -308,17 +308,53 @@ def test_workers_leave_a_cpu_to_the_model(
     assert prepare(Settings(workers=3), look, torch.device(device)).workers == 3
 
 
-def test_workers_that_shared_memory_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def with_free(free: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(views.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-        return list(view(files(tmp_path, [(9, 9)] * 6), transform="pilot", workers=2).split(3))
+def test_workers_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = files(tmp_path, [(9, 9)] * 6)
+    whole = list(view(images, transform="pilot").split(3))
 
-    batch = 3 * 3 * 8 * 8  # of three images, uint8 [3, 8, 8]
-    whole = with_free(9 * batch)
-    for free, fit in ((9 * batch - 1, 1), (5 * batch - 1, 0)):
-        with pytest.warns(UserWarning, match=f"{fit} data workers instead of 2 .docker run --shm-size=1g makes room"):
-            fewer = with_free(free)
-        assert all(torch.equal(a, b) for a, b in zip(whole, fewer, strict=True))
+    def full(self: loader.DataLoader) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as of a semaphore in a full /dev/shm
+
+    monkeypatch.setattr(loader.DataLoader, "__iter__", full)
+    look = view(images, transform="pilot", workers=2)
+    with pytest.warns(UserWarning, match="no data workers, this process loads the images: .* No space left"):
+        first = list(look.split(3))
+    for batches in (first, list(look.split(3))):
+        assert all(torch.equal(a, b) for a, b in zip(whole, batches, strict=True))
+
+
+def test_images_do_not_pass_through_shared_memory_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(os.listdir("/dev/shm"))
+    look = view(files(tmp_path, [(20, 30)] * 40), transform="pilot", workers=2, on_device=True)
+    batches = look.split(20)
+    next(batches)
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("torch_")]
+    assert not [link for link in Path("/proc/self/fd").iterdir() if "torch_" in os.path.realpath(link)]
+    assert len(list(batches)) == 1
+
+
+@pytest.mark.parametrize("largest", [10**6, 700])  # bytes of an image: a slot, or too little for most pieces
+def test_many_batches_over_few_slots(largest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "PIECE", 2)
+    monkeypatch.setattr(loader, "BATCH", 2)
+    sizes = [(9 + i % 7, 20 - i % 5) for i in range(50)]
+    look = view(files(tmp_path, sizes), transform="pilot", workers=2, on_device=True)
+    look._loader._image_bytes = largest
+    alone = view(files(tmp_path, sizes), transform="pilot", on_device=True)
+    for order, size in (
+        (torch.arange(50), 3),
+        (torch.arange(50).flip(0), 7),
+        (torch.arange(5), 4),
+    ):
+        batches = zip(look[order].split(size), alone[order].split(size), strict=True)
+        assert all(torch.equal(a, b) for a, b in batches)
+
+
+def test_decoded_images_need_no_worker(tmp_path: Path) -> None:
+    look = view(files(tmp_path, [(9, 9)] * 6), transform="pilot", workers=1, on_device=True, cache=0.01)
+    first = list(look.split(4))
+    look._loader._loader._iterator._workers[0].kill()
+    assert all(torch.equal(a, b) for a, b in zip(first, look.split(4), strict=True))
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -326,7 +362,7 @@ def test_a_batch_is_the_same_in_pieces(on_device: bool, tmp_path: Path, monkeypa
     images = files(tmp_path, [(9, 9), (12, 7), (5, 14), (9, 9), (30, 8), (6, 6), (11, 11)])
 
     def batches(piece: int, workers: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(views, "PIECE", piece)
+        monkeypatch.setattr(loader, "PIECE", piece)
         torch.manual_seed(0)
         of = view(images, transform="pilot", workers=workers, on_device=on_device)
         return [*of.split(4), *(batch for _, batch in of.epoch(torch.randperm(7), 5))]
@@ -338,11 +374,10 @@ def test_a_batch_is_the_same_in_pieces(on_device: bool, tmp_path: Path, monkeypa
 
 
 def test_workers_that_bring_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "TIMEOUT", 1)
+    monkeypatch.setattr(loader, "TIMEOUT", 1)
     images = files(tmp_path, [(9, 9)] * 6)
     monkeypatch.setattr(type(images), "__getitem__", lambda self, row: time.sleep(30))
-    monkeypatch.setattr(views._Loader, "_fitting", lambda self, size: 2)
-    with pytest.raises(TimeoutError, match="no batch came from data workers within 1 s: /dev/shm may be full"):
+    with pytest.raises(TimeoutError, match="no images came from data workers within 1 s: the disk may hang"):
         list(view(images, transform="pilot", workers=2).split(3))
 
 

@@ -46,3 +46,7 @@ class Decoded:
         self._places[index, 1:] = image.shape[:2]
         self._places[index, 0] = end  # last: who sees it finds the pixels
         return image
+
+    def hold(self, rows: list[int]) -> bool:
+        """Whether the images of `rows` are all decoded."""
+        return bool(self._places[rows, 0].all())

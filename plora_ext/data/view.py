@@ -16,32 +16,24 @@ or prepared on the device, so that the same state of it gives the same batches f
 from __future__ import annotations
 
 import hashlib
-import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from plora_ext.memory import free_memory
 
 from .decoded import Decoded
 from .images import ImageFiles
+from .loader import Item, Loader, stacked
 from .resample import center, random_crop, random_numbers, resample, to_device, whole
 from .transforms import random_affine, to_tensor
 
 READY_BYTES = 2 << 30  # arrays whose float images take no more than this are resized once and kept
 SHARE = 1 / 4  # of the free memory of the device or the host, that images may take
-SHM, TIMEOUT = "/dev/shm", 600  # where workers hand over images; seconds to wait for some
-PIECE = 16  # images that a worker hands over together, so that all of them make an epoch's first batch
-AHEAD = 4  # pieces that a worker may be ahead
 CROP = {"scale": (0.05, 1.0), "ratio": (3 / 4, 4 / 3)}  # of transform pilot
 Own = Callable[[int], slice]
 
@@ -94,7 +86,7 @@ class View:
         self._digests: list[Tensor] = []  # of all images, shared by every selection
         self._ready: Tensor | None = None  # float images, prepared
         self._stored: Tensor | None = None  # uint8 images, on the device
-        self._loader: _Loader | None = None  # for images that are loaded one by one
+        self._loader: Loader | None = None  # for images that are loaded one by one
         source: np.ndarray | ImageFiles | Decoded = images
         if isinstance(images, ImageFiles):
             if p.cache:
@@ -106,7 +98,9 @@ class View:
             self._stored = torch.as_tensor(images).to(p.device)
         in_memory = self._ready is not None or self._stored is not None
         if not in_memory and (isinstance(images, ImageFiles) or p.transform == "pilot" or p.on_device):
-            self._loader = _Loader(_Items(source, p), p)
+            # as they are stored, images may have any size: a million bytes is one of 580 pixels
+            each = 10**6 if p.on_device else p.image_size**2 * (3 if p.transform == "pilot" else 12)
+            self._loader = Loader(_Items(source, p), p.workers, each)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -171,8 +165,8 @@ class View:
                 yield (self._resampled(images, sizes, own) / 255 - mean) / std
         elif self._loader:
             seeds = [[None] * len(rows) if own is None else own.tolist() for rows, own in zip(batches, numbers)]
-            for pieces in self._loader([list(zip(rows.tolist(), own)) for rows, own in zip(batches, seeds)]):
-                batch = torch.cat([piece.to(p.device, non_blocking=True) for piece in pieces])
+            for loaded in self._loader([list(zip(rows.tolist(), own)) for rows, own in zip(batches, seeds)]):
+                batch = stacked(loaded, p.device)
                 yield ((batch.float() / 255 if batch.dtype == torch.uint8 else batch) - mean) / std
         else:
             for rows in batches:
@@ -187,9 +181,8 @@ class View:
                 yield self._stored[rows], size.expand(len(rows), 2)
         else:
             assert self._loader is not None
-            for pieces in self._loader([[(row, None) for row in rows.tolist()] for rows in batches]):
-                sizes = torch.cat([own for _, own in pieces])
-                yield _padded([images.to(p.device, non_blocking=True) for images, _ in pieces], sizes), sizes
+            for images in self._loader([[(row, None) for row in rows.tolist()] for rows in batches]):
+                yield stacked(images, p.device), torch.tensor([image.shape[:2] for image in images])
 
     def _resampled(self, images: Tensor, sizes: Tensor, numbers: Tensor | None) -> Tensor:
         """Cropped and resized where the model is."""
@@ -211,97 +204,16 @@ def _split_on(device: torch.device, batches: Sequence[Tensor]) -> Sequence[Tenso
     return to_device(torch.cat(list(batches)), device).split([len(rows) for rows in batches]) if batches else []
 
 
-class _Loader:
-    """Batches of items, from workers that live on between passes: starting them takes longer than a small epoch."""
-
-    def __init__(self, items: _Items, preparation: Preparation):
-        self._items, self._preparation = items, preparation
-        self._plan: list[Any] = []  # what the loader takes as its batch sampler
-        self._loader: DataLoader | None = None
-        self._warned = False
-
-    def _fitting(self, batch_size: int) -> int:
-        """How many workers shared memory has room for: each has up to `AHEAD` pieces there; a batch is being read."""
-        try:
-            free = shutil.disk_usage(SHM).free
-        except OSError:  # batches lie elsewhere
-            return self._preparation.workers
-        p, workers = self._preparation, self._preparation.workers
-        # as they are stored, images may have any size: a million bytes is one of 580 pixels
-        image = 10**6 if p.on_device else p.image_size**2 * (3 if p.transform == "pilot" else 12)
-        batch, piece = batch_size * image, min(batch_size, PIECE) * image
-        fit = min(workers, max(0, (free - batch) // (AHEAD * piece)))
-        if fit < workers and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{SHM} has {free >> 20} MiB free and a batch takes {batch / 2**20:.1f}: {fit} data workers instead of "
-                f"{workers} (docker run --shm-size=1g makes room)",
-                stacklevel=2,
-            )
-        return fit
-
-    def __call__(self, batches: list[list[Any]]) -> Iterator[list[Any]]:
-        """The pieces of every batch of `batches`, lists of items; a worker that died becomes one clear error."""
-        cuts = [[batch[i : i + PIECE] for i in range(0, len(batch), PIECE)] for batch in batches]
-        self._plan[:] = chain.from_iterable(cuts)
-        workers = min(self._preparation.workers, len(self._plan))
-        if workers and (fit := self._fitting(max(map(len, batches)))) < workers:
-            workers = fit
-            if self._loader is not None and self._loader.num_workers > fit:
-                self._loader = None
-        if self._loader is None or self._loader.num_workers < workers:
-            self._loader = DataLoader(
-                self._items,
-                batch_sampler=self._plan,
-                num_workers=workers,
-                collate_fn=partial(_collate, bool(self._preparation.on_device)),
-                pin_memory=self._preparation.device.type == "cuda",
-                generator=torch.Generator(),  # its own: the global one stays where it is
-                persistent_workers=workers > 0,
-                multiprocessing_context="fork" if workers else None,
-                prefetch_factor=AHEAD if workers else None,
-                timeout=TIMEOUT if workers else 0,
-            )
-        try:
-            loaded = iter(self._loader)
-            for cut in cuts:
-                pieces = [next(loaded) for _ in cut]
-                if wrong := next((piece for piece in pieces if isinstance(piece, Exception)), None):
-                    raise wrong
-                yield pieces
-            next(loaded, None)  # its end, or the next pass would begin while this one is under way
-        except RuntimeError as error:
-            said = str(error).splitlines()[0]
-            if "DataLoader timed out" in said:
-                self._loader = None
-                raise TimeoutError(
-                    f"no batch came from data workers within {TIMEOUT} s: {SHM} may be full (docker run "
-                    "--shm-size=1g), or the disk hangs; set workers to 0"
-                ) from error
-            if "DataLoader worker" not in said:
-                raise
-            self._loader = None
-            raise ChildProcessError(
-                f"a data worker died ({said}); it may have run out of memory: lower workers, or set it to 0"
-            ) from error
-
-
-class _Items(Dataset):
-    """Item (row, seed): the prepared image, or what went wrong (an exception would arrive as a traceback).
-
-    With a seed it is a random crop. Images that the device prepares come as they are stored.
-    """
+class _Items:
+    """Item (row, seed): the image prepared, with a seed a random crop of it; as stored where the device does that."""
 
     def __init__(self, images: np.ndarray | ImageFiles | Decoded, preparation: Preparation):
         self.images, self.raw = images, preparation.on_device
         self.transforms = {crop: _transform(preparation, crop) for crop in (False, True)}
 
-    def __getitem__(self, item: tuple[int, int | None]) -> Tensor | Exception:
+    def __getitem__(self, item: Item) -> Tensor:
         row, seed = item
-        try:
-            image = self.images[row]
-        except ValueError as error:
-            return error
+        image = self.images[row]
         if self.raw:
             return torch.as_tensor(image)
         if seed is None:
@@ -313,27 +225,8 @@ class _Items(Dataset):
         finally:
             torch.set_rng_state(state)
 
-
-def _collate(raw: bool, items: list[Any]) -> Any:
-    """A batch; of raw images [H, W, 3] one padded to the largest, with their sizes [B, 2]; or what went wrong."""
-    for item in items:
-        if isinstance(item, Exception):
-            return item
-    if not raw:
-        return torch.stack(items)
-    sizes = torch.tensor([image.shape[:2] for image in items])
-    return _padded([image[None] for image in items], sizes), sizes
-
-
-def _padded(pieces: list[Tensor], sizes: Tensor) -> Tensor:
-    """Images [n, H, W, 3] of several n, H and W one after another, zeros around those smaller than the largest."""
-    height, width = sizes.amax(0).tolist()
-    if all(piece.shape[1:3] == (height, width) for piece in pieces):
-        return torch.cat(pieces)
-    batch = pieces[0].new_zeros(len(sizes), height, width, 3)
-    for place, piece in zip(batch.split([len(piece) for piece in pieces]), pieces):
-        place[:, : piece.shape[1], : piece.shape[2]] = piece
-    return batch
+    def at_hand(self, rows: list[int]) -> bool:
+        return bool(self.raw) and isinstance(self.images, Decoded) and self.images.hold(rows)
 
 
 def _transform(p: Preparation, crop: bool) -> Callable[[np.ndarray], Tensor]:
