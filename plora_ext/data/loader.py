@@ -7,11 +7,12 @@ No image lies in /dev/shm, none is pickled but those of a piece that is larger t
 
 from __future__ import annotations
 
-import errno
 import math
 import mmap
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ PIECE = 16  # images that a worker makes at a time
 AHEAD = 4  # pieces that a worker may be ahead
 BATCH = 256  # images that there are slots for beside: a larger batch has workers start anew
 TIMEOUT = 600  # seconds to wait for a piece
+SHM, LOCKS = "/dev/shm", 1 << 20  # where the locks of workers' queues lie, and more than enough bytes for them
 
 Item = tuple[int, int | None]  # a row, and the seed of its random crop
 
@@ -91,33 +93,31 @@ class Loader:
 
         There are slots for what workers are ahead and for the largest batch, none is written to while read.
         """
+        with suppress(OSError):  # there may be none
+            if shutil.disk_usage(SHM).free < LOCKS:
+                warnings.warn(f"{SHM} is full: this process loads images, without data workers", stacklevel=2)
+                self.workers = 0
+                return None
         workers = max(workers, self._loader.num_workers if self._loader else 0)
         slots = AHEAD * workers + max(*map(len, pieces), math.ceil(BATCH / PIECE))
-        try:
-            if self._loader is None or self._loader.num_workers < workers or len(self._slots) < slots:
-                memory = mmap.mmap(-1, slots * PIECE * self._image_bytes)  # taken as it is written to
-                self._slots = torch.frombuffer(memory, dtype=torch.uint8).view(slots, -1)
-                self._loader = DataLoader(
-                    _Pieces(self._items, self._slots),
-                    batch_size=None,
-                    sampler=self._plan,
-                    num_workers=workers,
-                    collate_fn=_as_it_is,
-                    generator=torch.Generator(),  # its own: the global one stays where it is
-                    persistent_workers=True,
-                    multiprocessing_context="fork",
-                    prefetch_factor=AHEAD,
-                    timeout=TIMEOUT,
-                )
-            in_order = (piece for cut in pieces for piece in cut)
-            self._plan[:] = ((i % len(self._slots), piece) for i, piece in enumerate(in_order))
-            return iter(self._loader)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM):
-                raise
-            warnings.warn(f"no data workers, this process loads the images: {error} (/dev/shm full?)", stacklevel=2)
-            self.workers, self._loader = 0, None
-            return None
+        if self._loader is None or self._loader.num_workers < workers or len(self._slots) < slots:
+            memory = mmap.mmap(-1, slots * PIECE * self._image_bytes)  # taken as it is written to
+            self._slots = torch.frombuffer(memory, dtype=torch.uint8).view(slots, -1)
+            self._loader = DataLoader(
+                _Pieces(self._items, self._slots),
+                batch_size=None,
+                sampler=self._plan,
+                num_workers=workers,
+                collate_fn=_as_it_is,
+                generator=torch.Generator(),  # its own: the global one stays where it is
+                persistent_workers=True,
+                multiprocessing_context="fork",
+                prefetch_factor=AHEAD,
+                timeout=TIMEOUT,
+            )
+        in_order = (piece for cut in pieces for piece in cut)
+        self._plan[:] = ((i % len(self._slots), piece) for i, piece in enumerate(in_order))
+        return iter(self._loader)
 
     def _read(self, piece: Any) -> list[Tensor]:
         if isinstance(piece, Exception):
