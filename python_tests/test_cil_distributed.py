@@ -33,7 +33,7 @@ import plora_ext.cil.build
 from plora_ext import ops
 from plora_ext.cil import Images, Learner, Result, evaluate, run
 from plora_ext.cil.checkpoint import Checkpoint
-from plora_ext.cil.distributed import SINGLE, Stopped, World, launched
+from plora_ext.cil.distributed import SINGLE, Stopped, World, gradients, launched
 from plora_ext.cil.methods import METHODS, Method
 from plora_ext.cil.trained import Trained
 from plora_ext.cil.training import Trainer
@@ -217,7 +217,7 @@ def test_every_row_has_one_owner() -> None:
                 own = [list(range(number))[w.own(number)] for w in worlds]
                 assert all(own)  # never an empty batch
                 means = [sum(part) / len(part) for part in own]
-                together = sum(m * w.share(number) for m, w in zip(means, worlds)) / size
+                together = sum(m * w.share(number) for m, w in zip(means, worlds))
                 assert together == pytest.approx(sum(range(number)) / number)
 
 
@@ -255,37 +255,29 @@ def test_collectives() -> None:
     assert spawn(2, collectives) == [[[1], [1], [3], [3]], [[1], [1], [2], [3]]]
 
 
-def gradients(world: World) -> list[Tensor]:
+def summed_gradients(world: World) -> list[Tensor]:
     """Of a linear layer, over batches of sizes that do not divide, with a layer that is never called."""
+    torch.manual_seed(world.rank)
+    used, idle, beside = nn.Linear(4, 3), nn.Linear(4, 3), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    learned = [*used.parameters(), *idle.parameters(), beside]
+    world.start_(used, learned)  # from here on rank 0's
     torch.manual_seed(0)
-    model = nn.ModuleDict({"used": nn.Linear(4, 3), "idle": nn.Linear(4, 3)})
-    beside = nn.Parameter(torch.ones(3))
-    learned = [*model.parameters(), beside]
-    call = world.parallel(_Used(model), learned)
     found = []
     for number in (5, 1, 4):
         x, labels = torch.randn(number, 4), torch.arange(number) % 3
         own = world.own(number)
-        loss = nn.functional.cross_entropy(call(x[own]) * beside, labels[own]) * world.share(number)
+        loss = nn.functional.cross_entropy(used(x[own]) * beside, labels[own]) * world.share(number)
         for parameter in learned:
             parameter.grad = None
         loss.backward()
-        assert model["idle"].weight.grad is None
+        world.sum_gradients_(learned, gradients(learned))
+        assert idle.weight.grad is None and idle.bias.grad is None  # weight decay would change them
         found += [p.grad.clone() for p in learned if p.grad is not None]
     return found
 
 
-class _Used(nn.Module):
-    def __init__(self, layers: nn.ModuleDict):
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers["used"](x)
-
-
 def test_gradients_are_the_mean_over_the_whole_batch() -> None:
-    one, many = gradients(SINGLE), spawn(2, gradients)
+    one, many = summed_gradients(SINGLE), spawn(2, summed_gradients)
     assert len(one) == 9
     for expected, *got in zip(one, *many):
         assert torch.equal(*got)
@@ -340,12 +332,12 @@ def test_a_learner_of_many_processes(tmp_path: Path) -> None:
         torch.testing.assert_close(two[2], one[2], rtol=1e-3, atol=1e-4)
     assert torch.equal(many[0][2], many[1][2])
     back = Learner.from_pretrained(tmp_path / "two", backbone=backbone())
-    assert torch.equal(back.method.prototypes, many[0][2])  # type: ignore[arg-type]
+    assert torch.equal(back.method.prototypes.cpu(), many[0][2])  # type: ignore[union-attr]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 def batch_norm(world: World) -> None:
-    world.parallel(nn.Sequential(nn.BatchNorm1d(3)), [])
+    world.start_(nn.Sequential(nn.BatchNorm1d(3)), [])
 
 
 def too_small(world: World) -> None:
