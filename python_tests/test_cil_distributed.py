@@ -13,7 +13,7 @@ import pickle
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from multiprocessing import forkserver
@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 import plora_ext.cil.build
 from plora_ext import ops
-from plora_ext.cil import Images, Learner, Result, evaluate, run
+from plora_ext.cil import Images, Learner, Result, evaluate, run, speed
+from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.distributed import SINGLE, Stopped, World, gradients, launched
 from plora_ext.cil.methods import METHODS, Method
@@ -99,7 +100,9 @@ def data() -> Images:
     return Images(**odd, class_names=["ant", "bee", "cat", "dog", "eel", "fox"])
 
 
-def learn(world: World, changes: dict[str, Any], folder: Path | None = None) -> tuple[Result, Method]:
+def learn(
+    world: World, changes: dict[str, Any], folder: Path | None = None, callbacks: Sequence[Callback] = ()
+) -> tuple[Result, Method]:
     made: list[Method] = []
 
     def make(trainer: Trainer, s: Any) -> Method:
@@ -111,8 +114,9 @@ def learn(world: World, changes: dict[str, Any], folder: Path | None = None) -> 
     if not world.first:
         nn.init.zeros_(frozen.model.blocks[0].mlp.fc1.weight)  # rank 0's weights count
     result = run(
-        settings(**{**WHOLE, **changes}), data=data(), backbone=frozen, make=make, checkpoint=checkpoint, world=world
-    )
+        settings(**{**WHOLE, **changes}), data=data(), backbone=frozen, make=make, callbacks=callbacks,
+        checkpoint=checkpoint, world=world,
+    )  # fmt: skip
     return result, made[0]
 
 
@@ -282,6 +286,66 @@ def test_gradients_are_the_mean_over_the_whole_batch() -> None:
     for expected, *got in zip(one, *many):
         assert torch.equal(*got)
         torch.testing.assert_close(got[0], expected)
+
+
+def rows_captured(world: World) -> list[int]:
+    rows: list[int] = []
+
+    def captured(self: speed.Speed, what: str, function: Callable[..., Any], *_: Any, **__: Any) -> Callable[..., Any]:
+        def step(batch: Tensor, wanted: Tensor) -> Any:
+            rows.append(len(batch))
+            return function(batch, wanted)
+
+        return step if what == "training" else function
+
+    speed.Speed.captured = captured  # type: ignore[assignment]
+    learn(world, {"method": "plora"})
+    return rows
+
+
+def test_a_smaller_batch_is_captured_by_none() -> None:
+    """Two epochs of 16, 16 and 15 images in batches of 8: of the last 7, one process has 4, as of a whole batch."""
+    assert spawn(2, rows_captured) == [[4] * 10] * 2
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def steps(self, first: int, losses: Sequence[float], rates: Sequence[float]) -> None:
+        self.seen += losses
+
+
+GRAPHED = [{"lora_dropout": 0.3}, {"amp": "float16", "distill": 0.5, "optimizer": "sgd"}]
+
+
+def learn_on_gpus(world: World, device: str) -> list[tuple[list[float], Tensor, str]]:
+    """Each case without and with graphs; then the last one with them in the process of rank 1 alone."""
+    cases = [{**changes, "graphs": graphs} for changes in GRAPHED for graphs in ("off", "auto")]
+    out = []
+    for changes in (*cases, cases[-1]):
+        if len(out) == len(cases) and world.first:
+            speed.why_not = lambda *_: "not here"  # type: ignore[attr-defined]
+        heard = Losses()
+        usual = {"device": device, "deterministic": True, "increment": 3, "epochs": 3}
+        result, method = learn(world, {**usual, **changes}, callbacks=[heard])
+        assert method.prototypes is not None
+        out.append((heard.seen, method.prototypes.cpu(), result.environment.get("cuda_graph_training", "")))
+    return out
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_captured_passes_are_the_passes() -> None:
+    """Tasks of 24 and 23 images, so that the last batch of the second is smaller for one process alone."""
+    ranks = spawn(2, learn_on_gpus, "cuda")
+    for rank in ranks:
+        for eager, others in ((rank[0], rank[1:2]), (rank[2], rank[3:])):
+            for losses, prototypes, _ in others:
+                assert len(losses) == 18 and losses == eager[0] and torch.equal(prototypes, eager[1])
+    assert ranks[0][0][0] == ranks[1][0][0] and torch.equal(ranks[0][0][1], ranks[1][0][1])
+    said = [[line.split(" in ")[0] for _, _, line in rank] for rank in ranks]
+    assert said == [["", "captured"] * 2 + ["not captured: not here"], ["", "captured"] * 2 + ["captured"]]
 
 
 def count_evaluated(world: World) -> tuple[list[list[int]], list[int]]:
