@@ -40,6 +40,7 @@ from plora_ext.cil.trained import Trained
 from plora_ext.cil.training import Trainer
 from plora_ext.cli import main
 from plora_ext.data import View
+from plora_ext.nn import inject
 from plora_ext.report.files import load_results
 
 processes = multiprocessing.get_context("forkserver")
@@ -306,6 +307,27 @@ def rows_captured(world: World) -> list[int]:
 def test_a_smaller_batch_is_captured_by_none() -> None:
     """Two epochs of 16, 16 and 15 images in batches of 8: of the last 7, one process has 4, as of a whole batch."""
     assert spawn(2, rows_captured) == [[4] * 10] * 2
+
+
+def as_ddp(world: World) -> None:
+    """DistributedDataParallel, a user's own over layers with adapters, gives the gradients of `sum_gradients_`."""
+    torch.manual_seed(0)
+    adapters, x = inject(nn.Sequential(nn.Linear(4, 3)), ["0"], r=2), torch.randn(6, 4)[world.own(6)]
+    adapters.add_adapter("a")
+    learned = adapters.parameters("a")
+    nn.init.ones_(learned[1])
+    (adapters.model(x).square().mean() * world.share(6)).backward()
+    world.sum_gradients_(learned, gradients(learned))
+    ours = [parameter.grad.clone() for parameter in learned if parameter.grad is not None]
+    adapters.model.zero_grad()
+    parallel = nn.parallel.DistributedDataParallel(adapters.model)
+    parallel(x).square().mean().backward()
+    assert len(ours) == 2
+    torch.testing.assert_close([parameter.grad for parameter in learned], ours)
+
+
+def test_gradients_are_those_of_ddp() -> None:
+    assert spawn(2, as_ddp) == [None, None]
 
 
 class Losses(Callback):

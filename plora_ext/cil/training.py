@@ -207,7 +207,7 @@ class Trainer:
                         # A smaller last batch has another share, also where this process's part of it is as large.
                         whole = number == size
                         losses[step], found = captured(batch, wanted) if whole else update(batch, wanted, number)
-                    if found is not None:  # never captured: NCCL wants that of all processes alike, and one may fail
+                    if found is not None:  # no part of a graph: NCCL wants all processes to capture, and one may fail
                         world.sum_gradients_(learned, found)
                         apply()
                     self.callbacks.tell("step", number)
