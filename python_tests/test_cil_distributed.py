@@ -13,7 +13,7 @@ import pickle
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from multiprocessing import forkserver
@@ -31,14 +31,16 @@ from torch import Tensor, nn
 
 import plora_ext.cil.build
 from plora_ext import ops
-from plora_ext.cil import Images, Learner, Result, evaluate, run
+from plora_ext.cil import Images, Learner, Result, evaluate, run, speed
+from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.checkpoint import Checkpoint
-from plora_ext.cil.distributed import SINGLE, Stopped, World, launched
+from plora_ext.cil.distributed import SINGLE, Stopped, World, gradients, launched
 from plora_ext.cil.methods import METHODS, Method
 from plora_ext.cil.trained import Trained
 from plora_ext.cil.training import Trainer
 from plora_ext.cli import main
 from plora_ext.data import View
+from plora_ext.nn import inject
 from plora_ext.report.files import load_results
 
 processes = multiprocessing.get_context("forkserver")
@@ -99,7 +101,9 @@ def data() -> Images:
     return Images(**odd, class_names=["ant", "bee", "cat", "dog", "eel", "fox"])
 
 
-def learn(world: World, changes: dict[str, Any], folder: Path | None = None) -> tuple[Result, Method]:
+def learn(
+    world: World, changes: dict[str, Any], folder: Path | None = None, callbacks: Sequence[Callback] = ()
+) -> tuple[Result, Method]:
     made: list[Method] = []
 
     def make(trainer: Trainer, s: Any) -> Method:
@@ -111,8 +115,9 @@ def learn(world: World, changes: dict[str, Any], folder: Path | None = None) -> 
     if not world.first:
         nn.init.zeros_(frozen.model.blocks[0].mlp.fc1.weight)  # rank 0's weights count
     result = run(
-        settings(**{**WHOLE, **changes}), data=data(), backbone=frozen, make=make, checkpoint=checkpoint, world=world
-    )
+        settings(**{**WHOLE, **changes}), data=data(), backbone=frozen, make=make, callbacks=callbacks,
+        checkpoint=checkpoint, world=world,
+    )  # fmt: skip
     return result, made[0]
 
 
@@ -217,7 +222,7 @@ def test_every_row_has_one_owner() -> None:
                 own = [list(range(number))[w.own(number)] for w in worlds]
                 assert all(own)  # never an empty batch
                 means = [sum(part) / len(part) for part in own]
-                together = sum(m * w.share(number) for m, w in zip(means, worlds)) / size
+                together = sum(m * w.share(number) for m, w in zip(means, worlds))
                 assert together == pytest.approx(sum(range(number)) / number)
 
 
@@ -255,41 +260,114 @@ def test_collectives() -> None:
     assert spawn(2, collectives) == [[[1], [1], [3], [3]], [[1], [1], [2], [3]]]
 
 
-def gradients(world: World) -> list[Tensor]:
+def summed_gradients(world: World) -> list[Tensor]:
     """Of a linear layer, over batches of sizes that do not divide, with a layer that is never called."""
+    torch.manual_seed(world.rank)
+    used, idle, beside = nn.Linear(4, 3), nn.Linear(4, 3), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    learned = [*used.parameters(), *idle.parameters(), beside]
+    world.start_(used, learned)  # from here on rank 0's
     torch.manual_seed(0)
-    model = nn.ModuleDict({"used": nn.Linear(4, 3), "idle": nn.Linear(4, 3)})
-    beside = nn.Parameter(torch.ones(3))
-    learned = [*model.parameters(), beside]
-    call = world.parallel(_Used(model), learned)
     found = []
     for number in (5, 1, 4):
         x, labels = torch.randn(number, 4), torch.arange(number) % 3
         own = world.own(number)
-        loss = nn.functional.cross_entropy(call(x[own]) * beside, labels[own]) * world.share(number)
+        loss = nn.functional.cross_entropy(used(x[own]) * beside, labels[own]) * world.share(number)
         for parameter in learned:
             parameter.grad = None
         loss.backward()
-        assert model["idle"].weight.grad is None
+        world.sum_gradients_(learned, gradients(learned))
+        assert idle.weight.grad is None and idle.bias.grad is None  # weight decay would change them
         found += [p.grad.clone() for p in learned if p.grad is not None]
     return found
 
 
-class _Used(nn.Module):
-    def __init__(self, layers: nn.ModuleDict):
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers["used"](x)
-
-
 def test_gradients_are_the_mean_over_the_whole_batch() -> None:
-    one, many = gradients(SINGLE), spawn(2, gradients)
+    one, many = summed_gradients(SINGLE), spawn(2, summed_gradients)
     assert len(one) == 9
     for expected, *got in zip(one, *many):
         assert torch.equal(*got)
         torch.testing.assert_close(got[0], expected)
+
+
+def rows_captured(world: World) -> list[int]:
+    rows: list[int] = []
+
+    def captured(self: speed.Speed, what: str, function: Callable[..., Any], *_: Any, **__: Any) -> Callable[..., Any]:
+        def step(batch: Tensor, wanted: Tensor) -> Any:
+            rows.append(len(batch))
+            return function(batch, wanted)
+
+        return step if what == "training" else function
+
+    speed.Speed.captured = captured  # type: ignore[assignment]
+    learn(world, {"method": "plora"})
+    return rows
+
+
+def test_a_smaller_batch_is_captured_by_none() -> None:
+    """Two epochs of 16, 16 and 15 images in batches of 8: of the last 7, one process has 4, as of a whole batch."""
+    assert spawn(2, rows_captured) == [[4] * 10] * 2
+
+
+def as_ddp(world: World) -> None:
+    """DistributedDataParallel, a user's own over layers with adapters, gives the gradients of `sum_gradients_`."""
+    torch.manual_seed(0)
+    adapters, x = inject(nn.Sequential(nn.Linear(4, 3)), ["0"], r=2), torch.randn(6, 4)[world.own(6)]
+    adapters.add_adapter("a")
+    learned = adapters.parameters("a")
+    nn.init.ones_(learned[1])
+    (adapters.model(x).square().mean() * world.share(6)).backward()
+    world.sum_gradients_(learned, gradients(learned))
+    ours = [parameter.grad.clone() for parameter in learned if parameter.grad is not None]
+    adapters.model.zero_grad()
+    parallel = nn.parallel.DistributedDataParallel(adapters.model)
+    parallel(x).square().mean().backward()
+    assert len(ours) == 2
+    torch.testing.assert_close([parameter.grad for parameter in learned], ours)
+
+
+def test_gradients_are_those_of_ddp() -> None:
+    assert spawn(2, as_ddp) == [None, None]
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def steps(self, first: int, losses: Sequence[float], rates: Sequence[float]) -> None:
+        self.seen += losses
+
+
+GRAPHED = [{"lora_dropout": 0.3}, {"amp": "float16", "distill": 0.5, "optimizer": "sgd"}]
+
+
+def learn_on_gpus(world: World, device: str) -> list[tuple[list[float], Tensor, str]]:
+    """Each case without and with graphs; then the last one with them in the process of rank 1 alone."""
+    cases = [{**changes, "graphs": graphs} for changes in GRAPHED for graphs in ("off", "auto")]
+    out = []
+    for changes in (*cases, cases[-1]):
+        if len(out) == len(cases) and world.first:
+            speed.why_not = lambda *_: "not here"  # type: ignore[attr-defined]
+        heard = Losses()
+        usual = {"device": device, "deterministic": True, "increment": 3, "epochs": 3}
+        result, method = learn(world, {**usual, **changes}, callbacks=[heard])
+        assert method.prototypes is not None
+        out.append((heard.seen, method.prototypes.cpu(), result.environment.get("cuda_graph_training", "")))
+    return out
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_captured_passes_are_the_passes() -> None:
+    """Tasks of 24 and 23 images, so that the last batch of the second is smaller for one process alone."""
+    ranks = spawn(2, learn_on_gpus, "cuda")
+    for rank in ranks:
+        for eager, others in ((rank[0], rank[1:2]), (rank[2], rank[3:])):
+            for losses, prototypes, _ in others:
+                assert len(losses) == 18 and losses == eager[0] and torch.equal(prototypes, eager[1])
+    assert ranks[0][0][0] == ranks[1][0][0] and torch.equal(ranks[0][0][1], ranks[1][0][1])
+    said = [[line.split(" in ")[0] for _, _, line in rank] for rank in ranks]
+    assert said == [["", "captured"] * 2 + ["not captured: not here"], ["", "captured"] * 2 + ["captured"]]
 
 
 def count_evaluated(world: World) -> tuple[list[list[int]], list[int]]:
@@ -340,12 +418,12 @@ def test_a_learner_of_many_processes(tmp_path: Path) -> None:
         torch.testing.assert_close(two[2], one[2], rtol=1e-3, atol=1e-4)
     assert torch.equal(many[0][2], many[1][2])
     back = Learner.from_pretrained(tmp_path / "two", backbone=backbone())
-    assert torch.equal(back.method.prototypes, many[0][2])  # type: ignore[arg-type]
+    assert torch.equal(back.method.prototypes.cpu(), many[0][2])  # type: ignore[union-attr]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 def batch_norm(world: World) -> None:
-    world.parallel(nn.Sequential(nn.BatchNorm1d(3)), [])
+    world.start_(nn.Sequential(nn.BatchNorm1d(3)), [])
 
 
 def too_small(world: World) -> None:

@@ -3,8 +3,8 @@
 Every process holds the same adapters, prototypes and heads; only the work on images is divided. Of the rows 0 ... n - 1
 of anything, the process of rank r among R has r, r + R, r + 2R, ...
 
-    training     each batch of the single process, divided; DistributedDataParallel averages the gradients of losses
-                 scaled by R * own rows / all rows, which gives the mean over the whole batch also when it is uneven
+    training     each batch of the single process, divided; the gradients of mean losses scaled by own rows / all rows
+                 are summed, in one vector, which gives the mean over the whole batch also when it is uneven
     class means  `class_sums` of the own rows, summed over the processes: C D numbers travel
     alignment    the sums of the own rows that it follows from, likewise: two of D x D for the linear drift
     features     where a head learns from them: all rows on every process, n D numbers
@@ -28,9 +28,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["SINGLE", "Stopped", "World", "launched"]
+__all__ = ["SINGLE", "Stopped", "World", "gradients", "launched"]
 
 T = TypeVar("T")
 
@@ -74,8 +73,8 @@ class World:
         return slice(self.rank, None, self.size) if self.rank < number else slice(0, 1)
 
     def share(self, number: int) -> float:
-        """R * own rows / all rows: what makes the mean over processes of their mean losses the mean over the batch."""
-        return len(range(self.rank, number, self.size)) * self.size / number
+        """Own rows / all rows: what makes the sum over processes of their mean losses the mean over the batch."""
+        return len(range(self.rank, number, self.size)) / number
 
     def rows(self, number: int) -> Tensor:
         """This process's rows of `number`, int64; there may be none."""
@@ -174,24 +173,32 @@ class World:
 
     # ------------------------------------------------------------------ training
 
-    def parallel(self, model: nn.Module, learned: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-        """The model to call in training.
-
-        The tensors that train, `learned`, get rank 0's values here and the mean gradient over the processes then.
+    def start_(self, model: nn.Module, learned: Sequence[Tensor]) -> None:
+        """Before training: the tensors that train, `learned`, get rank 0's values.
 
         Raises:
             ValueError: Batch normalisation is in training mode: it would see the rows of one process only.
         """
         if self.size == 1:
-            return model
+            return
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise ValueError(
                     f"{name} normalises over the batch, of which each of {self.size} processes sees a part: use one "
                     "process, or a backbone with layer normalisation"
                 )
-        # A static graph: a layer that matches target_modules and is never called has an adapter without a gradient.
-        return DistributedDataParallel(_Learner(model, learned), static_graph=True)
+        self.broadcast_(learned)
+
+    def sum_gradients_(self, learned: Sequence[Tensor], own: Tensor) -> None:
+        """Gives the tensors that train the sums over the processes of their gradients.
+
+        Args:
+            own: This process's, `gradients(learned)`: a few MB, so that all at once take no longer than piece by piece.
+        """
+        self.sum_(own)
+        trained = [tensor for tensor in learned if tensor.grad is not None]
+        for tensor, gradient in zip(trained, own.split([tensor.numel() for tensor in trained])):
+            tensor.grad = gradient.view_as(tensor).to(tensor.dtype)
 
     @contextmanager
     def own_random(self, *key: int) -> Iterator[None]:
@@ -208,15 +215,9 @@ class World:
             yield
 
 
-class _Learner(nn.Module):
-    """A model, for DDP, by what trains in it and beside it: DDP need not know of the frozen tensors."""
-
-    def __init__(self, model: nn.Module, learned: Sequence[Tensor]):
-        super().__init__()
-        self.learned, self._model = nn.ParameterList(learned), [model]
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self._model[0](images)
+def gradients(learned: Sequence[Tensor]) -> Tensor:
+    """The gradients in one vector; a layer that matches target_modules and is never called has an adapter without."""
+    return torch.cat([tensor.grad.flatten() for tensor in learned if tensor.grad is not None])
 
 
 SINGLE = World()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from plora_ext.cil.settings import Settings
 from plora_ext.graphs import Captured, why_not
 from plora_ext.nn import Adapters, MultiLoRALinear
+
+T = TypeVar("T")
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -139,11 +141,10 @@ class Speed:
     def captured(
         self,
         what: str,
-        function: Callable[..., Tensor],
+        function: Callable[..., T],
         parameters: Iterable[Tensor] = (),
         batches: int | None = None,
-        reason: str | None = None,
-    ) -> Callable[..., Tensor]:
+    ) -> Callable[..., T]:
         """`function`, replayed as a CUDA graph where the settings and the model allow it.
 
         Args:
@@ -151,11 +152,10 @@ class Speed:
             function: of a batch, and what belongs to it.
             parameters: those that it trains.
             batches: how many will come, where they are few.
-            reason: why not, where the caller knows.
         """
         if self.device.type != "cuda" or self.settings.graphs == "off" or (batches is not None and batches < 4):
             return function
-        reason = reason or ("torch.compile has its own" if self.settings.compile else why_not(self.model, parameters))
+        reason = "torch.compile has its own" if self.settings.compile else why_not(self.model, parameters)
         if reason:
             self._record(what, f"not captured: {reason}", True)
             return function

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from plora_ext.cil.alignment import class_means
 from plora_ext.cil.callbacks import Callback, Callbacks
 from plora_ext.cil.checkpoint import Checkpoint
-from plora_ext.cil.distributed import SINGLE, World
+from plora_ext.cil.distributed import SINGLE, World, gradients
 from plora_ext.cil.frozen import hold_statistics, moving, unchanged
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.speed import Speed
@@ -162,29 +162,31 @@ class Trainer:
             first = self.checkpoint.enter_fit(task, learned, optimizer, scaler) if self.checkpoint else 0
             self.model.train()
             hold_statistics(self.model, self._held)
-            model = world.parallel(self.model, learned)
+            world.start_(self.model, learned)
 
-            def update(batch: Tensor, wanted: Tensor, number: int = 0) -> Tensor:
-                """A step on this process's part of a batch of `number` images, 0: which is the batch."""
-                number = number or len(batch)
-                features = self.speed.forward(batch, model)
+            def update(batch: Tensor, wanted: Tensor, number: int = size) -> tuple[Tensor, Tensor | None]:
+                """A step on a batch of `number` images; of several processes, the gradients of this one's part."""
+                features = self.speed.forward(batch, self.model)
                 loss = F.cross_entropy(s.scale * F.linear(F.normalize(features), F.normalize(directions)), wanted)
-                if (share := world.share(number)) != 1:
-                    loss = loss * share  # an uneven last batch
+                loss = loss * world.share(number)
                 if teacher:
                     of = upright(number) if s.rotations else number
                     own = len(range(world.rank, of, world.size))  # there may be none; a pass needs one
                     seen = slice(max(own, 1))
                     near = F.cosine_similarity(features[seen], self.speed.forward(batch[seen], teacher, False))
-                    loss = loss + s.distillation * (1 - near)[:own].sum() * (world.size / of)
+                    loss = loss + s.distillation * (1 - near)[:own].sum() / of
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
+                if world.size > 1:
+                    return loss.detach(), gradients(learned)
+                apply()
+                return loss.detach(), None
+
+            def apply() -> None:
                 scaler.step(optimizer)
                 scaler.update()
-                return loss.detach()
 
-            several = "several processes share the work" if world.size > 1 else None
-            captured = self.speed.captured("training", update, learned, reason=several)
+            captured = self.speed.captured("training", update, learned)
             rate = s.lr if task == 0 or s.lr_later is None else s.lr_later
             self.callbacks.tell("fit", task, len(images) * (s.epochs - first))
             for epoch in range(first, s.epochs):
@@ -202,10 +204,15 @@ class Trainer:
                             batch, wanted = quarter_turns(batch, wanted, num_classes // 4, (number, world.own(number)))
                         if s.cutmix:
                             batch, wanted = cutmix(batch, wanted, num_classes, s.cutmix)
-                        losses[step] = captured(batch, wanted) if world.size == 1 else update(batch, wanted, number)
+                        # A smaller last batch has another share, also where this process's part of it is as large.
+                        whole = number == size
+                        losses[step], found = captured(batch, wanted) if whole else update(batch, wanted, number)
+                    if found is not None:  # no part of a graph: NCCL wants all processes to capture, and one may fail
+                        world.sum_gradients_(learned, found)
+                        apply()
                     self.callbacks.tell("step", number)
                 # Looked at once an epoch: a look at every step would make the host wait for the device at every step.
-                world.sum_(losses.div_(world.size))
+                world.sum_(losses)
                 self._refuse_infinite(f"task {task}, epoch {epoch}", losses, learned)
                 self.callbacks.tell("steps", self.steps + epoch * steps + 1, losses.tolist(), rates)
                 self.callbacks.tell("epoch", task * s.epochs + epoch + 1, float(losses.mean()))
