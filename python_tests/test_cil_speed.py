@@ -6,6 +6,7 @@ import copy
 import io
 import os
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -320,13 +321,11 @@ def test_workers_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert all(torch.equal(a, b) for a, b in zip(whole, batches, strict=True))
 
 
-def test_images_do_not_pass_through_shared_memory_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = set(os.listdir("/dev/shm"))
+def test_images_do_not_pass_through_files_in_shared_memory(tmp_path: Path) -> None:
     look = view(files(tmp_path, [(20, 30)] * 40), transform="pilot", workers=2, on_device=True)
     batches = look.split(20)
     next(batches)
-    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("torch_")]
-    assert not [link for link in Path("/proc/self/fd").iterdir() if "torch_" in os.path.realpath(link)]
+    assert "/dev/shm/torch_" not in Path("/proc/self/maps").read_text()
     assert len(list(batches)) == 1
 
 
@@ -484,3 +483,24 @@ def test_settings_of_speed() -> None:
         with pytest.raises(ValueError) as error:
             Settings(**bad)
         assert str(error.value).startswith(message)
+
+
+def test_sgd_after_a_first_step_that_the_scaler_skips(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16's scaler begins too high on purpose; the fused kernel then returns without writing what it allocated."""
+    fused = partial(torch.optim.SGD, fused=True)
+    monkeypatch.setattr(torch.optim, "SGD", lambda groups, lr, momentum, **_: fused(groups, lr, momentum))
+    speed = Speed(nn.Identity(), Settings(optimizer="sgd"), device)
+    parameter = nn.Parameter(torch.ones(1000, device=device))
+    optimizer = speed.optimizer([{"params": [parameter]}])
+    speed.set_rate(optimizer, 1.0)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
+    torch.use_deterministic_algorithms(True)  # fresh memory is NaN
+    try:
+        for value in (torch.inf, 0.25, 0.5):  # under scales 1, 0.5 and 0.5: nothing, 0.5 and 1
+            parameter.grad = torch.full_like(parameter, value)
+            scaler.scale(torch.zeros((), device=device))
+            scaler.step(optimizer)
+            scaler.update()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 1 - 0.5 - (0.9 * 0.5 + 1)))

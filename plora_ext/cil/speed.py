@@ -127,7 +127,11 @@ class Speed:
         s, cuda = self.settings, self.device.type == "cuda"
         if s.optimizer == "adamw":
             return torch.optim.AdamW(groups, s.lr, fused=cuda or None, capturable=cuda)
-        return torch.optim.SGD(groups, s.lr, 0.9, fused=cuda or None)
+        sgd = torch.optim.SGD(groups, s.lr, 0.9, fused=cuda or None)
+        for parameter in (p for group in sgd.param_groups for p in group["params"]):
+            # A first step that float16's scaler skips would leave the fused kernel's own unwritten.
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
 
     def set_rate(self, optimizer: torch.optim.Optimizer, value: float) -> None:
         """Set the learning rate, which on CUDA is one number on the device, where a graph reads it."""
