@@ -117,10 +117,7 @@ def _write(folder: Path, texts: Mapping[str, str], pictures: Mapping[str, Figure
             (work / name).write_text(text, encoding="utf-8")
         for name, picture in pictures.items():
             if picture is not None:
-                from matplotlib import rc_context
-
-                with rc_context({"pdf.fonttype": 42}):  # TrueType: journals refuse matplotlib's own kind
-                    picture.savefig(work / name, dpi=160)
+                picture.savefig(work / name, dpi=160)
         names = sorted(file.name for file in work.iterdir())
         for name in names:
             os.replace(work / name, folder / name)
