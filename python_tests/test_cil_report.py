@@ -665,6 +665,11 @@ def test_the_page_in_a_browser(browser: Any, sixty: Path, width: int, scheme: st
     assert not any(page.evaluate(shown))
     page.emulate_media(media="print")
     page.wait_for_function(f"{shown}.every(Boolean)", timeout=5000)  # nobody can open them on paper
+    named = "[...document.querySelectorAll('summary')].map(e => e.checkVisibility())"
+    assert not any(page.evaluate(named))
+    text = (sixty / "report.html").read_text()
+    page.set_content(text.replace("selector(::details-content)", "selector(::unknown)"))  # as older browsers read it
+    assert all(page.evaluate(named)) and not any(page.evaluate(shown))
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert len(page.pdf()) > 10_000
     context.close()
