@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, 
 
 from plora_ext.cil.files import exclusive, write_whole
 from plora_ext.cil.settings import MethodName, Settings, closest, parse
+from plora_ext.variables import unwatched
 
 if TYPE_CHECKING:  # functions import what takes seconds: --help and what is mistyped are answered without torch
     from plora_ext.cil.distributed import World
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if args.command in (demo, train, evaluate, predict):
                 from rich.console import Console
 
-                with Console(stderr=True).status("importing torch and timm"):  # seconds; nothing where no terminal is
+                # seconds; nothing where no terminal is
+                with Console(stderr=True, quiet=unwatched()).status("importing torch and timm"):
                     import plora_ext.cil.trained  # noqa: F401
             from plora_ext.cil.distributed import launched
 
@@ -196,7 +198,7 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Compares runs over seeds: a page (report.html), its figures as PNG, and CSV files."""
+    """Compares runs over seeds: a page (report.html), its figures as PNG and PDF, and CSV files."""
     from rich.console import Console
 
     from plora_ext.report import files as reports

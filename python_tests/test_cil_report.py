@@ -315,6 +315,10 @@ def test_sixty_runs(sixty: Path) -> None:
     assert "7.5 (62%)" in text and "0.6 (5%)" in text  # seconds of training and evaluation in six tasks, of 12
     assert outline.tags["svg"] == 2 * (4 + 1 + 9)  # four figures, the seconds of tasks, a matrix for each but joint
     assert "60 runs, 20 configurations, 2 protocols" in text and "no figure is averaged across them" in text
+    pictures = {name for name in names if name.endswith(".png")}
+    assert len(pictures) == 12 and {f"{name[:-4]}.pdf" for name in pictures} <= names
+    drawn = (sixty / "icon100_B0_Inc2_embedded-drift.pdf").read_bytes()
+    assert drawn.startswith(b"%PDF") and b"/Subtype /Image" not in drawn  # lines and letters
     assert {"icon100_B0_Inc2_embedded-drift.png", "icon100_B0_Inc4_embedded-accuracy.png", "tasks.csv"} <= names
     with (sixty / "summary.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -524,7 +528,7 @@ def test_figures_of_the_page_fit_a_phone_and_files_say_what_they_show(tmp_path: 
         patch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: titles.append(self.get_suptitle()))
         patch.setattr(figures, "svg", lambda *_: "")
         write_report(tmp_path, protocol.results)
-    assert titles == ["icon100, B0 Inc2, embedded"] * 6
+    assert titles == ["icon100, B0 Inc2, embedded"] * 6 * 2  # .png and .pdf
 
 
 @pytest.mark.parametrize(
@@ -549,7 +553,8 @@ def test_the_table_of_the_terminal_marks_the_best(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
-def test_no_figure_is_cut_on_a_narrow_terminal(width: int) -> None:
+def test_no_figure_is_cut_on_a_narrow_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "false")
     runs = [result(method, tasks=12) for method in ("simplecil", "lora-sequential", "plora")]
     (protocol,) = group(runs)
     page = Console(width=width, file=StringIO(), force_terminal=True, color_system=None)
@@ -580,8 +585,10 @@ def test_no_figure_is_cut_on_a_narrow_terminal(width: int) -> None:
     assert f"{mean:.1f} ± {deviation:.1f}" in page.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_dumb_terminal_gets_lines_and_one_without_colour_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "dumb")
+@pytest.mark.parametrize("variables", [{"TERM": "dumb"}, {"CI": "true"}, {"CI": "1"}])
+def test_a_terminal_that_nobody_watches_gets_lines(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TERM": "xterm", "CI": "0", **variables}.items():
+        monkeypatch.setenv(name, value)
     page = Console(width=80, file=StringIO(), force_terminal=True)
     with ConsoleProgress(page) as progress:
         progress.begin("plora", 3)
@@ -590,6 +597,9 @@ def test_a_dumb_terminal_gets_lines_and_one_without_colour_no_bar(monkeypatch: p
         progress.task(0, 51.0)
     printed = page.file.getvalue()  # type: ignore[attr-defined]
     assert printed.startswith("plora            task  1 of 3   accuracy  51.0 %") and printed.count("\n") == 1
+
+
+def test_a_terminal_without_colour_has_no_bar() -> None:
     for plain in (False, True):
         shown = ConsoleProgress(Console(width=80, file=StringIO(), force_terminal=True, no_color=plain))
         assert any(isinstance(column, BarColumn) for column in shown._bar.columns) is not plain
@@ -655,6 +665,11 @@ def test_the_page_in_a_browser(browser: Any, sixty: Path, width: int, scheme: st
     assert not any(page.evaluate(shown))
     page.emulate_media(media="print")
     page.wait_for_function(f"{shown}.every(Boolean)", timeout=5000)  # nobody can open them on paper
+    named = "[...document.querySelectorAll('summary')].map(e => e.checkVisibility())"
+    assert not any(page.evaluate(named))
+    text = (sixty / "report.html").read_text()
+    page.set_content(text.replace("selector(::details-content)", "selector(::unknown)"))  # as older browsers read it
+    assert all(page.evaluate(named)) and not any(page.evaluate(shown))
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert len(page.pdf()) > 10_000
     context.close()

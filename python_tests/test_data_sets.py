@@ -22,7 +22,7 @@ from plora_ext.cil.loop import run
 from plora_ext.data import Backbone, ImageFiles, Preparation, View, hold_out, load_images
 from plora_ext.data import view as views
 from plora_ext.data.images import Images, checked, doubles
-from plora_ext.data.inputs import image_paths
+from plora_ext.data.inputs import image_paths, read_labelled
 from plora_ext.data.sets import FOLDERS
 
 SPLITS = ("train", "test")
@@ -406,6 +406,43 @@ def test_hidden_files_are_not_predicted(tmp_path: Path) -> None:
             (tmp_path / name / file).touch()
     assert image_paths([tmp_path]) == [tmp_path / "seen" / "a.pgm", tmp_path / "seen" / "b.gif"]
     assert image_paths([tmp_path / ".cache"]) == [tmp_path / ".cache" / "a.pgm", tmp_path / ".cache" / "b.gif"]
+
+
+def test_training_and_prediction_agree_about_what_an_image_is(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    added = [tmp_path / "train" / "ant" / f"9{end}" for end in (".gif", ".PGM", ".JFIF")]
+    for path in added:
+        Image.fromarray(pixels(1)[0]).save(path, "JPEG" if path.suffix == ".JFIF" else None)
+    others = [tmp_path / "train" / "ant" / name for name in ("8.heic", "8.jxl")]
+    for path in others:
+        path.touch()
+    loose = tmp_path / "test" / "loose.png"
+    loose.write_bytes((tmp_path / "test" / "ant" / "0.png").read_bytes())
+    with pytest.warns(UserWarning) as said:
+        data = load_images(str(tmp_path))
+    assert [str(warning.message) for warning in said] == [
+        f"left out 2 images of a kind that Pillow cannot read here, such as {others[0]}: save them as JPEG or PNG",
+        f"left out 1 images beside the class folders, such as {loose}: move them into their classes",
+    ]
+    assert np.bincount(data.train_labels).tolist() == [5, 2, 2] and set(added) < set(data.train_images.paths)
+    with pytest.warns(UserWarning, match="left out 2 images of a kind"):
+        assert image_paths([tmp_path / "train"]) == sorted(data.train_images.paths)
+    with pytest.warns(UserWarning, match="left out 2 images of a kind"):
+        assert read_labelled(tmp_path / "train")[1] == ["ant"] * 5 + ["bee"] * 2 + ["cat"] * 2
+    for path in (*added, *(tmp_path / "train" / "ant").glob("*.png")):
+        path.unlink()
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=r"train/ant holds no image \((?!.*heic).jpg .*\.avif"),
+    ):
+        load_images(str(tmp_path))
+
+
+def test_a_plugin_of_pillow_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {**Image.registered_extensions(), ".heic": "HEIF"}
+    monkeypatch.setattr(Image, "registered_extensions", lambda: known)
+    (tmp_path / "a.heic").touch()
+    assert image_paths([tmp_path]) == [tmp_path / "a.heic"]
 
 
 def test_lists_and_tensors_become_arrays() -> None:

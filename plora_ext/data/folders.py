@@ -15,7 +15,8 @@ from PIL import Image
 from .decode import decode, warn_if_dark
 from .images import ImageFiles, Images, no_image, some
 
-IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# What counts as an image by its name, in training and in prediction; which of them can be read is for Pillow to say.
+IMG_EXTENSIONS = tuple(".jpg .jpeg .jfif .png .gif .webp .bmp .tif .tiff .ppm .pgm .jp2 .avif .heic .heif .jxl".split())
 # How files of a format end, unless something follows: what ends otherwise may be cut short.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 
@@ -40,10 +41,8 @@ def class_folders(root: Path, corrupt: str, test_too: bool) -> Images:
         raise FileNotFoundError(f"there is no class folder in {root / 'train'}")
     arrays: list[Any] = []
     for split in ("train", "test"):
-        found = [_files(root / split / name) for name in train]
-        none = f"holds no image ({' '.join(IMG_EXTENSIONS)}): add some, or remove it"
-        _refuse_empty(found, root / split, train, none)
-        kept = decodable(_once(found), corrupt) if test_too or split == "train" else found
+        found = class_files(root / split, train)
+        kept = decodable(found, corrupt) if test_too or split == "train" else found
         if split == "train":
             _refuse_empty(kept, root / split, train, "is left with none: mend its images, or remove it")
         paths = [path for of in kept for path in of]
@@ -53,25 +52,62 @@ def class_folders(root: Path, corrupt: str, test_too: bool) -> Images:
     return Images(*arrays)
 
 
-def _files(folder: Path) -> list[Path]:
-    """The images in a class folder and below, those that links lead to as well, in the order of torchvision.
+def class_files(root: Path, names: list[str]) -> list[list[Path]]:
+    """The images of each class, in the folders `names` of `root`; warnings count what else looks like an image there.
+
+    Raises:
+        ValueError: A class without an image.
+    """
+    if loose := [path for path in sorted(root.iterdir()) if path.is_file() and _is_image(path.name)]:
+        warnings.warn(
+            f"left out {len(loose)} images beside the class folders, such as {loose[0]}: move them into their classes",
+            stacklevel=2,
+        )
+    found = readable([images_below(root / name) for name in names])
+    _refuse_empty(found, root, names, f"holds no image ({' '.join(readable_kinds())}): add some, or remove it")
+    return _once(found)
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The images in a folder and below, those that links lead to as well, in the order of torchvision.
 
     Hidden files (`._x.jpg`) and folders (`.ipynb_checkpoints`) are not meant to be images.
 
     Raises:
-        ValueError: A link leads to a folder above itself, so that images of other classes would count as of this one.
+        ValueError: A link leads to a folder above itself, so that images elsewhere would count as of this folder.
     """
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
         for part in (Path(place), *(Path(place) / name for name in folders)):
             if part.is_symlink() and part.parent.resolve().is_relative_to(part.resolve()):
                 raise ValueError(
-                    f"{part} is a link to a folder above it, whose images are not all of one class: remove it"
+                    f"{part} is a link to a folder above it, which would be searched in circles: remove it"
                 )
         folders[:] = [name for name in folders if not name.startswith(".")]
-        wanted = (name for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS) and name[0] != ".")
-        found.append((place, [Path(place) / name for name in wanted]))
+        found.append((place, [Path(place) / name for name in sorted(names) if _is_image(name)]))
     return [path for _, paths in sorted(found) for path in paths]
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
+
+def readable_kinds() -> list[str]:
+    """Those of `IMG_EXTENSIONS` that Pillow opens as it is installed here, with the plugins that are registered."""
+    known = Image.registered_extensions()
+    return [end for end in IMG_EXTENSIONS if end in known]
+
+
+def readable(classes: list[list[Path]]) -> list[list[Path]]:
+    """The images of each class but those of a kind that cannot be read here, which a warning counts."""
+    ends = tuple(readable_kinds())
+    if others := [path for of in classes for path in of if not path.name.lower().endswith(ends)]:
+        warnings.warn(
+            f"left out {len(others)} images of a kind that Pillow cannot read here, such as {others[0]}: "
+            "save them as JPEG or PNG",
+            stacklevel=2,
+        )
+    return [[path for path in of if path.name.lower().endswith(ends)] for of in classes]
 
 
 def _once(classes: list[list[Path]]) -> list[list[Path]]:

@@ -11,10 +11,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from .decode import to_8_bits, to_rgb
-from .folders import IMG_EXTENSIONS, decodable
+from .folders import class_files, decodable, images_below, readable, readable_kinds
 from .images import ImageFiles
 
-IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif")
 _WANTED = (
     "a pair (images, labels), a folder of one folder of images for each class, a torch Dataset of (image, label), or a "
     "Hugging Face data set with a column of images and one of labels"
@@ -105,7 +104,7 @@ def to_pixels(image: Any) -> np.ndarray:
 
 
 def image_paths(given: Sequence[str | Path]) -> list[Path]:
-    """The image files among `given`: files as they are, folders searched (but for what is hidden), sorted by name.
+    """The image files among `given`: files as they are, folders searched as those of classes are, sorted by name.
 
     Raises:
         FileNotFoundError: A path that does not exist, or no image at all.
@@ -113,34 +112,28 @@ def image_paths(given: Sequence[str | Path]) -> list[Path]:
     paths: list[Path] = []
     for path in map(Path, given):
         if path.is_dir():
-            paths += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not _hidden(p, path))
+            paths += sorted(readable([images_below(path)])[0])
         elif path.is_file():
             paths.append(path)
         else:
             raise FileNotFoundError(f"{path} is no file and no folder")
     if not paths:
-        raise FileNotFoundError(f"no image ({' '.join(IMAGE_SUFFIXES)}) in {', '.join(map(str, given))}")
+        raise FileNotFoundError(f"no image ({' '.join(readable_kinds())}) in {', '.join(map(str, given))}")
     return paths
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _class_folders(root: Path, corrupt: str) -> tuple[ImageFiles, list[str]]:
     """Labels are the names of the folders."""
     if not root.is_dir():
         raise FileNotFoundError(f"data {str(root)!r} is no folder, looked for at {root.absolute()}")
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not folders:
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
         raise FileNotFoundError(f"{root} must hold a folder of images for each class, it holds none")
-    if {folder.name for folder in folders} <= {"train", "test", "val"}:
-        raise ValueError(
-            f"{root} holds {', '.join(f.name for f in folders)} and not classes: give one of these folders"
-        )
-    files = decodable([image_paths([folder]) for folder in folders], corrupt)
+    if set(names) <= {"train", "test", "val"}:
+        raise ValueError(f"{root} holds {', '.join(names)} and not classes: give one of these folders")
+    files = decodable(class_files(root, names), corrupt)
     paths = [path for of in files for path in of]
-    return ImageFiles(paths), [folder.name for folder, of in zip(folders, files) for _ in of]
+    return ImageFiles(paths), [name for name, of in zip(names, files) for _ in of]
 
 
 def _labels(given: Any) -> list[Any]:

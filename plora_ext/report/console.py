@@ -1,4 +1,4 @@
-"""A run on the terminal: a live table with a progress bar, or plain lines where there is no terminal."""
+"""A run on the terminal: a live table with a progress bar, or plain lines where nobody watches one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from plora_ext.cil.callbacks import Callback
+from plora_ext.variables import unwatched
 
 COMPACT: Any = {"box": SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}  # tables fit 80 columns
 SHOWN = 10  # tasks in the live table at most: the latest ones
@@ -47,7 +48,7 @@ class ConsoleProgress(Callback):
         self._job = self._bar.add_task("", total=None)
         self._ended = False
         self._live = Live(console=self.console, refresh_per_second=4, get_renderable=self._render)
-        self.live = self.console.is_terminal and not self.console.is_dumb_terminal
+        self.live = self.console.is_terminal and not self.console.is_dumb_terminal and not unwatched()
 
     def __enter__(self) -> ConsoleProgress:
         if self.live:

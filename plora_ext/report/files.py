@@ -75,12 +75,12 @@ def write_folder(folder: Path, results: Sequence[Result], settings_yaml: str | N
     draw: Mapping[str, Callable[[Protocol], Figure | None]] = {}
     with suppress(ImportError):
         draw = drawers()
-    pictures = {name: _titled(draw[name](protocol), protocol) for name in ("accuracy", "task_matrix") if draw}
+    pictures = {f"{name}.png": _titled(draw[name](protocol), protocol) for name in ("accuracy", "task_matrix") if draw}
     return _write(folder, texts, pictures)
 
 
 def write_report(folder: Path, results: Sequence[Result]) -> list[str]:
-    """Writes report.html, the figures, summary.csv, runs.csv, tasks.csv and metrics.json; returns their names."""
+    """Writes report.html, the figures (.png, .pdf), {summary,runs,tasks}.csv and metrics.json; returns their names."""
     drawn, protocols = drawers(), group(results)
     from plora_ext.report.page import page
 
@@ -94,7 +94,9 @@ def write_report(folder: Path, results: Sequence[Result]) -> list[str]:
     pictures: dict[str, Figure | None] = {}
     for protocol in protocols:
         where = "" if len(protocols) == 1 else re.sub(r"\W+", "_", protocol.name).strip("_") + "-"
-        pictures |= {f"{where}{name}": _titled(draw(protocol), protocol) for name, draw in drawn.items()}
+        for name, draw in drawn.items():
+            figure = _titled(draw(protocol), protocol)
+            pictures |= {f"{where}{name}.{kind}": figure for kind in ("png", "pdf")}
     return _write(folder, texts, pictures)
 
 
@@ -115,7 +117,7 @@ def _write(folder: Path, texts: Mapping[str, str], pictures: Mapping[str, Figure
             (work / name).write_text(text, encoding="utf-8")
         for name, picture in pictures.items():
             if picture is not None:
-                picture.savefig(work / f"{name}.png", dpi=160)
+                picture.savefig(work / name, dpi=160)
         names = sorted(file.name for file in work.iterdir())
         for name in names:
             os.replace(work / name, folder / name)
