@@ -43,8 +43,9 @@ from PIL import Image
 
 from plora_ext.cil import Images, Settings, run
 from plora_ext.cil.build import load_backbone, pick_device
+from plora_ext.cil.phases import Phases
 from plora_ext.cil.timing import Clock, Resident
-from plora_ext.cil.training import Phases, Trainer
+from plora_ext.cil.training import Trainer
 from plora_ext.data import ImageFiles, Preparation, View
 from plora_ext.data.view import SHARE
 from plora_ext.nn import inject

@@ -14,10 +14,11 @@ from plora_ext.cil.evaluate import Evaluator
 from plora_ext.cil.learner import Learner
 from plora_ext.cil.methods import Method
 from plora_ext.cil.packing import set_rng_state
+from plora_ext.cil.phases import Phases
 from plora_ext.cil.result import Result
 from plora_ext.cil.same_run import fingerprint_of
 from plora_ext.cil.settings import Settings
-from plora_ext.cil.training import Phases, Trainer
+from plora_ext.cil.training import Trainer
 from plora_ext.data import Backbone, Images, View, hold_out
 from plora_ext.data.images import checked
 from plora_ext.info import environment

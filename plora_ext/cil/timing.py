@@ -17,9 +17,9 @@ from plora_ext.cil.build import load_data, make_cache, make_stream, tasks_of
 from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.evaluate import Evaluator
 from plora_ext.cil.learner import Learner
+from plora_ext.cil.phases import Phases
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task
-from plora_ext.cil.training import Phases
 from plora_ext.data import View
 from plora_ext.info import environment
 
