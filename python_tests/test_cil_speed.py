@@ -347,11 +347,15 @@ def test_many_batches_over_few_slots(largest: int, tmp_path: Path, monkeypatch: 
         assert all(torch.equal(a, b) for a, b in batches)
 
 
-def test_decoded_images_need_no_worker(tmp_path: Path) -> None:
+def test_decoded_images_need_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     look = view(files(tmp_path, [(9, 9)] * 6), transform="pilot", workers=1, on_device=True, cache=0.01)
-    first = list(look.split(4))
-    look._loader._loader._iterator._workers[0].kill()
-    assert all(torch.equal(a, b) for a, b in zip(first, look.split(4), strict=True))
+    first = list(look[torch.arange(5)].split(4))
+    started: list[int] = []
+    monkeypatch.setattr(loader.Loader, "_start", lambda self, workers, pieces: started.append(workers))
+    again = list(look[torch.arange(5)].split(4))
+    assert not started and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    list(look.split(4))
+    assert started == [1]  # for the sixth
 
 
 @pytest.mark.parametrize("on_device", [False, True])

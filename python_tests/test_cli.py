@@ -99,9 +99,10 @@ def test_train_takes_a_file_and_overrides_and_report_compares(
     capsys.readouterr()
     assert main(["report", str(tmp_path / "1"), str(tmp_path / "2"), "--out", str(tmp_path / "both")]) == 0
     names = {path.name for path in (tmp_path / "both").iterdir()}
+    figures = ("accuracy", "task_matrix", "forgetting", "cost", "cost_of_tasks")
     assert names == {
-        *("report.html", "metrics.json", "summary.csv", "runs.csv", "tasks.csv", "accuracy.png", "task_matrix.png"),
-        *("forgetting.png", "cost.png", "cost_of_tasks.png"),
+        *("report.html", "metrics.json", "summary.csv", "runs.csv", "tasks.csv"),
+        *(f"{figure}.{kind}" for figure in figures for kind in ("png", "pdf")),
     }
     printed = capsys.readouterr().out
     assert "lora-first" in printed and "±" in printed
