@@ -331,20 +331,20 @@ class Images:
         return i, self.pixels[i], int(self.labels[i])
 
 
-def ease_vit(**size: Any) -> nn.Module:
-    """EASE's ViT of base width with random weights, of which the adapters train."""
+def ease_vit(width: int = 768, **size: Any) -> nn.Module:
+    """EASE's ViT with heads of 64 and random weights, of which the adapters train."""
     import backbone.vit_ease as vit_ease
 
     config = SimpleNamespace(
         ffn_adapt=True, ffn_option="parallel", ffn_adapter_layernorm_option="none", ffn_adapter_init_option="lora",
-        ffn_adapter_scalar="0.1", ffn_num=64, d_model=768, vpt_on=False, vpt_num=0, _device=DEVICE,
+        ffn_adapter_scalar="0.1", ffn_num=64, d_model=width, vpt_on=False, vpt_num=0, _device=DEVICE,
     )  # fmt: skip
     with redirect_stdout(io.StringIO()):
         net = vit_ease.VisionTransformer(
-            patch_size=16, embed_dim=768, num_heads=12, norm_layer=partial(nn.LayerNorm, eps=1e-6), num_classes=0,
-            tuning_config=config, **size,
+            embed_dim=width, num_heads=width // 64, norm_layer=partial(nn.LayerNorm, eps=1e-6), num_classes=0,
+            tuning_config=config, **{"patch_size": 16, **size},
         )  # fmt: skip
-    net.out_dim = 768
+    net.out_dim = width
     nn.init.normal_(net.patch_embed.proj.weight, std=0.2)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_("adapter" in name)

@@ -20,14 +20,14 @@ import os
 import statistics
 import sys
 import time
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import harness
 import numpy as np
 import torch
+from integrations import ease_vit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -56,26 +56,15 @@ def pilots_weights(vit: VisionTransformer) -> dict[str, Tensor]:
     return {name.replace("mlp.", ""): value for name, value in state.items()}
 
 
-def pilots_vit(vit: VisionTransformer, device: torch.device) -> nn.Module:
+def pilots_vit(vit: VisionTransformer) -> nn.Module:
     """PILOT's ViT for EASE with the weights of `vit`; its adapters train."""
-    import backbone.vit_ease as vit_ease
-
-    width = vit.embed_dim
-    config = SimpleNamespace(
-        ffn_adapt=True, ffn_option="parallel", ffn_adapter_layernorm_option="none", ffn_adapter_init_option="lora",
-        ffn_adapter_scalar="0.1", ffn_num=64, d_model=width, vpt_on=False, vpt_num=0, _device=device,
-    )  # fmt: skip
-    net = vit_ease.VisionTransformer(
-        img_size=vit.patch_embed.img_size[0], patch_size=vit.patch_embed.patch_size[0], embed_dim=width,
-        depth=len(vit.blocks), num_heads=vit.blocks[0].attn.num_heads,
-        mlp_ratio=vit.blocks[0].mlp.fc1.out_features / width,
-        norm_layer=partial(nn.LayerNorm, eps=vit.norm.eps), num_classes=0, tuning_config=config,
+    patches = vit.patch_embed
+    net = ease_vit(
+        vit.embed_dim, img_size=patches.img_size[0], patch_size=patches.patch_size[0], depth=len(vit.blocks),
+        mlp_ratio=vit.blocks[0].mlp.fc1.out_features / vit.embed_dim,
     )  # fmt: skip
     missing, unexpected = net.load_state_dict(pilots_weights(vit), strict=False)
     assert not unexpected and all("adapter" in name for name in missing), (missing, unexpected)
-    net.out_dim = width
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_("adapter" in name)
     return net
 
 
@@ -117,7 +106,7 @@ def ease(settings: Any, images: Images, crops: bool) -> list[float]:
     classes = {"init_cls": settings.init_cls or settings.increment, "increment": settings.increment}
     arguments.update(classes, init_epochs=settings.epochs, later_epochs=settings.epochs, device=[device])
     utils.data_manager._get_idata = lambda *_: data
-    utils.inc_net.get_backbone = lambda *_: pilots_vit(backbone.model, device)
+    utils.inc_net.get_backbone = lambda *_: pilots_vit(backbone.model)
     models.ease.num_workers = settings.workers or 0
     manager = utils.data_manager.DataManager("photographs", True, settings.seed, *classes.values(), arguments)
     arguments.update(nb_classes=manager.nb_classes, nb_tasks=manager.nb_tasks)
@@ -140,6 +129,8 @@ def main() -> None:
     name, commit = args.out, args.commit
     del args.out
     settings = settings_from(args)
+    if not os.environ.get("PLORA_PILOT"):
+        parser.error("PLORA_PILOT must name a checkout of LAMDA-PILOT, it is not set")
     sys.path.insert(0, os.environ["PLORA_PILOT"])
     pilot._old_timm_names()
     logging.disable(logging.INFO)
@@ -147,8 +138,7 @@ def main() -> None:
     with pilot.patch():
         for seed in args.seeds:
             start = time.perf_counter()
-            settings.seed = seed
-            curve = ease(settings, images, args.crops)
+            curve = ease(replace(settings, seed=seed), images, args.crops)
             seconds = time.perf_counter() - start
             figures = (seed, statistics.mean(curve), curve[-1], len(curve), seconds, args.crops, curve)
             rows.append(dict(zip(FIELDS, figures)))

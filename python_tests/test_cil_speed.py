@@ -337,11 +337,7 @@ def test_many_batches_over_few_slots(largest: int, tmp_path: Path, monkeypatch: 
     look = view(files(tmp_path, sizes), transform="pilot", workers=2, on_device=True)
     look._loader._image_bytes = largest
     alone = view(files(tmp_path, sizes), transform="pilot", on_device=True)
-    for order, size in (
-        (torch.arange(50), 3),
-        (torch.arange(50).flip(0), 7),
-        (torch.arange(5), 4),
-    ):
+    for order, size in ((torch.arange(50), 3), (torch.arange(50).flip(0), 7), (torch.arange(5), 4)):
         next(look.split(3))  # a pass that is left, while workers are ahead
         batches = zip(look[order].split(size), alone[order].split(size), strict=True)
         assert all(torch.equal(a, b) for a, b in batches)
