@@ -4,9 +4,10 @@
     python benchmarks/accuracy.py ... --seeds 1993 --out a    # seeds side by side, then joined:
     python benchmarks/accuracy.py --merge a.csv b.csv --out benchmarks/results/accuracy_embedded
 
-Writes OUT.csv, a row for each method and seed, and OUT.md, their mean ± standard deviation over seeds. Alignments and
-heads only read features, so they are all computed from the same adapters, trained once per method and seed, with the
-distillation that the settings' own head has. "METHOD + HEAD" is the method with `--head HEAD` and that `--distill`.
+Writes OUT.csv, a row for each method and seed, and OUT.md, their mean ± standard deviation over seeds. "METHOD + HEAD"
+is the method with `--head HEAD`. Alignments and heads only read features, so those that train alike are computed from
+the same adapters: plora trains once for the cosine head and all alignments, and, where `--distill` is left to follow
+from the head, once more for the other heads.
 """
 
 from __future__ import annotations
@@ -124,10 +125,10 @@ class Ablation(PLoRAFused):
 
     def logits(self, features: Tensor) -> Tensor:
         heads = dict(self.head.heads)
-        cosine = heads.pop("cosine")
-        logits = {f"plora, {name}": cosine(features, means) for name, means in self.variants.items()}
-        self.head.record(logits | {name: head(features, self.prototypes) for name, head in heads.items()})
-        return logits[f"plora, {self.settings.alignment}"]
+        cosine = heads.pop("cosine", None)
+        logits = {f"plora, {name}": cosine(features, means) for name, means in self.variants.items()} if cosine else {}
+        first = self.head.record(logits | {name: head(features, self.prototypes) for name, head in heads.items()})
+        return logits.get(f"plora, {self.settings.alignment}", first)
 
 
 def results_by_head(
@@ -171,8 +172,14 @@ def measure(settings: Settings, data: Images, progress: ConsoleProgress) -> list
     """A row for the method with each classifier; for plora also one for each alignment."""
     kind, method = (Ablation if settings.method == "plora" else None), settings.method
     names = {"cosine": method, **{name: f"{method} + {name}" for name in HEADS if name != "cosine"}}
-    results = results_by_head(settings, data, progress, kind=kind)
-    return [row(names.get(name, name), result) for name, result in results.items()]
+    alike: dict[float, list[str]] = {}  # heads that train the same adapters
+    for name in HEADS:
+        alike.setdefault(replace(settings, head=name).distillation if kind else 0.0, []).append(name)
+    rows = []
+    for heads in alike.values():
+        results = results_by_head(replace(settings, head=heads[0]), data, progress, heads, kind)
+        rows += [row(names.get(name, name), result) for name, result in results.items()]
+    return rows
 
 
 def row(name: str, result: Result) -> dict[str, object]:

@@ -446,7 +446,7 @@ def test_the_accuracy_benchmark_agrees_with_single_runs(
 ) -> None:
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
     benchmark = runpy.run_path(str(repository / "benchmarks" / "accuracy.py"))
-    problem += ["--lr", "0.02", "--projections", "100", "--distill", "1"]
+    problem += ["--lr", "0.02", "--projections", "100"]
 
     def measure(*arguments: str) -> list[dict[str, str]]:
         monkeypatch.setattr("sys.argv", ["accuracy.py", *arguments])
