@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields, replace
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import yaml
+from torch import nn
 
+from plora_ext.cil import PLoRA
 from plora_ext.cil.methods import METHODS
 from plora_ext.cil.same_run import refuse_other
 from plora_ext.cil.settings import Settings, current, parse
@@ -205,7 +208,8 @@ def test_what_is_refused(values: dict, message: str) -> None:
     [
         (b"[1, 2]", "must hold `setting: value` lines"),
         (b"a: [", "is not valid YAML"),
-        (b"seed: 1\nr: 2\nseed: 3", "is not valid YAML: seed is given twice"),
+        (b"seed: 1\nr: 2\nseed: 3", "is not valid YAML: seed is given twice in line 3, column 1"),
+        (b"lr: [1\nr: 2", "is not valid YAML: while parsing a flow sequence in line 1, column 5 expected"),
         ("seed: 1".encode("utf-16"), "is no text file"),
         (b"epochs: many", ": epochs must be int, got 'many'"),
         (b"head: cosin", ": unknown head 'cosin'; did you mean 'cosine'?"),
@@ -219,6 +223,20 @@ def test_files_that_are_not_settings(tmp_path: Path, text: bytes, message: str) 
         Settings.load(tmp_path / "a.yaml", {"r": 1})
     with pytest.raises(ValueError, match="^lr must be"):  # not the file's fault
         Settings.load(None, {"lr": 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("methd", "; did you mean 'method'[?]$"), ("rank", "; did you mean 'r'[?]$"), ("zzz", "$")],
+)
+def test_keywords_that_are_not_settings(name: str, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^unknown setting {name!r}{message}"):
+        Settings(**{name: 1})
+    with pytest.raises(TypeError, match=f"^unknown setting {name!r}{message}"):
+        replace(Settings(), **{name: 1})
+    with pytest.raises(TypeError, match="^unknown setting 'rank'; did you mean 'r'[?]$"):
+        PLoRA(nn.Identity(), rank=4)  # type: ignore[call-arg]
+    assert list(signature(Settings).parameters) == [f.name for f in fields(Settings)]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from plora_ext.cil import fusion
 from plora_ext.cil.alignment import Drift, class_means
 from plora_ext.cil.covariances import ClassCovariances
 from plora_ext.cil.frozen import hold_statistics
+from plora_ext.cil.settings import takes_settings
 from plora_ext.cil.sought import ROWS, Sample, move, targets
 from plora_ext.nn import CosineHead, PrototypeBank, inject
 
@@ -60,6 +61,7 @@ class PLoRA(nn.Module):
 
     task_classes: Tensor
 
+    @takes_settings
     def __init__(
         self,
         backbone: nn.Module,

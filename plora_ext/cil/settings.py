@@ -12,16 +12,20 @@ import os
 import re
 import types
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
 from plora_ext.cil.registry import choices as registered
 from plora_ext.cil.registry import import_plugins
+
+F = TypeVar("F", bound=Callable[..., None])
 
 MethodName = Literal["plora", "plora-ensemble", "simplecil", "lora-sequential", "lora-first", "aper", "joint"]
 _RANGES = (  # what settings must be, where they are not null
@@ -62,11 +66,26 @@ def _setting(default: Any, text: str, section: str = "") -> Any:
     return field(default=default, metadata=metadata)
 
 
+def takes_settings(made: F) -> F:
+    """Decorates a constructor: a keyword that it does not have is refused with the closest one that it has."""
+    known = list(signature(made).parameters)[1:]
+
+    @wraps(made)
+    def constructor(self: Any, *args: Any, **keywords: Any) -> None:
+        for name in keywords:
+            if name not in known:
+                raise TypeError(f"unknown setting {name!r}{closest(name, known, others='')}")
+        made(self, *args, **keywords)
+
+    return cast(F, constructor)
+
+
 @dataclass
 class Settings:
     """The settings of one run.
 
     Raises:
+        TypeError: There is no setting of that name; the closest is named.
         ValueError: A value of the wrong type, outside its range, not among its choices, or at odds with another.
     """
 
@@ -194,7 +213,7 @@ class Settings:
     def __post_init__(self) -> None:
         import_plugins(_checked("plugins", self.plugins, list[str]))
         if self.class_order == "none":
-            warnings.warn('class_order "none" is called "sorted" now: by label (null is "shuffled")', stacklevel=3)
+            warnings.warn('class_order "none" is called "sorted" now: by label (null is "shuffled")', stacklevel=4)
         self.class_order = current({"class_order": self.class_order})["class_order"]
         for name in ("onto", "init"):
             if isinstance(getattr(self, name), _Derived):
@@ -281,6 +300,9 @@ class Settings:
         return "".join(line(name, value) for name, value in asdict(self).items())
 
 
+Settings.__init__ = takes_settings(Settings.__init__)  # type: ignore[method-assign]
+
+
 def as_before(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a saved run: what it does not say is as it was when there was no such setting."""
     init = "first" if saved.get("onto", "base") == "base" else "fresh"
@@ -298,37 +320,41 @@ class _Loader(yaml.SafeLoader):
     """YAML in which a name that is given twice is an error: the last one would win without a word."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} is given twice", node.start_mark)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def _of_file(path: str | Path) -> Mapping[str, Any]:
     path = os.path.expanduser(path)
     try:
-        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        with open(path, encoding="utf-8") as file:  # whose name is in YAML's errors
+            loaded = yaml.load(file, _Loader)
     except OSError as error:
         why = f"cannot read settings from {path} ({error.strerror})"
         raise type(error)(f"{why}: looked for a YAML file at {Path(path).absolute()}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text file: {error}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        why = str(error).replace(f'in "{path}", ', "in ")
+        raise ValueError(f"{path} is not valid YAML: {' '.join(why.split())}") from error
     if not isinstance(loaded, Mapping | None):
         raise ValueError(f"{path} must hold `setting: value` lines, got {type(loaded).__name__}")
     return loaded or {}
 
 
-def closest(name: object, known: Iterable[object]) -> str:
-    """The end of an error about an unknown name: "; did you mean 'semantic'? (one of ...)"."""
+def closest(name: object, known: Iterable[object], others: str = "; train --help lists them") -> str:
+    """The end of an error about an unknown name: "; did you mean 'semantic'? (one of ...)", or `others` if too many."""
     choices = [str(k) for k in known]
     words = {choice.removeprefix("--").replace("-", "_"): choice for choice in choices}
     word = str(name).removeprefix("--").replace("-", "_")
     meant = _SYNONYMS.get(word)
     near = [words[w] for w in ([meant] if meant in words else difflib.get_close_matches(word, words, n=1))]
-    listed = f" (one of: {', '.join(choices)})" if len(choices) < 10 else "" if near else "; train --help lists them"
+    listed = f" (one of: {', '.join(choices)})" if len(choices) < 10 else "" if near else others
     return (f"; did you mean {near[0]!r}?" if near else "") + listed
 
 
