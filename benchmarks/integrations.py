@@ -1,6 +1,6 @@
 """Other codebases with and without this package's patch, and beside the best plain-torch form of the same work.
 
-    python benchmarks/integrations.py [--quick] [--rows peft-train ease-eval ...] [--limit SECONDS] [--out FOLDER/NAME]
+    python benchmarks/integrations.py [--quick] [--rows peft-train ease-eval ...] [--device cuda] [--limit SECONDS]
 
 PEFT rows need timm and peft. The others need a checkout each: PLORA_PILOT of LAMDA-PILOT, PLORA_MAMMOTH of Mammoth;
 without it a row says so and is left out. Weights are random: only time is measured, and that results agree.
@@ -29,20 +29,19 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pilot_ease import ease_vit
 from torch import Tensor, nn
 
 from plora_ext import libraries, reference
 from plora_ext.bench import fault, synchronize
 from plora_ext.integrations import _patch, _pilot_ease, _pilot_vit
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FIELDS = (
     "row", "case", "form", "gpu_ms", "wall_ms", "peak_mb", "over_host", "over_torch", "error", "equal", "rounds",
     "note",
@@ -75,12 +74,12 @@ class Case:
 # ---------------------------------------------------------------------- measuring
 
 
-def timed(form: Form) -> tuple[float, float, float]:
+def timed(form: Form, device: torch.device) -> tuple[float, float, float]:
     """GPU and wall milliseconds, and the peak of allocated memory in MB above what was there before."""
     form.before()
-    synchronize(DEVICE)
+    synchronize(device)
     start = time.perf_counter()
-    if DEVICE.type != "cuda":
+    if device.type != "cuda":
         form.call()
         wall = 1e3 * (time.perf_counter() - start)
         return float("nan"), wall, float("nan")
@@ -90,7 +89,7 @@ def timed(form: Form) -> tuple[float, float, float]:
     begin.record()
     form.call()
     end.record()
-    synchronize(DEVICE)
+    synchronize(device)
     wall = 1e3 * (time.perf_counter() - start)
     return begin.elapsed_time(end), wall, (torch.cuda.max_memory_allocated() - there) / 2**20
 
@@ -115,7 +114,7 @@ def compare(theirs: Any, ours: Any) -> tuple[float, float]:
     return error, equal
 
 
-def measure(case: Case, seconds: float, until: float) -> None:
+def measure(case: Case, device: torch.device, seconds: float, until: float) -> None:
     """Fills the lines of a case, in about `seconds`; a third round and later ones only before the time `until`."""
     times: dict[str, list[tuple[float, float, float]]] = {}
     results: dict[str, tuple[float, float]] = {}
@@ -127,7 +126,7 @@ def measure(case: Case, seconds: float, until: float) -> None:
                 begin = time.perf_counter()
                 found = [t.to("cpu", copy=True) for t in flat(form.call())]
                 if time.perf_counter() - begin < 1:
-                    timed(form)  # warm; a longer call is warm enough by itself
+                    timed(form, device)  # warm; a longer call is warm enough by itself
             first = found if first is None else first
             results[form.name], times[form.name] = compare(first, found), []
         except Exception as error:
@@ -143,7 +142,7 @@ def measure(case: Case, seconds: float, until: float) -> None:
             break
         for form in forms:
             with form.inside():
-                times[form.name].append(timed(form))
+                times[form.name].append(timed(form, device))
     for form in forms:
         gpu, wall, peak = (statistics.median(part) for part in zip(*times[form.name]))
         error, equal = results[form.name]
@@ -151,7 +150,7 @@ def measure(case: Case, seconds: float, until: float) -> None:
             {"form": form.name, "gpu_ms": gpu, "wall_ms": wall, "peak_mb": peak, "error": error, "equal": equal,
              "rounds": len(times[form.name])}
         )  # fmt: skip
-    known = {line["form"]: line["gpu_ms"] if DEVICE.type == "cuda" else line["wall_ms"]
+    known = {line["form"]: line["gpu_ms"] if device.type == "cuda" else line["wall_ms"]
              for line in case.lines if "wall_ms" in line}  # fmt: skip
     best = min((known[name] for name in case.torch_forms if name in known), default=None)
     for line in case.lines:
@@ -165,22 +164,22 @@ def measure(case: Case, seconds: float, until: float) -> None:
 # ---------------------------------------------------------------------- PEFT
 
 
-def vit(quick: bool, **settings: Any) -> nn.Module:
+def vit(quick: bool, device: torch.device, **settings: Any) -> nn.Module:
     import timm
 
     sizes = {"img_size": 64, "embed_dim": 96, "depth": 2, "num_heads": 3} if quick else {}
-    return timm.create_model("vit_base_patch16_224", num_classes=0, **sizes, **settings).to(DEVICE)
+    return timm.create_model("vit_base_patch16_224", num_classes=0, **sizes, **settings).to(device)
 
 
-def peft_model(quick: bool, adapters: int, dtype: torch.dtype) -> Any:
+def peft_model(quick: bool, adapters: int, dtype: torch.dtype, device: torch.device) -> Any:
     import peft
 
     config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=["qkv", "proj", "fc1", "fc2"],
                              exclude_modules=["patch_embed.proj"], init_lora_weights=False)  # fmt: skip
-    model = peft.get_peft_model(vit(quick).to(dtype), config, adapter_name="a0", autocast_adapter_dtype=False)
+    model = peft.get_peft_model(vit(quick, device).to(dtype), config, adapter_name="a0", autocast_adapter_dtype=False)
     for i in range(1, adapters):
         model.add_adapter(f"a{i}", config)
-    return model.to(dtype).to(DEVICE)
+    return model.to(dtype).to(device)
 
 
 @contextmanager
@@ -230,22 +229,22 @@ def mixed(masked: bool, original: Callable[..., Tensor]) -> Callable[..., Tensor
     return forward
 
 
-def peft_training(quick: bool, compiled: bool) -> Iterator[Case]:
+def peft_training(quick: bool, device: torch.device, compiled: bool) -> Iterator[Case]:
     from plora_ext.integrations import peft as integration
 
     size, B = (64, 4) if quick else (224, 128)
     for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True), *(((torch.float32, False),) * quick)):
-        model = peft_model(quick, 1, dtype).train()
+        model = peft_model(quick, 1, dtype, device).train()
         parameters = [p for p in model.parameters() if p.requires_grad]
-        images = torch.randn(B, 3, size, size, device=DEVICE, dtype=dtype)
-        labels = torch.randint(model.num_features, (B,), device=DEVICE)
+        images = torch.randn(B, 3, size, size, device=device, dtype=dtype)
+        labels = torch.randint(model.num_features, (B,), device=device)
         optimizer = torch.optim.SGD(parameters, 0.0)
 
         def step(
             net: Any, images: Tensor = images, labels: Tensor = labels, optimizer: Any = optimizer,
             autocast: bool = autocast, parameters: list[Any] = parameters,
         ) -> list[Tensor]:  # fmt: skip
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 loss = F.cross_entropy(net(images).float(), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -270,13 +269,13 @@ def peft_training(quick: bool, compiled: bool) -> Iterator[Case]:
         )
 
 
-def peft_mixed(quick: bool) -> Iterator[Case]:
+def peft_mixed(quick: bool, device: torch.device) -> Iterator[Case]:
     from plora_ext.integrations import peft as integration
 
     adapters, size, B = (10, 64, 10) if quick else (10, 224, 64)
     for dtype in (torch.bfloat16, torch.float32):
-        model = peft_model(quick, adapters, dtype).eval()
-        images = torch.randn(B, 3, size, size, device=DEVICE, dtype=dtype)
+        model = peft_model(quick, adapters, dtype, device).eval()
+        images = torch.randn(B, 3, size, size, device=device, dtype=dtype)
         for order in ("in segments", "shuffled"):
             names = [f"a{i * adapters // B}" for i in range(B)]
             if order == "shuffled":
@@ -308,7 +307,7 @@ def peft_mixed(quick: bool) -> Iterator[Case]:
 class Images:
     """A data set in memory, as PILOT's loaders want it."""
 
-    def __init__(self, n: int, per_class: int, size: int) -> None:
+    def __init__(self, n: int, per_class: int, size: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
         self.labels = np.arange(n) // per_class
         self.images = np.arange(n)
@@ -316,7 +315,7 @@ class Images:
         # A coarse pattern for each class, and noise: what is classified has a margin.
         coarse = torch.rand(int(self.labels[-1]) + 1, 3, 4, 4, generator=generator)
         patterns = F.interpolate(coarse, size=(size, size), mode="bilinear")[torch.from_numpy(self.labels)]
-        self.pixels = (patterns + 0.2 * torch.rand(n, 3, size, size, generator=generator)).to(DEVICE)
+        self.pixels = (patterns + 0.2 * torch.rand(n, 3, size, size, generator=generator)).to(device)
 
     def first(self, n: int) -> Images:
         """A data set of the first n images."""
@@ -331,35 +330,17 @@ class Images:
         return i, self.pixels[i], int(self.labels[i])
 
 
-def ease_vit(width: int = 768, **size: Any) -> nn.Module:
-    """EASE's ViT with heads of 64 and random weights, of which the adapters train."""
-    import backbone.vit_ease as vit_ease
-
-    config = SimpleNamespace(
-        ffn_adapt=True, ffn_option="parallel", ffn_adapter_layernorm_option="none", ffn_adapter_init_option="lora",
-        ffn_adapter_scalar="0.1", ffn_num=64, d_model=width, vpt_on=False, vpt_num=0, _device=DEVICE,
-    )  # fmt: skip
-    with redirect_stdout(io.StringIO()):
-        net = vit_ease.VisionTransformer(
-            embed_dim=width, num_heads=width // 64, norm_layer=partial(nn.LayerNorm, eps=1e-6), num_classes=0,
-            tuning_config=config, **{"patch_size": 16, **size},
-        )  # fmt: skip
-    net.out_dim = width
-    nn.init.normal_(net.patch_embed.proj.weight, std=0.2)
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_("adapter" in name)
-    return net
-
-
-def learner(T: int, quick: bool, inc: int) -> Any:
+def learner(T: int, quick: bool, inc: int, device: torch.device) -> Any:
     """An EASE learner that has seen T tasks, with random adapters and prototypes."""
     import models.ease as ease
     import utils.inc_net as inc_net
 
-    net = ease_vit(**({"img_size": 32, "depth": 2, "mlp_ratio": 0.25} if quick else {"depth": 12, "mlp_ratio": 4}))
+    net = ease_vit(
+        device, **({"img_size": 32, "depth": 2, "mlp_ratio": 0.25} if quick else {"depth": 12, "mlp_ratio": 4})
+    )
     args = {
         "increment": inc, "init_cls": inc, "use_init_ptm": False, "alpha": 0.1, "beta": 0.0, "backbone_type": "vit",
-        "device": [DEVICE], "moni_adam": False, "use_reweight": True,
+        "device": [device], "moni_adam": False, "use_reweight": True,
     }  # fmt: skip
     get_backbone, inc_net.get_backbone = inc_net.get_backbone, lambda *_: net
     try:
@@ -369,7 +350,7 @@ def learner(T: int, quick: bool, inc: int) -> Any:
         inc_net.get_backbone = get_backbone
     for p in network.parameters():
         p.requires_grad_(False)
-    network.to(DEVICE)
+    network.to(device)
     for task in range(T):
         for parameter in network.backbone.cur_adapter.parameters():
             nn.init.normal_(parameter, std=0.05)
@@ -379,7 +360,7 @@ def learner(T: int, quick: bool, inc: int) -> Any:
             network.backbone.add_adapter_to_list()
     self = object.__new__(ease.Learner)
     self.__dict__.update(
-        _network=network.to(DEVICE).eval(), _device=DEVICE, _cur_task=T - 1, _total_classes=T * inc, args=args,
+        _network=network.to(device).eval(), _device=device, _cur_task=T - 1, _total_classes=T * inc, args=args,
         _known_classes=(T - 1) * inc, init_cls=inc, inc=inc, use_init_ptm=False, use_diagonal=False, topk=5,
         use_exemplars=False, recalc_sim=True, moni_adam=False, alpha=0.1, beta=0.0, adapter_num=-1,
     )  # fmt: skip
@@ -389,13 +370,12 @@ def learner(T: int, quick: bool, inc: int) -> Any:
 @torch.no_grad()
 def fill_prototypes(ease: Any, loader: Any) -> None:
     """Every class's mean in every subspace."""
-
-    vit = ease._network.backbone
-    sums, counts = torch.zeros_like(ease._network.fc.weight), torch.zeros(ease._total_classes, device=DEVICE)
+    vit, device = ease._network.backbone, ease._device
+    sums, counts = torch.zeros_like(ease._network.fc.weight), torch.zeros(ease._total_classes, device=device)
     for _, images, labels in loader:
         features = torch.cat(_pilot_vit.adapter_features(vit, images, _pilot_ease.subspaces_of(vit, False)), 2)[:, 0]
-        sums.index_add_(0, labels.to(DEVICE), features)
-        counts += torch.bincount(labels, minlength=len(counts)).to(DEVICE)
+        sums.index_add_(0, labels.to(device), features)
+        counts += torch.bincount(labels, minlength=len(counts)).to(device)
     ease._network.fc.weight.copy_(sums / counts[:, None])
 
 
@@ -408,7 +388,7 @@ def sdpa_only() -> Iterator[None]:
         yield
 
 
-def ease_in_memory(quick: bool) -> Iterator[tuple[int, Any, Images, Any, int]]:
+def ease_in_memory(quick: bool, device: torch.device) -> Iterator[tuple[int, Any, Images, Any, int]]:
     """T, an EASE learner after T tasks, test images of all classes with their loader, and classes a task."""
     from torch.utils.data import DataLoader
 
@@ -417,8 +397,8 @@ def ease_in_memory(quick: bool) -> Iterator[tuple[int, Any, Images, Any, int]]:
     pilot._old_timm_names()
     logging.disable(logging.INFO)
     for T, inc, images in ((3, 5, 30),) if quick else ((10, 10, 200), (20, 5, 200)):
-        ease = learner(T, quick, inc)
-        data = Images(images, images // (T * inc), 32 if quick else 224)
+        ease = learner(T, quick, inc, device)
+        data = Images(images, images // (T * inc), 32 if quick else 224, device)
         loader = DataLoader(data, 6 if quick else 48)
         fill_prototypes(ease, loader)
         yield T, ease, data, loader, inc
@@ -427,11 +407,11 @@ def ease_in_memory(quick: bool) -> Iterator[tuple[int, Any, Images, Any, int]]:
     logging.disable(logging.NOTSET)
 
 
-def within(call: Callable[[], Any], autocast: bool) -> Callable[[], Any]:
+def within(call: Callable[[], Any], device: torch.device, autocast: bool) -> Callable[[], Any]:
     """PILOT's way to evaluate: no gradients; autocast as a user would put it around."""
 
     def run() -> Any:
-        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             return call()
 
     return run
@@ -441,24 +421,24 @@ DTYPES = ((False, "fp32"), (True, "bf16 autocast"))
 SDPA = "PILOT, torch's attention"
 
 
-def ease_cases(name: str, call: Callable[[], Any]) -> Iterator[Case]:
+def ease_cases(name: str, call: Callable[[], Any], device: torch.device) -> Iterator[Case]:
     """A computation without gradients, by EASE itself, patched, and with torch's attention, in both precisions."""
     from plora_ext.integrations import pilot
 
     forms = {"PILOT": nullcontext, "PILOT, patched": pilot.patch, SDPA: sdpa_only}
     for autocast, what in DTYPES:
-        every = [Form(form, within(call, autocast), inside) for form, inside in forms.items()]
-        yield Case("pilot", f"{name}, {what}", every, (SDPA,), truth=within(call, False) if autocast else None)
+        every = [Form(form, within(call, device, autocast), inside) for form, inside in forms.items()]
+        yield Case("pilot", f"{name}, {what}", every, (SDPA,), truth=within(call, device, False) if autocast else None)
 
 
-def ease_evaluation(quick: bool) -> Iterator[Case]:
+def ease_evaluation(quick: bool, device: torch.device) -> Iterator[Case]:
     from torch.utils.data import DataLoader
 
     from plora_ext.integrations import pilot
 
-    for T, ease, data, loader, inc in ease_in_memory(quick):
+    for T, ease, data, loader, inc in ease_in_memory(quick, device):
         network, per_task = ease._network, len(data) // T
-        images = data.pixels[torch.randperm(len(data))[: loader.batch_size].to(DEVICE)]
+        images = data.pixels[torch.randperm(len(data))[: loader.batch_size].to(device)]
 
         def batch(network: Any = network, images: Tensor = images) -> list[Tensor]:
             logits = network(images, test=True)["logits"]
@@ -467,13 +447,13 @@ def ease_evaluation(quick: bool) -> Iterator[Case]:
         def evaluate(ease: Any = ease, loader: Any = loader) -> Any:
             return ease._eval_cnn(loader)[0][:, 0]  # the best of the top 5
 
-        yield from ease_cases(f"EASE, one test batch, T={T}, B={len(images)}", batch)
+        yield from ease_cases(f"EASE, one test batch, T={T}, B={len(images)}", batch, device)
         for autocast, what in DTYPES:
             with torch.no_grad(), pilot.patch():
                 earlier = DataLoader(data.first((T - 1) * per_task), loader.batch_size)
                 last = network.backbone.cur_adapter  # as if the newest adapter had not been there
                 network.backbone.cur_adapter = network.backbone.adapter_list[-1]
-                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+                with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                     list(_pilot_vit.features_of(ease, earlier, True, _pilot_ease.subspaces_of(network.backbone, False)))
                 kept = _pilot_vit.kept.get(ease)
                 network.backbone.cur_adapter = last
@@ -481,7 +461,7 @@ def ease_evaluation(quick: bool) -> Iterator[Case]:
             def remember(ease: Any = ease, kept: Any = kept) -> None:
                 _pilot_vit.kept[ease] = kept
 
-            call = within(evaluate, autocast)
+            call = within(evaluate, device, autocast)
             yield Case(
                 "pilot", f"EASE, _eval_cnn after task {T}, {len(data)} images of {T * inc} classes, {what}",
                 [
@@ -489,19 +469,19 @@ def ease_evaluation(quick: bool) -> Iterator[Case]:
                     Form("PILOT, patched, no cache", call, partial(pilot.patch, cache=False)),
                     Form(SDPA, call, sdpa_only),
                 ],
-                (SDPA,), truth=within(evaluate, False) if autocast else None,
+                (SDPA,), truth=within(evaluate, device, False) if autocast else None,
                 note="the loader and the per-sample loop of the host are part of it",
             )  # fmt: skip
 
 
-def ease_prototypes(quick: bool) -> Iterator[Case]:
+def ease_prototypes(quick: bool, device: torch.device) -> Iterator[Case]:
     from torch.utils.data import DataLoader
 
     from plora_ext.integrations import pilot
 
-    for T, ease, data, loader, inc in ease_in_memory(quick):
+    for T, ease, data, loader, inc in ease_in_memory(quick, device):
         weights = ease._network.fc.weight.data.clone()
-        new = Images(2 * loader.batch_size, -(-2 * loader.batch_size // inc), data.pixels.shape[-1])
+        new = Images(2 * loader.batch_size, -(-2 * loader.batch_size // inc), data.pixels.shape[-1], device)
         new.labels = new.labels + (T - 1) * inc
         ease.train_dataset_for_protonet = new
         new_loader = DataLoader(new, loader.batch_size)
@@ -514,7 +494,7 @@ def ease_prototypes(quick: bool) -> Iterator[Case]:
                 del ease.solve_sim_reset
             return ease._network.fc.weight.data[-ease.inc :].clone()
 
-        yield from ease_cases(f"EASE, prototypes of a task, T={T}, {len(new)} images", prototypes)
+        yield from ease_cases(f"EASE, prototypes of a task, T={T}, {len(new)} images", prototypes, device)
 
         def restore(ease: Any = ease, weights: Tensor = weights) -> None:
             ease._network.fc.weight.data.copy_(weights)
@@ -540,24 +520,24 @@ def ease_prototypes(quick: bool) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def ease_training(quick: bool) -> Iterator[Case]:
+def ease_training(quick: bool, device: torch.device) -> Iterator[Case]:
     from plora_ext.integrations import pilot
 
     pilot._old_timm_names()
     logging.disable(logging.INFO)
     B, size, inc = (6, 32, 5) if quick else (48, 224, 10)
-    ease = learner(1, quick, inc)
+    ease = learner(1, quick, inc, device)
     ease.args["init_epochs"] = 1
     network = ease._network
     network.backbone.cur_adapter.requires_grad_(True)
     network.proxy_fc.requires_grad_(True)
-    images, labels = torch.rand(B, 3, size, size, device=DEVICE), torch.randint(inc, (B,), device=DEVICE)
+    images, labels = torch.rand(B, 3, size, size, device=device), torch.randint(inc, (B,), device=device)
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.0)
     for autocast, what in DTYPES:
         steps = 5 if quick else 100 if autocast else 30
 
         def train(autocast: bool = autocast, steps: int = steps) -> None:
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 ease._init_train([(None, images, labels)] * steps, None, optimizer, None)
 
         forms = [Form("PILOT", train), Form("PILOT, patched", train, pilot.patch), Form(SDPA, train, sdpa_only)]
@@ -571,16 +551,16 @@ def ease_training(quick: bool) -> Iterator[Case]:
 # ---------------------------------------------------------------------- Mammoth
 
 
-def mammoth_cases(quick: bool) -> Iterator[Case]:
+def mammoth_cases(quick: bool, device: torch.device) -> Iterator[Case]:
     from backbone.utils.lora_utils import LoRALinear
 
     from plora_ext.integrations import mammoth
 
     B, N, d, out, T, r = (4, 17, 96, 288, 10, 16) if quick else (128, 197, 768, 2304, 10, 16)
-    layer = LoRALinear(d, out).to(DEVICE)
-    x = torch.randn(B, N, d, device=DEVICE)
-    A = (torch.randn(T, r, d, device=DEVICE) * 0.02).requires_grad_()
-    Bs = (torch.randn(T, out, r, device=DEVICE) * 0.02).requires_grad_()
+    layer = LoRALinear(d, out).to(device)
+    x = torch.randn(B, N, d, device=device)
+    A = (torch.randn(T, r, d, device=device) * 0.02).requires_grad_()
+    Bs = (torch.randn(T, out, r, device=device) * 0.02).requires_grad_()
 
     @contextmanager
     def concatenated() -> Iterator[None]:
@@ -602,7 +582,7 @@ def mammoth_cases(quick: bool) -> Iterator[Case]:
             def call(autocast: bool = autocast, train: bool = train) -> list[Tensor]:
                 with (
                     torch.set_grad_enabled(train),
-                    torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast),
+                    torch.autocast(device.type, torch.bfloat16, enabled=autocast),
                 ):
                     y = layer(x, {"A": A, "B": Bs})
                 if train:
@@ -624,7 +604,7 @@ def mammoth_cases(quick: bool) -> Iterator[Case]:
 
 # ---------------------------------------------------------------------- the table
 
-ROWS: dict[str, tuple[Callable[[bool], Iterator[Case]], str]] = {
+ROWS: dict[str, tuple[Callable[[bool, torch.device], Iterator[Case]], str]] = {
     "peft-train": (partial(peft_training, compiled=False), ""),
     "peft-mixed": (peft_mixed, ""),
     "ease-eval": (ease_evaluation, "PLORA_PILOT"),
@@ -646,8 +626,8 @@ def figures(line: dict[str, Any]) -> list[str]:
     return [harness.number(line.get(name), spec, "") for name, (_, spec) in FIGURES.items()]
 
 
-def report(cases: list[Case], skipped: list[str], commit: str | None) -> str:
-    where = harness.facts(DEVICE, commit)
+def report(cases: list[Case], skipped: list[str], device: torch.device, commit: str | None) -> str:
+    where = harness.facts(device, commit)
     command, columns = where.pop("command"), ["form", *(title for title, _ in FIGURES.values())]
     text = f"`{command}`\n{harness.said(where)}, {libraries.backend()}\n"
     for case in cases:
@@ -685,7 +665,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast")
     parser.add_argument("--seconds", type=float, default=4.0, help="for the rounds of a case (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=1e9, help="no case starts after this many seconds")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    device = torch.device(args.device)
     warnings.simplefilter("ignore", FutureWarning)
     torch.manual_seed(0)
     cases: list[Case] = []
@@ -695,7 +677,7 @@ def main() -> None:
 
     def keep() -> None:
         lines = [line for case in cases for line in case.lines]
-        harness.write(args.out, FIELDS, lines, report(cases, skipped, args.commit))
+        harness.write(args.out, FIELDS, lines, report(cases, skipped, device, args.commit))
 
     def skip(text: str) -> None:
         skipped.append(text)
@@ -709,11 +691,11 @@ def main() -> None:
             continue
         try:
             with checkout(variable):
-                for case in make(args.quick):
+                for case in make(args.quick, device):
                     if time.perf_counter() - start > args.limit:
                         skip(f"{row}: cut at {case.name}, {args.limit:.0f} s are over")
                         break
-                    measure(case, 0.3 if args.quick else args.seconds, start + args.limit)
+                    measure(case, device, 0.3 if args.quick else args.seconds, start + args.limit)
                     case.forms, case.truth = [], None  # and with them models and data
                     cases.append(case)
                     keep()

@@ -14,20 +14,16 @@ Writes OUT.csv and OUT.md, a line for each seed.
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import statistics
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import harness
 import numpy as np
 import torch
-from integrations import ease_vit
+from pilot_ease import ease_learner, ease_vit, import_pilot
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -56,11 +52,11 @@ def pilots_weights(vit: VisionTransformer) -> dict[str, Tensor]:
     return {name.replace("mlp.", ""): value for name, value in state.items()}
 
 
-def pilots_vit(vit: VisionTransformer) -> nn.Module:
+def pilots_vit(vit: VisionTransformer, device: torch.device) -> nn.Module:
     """PILOT's ViT for EASE with the weights of `vit`; its adapters train."""
     patches = vit.patch_embed
     net = ease_vit(
-        vit.embed_dim, img_size=patches.img_size[0], patch_size=patches.patch_size[0], depth=len(vit.blocks),
+        device, vit.embed_dim, img_size=patches.img_size[0], patch_size=patches.patch_size[0], depth=len(vit.blocks),
         mlp_ratio=vit.blocks[0].mlp.fc1.out_features / vit.embed_dim,
     )  # fmt: skip
     missing, unexpected = net.load_state_dict(pilots_weights(vit), strict=False)
@@ -93,24 +89,17 @@ class Data:
 
 def ease(settings: Any, images: Images, crops: bool) -> list[float]:
     """The accuracy after each task, in %."""
-    import models.ease
-    import utils.data_manager
-    import utils.inc_net
-
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
     np.random.seed(settings.seed)
     backbone = load_backbone(settings)
-    data = Data(images, backbone.image_size, backbone.mean, backbone.std, crops)
-    arguments = json.loads((Path(os.environ["PLORA_PILOT"]) / "exps" / "ease.json").read_text())
-    classes = {"init_cls": settings.init_cls or settings.increment, "increment": settings.increment}
-    arguments.update(classes, init_epochs=settings.epochs, later_epochs=settings.epochs, device=[device])
-    utils.data_manager._get_idata = lambda *_: data
-    utils.inc_net.get_backbone = lambda *_: pilots_vit(backbone.model)
-    models.ease.num_workers = settings.workers or 0
-    manager = utils.data_manager.DataManager("photographs", True, settings.seed, *classes.values(), arguments)
-    arguments.update(nb_classes=manager.nb_classes, nb_tasks=manager.nb_tasks)
-    learner, curve = models.ease.Learner(arguments), []
+    learner, manager = ease_learner(
+        lambda: pilots_vit(backbone.model, device),
+        lambda _: Data(images, backbone.image_size, backbone.mean, backbone.std, crops),
+        seed=settings.seed, init_cls=settings.init_cls or settings.increment, increment=settings.increment,
+        epochs=settings.epochs, workers=settings.workers or 0, device=device,
+    )  # fmt: skip
+    curve = []
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp == "bfloat16"):
         for _ in range(manager.nb_tasks):
             learner.incremental_train(manager)
@@ -129,11 +118,7 @@ def main() -> None:
     name, commit = args.out, args.commit
     del args.out
     settings = settings_from(args)
-    if not os.environ.get("PLORA_PILOT"):
-        parser.error("PLORA_PILOT must name a checkout of LAMDA-PILOT, it is not set")
-    sys.path.insert(0, os.environ["PLORA_PILOT"])
-    pilot._old_timm_names()
-    logging.disable(logging.INFO)
+    import_pilot()
     images, rows = load_data(settings), []
     with pilot.patch():
         for seed in args.seeds:

@@ -22,11 +22,8 @@ Writes NAME.csv and NAME.md.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import os
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -40,6 +37,7 @@ import harness
 import numpy as np
 import torch
 from PIL import Image
+from pilot_ease import ease_learner, ease_vit, import_pilot
 
 from plora_ext.cil import Images, Settings, run
 from plora_ext.cil.build import load_backbone, pick_device
@@ -48,6 +46,7 @@ from plora_ext.cil.timing import Clock, Resident
 from plora_ext.cil.training import Trainer
 from plora_ext.data import ImageFiles, Preparation, View
 from plora_ext.data.view import SHARE
+from plora_ext.integrations import pilot
 from plora_ext.nn import inject
 
 RATES = ("part", "source", "first", "later", "share", "peak_mb")
@@ -206,26 +205,9 @@ class Pilots:
 
 def ease(form: str, amp: str, args: argparse.Namespace, data: Images) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds and peak memory by phase of LAMDA-PILOT's EASE, with the settings of its exps/ease.json."""
-    import integrations
-
-    from plora_ext.integrations import pilot
-
-    checkout = Path(os.environ["PLORA_PILOT"])
-    if str(checkout) not in sys.path:
-        sys.path.insert(0, str(checkout))
-    pilot._old_timm_names()
-    import models.ease
-    import utils.data_manager
-    import utils.inc_net
-
+    import_pilot()
     device = pick_device(args.device)
-    arguments = json.loads((checkout / "exps" / "ease.json").read_text())
-    arguments.update(init_cls=10, increment=10, init_epochs=args.epochs, device=[device], seed=1993)
     size = {"depth": 12, "mlp_ratio": 4} if "base" in args.model else {"depth": 1, "mlp_ratio": 0.25}
-    random_vit = lambda *_: integrations.ease_vit(**size)  # noqa: E731
-    utils.inc_net.get_backbone, utils.data_manager._get_idata = random_vit, lambda *_: Pilots(data, arguments)
-    models.ease.num_workers = 8 if args.workers is None else args.workers
-    logging.disable(logging.INFO)
     phases = Phases(device)
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,9 +220,10 @@ def ease(form: str, amp: str, args: argparse.Namespace, data: Images) -> tuple[d
     with ExitStack() as stack:
         stack.enter_context(pilot.patch() if "patched" in form else nullcontext())
         stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=amp == "bfloat16"))
-        manager = utils.data_manager.DataManager("noise", True, 1993, 10, 10, arguments)
-        arguments.update(nb_classes=manager.nb_classes, nb_tasks=manager.nb_tasks)
-        learner = models.ease.Learner(arguments)
+        learner, manager = ease_learner(
+            lambda: ease_vit(device, **size), lambda arguments: Pilots(data, arguments), seed=1993, init_cls=10,
+            increment=10, epochs=args.epochs, workers=8 if args.workers is None else args.workers, device=device,
+        )  # fmt: skip
         learner._train = timed("train", learner._train)
         replace, solve = learner.replace_fc, learner.solve_sim_reset
         learner.solve_sim_reset = lambda: None  # a phase of its own, after the prototypes

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import os
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pilot_host import EASE
 
 from plora_ext import bench, ops
 from plora_ext.cli import main
@@ -154,6 +157,42 @@ def test_benchmarks_import(script: str, repository: Path, monkeypatch: pytest.Mo
         pytest.importorskip("test_cuda_lora")
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
     runpy.run_path(str(repository / "benchmarks" / script))
+
+
+_EASE = """
+import torch
+from pilot_ease import ease_learner, ease_vit, import_pilot
+import_pilot()
+import pilot_host
+cpu = torch.device("cpu")
+learner, manager = ease_learner(
+    lambda: ease_vit(cpu, 64, img_size=32, depth=1, mlp_ratio=1), lambda arguments: pilot_host.Noise(5, 4, 32),
+    seed=1, init_cls=3, increment=2, epochs=1, workers=0, device=cpu,
+)
+for _ in range(manager.nb_tasks):
+    learner.incremental_train(manager)
+    learner.after_task()
+print(learner._total_classes, learner.args["later_epochs"], learner.args["nb_tasks"], learner._network.fc.weight.shape)
+"""
+
+
+def test_pilots_ease_is_set_up_in_one_place(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = repository / "python_tests"
+    shutil.copytree(tests / "hosts" / "pilot", tmp_path / "pilot")
+    (tmp_path / "pilot" / "exps").mkdir()
+    (tmp_path / "pilot" / "exps" / "ease.json").write_text(json.dumps({**EASE, "ffn_num": 64}))
+    path = [str(repository), str(repository / "benchmarks"), str(tests)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    monkeypatch.setenv("PLORA_PILOT", str(tmp_path / "pilot"))
+    done = subprocess.run([sys.executable, "-c", _EASE], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.stdout.splitlines()[-1:] == ["5 1 2 torch.Size([5, 128])"], done.stderr
+    script = [sys.executable, str(repository / "benchmarks" / "integrations.py"), "--out", str(tmp_path / "out")]
+    options = "--quick --device cpu --rows ease-prototypes --seconds 0 --limit 0".split()
+    done = subprocess.run([*script, *options], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0 and "ease-prototypes: cut at EASE, prototypes" in done.stdout, done.stderr
+    monkeypatch.delenv("PLORA_PILOT")
+    done = subprocess.run([sys.executable, "-c", _EASE], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.stderr == "PLORA_PILOT must name a checkout of LAMDA-PILOT, it is not set\n"
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
