@@ -300,6 +300,11 @@ def test_every_forward_follows_the_parameters(targets, train) -> None:
         check()
     adapters.parameters("t1")[0].data = torch.randn_like(adapters.parameters("t1")[0])
     check()
+    adapters.parameters("t1")[1].detach().numpy()[:] = 1  # memory that others write to
+    check()
+    for table in layer._dicts():
+        table["t1"] = nn.Parameter(torch.randn_like(table["t1"]), requires_grad=bool(train))
+    check()
     adapters.set_adapter(["t1", "t2"])
     check()
     adapters.model.double()
@@ -506,33 +511,47 @@ def test_wide_factors_are_narrowed_on_the_short_way(lead, device, monkeypatch) -
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
+def counted(call: Callable[[Tensor], Any], x: Tensor) -> tuple[list[str], Any]:
+    """The functions of this package that a call enters, and what it gives."""
+    names: list[str] = []
+    package = str(Path(plora_ext.__file__).parent)
+
+    def note(frame: FrameType, event: str, _: Any) -> None:  # torch's own functions differ between its versions
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            names.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        return names, call(x)
+    finally:
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize("train", [None, "t1"], ids=["frozen", "training"])
+@TARGETS
+def test_more_adapters_enter_no_more_functions(targets, train) -> None:
+    numbers = []
+    for T in (3, 30):
+        adapters = make(targets, ranks=(4,) * T)
+        adapters.set_adapter(adapters.names)
+        adapters.train_adapter(train)
+        with torch.set_grad_enabled(train is not None):
+            for _ in range(2):  # once to look up what is kept
+                names, _ = counted(adapters.layers["qkv"], torch.randn(3, IN))
+        numbers.append(len(names))
+    assert numbers[0] == numbers[1]
+
+
 @native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_training_step_of_one_adapter_is_few_functions(dtype) -> None:
-    layer, calls, package = one(dtype).layers["qkv"], [], str(Path(plora_ext.__file__).parent)
+    layer = one(dtype).layers["qkv"]
     x = torch.randn(3, IN, dtype=dtype, requires_grad=True)
     leaves = [x, *layer.pairs("t0")[0]]
-
-    def count(call: Callable[[Tensor], Any], x: Tensor) -> Any:
-        names: list[str] = []
-
-        def note(frame: FrameType, event: str, _: Any) -> None:  # torch's own functions differ between its versions
-            if event == "call" and frame.f_code.co_filename.startswith(package):
-                names.append(frame.f_code.co_name)
-
-        sys.setprofile(note)
-        try:
-            return call(x)
-        finally:
-            sys.setprofile(None)
-            calls.append(names)
-
     for _ in range(2):  # once to look up what is kept
-        calls.clear()
-        y = count(layer, x)
+        forward_calls, y = counted(layer, x)
         with torch.no_grad():
-            count(y.grad_fn.apply, torch.ones_like(y))
-            count(layer, x)
+            calls = [forward_calls, counted(y.grad_fn.apply, torch.ones_like(y))[0], counted(layer, x)[0]]
     print(*(f"{len(names)} functions: {', '.join(names)}" for names in calls), sep="\n")
     forward, backward, without = map(len, calls)
     assert forward <= 10 and backward <= 3 and without <= 10

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, compress
 from typing import Any
 
 import torch
@@ -141,14 +141,13 @@ class MultiLoRALinear(nn.Module):
         pair: Any = self._modules["lora_A"], self._modules["lora_B"]
         return list(pair) if self.slices is None else [both._modules[key] for key in self.slices for both in pair]
 
-    def _factors_of(self, names: Sequence[str]) -> list[Tensor]:
-        """The A and B of every slice of every adapter."""
+    def _factors_of(self, names: Sequence[str]) -> list[list[Any]]:
+        """The A of the adapters, their B, and so on for every slice."""
         containers = self._dicts()
-        tables: list[Any] = [container._parameters for container in containers]
         try:
-            return [table[name] for name in names for table in tables]
+            return [list(map(container._parameters.__getitem__, names)) for container in containers]
         except KeyError:  # a factor that is parametrized
-            return [getattr(container, name) for name in names for container in containers]
+            return [[getattr(container, name) for name in names] for container in containers]
 
     # ------------------------------------------------------------------ what it looks like from outside
 
@@ -219,7 +218,7 @@ class MultiLoRALinear(nn.Module):
 
     def pairs(self, name: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """The (A, B) parameters of adapter `name`: one pair, or one for each slice in the order of `slices`."""
-        factors: list[Any] = self._factors_of((name,))
+        factors = [factor for (factor,) in self._factors_of((name,))]
         return list(zip(factors[::2], factors[1::2], strict=True))
 
     def add_adapter(self, name: str, pairs: Sequence[tuple[Tensor, Tensor]], lora_alpha: float) -> None:
@@ -231,7 +230,7 @@ class MultiLoRALinear(nn.Module):
             lora_alpha: the scale is `lora_alpha / r`.
         """
         r, dtype, device = pairs[0][0].shape[0], self._dtype(), self.device
-        for container, value in zip(self._dicts(), itertools.chain(*pairs), strict=True):
+        for container, value in zip(self._dicts(), chain(*pairs), strict=True):
             value = value.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
             container[name] = nn.Parameter(value, requires_grad=False)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
@@ -365,7 +364,8 @@ class MultiLoRALinear(nn.Module):
         """Those of `names` that receive gradients in this forward."""
         if not torch.is_grad_enabled():
             return ()
-        return tuple(name for name in names if any([p.requires_grad for p in self._factors_of((name,))]))
+        asks = ([p.requires_grad for p in factors] for factors in self._factors_of(names))
+        return tuple(compress(names, map(any, zip(*asks, strict=True))))
 
     def operands(self, names: Sequence[str], active: Active | None = None) -> Operands:
         """The adapters `names` as operators take them: A and B stacked, filled up to one rank; scales, ranks, rows.
@@ -378,12 +378,15 @@ class MultiLoRALinear(nn.Module):
             empty = torch.zeros(0, out, 1, **like), torch.zeros(0, dtype=torch.float32, device=self.device)
             return torch.zeros(0, 1, self.in_features, **like), *empty, None, None
         if active is not None:
-            factors = [mark(factors[0], active), *factors[1:]]
+            factors[0][0] = mark(factors[0][0], active)
         if self.slices is None and len(names) == 1:
-            return factors[0][None], factors[1][None], self._scaling[names[0]], None, None
-        scaling = self._scaling[names[0]] if len(names) == 1 else torch.cat([self._scaling[name] for name in names])
-        lora_A, lora_B = factors[::2], factors[1::2]
-        own, ranks = [self.r[name] for name in names], None
+            return factors[0][0][None], factors[1][0][None], self._scaling[names[0]], None, None
+        scaling = self._scaling[names[0]] if len(names) == 1 else torch.cat(list(map(self._scaling.__getitem__, names)))
+        if self.slices is None:
+            lora_A, lora_B = factors
+        else:  # adapter after adapter
+            lora_A, lora_B = (list(chain.from_iterable(zip(*factors[i::2], strict=True))) for i in (0, 1))
+        own, ranks = list(map(self.r.__getitem__, names)), None
         r = max(own)
         if min(own) < r:
             lora_A = [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in lora_A]
