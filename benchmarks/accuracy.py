@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plora_ext.arguments import add_config, add_settings, settings_from
 from plora_ext.cil import metrics
 from plora_ext.cil.alignment import ALIGNMENTS, Drift, class_means
 from plora_ext.cil.build import load_data, make_stream, pick_device, tasks_of
@@ -35,7 +36,6 @@ from plora_ext.cil.result import Result
 from plora_ext.cil.settings import MethodName, Settings
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer
-from plora_ext.cli import add_config, add_settings, settings_from
 from plora_ext.data import Images, View
 from plora_ext.report.console import ConsoleProgress
 from plora_ext.report.files import prepare_folder

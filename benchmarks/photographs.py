@@ -23,13 +23,13 @@ from pathlib import Path
 import harness
 from accuracy import FIGURES, results_by_head, table
 
+from plora_ext.arguments import add_config, add_settings, settings_from
 from plora_ext.cil.build import load_data
 from plora_ext.cil.files import write_whole
 from plora_ext.cil.heads import HEADS
 from plora_ext.cil.methods import METHODS
 from plora_ext.cil.result import to_json
 from plora_ext.cil.settings import Settings, closest
-from plora_ext.cli import add_config, add_settings, settings_from
 from plora_ext.report.console import ConsoleProgress
 from plora_ext.report.files import load_results, prepare_folder
 from plora_ext.report.runs import PROTOCOL

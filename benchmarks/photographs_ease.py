@@ -28,8 +28,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from plora_ext.arguments import add_settings, settings_from
 from plora_ext.cil.build import load_backbone, load_data, pick_device
-from plora_ext.cli import add_settings, settings_from
 from plora_ext.data import Images
 from plora_ext.data.transforms import random_affine, to_tensor
 from plora_ext.integrations import pilot

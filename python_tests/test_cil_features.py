@@ -14,8 +14,9 @@ from plora_ext.change import fingerprint, row_digests
 from plora_ext.cil import Images, Settings, run
 from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.evaluate import Evaluator
-from plora_ext.cil.features import FeatureCache, space_fingerprints
+from plora_ext.cil.features import FeatureCache
 from plora_ext.cil.methods import METHODS, Method
+from plora_ext.cil.spaces import space_fingerprints
 from plora_ext.cil.stream import Task, TaskStream
 from plora_ext.cil.training import Trainer
 from plora_ext.data import Backbone

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from plora_ext import variables
+from plora_ext.arguments import parser
 from plora_ext.cil import Settings
 from plora_ext.cil.heads import HEADS
-from plora_ext.cli import _parser
+from plora_ext.cli import COMMANDS
 
 PAGES = ["README.md", "configs/README.md", "benchmarks/results/README.md", *(f"docs/{name}.md" for name in (
     "guide", "method", "metrics", "integrations", "reproducibility", "scaling", "speed", "many_gpus",
@@ -55,7 +56,7 @@ def parses(line: str) -> None:
     words = shlex.split(line)
     assert words[0] in ("plora-ext", "torchrun"), line
     start = words.index("plora_ext") if words[0] == "torchrun" else 0
-    args, unknown = _parser().parse_known_args(words[start + 1 :])
+    args, unknown = parser(COMMANDS).parse_known_args(words[start + 1 :])
     assert not unknown and all(Path(file).is_file() for file in getattr(args, "config", None) or [])
 
 

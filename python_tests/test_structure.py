@@ -29,6 +29,7 @@ FLOORS = (
     ("io", "data", "bench"),
     ("cil",),
     ("report", "integrations"),
+    ("arguments",),
     ("cli",),
     ("__main__",),
 )

@@ -4,7 +4,8 @@ An adapter that is frozen gives an image the same features for ever. So T adapte
 of N test images in all, and not the sum over tasks t of t * (t N / T): (T + 1)(2T + 1) / (6T) times fewer.
 
 What is kept is known by its content: an image by a digest of its pixels, an adapter by a fingerprint of everything that
-its features depend on. Nothing else says that a kept feature may be used, so a changed weight or pixel is a miss.
+its features depend on (plora_ext.cil.spaces). Nothing else says that a kept feature may be used, so a changed weight or
+pixel is a miss.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,16 +24,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-import plora_ext
 from plora_ext.change import fingerprint, row_digests
-from plora_ext.cil.frozen import base_modules
 from plora_ext.memory import free_memory
-from plora_ext.nn import Adapters
-from plora_ext.nn.adapters import BASE
 
-__all__ = ["FeatureCache", "space_fingerprints"]
+__all__ = ["FeatureCache"]
 
 SHARE = 1 / 4  # of the free memory of a device, or of the host, that kept features may take
 _FILE = re.compile(r"features-[0-9a-f]{16}-[0-9a-f]{16}\.safetensors")
@@ -279,53 +276,3 @@ class _Space:
             here, features = np.flatnonzero(block == i), self.blocks[i].features
             rows = features[torch.from_numpy(row[here]).to(features.device)].to(out.device)
             out[torch.from_numpy(here).to(out.device)] = rows
-
-
-# ---------------------------------------------------------------------- content
-
-
-def space_fingerprints(model: nn.Module | Adapters, names: Sequence[str], *context: str) -> dict[str, str]:
-    """For each adapter the fingerprint of all that its features depend on.
-
-    That is: the frozen weights, buffers and other tensors, the modules and their numbers and switches, the adapter's
-    factors and scale, the versions of torch and of this package, the type of device, and `context`, whatever else
-    there is (the dtype of autocast). Pixels are known by their own digests.
-
-    Args:
-        model: a model, or a handle on its adapters.
-        names: adapters; `"__base__"` is the model without one.
-    """
-    whole = model.model if isinstance(model, Adapters) else model
-    layers = model.layers if isinstance(model, Adapters) else {}
-    tensors = dict(_base_tensors(whole))
-    device = next(iter(tensors.values())).device.type if tensors else "cpu"
-    about = [torch.__version__, plora_ext.__version__, device, *context, *_structure(whole), *tensors]
-    base = fingerprint(*about, *tensors.values())
-    prints = {}
-    for name in names:
-        parts: list[Tensor | str] = [base]
-        if name != BASE:
-            for key, layer in layers.items():
-                parts += [
-                    key,
-                    f"{layer.lora_alpha[name]} {layer.r[name]}",
-                    *(p for pair in layer.pairs(name) for p in pair),
-                ]
-        prints[name] = fingerprint(*parts)
-    return prints
-
-
-def _base_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    for prefix, module in base_modules(model):
-        for key, t in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
-            if isinstance(t, Tensor):
-                yield f"{prefix}.{key}", t
-
-
-def _structure(model: nn.Module) -> Iterable[str]:
-    """A line for each module: its class and those of its attributes that are numbers, switches or words."""
-    plain = (int, float, bool, str, tuple)
-    for prefix, module in base_modules(model):
-        values: dict[str, Any] = {k: v for k, v in vars(module).items() if isinstance(v, plain)}
-        own = {k: v for k, v in values.items() if k != "training" and not k.startswith("_")}
-        yield f"{prefix} {type(module).__module__}.{type(module).__qualname__} {module.extra_repr()} {own}"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from plora_ext.cil.features import space_fingerprints
 from plora_ext.cil.methods.base import Method, _Adapted
 from plora_ext.cil.settings import Settings
+from plora_ext.cil.spaces import space_fingerprints
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer
 from plora_ext.data import View

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from plora_ext import ops
 from plora_ext.cil.alignment import class_means
-from plora_ext.cil.features import space_fingerprints
 from plora_ext.cil.heads import Subspace
 from plora_ext.cil.methods.base import _Adapted
 from plora_ext.cil.settings import Settings
+from plora_ext.cil.spaces import space_fingerprints
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer
 from plora_ext.data import View
