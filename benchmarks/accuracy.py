@@ -29,7 +29,7 @@ from plora_ext.cil import metrics
 from plora_ext.cil.alignment import ALIGNMENTS, Drift, class_means
 from plora_ext.cil.build import load_data, make_stream, pick_device, tasks_of
 from plora_ext.cil.covariances import ClassCovariances
-from plora_ext.cil.heads import HEADS, Head, Subspace, create_head
+from plora_ext.cil.heads import HEADS, Head, Subspace
 from plora_ext.cil.loop import run
 from plora_ext.cil.methods import METHODS, Method, PLoRAFused
 from plora_ext.cil.result import Result
@@ -54,7 +54,7 @@ class Heads(Head):
 
     def __init__(self, names: Iterable[str], settings: Settings, device: torch.device, among: Sequence[int]):
         super().__init__(settings, device)
-        self.heads = {name: create_head(name, settings, device) for name in names}
+        self.heads = {name: HEADS[name](settings, device) for name in names}
         self.predictions: list[dict[str, np.ndarray]] = []
         self.among = among if settings.method == "joint" else ()
 

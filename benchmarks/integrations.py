@@ -383,7 +383,7 @@ def fill_prototypes(ease: Any, loader: Any) -> None:
 def sdpa_only() -> Iterator[None]:
     """PILOT's own loops with torch's fused attention: what one line of plain torch gives."""
     patch = _patch.Patch("attention")
-    patch.replace("backbone.vit_ease:Attention.forward", _pilot_vit.make_attention)
+    patch.replace("backbone.vit_ease:Attention.forward", _patch.instead(_pilot_vit.attention))
     with patch:
         yield
 
@@ -459,7 +459,7 @@ def ease_evaluation(quick: bool, device: torch.device) -> Iterator[Case]:
                 network.backbone.cur_adapter = last
 
             def remember(ease: Any = ease, kept: Any = kept) -> None:
-                _pilot_vit.kept[ease] = kept
+                _pilot_vit.kept[ease] = copy.deepcopy(kept)
 
             call = within(evaluate, device, autocast)
             yield Case(

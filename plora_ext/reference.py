@@ -182,12 +182,7 @@ def lora_merge(
 
 
 def class_sums(
-    features: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    *,
-    sums: Tensor | None = None,
-    counts: Tensor | None = None,
+    features: Tensor, labels: Tensor, num_classes: int, *, sums: Tensor | None = None, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Twin of `plora_ext.ops.class_sums`: rows added to the total of their class; label -1 is skipped."""
     wide = torch.promote_types(features.dtype, torch.float32)

@@ -149,8 +149,7 @@ def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
     """The gradient of what the softmax p was taken of, from that of p: p (dp - sum p dp), in one kernel if there is."""
     if _softmax_backward is None:
         return p * (dp - (p * dp).sum(-1, keepdim=True))
-    ds: Tensor = _softmax_backward(dp, p, -1, p.dtype)
-    return ds
+    return _softmax_backward(dp, p, -1, p.dtype)
 
 
 def in_backward() -> bool:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from plora_ext.cil import Settings
 from plora_ext.cil.alignment import class_means
 from plora_ext.cil.covariances import ClassCovariances
-from plora_ext.cil.heads import create_head
+from plora_ext.cil.heads import HEADS
 
 D = 8
 
@@ -97,7 +97,7 @@ def test_thousands_of_classes_take_no_matrix_each() -> None:
     C, width, rank = 2000, 32, 4
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(3 * C, width, generator=generator), torch.arange(3 * C) % C
-    head, means = create_head("gaussian", Settings(covariance_rank=rank), torch.device("cpu")), class_means(x, y, C)
+    head, means = HEADS["gaussian"](Settings(covariance_rank=rank), torch.device("cpu")), class_means(x, y, C)
     with Largest() as largest:
         head.learn(means, None, x, y)
         logits = head(x[:64], means)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plora_ext.cil import Settings
 from plora_ext.cil.alignment import Drift, align, class_means
-from plora_ext.cil.heads import HEADS, Head, create_head
+from plora_ext.cil.heads import HEADS, Head
 from plora_ext.cil.heads.ranpac import RIDGES, best_ridge, spectrum
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def blobs(classes: range, each: int = 40) -> tuple[Tensor, Tensor]:
 def taught(name: str, moves: Tensor | None = None, **settings) -> tuple:
     """A head after two tasks of three and two classes; the space moves by `moves` before the second."""
     s = Settings(**{"projections": 50, "replay_epochs": 5, "alignment": "ridge", "ridge": 1e-9, **settings})
-    head = create_head(name, s, CPU)
+    head = HEADS[name](s, CPU)
     x, y = blobs(range(3))
     prototypes = class_means(x, y, 3)
     head.learn(prototypes, None, x, y)
@@ -123,7 +123,7 @@ def test_the_ridge_takes_no_cube_of_the_images(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.linalg, "eigh", lambda a: (sizes.append(a.shape), eigh(a))[1])
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda a: (sizes.append(a.shape), factor(a))[1])
     for each in (3, 20, 200):
-        head = create_head("ranpac", Settings(projections=30), CPU)
+        head = HEADS["ranpac"](Settings(projections=30), CPU)
         (x, y), (more, z) = blobs(range(2), each), blobs(range(2, 4), each)
         head.learn(class_means(x, y, 2), None, x, y)
         head.learn(torch.zeros(4, D), more @ moving(), more, z)
@@ -133,7 +133,7 @@ def test_the_ridge_takes_no_cube_of_the_images(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("each", [8, 40])  # fewer and more images than projections
 def test_ranpac_follows_the_drift_map_of_its_projections(each: int) -> None:
     s = Settings(projections=20, alignment="semantic", ridge=0.1)
-    head = create_head("ranpac", s, CPU)
+    head = HEADS["ranpac"](s, CPU)
     x, y = blobs(range(3))
     head.learn(class_means(x, y, 3), None, x, y)
     gram, target = head.gram.double(), head.target.double()
@@ -161,12 +161,12 @@ def test_heads_beat_the_cosine_where_covariances_matter(name: str) -> None:
 @pytest.mark.parametrize(("name", "rank"), [*((name, None) for name in LEARNED), ("gaussian", 2), ("replay", 2)])
 def test_state_brings_a_head_back(name: str, rank: int | None) -> None:
     head, x, _, s, prototypes = taught(name, covariance_rank=rank)
-    again = create_head(name, s, CPU)
+    again = HEADS[name](s, CPU)
     again.restore(head.state())
     assert torch.equal(again(x, prototypes), head(x, prototypes))
     if name != "ranpac" and rank is None:  # as older checkpoints have it
         older = {key: value for key, value in head.state().items() if not key.startswith("covariances")}
-        again = create_head(name, s, CPU)
+        again = HEADS[name](s, CPU)
         again.restore({**older, "covariances": head.covariances.base})
         assert torch.equal(again(x, prototypes), head(x, prototypes))
 
@@ -175,7 +175,7 @@ def test_state_brings_a_head_back(name: str, rank: int | None) -> None:
 @pytest.mark.parametrize("name", LEARNED)
 def test_one_image_of_a_class(name: str, rank: int | None) -> None:
     s = Settings(projections=20, replay_epochs=1, covariance_rank=rank)
-    head, (x, y) = create_head(name, s, CPU), blobs(range(2), each=1)
+    head, (x, y) = HEADS[name](s, CPU), blobs(range(2), each=1)
     prototypes = class_means(x, y, 2)
     head.learn(prototypes, None, x, y)
     assert head(x, prototypes).isfinite().all()
@@ -188,7 +188,7 @@ def test_replay_draws_from_the_covariances(rank: int | None, monkeypatch: pytest
     monkeypatch.setattr(F, "linear", lambda x, *rest: (drawn.append(x), linear(x, *rest))[1])
     monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))
     x, y = blobs(range(2))
-    head, means = create_head("replay", Settings(replay_epochs=1, covariance_rank=rank), CPU), class_means(x, y, 2)
+    head, means = HEADS["replay"](Settings(replay_epochs=1, covariance_rank=rank), CPU), class_means(x, y, 2)
     head.learn(means, None, x, y)
     shared = head.covariances.mean().diag().float()
     spread = (shared + means.var(0, correction=0)).sqrt()

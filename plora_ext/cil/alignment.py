@@ -184,8 +184,7 @@ class Drift:
             raise ValueError("before and after must be finite, got a feature that is not")
         if self.covariances is not None and self.kind.linear:
             self.covariances = self.covariances.moved(self.map(), shared_only=self.kind.rows)
-        aligned: Tensor = self.kind.rule(self)
-        return aligned
+        return self.kind.rule(self)
 
     def map(self) -> Tensor:
         """I + R [D, D], float64: the linear drift map."""

@@ -1,14 +1,17 @@
-"""Files and folders that are whole whenever somebody looks."""
+"""Files and folders that are whole whenever somebody looks; rows as the text of a CSV file."""
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
+import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -30,6 +33,15 @@ def write_whole(path: Path, content: bytes) -> None:
             os.close(folder)
     finally:
         part.unlink(missing_ok=True)
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each row, under the names of all of them."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 @contextmanager

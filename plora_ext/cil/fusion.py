@@ -14,12 +14,7 @@ from torch import Tensor, nn
 
 
 def coefficients(
-    rule: str,
-    num_tasks: int,
-    *,
-    task_means: Tensor | None = None,
-    tau: float = 0.1,
-    magnitudes: Tensor | None = None,
+    rule: str, num_tasks: int, *, task_means: Tensor | None = None, tau: float = 0.1, magnitudes: Tensor | None = None
 ) -> Tensor:
     """Coefficients c of `num_tasks` adapters by `rule`; float32 [num_tasks].
 

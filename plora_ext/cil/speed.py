@@ -25,8 +25,7 @@ class LastBlock(Block):  # type: ignore[misc, unused-ignore]
     def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
         """[B, 1, D] of [B, N, D]."""
         x = (x + self.drop_path1(self.ls1(self.attn(self.norm1(x), *args, **keywords))))[:, :1]
-        y: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return y
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 def skip_unused_tokens(model: nn.Module) -> None:
@@ -143,11 +142,7 @@ class Speed:
             group["lr"] = value if self._rate is None else self._rate
 
     def captured(
-        self,
-        what: str,
-        function: Callable[..., T],
-        parameters: Iterable[Tensor] = (),
-        batches: int | None = None,
+        self, what: str, function: Callable[..., T], parameters: Iterable[Tensor] = (), batches: int | None = None
     ) -> Callable[..., T]:
         """`function`, replayed as a CUDA graph where the settings and the model allow it.
 

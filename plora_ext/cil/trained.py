@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,7 +15,7 @@ from plora_ext.cil.build import load_data, make_stream, tasks_of
 from plora_ext.cil.checkpoint import MANIFEST, Checkpoint
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.evaluate import Evaluator
-from plora_ext.cil.files import write_whole
+from plora_ext.cil.files import to_csv, write_whole
 from plora_ext.cil.learner import Learner
 from plora_ext.cil.metrics import evaluated_on
 from plora_ext.cil.same_run import data_digests, refuse_other
@@ -120,13 +118,6 @@ def write_predictions(out: Path, paths: Sequence[Path], predictions: Sequence[di
     """
     each = len(predictions) // len(paths)
     rows = [{"image": str(paths[i // each]), **prediction} for i, prediction in enumerate(predictions)]
-    if out.suffix == ".json":
-        text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
-    else:
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        text = table.getvalue()
+    text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n" if out.suffix == ".json" else to_csv(rows)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, text.encode("utf-8"))

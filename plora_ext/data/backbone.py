@@ -62,10 +62,7 @@ class Backbone(NamedTuple):
 
 
 def create_backbone(
-    name: str = "embedded",
-    pretrained: bool = True,
-    weights: str | Path | None = None,
-    image_size: int | None = None,
+    name: str = "embedded", pretrained: bool = True, weights: str | Path | None = None, image_size: int | None = None
 ) -> Backbone:
     """Builds a feature extractor without a classifier (`num_classes=0`), in eval mode.
 

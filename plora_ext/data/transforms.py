@@ -168,6 +168,5 @@ def cutmix(images: Tensor, labels: Tensor, num_classes: int, share: float) -> tu
     from torchvision.transforms import v2
 
     if torch.rand(()) < share:
-        mixed: tuple[Tensor, Tensor] = v2.CutMix(num_classes=num_classes)(images, labels)
-        return mixed
+        return v2.CutMix(num_classes=num_classes)(images, labels)
     return images, F.one_hot(labels, num_classes).float()

@@ -25,8 +25,7 @@ class Features(nn.Module):
         self.num_features = getattr(backbone, "feature_dim", None) or getattr(classifier, "in_features", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        features: Tensor = self.backbone(x, returnt="features")
-        return features
+        return self.backbone(x, returnt="features")
 
 
 @cache

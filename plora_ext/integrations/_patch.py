@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 _ABSENT = object()
+Original = Callable[..., Any]  # a function of a host
 
 
 @dataclass
@@ -113,6 +114,20 @@ class Patch:
 
     def __str__(self) -> str:
         return str(self.report)
+
+
+def instead(function: Callable[..., Any], **fixed: Any) -> Callable[[Any], Any]:
+    """For `Patch.replace`: a call f(*args) of the host becomes `function(f, *args, **fixed)`."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+
+    def make(original: Any) -> Any:
+        def ours(*args: Any, **keywords: Any) -> Any:
+            return function(original, *args, **keywords, **fixed)
+
+        ours.__signature__ = inspect.Signature([p for p in parameters if p.name not in fixed])  # type: ignore[attr-defined]
+        return ours
+
+    return make
 
 
 _active: dict[str, Patch] = {}

@@ -35,8 +35,7 @@ class Network(nn.Module):
 
     def extract_vector(self, images: Tensor) -> Tensor:
         """Features of the fused model."""
-        features: Tensor = self.plora.backbone(images)
-        return features
+        return self.plora.backbone(images)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {"logits": self.plora(images)}

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from plora_ext import ops
 from plora_ext.change import fingerprint
+from plora_ext.cil.features import FeatureCache
 from plora_ext.integrations._layers import constant
+from plora_ext.integrations._patch import Original
 
 IMAGES = 512
 """Images times adapters in one forward at most: more take more memory and no less time."""
@@ -23,8 +25,7 @@ def embed(vit: Any, images: Tensor) -> Tensor:
     """What the first block sees of images [B, 3, H, W]: tokens [B, N, D], the class token first."""
     x = vit.patch_embed(images)
     x = torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + vit.pos_embed
-    embedded: Tensor = vit.pos_drop(x)
-    return embedded
+    return vit.pos_drop(x)
 
 
 def adapter_features(vit: Any, images: Tensor, adapters: Sequence[Any], class_token_only: bool = True) -> list[Tensor]:
@@ -92,13 +93,10 @@ def _attention(attention: Any, x: Tensor, class_token_only: bool = False) -> Ten
     return attention.proj_drop(attention.proj(y.transpose(1, 2).reshape(B, -1, C)))
 
 
-def make_attention(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        if self.training and self.attn_drop.p > 0:
-            return original(self, x)
-        return _attention(self, x)
-
-    return forward
+def attention(original: Original, self: Any, x: Tensor) -> Tensor:
+    if self.training and self.attn_drop.p > 0:
+        return original(self, x)
+    return _attention(self, x)
 
 
 def training_features(vit: Any, images: Tensor) -> Tensor:
@@ -143,54 +141,34 @@ def _is_eases(vit: Any) -> bool:
     )
 
 
-kept: WeakKeyDictionary[Any, tuple[Any, list[Any], Tensor]] = WeakKeyDictionary()
-"""What was computed at earlier evaluations: images, fingerprints of the adapters, features [N, T, D]."""
+kept: WeakKeyDictionary[Any, FeatureCache] = WeakKeyDictionary()
+"""What was computed at earlier evaluations of a learner."""
 
 
 def features_of(learner: Any, loader: Any, cache: bool, subspaces: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """Features [B, T * D] and labels of every batch, computing only what no earlier evaluation did."""
-    vit, device, dataset = learner._network.backbone, learner._device, loader.dataset
-    in_order = isinstance(loader.sampler, torch.utils.data.SequentialSampler) and not loader.drop_last
-    if not cache or not in_order or not hasattr(dataset, "images"):
-        for _, images, labels in loader:
-            yield torch.cat(adapter_features(vit, images.to(device), subspaces), 2)[:, 0], labels
-        return
+    vit, device = learner._network.backbone, learner._device
+    names = [str(i) for i in range(len(subspaces))]
+    spaces = dict(zip(names, _fingerprints(vit, subspaces, device))) if cache else {}
 
-    prints = _fingerprints(vit, subspaces)
-    look = (repr(dataset.trsf), torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
-    features = torch.empty(len(dataset), len(subspaces), vit.out_dim, device=device)
-    known, valid = 0, [False] * len(subspaces)
-    if learner in kept:
-        (images, before), old_prints, old = kept[learner]
-        n = len(images)
-        if before == look and n <= len(dataset) and np.array_equal(images, dataset.images[:n]):
-            known = n
-            for i, of_adapter in enumerate(prints):
-                if of_adapter in old_prints:
-                    valid[i] = True
-                    features[:n, i] = old[:, old_prints.index(of_adapter)]
-        del old
-    start = 0
+    def compute(images: Tensor, names: Sequence[str]) -> Tensor:
+        parts = adapter_features(vit, images, [subspaces[int(name)] for name in names])
+        return torch.cat(parts, 1).float()
+
     for _, images, labels in loader:
-        stop = start + len(labels)
-        for rows, missing in (
-            (slice(start, min(stop, known)), [i for i, ok in enumerate(valid) if not ok]),
-            (slice(max(start, known), stop), list(range(len(subspaces)))),
-        ):
-            if rows.start < rows.stop and missing:
-                batch = images[rows.start - start : rows.stop - start].to(device)
-                parts = adapter_features(vit, batch, [subspaces[i] for i in missing])
-                for i, part in zip(missing, parts):
-                    features[rows, i] = part[:, 0].to(features)
-        yield features[start:stop].flatten(1), labels
-        start = stop
-    kept[learner] = ((np.array(dataset.images), look), prints, features)  # a copy: images may be changed in place
+        images = images.to(device)
+        if cache:
+            features = kept.setdefault(learner, FeatureCache(device=device))(images, spaces, compute)
+        else:
+            features = compute(images, names)
+        yield features.flatten(1), labels
 
 
-def _fingerprints(vit: Any, subspaces: Sequence[Any]) -> list[str]:
-    """What the features of each subspace follow from: the backbone's tensors, the adapter's, and its scales."""
+def _fingerprints(vit: Any, subspaces: Sequence[Any], device: torch.device) -> list[str]:
+    """What the features of each subspace follow from: the backbone's tensors, the adapter's, scales, and autocast."""
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     named = [*vit.named_parameters(), *vit.named_buffers()]
-    backbone = fingerprint(*(tensor for name, tensor in named if "adapter" not in name))
+    backbone = fingerprint(str(autocast), *(tensor for name, tensor in named if "adapter" not in name))
     return [
         fingerprint(backbone, *(() if adapters is None else (*adapters.parameters(), *map(_scale, adapters))))
         for adapters in subspaces

@@ -55,8 +55,7 @@ class PLoRAModule(_models.DynamicModule):
         self.net.num_classes = max(self.net.num_classes, *(c + 1 for c in classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.net(x)
-        return logits
+        return self.net(x)
 
 
 class PLoRAPlugin(_core.SupervisedPlugin):

@@ -19,13 +19,12 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from plora_ext.integrations import _patch, _pilot_ease, _pilot_mos
 from plora_ext.integrations import _pilot_family as family
-from plora_ext.integrations._patch import Patch
-from plora_ext.integrations._pilot_vit import adapter_features, kept, make_attention
+from plora_ext.integrations._patch import Patch, instead
+from plora_ext.integrations._pilot_vit import adapter_features, attention, kept
 
 __all__ = ["adapter_features", "patch", "unpatch"]
 
@@ -114,44 +113,44 @@ def _hooks(mos: str, cache: bool, tuna: str, acmap: str) -> dict[str, dict[str, 
     of_mos, of_tuna, of_acmap = (how == "as shipped" for how in (mos, tuna, acmap))
     hooks: dict[str, dict[str, Callable[[Any], Any]]] = {
         "backbone.vit_ease": {
-            "backbone.vit_ease:Attention.forward": make_attention,
-            f"backbone.vit_ease:{vit}.forward_test": _pilot_ease.make_forward_test,
-            f"backbone.vit_ease:{vit}.forward_proto": _pilot_ease.make_forward_proto,
-            f"backbone.vit_ease:{vit}.forward": _pilot_ease.make_forward,
-            f"backbone.vit_ease:{vit}.add_adapter_to_list": _pilot_ease.make_add_adapter,
-            f"backbone.vit_ease:{vit}._load_from_state_dict": _pilot_ease.make_load,
-            f"{ease}._init_train": _pilot_ease.make_init_train,
-            f"{ease}.replace_fc": _pilot_ease.make_replace_fc,
-            f"{ease}.solve_similarity": partial(_pilot_ease.make_solve, mode="last"),
-            f"{ease}.solve_sim_reset": partial(_pilot_ease.make_solve, mode="reset"),
-            f"{ease}._eval_cnn": partial(_pilot_ease.make_eval, cache=cache),
-            "backbone.linears:EaseCosineLinear.forward_reweight": _pilot_ease.make_reweight,
+            "backbone.vit_ease:Attention.forward": instead(attention),
+            f"backbone.vit_ease:{vit}.forward_test": instead(_pilot_ease.forward_test),
+            f"backbone.vit_ease:{vit}.forward_proto": instead(_pilot_ease.forward_proto),
+            f"backbone.vit_ease:{vit}.forward": instead(_pilot_ease.forward),
+            f"backbone.vit_ease:{vit}.add_adapter_to_list": instead(_pilot_ease.add_adapter_to_list),
+            f"backbone.vit_ease:{vit}._load_from_state_dict": instead(_pilot_ease.load_from_state_dict),
+            f"{ease}._init_train": instead(_pilot_ease.init_train),
+            f"{ease}.replace_fc": instead(_pilot_ease.replace_fc),
+            f"{ease}.solve_similarity": instead(_pilot_ease.solve, mode="last"),
+            f"{ease}.solve_sim_reset": instead(_pilot_ease.solve, mode="reset"),
+            f"{ease}._eval_cnn": instead(_pilot_ease.eval_cnn, cache=cache),
+            "backbone.linears:EaseCosineLinear.forward_reweight": instead(_pilot_ease.reweight),
             "utils.factory:get_model": _make_get_model,
         },
         "backbone.vit_mos": {
-            "backbone.vit_mos:Attention.forward": make_attention,
-            "models.mos:Learner._eval_cnn": partial(_pilot_mos.make_eval, as_shipped=of_mos),
+            "backbone.vit_mos:Attention.forward": instead(attention),
+            "models.mos:Learner._eval_cnn": instead(_pilot_mos.eval_cnn, as_shipped=of_mos),
         },
-        "models.vit_inflora": {"models.vit_inflora:Attention_LoRA.forward": family.make_inflora},
-        "backbone.lora": {"backbone.lora:_LoRA_qkv_timm_train.forward": family.make_sd_lora},
-        "backbone.vit_cllora": {f"backbone.vit_cllora:{vit}.forward_test": family.make_cl_lora},
+        "models.vit_inflora": {"models.vit_inflora:Attention_LoRA.forward": instead(family.inflora)},
+        "backbone.lora": {"backbone.lora:_LoRA_qkv_timm_train.forward": instead(family.sd_lora)},
+        "backbone.vit_cllora": {f"backbone.vit_cllora:{vit}.forward_test": instead(family.cl_lora)},
         "backbone.vit_tuna": {
-            "backbone.vit_tuna:Attention.forward": make_attention,
-            f"backbone.vit_tuna:{vit}.forward_features": family.make_tuna_features,
-            f"backbone.vit_tuna:{vit}.merge": family.make_tuna_merge,
-            "models.tuna:Learner._eval_cnn": partial(family.make_tuna_eval, cache=cache, as_shipped=of_tuna),
-            "models.tuna:Learner.orth_loss": family.make_tuna_orth_loss,
-            "models.tuna:AngularPenaltySMLoss.forward": family.make_tuna_loss,
+            "backbone.vit_tuna:Attention.forward": instead(attention),
+            f"backbone.vit_tuna:{vit}.forward_features": instead(family.tuna_features),
+            f"backbone.vit_tuna:{vit}.merge": instead(family.tuna_merge),
+            "models.tuna:Learner._eval_cnn": instead(family.tuna_eval, cache=cache, as_shipped=of_tuna),
+            "models.tuna:Learner.orth_loss": instead(family.tuna_orth_loss),
+            "models.tuna:AngularPenaltySMLoss.forward": instead(family.tuna_loss),
         },
         "acmap.backbone.vit_acmap": {
-            "acmap.backbone.vit_acmap:Attention.forward": make_attention,
-            f"acmap.backbone.vit_acmap:{vit}.forward_test": partial(family.make_acmap_test, as_shipped=of_acmap),
-            f"acmap.backbone.vit_acmap:{vit}.forward_proto": partial(family.make_acmap_proto, as_shipped=of_acmap),
-            "acmap.utils.inc_net:ACMapNet.replace_fc": partial(family.make_acmap_replace_fc, as_shipped=of_acmap),
+            "acmap.backbone.vit_acmap:Attention.forward": instead(attention),
+            f"acmap.backbone.vit_acmap:{vit}.forward_test": instead(family.acmap_test, as_shipped=of_acmap),
+            f"acmap.backbone.vit_acmap:{vit}.forward_proto": instead(family.acmap_proto, as_shipped=of_acmap),
+            "acmap.utils.inc_net:ACMapNet.replace_fc": instead(family.acmap_replace_fc, as_shipped=of_acmap),
         },
     }
     if not of_mos:
-        hooks["backbone.vit_mos"][f"backbone.vit_mos:{vit}.forward_features"] = _pilot_mos.make_features
+        hooks["backbone.vit_mos"][f"backbone.vit_mos:{vit}.forward_features"] = instead(_pilot_mos.forward_features)
     return hooks
 
 

@@ -9,15 +9,7 @@ import torch
 
 from plora_ext.ops import autocast, autograd, compiled, fake, vmap
 from plora_ext.ops.adapter_batch import AdapterBatch
-from plora_ext.ops.lora import (
-    lora_all,
-    lora_all_,
-    lora_indexed,
-    lora_indexed_,
-    lora_merge,
-    lora_sum,
-    lora_sum_,
-)
+from plora_ext.ops.lora import lora_all, lora_all_, lora_indexed, lora_indexed_, lora_merge, lora_sum, lora_sum_
 from plora_ext.ops.prototypes import (
     class_sums,
     complete_prototypes,

@@ -34,12 +34,7 @@ def _tf32(t: Tensor) -> bool:
 
 
 def class_sums(
-    features: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    *,
-    sums: Tensor | None = None,
-    counts: Tensor | None = None,
+    features: Tensor, labels: Tensor, num_classes: int, *, sums: Tensor | None = None, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sum and number of the rows of every class: sums_c = sum over n with y_n = c of f_n; prototypes are sums / counts.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 import shutil
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from plora_ext.cil.files import to_csv
 from plora_ext.cil.result import Result, to_json
 from plora_ext.report.console import COMPACT, fits
 from plora_ext.report.runs import COLUMNS, Group, Protocol, group, is_finished, load_results, rows
@@ -86,9 +85,9 @@ def write_report(folder: Path, results: Sequence[Result]) -> list[str]:
 
     texts = {
         "report.html": page(protocols, results),
-        "summary.csv": _csv(_summary_rows(protocols)),
-        "runs.csv": _csv(_run_rows(protocols)),
-        "tasks.csv": _csv(_task_rows(protocols)),
+        "summary.csv": to_csv(list(_summary_rows(protocols))),
+        "runs.csv": to_csv(list(_run_rows(protocols))),
+        "tasks.csv": to_csv(list(_task_rows(protocols))),
         "metrics.json": to_json(results),
     }
     pictures: dict[str, Figure | None] = {}
@@ -203,13 +202,3 @@ def _task_rows(protocols: Sequence[Protocol]) -> Iterable[dict[str, Any]]:
 
 def _each(protocols: Sequence[Protocol]) -> Iterable[tuple[Protocol, Group, Result]]:
     return ((p, g, r) for p in protocols for g in p.groups for r in (*g.results, *g.unfinished))
-
-
-def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    every = list(rows)
-    text = io.StringIO()
-    names = dict.fromkeys(name for row in every for name in row)
-    writer = csv.DictWriter(text, list(names), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(every)
-    return text.getvalue()

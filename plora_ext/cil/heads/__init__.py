@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from plora_ext.cil.heads.base import Head
 from plora_ext.cil.heads.cosine import Cosine, Subspace
 from plora_ext.cil.heads.gaussian import Gaussian
 from plora_ext.cil.heads.ranpac import RanPAC
 from plora_ext.cil.heads.replay import Replay
 from plora_ext.cil.registry import HEADS
-from plora_ext.cil.settings import Settings
 
-
-def create_head(name: str, settings: Settings, device: torch.device) -> Head:
-    """The head `name`, one of HEADS."""
-    head: Head = HEADS[name](settings, device)
-    return head
-
-
-__all__ = ["HEADS", "Cosine", "Gaussian", "Head", "RanPAC", "Replay", "Subspace", "create_head"]
+__all__ = ["HEADS", "Cosine", "Gaussian", "Head", "RanPAC", "Replay", "Subspace"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plora_ext.cil import fusion
 from plora_ext.cil.alignment import class_means
-from plora_ext.cil.heads import create_head
+from plora_ext.cil.heads import HEADS, Head
 from plora_ext.cil.packing import adapters_state, pack, restore_adapters, to_device
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task
@@ -37,7 +37,7 @@ class Method(ABC):
 
     def __init__(self, trainer: Trainer, settings: Settings):
         self.trainer, self.settings, self.world = trainer, settings, trainer.world
-        self.head = create_head(settings.head, settings, trainer.device)
+        self.head: Head = HEADS[settings.head](settings, trainer.device)
         self.passes, self.trainable = 1, 0
 
     @abstractmethod
