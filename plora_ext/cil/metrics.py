@@ -29,10 +29,14 @@ def last_accuracy(curve: Sequence[float]) -> float:
     return float(curve[-1])
 
 
+def fallen(matrix: Matrix) -> list[float]:
+    """For every task but the last, its best accuracy minus its last."""
+    return [max(row[i] for row in matrix[i:]) - matrix[-1][i] for i in range(len(matrix) - 1)]
+
+
 def forgetting(matrix: Matrix) -> float | None:
     """Mean over i < T of max_b a[b, i] - a[T, i]: how far each old task fell from its best; None for one task."""
-    last = len(matrix) - 1
-    drops = [max(row[i] for row in matrix[i:]) - matrix[last][i] for i in range(last)]
+    drops = fallen(matrix)
     return float(np.mean(drops)) if drops else None
 
 

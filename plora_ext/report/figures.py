@@ -19,6 +19,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from plora_ext.cil import metrics
 from plora_ext.cil.result import Result
 from plora_ext.report.runs import Group, Protocol
 
@@ -63,7 +64,7 @@ def accuracy(protocol: Protocol, narrow: bool = False) -> Figure:
 
 def forgetting(protocol: Protocol, narrow: bool = False) -> Figure | None:
     """By how much the accuracy on each task's classes has fallen from its best when all tasks are learned."""
-    curves = [(g, g.spread(fallen)) for g in protocol.finished if len(g.example.matrix) > 1]
+    curves = [(g, g.spread(lambda r: metrics.fallen(r.matrix))) for g in protocol.finished if len(g.example.matrix) > 1]
     if not curves:
         return None
     ylabel = "accuracy lost since its best (points)"
@@ -224,12 +225,6 @@ def svg(figure: Figure, name: str, title: str) -> str:
 
 
 # ---------------------------------------------------------------------- what is drawn
-
-
-def fallen(r: Result) -> list[float] | None:
-    """For every task but the last, its best accuracy minus its last."""
-    last = len(r.matrix) - 1
-    return [max(row[i] for row in r.matrix[i:]) - r.matrix[last][i] for i in range(last)] or None
 
 
 def moved(r: Result, which: str) -> list[float] | None:

@@ -17,7 +17,7 @@ from rich.table import Table
 from plora_ext.cil.files import to_csv
 from plora_ext.cil.result import Result, to_json
 from plora_ext.report.console import COMPACT, fits
-from plora_ext.report.runs import COLUMNS, Group, Protocol, group, is_finished, load_results, rows
+from plora_ext.report.runs import COLUMNS, Group, Protocol, best_cells, group, is_finished, load_results, rows
 
 __all__ = ["load_results", "to_json", "write_folder", "write_report"]
 
@@ -145,16 +145,15 @@ def comparison_table(protocol: Protocol, width: int = 80) -> Table:
 def _comparison(protocol: Protocol, titles: Sequence[str], shown: Sequence[str]) -> Table:
     table = Table(title=f"{protocol.name}, accuracy in %", title_justify="left", **COMPACT)
     lines = rows(protocol)
-    known = {k: [line for line in lines if line[k] != "–"] if len(lines) > 1 else [] for k in (2, 3)}
-    best = {k: max(own, key=lambda line: float(line[k].split()[0])) for k, own in known.items() if own}
+    best = best_cells(lines)
     for i, title in enumerate(titles):
         if title == "Method":
             table.add_column(title, min_width=min(16, max((len(line[0]) for line in lines), default=0)))
         elif title in shown:  # as wide as what it holds: a minimum that rich finds by itself would be one word's
             widest = max(len(text) for text in (title, *(line[i] for line in lines)))
             table.add_column(title, justify="right", no_wrap=True, min_width=widest)
-    for line in lines:
-        cells = [f"[bold green]{cell}[/]" if best.get(i) is line else cell for i, cell in enumerate(line)]
+    for row, line in enumerate(lines):
+        cells = [f"[bold green]{cell}[/]" if (row, i) in best else cell for i, cell in enumerate(line)]
         table.add_row(*(cell for title, cell in zip(titles, cells) if title in shown))
     return table
 

@@ -14,12 +14,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import plora_ext
+from plora_ext.cil import metrics
 from plora_ext.cil.result import Result
 from plora_ext.report import figures
 from plora_ext.report.runs import (
     COLUMNS,
     Group,
     Protocol,
+    best_cells,
     configuration_of,
     differing,
     protocol_of,
@@ -134,10 +136,7 @@ def notes(protocols: Sequence[Protocol], results: Sequence[Result]) -> Iterable[
 def _overview(protocol: Protocol, name: str) -> Section:
     groups, lines, section = protocol.finished, ranked(protocol), Section("Accuracy")
     several = any(len(g.results) > 1 for g in groups)
-    best: set[tuple[int, int]] = set()
-    for column in (2, 3) if len(lines) > 1 else ():
-        values = {i: float(line[column].split()[0]) for i, line in enumerate(lines) if line[column] != "–"}
-        best |= {(i, column) for i, value in values.items() if value == max(values.values())}
+    best = best_cells(lines)
     if lines:
         head = ("Method", "Seeds", *(title for title, *_ in COLUMNS))
         spread = ", mean ± standard deviation over seeds" if several else ""
@@ -180,7 +179,7 @@ def _matrices(protocol: Protocol, name: str) -> Section:
 
 def _forgetting(protocol: Protocol, name: str) -> Section:
     text = "How far the accuracy on each task's classes has fallen from its best when all tasks are learned, in points."
-    curves = [(g, g.spread(figures.fallen)) for g in protocol.finished]
+    curves = [(g, g.spread(lambda r: metrics.fallen(r.matrix) or None)) for g in protocol.finished]
     missing = "No complete run has more than one task."
     return _curves(
         "Forgetting", text, figures.forgetting(protocol, True), f"{name}-forgetting", curves, missing, "Task"

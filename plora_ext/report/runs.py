@@ -305,6 +305,15 @@ def rows(protocol: Protocol) -> list[list[str]]:
     ]
 
 
+def best_cells(lines: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
+    """(row, column) of the highest Ā and A_B, where there are several rows."""
+    best: set[tuple[int, int]] = set()
+    for column in (2, 3) if len(lines) > 1 else ():
+        values = {i: float(line[column].split()[0]) for i, line in enumerate(lines) if line[column] != "–"}
+        best |= {(i, column) for i, value in values.items() if value == max(values.values())}
+    return best
+
+
 def _cell(group: Group, of: Callable[[Result], float | None], digits: int) -> str:
     spread = group.spread(of)
     if spread is None:
