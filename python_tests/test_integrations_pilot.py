@@ -15,6 +15,7 @@ import pilot_host as host
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from plora_ext.integrations import _pilot_ease, _pilot_mos, _pilot_vit, pilot
 
@@ -244,6 +245,8 @@ def test_features_of_frozen_adapters_are_computed_once(monkeypatch: pytest.Monke
         seen.clear()
         learner._eval_cnn(learner.test_loader)
         assert not seen  # nothing has changed since
+        learner._eval_cnn(DataLoader(learner.test_dataset, 5, shuffle=True))
+        assert not seen  # images are known by their pixels, wherever they come
         weight = learner._network.backbone.cur_adapter[1].up_proj.weight.data
         weight[2, 1] += 1e-3
         learner._eval_cnn(learner.test_loader)

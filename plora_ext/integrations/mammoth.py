@@ -9,7 +9,6 @@ In a checkout of Mammoth, `python -m plora_ext.integrations.mammoth --model plor
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from plora_ext import ops
 from plora_ext.integrations import _patch
 from plora_ext.integrations._layers import ones
-from plora_ext.integrations._patch import Patch
+from plora_ext.integrations._patch import Original, Patch, instead
 from plora_ext.torch_private import is_plain
 
 __all__ = ["patch", "unpatch"]
@@ -50,7 +49,7 @@ def patch(model: bool = True) -> Patch:
 
     def build(patch: Patch) -> None:
         patch.report.host = f"{TESTED} (as tested)"
-        patch.replace("backbone.utils.lora_utils:LoRALinear.forward", _make_forward)
+        patch.replace("backbone.utils.lora_utils:LoRALinear.forward", instead(_forward))
         if model:
             patch.replace("models:REGISTERED_MODELS", _with_plora)
         patch.leave("LoRALinear with fan_in_fan_out, or 4-dimensional A and B", "Mammoth's own forward runs them")
@@ -64,26 +63,23 @@ def unpatch() -> None:
     _patch.remove("Mammoth")
 
 
-def _make_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def forward(self: Any, x: Tensor, AB: Any = None) -> Tensor:
-        B: Any = AB.get("B") if isinstance(AB, dict) else AB
-        A: Any = AB.get("A") if isinstance(AB, dict) else None
-        weight, bias = self.weight, self.bias
-        served = (
-            isinstance(B, Tensor)
-            and is_plain(x, weight, bias, A, B)
-            and not self.fan_in_fan_out
-            and x.dim() == B.dim() == 3
-            and (A is None or (A.dim() == 3 and len(A) == len(B)))
-            and (torch.is_autocast_enabled(x.device.type) or x.dtype == weight.dtype == B.dtype)
-        )
-        if not served:
-            return original(self, x, AB)
-        if A is None:  # dense changes of the weight
-            return F.linear(x, weight + B.sum(0).to(weight.dtype), bias)
-        return ops.lora_sum(x, A, B, ones(len(A), x), weight=weight, bias=bias)
-
-    return forward
+def _forward(original: Original, self: Any, x: Tensor, AB: Any = None) -> Tensor:
+    B: Any = AB.get("B") if isinstance(AB, dict) else AB
+    A: Any = AB.get("A") if isinstance(AB, dict) else None
+    weight, bias = self.weight, self.bias
+    served = (
+        isinstance(B, Tensor)
+        and is_plain(x, weight, bias, A, B)
+        and not self.fan_in_fan_out
+        and x.dim() == B.dim() == 3
+        and (A is None or (A.dim() == 3 and len(A) == len(B)))
+        and (torch.is_autocast_enabled(x.device.type) or x.dtype == weight.dtype == B.dtype)
+    )
+    if not served:
+        return original(self, x, AB)
+    if A is None:  # dense changes of the weight
+        return F.linear(x, weight + B.sum(0).to(weight.dtype), bias)
+    return ops.lora_sum(x, A, B, ones(len(A), x), weight=weight, bias=bias)
 
 
 def _with_plora(models: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from plora_ext import ops
 from plora_ext.integrations import _patch
 from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_device, stack
-from plora_ext.integrations._patch import Patch, Report
+from plora_ext.integrations._patch import Original, Patch, Report, instead
 from plora_ext.ops.lora import run_one
 from plora_ext.torch_private import is_plain
 
@@ -58,7 +58,7 @@ def patch(train_mixed_batches: bool = True) -> Patch:
         _patch.check_version("peft", host.__version__, *TESTED, stacklevel=4)
         patch.replace(_LINEAR, _make_forward)
         if train_mixed_batches:
-            patch.replace("peft.tuners.lora.model:LoraModel._enable_peft_forward_hooks", _make_hooks)
+            patch.replace("peft.tuners.lora.model:LoraModel._enable_peft_forward_hooks", instead(_enable_hooks))
         patch.leave("DoRA, aLoRA and the other variants", "they compute more than B A x; PEFT's forward runs them")
         patch.leave("quantized layers, embeddings, convolutions", "they have layer classes of their own")
         patch.leave("merge and unmerge", "they run once, not in every step")
@@ -340,14 +340,11 @@ def _ids(adapter_names: tuple[str, ...], names: tuple[str, ...], device: torch.d
     return ops.AdapterBatch([index.get(name, -1) for name in adapter_names], len(names), device)
 
 
-def _make_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _enable_peft_forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
-        names = kwargs.get("adapter_names")
-        if names is None or not self.training or not _can_train(self, set(names) - {_BASE}):
-            return original(self, *args, **kwargs)
-        return _enter_in_training(self, original(self, *args, **kwargs))
-
-    return _enable_peft_forward_hooks
+def _enable_hooks(original: Original, self: Any, *args: Any, **kwargs: Any) -> Any:
+    names = kwargs.get("adapter_names")
+    if names is None or not self.training or not _can_train(self, set(names) - {_BASE}):
+        return original(self, *args, **kwargs)
+    return _enter_in_training(self, original(self, *args, **kwargs))
 
 
 def _can_train(model: nn.Module, names: set[str]) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 
 from plora_ext.integrations import _patch, _pilot_ease, _pilot_mos
 from plora_ext.integrations import _pilot_family as family
-from plora_ext.integrations._patch import Patch, instead
+from plora_ext.integrations._patch import Original, Patch, instead
 from plora_ext.integrations._pilot_vit import adapter_features, attention, kept
 
 __all__ = ["adapter_features", "patch", "unpatch"]
@@ -125,7 +125,7 @@ def _hooks(mos: str, cache: bool, tuna: str, acmap: str) -> dict[str, dict[str, 
             f"{ease}.solve_sim_reset": instead(_pilot_ease.solve, mode="reset"),
             f"{ease}._eval_cnn": instead(_pilot_ease.eval_cnn, cache=cache),
             "backbone.linears:EaseCosineLinear.forward_reweight": instead(_pilot_ease.reweight),
-            "utils.factory:get_model": _make_get_model,
+            "utils.factory:get_model": instead(_get_model),
         },
         "backbone.vit_mos": {
             "backbone.vit_mos:Attention.forward": instead(attention),
@@ -181,15 +181,12 @@ def unpatch() -> None:
     kept.clear()
 
 
-def _make_get_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_model(model_name: str, args: dict[str, Any]) -> Any:
-        if model_name.lower() != "plora":
-            return original(model_name, args)
-        from plora_ext.integrations._pilot_learner import make_learner
+def _get_model(original: Original, model_name: str, args: dict[str, Any]) -> Any:
+    if model_name.lower() != "plora":
+        return original(model_name, args)
+    from plora_ext.integrations._pilot_learner import make_learner
 
-        return make_learner()(args)
-
-    return get_model
+    return make_learner()(args)
 
 
 def main() -> None:
