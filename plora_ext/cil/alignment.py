@@ -266,17 +266,9 @@ def align(
     tau: float = 0.05,
     ridge: float = 0.1,
 ) -> Tensor:
-    """The old `prototypes` [C, D] in the space of the new model, by one of the formulas above.
+    """The old `prototypes` [C, D] in the space of the new model, by one of the formulas above: a `Drift` of one `add`.
 
-    Args:
-        alignment: One of ALIGNMENTS.
-        before, after: Features [n, D] of the new task's images under the old and the new model.
-        labels: int64 [n], the new task's classes counted from 0.
-        tau: Temperature of the similarities.
-        ridge: Strength of the ridge, relative to the mean of diag(F'F).
-
-    Raises:
-        ValueError: An unknown alignment, features of different shapes, or features that are not finite.
+    Arguments and errors are those of `Drift` and of its `add`.
     """
     drift = Drift(alignment, prototypes, int(labels.max()) + 1 if len(labels) else 0, tau=tau, ridge=ridge)
     drift.add(before, after, labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,7 @@ def page(protocols: Sequence[Protocol], results: Sequence[Result]) -> str:
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     methods = list(dict.fromkeys(g.method for p in protocols for g in p.groups))
+    makers = (_overview, _matrices, _forgetting, _drift, _cost, _settings)
     return environment.get_template(TEMPLATE).render(
         title=f"Class-incremental learning: {', '.join(methods) or 'no run'}",
         counts=[
@@ -74,7 +75,10 @@ def page(protocols: Sequence[Protocol], results: Sequence[Result]) -> str:
         version=plora_ext.__version__,
         leads=[line for p in protocols if (line := lead(p, len(protocols) > 1))],
         notes=list(notes(protocols, results)),
-        protocols=[{"name": p.name, "id": f"p{i}", "sections": _sections(p, f"p{i}")} for i, p in enumerate(protocols)],
+        protocols=[
+            {"name": p.name, "id": f"p{i}", "sections": [make(p, f"p{i}") for make in makers]}
+            for i, p in enumerate(protocols)
+        ],
     )
 
 
@@ -97,11 +101,6 @@ def ranked(protocol: Protocol) -> list[list[str]]:
     """The comparison by A_B, the best first, with the minus of print."""
     lines = sorted(rows(protocol), key=lambda line: -float(line[3].split()[0]))
     return [[line[0], *(cell.replace("-", "−") for cell in line[1:])] for line in lines]
-
-
-def _sections(protocol: Protocol, name: str) -> list[Section]:
-    makers: list[Callable[[Protocol, str], Section]] = [_overview, _matrices, _forgetting, _drift, _cost, _settings]
-    return [make(protocol, name) for make in makers]
 
 
 def notes(protocols: Sequence[Protocol], results: Sequence[Result]) -> Iterable[str]:
