@@ -784,9 +784,11 @@ def test_corrupted_ids_count_as_none(M: int, dtype: torch.dtype, options: str, n
 # ---------------------------------------------------------------------- bits, streams, graphs
 
 
-def moderate(family: str, dtype: torch.dtype = BF16, **keywords: Any) -> tuple[list[Any], dict[str, Any], Tensor]:
+def moderate(
+    family: str, dtype: torch.dtype = BF16, M: int = 1027, **keywords: Any
+) -> tuple[list[Any], dict[str, Any], Tensor]:
     """The plan takes the sum through the merged weight."""
-    return problem(family, 1027, 768, 768, 24, 10, dtype=dtype, **keywords)
+    return problem(family, M, 768, 768, 24, 10, dtype=dtype, **keywords)
 
 
 @both_paths
@@ -823,9 +825,10 @@ def test_kernels_follow_the_current_stream(family: str) -> None:
 @both_paths
 @families
 @pytest.mark.parametrize("form", ["forward", "forward and backward", "in place"])
-def test_graph(family: str, form: str) -> None:
-    """Captured once, then replayed on other inputs."""
-    args, kwargs, cotangent = moderate(family, grad=form == "forward and backward")
+@pytest.mark.parametrize("M", [1027, 64])
+def test_graph(family: str, form: str, M: int) -> None:
+    """Captured once, then replayed on other inputs; of few rows the frozen product then runs beside the first half."""
+    args, kwargs, cotangent = moderate(family, M=M, grad=form == "forward and backward")
 
     def step() -> list[Tensor]:
         if form == "in place":
@@ -849,18 +852,19 @@ def test_graph(family: str, form: str) -> None:
         assert same(captured, step())
 
 
+@pytest.mark.parametrize("M", [1500, 200])
 @pytest.mark.parametrize("form", ["lora_indexed base", "lora_indexed weight", "lora_sum weight"])
-def test_a_fresh_process_captures(form: str) -> None:
-    """Fifty adapters, two kernels that overlap; nothing was called before."""
+def test_a_fresh_process_captures(form: str, M: int) -> None:
+    """Fifty adapters, two kernels that overlap, or run side by side; nothing was called before."""
     script = f"""
 import torch
 from plora_ext import ops
 family, options = {form!r}.split()
 torch.manual_seed(0)
 like = dict(device="cuda", dtype=torch.bfloat16)
-x, A, B = torch.randn(1500, 768, **like), torch.randn(50, 16, 768, **like) / 28, torch.randn(50, 768, 16, **like) / 4
-ids = torch.arange(1500, device="cuda") // 30
-given = {{options: torch.randn(1500 if options == "base" else 768, 768, **like)}}
+x, A, B = torch.randn({M}, 768, **like), torch.randn(50, 16, 768, **like) / 28, torch.randn(50, 768, 16, **like) / 4
+ids = torch.arange({M}, device="cuda") * 50 // {M}
+given = {{options: torch.randn({M} if options == "base" else 768, 768, **like)}}
 args = (x, ids, A, B) if family == "lora_indexed" else (x, A, B)
 x @ A[0].T  # torch's own product cannot be the first in a capture
 torch.cuda.synchronize()

@@ -59,7 +59,6 @@ enum class LoraRanks {
 struct LoraPlan {
   LoraAlgorithm algorithm = LoraAlgorithm::low_rank;
   LoraRanks ranks = LoraRanks::within;
-  int64_t slots = 0;            // of a tile that the main loop takes
   int64_t ctas = 0, waves = 0;  // of the fused product
   const char* reason = "";
 
@@ -107,9 +106,10 @@ constexpr int64_t kFactorRow = 16;
 // each adapter that its rows meet.
 constexpr int64_t kTwoKernels = int64_t{6} << 20;
 // As measured on an H200: operations per second and multiprocessor, bytes per second, seconds. Of a slot in the main
-// loop: its share of the product, and seconds per wave; of a given slot: seconds per wave.
+// loop: its share of the product, and seconds per wave, either direction; of a given slot: seconds per wave.
 constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kLaunch = 2.5e-6;
 constexpr double kInLoopShare = 0.1, kInLoopWave = 0.9e-6, kGivenWave = 0.2e-6;
+constexpr double kInLoopShareBackward = 0.03, kInLoopWaveBackward = 2e-6;
 
 // How many adapters a tile's rows meet at most.
 inline int64_t adapters_of_tile(const LoraShape& s) {
@@ -260,16 +260,18 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   const int64_t at_once = std::max<int64_t>(1, s.sms), waves = ceil_div(tiles, at_once);
 
   // A slot lengthens every wave of the product, in its main loop more than given; but a given one needs a pass over x
-  // of its own, which then serves as well where only some tiles meet several adapters. Transposed, the loop would have
-  // to load B a few columns at a time, which costs more than the pass.
+  // of its own, which then serves as well where only some tiles meet several adapters.
   const int64_t each = ceil_div(padded_rank(s.r), kSlot), most = adapters_of_tile(s);
   if (s.family == Family::indexed && most * padded_rank(s.r) > kGivenRanks)
     return apart("a tile may meet more ranks than there is space for");
   const double product = waves * (2.0 * kTileRows * kTileColumns * K / kFlops);
   const int copies = s.backward && !reads_lora_B(s);
   const double pass = 2.0 * s.M * K / kBytes + kLaunch * (1 + copies);
-  const double loop = product * kInLoopShare + waves * kInLoopWave, given = waves * kGivenWave;
-  const bool fits = most <= 1 && !s.backward && slots_of_tile(s, each, column_tiles) <= 1 && loop < pass + given * each;
+  const double loop = s.backward ? product * kInLoopShareBackward + waves * kInLoopWaveBackward
+                                 : product * kInLoopShare + waves * kInLoopWave;
+  const double given = waves * kGivenWave;
+  const bool few = s.backward && s.M < kDeepRows;  // whose pass hides behind the launch
+  const bool fits = most <= 1 && !few && slots_of_tile(s, each, column_tiles) <= 1 && loop < pass + given * each;
   const double alone = 2.0 * s.M * (K + 2 * N) / kBytes + kLaunch * (2 + copies);
   // Ids of single rows may be anything; what is met in practice are segments.
   const double mean =
@@ -281,10 +283,7 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   if (!fits && !h_by_product(s) && !rows_on_hopper(s)) return apart("more rows than the fused product can number");
 
   plan.ctas = std::min(tiles, at_once), plan.waves = waves;
-  if (fits) {
-    plan.slots = most * each;
-    return choose(LoraAlgorithm::in_loop, LoraRanks::within, "the ranks of every tile fit beside it");
-  }
+  if (fits) return choose(LoraAlgorithm::in_loop, LoraRanks::within, "the ranks of every tile fit beside it");
   return choose(LoraAlgorithm::precomputed, h_by_product(s) ? LoraRanks::product : rows,
                 "a pass over the rows costs less than the ranks beside every tile");
 }

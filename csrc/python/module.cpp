@@ -89,7 +89,6 @@ py::dict lora_plan(const std::string& family, int64_t M, int64_t in_features, in
   result["algorithm"] = plora::algorithm_name(plan.algorithm);
   result["ranks"] = plora::ranks_name(plan.ranks);
   result["dense"] = plora::lora_dense(s.family, T, r, weight, relu, bias);
-  result["slots"] = plan.slots;
   result["ctas"] = plan.ctas;
   result["waves"] = plan.waves;
   result["tile"] = plan.fused()

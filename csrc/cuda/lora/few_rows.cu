@@ -6,9 +6,11 @@
 // of all there is, so what counts is that every byte is asked for at once, and that little else waits for its turn:
 // - shrink: a block has a tile (up to 32 rows of an adapter), 16 ranks and a part of K, of which each warp loads 128
 //   elements a row in one go; the sums go to memory in float32, a slab for each part of K. Meanwhile L2 fetches `up`.
-// - expand: a block has a tile and 256 columns. It is launched while shrink runs, finds its tile and loads its first
-//   factors, waits, adds up the parts in their order, and multiplies.
-// Both find their tiles from the ids, by themselves: no host waits, and no launch is spent on it.
+// - expand: a block has a tile and 256 columns, or 8 or 16 rows of the tile where there are few blocks. It is launched
+//   while shrink runs, finds its tile and loads its first factors, waits, adds up the parts in their order, and
+//   multiplies.
+// Both find their tiles from the ids, by themselves: no host waits, and no launch is spent on it. Where shrink runs
+// beside the frozen layer's product, it leaves its tiles to expand, which then follows both.
 //
 // Backward is the same with the factors swapped and transposed: dy for x, dx for y, g for h.
 //
@@ -41,6 +43,13 @@ constexpr int kSteps = 4;                             // 16-byte vectors of a ro
 template <typename scalar>
 constexpr int kUnit = 4 * kSteps * kVector<scalar>;  // elements of a row that a warp loads in one go
 
+struct Tile {
+  int adapter;  // kNone: of rows that have none
+  int rows;     // 0: there is no such tile
+  int first;    // of the adapter's tiles
+  int16_t row[kTile];
+};
+
 struct Arguments {
   LowRank p;
   int adapters;    // that a row meets: 1 with ids, else T
@@ -49,6 +58,8 @@ struct Arguments {
   int columns;     // of an adapter in p.h
   int parts;       // of K
   float* partial;  // [parts, M, width]
+  Tile* tiles;     // that shrink found, or null: expand finds them itself
+  int groups;      // of blocks that share the rows of a tile, by eights in turn
   bool idle;       // rows without an adapter are written too
   bool ahead;      // L2 has space for `up`
   __device__ int limit(int t) const {
@@ -57,14 +68,7 @@ struct Arguments {
   }
 };
 
-struct Tile {
-  int adapter;  // kNone: of rows that have none
-  int rows;     // 0: there is no such tile
-  bool first;   // of the adapter's tiles
-  int16_t row[kTile];
-};
-
-// For finding it. Adapters have places, ascending among those met; the last is of the rows that have none.
+// For finding a tile. Adapters have places, ascending among those met; the last is of the rows that have none.
 struct Choices {
   uint32_t met[kMaxAdapters / 32];  // a bit for each adapter
   int count[kMaxRows];              // of the rows of a place
@@ -186,8 +190,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   const LowRank& p = a.p;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4, K = static_cast<int>(p.K);
   launch_successor();
-  find(p.rows, blockIdx.x, false, choices, tile);
-  const int rows = tile.rows, t = tile.adapter + blockIdx.z / a.chunks, rank = blockIdx.z % a.chunks * kChunk;
+  find(p.rows, blockIdx.x, a.tiles != nullptr && a.idle, choices, tile);
+  if (a.tiles && blockIdx.y + blockIdx.z == 0 && threadIdx.x < sizeof(Tile) / 4)
+    reinterpret_cast<int*>(a.tiles + blockIdx.x)[threadIdx.x] = reinterpret_cast<const int*>(&tile)[threadIdx.x];
+  const int rows = tile.adapter >= 0 ? tile.rows : 0, t = tile.adapter + blockIdx.z / a.chunks,
+            rank = blockIdx.z % a.chunks * kChunk;
   if (rows == 0) return;
   const int limit = a.limit(t);
 
@@ -270,9 +277,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   const LowRank& p = a.p;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
   const int N = static_cast<int>(p.N), r = static_cast<int>(p.rows.r), slabs = max((N + kColumns - 1) / kColumns, 1);
-  const int slab = blockIdx.x % slabs, column = slab * kColumns + warp * kWarpColumns + 8 * g;
-  find(p.rows, blockIdx.x / slabs, a.idle, choices, tile);
-  const int rows = tile.rows, width = rows > 0 && tile.adapter >= 0 ? a.width : 0, per = a.chunks * kChunk;
+  const int slab = blockIdx.x % slabs, group = blockIdx.x / slabs % a.groups, index = blockIdx.x / slabs / a.groups;
+  const int column = slab * kColumns + warp * kWarpColumns + 8 * g;
+  if (a.tiles) {
+    if (threadIdx.x < sizeof(Tile) / 4)
+      reinterpret_cast<int*>(&tile)[threadIdx.x] = reinterpret_cast<const int*>(a.tiles + index)[threadIdx.x];
+    __syncthreads();
+  } else {
+    find(p.rows, index, a.idle, choices, tile);
+  }
+  const int rows = 8 * group < tile.rows ? tile.rows : 0, width = rows > 0 && tile.adapter >= 0 ? a.width : 0,
+            per = a.chunks * kChunk;
 
   // Of product i, row g of the first operand stands for column 2 i of the lane's g, row g + 8 for the one after it.
   struct Factors {
@@ -313,28 +328,49 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   Factors next{};
   if (rows > 0) {
     if (width > 0 && N > 0) next = load_up(0);
-    load_y(0);
+    load_y(group);
   }
   wait_for_predecessor();
   if (rows == 0) return;
 
   scalar* const h = reinterpret_cast<scalar*>(shared);
-  scalar* const kept = slab == 0 ? static_cast<scalar*>(p.h) : nullptr;
+  scalar* const kept = slab + group == 0 ? static_cast<scalar*>(p.h) : nullptr;
   const int pitch = padded(a.width);
-  for (int i = threadIdx.x; i < rows * a.width; i += kThreads) {
-    const int row = i / a.width, c = i % a.width, place = c / per, rank = c % per, t = tile.adapter + place;
-    const int64_t m = tile.row[row], own = (m * a.adapters + place) * a.columns + rank;
-    float sum = 0;
-    if (width > 0 && rank < a.limit(t)) {
+  for (int i = threadIdx.x; i < rows * a.width / 4; i += kThreads) {  // four ranks
+    const int row = i / (a.width / 4), c = i % (a.width / 4) * 4, place = c / per, first = c % per,
+              t = tile.adapter + place;
+    const int64_t m = tile.row[row], own = (m * a.adapters + place) * a.columns + first;
+    const int limit = width > 0 ? a.limit(t) : 0;
+    float sum[4] = {};
+    if (first < limit) {
+      constexpr int kAtOnce = 8;  // on their way
       const float* const from = a.partial + m * a.width + c;
-#pragma unroll 8
-      for (int part = 0; part < a.parts; ++part) sum += __ldcg(from + part * p.rows.M * a.width);
-      if (p.bias_down) sum += to_float(static_cast<const scalar*>(p.bias_down)[static_cast<int64_t>(t) * r + rank]);
-      if (p.relu && sum < 0) sum = 0;
-      if (p.gate && to_float(static_cast<const scalar*>(p.gate)[own]) <= 0) sum = 0;
+#pragma unroll 1
+      for (int part = 0; part < a.parts; part += kAtOnce) {
+        float4 some[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k)
+          some[k] = part + k < a.parts ? __ldcg(reinterpret_cast<const float4*>(from + (part + k) * p.rows.M * a.width))
+                                       : float4{};
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          const float four[4] = {some[k].x, some[k].y, some[k].z, some[k].w};
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[e] += four[e];
+        }
+      }
     }
-    if (kept && rank < a.columns) kept[own] = from_float<scalar>(sum);
-    h[row * pitch + c] = from_float<scalar>(a.adapters > 1 ? p.scaling[t] * sum : sum);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int rank = first + e;
+      if (rank >= limit) sum[e] = 0;
+      if (rank < limit && p.bias_down)
+        sum[e] += to_float(static_cast<const scalar*>(p.bias_down)[static_cast<int64_t>(t) * r + rank]);
+      if (p.relu && sum[e] < 0) sum[e] = 0;
+      if (rank < limit && p.gate && to_float(static_cast<const scalar*>(p.gate)[own + e]) <= 0) sum[e] = 0;
+      if (kept && rank < a.columns) kept[own + e] = from_float<scalar>(sum[e]);
+      h[row * pitch + c + e] = from_float<scalar>(a.adapters > 1 ? p.scaling[t] * sum[e] : sum[e]);
+    }
   }
   __syncthreads();
   if (column - 8 * g >= N || (width == 0 && p.y == p.y0 && p.ldy == p.ldy0)) return;
@@ -347,13 +383,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
       for (int e = 0; e < 8; ++e)
         bias[e] += p.scaling[t] * to_float(static_cast<const scalar*>(p.bias_up)[t * p.N + min(column + e, N - 1)]);
 #pragma unroll 1
-  for (int i = 0; 8 * i < rows; ++i) {
-    if (i > 0) load_y(i);
+  for (int i = group; 8 * i < rows; i += a.groups) {
+    if (i > group) load_y(i);
     float acc[4][4] = {};
 #pragma unroll 1
     for (int c = 0; c < width; c += kChunk) {
       const Factors now = next;
-      if (c + kChunk < width || 8 * i + 8 < rows) next = load_up(c + kChunk < width ? c + kChunk : 0);
+      if (c + kChunk < width || 8 * (i + a.groups) < rows) next = load_up(c + kChunk < width ? c + kChunk : 0);
       const Operand<scalar> own(*reinterpret_cast<const Four<scalar>*>(h + (8 * i + g) * pitch + c + 4 * q));
 #pragma unroll
       for (int j = 0; j < 4; ++j) multiply(acc[j], Operand<scalar>(now.up[j][0]), Operand<scalar>(now.up[j][1]), own);
@@ -372,52 +408,93 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   }
 }
 
-template <typename scalar, bool TRANSPOSED>
-void launch(const LowRank& p, const Allocator& workspace, cudaStream_t stream) {
-  constexpr int V = kVector<scalar>;
+// How many tiles there may be of so many places, each with a row: if all rows that are left join those whose tiles are
+// full.
+int64_t most_tiles(const LowRank& p, int64_t places) {
+  const int64_t M = p.rows.M;
+  if (!p.rows.ids) return ceil_div(M, kTile);
+  places = std::min(M, places);
+  return places + (M - places) / kTile;
+}
+
+// `memory`: of so many bytes.
+template <typename scalar>
+Arguments arguments(const LowRank& p, bool beside, void* memory, size_t& size) {
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r;
   Arguments a{p};
   a.adapters = static_cast<int>(p.rows.ids ? 1 : T), a.chunks = static_cast<int>(ceil_div(r, kChunk));
   a.width = a.adapters * a.chunks * kChunk, a.columns = static_cast<int>(padded_rank(r));
   a.idle = p.h || p.y != p.y0 || p.ldy != p.ldy0;
-  // Of so many places, each with a row, if all rows that are left join those whose tiles are full.
-  const auto most_tiles = [&](int64_t places) {
-    if (!p.rows.ids) return ceil_div(M, kTile);
-    places = std::min(M, places);
-    return places + (M - places) / kTile;
-  };
   // A part of K is a unit for each warp, or more where there are more blocks than run at once.
-  const int64_t tiles = most_tiles(T), units = ceil_div(p.K, kWarps * kUnit<scalar>);
+  const int64_t tiles = most_tiles(p, T), units = ceil_div(p.K, kWarps * kUnit<scalar>);
   const int64_t blocks = tiles * a.width / kChunk, most = 4 * multiprocessors();
   const int64_t each = std::max({units * blocks / most, ceil_div(units, kMaxParts), int64_t{1}});
   a.parts = static_cast<int>(ceil_div(units, each));
-  a.partial = static_cast<float*>(workspace(sizeof(float) * a.parts * M * a.width));
+  const size_t sums = sizeof(float) * a.parts * M * a.width;
+  const bool leaves = beside && p.rows.ids;
+  size = sums + (leaves ? most_tiles(p, T + 1) * sizeof(Tile) : 0);
+  a.partial = static_cast<float*>(memory);
+  a.tiles = leaves ? reinterpret_cast<Tile*>(static_cast<unsigned char*>(memory) + sums) : nullptr;
+  const int64_t of_y = most_tiles(p, T + 1) * std::max<int64_t>(ceil_div(p.N, kColumns), 1);
+  a.groups = 2 * of_y <= multiprocessors() ? 4 : of_y <= multiprocessors() ? 2 : 1;
 
   const int64_t bytes = p.N * r * static_cast<int64_t>(sizeof(scalar));
   a.ahead = aligned(p.up) && bytes % 16 == 0 && std::min(tiles, T) * bytes <= kAhead && bytes < a.parts << 20;
+  return a;
+}
 
+template <typename scalar, bool TRANSPOSED>
+void* launch_shrink(const LowRank& p, const Allocator& workspace, bool beside, cudaStream_t stream) {
+  constexpr int V = kVector<scalar>;
+  size_t size = 0;
+  arguments<scalar>(p, beside, nullptr, size);
+  void* const memory = workspace(size);
+  const Arguments a = arguments<scalar>(p, beside, memory, size);
   const bool x_vectors =
-      aligned(p.x) && aligned(p.down) && p.K % V == 0 && p.ldx % V == 0 && (!TRANSPOSED || r % 2 == 0);
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(a.parts),
+      aligned(p.x) && aligned(p.down) && p.K % V == 0 && p.ldx % V == 0 && (!TRANSPOSED || p.rows.r % 2 == 0);
+  const dim3 grid(static_cast<unsigned>(most_tiles(p, p.rows.T + (a.tiles != nullptr))), static_cast<unsigned>(a.parts),
                   static_cast<unsigned>(a.width / kChunk));
   const auto shrink = x_vectors ? &shrink_kernel<scalar, TRANSPOSED, true> : &shrink_kernel<scalar, TRANSPOSED, false>;
   shrink<<<grid, kThreads, 0, stream>>>(a);
   check_launch("few_rows");
+  return memory;
+}
 
+template <typename scalar, bool TRANSPOSED>
+void launch_expand(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
+  constexpr int V = kVector<scalar>;
+  size_t size = 0;
+  const Arguments a = arguments<scalar>(p, beside, memory, size);
   const bool y_vectors = aligned(p.y) && aligned(p.y0) && aligned(p.up) && p.N % V == 0 && p.ldy % V == 0 &&
-                         p.ldy0 % V == 0 && (TRANSPOSED || r % 4 == 0);
+                         p.ldy0 % V == 0 && (TRANSPOSED || p.rows.r % 4 == 0);
   const auto expand = y_vectors ? &expand_kernel<scalar, TRANSPOSED, true> : &expand_kernel<scalar, TRANSPOSED, false>;
-  launch_overlapped("few_rows", expand, most_tiles(T + 1) * std::max<int64_t>(ceil_div(p.N, kColumns), 1), kThreads,
-                    kTile * padded(a.width) * sizeof(scalar), stream, true, a);
+  launch_overlapped("few_rows", expand,
+                    most_tiles(p, p.rows.T + 1) * std::max<int64_t>(ceil_div(p.N, kColumns), 1) * a.groups, kThreads,
+                    kTile * padded(a.width) * sizeof(scalar), stream, !beside, a);
 }
 
 }  // namespace
 
-void few_rows(const LowRank& p, const Allocator& workspace, cudaStream_t stream) {
+void* few_rows_shrink(const LowRank& p, const Allocator& workspace, bool beside, cudaStream_t stream) {
+  void* memory = nullptr;
   dispatch("few_rows", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    p.down_transposed ? launch<scalar, true>(p, workspace, stream) : launch<scalar, false>(p, workspace, stream);
+    memory = p.down_transposed ? launch_shrink<scalar, true>(p, workspace, beside, stream)
+                               : launch_shrink<scalar, false>(p, workspace, beside, stream);
   });
+  return memory;
+}
+
+void few_rows_expand(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
+  dispatch("few_rows", p.dtype, [&](auto tag) {
+    using scalar = decltype(tag);
+    p.down_transposed ? launch_expand<scalar, true>(p, memory, beside, stream)
+                      : launch_expand<scalar, false>(p, memory, beside, stream);
+  });
+}
+
+void few_rows(const LowRank& p, const Allocator& workspace, cudaStream_t stream) {
+  few_rows_expand(p, few_rows_shrink(p, workspace, false, stream), false, stream);
 }
 
 }  // namespace plora::cuda

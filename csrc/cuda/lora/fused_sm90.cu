@@ -6,7 +6,7 @@
 // behind the other's products. Low-rank work rides along in units of 16 ranks of one adapter ("slots"):
 // - in the loop, one slot: the rows of A join those of W as 16 more columns of the same product, so that h costs no
 //   pass over x; h is then masked to the rows of its adapter, scaled, written to shared memory, and multiplied with B
-//   as one more k step of the tile's sum.
+//   as one more k step of the tile's sum. Transposed, B joins W likewise, and h, which is then g, is cut where act was.
 // - given, any number: s h was computed before, zero where a row belongs to another adapter (low_rank_sm90.cu), and is
 //   fed like x, as more k steps.
 // A tile's adapters are found from the ids of its rows here, so rows come in any order, and no id can be out of range.
@@ -32,9 +32,9 @@ constexpr int kRows = 128, kColumns = 192, kDepth = 64;
 constexpr int kSlot = 16, kMaxGiven = 4, kThreads = 384;
 
 // Sizes in bytes. A stage: x [128, 64], W [192, 64], A [16, 64], each row 128 bytes, swizzled; transposed, W is
-// [64, 192] in three boxes of 64 columns. At a tile's end the same memory holds given slots of h [128, 16] and B [192,
-// 16]. A warp's way out: 16 rows of 32 columns of y, padded so that neither writing nor reading has bank conflicts; h
-// of a warpgroup passes through the same place.
+// [64, 192] in three boxes of 64 columns, and B [64, r] a fourth, zero beyond r. At a tile's end the same memory holds
+// given slots of h [128, 16] and B [192, 16]. A warp's way out: 16 rows of 32 columns of y, padded so that neither
+// writing nor reading has bank conflicts; h of a warpgroup passes through the same place.
 constexpr uint32_t kBytesX = kRows * kDepth * 2, kBytesW = kColumns * kDepth * 2;
 constexpr uint32_t kSlotH = kRows * kSlot * 2, kSlotB = kColumns * kSlot * 2;
 constexpr int kOutColumns = 32;
@@ -55,7 +55,7 @@ constexpr int kTiles = tile_ring::kTiles;
 
 template <bool kTransposed, bool kInLoop>
 struct Shape {
-  static constexpr uint32_t kBytesDown = kInLoop ? kSlot * kDepth * 2 : 0;
+  static constexpr uint32_t kBytesDown = !kInLoop ? 0 : kTransposed ? kBytesW / 3 : kSlot * kDepth * 2;
   static constexpr uint32_t kStage = kBytesX + kBytesW + kBytesDown;
   static constexpr int kStages = kInLoop ? tile_ring::kStagesInLoop : tile_ring::kStagesGiven;
   static constexpr uint32_t kUp = kInLoop ? 2 * kSlotB : 0;  // B of the slots made in the loop, one for each warpgroup
@@ -96,11 +96,10 @@ struct Arguments {
   const int64_t* ids;
   int rows_per_id;
   const float* scaling;
-  const void *bias, *bias_down;
+  const void *bias, *bias_down, *gate;
   void *y, *kept;
   int64_t ldy;
-  int in_loop_slots;
-  bool relu;
+  bool in_loop, relu;
   int slices, slice_start[kMaxSlices], slice_stop[kMaxSlices];
 };
 
@@ -147,7 +146,7 @@ __device__ void describe(const Arguments& p, int row, int column, Tile& tile) {
   __syncwarp();
   if (lane != 0) return;
   tile.slots = tile.given = 0;
-  if (p.in_loop_slots == 0) {
+  if (!p.in_loop) {
     tile.given = count * blocks;
   } else if (count != 0) {
     int block = 0;  // with slices, the one of several blocks that these columns need
@@ -223,7 +222,9 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
         } else {
           sm90::load_2d(&maps.weight, full, at + kBytesX, k * kDepth, column);
         }
-        if (slots) sm90::load_3d(&maps.down, full, at + kBytesX + kBytesW, k * kDepth, rank, adapter);
+        if (slots)
+          sm90::load_3d(&maps.down, full, at + kBytesX + kBytesW, kTransposed ? rank : k * kDepth,
+                        kTransposed ? k * kDepth : rank, adapter);
       }
       if (kInLoop) {
         sm90::barrier_wait(barriers.up_empty(n % 2), (n / 2 & 1) ^ 1);
@@ -360,6 +361,10 @@ struct Multiplier {
           }
           if (p.relu) x = x < 0.f ? 0.f : x, y = y < 0.f ? 0.f : y;  // fmaxf would lose a NaN
           const int64_t at = static_cast<int64_t>(m) * p.R + j;
+          if (p.gate != nullptr) {
+            const float2 g = two<scalar>(p.gate, at);
+            x = g.x <= 0.f ? 0.f : x, y = g.y <= 0.f ? 0.f : y;
+          }
           if (keep) *reinterpret_cast<uint32_t*>(static_cast<scalar*>(p.kept) + at) = pair<scalar>(x, y);
         } else {
           x = y = 0;
@@ -571,7 +576,8 @@ Maps describe(const Fused& p) {
   if (T * r == 0) {
     maps.down = maps.up = maps.x;  // never read
   } else if (p.transposed) {
-    maps.down = maps.x;  // never read: h is given
+    maps.down = maps.x;  // where h is given, never read
+    if (p.in_loop) describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, r * p.K}, {64, kDepth, 1}, k128);
     describe_tensor<3>(maps.up, p.dtype, p.up, {p.N, r, T}, {p.N, r * p.N}, {64, kSlot, 1}, k128);
   } else {
     describe_tensor<3>(maps.down, p.dtype, p.down, {p.K, r, T}, {p.K, r * p.K}, {kDepth, kSlot, 1}, k128);
@@ -597,7 +603,7 @@ void fused(const Fused& p, cudaStream_t stream) {
   a.ids = p.rows.ids, a.rows_per_id = static_cast<int>(p.rows.rows_per_id);
   a.scaling = p.scaling, a.bias = p.bias, a.bias_down = p.bias_down;
   a.y = p.y, a.kept = p.kept, a.ldy = p.ldy;
-  a.in_loop_slots = p.in_loop_slots, a.relu = p.relu;
+  a.gate = p.gate, a.in_loop = p.in_loop, a.relu = p.relu;
   if (p.slices.size() <= 2 * kMaxSlices && !p.slices.empty() && p.rows.r % (p.slices.size() / 2) == 0) {
     a.slices = static_cast<int>(p.slices.size() / 2);
     for (int s = 0; s < a.slices; ++s) {
@@ -611,9 +617,11 @@ void fused(const Fused& p, cudaStream_t stream) {
   dispatch("the fused LoRA product", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
     if constexpr (sizeof(scalar) == 2) {
-      if (p.transposed)
+      if (p.transposed && p.in_loop)
+        launch<scalar, true, true>(maps, a, blocks, p.overlap, stream);
+      else if (p.transposed)
         launch<scalar, true, false>(maps, a, blocks, p.overlap, stream);
-      else if (a.in_loop_slots)
+      else if (p.in_loop)
         launch<scalar, false, true>(maps, a, blocks, p.overlap, stream);
       else
         launch<scalar, false, false>(maps, a, blocks, p.overlap, stream);

@@ -83,6 +83,11 @@ void low_rank_add_sm90(const LowRank& p, cudaStream_t stream);
 // have padded_rank(r) columns for each adapter (few_rows.cu).
 void few_rows(const LowRank& p, const Allocator& workspace, cudaStream_t stream);
 
+// Each half alone. The first one needs no y, and returns the memory that the second one reads. `beside`: other kernels
+// come between them, as the first one runs on a stream of its own.
+void* few_rows_shrink(const LowRank& p, const Allocator& workspace, bool beside, cudaStream_t stream);
+void few_rows_expand(const LowRank& p, void* memory, bool beside, cudaStream_t stream);
+
 // The second half alone, of `all`: h [M, T r] is read, y_slab is set (expand.cu).
 void expand(const LowRank& p, cudaStream_t stream);
 
@@ -146,8 +151,8 @@ void lora_merge(const LoraMerge& p, cudaStream_t stream);
 
 // The frozen layer and the low-rank part in one persistent product, for Hopper (fused_sm90.cu):
 //   forward     y = x W^T + bias + base + s h up^T + s bias_up       weight [N, K], down [T, r, K], up [T, N, r]
-//   transposed  y = x W + base + s h up                               weight [K, N], up [T, r, N]; h is given
-// (dx from dy: h is g, up is A). 16-bit dtypes, K, N and r multiples of 8, pointers 16-byte aligned.
+//   transposed  y = x W + base + s h up                               weight [K, N], down [T, K, r], up [T, r, N]
+// (dx from dy: h is g, down is B, up is A). 16-bit dtypes, K, N and r multiples of 8, pointers 16-byte aligned.
 struct Fused {
   Dtype dtype;
   bool transposed = false;
@@ -163,12 +168,11 @@ struct Fused {
   const void *down = nullptr, *up = nullptr;
   const void *bias_down = nullptr, *bias_up = nullptr;  // [T, r], [T, N]
   bool relu = false;
-  // 0: h is given. Else the main loop makes it from `down`, and writes it to `kept`: no block of 128 rows may meet two
-  // adapters, and of an adapter's slots of 16 ranks, in_loop_slots in all, no tile of 192 columns may need two (there
-  // is one, or `slices` leaves one).
-  int in_loop_slots = 0;
-  // s h, [M, T r], or with ids [M, places, r] as low_rank_sm90 writes it; or h where the caller has scaled `up`
-  // (in_loop_slots = 0).
+  // Whether the main loop makes h from `down`, and writes it to `kept`: no block of 128 rows may meet two adapters, and
+  // of an adapter's slots of 16 ranks no tile of 192 columns may need two (there is one, or `slices` leaves one).
+  bool in_loop = false;
+  const void* gate = nullptr;  // in the loop: as of LowRank
+  // s h, [M, T r], or with ids [M, places, r] as low_rank_sm90 writes it; or h where the caller has scaled `up`.
   const void* h = nullptr;
   int64_t places = 0;
   bool overlap =

@@ -4,12 +4,14 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <functional>
 #include <numeric>
 
 #include "../../common/cuda_path.h"
 #include "../../common/lora_inputs.h"
 #include "../../common/lora_plan.h"
 #include "../device/device.h"
+#include "../device/fork.h"
 #include "../tensors.h"
 #include "kernels.h"
 
@@ -193,10 +195,29 @@ Tensor new_given(const Inputs& p, const LoraShape& shape, LowRank& l) {
   return given;
 }
 
-void add_few(const Inputs& p, LowRank l) {
+LowRank few_of(const Inputs& p, LowRank l) {
   l.rows.r = p.r;
   l.ranks = p.ranks ? data<int64_t>(*p.ranks) : nullptr;
-  few_rows(l, Workspace(p.x), stream_of(p.x));
+  return l;
+}
+
+void add_few(const Inputs& p, const LowRank& l) { few_rows(few_of(p, l), Workspace(p.x), stream_of(p.x)); }
+
+// The same onto the frozen layer's own product, which frozen() makes and tells l.y: the first half runs beside it.
+template <typename Frozen>
+void add_few_beside(const Inputs& p, LowRank& l, const Frozen& frozen) {
+  const cudaStream_t stream = stream_of(p.x);
+  Workspace workspace(p.x);
+  l = few_of(p, l);
+  Fork fork(stream);
+  void* const memory = few_rows_shrink(l, std::ref(workspace), true, fork.stream());
+  frozen();
+  fork.join();
+  few_rows_expand(l, memory, true, stream);
+}
+
+bool runs_beside(const Inputs& p, const LoraPlan& plan) {
+  return plan.algorithm == LoraAlgorithm::few_rows && p.weight && capturing(stream_of(p.x));
 }
 
 // Both halves of a low-rank part by Hopper's kernels.
@@ -212,7 +233,7 @@ void run_fused(const Inputs& p, const LoraPlan& plan, const OptTensor& h, Fused&
   f.rows = rows_of(p, padded_rank(p.r));
   f.scaling = data<float>(p.scaling);
   f.weight = pointer(p.weight);
-  f.in_loop_slots = static_cast<int>(plan.slots);
+  f.in_loop = plan.algorithm == LoraAlgorithm::in_loop;
   f.overlap = plan.by_rows();
   if (h) f.h = pointer(h), f.places = h->size(1) / f.rows.r;
   fused(f, stream_of(p.x));
@@ -273,6 +294,19 @@ LowRank written(const Inputs& p, const OptTensor& y0, const Tensor& y) {
   return l;
 }
 
+// All of y where the frozen layer's product and the first half of a few rows' low-rank part run side by side.
+Tensor few_beside_frozen(const Inputs& p, const OptTensor& base, const OptTensor& h) {
+  LowRank l = down_of(p, {p.lora_A, p.lora_B, p.bias_A}, h);
+  l.N = l.ldy = l.ldy0 = p.out;
+  l.up = pointer(p.lora_B), l.bias_up = pointer(p.bias_B);
+  OptTensor y;
+  add_few_beside(p, l, [&] {
+    y = frozen(p, base);
+    l.y = y->mutable_data_ptr(), l.y0 = l.y;
+  });
+  return *y;
+}
+
 // y = y0 + the low-rank part; `y` has the pointers and strides of both. Keeps h where it is given.
 void add_low_rank(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const LowRank& y, OptTensor& h,
                   bool keep) {
@@ -326,10 +360,10 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
   shape.backward = true, shape.outputs = wants_x;
   const LoraPlan plan = plan_lora(shape);
   const bool few = plan.algorithm == LoraAlgorithm::few_rows;
-  if (wants_x) dx = p.weight && !plan.fused() ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
+  const bool beside = wants_x && runs_beside(p, plan);
+  if (wants_x && !beside) dx = p.weight && !plan.fused() ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
   const Factors factors = few ? Factors{p.lora_A, p.lora_B, {}} : factors_of(p);
-  const auto add_fused = [&](const Tensor& g, const Tensor& A) {  // one of them scaled
-    Fused f{};
+  const auto add_fused = [&](const OptTensor& g, const Tensor& A, Fused f = {}) {  // one of them scaled, or no g
     f.transposed = true;
     f.K = p.out, f.N = p.in;
     f.x = pointer(dy), f.ldx = p.out;
@@ -337,13 +371,19 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
     f.up = pointer(A);
     run_fused(p, plan, g, f);
   };
+  if (plan.algorithm == LoraAlgorithm::in_loop) {
+    if (wants_g) g = new_ranks(p);
+    Fused f{};
+    f.down = pointer(factors.B), f.gate = pointer(gate), f.kept = out_pointer(g);
+    return add_fused({}, factors.A, f);
+  }
   if (plan.ranks == LoraRanks::product) {
     const int64_t rank = padded_rank(p.r);
     const Tensor B = p.T == 1
                          ? torch::stable::view(factors.B, {p.out, rank})
                          : torch::stable::transpose(torch::stable::view(B_transposed(p), {p.T * rank, p.out}), 0, 1);
     g = torch::stable::matmul(dy, B);
-    return add_fused(*g, scaled_A(p));
+    return add_fused(g, scaled_A(p));
   }
   if (wants_g || (wants_x && plan.algorithm == LoraAlgorithm::low_rank && crowded(p))) g = new_ranks(p);
 
@@ -361,7 +401,14 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
   if (adds) {
     l.N = l.ldy = l.ldy0 = p.in;
     l.up = pointer(up), l.up_transposed = A_as_it_is;
-    l.y = out_pointer(dx), l.y0 = p.weight ? l.y : nullptr;
+    const auto add_to = [&] { l.y = out_pointer(dx), l.y0 = p.weight ? l.y : nullptr; };
+    if (beside) {
+      return add_few_beside(p, l, [&] {
+        dx = frozen_dx(p, dy);
+        add_to();
+      });
+    }
+    add_to();
   }
   if (few) return add_few(p, l);
   if (plan.fused()) {
@@ -515,6 +562,7 @@ struct Cuda {
     if (plan.fused()) {
       y = fused_forward(p, plan, shape, base, h);
     } else {
+      if (runs_beside(p, plan)) return {few_beside_frozen(p, base, h), keep ? *h : none_like(p.x)};
       const OptTensor y0 = frozen(p, base);
       y = slabs ? allocate(p.x, {p.T, p.M, p.out}) : p.weight ? *y0 : allocate(p.x, {p.M, p.out});
       add_low_rank(p, plan, shape, written(p, y0, y), h, keep);

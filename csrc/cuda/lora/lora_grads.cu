@@ -403,9 +403,16 @@ struct Finish {
 };
 
 __device__ float add_up(const float* from, int64_t stride, int count) {
+  constexpr int kAtOnce = 16;  // on their way: each wait is longer than all that is done with them
   float sum = 0;
-#pragma unroll 8
-  for (int i = 0; i < count; ++i) sum += from[i * stride];
+#pragma unroll 1
+  for (int first = 0; first < count; first += kAtOnce) {
+    float some[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) some[i] = first + i < count ? from[(first + i) * stride] : 0.f;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) sum += some[i];
+  }
   return sum;
 }
 

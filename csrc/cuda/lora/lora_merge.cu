@@ -4,8 +4,10 @@
 
 #include <algorithm>
 
+#include "../device/device.h"
 #include "../device/launch.cuh"
 #include "../device/mma_smem.cuh"
+#include "given.cuh"
 #include "kernels.h"
 
 namespace plora::cuda {
@@ -62,10 +64,11 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// 16 ranks of an adapter: a slice. A stage of the pipeline holds two; in a slice, half of the threads copy a vector of
-// B, the others one of A. A warp has 16 x 32 of the tile. The scale multiplies the finished product of an adapter, so
-// that neither it nor a factor is rounded.
-constexpr int kStages = 4, kSlices = 2, kLdB = kRanks + smem::kPad, kLdA = kTile + smem::kPad;
+// 16 ranks of an adapter: a slice; in it half of the threads copy a vector of B, the others one of A. A stage of the
+// pipeline holds six, so that a dozen is on its way at once: with few ranks the time is that of one load after another.
+// Loops stay loops: what a block runs through once had better be short. A warp has 16 x 32 of the tile. The scale
+// multiplies the finished product of an adapter, so that neither it nor a factor is rounded.
+constexpr int kStages = 3, kSlices = 6, kLdB = kRanks + smem::kPad, kLdA = kTile + smem::kPad;
 
 template <typename scalar>
 struct Slice {
@@ -78,8 +81,9 @@ __global__ void __launch_bounds__(kThreads)
                           const float* __restrict__ scaling, const int64_t* __restrict__ ranks,
                           scalar* __restrict__ merged, int64_t out, int64_t in, int T, int r, bool fast) {
   using Step = smem::Step<scalar>;
-  __shared__ __align__(16) Slice<scalar> stages[kStages][kSlices];
-  const int64_t columns = (in + kTile - 1) / kTile;
+  extern __shared__ __align__(16) unsigned char memory[];
+  auto* const stages = reinterpret_cast<Slice<scalar>(*)[kSlices]>(memory);
+  const auto columns = static_cast<unsigned>((in + kTile - 1) / kTile);
   const int64_t row = blockIdx.x / columns * kTile, column = blockIdx.x % columns * kTile;
   const int per_adapter = (r + kRanks - 1) / kRanks, slices = T * per_adapter;
 
@@ -88,62 +92,71 @@ __global__ void __launch_bounds__(kThreads)
   const int mine = threadIdx.x % (kThreads / 2);
   const int j_mine = of_B ? mine % 2 * 8 : mine / 8;
   const int64_t at_mine = of_B ? row + mine / 2 : column + mine % 8 * 8;
-  const int64_t room = of_B ? (at_mine < out ? r : 0) : std::max<int64_t>(in - at_mine, 0);
+  // its ranks of the next slice: adapter t, from `first` on; the elements from those of an adapter to the next one's
+  int t = 0, first = 0;
+  const int room = static_cast<int>(std::clamp<int64_t>((of_B ? out : in) - at_mine, 0, 8));
+  const int64_t adapter = r * (of_B ? out : in), step = of_B ? 1 : in;
+  const scalar* from = of_B ? B + at_mine * r + j_mine : A + j_mine * in + at_mine;
   const auto load = [&](int stage) {
+#pragma unroll 1
     for (int s = 0; s < kSlices; ++s) {
-      const int slice = stage * kSlices + s;
-      if (slice >= slices) break;
+      if (t >= T) break;
       Slice<scalar>& to = stages[stage % kStages][s];
       scalar* const cell = of_B ? to.B + mine / 2 * kLdB + j_mine : to.A + j_mine * kLdA + mine % 8 * 8;
-      const int t = slice / per_adapter, j = slice % per_adapter * kRanks + j_mine;
-      const int rank = ranks ? static_cast<int>(std::min<int64_t>(ranks[t], r)) : r;
-      const int64_t left = of_B ? std::min<int64_t>(rank, room) - j : j < rank ? room : 0;
-      const int valid = static_cast<int>(std::clamp<int64_t>(left, 0, 8));
-      const scalar* const from = valid == 0 ? A
-                                 : of_B     ? B + (t * out + at_mine) * r + j
-                                            : A + (static_cast<int64_t>(t) * r + j) * in + at_mine;
+      const int left = (ranks ? static_cast<int>(std::min<int64_t>(ranks[t], r)) : r) - first - j_mine;
+      const int valid = of_B ? (room > 0 ? std::clamp(left, 0, 8) : 0) : left > 0 ? room : 0;
+      const scalar* const some = valid > 0 ? from + first * step : A;
       if (fast) {
-        smem::copy16(cell, from, valid * 2);
+        smem::copy16(cell, some, valid * 2);
       } else {
-        for (int i = 0; i < 8; ++i) cell[i] = i < valid ? from[i] : from_float<scalar>(0);
+#pragma unroll 1
+        for (int i = 0; i < 8; ++i) cell[i] = i < valid ? some[i] : from_float<scalar>(0);
       }
+      first += kRanks;
+      if (first >= r) first = 0, ++t, from += adapter;
     }
     smem::commit();
   };
+#pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) load(i);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = warp / 2 * 16, warp_column = warp % 2 * 32;
-  const auto each = [&](const auto& f) {  // f(n, i, place in the weight), of this thread's elements
+  const auto each = [&](const auto& f) {  // f(n, i, place in the weight, elements), of this thread's pairs
 #pragma unroll
     for (int n = 0; n < 4; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t o = row + warp_row + lane / 4 + i / 2 * 8,
-                      k = column + warp_column + n * 8 + lane % 4 * 2 + i % 2;
-        if (o < out && k < in) f(n, i, o * in + k);
+      for (int i = 0; i < 4; i += 2) {
+        const int64_t o = row + warp_row + lane / 4 + i / 2 * 8, k = column + warp_column + n * 8 + lane % 4 * 2;
+        if (o < out && k < in) f(n, i, o * in + k, k + 1 < in ? 2 : 1);
       }
   };
-  scalar frozen[4][4];  // read early: it comes while the products run
-  each([&](int n, int i, int64_t at) { frozen[n][i] = weight[at]; });
+  // of the weight; read early: it comes while the products run
+  uint32_t frozen[4][2];
+  each([&](int n, int i, int64_t at, int count) {
+    if (fast)
+      frozen[n][i / 2] = *reinterpret_cast<const uint32_t*>(weight + at);
+    else
+      frozen[n][i / 2] = pair<scalar>(to_float(weight[at]), count > 1 ? to_float(weight[at + 1]) : 0.f);
+  });
 
   float sum[4][4] = {}, product[4][4] = {};
   for (int stage = 0; stage * kSlices < slices; ++stage) {
     smem::wait<kStages - 2>();
     __syncthreads();
     load(stage + kStages - 1);
-#pragma unroll
+#pragma unroll 1
     for (int s = 0; s < kSlices; ++s) {
       const int slice = stage * kSlices + s;
       if (slice >= slices) break;
       const Slice<scalar>& from = stages[stage % kStages][s];
+      const float scale = scaling[slice / per_adapter];
       typename Step::Left left;
       typename Step::Right right[2];
       left.load(from.B + warp_row * kLdB, kLdB);
       for (int n = 0; n < 2; ++n) right[n].load_transposed(from.A + warp_column + n * 16, kLdA);
       for (int n = 0; n < 4; ++n) Step::add(product[n], left, right[n / 2], n % 2);
       if ((slice + 1) % per_adapter > 0) continue;
-      const float scale = scaling[slice / per_adapter];
       for (int n = 0; n < 4; ++n)
         for (int i = 0; i < 4; ++i) {
           sum[n][i] += scale * product[n][i];
@@ -151,7 +164,17 @@ __global__ void __launch_bounds__(kThreads)
         }
     }
   }
-  each([&](int n, int i, int64_t at) { merged[at] = from_float<scalar>(to_float(frozen[n][i]) + sum[n][i]); });
+  each([&](int n, int i, int64_t at, int count) {
+    const float2 w = unpair<scalar>(frozen[n][i / 2]);
+    const uint32_t v = pair<scalar>(w.x + sum[n][i], w.y + sum[n][i + 1]);
+    if (fast) {
+      *reinterpret_cast<uint32_t*>(merged + at) = v;
+    } else {
+      const float2 rounded = unpair<scalar>(v);
+      merged[at] = from_float<scalar>(rounded.x);
+      if (count > 1) merged[at + 1] = from_float<scalar>(rounded.y);
+    }
+  });
 }
 
 }  // namespace
@@ -162,15 +185,19 @@ void lora_merge(const LoraMerge& p, cudaStream_t stream) {
     using scalar = decltype(tag);
     const auto typed = [](const void* t) { return static_cast<const scalar*>(t); };
     const auto T = static_cast<int>(p.T), r = static_cast<int>(p.r);
-    if constexpr (sizeof(scalar) == 2)
-      lora_merge_mma_kernel<<<grid, kThreads, 0, stream>>>(
+    if constexpr (sizeof(scalar) == 2) {
+      const int64_t slices = T * ceil_div(r, kRanks), stages = std::min<int64_t>(ceil_div(slices, kSlices), kStages);
+      const size_t shared = stages * kSlices * sizeof(Slice<scalar>);
+      allow_shared_memory(lora_merge_mma_kernel<scalar>, shared);
+      lora_merge_mma_kernel<<<grid, kThreads, shared, stream>>>(
           typed(p.weight), typed(p.A), typed(p.B), static_cast<const float*>(p.scaling), p.ranks,
           static_cast<scalar*>(p.merged), p.out, p.in, T, r,
-          p.in % 8 == 0 && p.r % 8 == 0 && aligned(p.A) && aligned(p.B));
-    else
+          p.in % 8 == 0 && p.r % 8 == 0 && aligned(p.A) && aligned(p.B) && aligned(p.weight) && aligned(p.merged));
+    } else {
       lora_merge_kernel<<<grid, kThreads, 0, stream>>>(typed(p.weight), typed(p.A), typed(p.B),
                                                        static_cast<const acc_type<scalar>*>(p.scaling), p.ranks,
                                                        static_cast<scalar*>(p.merged), p.out, p.in, T, r);
+    }
   });
   check_launch("lora_merge");
 }

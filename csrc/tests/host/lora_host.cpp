@@ -179,6 +179,20 @@ void low_rank_add_sm90(const LowRank& p, cudaStream_t) {
   multiply(p, p.rows.r, nullptr);
 }
 
+bool capturing(cudaStream_t) { return std::getenv("PLORA_HOST_CAPTURING") != nullptr; }
+Fork::Fork(cudaStream_t from) : from_(from), to_(from), begin_(nullptr), end_(nullptr) { g_calls += " fork"; }
+void Fork::join() { g_calls += " join"; }
+
+void* few_rows_shrink(const LowRank& p, const Allocator& workspace, bool beside, cudaStream_t) {
+  PLORA_CHECK(beside && p.rows.M <= 512 && p.x && p.down && p.up, "few_rows_shrink refuses");
+  return workspace(64);
+}
+
+void few_rows_expand(const LowRank& p, void* memory, bool beside, cudaStream_t) {
+  PLORA_CHECK(memory && beside, "few_rows_expand refuses");
+  few_rows(p, [&](size_t) { return memory; }, nullptr);
+}
+
 void few_rows(const LowRank& p, const Allocator& workspace, cudaStream_t) {
   PLORA_CHECK(p.rows.M <= 512, "few_rows refuses");
   workspace(64);
@@ -201,24 +215,30 @@ void fused(const Fused& p, cudaStream_t) {
   PLORA_CHECK(!mma_only() && p.dtype != Dtype::float32 && p.K % 8 == 0 && p.N % 8 == 0 && r % 8 == 0 &&
                   aligned_all({p.x, p.weight, p.bias, p.base, p.y, p.down, p.up, p.bias_down, p.bias_up, p.h}),
               "fused refuses");
-  PLORA_CHECK(p.in_loop_slots > 0 ? !p.transposed : p.h != nullptr, "fused: no h");
-  g_calls += p.in_loop_slots ? " in_loop" : p.transposed ? " fused_transposed" : " fused";
+  PLORA_CHECK(p.in_loop ? p.down != nullptr : p.h != nullptr, "fused: no h");
+  PLORA_CHECK(!p.gate || p.in_loop, "fused: only the loop knows a gate");
+  g_calls += p.in_loop ? " in_loop" : " fused";
+  if (p.transposed) g_calls += "_transposed";
   if (p.overlap) g_calls += "*";
   for (int64_t m = 0; m < p.rows.M; ++m) {
     const std::vector<int> all = met(p.rows, m);
-    PLORA_CHECK(!p.in_loop_slots || all.size() <= 1, "fused: the loop takes one adapter a tile");
+    PLORA_CHECK(!p.in_loop || all.size() <= 1, "fused: the loop takes one adapter a tile");
     std::vector<double> h(all.size() * r);
     for (size_t place = 0; place < all.size(); ++place)
       for (int64_t j = 0; j < r; ++j) {
         double& value = h[place * r + j];
-        if (!p.in_loop_slots) {
+        if (!p.in_loop) {
           value = get(p.dtype, p.h, (m * (p.rows.ids ? p.places : each) + static_cast<int64_t>(place)) * r + j);
         } else if (!p.rows.ids || chosen(p.rows, m) == all[place]) {
           for (int64_t k = 0; k < p.K; ++k)
-            value += get(p.dtype, p.x, m * p.ldx + k) * get(p.dtype, p.down, (all[place] * r + j) * p.K + k);
+            value +=
+                get(p.dtype, p.x, m * p.ldx + k) *
+                get(p.dtype, p.down, p.transposed ? (all[place] * p.K + k) * r + j : (all[place] * r + j) * p.K + k);
           if (p.bias_down) value += get(p.dtype, p.bias_down, all[place] * r + j);
           if (p.relu) value = std::max(value, 0.0);
-          if (p.kept) put(p.dtype, p.kept, (m * each + (p.rows.ids ? 0 : all[place])) * r + j, value);
+          const int64_t at = (m * each + (p.rows.ids ? 0 : all[place])) * r + j;
+          if (p.gate && get(p.dtype, p.gate, at) <= 0) value = 0;
+          if (p.kept) put(p.dtype, p.kept, at, value);
           value *= p.scaling[all[place]];
         }
       }
