@@ -10,7 +10,7 @@ import ctypes
 import random
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ NEEDS = ("x", "lora_A", "lora_B", "scaling", "bias_A", "bias_B")
 
 
 @pytest.fixture(scope="module")
-def calls(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], list[str]]:
-    """Builds and loads the operators `plora_host`; the function tells which kernels were called since it was called."""
+def host(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Builds and loads the operators `plora_host`."""
     if not (compiler := shutil.which("g++") or shutil.which("c++")):
         pytest.skip("no C++ compiler here")
     torch_root, library = Path(torch.__path__[0]), tmp_path_factory.mktemp("host") / "libplora_host.so"
@@ -41,9 +41,15 @@ def calls(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     )  # fmt: skip
     assert made.returncode == 0, made.stderr[-2000:]
     torch.ops.load_library(library)
-    asked = ctypes.CDLL(str(library)).calls
-    asked.restype = ctypes.c_char_p
-    return lambda: asked().decode().split()
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def calls(host: ctypes.CDLL) -> Iterator[Callable[[], list[str]]]:
+    """A function that tells which kernels were called since it was called."""
+    host.calls.restype = ctypes.c_char_p
+    yield lambda: host.calls().decode().split()
+    host.capture(0)
 
 
 def close(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str, factor: int = 1) -> None:
@@ -148,15 +154,15 @@ def check(case: Case, calls: Callable[[], list[str]]) -> list[str]:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("seed", range(3))
-def test_random_calls(seed: int, calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_calls(
+    seed: int, host: ctypes.CDLL, calls: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(seed)
     draw, seen = random.Random(seed), set()
     for _ in range(120):
         case = Case(draw)
         monkeypatch.setenv("PLORA_CUDA_PATH", case.path)
-        monkeypatch.setenv("PLORA_HOST_CAPTURING", "1") if draw.randrange(2) else monkeypatch.delenv(
-            "PLORA_HOST_CAPTURING", raising=False
-        )
+        host.capture(draw.randrange(2))
         seen |= set(check(case, calls))
     assert seen >= {
         "low_rank", "low_rank_down", "few_rows", "fork", "rows", "rows_transposed", "in_loop", "in_loop_transposed",

@@ -2,8 +2,8 @@
 // what cuda/lora/kernels.h says of them, which refuse what the real ones could not take. So which kernels are called,
 // with what, and what becomes of their memory is tested where there is no GPU (python_tests/test_cuda_host_code.py).
 //
-// The operators are called plora_host; calls() tells which kernels ran since it was last asked. PLORA_CUDA_PATH=mma
-// makes the GPU one without Hopper's kernels.
+// The operators are called plora_host; calls() tells which kernels ran since it was last asked, capture() whether a
+// graph is being captured. PLORA_CUDA_PATH=mma makes the GPU one without Hopper's kernels.
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY_IMPL(plora_host, CPU, m) { implement(m); }
 namespace {
 
 std::string g_calls;
+bool g_captures = false;
 
 }  // namespace
 
@@ -41,6 +42,8 @@ const char* calls() {
   g_calls.clear();
   return asked.c_str();
 }
+
+void capture(bool now) { g_captures = now; }
 
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
   *guard = nullptr;
@@ -179,7 +182,7 @@ void low_rank_add_sm90(const LowRank& p, cudaStream_t) {
   multiply(p, p.rows.r, nullptr);
 }
 
-bool capturing(cudaStream_t) { return std::getenv("PLORA_HOST_CAPTURING") != nullptr; }
+bool capturing(cudaStream_t) { return g_captures; }
 Fork::Fork(cudaStream_t from) : from_(from), to_(from), begin_(nullptr), end_(nullptr) { g_calls += " fork"; }
 void Fork::join() { g_calls += " join"; }
 
