@@ -58,7 +58,7 @@ struct Arguments {
   int columns;     // of an adapter in p.h
   int parts;       // of K
   float* partial;  // [parts, M, width]
-  Tile* tiles;     // that shrink found, or null: expand finds them itself
+  Tile* tiles;     // behind `partial`, that shrink found; or null: expand finds them itself
   int groups;      // of blocks that share the rows of a tile, by eights in turn
   bool idle;       // rows without an adapter are written too
   bool ahead;      // L2 has space for `up`
@@ -417,9 +417,16 @@ int64_t most_tiles(const LowRank& p, int64_t places) {
   return places + (M - places) / kTile;
 }
 
-// `memory`: of so many bytes.
+// Their number, where shrink leaves them to expand.
+int64_t tiles_left(const LowRank& p, bool beside) { return beside && p.rows.ids ? most_tiles(p, p.rows.T + 1) : 0; }
+
+size_t bytes_of(const Arguments& a, bool beside) {
+  return sizeof(float) * a.parts * a.p.rows.M * a.width + sizeof(Tile) * tiles_left(a.p, beside);
+}
+
+// `memory`: bytes_of what comes of none.
 template <typename scalar>
-Arguments arguments(const LowRank& p, bool beside, void* memory, size_t& size) {
+Arguments arguments(const LowRank& p, bool beside, void* memory = nullptr) {
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r;
   Arguments a{p};
   a.adapters = static_cast<int>(p.rows.ids ? 1 : T), a.chunks = static_cast<int>(ceil_div(r, kChunk));
@@ -430,11 +437,8 @@ Arguments arguments(const LowRank& p, bool beside, void* memory, size_t& size) {
   const int64_t blocks = tiles * a.width / kChunk, most = 4 * multiprocessors();
   const int64_t each = std::max({units * blocks / most, ceil_div(units, kMaxParts), int64_t{1}});
   a.parts = static_cast<int>(ceil_div(units, each));
-  const size_t sums = sizeof(float) * a.parts * M * a.width;
-  const bool leaves = beside && p.rows.ids;
-  size = sums + (leaves ? most_tiles(p, T + 1) * sizeof(Tile) : 0);
   a.partial = static_cast<float*>(memory);
-  a.tiles = leaves ? reinterpret_cast<Tile*>(static_cast<unsigned char*>(memory) + sums) : nullptr;
+  if (memory && tiles_left(p, beside) > 0) a.tiles = reinterpret_cast<Tile*>(a.partial + a.parts * M * a.width);
   const int64_t of_y = most_tiles(p, T + 1) * std::max<int64_t>(ceil_div(p.N, kColumns), 1);
   a.groups = 2 * of_y <= multiprocessors() ? 4 : of_y <= multiprocessors() ? 2 : 1;
 
@@ -446,10 +450,8 @@ Arguments arguments(const LowRank& p, bool beside, void* memory, size_t& size) {
 template <typename scalar, bool TRANSPOSED>
 void* launch_shrink(const LowRank& p, const Allocator& workspace, bool beside, cudaStream_t stream) {
   constexpr int V = kVector<scalar>;
-  size_t size = 0;
-  arguments<scalar>(p, beside, nullptr, size);
-  void* const memory = workspace(size);
-  const Arguments a = arguments<scalar>(p, beside, memory, size);
+  void* const memory = workspace(bytes_of(arguments<scalar>(p, beside), beside));
+  const Arguments a = arguments<scalar>(p, beside, memory);
   const bool x_vectors =
       aligned(p.x) && aligned(p.down) && p.K % V == 0 && p.ldx % V == 0 && (!TRANSPOSED || p.rows.r % 2 == 0);
   const dim3 grid(static_cast<unsigned>(most_tiles(p, p.rows.T + (a.tiles != nullptr))), static_cast<unsigned>(a.parts),
@@ -463,8 +465,7 @@ void* launch_shrink(const LowRank& p, const Allocator& workspace, bool beside, c
 template <typename scalar, bool TRANSPOSED>
 void launch_expand(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
   constexpr int V = kVector<scalar>;
-  size_t size = 0;
-  const Arguments a = arguments<scalar>(p, beside, memory, size);
+  const Arguments a = arguments<scalar>(p, beside, memory);
   const bool y_vectors = aligned(p.y) && aligned(p.y0) && aligned(p.up) && p.N % V == 0 && p.ldy % V == 0 &&
                          p.ldy0 % V == 0 && (TRANSPOSED || p.rows.r % 4 == 0);
   const auto expand = y_vectors ? &expand_kernel<scalar, TRANSPOSED, true> : &expand_kernel<scalar, TRANSPOSED, false>;
