@@ -181,7 +181,7 @@ def test_pilots_ease_is_set_up_in_one_place(repository: Path, tmp_path: Path, mo
     shutil.copytree(tests / "hosts" / "pilot", tmp_path / "pilot")
     (tmp_path / "pilot" / "exps").mkdir()
     (tmp_path / "pilot" / "exps" / "ease.json").write_text(json.dumps({**EASE, "ffn_num": 64}))
-    path = [str(repository), str(repository / "benchmarks"), str(tests)]
+    path = [str(repository / "benchmarks"), str(tests)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     monkeypatch.setenv("PLORA_PILOT", str(tmp_path / "pilot"))
     done = subprocess.run([sys.executable, "-c", _EASE], capture_output=True, text=True, cwd=tmp_path, timeout=300)

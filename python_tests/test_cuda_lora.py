@@ -514,7 +514,8 @@ def test_some_adapters_of_a_dense_sum(
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize(
-    ("n_in", "out", "r", "T"), [(768, 2304, 16, 10), (3072, 768, 16, 50), (72, 200, 128, 3), (33, 13, 5, 7)]
+    ("n_in", "out", "r", "T"),
+    [(768, 2304, 16, 10), (3072, 768, 16, 50), (72, 200, 128, 3), (33, 13, 5, 7), (24, 16, 0, 3)],
 )
 def test_merge(dtype: torch.dtype, n_in: int, out: int, r: int, T: int) -> None:
     (_, *factors), kwargs, _ = problem("lora_sum", 1, n_in, out, r, T, dtype=dtype, options="weight ranks")

@@ -29,7 +29,7 @@ struct LoraShape {
   bool in_place = false;  // y += ..., whose rows are ld elements apart
   int64_t ld = 0;
   int64_t rows_per_id = 1;
-  std::vector<int64_t> slices{};  // columns of y for equal blocks of ranks, as cuda/lora_kernels.h has them
+  std::vector<int64_t> slices{};  // columns of y for equal blocks of ranks, as cuda/lora/kernels.h has them
   int capability = 90;            // 10 * major + minor
   int sms = 132;
   bool aligned = true;    // every pointer to 16 bytes
@@ -41,7 +41,7 @@ enum class LoraAlgorithm {
   add,          // likewise, by two kernels for Hopper (low_rank_sm90.cu, add_sm90.cu)
   expand,       // likewise, the y of all adapters from their h (expand.cu)
   few_rows,     // likewise, by kernels that gather the rows of an adapter (few_rows.cu)
-  in_loop,      // one fused product, h made in its main loop (fused_sm90.cu)
+  in_loop,      // one fused product, h or g made in its main loop (fused_sm90.cu)
   precomputed,  // h first, then the fused product
   merge,        // the factors folded into the weight, then torch's own product
   dense,        // the same with gradients: backward goes through the gradient of the merged weight
@@ -122,7 +122,7 @@ inline int64_t adapters_of_tile(const LoraShape& s) {
 // How many slots of one adapter the columns of a tile need at most, of `slots` in all; `slices` may spare it some.
 inline int64_t slots_of_tile(const LoraShape& s, int64_t slots, int64_t column_tiles) {
   const auto blocks = static_cast<int64_t>(s.slices.size() / 2);
-  if (blocks == 0 || blocks > kMaxSlices) return slots;
+  if (s.backward || blocks == 0 || blocks > kMaxSlices) return slots;
   const int64_t width = s.r / blocks;
   int64_t most = 0;
   for (int64_t tile = 0; tile < column_tiles; ++tile) {
@@ -194,7 +194,7 @@ inline bool adds_on_hopper(const LoraShape& s) {
 // Whether the y of all adapters are made by expand.cu from their h.
 inline bool expands(const LoraShape& s) {
   return s.family == Family::all && !s.backward && !s.in_place && s.half && s.aligned && s.out % 8 == 0 &&
-         s.M < int64_t{1} << 30;
+         s.M < int64_t{1} << 30 && s.T * padded_rank(s.r) < int64_t{1} << 26;
 }
 
 // Whether the low-rank part of so few rows goes through few_rows.cu. With one adapter a tile the fused product, where

@@ -62,7 +62,7 @@ bool holds(const LoraShape& s, const LoraPlan& p) {
       return s.M <= 512 && s.T <= 1 << 15 && (ids ? 1 : s.T) * rank <= 1024 && s.family != Family::all;
     case A::in_loop:  // one adapter a tile, whose ranks are one slot there, and h is left to the loop
       return hopper && s.weight && s.outputs && K % 8 == 0 && N % 8 == 0 && met <= 1 && p.ranks == R::within &&
-             (rank <= 16 || !s.slices.empty());
+             (rank <= 16 || (!s.backward && !s.slices.empty()));
     case A::precomputed:
       return hopper && s.weight && s.outputs && s.family != Family::all && K % 8 == 0 && N % 8 == 0 &&
              (p.by_rows() || (p.ranks == R::product && !ids && !s.relu)) && (!ids || met * rank <= 2048);
@@ -93,6 +93,7 @@ LoraShape random_shape(std::mt19937& random) {
   s.ld = s.in_place ? s.out + of({0, 3, 8}) : 0;
   s.rows_per_id = of({1, 2, 50, 63, 64, 128, 197, 256, 1000});
   if (s.family == Family::indexed) s.M = (s.M + s.rows_per_id - 1) / s.rows_per_id * s.rows_per_id;
+  if (s.r % 2 == 0 && s.r > 0 && s.family != Family::all && chance(4)) s.slices = {0, s.out / 2, s.out / 2, s.out};
   s.capability = static_cast<int>(of({80, 90, 90, 90, 100})), s.sms = static_cast<int>(of({16, 78, 114, 132}));
   s.aligned = !chance(8), s.mma_only = chance(10);
   return s;

@@ -6,16 +6,22 @@
 
 namespace plora::cuda {
 
-bool capturing(cudaStream_t stream);
+// Whether a graph is being captured on this stream, and this thread's second stream is in no other.
+bool can_fork(cudaStream_t stream);
 
-// While it lives, what is launched on stream() runs beside what is launched on the stream that it was made from; after
-// join() the latter waits for both. Its stream and events are the thread's own, for each device.
+// What is launched on stream() runs beside what is launched on the stream that this was made from, which waits for both
+// from join(), or the end of this, on. Memory that both touch is to be allocated before: torch may fill it, on its own
+// stream. The second stream and its events are the thread's own, for each device.
 class Fork {
   cudaStream_t from_, to_;
   cudaEvent_t begin_, end_;
+  bool joined_ = false;
 
  public:
   explicit Fork(cudaStream_t from);
+  ~Fork();
+  Fork(const Fork&) = delete;
+  Fork& operator=(const Fork&) = delete;
   cudaStream_t stream() const { return to_; }
   void join();
 };

@@ -448,9 +448,8 @@ Arguments arguments(const LowRank& p, bool beside, void* memory = nullptr) {
 }
 
 template <typename scalar, bool TRANSPOSED>
-void* launch_shrink(const LowRank& p, const Allocator& workspace, bool beside, cudaStream_t stream) {
+void launch_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
   constexpr int V = kVector<scalar>;
-  void* const memory = workspace(bytes_of(arguments<scalar>(p, beside), beside));
   const Arguments a = arguments<scalar>(p, beside, memory);
   const bool x_vectors =
       aligned(p.x) && aligned(p.down) && p.K % V == 0 && p.ldx % V == 0 && (!TRANSPOSED || p.rows.r % 2 == 0);
@@ -459,12 +458,12 @@ void* launch_shrink(const LowRank& p, const Allocator& workspace, bool beside, c
   const auto shrink = x_vectors ? &shrink_kernel<scalar, TRANSPOSED, true> : &shrink_kernel<scalar, TRANSPOSED, false>;
   shrink<<<grid, kThreads, 0, stream>>>(a);
   check_launch("few_rows");
-  return memory;
 }
 
 template <typename scalar, bool TRANSPOSED>
 void launch_expand(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
   constexpr int V = kVector<scalar>;
+  PLORA_CHECK(!beside || (p.y == p.y0 && p.ldy == p.ldy0), "few_rows: not what shrink left its tiles for");
   const Arguments a = arguments<scalar>(p, beside, memory);
   const bool y_vectors = aligned(p.y) && aligned(p.y0) && aligned(p.up) && p.N % V == 0 && p.ldy % V == 0 &&
                          p.ldy0 % V == 0 && (TRANSPOSED || p.rows.r % 4 == 0);
@@ -476,14 +475,18 @@ void launch_expand(const LowRank& p, void* memory, bool beside, cudaStream_t str
 
 }  // namespace
 
-void* few_rows_shrink(const LowRank& p, const Allocator& workspace, bool beside, cudaStream_t stream) {
-  void* memory = nullptr;
+size_t few_rows_bytes(const LowRank& p, bool beside) {
+  size_t bytes = 0;
+  dispatch("few_rows", p.dtype, [&](auto tag) { bytes = bytes_of(arguments<decltype(tag)>(p, beside), beside); });
+  return bytes;
+}
+
+void few_rows_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
   dispatch("few_rows", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    memory = p.down_transposed ? launch_shrink<scalar, true>(p, workspace, beside, stream)
-                               : launch_shrink<scalar, false>(p, workspace, beside, stream);
+    p.down_transposed ? launch_shrink<scalar, true>(p, memory, beside, stream)
+                      : launch_shrink<scalar, false>(p, memory, beside, stream);
   });
-  return memory;
 }
 
 void few_rows_expand(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
@@ -495,7 +498,9 @@ void few_rows_expand(const LowRank& p, void* memory, bool beside, cudaStream_t s
 }
 
 void few_rows(const LowRank& p, const Allocator& workspace, cudaStream_t stream) {
-  few_rows_expand(p, few_rows_shrink(p, workspace, false, stream), false, stream);
+  void* const memory = workspace(few_rows_bytes(p, false));
+  few_rows_shrink(p, memory, false, stream);
+  few_rows_expand(p, memory, false, stream);
 }
 
 }  // namespace plora::cuda

@@ -596,6 +596,8 @@ void launch(const Maps& maps, const Arguments& p, int blocks, bool overlap, cuda
 
 void fused(const Fused& p, cudaStream_t stream) {
   if (p.rows.M == 0 || p.N == 0) return;
+  PLORA_CHECK(p.in_loop ? p.rows.r <= kSlot || !p.slices.empty() : p.gate == nullptr,
+              "the fused LoRA product: not what it was planned for");
   Arguments a{};
   a.M = static_cast<int>(p.rows.M), a.N = static_cast<int>(p.N), a.K = static_cast<int>(p.K);
   a.T = p.rows.r == 0 ? 0 : static_cast<int>(p.rows.T), a.r = static_cast<int>(p.rows.r);

@@ -1,4 +1,4 @@
-// What the kernels share that take s h as low_rank_sm90.cu lays it out (kernels.h), and pairs of 16-bit elements.
+// What the kernels share that take s h as low_rank_sm90.cu lays it out (kernels.h).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../device/pair.cuh"
 #include "../device/sm90.cuh"
 
 namespace plora::cuda {
@@ -27,30 +28,5 @@ __device__ inline Split split(float s) {
 
 // A block of rows of s h and 16 ranks, as the copy engine leaves it in shared memory: 32 bytes a row, swizzled.
 constexpr uint64_t kLayoutGiven = sm90::operand_layout(sm90::Swizzle::b32, 16, 256);
-
-template <typename scalar>
-__device__ inline uint32_t pair(float low, float high) {
-  if constexpr (std::is_same_v<scalar, __nv_bfloat16>) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(v);
-  } else {
-    const __half2 v = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(v);
-  }
-}
-
-template <typename scalar>
-__device__ inline float2 unpair(uint32_t v) {
-  if constexpr (std::is_same_v<scalar, __nv_bfloat16>)
-    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(v));
-  else
-    return __half22float2(reinterpret_cast<const __half2&>(v));
-}
-
-// Two neighbouring elements, of which the first has an even index.
-template <typename scalar>
-__device__ inline float2 two(const void* from, int64_t index) {
-  return unpair<scalar>(__ldg(reinterpret_cast<const uint32_t*>(static_cast<const scalar*>(from) + index)));
-}
 
 }  // namespace plora::cuda

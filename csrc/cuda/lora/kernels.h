@@ -83,9 +83,10 @@ void low_rank_add_sm90(const LowRank& p, cudaStream_t stream);
 // have padded_rank(r) columns for each adapter (few_rows.cu).
 void few_rows(const LowRank& p, const Allocator& workspace, cudaStream_t stream);
 
-// Each half alone. The first one needs no y, and returns the memory that the second one reads. `beside`: other kernels
-// come between them, as the first one runs on a stream of its own.
-void* few_rows_shrink(const LowRank& p, const Allocator& workspace, bool beside, cudaStream_t stream);
+// Each half alone, with memory of so many bytes between them. `beside`: other kernels come between them, as the first
+// one runs on a stream of its own; it needs no y yet, but all else, and what is added to is y itself.
+size_t few_rows_bytes(const LowRank& p, bool beside);
+void few_rows_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t stream);
 void few_rows_expand(const LowRank& p, void* memory, bool beside, cudaStream_t stream);
 
 // The second half alone, of `all`: h [M, T r] is read, y_slab is set (expand.cu).
@@ -177,7 +178,7 @@ struct Fused {
   int64_t places = 0;
   bool overlap =
       false;  // the kernel before on the stream is low_rank_sm90's, which made h and nothing else that is read
-  void* kept = nullptr;  // [M, R] or null
+  void* kept = nullptr;  // [M, R] or null; rows without an adapter are left as they are
   // Column ranges of y, one for each equal block of ranks of an adapter; ranks outside of theirs are known to be zero
   // in `up` and are left out of the main loop. Empty: none is known.
   std::vector<int64_t> slices;

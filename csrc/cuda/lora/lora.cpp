@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <functional>
 #include <numeric>
 
 #include "../../common/cuda_path.h"
@@ -209,15 +208,16 @@ void add_few_beside(const Inputs& p, LowRank& l, const Frozen& frozen) {
   const cudaStream_t stream = stream_of(p.x);
   Workspace workspace(p.x);
   l = few_of(p, l);
+  void* const memory = workspace(few_rows_bytes(l, true));
   Fork fork(stream);
-  void* const memory = few_rows_shrink(l, std::ref(workspace), true, fork.stream());
+  few_rows_shrink(l, memory, true, fork.stream());
   frozen();
   fork.join();
   few_rows_expand(l, memory, true, stream);
 }
 
 bool runs_beside(const Inputs& p, const LoraPlan& plan) {
-  return plan.algorithm == LoraAlgorithm::few_rows && p.weight && capturing(stream_of(p.x));
+  return plan.algorithm == LoraAlgorithm::few_rows && p.weight && can_fork(stream_of(p.x));
 }
 
 // Both halves of a low-rank part by Hopper's kernels.
@@ -387,7 +387,7 @@ void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, boo
   }
   if (wants_g || (wants_x && plan.algorithm == LoraAlgorithm::low_rank && crowded(p))) g = new_ranks(p);
 
-  // few_rows and low_rank_sm90 take lora_B as it is, few_rows and add_sm90 lora_A
+  // few_rows and low_rank_sm90 take lora_B as it is, as the loop does above; few_rows and add_sm90 lora_A
   const bool B_as_it_is = few || plan.ranks == LoraRanks::rows;
   const bool A_as_it_is = few || plan.algorithm == LoraAlgorithm::add;
   const bool adds = wants_x && !plan.fused();

@@ -7,7 +7,7 @@
 #include "../device/device.h"
 #include "../device/launch.cuh"
 #include "../device/mma_smem.cuh"
-#include "given.cuh"
+#include "../device/pair.cuh"
 #include "kernels.h"
 
 namespace plora::cuda {
@@ -74,6 +74,7 @@ template <typename scalar>
 struct Slice {
   scalar B[kTile * kLdB], A[kRanks * kLdA];
 };
+static_assert(kStages * kSlices * sizeof(Slice<__half>) <= 101376, "what a block has on GPUs of the smaller kind");
 
 template <typename scalar>
 __global__ void __launch_bounds__(kThreads)
@@ -84,7 +85,8 @@ __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(16) unsigned char memory[];
   auto* const stages = reinterpret_cast<Slice<scalar>(*)[kSlices]>(memory);
   const auto columns = static_cast<unsigned>((in + kTile - 1) / kTile);
-  const int64_t row = blockIdx.x / columns * kTile, column = blockIdx.x % columns * kTile;
+  const int64_t row = static_cast<int64_t>(blockIdx.x / columns) * kTile;
+  const int64_t column = static_cast<int64_t>(blockIdx.x % columns) * kTile;
   const int per_adapter = (r + kRanks - 1) / kRanks, slices = T * per_adapter;
 
   // the vector that this thread copies: where it is in a slice, and which row of B or column of A it is of
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kThreads)
       if (t >= T) break;
       Slice<scalar>& to = stages[stage % kStages][s];
       scalar* const cell = of_B ? to.B + mine / 2 * kLdB + j_mine : to.A + j_mine * kLdA + mine % 8 * 8;
-      const int left = (ranks ? static_cast<int>(std::min<int64_t>(ranks[t], r)) : r) - first - j_mine;
+      const int left = (ranks ? static_cast<int>(std::clamp<int64_t>(ranks[t], 0, r)) : r) - first - j_mine;
       const int valid = of_B ? (room > 0 ? std::clamp(left, 0, 8) : 0) : left > 0 ? room : 0;
       const scalar* const some = valid > 0 ? from + first * step : A;
       if (fast) {
@@ -184,7 +186,7 @@ void lora_merge(const LoraMerge& p, cudaStream_t stream) {
   dispatch_with_float64(p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
     const auto typed = [](const void* t) { return static_cast<const scalar*>(t); };
-    const auto T = static_cast<int>(p.T), r = static_cast<int>(p.r);
+    const auto T = static_cast<int>(p.r ? p.T : 0), r = static_cast<int>(p.r);
     if constexpr (sizeof(scalar) == 2) {
       const int64_t slices = T * ceil_div(r, kRanks), stages = std::min<int64_t>(ceil_div(slices, kSlices), kStages);
       const size_t shared = stages * kSlices * sizeof(Slice<scalar>);

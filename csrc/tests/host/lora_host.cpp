@@ -182,17 +182,20 @@ void low_rank_add_sm90(const LowRank& p, cudaStream_t) {
   multiply(p, p.rows.r, nullptr);
 }
 
-bool capturing(cudaStream_t) { return g_captures; }
+bool can_fork(cudaStream_t) { return g_captures; }
 Fork::Fork(cudaStream_t from) : from_(from), to_(from), begin_(nullptr), end_(nullptr) { g_calls += " fork"; }
-void Fork::join() { g_calls += " join"; }
+void Fork::join() { joined_ = true, g_calls += " join"; }
+Fork::~Fork() {}
 
-void* few_rows_shrink(const LowRank& p, const Allocator& workspace, bool beside, cudaStream_t) {
-  PLORA_CHECK(beside && p.rows.M <= 512 && p.x && p.down && p.up, "few_rows_shrink refuses");
-  return workspace(64);
+size_t few_rows_bytes(const LowRank&, bool) { return 64; }
+
+void few_rows_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t) {
+  PLORA_CHECK(memory && beside && p.rows.M <= 512 && p.x && p.down && p.up, "few_rows_shrink refuses");
 }
 
 void few_rows_expand(const LowRank& p, void* memory, bool beside, cudaStream_t) {
-  PLORA_CHECK(memory && beside, "few_rows_expand refuses");
+  PLORA_CHECK(memory && beside && p.y == p.y0 && p.ldy == p.ldy0, "few_rows_expand refuses");
+  PLORA_CHECK(g_calls.rfind(" join") + 1 > g_calls.rfind(" fork") + 1, "few_rows_expand: before the join");
   few_rows(p, [&](size_t) { return memory; }, nullptr);
 }
 
