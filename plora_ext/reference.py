@@ -117,7 +117,7 @@ def lora_sum(
     A, B, a, b = _low_rank(lora_A, lora_B, bias_A, bias_B, ranks, trainable)
     s = _scale(scaling, coeff, lora_A).to(x.dtype)
     h = _activate(F.linear(x, A.reshape(T * r, in_features), a.reshape(T * r)), activation)
-    return y + (h * s.repeat_interleave(r)) @ B.transpose(1, 2).reshape(T * r, -1) + s @ b
+    return y + (h * s.repeat_interleave(r)) @ B.transpose(1, 2).flatten(0, 1) + s @ b
 
 
 def lora_all(
