@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from plora_ext.arguments import given, hyphens, parser, settings_from
 from plora_ext.cil.files import exclusive, write_whole
-from plora_ext.cil.settings import MethodName, Settings, closest
+from plora_ext.cil.settings import DERIVED, MethodName, Settings, closest
 from plora_ext.variables import unwatched
 
 if TYPE_CHECKING:  # functions import what takes seconds: --help and what is mistyped are answered without torch
@@ -137,7 +137,7 @@ def train(args: argparse.Namespace) -> None:
         before = Checkpoint(Path(settings.out), resume=True, world=args.world)
         if before.manifest:
             saved = before.settings
-            free = {**saved, "onto": None, "init": None}  # unless they were chosen, they are to follow from the others
+            free = {**saved, **dict.fromkeys(DERIVED)}  # unless they were chosen, they are to follow from the others
             settings = settings_from(args, **(free if Settings(**free).as_dict() == saved else saved))
         elif not set(given(args, [f.name for f in fields(Settings)])) - {"out", "device", "workers"}:
             raise ValueError(f"{settings.out} holds no checkpoint to resume: is it the right folder?")

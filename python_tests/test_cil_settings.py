@@ -69,6 +69,17 @@ def test_what_follows_from_others_follows_in_a_copy(tmp_path: Path) -> None:
     assert all(type(mean.as_dict()[name]) is str for name in ("onto", "init"))
 
 
+def test_the_scale_follows_from_the_method(tmp_path: Path, repository: Path) -> None:
+    plora, ensemble = Settings(), Settings(method="plora-ensemble")
+    assert (plora.scale, ensemble.scale) == (32, 16) and type(ensemble.as_dict()["scale"]) is float
+    assert replace(ensemble, method="joint").scale == 32 and replace(ensemble, scale=8, method="joint").scale == 8
+    (tmp_path / "a.yaml").write_text(ensemble.to_yaml())
+    assert "\nscale: null  # here 16.0\n" in ensemble.to_yaml() and Settings.load(tmp_path / "a.yaml") == ensemble
+    assert Settings.load(tmp_path / "a.yaml", {"method": "plora"}).scale == 32
+    assert replace(plora, scale=None) == plora
+    assert Settings.load(repository / "configs" / "methods" / "ensemble.yaml") == ensemble
+
+
 def test_words_of_before() -> None:
     with pytest.warns(UserWarning, match='class_order "none" is called "sorted" now'):
         assert Settings(class_order="none").class_order == "sorted"  # type: ignore[arg-type]

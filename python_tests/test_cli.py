@@ -132,7 +132,7 @@ def test_a_resumed_run_writes_the_settings_as_they_were_chosen(problem: list[str
         assert main(["train", "--resume", "--out", str(out)]) == 0
         again = (out / "settings.yaml").read_text()
         assert line in again and Settings.load(out / "settings.yaml").as_dict() == yaml.safe_load(first) | {
-            "onto": "base", "init": chosen[1] if chosen else "newest"
+            "onto": "base", "init": chosen[1] if chosen else "newest", "scale": 32.0
         }  # fmt: skip
     assert Settings.load(tmp_path / "out0" / "settings.yaml", {"fusion": "learned"}).onto == "fused"
 

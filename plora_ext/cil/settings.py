@@ -54,8 +54,21 @@ _SYNONYMS = {
 _ORDERS = {None: "shuffled", "none": "sorted"}  # words of class_order in files and checkpoints of before
 
 
-class _Derived(str):
-    """The value of a setting that was left to follow from others: a copy with other settings derives it anew."""
+DERIVED = ("onto", "init", "scale")  # settings that follow from others where they are null
+
+
+class _Derived:
+    """Marks the value of a setting that was left to follow from others: a copy with other settings derives it anew."""
+
+    plain: Callable[[], str | float]
+
+
+class _Word(_Derived, str):
+    plain = str.__str__
+
+
+class _Number(_Derived, float):
+    plain = float.__float__
 
 
 def _setting(default: Any, text: str, section: str = "") -> Any:
@@ -172,7 +185,9 @@ class Settings:
     lr: float = _setting(3e-3, "learning rate at the start; it falls to zero along a cosine")
     lr_later: float | None = _setting(None, "learning rate at the start of every task after the first (null: lr)")
     weight_decay: float = _setting(0.0, "weight decay of the adapters")
-    scale: float = _setting(32.0, "scale of the cosine logits while training")
+    scale: float | None = _setting(
+        None, "scale of the cosine logits while training (null: 32; method plora-ensemble: 16)"
+    )
     augment: bool = _setting(True, "augment training images")
     rotations: bool = _setting(
         False, "turn half of a training batch by 90, 180 and 270 degrees, as classes of their own"
@@ -215,7 +230,7 @@ class Settings:
         if self.class_order == "none":
             warnings.warn('class_order "none" is called "sorted" now: by label (null is "shuffled")', stacklevel=4)
         self.class_order = current({"class_order": self.class_order})["class_order"]
-        for name in ("onto", "init"):
+        for name in DERIVED:
             if isinstance(getattr(self, name), _Derived):
                 setattr(self, name, None)
         for name, kind in _types().items():
@@ -243,9 +258,11 @@ class Settings:
                     f"target_modules must be a list or a regular expression, got {self.target_modules!r}: {error}"
                 ) from error
         if self.onto is None:
-            self.onto = _Derived("fused" if self.fusion == "learned" else "base")  # type: ignore[assignment]
+            self.onto = _Word("fused" if self.fusion == "learned" else "base")  # type: ignore[assignment]
         if self.init is None:
-            self.init = _Derived("newest" if self.onto == "base" else "fresh")  # type: ignore[assignment]
+            self.init = _Word("newest" if self.onto == "base" else "fresh")  # type: ignore[assignment]
+        if self.scale is None:
+            self.scale = _Number(16.0 if self.method == "plora-ensemble" else 32.0)
         if self.init == "inflora" and (self.fusion, self.onto) != ("sum", "fused"):
             raise ValueError(f"init inflora needs fusion sum and onto fused, got {self.fusion} and {self.onto}")
         if self.fusion == "learned" and self.onto == "base":
@@ -287,7 +304,7 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, in the order of this file."""
-        return {name: str(v) if isinstance(v, _Derived) else v for name, v in asdict(self).items()}
+        return {name: v.plain() if isinstance(v, _Derived) else v for name, v in asdict(self).items()}
 
     def to_yaml(self) -> str:
         """The settings as a YAML file that `load` reads back; what follows from others is null, its value a comment."""

@@ -93,6 +93,8 @@ class Trainer:
             ValueError: A tensor of the frozen backbone has changed.
         """
         s, world, unread = self.settings, self.world, self._held is None
+        assert s.scale is not None, "it follows from the method"
+        scale = s.scale
         if self._held is None:
             self._held = moving(self.model, lambda: self._look(images))
         with unchanged(self.model, parameters=unread):  # parameters once: reading all of them takes time
@@ -119,7 +121,7 @@ class Trainer:
             def update(batch: Tensor, wanted: Tensor, number: int = size) -> tuple[Tensor, Tensor | None]:
                 """A step on a batch of `number` images; of several processes, the gradients of this one's part."""
                 features = self.speed.forward(batch, self.model)
-                loss = F.cross_entropy(s.scale * F.linear(F.normalize(features), F.normalize(directions)), wanted)
+                loss = F.cross_entropy(scale * F.linear(F.normalize(features), F.normalize(directions)), wanted)
                 loss = loss * world.share(number)
                 if teacher:
                     of = upright(number) if s.rotations else number
@@ -200,7 +202,7 @@ class Trainer:
             more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
             what += f"; not finite: {tensors[0]}{more}"
         # What can be the cause: the learning rate, and whatever else is not as usual.
-        s, usual = self.settings, Settings()
+        s, usual = self.settings, Settings(method=self.settings.method)
         unusual = [
             n for n in ("lr_later", "weight_decay", "scale", "lora_alpha", "amp") if getattr(s, n) != getattr(usual, n)
         ]

@@ -19,6 +19,7 @@ class Cosine(Head):
 
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__(settings, device)
+        assert settings.scale is not None, "it follows from the method"
         self.cosine = CosineHead(settings.scale).to(device)
 
     def __call__(self, features: Tensor, prototypes: Tensor) -> Tensor:
