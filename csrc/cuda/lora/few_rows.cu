@@ -164,15 +164,21 @@ __device__ inline void load_pair(const scalar* down, int g, int last, int r, int
     struct alignas(2 * sizeof(scalar)) Pair {
       scalar even, odd;
     };
-    even = odd = Vector<scalar>{};
+    if constexpr (VECTORS) {
+      // Read in any case, as a branch would make the loads of one vector wait for those of another.
+      const scalar* const row = down + min(k, K - kVector<scalar>) * static_cast<int64_t>(r) + (first & ~1);
 #pragma unroll
-    for (int e = 0; e < kVector<scalar>; ++e) {
-      const scalar* const row = down + (k + e) * static_cast<int64_t>(r);
-      if (k + e >= K) break;
-      if (VECTORS) {
-        const Pair two = *reinterpret_cast<const Pair*>(row + (first & ~1));
+      for (int e = 0; e < kVector<scalar>; ++e) {
+        const Pair two = *reinterpret_cast<const Pair*>(row + e * r);
         even[e] = two.even, odd[e] = two.odd;
-      } else {
+      }
+      if (k >= K) even = odd = Vector<scalar>{};
+    } else {
+      even = odd = Vector<scalar>{};
+#pragma unroll
+      for (int e = 0; e < kVector<scalar>; ++e) {
+        const scalar* const row = down + (k + e) * static_cast<int64_t>(r);
+        if (k + e >= K) break;
         even[e] = row[first], odd[e] = row[second];
       }
     }
