@@ -88,8 +88,7 @@ __device__ inline void find(const Rows& rows, int index, bool idle, Choices& cho
     return;
   }
   int mine[kEach], place[kEach] = {};
-#pragma unroll
-  for (int e = 0; e < kEach; ++e) mine[e] = choice(rows, thread + e * kThreads);
+  read_choices(rows, thread, kThreads, mine);
   const int words = static_cast<int>(rows.T + 31) / 32;
   for (int w = thread; w < words; w += kThreads) choices.met[w] = 0;
 #pragma unroll

@@ -58,20 +58,11 @@ __device__ inline int find_rows(const Rows& rows, int t, int16_t* numbers) {
   constexpr int kEach = kMaxRows / kThreads;
   __shared__ int counts[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = warp * 32 * kEach + lane;
-  const int M = static_cast<int>(rows.M), n = static_cast<int>(rows.rows_per_id);
-  int64_t id[kEach];
-  const auto read = [&](const auto& place) {
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) id[e] = first + 32 * e < M ? rows.ids[place(first + 32 * e)] : -1;
-  };
-  if (n == 1)
-    read([](int row) { return row; });
-  else
-    read([n](int row) { return row / n; });
+  int adapter[kEach], own = 0;
   unsigned hits[kEach];
-  int own = 0;
+  read_choices(rows, first, 32, adapter);
 #pragma unroll
-  for (int e = 0; e < kEach; ++e) hits[e] = __ballot_sync(~0u, id[e] == t), own += __popc(hits[e]);
+  for (int e = 0; e < kEach; ++e) hits[e] = __ballot_sync(~0u, adapter[e] == t), own += __popc(hits[e]);
   if (lane == 0) counts[warp] = own;
   __syncthreads();
   int at = 0, total = 0;
@@ -92,14 +83,12 @@ __device__ inline int find_rows(const Rows& rows, int t, int16_t* numbers) {
 template <bool VECTORS, typename scalar>
 __device__ inline void gather(scalar* to, const scalar* P, int64_t ld, const int16_t* numbers, int total, int left) {
   constexpr int kVec = kVector<scalar>, kVectors = kChunk / kVec;
+#pragma unroll 1
   for (int i = threadIdx.x; i < (total + kDepth - 1) / kDepth * kDepth * kVectors; i += kThreads) {
     const int n = i / kVectors, first = i % kVectors * kVec;
     const auto some = load<VECTORS>(P + numbers[min(n, total - 1)] * ld + first, n < total ? left - first : 0);
 #pragma unroll
-    for (int e = 0; e < kVec; ++e) {
-      const int rank = first + e;
-      to[(rank % 4 / 2 * 8 + rank / 4 * 2 + rank % 2) * kPitch + n] = some[e];
-    }
+    for (int e = 0; e < kVec; ++e) to[(first / 2 + e % 4 / 2 * 8 + e / 4 * 2 + e % 2) * kPitch + n] = some[e];
   }
 }
 
@@ -118,8 +107,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar>)
   const Job& job = is_A ? a.of_A : a.of_B;
   const int index = blockIdx.x - (is_A ? of_B : 0), t = index / job.blocks, within = index % job.blocks;
   const int rank = within / job.parts * kChunk, width = job.width;
-  const int begin = within % job.parts * a.each * kColumns + warp * kWarpColumns;
-  const int end = min(begin + a.each * kColumns, width);
+  const int block_begin = within % job.parts * a.each * kColumns, begin = block_begin + warp * kWarpColumns;
+  const int end = min(block_begin + a.each * kColumns, width);
   const bool asked = a.asks.has(t);
   const int total = asked ? find_rows(a.rows, t, numbers) : 0;
   const int limit = !asked ? 0 : a.ranks ? static_cast<int>(min(a.ranks[t], static_cast<int64_t>(a.r))) : a.r;
@@ -147,6 +136,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar>)
     }
     return own;
   };
+  if (VECTORS && total > kDepth)  // or each product would wait for memory
+#pragma unroll 1
+    for (int n = threadIdx.x; n < total; n += kThreads)
+      prefetch_to_l2(static_cast<const scalar*>(job.Q) + static_cast<int64_t>(numbers[n]) * job.ldq + block_begin,
+                     static_cast<uint32_t>((end - block_begin) * sizeof(scalar)));
   Own next{};
   if (total > 0 && begin < end) seek(0), next = load_rows(begin);
   const bool wants_g = is_A && total > 0;
@@ -161,7 +155,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar>)
     float acc[2][4][4] = {};
 #pragma unroll 1
     for (int done = 0; done < total; done += kDepth) {
-      const Own now = next;
+      Four<scalar> even[4], odd[4];  // columns 2 i and 2 i + 1
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          even[i][k] = next.row[k][2 * i / V][2 * i % V];
+          odd[i][k] = next.row[k][2 * i / V][2 * i % V + 1];
+        }
       const bool more = done + kDepth < total;
       const int then = more ? column : column + kColumns;
       if (total > kDepth) seek(more ? done + kDepth : 0);
@@ -173,11 +174,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar>)
             Operand<scalar>(*reinterpret_cast<const Four<scalar>*>(of_ranks + (8 * b + g) * kPitch + done + 4 * q));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        Four<scalar> even, odd;
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-          even[k] = now.row[k][2 * i / V][2 * i % V], odd[k] = now.row[k][2 * i / V][2 * i % V + 1];
-        const Operand<scalar> left(even), right(odd);
+        const Operand<scalar> left(even[i]), right(odd[i]);
 #pragma unroll
         for (int b = 0; b < 2; ++b) multiply(acc[b][i], left, right, ranks[b]);
       }
@@ -236,18 +233,16 @@ void run(const LoraGrads& p, bool overlap, cudaStream_t stream) {
   const int64_t tiles = T * ceil_div(r, kChunk) * (tiles_A + tiles_B);
   if (tiles == 0) return;
   Arguments a{};
-  // As many blocks as run at once, but of many rows, which one adapter may have, more blocks with less to do.
-  const int64_t most = std::min(std::max(tiles_A, tiles_B), std::max<int64_t>(kMaxRows / std::max<int64_t>(M, 1), 1));
+  // As many blocks as run at once; more and smaller ones of many rows, which may all be of one adapter.
+  const int64_t most =
+      std::min(std::max(tiles_A, tiles_B), std::max<int64_t>(2 * kMaxRows / std::max<int64_t>(M, 1), 1));
   a.each = static_cast<int>(std::clamp<int64_t>(ceil_div(tiles, kBlocks<scalar> * multiprocessors()), 1, most));
   const auto job = [&](void* out, const void* P, const void* Q, int64_t ldq, int64_t width, int64_t of_width) {
-    const auto parts = static_cast<int>(ceil_div(of_width, a.each));
-    return Job{P,
-               Q,
-               out,
-               static_cast<int>(ldq),
-               static_cast<int>(width),
-               parts,
-               static_cast<int>(parts * ceil_div(r, kChunk))};
+    Job job{P, Q, out};
+    job.ldq = static_cast<int>(ldq), job.width = static_cast<int>(width);
+    job.parts = static_cast<int>(ceil_div(of_width, a.each));
+    job.blocks = static_cast<int>(job.parts * ceil_div(r, kChunk));
+    return job;
   };
   a.of_A = job(p.dA, p.g, p.x, p.ldx, p.in, tiles_A), a.of_B = job(p.dB, p.h, p.dy, p.lddy, p.out, tiles_B);
   const int64_t blocks = T * (a.of_A.blocks + a.of_B.blocks);
