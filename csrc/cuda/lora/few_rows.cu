@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   __shared__ Choices choices;
   __shared__ Tile tile;
   const LowRank& p = a.p;
-  launch_successor();  // backward, few_rows_grads
+  launch_successor();  // in backward few_rows_grads
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
   const int N = static_cast<int>(p.N), r = static_cast<int>(p.rows.r), slabs = max((N + kColumns - 1) / kColumns, 1);
   const int slab = blockIdx.x % slabs, group = blockIdx.x / slabs % a.groups, index = blockIdx.x / slabs / a.groups;

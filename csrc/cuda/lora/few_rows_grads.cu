@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar>)
   const Job& job = is_A ? a.of_A : a.of_B;
   const int index = blockIdx.x - (is_A ? of_B : 0), t = index / job.blocks, within = index % job.blocks;
   const int rank = within / job.parts * kChunk, width = job.width;
-  const int block_begin = within % job.parts * a.each * kColumns, begin = block_begin + warp * kWarpColumns;
-  const int end = min(block_begin + a.each * kColumns, width);
+  const int begin = within % job.parts * a.each * kColumns + warp * kWarpColumns;
+  const int end = min(begin + a.each * kColumns, width);
   const bool asked = a.asks.has(t);
   const int total = asked ? find_rows(a.rows, t, numbers) : 0;
   const int limit = !asked ? 0 : a.ranks ? static_cast<int>(min(a.ranks[t], static_cast<int64_t>(a.r))) : a.r;
@@ -136,11 +136,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar>)
     }
     return own;
   };
-  if (VECTORS && total > kDepth)  // or each product would wait for memory
-#pragma unroll 1
-    for (int n = threadIdx.x; n < total; n += kThreads)
-      prefetch_to_l2(static_cast<const scalar*>(job.Q) + static_cast<int64_t>(numbers[n]) * job.ldq + block_begin,
-                     static_cast<uint32_t>((end - block_begin) * sizeof(scalar)));
   Own next{};
   if (total > 0 && begin < end) seek(0), next = load_rows(begin);
   const bool wants_g = is_A && total > 0;
@@ -234,8 +229,7 @@ void run(const LoraGrads& p, bool overlap, cudaStream_t stream) {
   if (tiles == 0) return;
   Arguments a{};
   // As many blocks as run at once; more and smaller ones of many rows, which may all be of one adapter.
-  const int64_t most =
-      std::min(std::max(tiles_A, tiles_B), std::max<int64_t>(2 * kMaxRows / std::max<int64_t>(M, 1), 1));
+  const int64_t most = std::min(std::max(tiles_A, tiles_B), kMaxRows / std::max<int64_t>(M, 1));
   a.each = static_cast<int>(std::clamp<int64_t>(ceil_div(tiles, kBlocks<scalar> * multiprocessors()), 1, most));
   const auto job = [&](void* out, const void* P, const void* Q, int64_t ldq, int64_t width, int64_t of_width) {
     Job job{P, Q, out};
