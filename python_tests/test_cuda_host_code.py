@@ -166,7 +166,7 @@ def test_random_calls(
         seen |= set(check(case, calls))
     assert seen >= {
         "low_rank", "low_rank_down", "few_rows", "fork", "rows", "rows_transposed", "in_loop", "in_loop_transposed",
-        "fused*", "fused_transposed*", "add", "expand", "lora_grads", "dense_grads",
+        "fused*", "fused_transposed*", "add", "expand", "lora_grads", "few_rows_grads", "dense_grads",
     }  # fmt: skip
 
 

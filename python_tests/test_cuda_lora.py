@@ -308,17 +308,62 @@ def test_few_rows_in_any_order(M: int, T: int) -> None:
 
 
 def test_a_graph_of_few_rows_meets_other_adapters() -> None:
-    args, kwargs, _ = problem("lora_indexed", 64, 4096, 768, T=64, grad=False)
-    ops.lora_indexed(*args, **kwargs)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = ops.lora_indexed(*args, **kwargs)
-    for kind in ("none", "one", "segments", "random"):
-        args[1].copy_(row_ids(kind, 64, 64))
-        args[0].copy_(args[0].roll(1, 0))
-        captured.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(captured, ops.lora_indexed(*args, **kwargs))
+    """Forward alone, and with all gradients."""
+    for grad in (False, True):
+        args, kwargs, cotangent = problem("lora_indexed", 64, 4096, 768, T=64, grad=grad)
+        bits("lora_indexed", args, kwargs, cotangent)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = bits("lora_indexed", args, kwargs, cotangent)
+        for kind in ("none", "one", "segments", "random"):
+            args[1].copy_(row_ids(kind, 64, 64))
+            with torch.no_grad():
+                args[0].copy_(args[0].roll(1, 0))
+                for t in captured:
+                    t.fill_(torch.nan)
+            graph.replay()
+            assert same(captured, bits("lora_indexed", args, kwargs, cotangent))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize(
+    ("M", "n_in", "out", "r", "T"),
+    [
+        (1, 264, 520, 16, 1), (64, 4096, 768, 16, 64), ((8, 25), 33, 13, 5, 100), (512, 520, 1031, 24, 3),
+        (512, 264, 256, 130, 2), (7, 1032, 72, 128, 200), ((3, 100), 768, 772, 12, 40), (257, 100, 4104, 1, 9),
+    ],
+)  # fmt: skip
+def test_factors_of_few_rows(M: int | tuple[int, ...], n_in: int, out: int, r: int, T: int, dtype: torch.dtype) -> None:
+    """One factor or both, of all adapters, of some that train or of none."""
+    rows = M if isinstance(M, int) else M[0]
+    turns = itertools.cycle((None, [T - 1], sorted({0, T // 2}), []))
+    for options, kind in (("weight", "random"), ("base ranks", "one"), ("weight bias_A bias_B relu", "segments")):
+        args, kwargs, cotangent = problem("lora_indexed", M, n_in, out, r, T, options=options, dtype=dtype, grad=False)
+        args[1] = row_ids(kind if T > 3 else "random", rows, T).to(DEVICE)
+        A, B = args[2:4]
+        for asking in ([A], [B], [A, B]):
+            for t in asking:
+                t.requires_grad_()
+            arguments = args, {**kwargs, "trainable": next(turns)}, cotangent
+            verify("lora_indexed", *arguments)
+            assert same(bits("lora_indexed", *arguments), bits("lora_indexed", *arguments))
+            for t in asking:
+                t.requires_grad_(False)
+
+
+@pytest.mark.parametrize(("M", "n_in", "out", "r"), [(300, 264, 520, 24), (512, 4096, 768, 16), (40, 33, 13, 5)])
+def test_factors_know_their_own_rows_alone(M: int, n_in: int, out: int, r: int) -> None:
+    """To the bit, whatever the others hold."""
+    args, kwargs, cotangent = problem("lora_indexed", M, n_in, out, r, T=7)
+    x, ids, A, B, _ = args
+    together = torch.autograd.grad(ops.lora_indexed(*args, **kwargs), (A, B), cotangent)
+    for t in range(7):
+        own = ids == t
+        args[:2] = torch.where(own[:, None], x, torch.inf), torch.where(own, ids, -1)
+        dy = torch.where(own[:, None], cotangent, torch.nan)
+        for alone, of_all in zip(torch.autograd.grad(ops.lora_indexed(*args, **kwargs), (A, B), dy), together):
+            assert torch.equal(alone[t], of_all[t])
+            assert alone.count_nonzero() == alone[t].count_nonzero()
 
 
 # ---------------------------------------------------------------------- options and dtypes

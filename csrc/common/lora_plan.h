@@ -208,6 +208,9 @@ inline bool few_rows(const LoraShape& s) {
          std::min(s.in, s.out) > 0 && std::max(s.in, s.out) < int64_t{1} << 25 && !fused;
 }
 
+// Whether the gradients of the factors go through few_rows_grads.cu.
+inline bool few_rows_grads(const LoraShape& s) { return s.family == Family::indexed && s.M <= lora_plan::kFewRows; }
+
 inline LoraPlan plan_lora(const LoraShape& s) {
   using namespace lora_plan;
   LoraPlan plan;

@@ -195,6 +195,9 @@ int main() {
          "up to 512");
   expect(serves(Family::indexed, 32768, 64, 64, same) && !serves(Family::indexed, 32769, 64, 64, same),
          "and 32,768 adapters");
+  const auto grads = [](Family family, int64_t M) { return few_rows_grads(LoraShape{family, M, 768, 768, 4, 16}); };
+  expect(grads(Family::indexed, 512) && !grads(Family::indexed, 513) && !grads(Family::sum, 64),
+         "the gradients of few rows that choose adapters");
 
   expect(plan(Family::sum, 1, 16).ctas == 132 && plan(Family::sum, 1, 16).waves == 6, "197 x 4 tiles on 132");
   const auto product = [](Family family, int64_t T, int64_t r, const auto& change) {

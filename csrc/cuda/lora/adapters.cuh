@@ -17,6 +17,24 @@ __device__ inline int choice(const Rows& rows, int64_t row) {
   return id >= 0 && id < rows.T ? static_cast<int>(id) : kNone;
 }
 
+// Those of rows `first`, `first` + step, ..., with ids: read at the same time, where each choice() waits for its own.
+template <int kCount>
+__device__ inline void read_choices(const Rows& rows, int first, int step, int (&adapter)[kCount]) {
+  const int M = static_cast<int>(rows.M), n = static_cast<int>(rows.rows_per_id);
+  int64_t id[kCount];
+  const auto read = [&](const auto& place) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) id[e] = first + e * step < M ? rows.ids[place(first + e * step)] : kNone;
+  };
+  if (n == 1)
+    read([](int row) { return row; });
+  else
+    read([n](int row) { return row / n; });
+#pragma unroll
+  for (int e = 0; e < kCount; ++e)
+    adapter[e] = first + e * step >= M ? kOutside : id[e] >= 0 && id[e] < rows.T ? static_cast<int>(id[e]) : kNone;
+}
+
 // The adapter of a row, or -1.
 __device__ inline int adapter_of_row(const int64_t* ids, int rows_per_id, int M, int64_t T, int row) {
   if (row >= M) return -1;

@@ -88,8 +88,7 @@ __device__ inline void find(const Rows& rows, int index, bool idle, Choices& cho
     return;
   }
   int mine[kEach], place[kEach] = {};
-#pragma unroll
-  for (int e = 0; e < kEach; ++e) mine[e] = choice(rows, thread + e * kThreads);
+  read_choices(rows, thread, kThreads, mine);
   const int words = static_cast<int>(rows.T + 31) / 32;
   for (int w = thread; w < words; w += kThreads) choices.met[w] = 0;
 #pragma unroll
@@ -164,15 +163,21 @@ __device__ inline void load_pair(const scalar* down, int g, int last, int r, int
     struct alignas(2 * sizeof(scalar)) Pair {
       scalar even, odd;
     };
-    even = odd = Vector<scalar>{};
+    if constexpr (VECTORS) {
+      // Read in any case, as a branch would make the loads of one vector wait for those of another.
+      const scalar* const row = down + min(k, K - kVector<scalar>) * static_cast<int64_t>(r) + (first & ~1);
 #pragma unroll
-    for (int e = 0; e < kVector<scalar>; ++e) {
-      const scalar* const row = down + (k + e) * static_cast<int64_t>(r);
-      if (k + e >= K) break;
-      if (VECTORS) {
-        const Pair two = *reinterpret_cast<const Pair*>(row + (first & ~1));
+      for (int e = 0; e < kVector<scalar>; ++e) {
+        const Pair two = *reinterpret_cast<const Pair*>(row + e * r);
         even[e] = two.even, odd[e] = two.odd;
-      } else {
+      }
+      if (k >= K) even = odd = Vector<scalar>{};
+    } else {
+      even = odd = Vector<scalar>{};
+#pragma unroll
+      for (int e = 0; e < kVector<scalar>; ++e) {
+        const scalar* const row = down + (k + e) * static_cast<int64_t>(r);
+        if (k + e >= K) break;
         even[e] = row[first], odd[e] = row[second];
       }
     }
@@ -275,6 +280,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   __shared__ Choices choices;
   __shared__ Tile tile;
   const LowRank& p = a.p;
+  launch_successor();  // in backward few_rows_grads
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
   const int N = static_cast<int>(p.N), r = static_cast<int>(p.rows.r), slabs = max((N + kColumns - 1) / kColumns, 1);
   const int slab = blockIdx.x % slabs, group = blockIdx.x / slabs % a.groups, index = blockIdx.x / slabs / a.groups;

@@ -121,6 +121,10 @@ struct LoraGrads {
 };
 void lora_grads(const LoraGrads& p, const Allocator& workspace, cudaStream_t stream);
 
+// dA and dB alone, of a few rows with ids (few_rows_grads.cu). `overlap`: the kernel before on the stream is few_rows',
+// which made g and nothing else that is read.
+void few_rows_grads(const LoraGrads& p, bool overlap, cudaStream_t stream);
+
 // Likewise of a sum, by way of the merged weight's gradient dW: from U[t] = B[t]^T dW and V[t] = A[t] dW^T
 // (dense_grads.cu).
 //   dA[t] = s_t U[t]     dB[t] = s_t V[t]^T     dscaling[t] = the sum of the products of U[t] and A[t]

@@ -354,11 +354,8 @@ Tensor h_of(const Inputs& p, const OptTensor& kept) {
 }
 
 // g = dy B, cut where act was, and dx = dy W + s g A, both only where they are asked for.
-void backward_rows(const Inputs& p, const Tensor& dy, const OptTensor& gate, bool wants_g, bool wants_x, OptTensor& g,
-                   Tensor& dx) {
-  LoraShape shape = shape_of(p, dy, gate);
-  shape.backward = true, shape.outputs = wants_x;
-  const LoraPlan plan = plan_lora(shape);
+void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const Tensor& dy,
+                   const OptTensor& gate, bool wants_g, bool wants_x, OptTensor& g, Tensor& dx) {
   const bool few = plan.algorithm == LoraAlgorithm::few_rows;
   const bool beside = wants_x && runs_beside(p, plan);
   if (wants_x && !beside) dx = p.weight && !plan.fused() ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
@@ -435,7 +432,11 @@ Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor&
   const bool wants_g = needs & (kNeedA | kNeedBiasA | kNeedScaling), wants_rows = wants_g || (needs & kNeedX);
   OptTensor h, g;
   if ((needs & (kNeedB | kNeedScaling)) || (p.relu && wants_rows)) h = h_of(p, kept);
-  if (wants_rows) backward_rows(p, dy, p.relu ? h : std::nullopt, wants_g, needs & kNeedX, g, result.x);
+  const OptTensor gate = p.relu ? h : std::nullopt;
+  LoraShape shape = shape_of(p, dy, gate);
+  shape.backward = true, shape.outputs = needs & kNeedX;
+  const LoraPlan plan = plan_lora(shape);
+  if (wants_rows) backward_rows(p, plan, shape, dy, gate, wants_g, needs & kNeedX, g, result.x);
   if (!(needs & ~kNeedX)) return result;
 
   LoraGrads q{};
@@ -453,6 +454,11 @@ Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor&
   q.dA = out_pointer(result.lora_A), q.dB = out_pointer(result.lora_B);
   q.dbias_A = out_pointer(result.bias_A), q.dbias_B = out_pointer(result.bias_B);
   q.dscaling = static_cast<float*>(out_pointer(result.scaling));
+  if (few_rows_grads(shape)) {
+    few_rows_grads(q, wants_rows && plan.algorithm == LoraAlgorithm::few_rows, stream_of(p.x));
+    q.dA = q.dB = nullptr;
+    if (!q.dbias_A && !q.dbias_B && !q.dscaling) return result;
+  }
   lora_grads(q, Workspace(p.x), stream_of(p.x));
   return result;
 }

@@ -16,6 +16,7 @@
 #include "../device/launch.cuh"
 #include "../device/mma_smem.cuh"
 #include "../device/overlap.cuh"
+#include "asks.cuh"
 #include "kernels.h"
 
 namespace plora::cuda {
@@ -26,7 +27,6 @@ constexpr int kColumns = 128;    // of x or dy, per product block
 constexpr int kBlock = 64;       // items hold a multiple of this many rows, save the last of an adapter
 constexpr int kItemRows = 2048;  // with ids: at most so many rows in an item, as their numbers are in shared memory
 constexpr int kSmall = 256;      // threads of the other kernels
-constexpr int kMask = 8192;      // adapters, where some are frozen
 
 template <typename scalar>
 inline constexpr int kStep = 128 / static_cast<int>(sizeof(scalar));  // rows per stage of the product's pipeline
@@ -35,30 +35,6 @@ __device__ void start() {
   launch_successor();
   wait_for_predecessor();
 }
-
-// The adapters that ask for gradients.
-struct Asks {
-  int count;
-  bool all;
-  uint32_t bits[kMask / 32];
-
-  __device__ bool has(int t) const { return all || (bits[t / 32] >> t % 32 & 1); }
-  // Their number among those that ask, and back.
-  __device__ int place(int t) const {
-    if (all) return t;
-    int before = __popc(bits[t / 32] & ((1u << t % 32) - 1));
-    for (int w = 0; w < t / 32; ++w) before += __popc(bits[w]);
-    return before;
-  }
-  __device__ int adapter(int place) const {
-    if (all) return place;
-    int w = 0;
-    for (; place >= __popc(bits[w]); ++w) place -= __popc(bits[w]);
-    uint32_t word = bits[w];
-    for (; place > 0; --place) word &= word - 1;
-    return w * 32 + __ffs(static_cast<int>(word)) - 1;
-  }
-};
 
 // Rows [first, first + rows) of adapter t, or of all (t = -1). Their partial sums go to `slot`; -1: there is no other
 // item.
@@ -481,12 +457,7 @@ void run(const LoraGrads& p, const Allocator& workspace, cudaStream_t stream) {
                         arguments...);
   };
 
-  Asks asks{};
-  asks.count = static_cast<int>(p.adapters.size());
-  asks.all = asks.count == T;
-  PLORA_CHECK(asks.all || T <= kMask, "lora_grads: at most ", kMask, " adapters where some are frozen, got ", T);
-  if (!asks.all)
-    for (int64_t t : p.adapters) asks.bits[t / 32] |= 1u << t % 32;
+  const Asks asks = asks_of("lora_grads", p.adapters, T);
 
   // what the product makes
   const auto aligned = [](const void* pointer, int64_t ld) {

@@ -278,9 +278,7 @@ void pack(Dtype dtype, const void* from, void* to, int64_t T, int64_t rows, int6
       }
 }
 
-void lora_grads(const LoraGrads& p, const Allocator& workspace, cudaStream_t) {
-  workspace(64);
-  g_calls += " lora_grads";
+static void gradients(const LoraGrads& p) {
   const int64_t r = p.rows.r, padded = std::max(p.padded_r, r), each = p.rows.ids ? 1 : p.rows.T;
   for (int64_t t = 0; t < p.rows.T; ++t) {
     const bool asks = std::find(p.adapters.begin(), p.adapters.end(), t) != p.adapters.end();
@@ -317,6 +315,21 @@ void lora_grads(const LoraGrads& p, const Allocator& workspace, cudaStream_t) {
         return total;
       }));
   }
+}
+
+void lora_grads(const LoraGrads& p, const Allocator& workspace, cudaStream_t) {
+  workspace(64);
+  g_calls += " lora_grads";
+  gradients(p);
+}
+
+void few_rows_grads(const LoraGrads& p, bool overlap, cudaStream_t) {
+  PLORA_CHECK(p.rows.ids && p.rows.M <= 512, "few_rows_grads refuses");
+  PLORA_CHECK(!overlap || g_calls.rfind(" few_rows") + 9 == g_calls.size(), "few_rows_grads: not after few_rows");
+  g_calls += " few_rows_grads";
+  LoraGrads factors = p;
+  factors.dbias_A = factors.dbias_B = nullptr, factors.dscaling = nullptr;
+  gradients(factors);
 }
 
 void dense_grads(const DenseGrads& p, cudaStream_t) {
