@@ -78,6 +78,9 @@ class Case:
         if one_in(3):  # a slot for the fused product to make, or two that are given
             self.family, self.T, self.r, self.dtype = "indexed", 1, choose((16, 24)), choose(HALF)
             self.M, self.n_in, self.out = choose((520, 1100, 1100)), choose((16, 64)), choose((48, 200))
+        elif one_in(5):  # few rows, with the frozen layer where there is one
+            self.dtype, self.r, self.M = choose(HALF), choose((4, 8, 16)), choose((1, 20, 64))
+            self.n_in, self.out = choose((16, 40)), choose((48, 200))
         groups = choose([1, self.M, *(g for g in (2, 3, 5) if self.M % g == 0)])
         self.odd, self.path = one_in(12), choose(("auto", "auto", "auto", "mma"))
         self.keep, self.kept, self.relu = one_in(2), not one_in(4), one_in(5)
@@ -165,8 +168,9 @@ def test_random_calls(
         host.capture(draw.randrange(2))
         seen |= set(check(case, calls))
     assert seen >= {
-        "low_rank", "low_rank_down", "few_rows", "fork", "rows", "rows_transposed", "in_loop", "in_loop_transposed",
-        "fused*", "fused_transposed*", "add", "expand", "lora_grads", "few_rows_grads", "dense_grads",
+        "low_rank", "low_rank_down", "few_rows", "few_fused", "few_fused_transposed", "fork", "rows", "rows_transposed",
+        "in_loop", "in_loop_transposed", "fused*", "fused_transposed*", "add", "expand", "lora_grads", "few_rows_grads",
+        "dense_grads",
     }  # fmt: skip
 
 

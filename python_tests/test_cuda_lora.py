@@ -261,7 +261,7 @@ def test_an_id_for_each_sample(lead: tuple[int, int]) -> None:
 # ---------------------------------------------------------------------- few rows
 
 
-@pytest.mark.parametrize("M", [1, 2, 7, 33, 64, 257, 512])
+@pytest.mark.parametrize("M", [1, 2, 7, 20, 33, 64, 128, 257, 512])
 @pytest.mark.parametrize(
     ("n_in", "out"), [(64, 4104), (100, 768), (768, 100), (4096, 4096), (4104, 64), (768, 768), (33, 13), (520, 1031)]
 )

@@ -41,6 +41,7 @@ enum class LoraAlgorithm {
   add,          // likewise, by two kernels for Hopper (low_rank_sm90.cu, add_sm90.cu)
   expand,       // likewise, the y of all adapters from their h (expand.cu)
   few_rows,     // likewise, by kernels that gather the rows of an adapter (few_rows.cu)
+  few_fused,    // of few rows h or g first, by few_rows.cu, then all else in one product (few_rows_sm90.cu)
   in_loop,      // one fused product, h or g made in its main loop (fused_sm90.cu)
   precomputed,  // h first, then the fused product
   merge,        // the factors folded into the weight, then torch's own product
@@ -63,14 +64,15 @@ struct LoraPlan {
   const char* reason = "";
 
   bool fused() const { return algorithm == LoraAlgorithm::in_loop || algorithm == LoraAlgorithm::precomputed; }
+  bool few() const { return algorithm == LoraAlgorithm::few_rows || algorithm == LoraAlgorithm::few_fused; }
   bool merged() const { return algorithm == LoraAlgorithm::merge || algorithm == LoraAlgorithm::dense; }
   bool by_rows() const { return ranks == LoraRanks::rows || ranks == LoraRanks::packed; }
   // Whether a kernel takes part that is for Hopper alone.
-  bool hopper() const { return fused() || by_rows(); }
+  bool hopper() const { return fused() || by_rows() || algorithm == LoraAlgorithm::few_fused; }
 };
 
 inline const char* algorithm_name(LoraAlgorithm algorithm) {
-  static const char* const names[] = {"low_rank", "add",         "expand", "few_rows",
+  static const char* const names[] = {"low_rank", "add",         "expand", "few_rows", "few_fused",
                                       "in_loop",  "precomputed", "merge",  "dense"};
   return names[static_cast<int>(algorithm)];
 }
@@ -91,6 +93,8 @@ constexpr int64_t kMergeRows = 256;  // ... from this many rows on
 constexpr int64_t kHopperRows = 128, kDeepRows = 1024, kDeep = 1024;
 // What cuda/few_rows.cu takes: rows; adapters; ranks that act on a row.
 constexpr int64_t kFewRows = 512, kFewAdapters = 1 << 15, kFewRanks = 512;
+// What cuda/few_rows_sm90.cu takes: rows; of all of them, the ranks that act on them.
+constexpr int64_t kFewRowsSm90 = 64, kFewRanksSm90 = 4096;
 constexpr int64_t kTileRows = 128, kTileColumns = 192, kSlot = 16;
 constexpr int64_t kMaxSlices = 8;      // that the fused product tells apart
 constexpr int64_t kGivenRanks = 2048;  // of all adapters that a tile may meet: a row of h as the fused product takes it
@@ -211,6 +215,14 @@ inline bool few_rows(const LoraShape& s) {
 // Whether the gradients of the factors go through few_rows_grads.cu.
 inline bool few_rows_grads(const LoraShape& s) { return s.family == Family::indexed && s.M <= lora_plan::kFewRows; }
 
+// Whether the frozen layer's product is made with it (few_rows_sm90.cu).
+inline bool few_rows_fused(const LoraShape& s) {
+  using namespace lora_plan;
+  const int64_t ranks = (s.family == Family::sum ? s.T : 1) * ceil_div(s.r, kSlot) * kSlot;
+  return s.outputs && s.weight && for_hopper(s) && s.in % 8 == 0 && s.out % 8 == 0 && s.r % 8 == 0 &&
+         s.M <= kFewRowsSm90 && s.M * ranks <= kFewRanksSm90;
+}
+
 inline LoraPlan plan_lora(const LoraShape& s) {
   using namespace lora_plan;
   LoraPlan plan;
@@ -228,7 +240,10 @@ inline LoraPlan plan_lora(const LoraShape& s) {
     return choose(LoraAlgorithm::merge, LoraRanks::within,
                   "nothing is kept for backward, and merging costs less than the ranks");
   if (few_rows(s))
-    return choose(LoraAlgorithm::few_rows, LoraRanks::within, "few rows: each adapter that they meet is read once");
+    return few_rows_fused(s)
+               ? choose(LoraAlgorithm::few_fused, LoraRanks::within, "few rows, with which the weight passes once")
+               : choose(LoraAlgorithm::few_rows, LoraRanks::within,
+                        "few rows: each adapter that they meet is read once");
   if (!s.outputs)
     return choose(LoraAlgorithm::low_rank,
                   h_by_product(s) && !s.backward ? LoraRanks::product

@@ -60,6 +60,9 @@ bool holds(const LoraShape& s, const LoraPlan& p) {
       return merges && (s.keep || s.backward);
     case A::few_rows:
       return s.M <= 512 && s.T <= 1 << 15 && (ids ? 1 : s.T) * rank <= 1024 && s.family != Family::all;
+    case A::few_fused:
+      return hopper && s.weight && s.outputs && s.M <= 64 && K % 8 == 0 && N % 8 == 0 && s.r % 8 == 0 &&
+             s.M * (ids ? 1 : s.T) * ((s.r + 15) / 16 * 16) <= 4096 && s.family != Family::all;
     case A::in_loop:  // one adapter a tile, whose ranks are one slot there, and h is left to the loop
       return hopper && s.weight && s.outputs && K % 8 == 0 && N % 8 == 0 && met <= 1 && p.ranks == R::within &&
              (rank <= 16 || (!s.backward && !s.slices.empty()));
@@ -174,8 +177,7 @@ int main() {
   expect(takes(plan(Family::sum, 20, 16, few), A::few_rows), "nor for few rows");
 
   const auto serves = [&](Family family, int64_t T, int64_t M, int64_t in, const auto& change) {
-    return takes(plan(family, T, 16, [&](LoraShape& s) { s.M = M, s.in = in, s.rows_per_id = 1, change(s); }),
-                 A::few_rows);
+    return plan(family, T, 16, [&](LoraShape& s) { s.M = M, s.in = in, s.rows_per_id = 1, change(s); }).few();
   };
   const auto same = [](LoraShape&) {};
   expect(serves(Family::indexed, 64, 1, 4096, same) && serves(Family::indexed, 64, 512, 4096, same),
@@ -188,6 +190,14 @@ int main() {
   expect(serves(Family::sum, 1, 512, 4096, same), "and the product is not deep");
   expect(serves(Family::indexed, 64, 64, 4096, [](LoraShape& s) { s.half = s.weight = false, s.capability = 80; }),
          "in float32, without a frozen layer, and on every GPU");
+  const auto few_fused = [&](int64_t M, int64_t r, const auto& change) {
+    return takes(
+        plan(Family::indexed, 64, r, [&](LoraShape& s) { s.M = M, s.in = 4096, s.rows_per_id = 1, change(s); }),
+        A::few_fused);
+  };
+  expect(few_fused(1, 16, same) && few_fused(64, 64, same), "with the frozen layer");
+  expect(!few_fused(65, 16, same) && !few_fused(64, 65, same) && !few_fused(64, 20, same), "not beyond");
+  expect(!few_fused(64, 16, [](LoraShape& s) { s.aligned = false; }), "not where bytes do not lie well");
   expect(serves(Family::indexed, 64, 64, 4097, [](LoraShape& s) { s.out = 33, s.r = 3; }), "of any width and rank");
   expect(!serves(Family::indexed, 64, 64, 4096, [](LoraShape& s) { s.r = 513; }) &&
              !serves(Family::indexed, 64, 64, 4096, [](LoraShape& s) { s.r = 0; }) &&

@@ -57,23 +57,32 @@ inline bool overlaps(cudaStream_t stream) {
   return status == cudaStreamCaptureStatusNone;
 }
 
-// Launches a kernel that calls wait_for_predecessor(), after one that calls launch_successor() or without overlap.
+// Launches a kernel that calls wait_for_predecessor(), after one that calls launch_successor() or without overlap, in
+// clusters of so many blocks.
 template <typename... Params>
-void launch_overlapped(const char* op, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
-                       cudaStream_t stream, bool overlap, const Params&... arguments) {
+void launch_clusters(const char* op, void (*kernel)(Params...), unsigned cluster, int64_t blocks, int threads,
+                     size_t shared, cudaStream_t stream, bool overlap, const Params&... arguments) {
   if (shared > 0) allow_shared_memory(kernel, shared);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {cluster, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(blocks);
   config.blockDim = static_cast<unsigned>(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap && waits(kernel) && overlaps(stream);
+  const bool both = overlap && waits(kernel) && overlaps(stream);
+  config.attrs = attributes + (cluster == 1), config.numAttrs = (cluster > 1) + both;
   cudaLaunchKernelEx(&config, kernel, arguments...);
   check_launch(op);
+}
+
+template <typename... Params>
+void launch_overlapped(const char* op, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
+                       cudaStream_t stream, bool overlap, const Params&... arguments) {
+  launch_clusters(op, kernel, 1, blocks, threads, shared, stream, overlap, arguments...);
 }
 
 }  // namespace plora::cuda

@@ -45,6 +45,36 @@ __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// --- clusters: blocks that run at the same time and see each other's shared memory ---
+
+__device__ inline uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ inline uint32_t cluster_blocks() {
+  uint32_t blocks;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+}
+
+// All threads of all blocks: what one wrote before it arrived others may read once they have waited.
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// From the place in block `rank` that is `from` in this one.
+__device__ inline float4 load_from_block(uint32_t from, uint32_t rank) {
+  float4 v;
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(from), "r"(rank)
+      : "memory");
+  return v;
+}
+
 // --- bulk tensor copies ---------------------------------------------------------------------------------------------
 
 __device__ inline void prefetch_map(const CUtensorMap* map) {
@@ -116,35 +146,42 @@ __device__ inline void hold(uint32_t (&a)[kCount]) {  // or that factors are sti
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(a[i])::"memory");
 }
 
-// d[64, N] += a[64, 16] b[N, 16]^T, a in K-major order, b in K-major (kTransB = 0) or N-major order; of d the first
-// N / 2 registers.
-#define PLORA_OPS8(i)                                                                                         \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-      "+f"(d[i + 7])
-#define PLORA_OPS32(i) PLORA_OPS8(i), PLORA_OPS8(i + 8), PLORA_OPS8(i + 16), PLORA_OPS8(i + 24)
-#define PLORA_OPS96 PLORA_OPS32(0), PLORA_OPS32(32), PLORA_OPS32(64)
+// d[64, N] += a[64, 16] b[N, 16]^T, each in K-major (kTrans = 0) or in M- or N-major order; of d the first N / 2
+// registers.
+#define PLORA_OPS4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define PLORA_OPS8(i) PLORA_OPS4(i), PLORA_OPS4(i + 4)
+#define PLORA_OPS16(i) PLORA_OPS8(i), PLORA_OPS8(i + 8)
+#define PLORA_OPS32(i) PLORA_OPS16(i), PLORA_OPS16(i + 16)
+#define PLORA_OPS64 PLORA_OPS32(0), PLORA_OPS32(32)
+#define PLORA_OPS96 PLORA_OPS64, PLORA_OPS32(64)
 #define PLORA_OPS104 PLORA_OPS96, PLORA_OPS8(96)
-#define PLORA_REGS32                                                                                               \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
-  "%30,%31"
-#define PLORA_REGS96                                                                                                 \
-  PLORA_REGS32                                                                                                       \
-  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,"        \
-  "%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85," \
-  "%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define PLORA_REGS4 "%0,%1,%2,%3"
+#define PLORA_REGS16 PLORA_REGS4 ",%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define PLORA_REGS32 PLORA_REGS16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define PLORA_REGS64                                                                                               \
+  PLORA_REGS32                                                                                                     \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%" \
+  "59,%60,%61,%62,%63"
+#define PLORA_REGS96                                                                                               \
+  PLORA_REGS64                                                                                                     \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%" \
+  "91,%92,%93,%94,%95"
 #define PLORA_REGS104 PLORA_REGS96 ",%96,%97,%98,%99,%100,%101,%102,%103"
-#define PLORA_WGMMA(N, type, regs, ops, a_, b_, t_)                                                           \
+#define PLORA_WGMMA(N, type, regs, ops, a_, b_, t_, u_)                                                       \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" regs "}, %" #a_ ", %" #b_ \
-               ", 1, 1, 1, 0, %" #t_ ";"                                                                      \
+               ", 1, 1, 1, %" #t_ ", %" #u_ ";"                                                               \
                : ops                                                                                          \
-               : "l"(a), "l"(b), "n"(kTransB))
+               : "l"(a), "l"(b), "n"(kTransA), "n"(kTransB))
 
-template <int kN, typename scalar, int kTransB, int kCount>
+template <int kN, typename scalar, int kTransB, int kTransA = 0, int kCount>
 __device__ inline void wgmma(float (&d)[kCount], uint64_t a, uint64_t b) {
-#define PLORA_WGMMA_TYPED(type)                                                            \
-  if constexpr (kN == 64) PLORA_WGMMA(64, type, PLORA_REGS32, PLORA_OPS32(0), 32, 33, 34); \
-  if constexpr (kN == 192) PLORA_WGMMA(192, type, PLORA_REGS96, PLORA_OPS96, 96, 97, 98);  \
-  if constexpr (kN == 208) PLORA_WGMMA(208, type, PLORA_REGS104, PLORA_OPS104, 104, 105, 106)
+#define PLORA_WGMMA_TYPED(type)                                                                \
+  if constexpr (kN == 8) PLORA_WGMMA(8, type, PLORA_REGS4, PLORA_OPS4(0), 4, 5, 6, 7);         \
+  if constexpr (kN == 32) PLORA_WGMMA(32, type, PLORA_REGS16, PLORA_OPS16(0), 16, 17, 18, 19); \
+  if constexpr (kN == 64) PLORA_WGMMA(64, type, PLORA_REGS32, PLORA_OPS32(0), 32, 33, 34, 35); \
+  if constexpr (kN == 128) PLORA_WGMMA(128, type, PLORA_REGS64, PLORA_OPS64, 64, 65, 66, 67);  \
+  if constexpr (kN == 192) PLORA_WGMMA(192, type, PLORA_REGS96, PLORA_OPS96, 96, 97, 98, 99);  \
+  if constexpr (kN == 208) PLORA_WGMMA(208, type, PLORA_REGS104, PLORA_OPS104, 104, 105, 106, 107)
   if constexpr (std::is_same_v<scalar, __nv_bfloat16>) {
     PLORA_WGMMA_TYPED("bf16");
   } else {
@@ -168,11 +205,8 @@ template <bool kAdd>
 __device__ inline void wgmma_tf32(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
       "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,"
-      "%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,"
-      "%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, add, 1, 1;"
-      "\n}"
-      : PLORA_OPS32(0), PLORA_OPS32(32)
+      "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 {" PLORA_REGS64 "}, {%64,%65,%66,%67}, %68, add, 1, 1;\n}"
+      : PLORA_OPS64
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd));
 }
 

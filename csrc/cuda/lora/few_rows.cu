@@ -25,6 +25,7 @@
 #include "../device/mma.cuh"
 #include "../device/overlap.cuh"
 #include "adapters.cuh"
+#include "few_rows.cuh"
 #include "kernels.h"
 
 namespace plora::cuda {
@@ -32,7 +33,6 @@ namespace {
 
 constexpr int kMaxRows = lora_plan::kFewRows, kMaxAdapters = lora_plan::kFewAdapters;
 constexpr int kTile = 32, kEight = kTile / 8;  // rows of a tile; by how many times 8 a product takes them
-constexpr int kChunk = 16;                     // ranks
 constexpr int kThreads = 128, kWarps = kThreads / 32, kWarpColumns = 64, kColumns = kWarps * kWarpColumns;
 template <typename scalar, bool VECTORS>
 constexpr int kBlocks = sizeof(scalar) == 4 ? 2
@@ -52,20 +52,11 @@ struct Tile {
 
 struct Arguments {
   LowRank p;
-  int adapters;    // that a row meets: 1 with ids, else T
-  int chunks;      // of an adapter
-  int width;       // ranks of a row in `partial`: the chunks of all its adapters
-  int columns;     // of an adapter in p.h
-  int parts;       // of K
-  float* partial;  // [parts, M, width]
-  Tile* tiles;     // behind `partial`, that shrink found; or null: expand finds them itself
-  int groups;      // of blocks that share the rows of a tile, by eights in turn
-  bool idle;       // rows without an adapter are written too
-  bool ahead;      // L2 has space for `up`
-  __device__ int limit(int t) const {
-    const int r = static_cast<int>(p.rows.r);
-    return p.ranks ? static_cast<int>(min(max(p.ranks[t], int64_t{0}), p.rows.r)) : r;
-  }
+  FewSums sums;
+  Tile* tiles;  // behind the sums, that shrink found; or null: expand finds them itself
+  int groups;   // of blocks that share the rows of a tile, by eights in turn
+  bool idle;    // rows without an adapter are written too
+  bool ahead;   // L2 has space for `up`
 };
 
 // For finding a tile. Adapters have places, ascending among those met; the last is of the rows that have none.
@@ -198,14 +189,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   find(p.rows, blockIdx.x, a.tiles != nullptr && a.idle, choices, tile);
   if (a.tiles && blockIdx.y + blockIdx.z == 0 && threadIdx.x < sizeof(Tile) / 4)
     reinterpret_cast<int*>(a.tiles + blockIdx.x)[threadIdx.x] = reinterpret_cast<const int*>(&tile)[threadIdx.x];
-  const int rows = tile.adapter >= 0 ? tile.rows : 0, t = tile.adapter + blockIdx.z / a.chunks,
-            rank = blockIdx.z % a.chunks * kChunk;
+  const int rows = tile.adapter >= 0 ? tile.rows : 0, t = tile.adapter + blockIdx.z / a.sums.chunks,
+            rank = blockIdx.z % a.sums.chunks * kChunk;
   if (rows == 0) return;
-  const int limit = a.limit(t);
+  const int limit = limit_of(p, t);
 
   const int64_t bytes = p.N * p.rows.r * static_cast<int64_t>(sizeof(scalar));  // of `up`
   if (a.ahead && threadIdx.x == 0 && tile.first && rank == 0) {
-    const int64_t share = (bytes / 16 + a.parts - 1) / a.parts * 16, begin = blockIdx.y * share;
+    const int64_t share = (bytes / 16 + a.sums.parts - 1) / a.sums.parts * 16, begin = blockIdx.y * share;
     const int64_t size = min(share, bytes - begin);
     if (size > 0) prefetch_to_l2(static_cast<const char*>(p.up) + t * bytes + begin, static_cast<uint32_t>(size));
   }
@@ -217,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   const scalar* const down = static_cast<const scalar*>(p.down) + t * p.rows.r * K + rank * (TRANSPOSED ? 1 : p.K);
   float acc[kEight][4] = {};
 #pragma unroll 1
-  for (int k0 = (blockIdx.y * kWarps + warp) * kUnit<scalar>; k0 < K; k0 += a.parts * kWarps * kUnit<scalar>) {
+  for (int k0 = (blockIdx.y * kWarps + warp) * kUnit<scalar>; k0 < K; k0 += a.sums.parts * kWarps * kUnit<scalar>) {
     Vector<scalar> factors[kSteps][2];
 #pragma unroll
     for (int v = 0; v < kSteps; ++v) {
@@ -247,13 +238,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
 #pragma unroll
     for (int e = 0; e < 4; ++e) sums[warp][8 * i + 2 * q + e % 2][2 * g + e / 2] = acc[i][e];
   __syncthreads();
-  float* const to = a.partial + blockIdx.y * p.rows.M * a.width + blockIdx.z * kChunk;
+  float* const to = a.sums.partial + blockIdx.y * p.rows.M * a.sums.width + blockIdx.z * kChunk;
   for (int i = threadIdx.x; i < rows * kChunk; i += kThreads) {
     const int row = i / kChunk, c = i % kChunk;
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += sums[w][row][c];
-    to[static_cast<int64_t>(tile.row[row]) * a.width + c] = sum;
+    to[static_cast<int64_t>(tile.row[row]) * a.sums.width + c] = sum;
   }
 }
 
@@ -292,15 +283,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   } else {
     find(p.rows, index, a.idle, choices, tile);
   }
-  const int rows = 8 * group < tile.rows ? tile.rows : 0, width = rows > 0 && tile.adapter >= 0 ? a.width : 0,
-            per = a.chunks * kChunk;
+  const int rows = 8 * group < tile.rows ? tile.rows : 0, all = a.sums.width,
+            width = rows > 0 && tile.adapter >= 0 ? all : 0, per = a.sums.chunks * kChunk, adapters = a.sums.adapters;
 
   // Of product i, row g of the first operand stands for column 2 i of the lane's g, row g + 8 for the one after it.
   struct Factors {
     Four<scalar> up[4][2];
   };
   const auto load_up = [&](int c) {
-    const int t = tile.adapter + c / per, rank = c % per + 4 * q, ranks = a.limit(t) - rank;
+    const int t = tile.adapter + c / per, rank = c % per + 4 * q, ranks = limit_of(p, t) - rank;
     const scalar* const up = static_cast<const scalar*>(p.up) + t * p.N * r;
     Factors f;
     if constexpr (!TRANSPOSED) {
@@ -341,50 +332,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
 
   scalar* const h = reinterpret_cast<scalar*>(shared);
   scalar* const kept = slab + group == 0 ? static_cast<scalar*>(p.h) : nullptr;
-  const int pitch = padded(a.width);
-  for (int i = threadIdx.x; i < rows * a.width / 4; i += kThreads) {  // four ranks
-    const int row = i / (a.width / 4), c = i % (a.width / 4) * 4, place = c / per, first = c % per,
-              t = tile.adapter + place;
-    const int64_t m = tile.row[row], own = (m * a.adapters + place) * a.columns + first;
-    const int limit = width > 0 ? a.limit(t) : 0;
-    float sum[4] = {};
-    if (first < limit) {
-      constexpr int kAtOnce = 8;  // on their way
-      const float* const from = a.partial + m * a.width + c;
-#pragma unroll 1
-      for (int part = 0; part < a.parts; part += kAtOnce) {
-        float4 some[kAtOnce];
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k)
-          some[k] = part + k < a.parts ? __ldcg(reinterpret_cast<const float4*>(from + (part + k) * p.rows.M * a.width))
-                                       : float4{};
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-          const float four[4] = {some[k].x, some[k].y, some[k].z, some[k].w};
-#pragma unroll
-          for (int e = 0; e < 4; ++e) sum[e] += four[e];
-        }
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int rank = first + e;
-      if (rank >= limit) sum[e] = 0;
-      if (rank < limit && p.bias_down)
-        sum[e] += to_float(static_cast<const scalar*>(p.bias_down)[static_cast<int64_t>(t) * r + rank]);
-      if (p.relu && sum[e] < 0) sum[e] = 0;
-      if (rank < limit && p.gate && to_float(static_cast<const scalar*>(p.gate)[own + e]) <= 0) sum[e] = 0;
-      if (kept && rank < a.columns) kept[own + e] = from_float<scalar>(sum[e]);
-      h[row * pitch + c + e] = from_float<scalar>(a.adapters > 1 ? p.scaling[t] * sum[e] : sum[e]);
-    }
+  const int pitch = padded(all);
+  for (int i = threadIdx.x; i < rows * all / 4; i += kThreads) {  // four ranks
+    const int row = i / (all / 4), c = i % (all / 4) * 4;
+    const Four<scalar> four = finish_ranks(p, a.sums, tile.row[row], tile.adapter, c, kept);
+    *reinterpret_cast<Four<scalar>*>(h + row * pitch + c) = four;
   }
   __syncthreads();
   if (column - 8 * g >= N || (width == 0 && p.y == p.y0 && p.ldy == p.ldy0)) return;
 
-  const float scale = width > 0 && a.adapters == 1 ? p.scaling[tile.adapter] : 1.f;
+  const float scale = width > 0 && adapters == 1 ? p.scaling[tile.adapter] : 1.f;
   float bias[8] = {};
   if (p.bias_up && width > 0)
-    for (int t = tile.adapter; t < tile.adapter + a.adapters; ++t)
+    for (int t = tile.adapter; t < tile.adapter + adapters; ++t)
 #pragma unroll
       for (int e = 0; e < 8; ++e)
         bias[e] += p.scaling[t] * to_float(static_cast<const scalar*>(p.bias_up)[t * p.N + min(column + e, N - 1)]);
@@ -427,7 +387,7 @@ int64_t most_tiles(const LowRank& p, int64_t places) {
 int64_t tiles_left(const LowRank& p, bool beside) { return beside && p.rows.ids ? most_tiles(p, p.rows.T + 1) : 0; }
 
 size_t bytes_of(const Arguments& a, bool beside) {
-  return sizeof(float) * a.parts * a.p.rows.M * a.width + sizeof(Tile) * tiles_left(a.p, beside);
+  return sizeof(float) * a.sums.parts * a.p.rows.M * a.sums.width + sizeof(Tile) * tiles_left(a.p, beside);
 }
 
 // `memory`: bytes_of what comes of none.
@@ -435,35 +395,39 @@ template <typename scalar>
 Arguments arguments(const LowRank& p, bool beside, void* memory = nullptr) {
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r;
   Arguments a{p};
-  a.adapters = static_cast<int>(p.rows.ids ? 1 : T), a.chunks = static_cast<int>(ceil_div(r, kChunk));
-  a.width = a.adapters * a.chunks * kChunk, a.columns = static_cast<int>(padded_rank(r));
+  FewSums& sums = a.sums;
+  sums.adapters = static_cast<int>(p.rows.ids ? 1 : T), sums.chunks = static_cast<int>(ceil_div(r, kChunk));
+  sums.width = sums.adapters * sums.chunks * kChunk, sums.columns = static_cast<int>(padded_rank(r));
   a.idle = p.h || p.y != p.y0 || p.ldy != p.ldy0;
   // A part of K is a unit for each warp, or more where there are more blocks than run at once.
   const int64_t tiles = most_tiles(p, T), units = ceil_div(p.K, kWarps * kUnit<scalar>);
-  const int64_t blocks = tiles * a.width / kChunk, most = 4 * multiprocessors();
+  const int64_t blocks = tiles * sums.width / kChunk, most = 4 * multiprocessors();
   const int64_t each = std::max({units * blocks / most, ceil_div(units, kMaxParts), int64_t{1}});
-  a.parts = static_cast<int>(ceil_div(units, each));
-  a.partial = static_cast<float*>(memory);
-  if (memory && tiles_left(p, beside) > 0) a.tiles = reinterpret_cast<Tile*>(a.partial + a.parts * M * a.width);
+  sums.parts = static_cast<int>(ceil_div(units, each));
+  sums.partial = static_cast<float*>(memory);
+  if (memory && tiles_left(p, beside) > 0)
+    a.tiles = reinterpret_cast<Tile*>(sums.partial + sums.parts * M * sums.width);
   const int64_t of_y = most_tiles(p, T + 1) * std::max<int64_t>(ceil_div(p.N, kColumns), 1);
   a.groups = 2 * of_y <= multiprocessors() ? 4 : of_y <= multiprocessors() ? 2 : 1;
 
   const int64_t bytes = p.N * r * static_cast<int64_t>(sizeof(scalar));
-  a.ahead = aligned(p.up) && bytes % 16 == 0 && std::min(tiles, T) * bytes <= kAhead && bytes < a.parts << 20;
+  a.ahead = aligned(p.up) && bytes % 16 == 0 && std::min(tiles, T) * bytes <= kAhead && bytes < sums.parts << 20;
   return a;
 }
 
 template <typename scalar, bool TRANSPOSED>
-void launch_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
+FewSums launch_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
   constexpr int V = kVector<scalar>;
   const Arguments a = arguments<scalar>(p, beside, memory);
   const bool x_vectors =
       aligned(p.x) && aligned(p.down) && p.K % V == 0 && p.ldx % V == 0 && (!TRANSPOSED || p.rows.r % 2 == 0);
-  const dim3 grid(static_cast<unsigned>(most_tiles(p, p.rows.T + (a.tiles != nullptr))), static_cast<unsigned>(a.parts),
-                  static_cast<unsigned>(a.width / kChunk));
+  const dim3 grid(static_cast<unsigned>(most_tiles(p, p.rows.T + (a.tiles != nullptr))),
+                  static_cast<unsigned>(a.sums.parts), static_cast<unsigned>(a.sums.width / kChunk));
   const auto shrink = x_vectors ? &shrink_kernel<scalar, TRANSPOSED, true> : &shrink_kernel<scalar, TRANSPOSED, false>;
+  share_all_memory(shrink);
   shrink<<<grid, kThreads, 0, stream>>>(a);
   check_launch("few_rows");
+  return a.sums;
 }
 
 template <typename scalar, bool TRANSPOSED>
@@ -476,7 +440,7 @@ void launch_expand(const LowRank& p, void* memory, bool beside, cudaStream_t str
   const auto expand = y_vectors ? &expand_kernel<scalar, TRANSPOSED, true> : &expand_kernel<scalar, TRANSPOSED, false>;
   launch_overlapped("few_rows", expand,
                     most_tiles(p, p.rows.T + 1) * std::max<int64_t>(ceil_div(p.N, kColumns), 1) * a.groups, kThreads,
-                    kTile * padded(a.width) * sizeof(scalar), stream, !beside, a);
+                    kTile * padded(a.sums.width) * sizeof(scalar), stream, !beside, a);
 }
 
 }  // namespace
@@ -487,12 +451,14 @@ size_t few_rows_bytes(const LowRank& p, bool beside) {
   return bytes;
 }
 
-void few_rows_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
+FewSums few_rows_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
+  FewSums sums{};
   dispatch("few_rows", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    p.down_transposed ? launch_shrink<scalar, true>(p, memory, beside, stream)
-                      : launch_shrink<scalar, false>(p, memory, beside, stream);
+    sums = p.down_transposed ? launch_shrink<scalar, true>(p, memory, beside, stream)
+                             : launch_shrink<scalar, false>(p, memory, beside, stream);
   });
+  return sums;
 }
 
 void few_rows_expand(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {

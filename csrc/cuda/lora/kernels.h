@@ -83,11 +83,26 @@ void low_rank_add_sm90(const LowRank& p, cudaStream_t stream);
 // have padded_rank(r) columns for each adapter (few_rows.cu).
 void few_rows(const LowRank& p, const Allocator& workspace, cudaStream_t stream);
 
+// What the first half leaves of few rows: sums over parts of K, in float32, unfinished.
+struct FewSums {
+  int adapters;    // that a row meets: 1 with ids, else T
+  int chunks;      // of 16 ranks of an adapter
+  int width;       // ranks of a row in `partial`: the chunks of all its adapters
+  int columns;     // of an adapter in h and the gate
+  int parts;       // of K
+  float* partial;  // [parts, M, width]
+};
+
 // Each half alone, with memory of so many bytes between them. `beside`: other kernels come between them, as the first
 // one runs on a stream of its own; it needs no y yet, but all else, and what is added to is y itself.
 size_t few_rows_bytes(const LowRank& p, bool beside);
-void few_rows_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t stream);
+FewSums few_rows_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t stream);
 void few_rows_expand(const LowRank& p, void* memory, bool beside, cudaStream_t stream);
+
+// Both halves and the frozen layer of few rows, for Hopper: y = x W^T + bias + y0 + s h up^T + s bias_up, or with
+// transposed factors y = x W + y0 + s h up; weight [N, K], or [K, N] (few_rows_sm90.cu).
+void few_rows_sm90(const LowRank& p, const void* weight, const void* bias, const Allocator& workspace,
+                   cudaStream_t stream);
 
 // The second half alone, of `all`: h [M, T r] is read, y_slab is set (expand.cu).
 void expand(const LowRank& p, cudaStream_t stream);

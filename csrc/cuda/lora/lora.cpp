@@ -20,6 +20,9 @@ namespace plora::cuda {
 void low_rank_sm90(const LowRank&, cudaStream_t) { fail("built without Hopper's kernels"); }
 void low_rank_add_sm90(const LowRank&, cudaStream_t) { fail("built without Hopper's kernels"); }
 void fused(const Fused&, cudaStream_t) { fail("built without Hopper's kernels"); }
+void few_rows_sm90(const LowRank&, const void*, const void*, const Allocator&, cudaStream_t) {
+  fail("built without Hopper's kernels");
+}
 #endif
 
 namespace {
@@ -202,6 +205,11 @@ LowRank few_of(const Inputs& p, LowRank l) {
 
 void add_few(const Inputs& p, const LowRank& l) { few_rows(few_of(p, l), Workspace(p.x), stream_of(p.x)); }
 
+// With the frozen layer in one product.
+void add_few_fused(const Inputs& p, const LowRank& l, const OptTensor& bias) {
+  few_rows_sm90(few_of(p, l), pointer(p.weight), pointer(bias), Workspace(p.x), stream_of(p.x));
+}
+
 // The same onto the frozen layer's own product, which frozen() makes and tells l.y: the first half runs beside it.
 template <typename Frozen>
 void add_few_beside(const Inputs& p, LowRank& l, const Frozen& frozen) {
@@ -294,12 +302,19 @@ LowRank written(const Inputs& p, const OptTensor& y0, const Tensor& y) {
   return l;
 }
 
-// All of y where the frozen layer's product and the first half of a few rows' low-rank part run side by side.
-Tensor few_beside_frozen(const Inputs& p, const OptTensor& base, const OptTensor& h) {
+// All of y of few rows: in one product, or where the frozen layer's and the first half of the low-rank part run side
+// by side.
+Tensor few_forward(const Inputs& p, const LoraPlan& plan, const OptTensor& base, const OptTensor& h) {
   LowRank l = down_of(p, {p.lora_A, p.lora_B, p.bias_A}, h);
   l.N = l.ldy = l.ldy0 = p.out;
   l.up = pointer(p.lora_B), l.bias_up = pointer(p.bias_B);
   OptTensor y;
+  if (plan.algorithm == LoraAlgorithm::few_fused) {
+    y = allocate(p.x, {p.M, p.out});
+    l.y = y->mutable_data_ptr(), l.y0 = pointer(base);
+    add_few_fused(p, l, p.bias);
+    return *y;
+  }
   add_few_beside(p, l, [&] {
     y = frozen(p, base);
     l.y = y->mutable_data_ptr(), l.y0 = l.y;
@@ -356,9 +371,9 @@ Tensor h_of(const Inputs& p, const OptTensor& kept) {
 // g = dy B, cut where act was, and dx = dy W + s g A, both only where they are asked for.
 void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const Tensor& dy,
                    const OptTensor& gate, bool wants_g, bool wants_x, OptTensor& g, Tensor& dx) {
-  const bool few = plan.algorithm == LoraAlgorithm::few_rows;
+  const bool few = plan.few(), whole = plan.fused() || plan.algorithm == LoraAlgorithm::few_fused;
   const bool beside = wants_x && runs_beside(p, plan);
-  if (wants_x && !beside) dx = p.weight && !plan.fused() ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
+  if (wants_x && !beside) dx = p.weight && !whole ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
   const Factors factors = few ? Factors{p.lora_A, p.lora_B, {}} : factors_of(p);
   const auto add_fused = [&](const OptTensor& g, const Tensor& A, Fused f = {}) {  // one of them scaled, or no g
     f.transposed = true;
@@ -398,7 +413,7 @@ void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape
   if (adds) {
     l.N = l.ldy = l.ldy0 = p.in;
     l.up = pointer(up), l.up_transposed = A_as_it_is;
-    const auto add_to = [&] { l.y = out_pointer(dx), l.y0 = p.weight ? l.y : nullptr; };
+    const auto add_to = [&] { l.y = out_pointer(dx), l.y0 = p.weight && !whole ? l.y : nullptr; };
     if (beside) {
       return add_few_beside(p, l, [&] {
         dx = frozen_dx(p, dy);
@@ -406,6 +421,7 @@ void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape
       });
     }
     add_to();
+    if (few && whole) return add_few_fused(p, l, {});
   }
   if (few) return add_few(p, l);
   if (plan.fused()) {
@@ -455,7 +471,7 @@ Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor&
   q.dbias_A = out_pointer(result.bias_A), q.dbias_B = out_pointer(result.bias_B);
   q.dscaling = static_cast<float*>(out_pointer(result.scaling));
   if (few_rows_grads(shape)) {
-    few_rows_grads(q, wants_rows && plan.algorithm == LoraAlgorithm::few_rows, stream_of(p.x));
+    few_rows_grads(q, wants_rows && plan.few(), stream_of(p.x));
     q.dA = q.dB = nullptr;
     if (!q.dbias_A && !q.dbias_B && !q.dscaling) return result;
   }
@@ -568,7 +584,8 @@ struct Cuda {
     if (plan.fused()) {
       y = fused_forward(p, plan, shape, base, h);
     } else {
-      if (runs_beside(p, plan)) return {few_beside_frozen(p, base, h), keep ? *h : none_like(p.x)};
+      if (plan.algorithm == LoraAlgorithm::few_fused || runs_beside(p, plan))
+        return {few_forward(p, plan, base, h), keep ? *h : none_like(p.x)};
       const OptTensor y0 = frozen(p, base);
       y = slabs ? allocate(p.x, {p.T, p.M, p.out}) : p.weight ? *y0 : allocate(p.x, {p.M, p.out});
       add_low_rank(p, plan, shape, written(p, y0, y), h, keep);

@@ -189,8 +189,9 @@ Fork::~Fork() {}
 
 size_t few_rows_bytes(const LowRank&, bool) { return 64; }
 
-void few_rows_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t) {
+FewSums few_rows_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t) {
   PLORA_CHECK(memory && beside && p.rows.M <= 512 && p.x && p.down && p.up, "few_rows_shrink refuses");
+  return {};
 }
 
 void few_rows_expand(const LowRank& p, void* memory, bool beside, cudaStream_t) {
@@ -204,6 +205,24 @@ void few_rows(const LowRank& p, const Allocator& workspace, cudaStream_t) {
   workspace(64);
   g_calls += " few_rows";
   multiply(p, padded_rank(p.rows.r), p.ranks);
+}
+
+void few_rows_sm90(const LowRank& p, const void* weight, const void* bias, const Allocator& workspace, cudaStream_t) {
+  PLORA_CHECK(!mma_only() && p.dtype != Dtype::float32 && p.rows.M <= 64 && p.K % 8 == 0 && p.N % 8 == 0 &&
+                  p.rows.r % 8 == 0 && aligned_all({p.x, p.down, p.up, weight, bias, p.y, p.y0, p.bias_up, p.gate}),
+              "few_rows_sm90 refuses");
+  for (int64_t m = 0; m < p.rows.M; ++m)
+    for (int64_t n = 0; n < p.N; ++n) {
+      double sum = (bias ? get(p.dtype, bias, n) : 0) + (p.y0 ? get(p.dtype, p.y0, m * p.ldy0 + n) : 0);
+      for (int64_t k = 0; k < p.K; ++k)
+        sum += get(p.dtype, p.x, m * p.ldx + k) * get(p.dtype, weight, p.up_transposed ? k * p.N + n : n * p.K + k);
+      put(p.dtype, p.y, m * p.ldy + n, sum);
+    }
+  workspace(64);
+  g_calls += p.up_transposed ? " few_fused_transposed" : " few_fused";
+  LowRank rest = p;
+  rest.y0 = p.y, rest.ldy0 = p.ldy;
+  multiply(rest, padded_rank(p.rows.r), p.ranks);
 }
 
 void expand(const LowRank& p, cudaStream_t) {
