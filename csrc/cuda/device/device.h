@@ -77,16 +77,4 @@ void allow_shared_memory(void (*kernel)(Params...), size_t bytes) {
   });
 }
 
-// The kernel runs with as much shared memory as there can be, so that one which needs it can start beside it: a
-// multiprocessor that divides its memory otherwise is emptied first.
-template <typename... Params>
-void share_all_memory(void (*kernel)(Params...)) {
-  static PerKernel set;
-  set.update(reinterpret_cast<const void*>(kernel), [&](int& number) {
-    if (number == 0)
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    number = 1;
-  });
-}
-
 }  // namespace plora::cuda

@@ -32,6 +32,18 @@ __device__ inline void prefetch_to_l2(const void* from, uint32_t bytes) {
 #endif
 }
 
+// The kernel runs with as much shared memory as there can be, so that one which needs it can start beside it: a
+// multiprocessor that divides its memory otherwise is emptied first.
+template <typename... Params>
+void share_all_memory(void (*kernel)(Params...)) {
+  static PerKernel set;
+  set.update(reinterpret_cast<const void*>(kernel), [&](int& number) {
+    if (number == 0)
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    number = 1;
+  });
+}
+
 // Whether a kernel waits by itself: what it was compiled for, not what the device could do.
 template <typename... Params>
 bool waits(void (*kernel)(Params...)) {

@@ -344,7 +344,8 @@ void lora_grads(const LoraGrads& p, const Allocator& workspace, cudaStream_t) {
 
 void few_rows_grads(const LoraGrads& p, bool overlap, cudaStream_t) {
   PLORA_CHECK(p.rows.ids && p.rows.M <= 512, "few_rows_grads refuses");
-  PLORA_CHECK(!overlap || g_calls.rfind(" few_rows") + 9 == g_calls.size(), "few_rows_grads: not after few_rows");
+  const std::string last = g_calls.substr(g_calls.rfind(' ') + 1);
+  PLORA_CHECK(!overlap || last == "few_rows" || last == "few_fused_transposed", "few_rows_grads: not after few_rows");
   g_calls += " few_rows_grads";
   LoraGrads factors = p;
   factors.dbias_A = factors.dbias_B = nullptr, factors.dscaling = nullptr;
