@@ -93,8 +93,9 @@ constexpr int64_t kMergeRows = 256;  // ... from this many rows on
 constexpr int64_t kHopperRows = 128, kDeepRows = 1024, kDeep = 1024;
 // What cuda/few_rows.cu takes: rows; adapters; ranks that act on a row.
 constexpr int64_t kFewRows = 512, kFewAdapters = 1 << 15, kFewRanks = 512;
-// What cuda/few_rows_sm90.cu takes: rows; of all of them, the ranks that act on them.
-constexpr int64_t kFewRowsSm90 = 64, kFewRanksSm90 = 4096;
+// What cuda/few_rows_sm90.cu takes: rows; of all of them, the ranks that act on them. It reads a row's adapter for that
+// row alone, so where all rows have the same ones it pays for fewer.
+constexpr int64_t kFewRowsSm90 = 64, kFewRanksSm90 = 4096, kFewAlike = 16;
 constexpr int64_t kTileRows = 128, kTileColumns = 192, kSlot = 16;
 constexpr int64_t kMaxSlices = 8;      // that the fused product tells apart
 constexpr int64_t kGivenRanks = 2048;  // of all adapters that a tile may meet: a row of h as the fused product takes it
@@ -218,9 +219,10 @@ inline bool few_rows_grads(const LoraShape& s) { return s.family == Family::inde
 // Whether the frozen layer's product is made with it (few_rows_sm90.cu).
 inline bool few_rows_fused(const LoraShape& s) {
   using namespace lora_plan;
+  const bool alike = s.family == Family::sum || s.T == 1;
   const int64_t ranks = (s.family == Family::sum ? s.T : 1) * ceil_div(s.r, kSlot) * kSlot;
   return s.outputs && s.weight && for_hopper(s) && s.in % 8 == 0 && s.out % 8 == 0 && s.r % 8 == 0 &&
-         s.M <= kFewRowsSm90 && s.M * ranks <= kFewRanksSm90;
+         s.M <= (alike ? kFewAlike : kFewRowsSm90) && s.M * ranks <= kFewRanksSm90;
 }
 
 inline LoraPlan plan_lora(const LoraShape& s) {

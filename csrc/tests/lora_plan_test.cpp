@@ -198,6 +198,8 @@ int main() {
   expect(few_fused(1, 16, same) && few_fused(64, 64, same), "with the frozen layer");
   expect(!few_fused(65, 16, same) && !few_fused(64, 65, same) && !few_fused(64, 20, same), "not beyond");
   expect(!few_fused(64, 16, [](LoraShape& s) { s.aligned = false; }), "not where bytes do not lie well");
+  const auto alone = [](LoraShape& s) { s.T = 1; };
+  expect(few_fused(16, 16, alone) && !few_fused(17, 16, alone), "of one adapter, fewer");
   expect(serves(Family::indexed, 64, 64, 4097, [](LoraShape& s) { s.out = 33, s.r = 3; }), "of any width and rank");
   expect(!serves(Family::indexed, 64, 64, 4096, [](LoraShape& s) { s.r = 513; }) &&
              !serves(Family::indexed, 64, 64, 4096, [](LoraShape& s) { s.r = 0; }) &&
