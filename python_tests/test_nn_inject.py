@@ -8,6 +8,7 @@ import pickle
 import warnings
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,6 +195,10 @@ def test_coefficients_learn_through_every_layer() -> None:
             adapters.set_adapter(adapters.names, (theta + sign * step).softmax(0))
             values.append(adapters.model.double()(x.double()).square().sum())
     assert (values[0] - values[1]).item() / 2e-3 == pytest.approx(theta.grad[0].item(), rel=1e-2)
+    adapters.set_adapter(["t0", "t1"], np.array([0.5, 0.25]))  # an array of several numbers has no truth value
+    y = adapters.model(x.double())
+    adapters.set_adapter(["t0", "t1"], [0.5, 0.25])
+    assert torch.equal(adapters.model(x.double()), y)
 
 
 def test_batch_in_a_vit_equals_one_model_for_each_sample() -> None:
@@ -490,6 +495,8 @@ def test_names_and_coefficients() -> None:
     for bad in ([0.5], torch.ones(3), torch.ones(2, 1), torch.ones(2, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"coefficients must be 2 floats, one for each of \['t0', 't1'\], got"):
             adapters.set_adapter(["t0", "t1"], bad)
+    with pytest.raises(ValueError, match=r"coefficients must be 1 floats, .* got \(\)"):
+        adapters.set_adapter("t0", 0.5)
     with pytest.raises(ValueError, match="at least one adapter to fuse"):
         adapters.fuse([])
     assert adapters.names == ["t0", "t1", "t2"] and adapters.active == ["t2"]
@@ -514,6 +521,15 @@ def test_ids_out_of_range() -> None:
             pass
     with pytest.raises(IndexError, match="made for 4 adapters"), adapters.batch(ops.AdapterBatch([0], 4)):
         pass
+    for ids in ([0.7, 1.2], np.array([0.0, 1.0]), [True, False], [None, 0]):  # 0.7 was 0
+        with pytest.raises(TypeError, match="adapters must be names or integer ids, got"), adapters.batch(ids):
+            pass
+    with pytest.raises(TypeError, match="a name or an id for each sample, got 't0'"), adapters.batch("t0"):
+        pass
+    with adapters.batch(np.array([0, 1, -1])):
+        adapters.model(images(3))
+        with pytest.raises(RuntimeError, match="cannot be deleted inside of Adapters.batch"):
+            adapters.delete_adapter("t0")  # id 0 would go on as that of t1
     with pytest.raises(ValueError, match="given 2 adapters, but a layer sees 3"), adapters.batch([0, 1]):
         adapters.model(images(3))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -99,6 +100,38 @@ def test_a_handle_on_a_part_leaves_what_was_frozen_as_it_was() -> None:
     assert len({layer._number for layer in whole.layers.values()}) == 2
     whole.set_adapter(None)
     assert not parts["q"][0]._state.current.names
+
+
+def test_a_handle_on_a_part_does_not_change_what_the_whole_has() -> None:
+    """It merged its own layers alone and left the others without adapters, or gave layers other adapters by one id."""
+    adapters, x = make(), torch.randn(3, 6)
+    y, part = adapters.model(x).detach(), Adapters(adapters.model[2])
+    for call in (
+        lambda: part.merge(),
+        lambda: part.merged().__enter__(),
+        lambda: part.add_adapter("new"),
+        lambda: part.fuse(["a", "b"]),
+        lambda: part.delete_adapter("a"),
+    ):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="on 1 of the 2 layers that share their adapters"):
+            call()
+    assert torch.equal(adapters.model(x), y)
+    for copied in (copy.deepcopy(adapters.model[2]), pickle.loads(pickle.dumps(adapters.model))):
+        whole = Adapters(copied)
+        whole.merge()
+        whole.unmerge()
+    parts = nn.ModuleDict({name: nn.Sequential(nn.Linear(6, 6)) for name in "pq"})
+    handles = {name: inject(part, ["0"], r=2) for name, part in parts.items()}
+    for name, names in (("p", "ab"), ("q", "ba")):
+        for adapter in names:
+            handles[name].add_adapter(adapter)
+    with pytest.raises(ValueError, match=r"same order, got \['a', 'b'\] in 'p.0' and \['b', 'a'\] in 'q.0'"):
+        Adapters(parts)
+    handles["q"].delete_adapter("b")
+    handles["q"].add_adapter("b")
+    whole = Adapters(parts)
+    handles["q"].set_adapter(["a", "b"])  # the handle of before
+    assert whole.active == parts["q"][0].active_adapters == ["a", "b"]
 
 
 def test_asyncio_tasks_keep_to_their_own_batch() -> None:
@@ -460,3 +493,11 @@ def test_merged_for_a_while_is_the_same_function() -> None:
     with adapters.merged():  # all of it learns
         adapters.model(x).sum().backward()
     assert coefficients.grad is not None and coefficients.grad.all()
+    weight = next(iter(adapters.layers.values())).base_layer.weight.requires_grad_()
+    before = weight.detach().clone()
+    adapters.set_adapter("a")
+    adapters.train_adapter(None)
+    with adapters.merged():  # the end of the block would take back what a base weight has learned
+        adapters.model(x).sum().backward()
+        torch.optim.SGD([weight], 1.0).step()
+    assert weight.grad is not None and torch.equal(weight, before - weight.grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from plora_ext import ops
 from plora_ext.nn.linear import MultiLoRALinear
-from plora_ext.nn.state import Active
+from plora_ext.nn.state import Active, State
 from plora_ext.nn.targets import replace_module
 
 __all__ = ["BASE", "Adapters"]
@@ -50,10 +51,15 @@ class Adapters:
         }
         if not self.layers:
             raise ValueError("model carries no adapters: call inject(model, target_modules) first")
-        self._state = self._first._state
+        for key, layer in self.layers.items():
+            if layer.adapter_names != self.names:
+                raise ValueError(
+                    f"all layers of model must have the same adapters in the same order, got {self.names} in "
+                    f"{next(iter(self.layers))!r} and {layer.adapter_names} in {key!r}"
+                )
         for layer in self.layers.values():
             if layer._state is not self._state:  # of a part that was injected apart
-                layer._state, layer._number = self._state, self._state.join()
+                layer._join(self._state)
 
     def __repr__(self) -> str:
         return f"Adapters(names={self.names}, active={self.active}, layers={len(self.layers)})"
@@ -72,6 +78,10 @@ class Adapters:
     def _first(self) -> MultiLoRALinear:
         self._require_layers()
         return next(iter(self.layers.values()))
+
+    @property
+    def _state(self) -> State:
+        return self._first._state
 
     # ------------------------------------------------------------------ adding and choosing
 
@@ -122,9 +132,13 @@ class Adapters:
 
         Raises:
             KeyError: the name is unknown.
+            RuntimeError: inside of `batch` or `disabled`: the ids there would be those of other adapters.
         """
         self._require_unmerged()
+        self._require_whole()
         self._check_known(name)
+        if self._state.in_block:
+            raise RuntimeError("adapters cannot be deleted inside of Adapters.batch or disabled(), here or in a thread")
         active = self._state.common
         self._state.set(active.only(tuple(other for other in active.names if other != name)))
         for layer in self.layers.values():
@@ -147,8 +161,8 @@ class Adapters:
         self._require_unmerged()
         chosen = self._as_names(names)
         coeff = self._as_coefficients(chosen, coefficients)
-        on_host = coeff is not None and not coeff.requires_grad and not isinstance(coefficients, Tensor)
-        self._state.set(Active(tuple(chosen), coeff, tuple(map(float, coefficients or ())) if on_host else None))
+        written = None if coefficients is None or isinstance(coefficients, Tensor) else tuple(map(float, coefficients))
+        self._state.set(Active(tuple(chosen), coeff, written))
 
     def train_adapter(self, name: str | Sequence[str] | None) -> None:
         """Let the named adapters train and freeze all others; `None` freezes all.
@@ -188,6 +202,7 @@ class Adapters:
         Raises:
             IndexError: an id is out of range.
             KeyError: a name is unknown.
+            TypeError: an id is no integer.
             ValueError: an adapter that does not train here holds inf or NaN. (Samples of several adapters share
                 products, in which what a sample does not choose is multiplied by zero.)
         """
@@ -199,6 +214,8 @@ class Adapters:
                 raise IndexError(f"the batch was made for {adapters.num_adapters} adapters, there are {self.names}")
             batch = adapters.to(device)
         else:
+            if isinstance(adapters, str):
+                raise TypeError(f"adapters must hold a name or an id for each sample, got {adapters!r}")
             ids = adapters if isinstance(adapters, Tensor) else [self._id_of(adapter) for adapter in adapters]
             if not isinstance(ids, Tensor) and self.model.training and torch.is_grad_enabled():
                 self._warn_of_frozen(set(ids))
@@ -256,16 +273,18 @@ class Adapters:
         without adapters; otherwise the part of it that is frozen, and the rest is added to it as ever. It is the same
         function as before, up to rounding. Writes to a merged adapter are seen after the block.
 
-        Where adapters are merged already, or inside of `batch` and `disabled`, nothing changes.
+        Where adapters are merged already, inside of `batch` and `disabled`, or where a base weight trains, nothing
+        changes.
 
         Raises:
-            RuntimeError: a weight also belongs to a module without adapters.
+            RuntimeError: a weight also belongs to a module without adapters, or the handle is on a part of the model.
         """
         if self._state.merged is not None or self._state.in_block:
             yield
             return
         active, gradients = self._state.common, torch.is_grad_enabled()
-        learns = gradients and active.coefficients is not None and active.coefficients.requires_grad
+        trained = [active.coefficients, *(layer.base_layer.weight for layer in self.layers.values())]
+        learns = gradients and any(t is not None and t.requires_grad for t in trained)
         frozen = tuple(
             name for name in active.names if not (gradients and any(p.requires_grad for p in self.parameters(name)))
         )
@@ -349,7 +368,8 @@ class Adapters:
         Until `unmerge`, `state_dict()` holds the merged weights and the active set cannot be changed.
 
         Raises:
-            RuntimeError: already merged, nothing is active, or a weight also belongs to a module without adapters.
+            RuntimeError: already merged, nothing is active, a weight also belongs to a module without adapters, or the
+                handle is on a part of the model.
         """
         self._require_unmerged()
         if not self.active:
@@ -359,6 +379,7 @@ class Adapters:
     def _merge(self, names: tuple[str, ...]) -> None:
         """Writes the adapters `names` of the active set into the base weights; the others stay active."""
         self._require_unmerged()
+        self._require_whole()
         if self._state.in_block:
             raise RuntimeError("adapters cannot be merged inside of Adapters.batch or disabled(), here or in a thread")
         owners = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
@@ -454,12 +475,20 @@ class Adapters:
         if self._state.merged is not None:
             raise RuntimeError("the adapters are merged into the base weight: call unmerge() first")
 
+    def _require_whole(self) -> None:
+        if (all_layers := len(self._state.layers)) > len(self.layers):
+            raise RuntimeError(
+                f"this handle is on {len(self.layers)} of the {all_layers} layers that share their adapters: take "
+                "Adapters(model) of the whole model"
+            )
+
     def _check_known(self, name: str) -> None:
         if name not in self.names:
             raise KeyError(f"unknown adapter {name!r}, known ones are {self.names}")
 
     def check_new(self, name: str) -> None:
-        """Raise ValueError unless `name` can be given to a new adapter."""
+        """Raise ValueError unless `name` can be given to a new adapter, RuntimeError on a part of a model."""
+        self._require_whole()
         if name in self.names:
             raise ValueError(f"adapter {name!r} exists already, known ones are {self.names}")
         # Names become attributes of a ParameterDict: no dots, and none of its own attributes.
@@ -469,7 +498,9 @@ class Adapters:
 
     def _id_of(self, adapter: int | str) -> int:
         if not isinstance(adapter, str):
-            return int(adapter)
+            if isinstance(adapter, bool) or not hasattr(adapter, "__index__"):
+                raise TypeError(f"adapters must be names or integer ids, got {adapter!r}")
+            return operator.index(adapter)
         if adapter == BASE:
             return -1
         self._check_known(adapter)
@@ -487,7 +518,7 @@ class Adapters:
         if values is None:
             return None
         device = self._first.device
-        coeff = values if isinstance(values, Tensor) else torch.tensor(list(values), dtype=torch.float32)
+        coeff = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float32)
         if coeff.shape != (len(names),) or not coeff.is_floating_point():
             raise ValueError(
                 f"coefficients must be {len(names)} floats, one for each of {names}, "

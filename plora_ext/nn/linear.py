@@ -94,6 +94,7 @@ class MultiLoRALinear(nn.Module):
 
     base_layer: nn.Linear
     _original_weight: Tensor | None
+    _state: State
 
     def __init__(
         self,
@@ -127,9 +128,18 @@ class MultiLoRALinear(nn.Module):
         # A sum's scaling is a concatenation of these, so that no forward copies numbers from the host.
         self._scaling: dict[str, Tensor] = {}
         self._ranks: dict[str, Tensor] = {}
-        self._state = State() if state is None else state
-        self._number = self._state.join()
+        self._join(State() if state is None else state)
         self.register_load_state_dict_post_hook(_renew_constants)
+
+    def _join(self, state: State) -> None:
+        """From now on what is active is said by `state`."""
+        if "_state" in self.__dict__:
+            self._state.layers.discard(self)
+        self._state, self._number = state, state.join(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._state.layers.add(self)  # of a copy
 
     def _containers(self) -> Any:
         if self.slices is None:
