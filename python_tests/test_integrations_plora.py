@@ -133,3 +133,34 @@ def test_running_statistics_stay_those_of_the_backbone() -> None:
     learn(net, 1)
     for name, buffer in net.backbone.named_buffers():
         assert torch.equal(buffer, before[name]), name
+
+
+def test_what_would_teach_something_else_is_refused() -> None:
+    """A word that is no init started from nothing, labels of other tasks counted as the task's first class."""
+    with pytest.raises(ValueError, match="init must be newest, first or fresh, got 'newst'"):
+        network(init="newst")
+    with pytest.raises(ValueError, match="alignment must be one of none, .*, got 'rigde'"):
+        network(alignment="rigde")
+    net = network()
+    learn(net, 0)
+    with pytest.raises(ValueError, match=r"of ids from 0, got \[-1, 2\]"):
+        net.add_task([2, -1])
+    net.add_task([2, 3])
+    x = images()
+    for labels in ([0, 2, 2, 2, 3, 3, 3], [2, 2, 2, 3, 3, 3, 4]):  # replayed images, say
+        for call in (net.start, net.end_task):
+            with pytest.raises(ValueError, match=rf"the task's classes \[2, 3\], got {labels[0] and labels[-1]}"):
+                call([(x, torch.tensor(labels))])
+    with pytest.raises(ValueError, match=r"an image of each class of the task, got none of \[2, 3\]"):
+        net.end_task(iter([]))  # an iterator that `start` has used up
+    net.end_task([(x, torch.tensor([2, 2, 2, 3, 3, 3, 3]))])
+    assert net.bank.counts.tolist() == [12, 12, 3, 4]
+
+
+def test_a_network_in_16_bits_trains() -> None:
+    net = network().bfloat16()
+    x, labels = images().bfloat16(), torch.arange(7) % 2
+    net.add_task([0, 1])
+    net.start([(x, labels)])
+    nn.functional.cross_entropy(net(x), labels).backward()
+    assert all(p.grad is not None for p in net.parameters_to_train())
