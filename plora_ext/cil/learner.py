@@ -127,10 +127,9 @@ class Learner:
         if self._cut_short:
             raise RuntimeError("an earlier fit was cut short within its task: make a new learner, or load a saved one")
         images, labels = read_labelled(data, self.settings.corrupt)
-        try:
-            new, first = sorted(set(labels)), len(self.classes)
-        except TypeError as error:
-            raise ValueError(f"the labels of a task must be all numbers or all texts: {error}") from error
+        if len({isinstance(label, str) for label in [*self.classes, *labels]}) > 1:
+            raise ValueError("labels must be all numbers or all texts, in every task the same, got both")
+        new, first = sorted(set(labels)), len(self.classes)
         if again := [label for label in new if label in self.classes]:
             raise ValueError(f"a task brings new classes, but {again[0]!r} was learned before: leave its images out")
         if self.settings.method == "joint" and self.classes:
@@ -249,7 +248,7 @@ class Learner:
 
         Raises:
             ValueError: The method or the head is not registered, so that nobody could read it back.
-            FileExistsError: The folder holds something else.
+            FileExistsError: The folder holds something else, or is the working directory.
             RuntimeError: No task is learned yet, or one was cut short.
         """
         import plora_ext
@@ -258,6 +257,9 @@ class Learner:
 
         if not self.classes or self._cut_short:
             raise RuntimeError("this learner has learned no task yet, or one was cut short: call fit first")
+        folder = Path(folder).resolve()  # a link stays one
+        if folder == Path.cwd():
+            raise FileExistsError(f"{folder} is the working directory, which cannot be replaced: choose another folder")
         s, method = self.settings, self.method
         _check_registered("method", METHODS.get(s.method), method)
         if s.method != "plora-ensemble":  # which has a head of its own
@@ -275,7 +277,7 @@ class Learner:
             "adapters": self._adapters.names if self._adapters else [],
             "state": pack({**state, "rng": self.random.state}, "", tensors),
         }
-        self.trainer.world.from_first(lambda: self._write(Path(folder), config, tensors))
+        self.trainer.world.from_first(lambda: self._write(folder, config, tensors))
 
     @property
     def _adapters(self) -> Any:

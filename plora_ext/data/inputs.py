@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from PIL.Image import Image
 from torch import Tensor
 
-from .decode import to_8_bits, to_rgb
+from .decode import to_8_bits, to_rgb, warn_if_dark
 from .folders import class_files, decodable, images_below, readable, readable_kinds
 from .images import ImageFiles
 
@@ -31,7 +32,11 @@ class Items(ImageFiles):
         return self.number
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return to_pixels(self.read(int(index)))
+        image = self.read(int(index))
+        pixels = to_pixels(image)
+        if not index and np.asarray(image.cpu() if isinstance(image, Tensor) else image).dtype != np.uint8:
+            warn_if_dark(pixels, "the first image's values")
+        return pixels
 
 
 def read_images(data: Any) -> np.ndarray | ImageFiles:
@@ -59,7 +64,7 @@ def read_images(data: Any) -> np.ndarray | ImageFiles:
 
 
 def read_labelled(data: Any, corrupt: str = "error") -> tuple[np.ndarray | ImageFiles, list[Any]]:
-    """Images and their labels, of any kind that can be compared.
+    """Images and their labels, numbers or texts.
 
     Args:
         corrupt: What files of a folder do that are no images, as in `plora_ext.data.load_images`.
@@ -76,8 +81,11 @@ def read_labelled(data: Any, corrupt: str = "error") -> tuple[np.ndarray | Image
     elif hasattr(data, "column_names"):
         images, labels = read_images(data), _labels(data[_column(data, lambda v: isinstance(v, int | str), "labels")])
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        if len(data) and not isinstance(data[0], tuple | list):
+            raise ValueError(f"data must be {_WANTED}, got {type(data).__name__} of {type(data[0]).__name__}")
         images = Items(len(data), lambda row: data[row][0])
-        given = getattr(data, "targets", None)  # torchvision's, without reading an image
+        # torchvision's, without reading an image; what they become in its items is known from those alone
+        given = None if getattr(data, "target_transform", None) else getattr(data, "targets", None)
         labels = _labels([data[row][1] for row in range(len(data))] if given is None else given)
     else:
         raise ValueError(f"data must be {_WANTED}, got {type(data).__name__}")
@@ -138,10 +146,15 @@ def _class_folders(root: Path, corrupt: str) -> tuple[ImageFiles, list[str]]:
 
 def _labels(given: Any) -> list[Any]:
     """Labels as plain values."""
-    if not hasattr(given, "__iter__") or np.ndim(given) == 0:
-        raise ValueError(f"labels must be one an image, got {given!r}")
-    values = given.tolist() if hasattr(given, "tolist") else list(given)
-    return [value.item() if hasattr(value, "item") else value for value in values]
+    try:
+        values = list(given.tolist() if hasattr(given, "tolist") else given)
+    except TypeError:
+        raise ValueError(f"labels must be one an image, got {given!r}") from None
+    values = [value.item() if hasattr(value, "item") and math.prod(value.shape) == 1 else value for value in values]
+    for value in values:
+        if not isinstance(value, int | float | str) or value != value:
+            raise ValueError(f"labels must be numbers or texts, got {value!r:.60}")
+    return values
 
 
 def _column(data: Any, fits: Callable[[Any], bool], what: str) -> str:

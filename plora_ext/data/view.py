@@ -80,6 +80,8 @@ class View:
         p = preparation
         if p.on_device is None:
             p = replace(p, on_device=p.device.type == "cuda" and not isinstance(images, ImageFiles))
+        if not isinstance(images, ImageFiles):
+            images = np.ascontiguousarray(images)  # torch knows no array that is turned round
         self.images, self.preparation = images, p
         self.rows = torch.arange(len(images))
         self._colors = [torch.tensor(v, device=p.device).view(3, 1, 1) for v in (p.mean, p.std)]
