@@ -108,6 +108,21 @@ def test_shared_modules_are_wrapped_once() -> None:
     assert model[0] is shared and model[2] is shared
 
 
+def test_a_shared_module_has_its_adapters_under_every_name() -> None:
+    """Where one name alone was a target, the layer kept to itself under the others, until it was merged."""
+    shared = nn.Linear(6, 6)
+    model = nn.ModuleDict({"first": nn.Sequential(shared, nn.Tanh()), "again": nn.Sequential(shared)})
+    adapters, x = inject(model, ["first.0"], r=2), torch.randn(3, 6)
+    adapters.add_adapter("a")
+    for parameter in adapters.parameters():
+        nn.init.normal_(parameter)
+    y = model["again"](x)
+    assert model["again"][0] is model["first"][0] and not torch.allclose(y, F.linear(x, shared.weight, shared.bias))
+    adapters.merge_and_unload()
+    torch.testing.assert_close(model["again"](x), y)
+    assert model["again"][0] is model["first"][0] is shared
+
+
 # ---------------------------------------------------------------------- numbers in a whole model
 
 
