@@ -102,7 +102,9 @@ class PrototypeBank(nn.Module):
             )
         if len(index.unique()) < len(index):
             raise ValueError(f"classes must not repeat, got {index.tolist()}")
-        number = self.counts[index].clamp(min=1) if counts is None else counts.to(self.counts)
+        number = self.counts[index].clamp(min=1) if counts is None else torch.as_tensor(counts).to(self.counts)
+        if number.shape != index.shape or bool((number < 0).any()):
+            raise ValueError(f"counts must be [{len(index)}] numbers of samples, one for each class, got {counts}")
         value = prototypes.to(self.prototypes)
         self.counts[index], self.prototypes[index], self.sums[index] = number, value, value * number[:, None]
 
@@ -146,7 +148,8 @@ class PrototypeBank(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrototypeBank:
         exact = self.prototypes, self.sums
         super()._apply(fn, recurse)
-        self.prototypes, self.sums = (t.to(self.counts.device) for t in exact)
+        if not self.counts.is_meta and not exact[0].is_meta:  # else there is nothing to keep
+            self.prototypes, self.sums = (t.to(self.counts.device) for t in exact)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
