@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 import warnings
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.models.beit import Beit
@@ -68,6 +70,18 @@ def test_q_and_v_are_modules_of_that_name_and_the_rows_of_every_fused_qkv() -> N
         "qkv": {"q": (0, 4), "v": (8, 12)},
         "more.qkv": {"q": (0, 2), "v": (4, 6)},
     }
+
+
+@pytest.mark.parametrize("name", ["tiny_vit_5m_224", "efficientformer_l1", "gcvit_small"])
+def test_rows_of_a_qkv_of_another_order_are_refused(name: str) -> None:
+    """Their rows divide by three all the same, so that another head's k was q without a word."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    fused = [key for key, module in model.named_modules() if key.endswith("qkv") and isinstance(module, nn.Linear)]
+    assert any(model.get_submodule(key).out_features % 3 == 0 for key in fused)
+    with pytest.raises(ValueError, match="need a fused qkv whose rows are q, k, v in thirds"):
+        inject(model, ["q", "v"], r=2)
+    assert len(inject(model, ["qkv"], r=2).layers) == len(fused)
 
 
 def test_everything_but_the_newest_adapter_is_frozen() -> None:
@@ -518,14 +532,15 @@ def test_names_and_coefficients() -> None:
 
 
 def test_alpha_and_dropout_out_of_range() -> None:
-    for alpha in (0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"lora_alpha must be a positive number, got {alpha}"):
+    for alpha in (0, -1.0, float("nan"), float("inf"), "16", np.float32(8)):  # which no JSON holds
+        with pytest.raises(ValueError, match=re.escape(f"lora_alpha must be a positive number, got {alpha!r}")):
             inject(vit(), lora_alpha=alpha)
         with pytest.raises(ValueError, match="lora_alpha must be a positive number"):
             make().add_adapter("new", lora_alpha=alpha)
     model = vit()
-    with pytest.raises(ValueError, match=r"lora_dropout must lie in \[0, 1\), got 1"):
-        inject(model, lora_dropout=1.0)
+    for dropout in (1.0, "0.1"):
+        with pytest.raises(ValueError, match=rf"lora_dropout must lie in \[0, 1\), got {dropout!r}"):
+            inject(model, lora_dropout=dropout)
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -561,6 +576,8 @@ def test_merge_refuses_a_weight_that_others_use() -> None:
 def test_all_linear_and_names_that_are_no_expression() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 1), nn.Sequential(nn.Linear(4, 2)))
     prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(ValueError, match="'0' has no weight before its first forward: run the model once"):
+        inject(nn.Sequential(nn.LazyLinear(4)), ["0"], r=2)
     with pytest.raises(ValueError, match="'0' has a weight that a hook computes.*prune.remove.*; leave it out"):
         inject(model, ["0"], r=2)
     with pytest.raises(TypeError, match="got torch.nn.modules.linear.Linear whose weight a hook computes"):

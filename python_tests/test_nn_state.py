@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from plora_ext.nn import Adapters, CosineHead, Ensemble, PrototypeBank, SubspaceHead, inject
@@ -328,6 +330,35 @@ def test_a_weight_that_is_a_tensor_of_another_kind_is_left_to_its_layer() -> Non
     with pytest.raises(RuntimeError, match=r"sharded, quantised or offloaded \(it is (Kind|Parameter)"):
         adapters.merge()
     assert not model[0].merged and adapters._state.merged is None
+
+
+@pytest.mark.parametrize("change", [prune.random_unstructured, spectral_norm])
+def test_a_weight_that_is_computed_at_every_forward_is_not_merged_into(change: Callable[..., nn.Module]) -> None:
+    """What was written there was gone with the next forward, and the model without its adapters."""
+    adapters, x = make(), torch.randn(3, 6)
+    base = adapters.layers["0"].base_layer
+    change(base, "weight", **({"amount": 0.5} if change is prune.random_unstructured else {}))
+    adapters.model.eval()
+    y = adapters.model(x)
+    torch.testing.assert_close(y, formula(adapters, x, {"b": 1.0}))
+    for call in (adapters.merge, lambda: adapters.merged().__enter__(), adapters.frozen, adapters.unload):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="that a hook or a parametrization computes"):
+            call()
+        assert torch.equal(adapters.model(x), y)
+    if change is prune.random_unstructured:
+        prune.remove(base, "weight")
+        torch.testing.assert_close(adapters.unload()(x), y)
+
+
+def test_a_frozen_model_of_one_dtype_has_weights_of_its_own() -> None:
+    adapters, x = make(dtype=torch.bfloat16), torch.randn(3, 6, dtype=torch.bfloat16)
+    adapters.set_adapter(None)
+    with torch.no_grad(), torch.autocast("cpu"):
+        before = adapters.frozen()
+        y = before(x)
+        adapters.set_adapter("a")
+        with adapters.merged():
+            assert torch.equal(before(x), y) and not torch.equal(adapters.model(x), y)
 
 
 # ---------------------------------------------------------------------- dtypes

@@ -251,10 +251,7 @@ class Adapters:
         self._require_unmerged()
         kind, active = self._first.device.type, self._state.current
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        weights = {
-            layer._number: layer._merge(active).clone() if dtype is None else layer._merge(active).to(dtype)
-            for layer in self.layers.values()
-        }
+        weights = {layer._number: layer.merged_weight(active).to(dtype, copy=True) for layer in self.layers.values()}
 
         def call(*inputs: Any) -> Any:
             self._require_layers()
@@ -539,5 +536,6 @@ def check_rank(r: int, name: str, in_features: int, slices: dict[str, tuple[int,
 
 
 def check_alpha(lora_alpha: float | None) -> None:
-    if lora_alpha is not None and not 0 < lora_alpha < float("inf"):
+    known = lora_alpha is None or (isinstance(lora_alpha, int | float) and 0 < lora_alpha < float("inf"))
+    if not known:  # other kinds of numbers could not be written to a file
         raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")

@@ -110,8 +110,8 @@ class MultiLoRALinear(nn.Module):
             if type(base) is nn.Linear:
                 got += " whose weight a hook computes"
             raise TypeError(f"base must be a plain torch.nn.Linear, got {got}")
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout}")
+        if not isinstance(lora_dropout, int | float) or not 0.0 <= lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout!r}")
         for key, (start, stop) in (slices or {}).items():
             if not 0 <= start < stop <= base.out_features:
                 raise ValueError(f"slice {key!r} must be rows within [0, {base.out_features}), got ({start}, {stop})")
@@ -433,10 +433,24 @@ class MultiLoRALinear(nn.Module):
         merged = ops.lora_merge(weight.to(lora_A.dtype), lora_A, lora_B, scaling, coeff=coeff, ranks=ranks)
         return merged.to(weight.dtype)
 
+    def merged_weight(self, active: Active) -> Tensor:
+        """The same, to be the layer's weight.
+
+        Raises:
+            RuntimeError: what the layer computes with is not its weight.
+        """
+        if "weight" not in self.base_layer._parameters and isinstance(self.base_layer.weight, Tensor):
+            raise RuntimeError(
+                "adapters cannot be merged into a weight that a hook or a parametrization computes at every forward: "
+                "make it permanent before (torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or use "
+                "the model unmerged"
+            )
+        return self._merge(active)
+
     @torch.no_grad()
     def merge(self, active: Active) -> None:
         """Write adapters into the base weight, in place."""
-        merged = self._merge(active)
+        merged = self.merged_weight(active)
         self._original_weight = self.base_layer.weight.detach().clone()
         self.base_layer.weight.copy_(merged)
 
