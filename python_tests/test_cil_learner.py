@@ -336,6 +336,9 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
         ((pixels, [1, "a"] * 20), "must be all numbers or all texts"),
         (TensorDataset(torch.zeros(2, 5), torch.zeros(2)), r"an image must be a PIL image, .* got Tensor \[5\]"),
         (Table(pixels, [None] * 40), "one column of labels, got none"),
+        ((np.zeros((2, 0, 5, 3), np.uint8), [0, 1]), r"images must be uint8 .*, got uint8 \[2, 0, 5, 3\]"),
+        (([np.zeros((0, 5, 3), np.uint8)], [0]), r"an image must be .*, got ndarray \[0, 5, 3\]"),
+        ({"image": pixels, "label": labels}, "data must be a pair .*, got dict"),
         ((pixels, [1.0, float("nan")] * 20), "labels must be numbers or texts, got nan"),
         ((pixels, [None] * 40), "labels must be numbers or texts, got None"),
         ((pixels, [(0, "cat")] * 40), r"labels must be numbers or texts, got \(0, 'cat'\)"),  # no JSON gives them back
@@ -366,6 +369,8 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
         Learner("run.yaml")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="give num_tasks"):
         learner(fusion="sum", onto="fused", init="inflora")
+    with pytest.raises(ValueError, match="image_size must be 16, the given backbone's, got 32"):
+        learner(image_size=32)  # images had 16 pixels all the same
     with pytest.raises(ValueError, match="unknown setting 'metod'; did you mean 'method'"):
         Learner(metod="plora")
     joint = learner(method="joint").fit((pixels, labels))

@@ -100,6 +100,8 @@ class Learner:
         self.backbone_given = backbone is not None
         with self.random():
             backbone = backbone or load_backbone(s)
+            if s.image_size not in (None, backbone.image_size):
+                raise ValueError(f"image_size must be {backbone.image_size}, the given backbone's, got {s.image_size}")
             check_backbone(backbone.model)
             world.broadcast_([tensor.data for tensor in backbone.model.state_dict().values()])
             self.backbone_digest = weights_digest(backbone.model)

@@ -55,7 +55,7 @@ def read_images(data: Any) -> np.ndarray | ImageFiles:
         return Items(len(data), lambda row: data[row][column])
     if isinstance(data, np.ndarray | Tensor):
         pixels = np.asarray(data)
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape[1:]:
             raise ValueError(f"images must be uint8 [N, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
         return pixels
     if isinstance(data, Sequence):
@@ -80,7 +80,7 @@ def read_labelled(data: Any, corrupt: str = "error") -> tuple[np.ndarray | Image
         images, labels = read_images(data[0]), _labels(data[1])
     elif hasattr(data, "column_names"):
         images, labels = read_images(data), _labels(data[_column(data, lambda v: isinstance(v, int | str), "labels")])
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, dict):
         if len(data) and not isinstance(data[0], tuple | list):
             raise ValueError(f"data must be {_WANTED}, got {type(data).__name__} of {type(data[0]).__name__}")
         images = Items(len(data), lambda row: data[row][0])
@@ -105,7 +105,7 @@ def to_pixels(image: Any) -> np.ndarray:
     pixels = np.moveaxis(image.cpu().numpy(), 0, -1) if isinstance(image, Tensor) else np.asarray(image)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or not pixels.size:
         what = f"{type(image).__name__} {list(np.shape(image))}"
         raise ValueError(f"an image must be a PIL image, an array [H, W, 3] or a tensor [3, H, W], got {what}")
     return to_8_bits(pixels, "an image").repeat(3 // pixels.shape[2], 2)
