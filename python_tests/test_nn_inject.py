@@ -380,8 +380,11 @@ def test_a_copied_model_gets_a_handle_of_its_own() -> None:
         assert torch.equal(twin.model(x), y)
         twin.set_adapter("t2")
         assert adapters.active == ["t0", "t1"] and twin.active == ["t2"]
-        twin.add_adapter("new")
-        assert "new" not in adapters.names
+        twin.add_adapter("new")  # of the rank that inject was told
+        assert "new" not in adapters.names and set(twin.layers["blocks.0.attn.qkv"].r.values()) == {4}
+    assert (Adapters(adapters.model, r=2).r, Adapters(adapters.model, lora_alpha=3).lora_alpha) == (2, 3)
+    alone = Adapters(inject(vit(), ["qkv"], r=4, lora_alpha=8).model)
+    assert (alone.r, alone.lora_alpha) == (4, 8) and Adapters(alone.model, r=2).lora_alpha is None
 
 
 def test_moving_the_model_moves_everything(device) -> None:

@@ -36,16 +36,15 @@ class Adapters:
 
     Args:
         model: a model that `inject` has changed.
-        r: default rank for `add_adapter`.
-        lora_alpha: default alpha; `None` means alpha = r.
+        r, lora_alpha: defaults for `add_adapter`, by default those of `inject`; with an r alone, alpha = r.
 
     Attributes:
         model: the model.
         layers: the adapted layers by module name.
     """
 
-    def __init__(self, model: nn.Module, r: int = 16, lora_alpha: float | None = None) -> None:
-        self.model, self.r, self.lora_alpha = model, r, lora_alpha
+    def __init__(self, model: nn.Module, r: int | None = None, lora_alpha: float | None = None) -> None:
+        self.model = model
         self.layers: dict[str, MultiLoRALinear] = {
             name: module for name, module in model.named_modules() if isinstance(module, MultiLoRALinear)
         }
@@ -60,6 +59,9 @@ class Adapters:
         for layer in self.layers.values():
             if layer._state is not self._state:  # of a part that was injected apart
                 layer._join(self._state)
+        usual = self._state.defaults
+        self.r = usual[0] if r is None else r
+        self.lora_alpha = usual[1] if r is None and lora_alpha is None else lora_alpha
 
     def __repr__(self) -> str:
         return f"Adapters(names={self.names}, active={self.active}, layers={len(self.layers)})"

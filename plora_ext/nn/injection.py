@@ -53,7 +53,7 @@ def inject(
         refuse_unsupported(model, name)
         check_rank(r, name, layer.in_features, rows or {"": (0, layer.out_features)})
     wrapped: dict[nn.Module, MultiLoRALinear] = {}
-    state = State()
+    state = State(r, lora_alpha)
     for name, rows in targets.items():
         layer = linear_at(model, name)
         if layer not in wrapped:
@@ -64,4 +64,4 @@ def inject(
         if module in wrapped:
             replace_module(model, name, wrapped[module])
     model.requires_grad_(False)
-    return Adapters(model, r=r, lora_alpha=lora_alpha)
+    return Adapters(model)

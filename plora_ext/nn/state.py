@@ -97,9 +97,11 @@ class State:
         merged: the adapters that are part of the base weights, as they were active; `None` where there are none.
         unchecked: adapters that were added, loaded or trained since they were last found to be finite.
         layers: the layers whose state this is.
+        defaults: rank and alpha of new adapters, as `inject` was told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, r: int = 16, lora_alpha: float | None = None) -> None:
+        self.defaults = r, lora_alpha
         self.common = Active()
         self.merged: Active | None = None
         self.unchecked: set[str] = set()
@@ -195,10 +197,10 @@ class State:
             return replace(active, coefficients=active.coefficients.detach())
 
         state = {"common": kept(self.common), "merged": kept(self.merged)}
-        return {**state, "unchecked": set(self.unchecked), "members": self._members}
+        return {**state, "unchecked": set(self.unchecked), "members": self._members, "defaults": self.defaults}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+        self.__init__(*state.get("defaults", ()))  # type: ignore[misc]
         self.common = self._latest = state["common"]
         self.merged, self.unchecked, self._members = state["merged"], state["unchecked"], state["members"]
 
