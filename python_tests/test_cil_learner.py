@@ -154,6 +154,8 @@ def test_what_cannot_be_brought_back_is_said(images: Images, tmp_path: Path) -> 
     next(other.model.parameters()).data += 1
     with pytest.raises(ValueError, match="weights are not those with which"):
         Learner.from_pretrained(tmp_path / "it", backbone=other)
+    with pytest.raises(ValueError, match=r"input \(size, mean, std\) must be \[16, \[0.5.*, got \[16, \[0.25"):
+        Learner.from_pretrained(tmp_path / "it", backbone=backbone()._replace(mean=[0.25] * 3))
     with pytest.raises(ValueError, match="lr cannot differ"):
         Learner.from_pretrained(tmp_path / "it", backbone=backbone(), lr=1.0)
     with pytest.raises(FileNotFoundError, match=r"learner\.json is missing"):
@@ -371,6 +373,9 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
         learner(fusion="sum", onto="fused", init="inflora")
     with pytest.raises(ValueError, match="image_size must be 16, the given backbone's, got 32"):
         learner(image_size=32)  # images had 16 pixels all the same
+    for mean in ([127.0] * 3, [0.5]):  # those of pixels up to 255 cost half of the accuracy
+        with pytest.raises(ValueError, match=rf"mean must be three numbers, .*, got \{mean}"):
+            Learner(backbone=backbone()._replace(mean=mean), **QUICK)
     with pytest.raises(ValueError, match="unknown setting 'metod'; did you mean 'method'"):
         Learner(metod="plora")
     joint = learner(method="joint").fit((pixels, labels))

@@ -256,6 +256,7 @@ class Learner:
         import plora_ext
         from plora_ext.cil.packing import pack
         from plora_ext.cil.registry import HEADS, METHODS
+        from plora_ext.cil.same_run import input_of
 
         if not self.classes or self._cut_short:
             raise RuntimeError("this learner has learned no task yet, or one was cut short: call fit first")
@@ -275,7 +276,11 @@ class Learner:
             "classes": self.classes,
             "task_sizes": self.task_sizes,
             "num_tasks": self.trainer.num_tasks,
-            "backbone": {"digest": self.backbone_digest, "given": self.backbone_given},
+            "backbone": {
+                "digest": self.backbone_digest,
+                "given": self.backbone_given,
+                "input": input_of(self.preparation),
+            },
             "adapters": self._adapters.names if self._adapters else [],
             "state": pack({**state, "rng": self.random.state}, "", tensors),
         }
@@ -327,13 +332,13 @@ class Learner:
         Raises:
             FileNotFoundError: The folder holds no learner.
             ValueError: It is damaged, of another format or of a method that is not registered, or the backbone's
-                weights are others.
+                weights or input are others.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         from plora_ext.cil.packing import unpack
-        from plora_ext.cil.same_run import ELSEWHERE, ROUNDING
+        from plora_ext.cil.same_run import ELSEWHERE, ROUNDING, input_of
         from plora_ext.io import load_adapter
 
         folder = Path(folder)
@@ -359,6 +364,11 @@ class Learner:
         learner = cls(settings, backbone=backbone, callbacks=callbacks, num_tasks=number, world=world)
         if learner.backbone_digest != given["digest"]:
             raise ValueError(f"the backbone's weights are not those with which the learner in {folder} has learned")
+        here = input_of(learner.preparation)
+        if given.get("input", here) != here:
+            raise ValueError(
+                f"the backbone's input (size, mean, std) must be {given['input']}, as in {folder}, got {here}"
+            )
         for name in names:
             load_adapter(learner._adapters, folder / ADAPTERS / name, name)
         learner.random.state = state.pop("rng")
