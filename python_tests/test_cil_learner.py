@@ -369,8 +369,13 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
         one.fit(tmp_path / "both")
     with pytest.raises(TypeError, match="settings must be Settings, .*got str"):
         Learner("run.yaml")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="give num_tasks"):
-        learner(fusion="sum", onto="fused", init="inflora")
+    for number in (None, 0):
+        with pytest.raises(ValueError, match=f"give num_tasks, got {number}"):
+            learner(fusion="sum", onto="fused", init="inflora", num_tasks=number)
+    spoilt = backbone()
+    torch.nn.init.constant_(spoilt.model.norm.weight, float("inf"))  # as where 16 bits overflow
+    with pytest.raises(FloatingPointError, match="features of task 0 are not finite; .* the backbone's weights$"):
+        Learner(backbone=spoilt, **QUICK, method="simplecil").fit((pixels, labels))
     with pytest.raises(ValueError, match="image_size must be 16, the given backbone's, got 32"):
         learner(image_size=32)  # images had 16 pixels all the same
     for mean in ([127.0] * 3, [0.5]):  # those of pixels up to 255 cost half of the accuracy

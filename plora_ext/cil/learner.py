@@ -90,8 +90,8 @@ class Learner:
         if isinstance(backbone, str):
             changes, backbone = {**changes, "backbone": backbone}, None
         self.settings = s = Settings.load(overrides={**(settings.as_dict() if settings else {}), **changes})
-        if s.init == "inflora" and num_tasks is None:
-            raise ValueError("init inflora needs to know how many tasks will come: give num_tasks")
+        if s.init == "inflora" and not (num_tasks and num_tasks > 0):
+            raise ValueError(f"init inflora needs to know how many tasks will come: give num_tasks, got {num_tasks}")
         device = world.place(pick_device(s.device))
         self.random = Generators(s, device)
         self.classes: list[Any] = []

@@ -52,7 +52,7 @@ def run(
     Raises:
         ValueError: Settings, labels or layers that do not fit, or a checkpoint of another run.
         OSError: The checkpoint cannot be written.
-        FloatingPointError: A loss or a weight that is not finite.
+        FloatingPointError: A loss, a weight or a feature that is not finite.
         torch.OutOfMemoryError: Memory is exhausted, the device's or the host's; names the setting to lower.
     """
     if not isinstance(checkpoint, Checkpoint | None):
