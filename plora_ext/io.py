@@ -130,8 +130,7 @@ def load_adapter(adapters: Adapters, folder: str | os.PathLike[str], name: str) 
                     f"{weights_path}: {key}.lora_{which}.weight must be {list(shape)}, got {list(tensor.shape)}"
                 )
         ready[key] = _into_slices(layer, key, lora_A, lora_B, alpha, weights_path)
-    for key, layer in layers.items():
-        layer.add_adapter(name, *ready[key])
+    adapters._add(name, ready.values())
 
 
 def _layers(adapters: Adapters) -> dict[str, MultiLoRALinear]:

@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
-from plora_ext.nn import Adapters, CosineHead, Ensemble, PrototypeBank, SubspaceHead, inject
+from plora_ext.io import load_adapter, save_adapter
+from plora_ext.nn import Adapters, CosineHead, Ensemble, MultiLoRALinear, PrototypeBank, SubspaceHead, inject
 
 
 def make(names: str = "ab", dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any) -> Adapters:
@@ -134,6 +136,35 @@ def test_a_handle_on_a_part_does_not_change_what_the_whole_has() -> None:
     whole = Adapters(parts)
     handles["q"].set_adapter(["a", "b"])  # the handle of before
     assert whole.active == parts["q"][0].active_adapters == ["a", "b"]
+
+
+def test_an_adapter_is_in_all_layers_or_in_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory ran out, it was in some, neither to be used nor to be added or deleted."""
+    adapters, x = make(), torch.randn(3, 6)
+    save_adapter(adapters, tmp_path, "a")
+    y, state = adapters.model(x), set(adapters.model.state_dict())
+    add = MultiLoRALinear.add_adapter
+
+    def fail(self: MultiLoRALinear, name: str, pairs: Any, lora_alpha: float) -> None:
+        if self is adapters.layers["2"]:
+            self.lora_A[name] = nn.Parameter(pairs[0][0])
+            raise torch.OutOfMemoryError
+        add(self, name, pairs, lora_alpha)
+
+    for call in (
+        lambda: adapters.add_adapter("new"),
+        lambda: adapters.add_adapter("new", init_from="a"),
+        lambda: adapters.fuse(["a", "b"], name="new"),
+        lambda: load_adapter(adapters, tmp_path, "new"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(MultiLoRALinear, "add_adapter", fail)
+            call()
+        assert adapters.names == ["a", "b"] and set(adapters.model.state_dict()) == state
+        call()
+        adapters.delete_adapter("new")
+    adapters.set_adapter("b")
+    assert torch.equal(adapters.model(x), y)
 
 
 def test_asyncio_tasks_keep_to_their_own_batch() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -122,12 +122,24 @@ class Adapters:
                         "leave r out, or init_from"
                     )
             plans[key] = rank, default if lora_alpha is None else lora_alpha
-        for key, layer in self.layers.items():
-            rank, alpha = plans[key]
-            pairs = layer.init_factors(rank) if init_from is None else layer.pairs(init_from)
-            layer.add_adapter(name, pairs, alpha)
+
+        def factors(layer: MultiLoRALinear, rank: int) -> Sequence[tuple[Tensor, Tensor]]:
+            return layer.init_factors(rank) if init_from is None else layer.pairs(init_from)
+
+        self._add(name, ((factors(self.layers[key], rank), alpha) for key, (rank, alpha) in plans.items()))
         self.set_adapter(name)
         self.train_adapter(name)
+
+    def _add(self, name: str, adapters: Iterable[tuple[Sequence[tuple[Tensor, Tensor]], float]]) -> None:
+        """Adds an adapter, factors and alpha for each layer, to all layers or to none."""
+        layers = list(self.layers.values())
+        try:
+            for layer, (pairs, alpha) in zip(layers, adapters, strict=True):
+                layer.add_adapter(name, pairs, alpha)
+        except BaseException:  # out of memory, say
+            for layer in layers:
+                layer.delete_adapter(name)
+            raise
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter; it leaves the active set first, with its coefficient.
@@ -349,17 +361,20 @@ class Adapters:
         self.check_new(name)
         coeff = self._as_coefficients(chosen, coefficients)
         factors = [1.0] * len(chosen) if coeff is None else coeff.tolist()
-        for layer in self.layers.values():
+
+        def fused(layer: MultiLoRALinear) -> tuple[Sequence[tuple[Tensor, Tensor]], float]:
             scales = [c * layer.lora_alpha[n] / layer.r[n] for c, n in zip(factors, chosen, strict=True)]
             pairs = [layer.pairs(n) for n in chosen]  # pairs[adapter][slice] = (A, B)
-            fused = [
+            made = [
                 (
                     torch.cat([A.detach() for A, _ in of_slice]),
                     torch.cat([s * B.detach() for s, (_, B) in zip(scales, of_slice, strict=True)], dim=1),
                 )
                 for of_slice in zip(*pairs, strict=True)
             ]
-            layer.add_adapter(name, fused, lora_alpha=fused[0][0].shape[0])
+            return made, made[0][0].shape[0]
+
+        self._add(name, map(fused, self.layers.values()))
 
     def merge(self) -> None:
         """Write the active set into the base weights, in place, for the fastest inference (also when compiled).

@@ -262,9 +262,10 @@ class MultiLoRALinear(nn.Module):
         return pairs
 
     def delete_adapter(self, name: str) -> None:
-        """Remove adapter `name`, which must not be active."""
+        """Remove adapter `name`, which must not be active, or what there is of it."""
         for record in self._records():
-            del record[name]
+            if name in record:
+                del record[name]
         self._state.unchecked.discard(name)
 
     def rename_adapter(self, old: str, new: str) -> None:
