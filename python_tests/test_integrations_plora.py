@@ -13,6 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from plora_ext.cil import plora
+from plora_ext.cil.alignment import align
 from plora_ext.cil.plora import PLoRA
 
 SETTINGS: dict[str, Any] = {
@@ -155,6 +156,28 @@ def test_what_would_teach_something_else_is_refused() -> None:
         net.end_task(iter([]))  # an iterator that `start` has used up
     net.end_task([(x, torch.tensor([2, 2, 2, 3, 3, 3, 3]))])
     assert net.bank.counts.tolist() == [12, 12, 3, 4]
+
+
+@pytest.mark.parametrize("alignment", ["none", "ridge"])
+def test_a_class_that_comes_back_is_aligned_before_its_new_images_join(alignment: str) -> None:
+    net = network(alignment=alignment, ridge=0.01)
+    learn(net, 0)
+    old, before = net.bank.prototypes.clone(), copy.deepcopy(net)
+    x, labels = 3 * torch.randn(40, 6), 1 + torch.arange(40) % 2
+    net.add_task([1, 2])
+    for parameter in net.adapters.parameters("task1"):
+        nn.init.normal_(parameter.data, std=0.3)
+    with pytest.raises(ValueError, match="got 7"):  # and nothing of it is counted
+        net.end_task([(x, labels), (x[:1], torch.tensor([7]))])
+    net.end_task([(x[:20], labels[:20]), (x[20:], labels[20:])])
+    with torch.no_grad():
+        then, now = before.eval().backbone(x), net.eval().backbone(x)
+    aligned = align(alignment, old, then, now, labels - 1, ridge=0.01)
+    assert alignment == "none" or not torch.allclose(aligned, old, rtol=0.1)
+    torch.testing.assert_close(net.bank.prototypes[0], aligned[0])
+    torch.testing.assert_close(net.bank.prototypes[1], (12 * aligned[1] + now[labels == 1].sum(0)) / 32)
+    torch.testing.assert_close(net.bank.prototypes[2], now[labels == 2].mean(0))
+    assert net.bank.counts.tolist() == [12, 32, 20]
 
 
 def test_a_network_in_16_bits_trains() -> None:

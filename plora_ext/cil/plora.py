@@ -139,6 +139,8 @@ class PLoRA(nn.Module):
     def end_task(self, batches: Batches) -> None:
         """Fuse all adapters, align the old prototypes to the fused model and add the new ones.
 
+        A class that comes back has the mean of its aligned prototype and the new images, each by its number of images.
+
         Args:
             batches: (images, labels) of the task on the network's device, in any order. The model before the fusion and
                 the model after it see the same images.
@@ -147,7 +149,7 @@ class PLoRA(nn.Module):
             ValueError: a label of another task, or a class without an image.
         """
         self.eval()
-        known = [c for c in self.bank.classes if c not in set(self.task_classes.tolist())]
+        known, fresh = self.bank.classes, PrototypeBank(self.bank.num_features).to(self.bank.sums.device)
         if known:
             self.fuse(newest=False)
             before, drift = self.adapters.frozen(), self.drift(known, len(self.task_classes))
@@ -160,8 +162,8 @@ class PLoRA(nn.Module):
                 drift.add(old, features, local)
                 if drift.kind.rows and self.sought:
                     sample.add(images, old, local)
-            self.bank.update(features, labels)
-        if without := set(self.task_classes.tolist()).difference(self.bank.classes):
+            fresh.update(features, labels)
+        if without := set(self.task_classes.tolist()).difference(fresh.classes):
             raise ValueError(f"batches must hold an image of each class of the task, got none of {sorted(without)}")
         if sample.rows:
             images, old, local = sample.rows
@@ -171,6 +173,7 @@ class PLoRA(nn.Module):
                 drift.add(before(moved).float(), self.backbone(moved).float(), None)
         if known:
             self.bank.set(known, drift.align())
+        self.bank._add(fresh)
         self.adapters.train_adapter(None)
         self.task_classes = self.task_classes[:0]
         self.directions = nn.Parameter(self.directions[:0].clone())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext import ops
@@ -78,9 +79,20 @@ class PrototypeBank(nn.Module):
             features = features.to(self.sums)
         before = self.counts.clone()
         sums, counts = ops.class_sums(features, labels, len(self.counts), sums=self.sums, counts=self.counts)
+        self._take(sums, counts, counts > before)
+
+    def _add(self, other: PrototypeBank) -> None:
+        """The samples of another bank beside one's own."""
+        number = len(other.counts)
+        self._resize(max(number, len(self.counts)))
+        self.sums[:number] += other.sums
+        self.counts[:number] += other.counts
+        self._take(self.sums, self.counts, F.pad(other.counts, (0, len(self.counts) - number)) > 0)
+
+    def _take(self, sums: Tensor, counts: Tensor, changed: Tensor) -> None:
         means = sums / counts.clamp(min=1)[:, None]
         self.sums, self.counts = sums, counts
-        self.prototypes = torch.where((counts > before)[:, None], means, self.prototypes)
+        self.prototypes = torch.where(changed[:, None], means, self.prototypes)
 
     @torch.no_grad()
     def set(self, classes: Tensor | Sequence[int], prototypes: Tensor, counts: Tensor | None = None) -> None:
