@@ -372,6 +372,9 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
     for number in (None, 0):
         with pytest.raises(ValueError, match=f"give num_tasks, got {number}"):
             learner(fusion="sum", onto="fused", init="inflora", num_tasks=number)
+    one.trainer.model.norm.bias.data[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="got nan for image 0: its features are not finite"):
+        one.predict(pixels)  # all were of the first class
     spoilt = backbone()
     torch.nn.init.constant_(spoilt.model.norm.weight, float("inf"))  # as where 16 bits overflow
     with pytest.raises(FloatingPointError, match="features of task 0 are not finite; .* the backbone's weights$"):

@@ -199,6 +199,9 @@ class Learner:
 
         The probability is the score's share of the softmax over all classes seen. Where the head gives log-likelihoods
         (gaussian) it is that of the class if all are as frequent; elsewhere it is not calibrated.
+
+        Raises:
+            FloatingPointError: An image has no score, since its features are not finite.
         """
         from plora_ext.cil.evaluate import classify
         from plora_ext.data.inputs import read_images
@@ -210,7 +213,10 @@ class Learner:
             raise ValueError("images must hold at least one image, got none")
         with self.random():
             number, rows = len(self.classes), torch.arange(len(view))
-            return np.asarray(classify(self.method, view, rows, number, top=min(top, number)).cpu())
+            best = np.asarray(classify(self.method, view, rows, number, top=min(top, number)).cpu())
+        if len(bad := np.flatnonzero(np.isnan(best[:, 0, 1]))):
+            raise FloatingPointError(f"scores must be numbers, got nan for image {bad[0]}: its features are not finite")
+        return best
 
     def evaluate(self, data: Any) -> dict[str, Any]:
         """`accuracy` over all images in percent, and `task_accuracies`, over those of each task's classes.
