@@ -579,6 +579,9 @@ def test_merge_refuses_a_weight_that_others_use() -> None:
 def test_all_linear_and_names_that_are_no_expression() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 1), nn.Sequential(nn.Linear(4, 2)))
     prune.l1_unstructured(model[0], "weight", 0.5)
+    for targets in ("all-linear", ".*"):  # nothing can be put in the place of the model itself
+        with pytest.raises(ValueError, match="matches none, it has no torch.nn.Linear"):
+            inject(nn.Linear(4, 4), targets, r=2)
     with pytest.raises(ValueError, match="'0' has no weight before its first forward: run the model once"):
         inject(nn.Sequential(nn.LazyLinear(4)), ["0"], r=2)
     with pytest.raises(ValueError, match="'0' has a weight that a hook computes.*prune.remove.*; leave it out"):

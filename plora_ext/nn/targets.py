@@ -20,7 +20,7 @@ _NO_THIRDS = ("head_first", "val_dim", "use_global")
 def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, Rows | None]:
     """Names of the linear layers to adapt, each with its row slices (`None`: all rows)."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in modules.items() if name and isinstance(module, nn.Linear)]
     if isinstance(target_modules, str):
         if target_modules == "all-linear":
             found = [name for name in linear if _unsupported(model, name) is None]
