@@ -426,7 +426,7 @@ class Adapters:
         self._state.set(before)
 
     def unload(self, merge: bool = True) -> nn.Module:
-        """Put the original `nn.Linear` modules back and forget the adapters. This handle is of no use afterwards.
+        """Put the original `nn.Linear` modules back and forget the adapters. Their handles are of no use afterwards.
 
         Args:
             merge: write the active set into their weights first (nothing active: they are as they were).
@@ -441,6 +441,7 @@ class Adapters:
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
             if isinstance(module, MultiLoRALinear):
                 replace_module(self.model, name, module.base_layer)
+        self._state.layers.difference_update(self.layers.values())
         self.layers = {}
         return self.model
 
@@ -481,7 +482,8 @@ class Adapters:
                 self._state.unchecked.discard(name)
 
     def _require_layers(self) -> None:
-        if not self.layers:
+        layer = next(iter(self.layers.values()), None)
+        if layer is None or layer not in layer._state.layers:
             raise RuntimeError("these adapters were unloaded: inject the model again")
 
     def _require_unmerged(self) -> None:
@@ -493,7 +495,7 @@ class Adapters:
         if (all_layers := len(self._state.layers)) > len(self.layers):
             raise RuntimeError(
                 f"this handle is on {len(self.layers)} of the {all_layers} layers that share their adapters: take "
-                "Adapters(model) of the whole model"
+                "Adapters(model) of the whole model (a layer that was replaced counts while an older handle holds it)"
             )
 
     def _check_known(self, name: str) -> None:
