@@ -6,7 +6,7 @@ import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -138,7 +138,8 @@ class Adapters:
                 layer.add_adapter(name, pairs, alpha)
         except BaseException:  # out of memory, say
             for layer in layers:
-                layer.delete_adapter(name)
+                with suppress(KeyError):
+                    layer.delete_adapter(name)
             raise
 
     def delete_adapter(self, name: str) -> None:

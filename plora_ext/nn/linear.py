@@ -227,7 +227,13 @@ class MultiLoRALinear(nn.Module):
     # ------------------------------------------------------------------ adapters
 
     def pairs(self, name: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """The (A, B) parameters of adapter `name`: one pair, or one for each slice in the order of `slices`."""
+        """The (A, B) parameters of adapter `name`: one pair, or one for each slice in the order of `slices`.
+
+        Raises:
+            KeyError: the name is unknown.
+        """
+        if name not in self.r:
+            raise KeyError(f"unknown adapter {name!r}, known ones are {self.adapter_names}")
         factors = [factor for (factor,) in self._factors_of((name,))]
         return list(zip(factors[::2], factors[1::2], strict=True))
 
@@ -238,8 +244,17 @@ class MultiLoRALinear(nn.Module):
             name: a new name.
             pairs: (A `[r, in]`, B `[rows, r]`), one for each slice; copied, in the dtype that adapters have.
             lora_alpha: the scale is `lora_alpha / r`.
+
+        Raises:
+            ValueError: the name is taken, or a shape is wrong.
         """
-        r, dtype, device = pairs[0][0].shape[0], self._dtype(), self.device
+        r, dtype, device = max(pairs[0][0].shape[0], 1), self._dtype(), self.device
+        got = [(tuple(A.shape), tuple(B.shape)) for A, B in pairs]
+        wanted = [((r, self.in_features), (stop - start, r)) for start, stop in self._rows()]
+        if got != wanted:
+            raise ValueError(f"pairs must have the shapes {wanted} of A and B, got {got}")
+        if name in self.r:
+            raise ValueError(f"adapter {name!r} exists already, known ones are {self.adapter_names}")
         for container, value in zip(self._dicts(), chain(*pairs), strict=True):
             value = value.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
             container[name] = nn.Parameter(value, requires_grad=False)
@@ -255,17 +270,22 @@ class MultiLoRALinear(nn.Module):
     def init_factors(self, r: int) -> list[tuple[Tensor, Tensor]]:
         """Fresh factors of rank `r`: A from Kaiming's uniform distribution with a = sqrt(5), B zero (as PEFT)."""
         like: dict[str, Any] = {"dtype": self._dtype(), "device": self.device}
-        rows = [(0, self.out_features)] if self.slices is None else list(self.slices.values())
-        pairs = [(torch.empty(r, self.in_features, **like), torch.zeros(z - a, r, **like)) for a, z in rows]
+        pairs = [(torch.empty(r, self.in_features, **like), torch.zeros(z - a, r, **like)) for a, z in self._rows()]
         for A, _ in pairs:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         return pairs
 
+    def _rows(self) -> list[tuple[int, int]]:
+        """The rows of the output that each pair of factors acts on."""
+        return [(0, self.out_features)] if self.slices is None else list(self.slices.values())
+
     def delete_adapter(self, name: str) -> None:
-        """Remove adapter `name`, which must not be active, or what there is of it."""
-        for record in self._records():
-            if name in record:
-                del record[name]
+        """Remove adapter `name`, which must not be active, or what there is of it; KeyError where there is nothing."""
+        records = [record for record in self._records() if name in record]
+        if not records:
+            raise KeyError(f"unknown adapter {name!r}, known ones are {self.adapter_names}")
+        for record in records:
+            del record[name]
         self._state.unchecked.discard(name)
 
     def rename_adapter(self, old: str, new: str) -> None:
@@ -278,9 +298,13 @@ class MultiLoRALinear(nn.Module):
     def _records(self) -> list[Any]:
         return [*self._dicts(), self.r, self.lora_alpha, self._scaling, self._ranks]
 
-    def set_adapter(self, names: Sequence[str], coefficients: Tensor | None = None) -> None:
-        """Make `names` the active set of all layers that share this one's state (`Adapters.set_adapter`)."""
-        self._state.set(Active(tuple(names), coefficients))
+    def set_adapter(
+        self, names: str | Sequence[str] | None, coefficients: Tensor | Sequence[float] | None = None
+    ) -> None:
+        """Make `names` the active set of all layers that share this one's state: `Adapters.set_adapter`."""
+        from plora_ext.nn.adapters import Adapters
+
+        Adapters(self).set_adapter(names, coefficients)
 
     # ------------------------------------------------------------------ forward
 
