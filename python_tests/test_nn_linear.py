@@ -455,6 +455,8 @@ def test_a_layer_of_its_own_names_what_is_wrong() -> None:
         with pytest.raises(KeyError, match=r"unknown adapter 'no', known ones are \['ab'\]"):
             call("no")
     assert layer.adapter_names == layer.active_adapters == ["ab"]
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        layer.lora_alpha["ab"] = 8  # type: ignore[index]  # files had it, and the forward not
 
 
 # --- the short way of one adapter that trains ------------------------------------------------------------------------

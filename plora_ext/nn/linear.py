@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, compress
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -122,8 +123,8 @@ class MultiLoRALinear(nn.Module):
         # state_dict keys: lora_A.<adapter>, or lora_A.<slice>.<adapter> where there are slices.
         self.lora_A = self._containers()
         self.lora_B = self._containers()
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
+        self._r: dict[str, int] = {}
+        self._alpha: dict[str, float] = {}
         self.register_buffer("_original_weight", None, persistent=False)  # the weight before merge()
         # A sum's scaling is a concatenation of these, so that no forward copies numbers from the host.
         self._scaling: dict[str, Tensor] = {}
@@ -197,9 +198,19 @@ class MultiLoRALinear(nn.Module):
         return self._merge(active) if active.names else self.base_layer.weight
 
     @property
+    def r(self) -> Mapping[str, int]:
+        """Ranks by adapter; not to be written to."""
+        return MappingProxyType(self._r)
+
+    @property
+    def lora_alpha(self) -> Mapping[str, float]:
+        """Alphas by adapter; not to be written to: a scale of one's own is a coefficient (`set_adapter`)."""
+        return MappingProxyType(self._alpha)
+
+    @property
     def adapter_names(self) -> list[str]:
         """Names of the adapters, in the order in which they were added."""
-        return list(self.r)
+        return list(self._r)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -232,7 +243,7 @@ class MultiLoRALinear(nn.Module):
         Raises:
             KeyError: the name is unknown.
         """
-        if name not in self.r:
+        if name not in self._r:
             raise KeyError(f"unknown adapter {name!r}, known ones are {self.adapter_names}")
         factors = [factor for (factor,) in self._factors_of((name,))]
         return list(zip(factors[::2], factors[1::2], strict=True))
@@ -253,12 +264,12 @@ class MultiLoRALinear(nn.Module):
         wanted = [((r, self.in_features), (stop - start, r)) for start, stop in self._rows()]
         if got != wanted:
             raise ValueError(f"pairs must have the shapes {wanted} of A and B, got {got}")
-        if name in self.r:
+        if name in self._r:
             raise ValueError(f"adapter {name!r} exists already, known ones are {self.adapter_names}")
         for container, value in zip(self._dicts(), chain(*pairs), strict=True):
             value = value.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
             container[name] = nn.Parameter(value, requires_grad=False)
-        self.r[name], self.lora_alpha[name] = r, lora_alpha
+        self._r[name], self._alpha[name] = r, lora_alpha
         self._state.unchecked.add(name)
         self._set_constants(name)
 
@@ -296,7 +307,7 @@ class MultiLoRALinear(nn.Module):
                 record[new if name == old else name] = value
 
     def _records(self) -> list[Any]:
-        return [*self._dicts(), self.r, self.lora_alpha, self._scaling, self._ranks]
+        return [*self._dicts(), self._r, self._alpha, self._scaling, self._ranks]
 
     def set_adapter(
         self, names: str | Sequence[str] | None, coefficients: Tensor | Sequence[float] | None = None
@@ -358,7 +369,7 @@ class MultiLoRALinear(nn.Module):
         ids: tuple[ops.AdapterBatch, ...] = ()
         keywords: dict[str, Any] = {}
         if active.batch is not None:
-            op, names = ops.lora_indexed, tuple(self.r)
+            op, names = ops.lora_indexed, tuple(self._r)
             given = active.batch.ids.shape[:1]
             if not torch.compiler.is_compiling() and x.dim() > 1 and given != x.shape[:1]:
                 raise ValueError(
@@ -421,7 +432,7 @@ class MultiLoRALinear(nn.Module):
             lora_A, lora_B = factors
         else:  # adapter after adapter
             lora_A, lora_B = (list(chain.from_iterable(zip(*factors[i::2], strict=True))) for i in (0, 1))
-        own, ranks = list(map(self.r.__getitem__, names)), None
+        own, ranks = list(map(self._r.__getitem__, names)), None
         r = max(own)
         if min(own) < r:
             lora_A = [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in lora_A]
@@ -490,7 +501,7 @@ class MultiLoRALinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> MultiLoRALinear:
         super()._apply(fn, recurse)
-        self._set_constants(*self.r)
+        self._set_constants(*self._r)
         return self
 
     def _set_constants(self, *names: str) -> None:
@@ -501,8 +512,8 @@ class MultiLoRALinear(nn.Module):
                 rows = [torch.arange(start, stop) * len(slices) + i for i, (start, stop) in enumerate(slices)]
                 self._block_rows = torch.cat(rows).to(device)
             for name in names:
-                r = self.r[name]
-                self._scaling[name] = torch.tensor([self.lora_alpha[name] / r], dtype=wide, device=device)
+                r = self._r[name]
+                self._scaling[name] = torch.tensor([self._alpha[name] / r], dtype=wide, device=device)
                 self._ranks[name] = torch.tensor([r], device=device)
 
     def _wide(self) -> torch.dtype:
@@ -511,7 +522,7 @@ class MultiLoRALinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, alpha in self.lora_alpha.items():
+        for name, alpha in self._alpha.items():
             destination[f"{prefix}lora_alpha.{name}"] = torch.tensor(alpha, dtype=torch.float64)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -521,12 +532,12 @@ class MultiLoRALinear(nn.Module):
                 "unmerge() first"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
-        alphas = {name: state_dict.get(f"{prefix}lora_alpha.{name}") for name in self.r}
+        alphas = {name: state_dict.get(f"{prefix}lora_alpha.{name}") for name in self._r}
         for name, alpha in alphas.items():
             if isinstance(alpha, Tensor) and not alpha.is_meta:
-                self.lora_alpha[name] = float(alpha)
+                self._alpha[name] = float(alpha)
         unexpected: list[str] = args[3]
-        unexpected[:] = [key for key in unexpected if key not in {f"{prefix}lora_alpha.{name}" for name in self.r}]
+        unexpected[:] = [key for key in unexpected if key not in {f"{prefix}lora_alpha.{name}" for name in self._r}]
 
 
 def _renew_constants(layer: MultiLoRALinear, _: Any) -> None:
