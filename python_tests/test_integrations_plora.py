@@ -142,6 +142,8 @@ def test_what_would_teach_something_else_is_refused() -> None:
         network(init="newst")
     with pytest.raises(ValueError, match="alignment must be one of none, .*, got 'rigde'"):
         network(alignment="rigde")
+    with pytest.raises(ValueError, match="tau must be positive, got 0"):
+        network(tau=0)
     net = network()
     learn(net, 0)
     with pytest.raises(ValueError, match=r"of ids from 0, got \[-1, 2\]"):

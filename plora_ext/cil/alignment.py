@@ -33,7 +33,7 @@ from torch import Tensor
 from plora_ext import ops
 from plora_ext.cil.covariances import ClassCovariances
 from plora_ext.cil.distributed import SINGLE, World
-from plora_ext.cil.registry import ALIGNMENTS, Alignment, register_alignment
+from plora_ext.cil.registry import ALIGNMENTS, register_alignment
 
 ROWS = 1024  # features that are made float64 at a time
 LOCAL_RIDGE = 0.1  # of R_c, relative to the mean of the weighted diag(F'F); 0.03 and 0.3 do as well on photographs
@@ -110,9 +110,11 @@ class Drift:
         ridge: float = 0.1,
         covariances: ClassCovariances | None = None,
     ) -> None:
-        kind = known_alignment(alignment)
+        if alignment not in ALIGNMENTS:
+            raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, got {alignment!r}")
         if not tau > 0:
             raise ValueError(f"tau must be positive, got {tau}")
+        kind = ALIGNMENTS[alignment]
         self.kind, self.prototypes, self.tau, self.ridge = kind, prototypes, tau, ridge
         self.covariances = covariances
         (C, D), wide = prototypes.shape, torch.promote_types(prototypes.dtype, torch.float32)
@@ -203,13 +205,6 @@ class Drift:
             weighted = before * similar[:, None]
             gram = weighted.T @ before
             yield move + solve_ridge(gram, weighted.T @ left, LOCAL_RIDGE * gram.diagonal().mean())
-
-
-def known_alignment(alignment: str) -> Alignment:
-    """The alignment of that name. Raises ValueError where there is none."""
-    if alignment not in ALIGNMENTS:
-        raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, got {alignment!r}")
-    return ALIGNMENTS[alignment]
 
 
 def has_map(alignment: str) -> bool:

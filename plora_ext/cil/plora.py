@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext.cil import fusion
-from plora_ext.cil.alignment import Drift, class_means, known_alignment
+from plora_ext.cil.alignment import Drift, class_means
 from plora_ext.cil.covariances import ClassCovariances
 from plora_ext.cil.frozen import hold_statistics
 from plora_ext.cil.settings import takes_settings
@@ -82,7 +82,7 @@ class PLoRA(nn.Module):
         num_features = num_features or getattr(backbone, "num_features", None)
         if not isinstance(num_features, int):
             raise ValueError("num_features must be given for a backbone that has no attribute num_features")
-        known_alignment(alignment)
+        Drift(alignment, torch.zeros(0, 1), 0, tau=tau)  # refuses what it does not know now and not after a task
         fusion.start(init, [])
         self.backbone = backbone
         self.adapters = inject(backbone, target_modules, r, lora_alpha, lora_dropout)
