@@ -59,7 +59,7 @@ def save_adapter(adapters: Adapters, folder: str | os.PathLike[str], name: str) 
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for key, layer in adapters.layers.items():
+    for key, layer in _layers(adapters).items():
         lora_A, lora_B = layer.factors(name)
         tensors[f"{PREFIX}{key}.lora_A.weight"] = lora_A.detach().cpu().contiguous()
         tensors[f"{PREFIX}{key}.lora_B.weight"] = lora_B.detach().cpu().contiguous()
@@ -112,9 +112,10 @@ def load_adapter(adapters: Adapters, folder: str | os.PathLike[str], name: str) 
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: folder must hold {CONFIG} and {WEIGHTS}")
     config = _read_config(config_path)
-    factors = _read_factors(weights_path, adapters)
+    layers = _layers(adapters)
+    factors = _read_factors(weights_path, layers)
     ready = {}
-    for key, layer in adapters.layers.items():
+    for key, layer in layers.items():
         lora_A, lora_B = factors[key]
         r = _of_pattern(config, "rank_pattern", key, config["r"])
         alpha = _of_pattern(config, "alpha_pattern", key, config["lora_alpha"])
@@ -129,8 +130,16 @@ def load_adapter(adapters: Adapters, folder: str | os.PathLike[str], name: str) 
                     f"{weights_path}: {key}.lora_{which}.weight must be {list(shape)}, got {list(tensor.shape)}"
                 )
         ready[key] = _into_slices(layer, key, lora_A, lora_B, alpha, weights_path)
-    for key, layer in adapters.layers.items():
-        layer.add_adapter(name, *ready[key])
+    adapters._add(name, ready.values())
+
+
+def _layers(adapters: Adapters) -> dict[str, MultiLoRALinear]:
+    """The layers by the names that they have in the model that is not compiled."""
+    return {_plain(key): layer for key, layer in adapters.layers.items()}
+
+
+def _plain(name: str) -> str:
+    return name.replace("_orig_mod.", "")  # torch.compile's
 
 
 # ---------------------------------------------------------------------- writing
@@ -138,8 +147,11 @@ def load_adapter(adapters: Adapters, folder: str | os.PathLike[str], name: str) 
 
 def _exact_targets(adapters: Adapters) -> list[str] | str:
     """`target_modules` that PEFT matches to the adapted layers and nothing else."""
-    ours = list(adapters.layers)
-    others = {name for name, _ in adapters.model.named_modules()} - {*ours, *(f"{key}.base_layer" for key in ours)}
+    ours = list(_layers(adapters))
+    others = {_plain(name) for name, _ in adapters.model.named_modules()} - {
+        *ours,
+        *(f"{key}.base_layer" for key in ours),
+    }
     if any(name.endswith("." + key) for name in others for key in ours):
         return "|".join(re.escape(key) for key in ours)  # a suffix would match more: the full names, as an expression
     return ours
@@ -199,7 +211,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_factors(path: Path, adapters: Adapters) -> dict[str, tuple[Tensor, Tensor]]:
+def _read_factors(path: Path, layers: dict[str, MultiLoRALinear]) -> dict[str, tuple[Tensor, Tensor]]:
     try:
         tensors = load(path.read_bytes())
     except SafetensorError as error:
@@ -209,18 +221,18 @@ def _read_factors(path: Path, adapters: Adapters) -> dict[str, tuple[Tensor, Ten
     prefix = PREFIX if all(key.startswith(PREFIX) for key in tensors) else ""
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key.removeprefix(prefix))
-        if match is None or match["layer"] not in adapters.layers:
+        if match is None or match["layer"] not in layers:
             unexpected.append(f"{key} {list(tensor.shape)}")
         else:
             found[match["layer"], match["factor"]] = tensor
-    missing = [f"{key}.lora_{f}.weight" for key in adapters.layers for f in "AB" if (key, f) not in found]
+    missing = [f"{key}.lora_{f}.weight" for key in layers for f in "AB" if (key, f) not in found]
     if unexpected or missing:
         raise ValueError(
-            f"{path} does not fit the {len(adapters.layers)} adapted linear layers: "
+            f"{path} does not fit the {len(layers)} adapted linear layers: "
             f"it has {_some(unexpected)} that no adapted layer takes and lacks {_some(missing)}; "
             "inject the model with the target_modules of the saved adapter"
         )
-    return {key: (found[key, "A"], found[key, "B"]) for key in adapters.layers}
+    return {key: (found[key, "A"], found[key, "B"]) for key in layers}
 
 
 def _some(keys: list[str]) -> str:

@@ -263,6 +263,9 @@ def test_another_run_is_refused_with_every_difference(data: Images, tmp_path: Pa
     torch.nn.init.zeros_(frozen.model.blocks[0].mlp.fc1.weight)
     with pytest.raises(ValueError, match="of another run: the backbone's weights differ"):
         run(settings(epochs=1), data=data, backbone=frozen, checkpoint=Checkpoint(tmp_path, resume=True))
+    darker = backbone()._replace(mean=[0.25] * 3)
+    with pytest.raises(ValueError, match=r"the backbone's input .* is \[16, \[0.5.* there and \[16, \[0.25"):
+        run(settings(epochs=1), data=data, backbone=darker, checkpoint=Checkpoint(tmp_path, resume=True))
     learn(data, Checkpoint(tmp_path, resume=True), epochs=1, out="moved", workers=1)  # not what is computed
 
 

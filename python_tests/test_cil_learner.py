@@ -35,6 +35,7 @@ from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.methods import PLoRAFused
 from plora_ext.cil.registry import ALIGNMENTS, BACKBONES, HEADS, METHODS
 from plora_ext.cil.trained import Trained
+from plora_ext.data.images import doubles
 
 images = test_cil_methods.images
 QUICK: dict[str, Any] = {
@@ -132,6 +133,14 @@ def test_a_folder_is_replaced_whole_or_not_at_all(
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(FileExistsError, match="mine holds something else than a learner"):
         one.save_pretrained(tmp_path / "mine")
+    monkeypatch.chdir(folder)
+    with pytest.raises(FileExistsError, match="it is the working directory, which cannot be replaced"):
+        one.save_pretrained(".")
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    one.save_pretrained("link")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["it", "link", "mine"] and Path("link").is_symlink()
+    assert Learner.from_pretrained("it", backbone=backbone()).classes == [0, 1, 2, 3, 4, 5]
 
 
 def test_what_cannot_be_brought_back_is_said(images: Images, tmp_path: Path) -> None:
@@ -145,6 +154,8 @@ def test_what_cannot_be_brought_back_is_said(images: Images, tmp_path: Path) -> 
     next(other.model.parameters()).data += 1
     with pytest.raises(ValueError, match="weights are not those with which"):
         Learner.from_pretrained(tmp_path / "it", backbone=other)
+    with pytest.raises(ValueError, match=r"input \(size, mean, std\) must be \[16, \[0.5.*, got \[16, \[0.25"):
+        Learner.from_pretrained(tmp_path / "it", backbone=backbone()._replace(mean=[0.25] * 3))
     with pytest.raises(ValueError, match="lr cannot differ"):
         Learner.from_pretrained(tmp_path / "it", backbone=backbone(), lr=1.0)
     with pytest.raises(FileNotFoundError, match=r"learner\.json is missing"):
@@ -273,6 +284,25 @@ def test_data_of_every_kind_is_the_same_data(images: Images, tmp_path: Path) -> 
         np.testing.assert_array_equal(scores((pixels, labels), more), expected)
 
 
+def test_labels_of_a_data_set_are_those_of_its_items(images: Images) -> None:
+    """torchvision keeps in `targets` what labels were before `target_transform`."""
+    pixels, labels = tasks(images, True)[0]
+    data: Any = Pairs(pixels, [label + 100 for label in labels], Image.fromarray)
+    data.targets, data.target_transform = labels, lambda label: label + 100
+    assert learner(method="simplecil").fit(data).classes == [100, 101]
+
+
+def test_arrays_of_more_bits_and_turned_round(images: Images) -> None:
+    """64 bits that hold 0 ... 255 became black without a word; torch takes no array turned round."""
+    pixels, labels = tasks(images, True)[0]
+    with pytest.warns(UserWarning, match="the first image's values reach 1 of 255 at most: scale them to 8 bits"):
+        learner(method="simplecil", workers=0).fit(([p.astype(np.int64) for p in pixels], labels))
+    turned = learner(method="simplecil").fit((pixels[..., ::-1], labels)).scores(pixels[..., ::-1])
+    copied = learner(method="simplecil").fit((pixels[..., ::-1].copy(), labels)).scores(pixels[..., ::-1].copy())
+    assert np.array_equal(turned[1], copied[1])
+    assert doubles(Images(pixels[..., ::-1], np.array(labels), pixels[:3, :, :, ::-1], np.array(labels[:3]))) == 3
+
+
 def test_a_real_hugging_face_data_set(images: Images) -> None:
     datasets = pytest.importorskip("datasets")
     pixels, labels = tasks(images, True)[0]
@@ -308,6 +338,14 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
         ((pixels, [1, "a"] * 20), "must be all numbers or all texts"),
         (TensorDataset(torch.zeros(2, 5), torch.zeros(2)), r"an image must be a PIL image, .* got Tensor \[5\]"),
         (Table(pixels, [None] * 40), "one column of labels, got none"),
+        ((np.zeros((2, 0, 5, 3), np.uint8), [0, 1]), r"images must be uint8 .*, got uint8 \[2, 0, 5, 3\]"),
+        (([np.zeros((0, 5, 3), np.uint8)], [0]), r"an image must be .*, got ndarray \[0, 5, 3\]"),
+        ({"image": pixels, "label": labels}, "data must be a pair .*, got dict"),
+        ((pixels, [1.0, float("nan")] * 20), "labels must be numbers or texts, got nan"),
+        ((pixels, [None] * 40), "labels must be numbers or texts, got None"),
+        ((pixels, [(0, "cat")] * 40), r"labels must be numbers or texts, got \(0, 'cat'\)"),  # no JSON gives them back
+        ([(pixels[0], 0), (pixels[20], 1)], r"labels must be numbers or texts, got array\("),
+        ([{"image": pixels[0], "label": 0}] * 3, r"a torch Dataset of \(image, label\), .* got list of dict"),
         (SimpleNamespace(column_names={"train": [], "test": []}), "has splits, train, test: give one of them"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -320,6 +358,8 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
     one.fit((pixels, labels))
     with pytest.raises(ValueError, match="0 was learned before"):
         one.fit((pixels, labels))
+    with pytest.raises(ValueError, match="all numbers or all texts, in every task the same"):
+        one.fit((pixels, ["a", "b"] * 20))  # predictions would be texts, "0" for 0
     with pytest.raises(ValueError, match="label 5, which no task has brought"):
         one.evaluate((pixels, [5] * 40))
     with pytest.raises(ValueError, match="at least one image, got none"):
@@ -329,8 +369,21 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
         one.fit(tmp_path / "both")
     with pytest.raises(TypeError, match="settings must be Settings, .*got str"):
         Learner("run.yaml")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="give num_tasks"):
-        learner(fusion="sum", onto="fused", init="inflora")
+    for number in (None, 0):
+        with pytest.raises(ValueError, match=f"give num_tasks, got {number}"):
+            learner(fusion="sum", onto="fused", init="inflora", num_tasks=number)
+    one.trainer.model.norm.bias.data[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="got nan for image 0: its features are not finite"):
+        one.predict(pixels)  # all were of the first class
+    spoilt = backbone()
+    torch.nn.init.constant_(spoilt.model.norm.weight, float("inf"))  # as where 16 bits overflow
+    with pytest.raises(FloatingPointError, match="features of task 0 are not finite; .* the backbone's weights$"):
+        Learner(backbone=spoilt, **QUICK, method="simplecil").fit((pixels, labels))
+    with pytest.raises(ValueError, match="image_size must be 16, the given backbone's, got 32"):
+        learner(image_size=32)  # images had 16 pixels all the same
+    for mean in ([127.0] * 3, [0.5]):  # those of pixels up to 255 cost half of the accuracy
+        with pytest.raises(ValueError, match=rf"mean must be three numbers, .*, got \{mean}"):
+            Learner(backbone=backbone()._replace(mean=mean), **QUICK)
     with pytest.raises(ValueError, match="unknown setting 'metod'; did you mean 'method'"):
         Learner(metod="plora")
     joint = learner(method="joint").fit((pixels, labels))

@@ -446,6 +446,31 @@ def test_what_is_not_finite_is_said_and_what_can_be_the_cause(images: Images, mo
         learn(images)
 
 
+def test_test_images_without_a_score_count_as_wrong_and_are_said(images: Images) -> None:
+    """They were of the first class seen."""
+
+    class Spoilt(METHODS["simplecil"]):  # type: ignore[misc]
+        def logits(self, features: Tensor) -> Tensor:
+            logits: Tensor = super().logits(features)
+            logits[:10, -1] = float("nan")  # the images of the first class
+            return logits
+
+    class Notes(Callback):
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+        def note(self, line: str) -> None:
+            self.lines.append(line)
+
+    notes = Notes()
+    result = learn(images, [notes], Spoilt, method="simplecil", class_order="sorted")
+    plain = learn(images, method="simplecil", class_order="sorted")
+    assert result.matrix[0][0] == plain.matrix[0][0] - 50 and result.matrix[2][1:] == plain.matrix[2][1:]
+    assert [line for line in notes.lines if "not finite" in line] == [
+        f"10 of {number} test images have features that are not finite, and count as wrong" for number in (20, 40, 60)
+    ]
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from torch import nn
@@ -132,6 +133,13 @@ def test_configs_are_what_their_names_say(repository: Path) -> None:
             assert (settings.transform, settings.normalize, settings.image_size) == ("pilot", "none", None)
             assert settings.backbone in PILOT_NAMES.values()
     assert all(f"`{path.stem}`" in listed for path in (repository / "configs" / "methods").glob("*.yaml"))
+
+
+def test_values_of_numpy_and_pathlib_are_plain_ones() -> None:
+    """An order as an array ended in numpy's question of its truth."""
+    given = Settings(class_order=np.array([2, 0, 1]), epochs=np.int64(3), out=Path("runs/a"), weights=Path("w.pth"))
+    assert (given.class_order, given.epochs, given.out, given.weights) == ([2, 0, 1], 3, "runs/a", "w.pth")
+    assert type(given.epochs) is int and Settings(class_order=range(3)).class_order == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

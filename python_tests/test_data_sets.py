@@ -314,8 +314,8 @@ def test_an_npz_file_that_is_not_whole_is_named(spoil, message: str, tmp_path: P
 
 def test_npz_of_other_number_types_and_with_names(tmp_path: Path) -> None:
     wide = pixels(4).astype(np.uint16) * 257
-    data = load_images(str(write_npz(tmp_path / "x.npz", train_images=wide, test_images=pixels(4) / 255.0,
-                                     class_names=np.array(["ant", "bee"]))))  # fmt: skip
+    data = load_images(write_npz(tmp_path / "x.npz", train_images=wide, test_images=pixels(4) / 255.0,
+                                 class_names=np.array(["ant", "bee"])))  # fmt: skip
     np.testing.assert_array_equal(data.train_images, pixels(4))
     np.testing.assert_array_equal(data.test_images, pixels(4))
     assert data.class_names == ["ant", "bee"]

@@ -13,6 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from plora_ext.cil import plora
+from plora_ext.cil.alignment import align
 from plora_ext.cil.plora import PLoRA
 
 SETTINGS: dict[str, Any] = {
@@ -133,3 +134,58 @@ def test_running_statistics_stay_those_of_the_backbone() -> None:
     learn(net, 1)
     for name, buffer in net.backbone.named_buffers():
         assert torch.equal(buffer, before[name]), name
+
+
+def test_what_would_teach_something_else_is_refused() -> None:
+    """A word that is no init started from nothing, labels of other tasks counted as the task's first class."""
+    with pytest.raises(ValueError, match="init must be newest, first or fresh, got 'newst'"):
+        network(init="newst")
+    with pytest.raises(ValueError, match="alignment must be one of none, .*, got 'rigde'"):
+        network(alignment="rigde")
+    with pytest.raises(ValueError, match="tau must be positive, got 0"):
+        network(tau=0)
+    net = network()
+    learn(net, 0)
+    with pytest.raises(ValueError, match=r"of ids from 0, got \[-1, 2\]"):
+        net.add_task([2, -1])
+    net.add_task([2, 3])
+    x = images()
+    for labels in ([0, 2, 2, 2, 3, 3, 3], [2, 2, 2, 3, 3, 3, 4]):  # replayed images, say
+        for call in (net.start, net.end_task):
+            with pytest.raises(ValueError, match=rf"the task's classes \[2, 3\], got {labels[0] and labels[-1]}"):
+                call([(x, torch.tensor(labels))])
+    with pytest.raises(ValueError, match=r"an image of each class of the task, got none of \[2, 3\]"):
+        net.end_task(iter([]))  # an iterator that `start` has used up
+    net.end_task([(x, torch.tensor([2, 2, 2, 3, 3, 3, 3]))])
+    assert net.bank.counts.tolist() == [12, 12, 3, 4]
+
+
+@pytest.mark.parametrize("alignment", ["none", "ridge"])
+def test_a_class_that_comes_back_is_aligned_before_its_new_images_join(alignment: str) -> None:
+    net = network(alignment=alignment, ridge=0.01)
+    learn(net, 0)
+    old, before = net.bank.prototypes.clone(), copy.deepcopy(net)
+    x, labels = 3 * torch.randn(40, 6), 1 + torch.arange(40) % 2
+    net.add_task([1, 2])
+    for parameter in net.adapters.parameters("task1"):
+        nn.init.normal_(parameter.data, std=0.3)
+    with pytest.raises(ValueError, match="got 7"):  # and nothing of it is counted
+        net.end_task([(x, labels), (x[:1], torch.tensor([7]))])
+    net.end_task([(x[:20], labels[:20]), (x[20:], labels[20:])])
+    with torch.no_grad():
+        then, now = before.eval().backbone(x), net.eval().backbone(x)
+    aligned = align(alignment, old, then, now, labels - 1, ridge=0.01)
+    assert alignment == "none" or not torch.allclose(aligned, old, rtol=0.1)
+    torch.testing.assert_close(net.bank.prototypes[0], aligned[0])
+    torch.testing.assert_close(net.bank.prototypes[1], (12 * aligned[1] + now[labels == 1].sum(0)) / 32)
+    torch.testing.assert_close(net.bank.prototypes[2], now[labels == 2].mean(0))
+    assert net.bank.counts.tolist() == [12, 32, 20]
+
+
+def test_a_network_in_16_bits_trains() -> None:
+    net = network().bfloat16()
+    x, labels = images().bfloat16(), torch.arange(7) % 2
+    net.add_task([0, 1])
+    net.start([(x, labels)])
+    nn.functional.cross_entropy(net(x), labels).backward()
+    assert all(p.grad is not None for p in net.parameters_to_train())

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -298,6 +299,22 @@ def test_keys_without_peft_s_prefix(tmp_path: Path) -> None:
     save_file({k.removeprefix("base_model.model."): v for k, v in tensors.items()}, tmp_path / WEIGHTS)
     load_adapter(adapters, tmp_path, "again")
     same_parameters(adapters, "a", adapters, "again")
+
+
+def test_a_compiled_model_s_files_are_those_of_the_model(tmp_path: Path) -> None:
+    """torch.compile puts `_orig_mod.` into the names: whole models, and blocks of their own."""
+    adapters = make()
+    model: Any = torch.compile(adapters.model)
+    model.blocks[1] = torch.compile(model.blocks[1])
+    compiled = Adapters(model)
+    assert "_orig_mod.blocks.1._orig_mod.attn.qkv" in compiled.layers
+    save_adapter(compiled, tmp_path, "a")
+    plain = make()
+    load_adapter(plain, tmp_path, "again")
+    load_adapter(compiled, tmp_path, "again")
+    same_parameters(plain, "a", plain, "again")
+    same_parameters(compiled, "a", compiled, "again")
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == list(plain.layers)
 
 
 # ---------------------------------------------------------------------- writing

@@ -74,6 +74,7 @@ def test_any_names_in_any_order_and_the_base(device: torch.device) -> None:
     ensemble = Ensemble(adapters)
     for names in (["t2"], ["t3", "t1"], ["t1", "__base__", "t0"], ["t1", "t1"], ["__base__"]):
         assert torch.allclose(ensemble(images, names), one_by_one(adapters, images, names), rtol=1e-4, atol=1e-5)
+    assert torch.equal(ensemble(images, "t2"), ensemble(images, ["t2"]))
     adapters.delete_adapter("t1")
     adapters.add_adapter("late", init_from="t2")
     torch.testing.assert_close(ensemble(images, ["late"]), ensemble(images, ["t2"]))

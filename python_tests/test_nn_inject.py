@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 import warnings
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.models.beit import Beit
@@ -69,6 +72,18 @@ def test_q_and_v_are_modules_of_that_name_and_the_rows_of_every_fused_qkv() -> N
     }
 
 
+@pytest.mark.parametrize("name", ["tiny_vit_5m_224", "efficientformer_l1", "gcvit_small"])
+def test_rows_of_a_qkv_of_another_order_are_refused(name: str) -> None:
+    """Their rows divide by three all the same, so that another head's k was q without a word."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    fused = [key for key, module in model.named_modules() if key.endswith("qkv") and isinstance(module, nn.Linear)]
+    assert any(model.get_submodule(key).out_features % 3 == 0 for key in fused)
+    with pytest.raises(ValueError, match="need a fused qkv whose rows are q, k, v in thirds"):
+        inject(model, ["q", "v"], r=2)
+    assert len(inject(model, ["qkv"], r=2).layers) == len(fused)
+
+
 def test_everything_but_the_newest_adapter_is_frozen() -> None:
     adapters = make()
     assert {id(p) for p in adapters.model.parameters() if p.requires_grad} == {id(p) for p in adapters.parameters("t2")}
@@ -105,6 +120,21 @@ def test_shared_modules_are_wrapped_once() -> None:
     adapters.add_adapter("a")
     adapters.unload(merge=False)
     assert model[0] is shared and model[2] is shared
+
+
+def test_a_shared_module_has_its_adapters_under_every_name() -> None:
+    """Where one name alone was a target, the layer kept to itself under the others, until it was merged."""
+    shared = nn.Linear(6, 6)
+    model = nn.ModuleDict({"first": nn.Sequential(shared, nn.Tanh()), "again": nn.Sequential(shared)})
+    adapters, x = inject(model, ["first.0"], r=2), torch.randn(3, 6)
+    adapters.add_adapter("a")
+    for parameter in adapters.parameters():
+        nn.init.normal_(parameter)
+    y = model["again"](x)
+    assert model["again"][0] is model["first"][0] and not torch.allclose(y, F.linear(x, shared.weight, shared.bias))
+    adapters.merge_and_unload()
+    torch.testing.assert_close(model["again"](x), y)
+    assert model["again"][0] is model["first"][0] is shared
 
 
 # ---------------------------------------------------------------------- numbers in a whole model
@@ -194,6 +224,10 @@ def test_coefficients_learn_through_every_layer() -> None:
             adapters.set_adapter(adapters.names, (theta + sign * step).softmax(0))
             values.append(adapters.model.double()(x.double()).square().sum())
     assert (values[0] - values[1]).item() / 2e-3 == pytest.approx(theta.grad[0].item(), rel=1e-2)
+    adapters.set_adapter(["t0", "t1"], np.array([0.5, 0.25]))  # an array of several numbers has no truth value
+    y = adapters.model(x.double())
+    adapters.set_adapter(["t0", "t1"], [0.5, 0.25])
+    assert torch.equal(adapters.model(x.double()), y)
 
 
 def test_batch_in_a_vit_equals_one_model_for_each_sample() -> None:
@@ -274,6 +308,7 @@ def test_unload() -> None:
             linears = [block.attn.qkv for block in model.blocks]
             y_base = model(x)
             adapters = make(["qkv"], model=model)
+            other = Adapters(model)
             y = model(x)
             if merged_before:
                 adapters.merge()
@@ -284,8 +319,9 @@ def test_unload() -> None:
                 torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
             else:
                 assert torch.equal(model(x), y_base)
-            with pytest.raises(RuntimeError, match="unloaded"):
-                adapters.set_adapter(None)
+            for handle in (adapters, other):  # the other went on to choose what nothing computes with
+                with pytest.raises(RuntimeError, match="unloaded"):
+                    handle.set_adapter(None)
     model = vit()
     make(["qkv"], model=model)
     Adapters(model).set_adapter(None)
@@ -346,8 +382,11 @@ def test_a_copied_model_gets_a_handle_of_its_own() -> None:
         assert torch.equal(twin.model(x), y)
         twin.set_adapter("t2")
         assert adapters.active == ["t0", "t1"] and twin.active == ["t2"]
-        twin.add_adapter("new")
-        assert "new" not in adapters.names
+        twin.add_adapter("new")  # of the rank that inject was told
+        assert "new" not in adapters.names and set(twin.layers["blocks.0.attn.qkv"].r.values()) == {4}
+    assert (Adapters(adapters.model, r=2).r, Adapters(adapters.model, lora_alpha=3).lora_alpha) == (2, 3)
+    alone = Adapters(inject(vit(), ["qkv"], r=4, lora_alpha=8).model)
+    assert (alone.r, alone.lora_alpha) == (4, 8) and Adapters(alone.model, r=2).lora_alpha is None
 
 
 def test_moving_the_model_moves_everything(device) -> None:
@@ -490,20 +529,23 @@ def test_names_and_coefficients() -> None:
     for bad in ([0.5], torch.ones(3), torch.ones(2, 1), torch.ones(2, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"coefficients must be 2 floats, one for each of \['t0', 't1'\], got"):
             adapters.set_adapter(["t0", "t1"], bad)
+    with pytest.raises(ValueError, match=r"coefficients must be 1 floats, .* got \(\)"):
+        adapters.set_adapter("t0", 0.5)
     with pytest.raises(ValueError, match="at least one adapter to fuse"):
         adapters.fuse([])
     assert adapters.names == ["t0", "t1", "t2"] and adapters.active == ["t2"]
 
 
 def test_alpha_and_dropout_out_of_range() -> None:
-    for alpha in (0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"lora_alpha must be a positive number, got {alpha}"):
+    for alpha in (0, -1.0, float("nan"), float("inf"), "16", np.float32(8)):  # which no JSON holds
+        with pytest.raises(ValueError, match=re.escape(f"lora_alpha must be a positive number, got {alpha!r}")):
             inject(vit(), lora_alpha=alpha)
         with pytest.raises(ValueError, match="lora_alpha must be a positive number"):
             make().add_adapter("new", lora_alpha=alpha)
     model = vit()
-    with pytest.raises(ValueError, match=r"lora_dropout must lie in \[0, 1\), got 1"):
-        inject(model, lora_dropout=1.0)
+    for dropout in (1.0, "0.1"):
+        with pytest.raises(ValueError, match=rf"lora_dropout must lie in \[0, 1\), got {dropout!r}"):
+            inject(model, lora_dropout=dropout)
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -514,6 +556,15 @@ def test_ids_out_of_range() -> None:
             pass
     with pytest.raises(IndexError, match="made for 4 adapters"), adapters.batch(ops.AdapterBatch([0], 4)):
         pass
+    for ids in ([0.7, 1.2], np.array([0.0, 1.0]), [True, False], [None, 0]):  # 0.7 was 0
+        with pytest.raises(TypeError, match="adapters must be names or integer ids, got"), adapters.batch(ids):
+            pass
+    with pytest.raises(TypeError, match="a name or an id for each sample, got 't0'"), adapters.batch("t0"):
+        pass
+    with adapters.batch(np.array([0, 1, -1])):
+        adapters.model(images(3))
+        with pytest.raises(RuntimeError, match="cannot be deleted inside of Adapters.batch"):
+            adapters.delete_adapter("t0")  # id 0 would go on as that of t1
     with pytest.raises(ValueError, match="given 2 adapters, but a layer sees 3"), adapters.batch([0, 1]):
         adapters.model(images(3))
 
@@ -530,6 +581,11 @@ def test_merge_refuses_a_weight_that_others_use() -> None:
 def test_all_linear_and_names_that_are_no_expression() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 1), nn.Sequential(nn.Linear(4, 2)))
     prune.l1_unstructured(model[0], "weight", 0.5)
+    for targets in ("all-linear", ".*"):  # nothing can be put in the place of the model itself
+        with pytest.raises(ValueError, match="matches none, it has no torch.nn.Linear"):
+            inject(nn.Linear(4, 4), targets, r=2)
+    with pytest.raises(ValueError, match="'0' has no weight before its first forward: run the model once"):
+        inject(nn.Sequential(nn.LazyLinear(4)), ["0"], r=2)
     with pytest.raises(ValueError, match="'0' has a weight that a hook computes.*prune.remove.*; leave it out"):
         inject(model, ["0"], r=2)
     with pytest.raises(TypeError, match="got torch.nn.modules.linear.Linear whose weight a hook computes"):

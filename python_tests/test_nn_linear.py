@@ -439,6 +439,26 @@ def test_refuses_what_is_not_a_plain_linear() -> None:
         MultiLoRALinear(nn.Linear(4, 6), lora_dropout=1)
 
 
+def test_a_layer_of_its_own_names_what_is_wrong() -> None:
+    """Names were letters, and shapes showed in the forward, as those of an operator's arguments."""
+    layer, x = MultiLoRALinear(nn.Linear(4, 6)), torch.randn(3, 4)
+    layer.add_adapter("ab", [(torch.randn(2, 4), torch.randn(6, 2))], 4)
+    for a, b in (((2, 5), (6, 2)), ((2, 4), (6, 3)), ((2, 4), (5, 2)), ((0, 4), (6, 0))):
+        with pytest.raises(ValueError, match=r"pairs must have the shapes .* of A and B, got "):
+            layer.add_adapter("new", [(torch.randn(a), torch.randn(b))], 4)
+    with pytest.raises(ValueError, match="adapter 'ab' exists already"):
+        layer.add_adapter("ab", layer.pairs("ab"), 4)
+    layer.set_adapter("ab", [0.5])
+    (lora_A, lora_B), base = layer.pairs("ab")[0], layer.base_layer(x)
+    torch.testing.assert_close(layer(x), base + 0.5 * 2 * x @ lora_A.T @ lora_B.T)
+    for call in (layer.pairs, layer.set_adapter, layer.delete_adapter):
+        with pytest.raises(KeyError, match=r"unknown adapter 'no', known ones are \['ab'\]"):
+            call("no")
+    assert layer.adapter_names == layer.active_adapters == ["ab"]
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        layer.lora_alpha["ab"] = 8  # type: ignore[index]  # files had it, and the forward not
+
+
 # --- the short way of one adapter that trains ------------------------------------------------------------------------
 
 native = pytest.mark.skipif(libraries.backend() != "native", reason="needs the compiled operators")

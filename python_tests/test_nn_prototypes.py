@@ -80,6 +80,10 @@ def test_means_stay_in_float32() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         bank.update(torch.ones(2, D, dtype=dtype), torch.tensor([11, 12]))
     assert torch.equal(bank.select([11]), torch.ones(1, D))
+    empty = bank.to("meta").to_empty(device="cpu")
+    other, *_ = filled()
+    empty.load_state_dict(other.state_dict())
+    assert torch.equal(empty.prototypes, other.prototypes)
 
 
 def test_bad_labels_and_shapes() -> None:
@@ -101,6 +105,9 @@ def test_bad_labels_and_shapes() -> None:
         bank.set([0], torch.ones(2, D))
     with pytest.raises(ValueError, match="must not repeat"):
         bank.set([0, 0], torch.ones(2, D))
+    for counts in (torch.tensor([3]), torch.tensor([3, -1]), [3]):  # one number was that of both classes
+        with pytest.raises(ValueError, match=r"counts must be \[2\] numbers of samples"):
+            bank.set([0, 1], torch.ones(2, D), counts)
     with pytest.raises(ValueError, match="num_features must be at least 1"):
         PrototypeBank(0)
     assert all(torch.equal(v, before[k]) for k, v in bank.state_dict().items())

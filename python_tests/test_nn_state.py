@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
-from plora_ext.nn import Adapters, CosineHead, Ensemble, PrototypeBank, SubspaceHead, inject
+from plora_ext.io import load_adapter, save_adapter
+from plora_ext.nn import Adapters, CosineHead, Ensemble, MultiLoRALinear, PrototypeBank, SubspaceHead, inject
 
 
 def make(names: str = "ab", dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any) -> Adapters:
@@ -99,6 +104,67 @@ def test_a_handle_on_a_part_leaves_what_was_frozen_as_it_was() -> None:
     assert len({layer._number for layer in whole.layers.values()}) == 2
     whole.set_adapter(None)
     assert not parts["q"][0]._state.current.names
+
+
+def test_a_handle_on_a_part_does_not_change_what_the_whole_has() -> None:
+    """It merged its own layers alone and left the others without adapters, or gave layers other adapters by one id."""
+    adapters, x = make(), torch.randn(3, 6)
+    y, part = adapters.model(x).detach(), Adapters(adapters.model[2])
+    for call in (
+        lambda: part.merge(),
+        lambda: part.merged().__enter__(),
+        lambda: part.add_adapter("new"),
+        lambda: part.fuse(["a", "b"]),
+        lambda: part.delete_adapter("a"),
+    ):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="on 1 of the 2 layers that share their adapters"):
+            call()
+    assert torch.equal(adapters.model(x), y)
+    for copied in (copy.deepcopy(adapters.model[2]), pickle.loads(pickle.dumps(adapters.model))):
+        whole = Adapters(copied)
+        whole.merge()
+        whole.unmerge()
+    parts = nn.ModuleDict({name: nn.Sequential(nn.Linear(6, 6)) for name in "pq"})
+    handles = {name: inject(part, ["0"], r=2) for name, part in parts.items()}
+    for name, names in (("p", "ab"), ("q", "ba")):
+        for adapter in names:
+            handles[name].add_adapter(adapter)
+    with pytest.raises(ValueError, match=r"same order, got \['a', 'b'\] in 'p.0' and \['b', 'a'\] in 'q.0'"):
+        Adapters(parts)
+    handles["q"].delete_adapter("b")
+    handles["q"].add_adapter("b")
+    whole = Adapters(parts)
+    handles["q"].set_adapter(["a", "b"])  # the handle of before
+    assert whole.active == parts["q"][0].active_adapters == ["a", "b"]
+
+
+def test_an_adapter_is_in_all_layers_or_in_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory ran out, it was in some, neither to be used nor to be added or deleted."""
+    adapters, x = make(), torch.randn(3, 6)
+    save_adapter(adapters, tmp_path, "a")
+    y, state = adapters.model(x), set(adapters.model.state_dict())
+    add = MultiLoRALinear.add_adapter
+
+    def fail(self: MultiLoRALinear, name: str, pairs: Any, lora_alpha: float) -> None:
+        if self is adapters.layers["2"]:
+            self.lora_A[name] = nn.Parameter(pairs[0][0])
+            raise torch.OutOfMemoryError
+        add(self, name, pairs, lora_alpha)
+
+    for call in (
+        lambda: adapters.add_adapter("new"),
+        lambda: adapters.add_adapter("new", init_from="a"),
+        lambda: adapters.fuse(["a", "b"], name="new"),
+        lambda: load_adapter(adapters, tmp_path, "new"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(MultiLoRALinear, "add_adapter", fail)
+            call()
+        assert adapters.names == ["a", "b"] and set(adapters.model.state_dict()) == state
+        call()
+        adapters.delete_adapter("new")
+    adapters.set_adapter("b")
+    assert torch.equal(adapters.model(x), y)
 
 
 def test_asyncio_tasks_keep_to_their_own_batch() -> None:
@@ -297,6 +363,35 @@ def test_a_weight_that_is_a_tensor_of_another_kind_is_left_to_its_layer() -> Non
     assert not model[0].merged and adapters._state.merged is None
 
 
+@pytest.mark.parametrize("change", [prune.random_unstructured, spectral_norm])
+def test_a_weight_that_is_computed_at_every_forward_is_not_merged_into(change: Callable[..., nn.Module]) -> None:
+    """What was written there was gone with the next forward, and the model without its adapters."""
+    adapters, x = make(), torch.randn(3, 6)
+    base = adapters.layers["0"].base_layer
+    change(base, "weight", **({"amount": 0.5} if change is prune.random_unstructured else {}))
+    adapters.model.eval()
+    y = adapters.model(x)
+    torch.testing.assert_close(y, formula(adapters, x, {"b": 1.0}))
+    for call in (adapters.merge, lambda: adapters.merged().__enter__(), adapters.frozen, adapters.unload):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="that a hook or a parametrization computes"):
+            call()
+        assert torch.equal(adapters.model(x), y)
+    if change is prune.random_unstructured:
+        prune.remove(base, "weight")
+        torch.testing.assert_close(adapters.unload()(x), y)
+
+
+def test_a_frozen_model_of_one_dtype_has_weights_of_its_own() -> None:
+    adapters, x = make(dtype=torch.bfloat16), torch.randn(3, 6, dtype=torch.bfloat16)
+    adapters.set_adapter(None)
+    with torch.no_grad(), torch.autocast("cpu"):
+        before = adapters.frozen()
+        y = before(x)
+        adapters.set_adapter("a")
+        with adapters.merged():
+            assert torch.equal(before(x), y) and not torch.equal(adapters.model(x), y)
+
+
 # ---------------------------------------------------------------------- dtypes
 
 
@@ -460,3 +555,11 @@ def test_merged_for_a_while_is_the_same_function() -> None:
     with adapters.merged():  # all of it learns
         adapters.model(x).sum().backward()
     assert coefficients.grad is not None and coefficients.grad.all()
+    weight = next(iter(adapters.layers.values())).base_layer.weight.requires_grad_()
+    before = weight.detach().clone()
+    adapters.set_adapter("a")
+    adapters.train_adapter(None)
+    with adapters.merged():  # the end of the block would take back what a base weight has learned
+        adapters.model(x).sum().backward()
+        torch.optim.SGD([weight], 1.0).step()
+    assert weight.grad is not None and torch.equal(weight, before - weight.grad)

@@ -235,6 +235,8 @@ def test_subspace_logits_is_ease(device: torch.device) -> None:
     weights = ops.own_other_weights(task_of_class, 3, alpha)
     torch.testing.assert_close(ops.subspace_logits(features, prototypes, weights), expected)
     assert ops.own_other_weights(torch.tensor([0]), 1, 0.5).tolist() == [[1.0]]
+    with pytest.raises(TypeError, match="task_of_class must be integers, got torch.float32"):
+        ops.own_other_weights(torch.tensor([0.0, 0.7]), 2, 0.5)  # 0.7 was 0
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

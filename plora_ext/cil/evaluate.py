@@ -45,12 +45,15 @@ def predict(
 ) -> Tensor:
     """The class of each image of `rows` among the first `among[i]` classes seen, everywhere: int64 [n, len(among)].
 
+    -1 where its features are not finite.
+
     Args:
         cache: Keeps features of images under adapters that stay as they are.
     """
 
     def chosen(logits: Tensor) -> Tensor:
-        return torch.stack([logits[:, :classes].argmax(-1) for classes in among], -1)
+        best = torch.stack([logits[:, :classes].argmax(-1) for classes in among], -1)
+        return best.masked_fill(logits.isnan().any(-1, keepdim=True), -1)
 
     return method.world.spread(
         lambda own: torch.cat([*map(chosen, _logits(method, images, own, among[-1], cache))]), rows
@@ -93,6 +96,9 @@ class Evaluator:
         rows, new = torch.from_numpy(np.concatenate([t.test for t in seen])), seen[-1].classes
         among = [end for end in np.bincount(self.task_of_class).cumsum().tolist() if new.start < end <= new.stop]
         predicted = predict(self.method, self.images, rows, among, self.cache).cpu().numpy()
+        if (number := int((predicted[:, -1] < 0).sum())) and self.method.world.first:
+            said = f"{number} of {len(rows)} test images have features that are not finite, and count as wrong"
+            self.method.trainer.callbacks.note(said)
         labels = np.concatenate([t.test_labels for t in seen])
         correct = (predicted == labels[:, None]).astype(np.float64)
         curve = [100.0 * float(correct[labels < end, i].mean()) for i, end in enumerate(among)]

@@ -57,9 +57,14 @@ def start(init: str, names: Sequence[str]) -> str | None:
 
     From the newest one, adapters are points along one path of training and `mean` is the mean of that path (stochastic
     weight averaging, Izmailov et al., UAI 2018, with a point for each task).
+
+    Raises:
+        ValueError: An unknown init.
     """
-    chosen = {"first": names[:1], "newest": names[-1:]}.get(init)
-    return chosen[0] if chosen else None
+    chosen = {"newest": names[-1:], "first": names[:1], "fresh": (), "inflora": ()}
+    if init not in chosen:
+        raise ValueError(f"init must be newest, first or fresh, got {init!r}")
+    return next(iter(chosen[init]), None)
 
 
 @torch.no_grad()

@@ -90,8 +90,8 @@ class Learner:
         if isinstance(backbone, str):
             changes, backbone = {**changes, "backbone": backbone}, None
         self.settings = s = Settings.load(overrides={**(settings.as_dict() if settings else {}), **changes})
-        if s.init == "inflora" and num_tasks is None:
-            raise ValueError("init inflora needs to know how many tasks will come: give num_tasks")
+        if s.init == "inflora" and not (num_tasks and num_tasks > 0):
+            raise ValueError(f"init inflora needs to know how many tasks will come: give num_tasks, got {num_tasks}")
         device = world.place(pick_device(s.device))
         self.random = Generators(s, device)
         self.classes: list[Any] = []
@@ -100,6 +100,8 @@ class Learner:
         self.backbone_given = backbone is not None
         with self.random():
             backbone = backbone or load_backbone(s)
+            if s.image_size not in (None, backbone.image_size):
+                raise ValueError(f"image_size must be {backbone.image_size}, the given backbone's, got {s.image_size}")
             check_backbone(backbone.model)
             world.broadcast_([tensor.data for tensor in backbone.model.state_dict().values()])
             self.backbone_digest = weights_digest(backbone.model)
@@ -127,10 +129,9 @@ class Learner:
         if self._cut_short:
             raise RuntimeError("an earlier fit was cut short within its task: make a new learner, or load a saved one")
         images, labels = read_labelled(data, self.settings.corrupt)
-        try:
-            new, first = sorted(set(labels)), len(self.classes)
-        except TypeError as error:
-            raise ValueError(f"the labels of a task must be all numbers or all texts: {error}") from error
+        if len({isinstance(label, str) for label in [*self.classes, *labels]}) > 1:
+            raise ValueError("labels must be all numbers or all texts, in every task the same, got both")
+        new, first = sorted(set(labels)), len(self.classes)
         if again := [label for label in new if label in self.classes]:
             raise ValueError(f"a task brings new classes, but {again[0]!r} was learned before: leave its images out")
         if self.settings.method == "joint" and self.classes:
@@ -198,6 +199,9 @@ class Learner:
 
         The probability is the score's share of the softmax over all classes seen. Where the head gives log-likelihoods
         (gaussian) it is that of the class if all are as frequent; elsewhere it is not calibrated.
+
+        Raises:
+            FloatingPointError: An image has no score, since its features are not finite.
         """
         from plora_ext.cil.evaluate import classify
         from plora_ext.data.inputs import read_images
@@ -209,7 +213,10 @@ class Learner:
             raise ValueError("images must hold at least one image, got none")
         with self.random():
             number, rows = len(self.classes), torch.arange(len(view))
-            return np.asarray(classify(self.method, view, rows, number, top=min(top, number)).cpu())
+            best = np.asarray(classify(self.method, view, rows, number, top=min(top, number)).cpu())
+        if len(bad := np.flatnonzero(np.isnan(best[:, 0, 1]))):
+            raise FloatingPointError(f"scores must be numbers, got nan for image {bad[0]}: its features are not finite")
+        return best
 
     def evaluate(self, data: Any) -> dict[str, Any]:
         """`accuracy` over all images in percent, and `task_accuracies`, over those of each task's classes.
@@ -249,15 +256,19 @@ class Learner:
 
         Raises:
             ValueError: The method or the head is not registered, so that nobody could read it back.
-            FileExistsError: The folder holds something else.
+            FileExistsError: The folder holds something else, or is the working directory.
             RuntimeError: No task is learned yet, or one was cut short.
         """
         import plora_ext
         from plora_ext.cil.packing import pack
         from plora_ext.cil.registry import HEADS, METHODS
+        from plora_ext.cil.same_run import input_of
 
         if not self.classes or self._cut_short:
             raise RuntimeError("this learner has learned no task yet, or one was cut short: call fit first")
+        folder = Path(folder).resolve()  # a link stays one
+        if folder == Path.cwd():
+            raise FileExistsError(f"{folder} is the working directory, which cannot be replaced: choose another folder")
         s, method = self.settings, self.method
         _check_registered("method", METHODS.get(s.method), method)
         if s.method != "plora-ensemble":  # which has a head of its own
@@ -271,11 +282,15 @@ class Learner:
             "classes": self.classes,
             "task_sizes": self.task_sizes,
             "num_tasks": self.trainer.num_tasks,
-            "backbone": {"digest": self.backbone_digest, "given": self.backbone_given},
+            "backbone": {
+                "digest": self.backbone_digest,
+                "given": self.backbone_given,
+                "input": input_of(self.preparation),
+            },
             "adapters": self._adapters.names if self._adapters else [],
             "state": pack({**state, "rng": self.random.state}, "", tensors),
         }
-        self.trainer.world.from_first(lambda: self._write(Path(folder), config, tensors))
+        self.trainer.world.from_first(lambda: self._write(folder, config, tensors))
 
     @property
     def _adapters(self) -> Any:
@@ -323,13 +338,13 @@ class Learner:
         Raises:
             FileNotFoundError: The folder holds no learner.
             ValueError: It is damaged, of another format or of a method that is not registered, or the backbone's
-                weights are others.
+                weights or input are others.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         from plora_ext.cil.packing import unpack
-        from plora_ext.cil.same_run import ELSEWHERE, ROUNDING
+        from plora_ext.cil.same_run import ELSEWHERE, ROUNDING, input_of
         from plora_ext.io import load_adapter
 
         folder = Path(folder)
@@ -355,6 +370,11 @@ class Learner:
         learner = cls(settings, backbone=backbone, callbacks=callbacks, num_tasks=number, world=world)
         if learner.backbone_digest != given["digest"]:
             raise ValueError(f"the backbone's weights are not those with which the learner in {folder} has learned")
+        here = input_of(learner.preparation)
+        if given.get("input", here) != here:
+            raise ValueError(
+                f"the backbone's input (size, mean, std) must be {given['input']}, as in {folder}, got {here}"
+            )
         for name in names:
             load_adapter(learner._adapters, folder / ADAPTERS / name, name)
         learner.random.state = state.pop("rng")

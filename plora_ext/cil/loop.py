@@ -52,7 +52,7 @@ def run(
     Raises:
         ValueError: Settings, labels or layers that do not fit, or a checkpoint of another run.
         OSError: The checkpoint cannot be written.
-        FloatingPointError: A loss or a weight that is not finite.
+        FloatingPointError: A loss, a weight or a feature that is not finite.
         torch.OutOfMemoryError: Memory is exhausted, the device's or the host's; names the setting to lower.
     """
     if not isinstance(checkpoint, Checkpoint | None):
@@ -63,7 +63,7 @@ def run(
     learner = Learner(settings, backbone=backbone, callbacks=callbacks, make=make, num_tasks=len(tasks), world=world)
     method, trainer = learner.method, learner.trainer
     train, test = View(data.train_images, learner.preparation), View(data.test_images, learner.preparation)
-    known = fingerprint_of(settings, data, tasks, learner.backbone_digest, bool(train.preparation.on_device))
+    known = fingerprint_of(settings, data, tasks, learner.backbone_digest, train.preparation)
     result = Result(
         settings=settings.as_dict(),
         classes_seen=[task.classes.stop for task in stream],

@@ -82,6 +82,8 @@ class PLoRA(nn.Module):
         num_features = num_features or getattr(backbone, "num_features", None)
         if not isinstance(num_features, int):
             raise ValueError("num_features must be given for a backbone that has no attribute num_features")
+        Drift(alignment, torch.zeros(0, 1), 0, tau=tau)  # refuses what it does not know now and not after a task
+        fusion.start(init, [])
         self.backbone = backbone
         self.adapters = inject(backbone, target_modules, r, lora_alpha, lora_dropout)
         self.alignment, self.tau, self.ridge, self.init, self.sought = alignment, tau, ridge, init, sought
@@ -100,11 +102,11 @@ class PLoRA(nn.Module):
         """A new adapter; it alone is active and trains.
 
         Raises:
-            ValueError: no class is given.
+            ValueError: no class is given, or a negative one.
         """
         chosen = sorted({int(c) for c in classes})
-        if not chosen:
-            raise ValueError("classes must hold at least one class to learn, got none")
+        if not chosen or chosen[0] < 0:
+            raise ValueError(f"classes must hold at least one class to learn, of ids from 0, got {chosen}")
         self.add_adapter()
         self.task_classes = torch.tensor(chosen, device=self.directions.device)
         self.directions = nn.Parameter(self.directions.new_zeros(len(chosen), self.directions.shape[1]).normal_())
@@ -122,11 +124,14 @@ class PLoRA(nn.Module):
         """Start the classifier that is trained with from the class means of these (images, labels) of the task.
 
         Random directions would first pull the features of every class elsewhere.
+
+        Raises:
+            ValueError: a label of another task, or a class without an image.
         """
         self.eval()
         pairs = [(self.backbone(images).float(), labels) for images, labels in batches]
         features, labels = (torch.cat(part) for part in zip(*pairs))
-        local = torch.searchsorted(self.task_classes, labels)
+        local = self._local(labels)
         self.directions.copy_(F.normalize(class_means(features, local, len(self.task_classes))))
         self.train()
 
@@ -134,25 +139,32 @@ class PLoRA(nn.Module):
     def end_task(self, batches: Batches) -> None:
         """Fuse all adapters, align the old prototypes to the fused model and add the new ones.
 
+        A class that comes back has the mean of its aligned prototype and the new images, each by its number of images.
+
         Args:
             batches: (images, labels) of the task on the network's device, in any order. The model before the fusion and
                 the model after it see the same images.
+
+        Raises:
+            ValueError: a label of another task, or a class without an image.
         """
         self.eval()
-        known = [c for c in self.bank.classes if c not in set(self.task_classes.tolist())]
+        known, fresh = self.bank.classes, PrototypeBank(self.bank.num_features).to(self.bank.sums.device)
         if known:
             self.fuse(newest=False)
             before, drift = self.adapters.frozen(), self.drift(known, len(self.task_classes))
         self.fuse()
         sample = Sample()
         for images, labels in batches:
-            features = self.backbone(images).float()
+            features, local = self.backbone(images).float(), self._local(labels)
             if known:
-                old, local = before(images).float(), torch.searchsorted(self.task_classes, labels)
+                old = before(images).float()
                 drift.add(old, features, local)
                 if drift.kind.rows and self.sought:
                     sample.add(images, old, local)
-            self.bank.update(features, labels)
+            fresh.update(features, labels)
+        if without := set(self.task_classes.tolist()).difference(fresh.classes):
+            raise ValueError(f"batches must hold an image of each class of the task, got none of {sorted(without)}")
         if sample.rows:
             images, old, local = sample.rows
             starts, wanted = targets(drift.prototypes, old, local, self.sought)
@@ -161,9 +173,16 @@ class PLoRA(nn.Module):
                 drift.add(before(moved).float(), self.backbone(moved).float(), None)
         if known:
             self.bank.set(known, drift.align())
+        self.bank._add(fresh)
         self.adapters.train_adapter(None)
         self.task_classes = self.task_classes[:0]
         self.directions = nn.Parameter(self.directions[:0].clone())
+
+    def _local(self, labels: Tensor) -> Tensor:
+        """Labels as numbers among the task's classes."""
+        if len(wrong := labels[~torch.isin(labels, self.task_classes)]):
+            raise ValueError(f"labels must be of the task's classes {self.task_classes.tolist()}, got {int(wrong[0])}")
+        return torch.searchsorted(self.task_classes, labels)
 
     def fuse(self, coefficients: Tensor | None = None, newest: bool = True) -> None:
         """Makes the sum of all adapters, or of all but the newest, the active model; `coefficients`: default mean."""
@@ -190,7 +209,7 @@ class PLoRA(nn.Module):
         """Logits [B, num_classes] among all classes seen; in training mode among those of the task that is trained."""
         features = self.backbone(images).float()
         if self.training and len(self.task_classes):
-            cosines = self.head.scale * F.linear(F.normalize(features), F.normalize(self.directions))
+            cosines = self.head.scale * F.linear(F.normalize(features), F.normalize(self.directions.float()))
             logits = cosines.new_full((len(images), self.num_classes), UNSEEN)
             return logits.index_copy(1, self.task_classes, cosines)
         logits = self.head(features, self.bank.prototypes).clamp(min=UNSEEN)

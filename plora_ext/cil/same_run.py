@@ -16,7 +16,7 @@ from torch import nn
 import plora_ext
 from plora_ext.cil.settings import Settings, as_before
 from plora_ext.cil.stream import Task
-from plora_ext.data import ImageFiles, Images
+from plora_ext.data import ImageFiles, Images, Preparation
 from plora_ext.data.images import select
 
 # Settings under which a run may continue that began with others: they say where things are and what is measured, not
@@ -29,15 +29,20 @@ TEST_IMAGES = "test images"  # what alone of a learned task may be other when a 
 
 
 def fingerprint_of(
-    settings: Settings, data: Images, tasks: Sequence[Task], backbone: str, on_device: bool
+    settings: Settings, data: Images, tasks: Sequence[Task], backbone: str, preparation: Preparation
 ) -> dict[str, Any]:
-    """What must be the same for a run to continue: settings, data, the backbone's weights (their digest).
+    """What must be the same for a run to continue: settings, data, the backbone's weights (their digest) and input.
 
-    on_device: where images are in fact cropped, which `transform_on: auto` leaves open.
+    preparation: says where images are in fact cropped, which `transform_on: auto` leaves open.
     """
     kept = {name: value for name, value in settings.as_dict().items() if name not in (*ELSEWHERE, *ROUNDING)}
-    kept["transform_on"] = "device" if on_device else "cpu"
-    return {"settings": kept, **data_digests(data, tasks), "backbone": backbone}
+    kept["transform_on"] = "device" if preparation.on_device else "cpu"
+    return {"settings": kept, **data_digests(data, tasks), "backbone": backbone, "input": input_of(preparation)}
+
+
+def input_of(preparation: Preparation) -> list[Any]:
+    """What a backbone takes: the size of its images, mean and std of their colours."""
+    return [preparation.image_size, *(list(map(float, of)) for of in (preparation.mean, preparation.std))]
 
 
 def data_digests(data: Images, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -96,6 +101,8 @@ def refuse_other(
                 differences.append(f"the images or labels differ, those of task {some}, which is learned")
     if not differences and saved["backbone"] != here["backbone"]:
         differences.append("the backbone's weights differ")
+    if not differences and "input" in saved and saved["input"] != here["input"]:
+        differences.append(f"the backbone's input (size, mean, std) is {saved['input']} there and {here['input']} here")
     if differences:
         raise ValueError(f"{what} of another run: {'; '.join(differences)}")
     return tasks

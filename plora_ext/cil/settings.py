@@ -226,6 +226,8 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
+        for name in _types():
+            setattr(self, name, _plain(getattr(self, name)))
         import_plugins(_checked("plugins", self.plugins, list[str]))
         if self.class_order == "none":
             warnings.warn('class_order "none" is called "sorted" now: by label (null is "shuffled")', stacklevel=4)
@@ -398,6 +400,13 @@ def parse(name: str, text: str) -> Any:
 
 def _types() -> dict[str, Any]:
     return get_type_hints(Settings)
+
+
+def _plain(value: Any) -> Any:
+    """A value of pathlib, numpy or torch as a file has it."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return list(value) if isinstance(value, range) else value.tolist() if hasattr(value, "tolist") else value
 
 
 def _members(kind: Any) -> tuple[Any, ...]:

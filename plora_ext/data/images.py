@@ -173,7 +173,8 @@ def doubles(images: Images) -> int:
         if any(isinstance(side, ImageFiles) for side in sides) or sides[0].shape[1:] != sides[1].shape[1:]:
             return 0
         train, test = (
-            row_digests(torch.from_numpy(np.asarray(side))).numpy().view("V16").ravel().tolist() for side in sides
+            row_digests(torch.from_numpy(np.ascontiguousarray(side))).numpy().view("V16").ravel().tolist()
+            for side in sides
         )
     seen = set(train)
     return sum(digest in seen for digest in test)

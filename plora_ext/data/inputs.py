@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from PIL.Image import Image
 from torch import Tensor
 
-from .decode import to_8_bits, to_rgb
+from .decode import to_8_bits, to_rgb, warn_if_dark
 from .folders import class_files, decodable, images_below, readable, readable_kinds
 from .images import ImageFiles
 
@@ -31,7 +32,11 @@ class Items(ImageFiles):
         return self.number
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return to_pixels(self.read(int(index)))
+        image = self.read(int(index))
+        pixels = to_pixels(image)
+        if not index and np.asarray(image.cpu() if isinstance(image, Tensor) else image).dtype != np.uint8:
+            warn_if_dark(pixels, "the first image's values")
+        return pixels
 
 
 def read_images(data: Any) -> np.ndarray | ImageFiles:
@@ -50,7 +55,7 @@ def read_images(data: Any) -> np.ndarray | ImageFiles:
         return Items(len(data), lambda row: data[row][column])
     if isinstance(data, np.ndarray | Tensor):
         pixels = np.asarray(data)
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape[1:]:
             raise ValueError(f"images must be uint8 [N, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
         return pixels
     if isinstance(data, Sequence):
@@ -59,7 +64,7 @@ def read_images(data: Any) -> np.ndarray | ImageFiles:
 
 
 def read_labelled(data: Any, corrupt: str = "error") -> tuple[np.ndarray | ImageFiles, list[Any]]:
-    """Images and their labels, of any kind that can be compared.
+    """Images and their labels, numbers or texts.
 
     Args:
         corrupt: What files of a folder do that are no images, as in `plora_ext.data.load_images`.
@@ -75,9 +80,12 @@ def read_labelled(data: Any, corrupt: str = "error") -> tuple[np.ndarray | Image
         images, labels = read_images(data[0]), _labels(data[1])
     elif hasattr(data, "column_names"):
         images, labels = read_images(data), _labels(data[_column(data, lambda v: isinstance(v, int | str), "labels")])
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, dict):
+        if len(data) and not isinstance(data[0], tuple | list):
+            raise ValueError(f"data must be {_WANTED}, got {type(data).__name__} of {type(data[0]).__name__}")
         images = Items(len(data), lambda row: data[row][0])
-        given = getattr(data, "targets", None)  # torchvision's, without reading an image
+        # torchvision's, without reading an image; what they become in its items is known from those alone
+        given = None if getattr(data, "target_transform", None) else getattr(data, "targets", None)
         labels = _labels([data[row][1] for row in range(len(data))] if given is None else given)
     else:
         raise ValueError(f"data must be {_WANTED}, got {type(data).__name__}")
@@ -97,7 +105,7 @@ def to_pixels(image: Any) -> np.ndarray:
     pixels = np.moveaxis(image.cpu().numpy(), 0, -1) if isinstance(image, Tensor) else np.asarray(image)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or not pixels.size:
         what = f"{type(image).__name__} {list(np.shape(image))}"
         raise ValueError(f"an image must be a PIL image, an array [H, W, 3] or a tensor [3, H, W], got {what}")
     return to_8_bits(pixels, "an image").repeat(3 // pixels.shape[2], 2)
@@ -138,10 +146,15 @@ def _class_folders(root: Path, corrupt: str) -> tuple[ImageFiles, list[str]]:
 
 def _labels(given: Any) -> list[Any]:
     """Labels as plain values."""
-    if not hasattr(given, "__iter__") or np.ndim(given) == 0:
-        raise ValueError(f"labels must be one an image, got {given!r}")
-    values = given.tolist() if hasattr(given, "tolist") else list(given)
-    return [value.item() if hasattr(value, "item") else value for value in values]
+    try:
+        values = list(given.tolist() if hasattr(given, "tolist") else given)
+    except TypeError:
+        raise ValueError(f"labels must be one an image, got {given!r}") from None
+    values = [value.item() if hasattr(value, "item") and math.prod(value.shape) == 1 else value for value in values]
+    for value in values:
+        if not isinstance(value, int | float | str) or value != value:
+            raise ValueError(f"labels must be numbers or texts, got {value!r:.60}")
+    return values
 
 
 def _column(data: Any, fits: Callable[[Any], bool], what: str) -> str:

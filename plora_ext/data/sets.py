@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import gzip
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ _FASHION = "t-shirt/top trouser pullover dress coat sandal shirt sneaker bag ank
 
 
 def load_images(
-    data: str, root: str | Path = "data", *, download: bool = False, corrupt: str = "error", test: bool = True
+    data: str | Path, root: str | Path = "data", *, download: bool = False, corrupt: str = "error", test: bool = True
 ) -> Images:
     """The data set `data`.
 
@@ -64,6 +65,7 @@ def load_images(
             test, or an IDX file that is cut short.
         OSError: Files are not where they were looked for; the message says where, and the layout expected.
     """
+    data = os.fspath(data)
     if data == "icon100":
         return load_icon100()
     if data == "cifar100":

@@ -37,7 +37,9 @@ def to_tensor(
     Raises:
         ValueError: the images are not uint8 [N, H, W, 3], or image_size is not positive.
     """
-    source = torch.as_tensor(images)
+    source = (
+        images if isinstance(images, Tensor) else torch.as_tensor(np.ascontiguousarray(images))
+    )  # views turned round
     if source.dtype != torch.uint8 or source.ndim != 4 or source.shape[-1] != 3:
         raise ValueError(
             f"to_tensor: images must be uint8 of shape [N, H, W, 3], got {source.dtype} {list(source.shape)}"

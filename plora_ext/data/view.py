@@ -67,6 +67,13 @@ class Preparation:
     on_device: bool | None = False
     cache: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name, least in (("mean", 0.0), ("std", 1e-12)):
+            if len(values := list(getattr(self, name))) != 3 or not all(least <= value <= 1 for value in values):
+                raise ValueError(
+                    f"{name} must be three numbers, for red, green and blue in [0, 1] and std above 0, got {values}"
+                )
+
 
 class View:
     """A selection of images, and how they become normalised float32 batches [B, 3, S, S].
@@ -80,6 +87,8 @@ class View:
         p = preparation
         if p.on_device is None:
             p = replace(p, on_device=p.device.type == "cuda" and not isinstance(images, ImageFiles))
+        if not isinstance(images, ImageFiles):
+            images = np.ascontiguousarray(images)  # torch knows no array that is turned round
         self.images, self.preparation = images, p
         self.rows = torch.arange(len(images))
         self._colors = [torch.tensor(v, device=p.device).view(3, 1, 1) for v in (p.mean, p.std)]

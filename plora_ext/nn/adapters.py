@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from plora_ext import ops
 from plora_ext.nn.linear import MultiLoRALinear
-from plora_ext.nn.state import Active
+from plora_ext.nn.state import Active, State
 from plora_ext.nn.targets import replace_module
 
 __all__ = ["BASE", "Adapters"]
@@ -35,25 +36,32 @@ class Adapters:
 
     Args:
         model: a model that `inject` has changed.
-        r: default rank for `add_adapter`.
-        lora_alpha: default alpha; `None` means alpha = r.
+        r, lora_alpha: defaults for `add_adapter`, by default those of `inject`; with an r alone, alpha = r.
 
     Attributes:
         model: the model.
         layers: the adapted layers by module name.
     """
 
-    def __init__(self, model: nn.Module, r: int = 16, lora_alpha: float | None = None) -> None:
-        self.model, self.r, self.lora_alpha = model, r, lora_alpha
+    def __init__(self, model: nn.Module, r: int | None = None, lora_alpha: float | None = None) -> None:
+        self.model = model
         self.layers: dict[str, MultiLoRALinear] = {
             name: module for name, module in model.named_modules() if isinstance(module, MultiLoRALinear)
         }
         if not self.layers:
             raise ValueError("model carries no adapters: call inject(model, target_modules) first")
-        self._state = self._first._state
+        for key, layer in self.layers.items():
+            if layer.adapter_names != self.names:
+                raise ValueError(
+                    f"all layers of model must have the same adapters in the same order, got {self.names} in "
+                    f"{next(iter(self.layers))!r} and {layer.adapter_names} in {key!r}"
+                )
         for layer in self.layers.values():
             if layer._state is not self._state:  # of a part that was injected apart
-                layer._state, layer._number = self._state, self._state.join()
+                layer._join(self._state)
+        usual = self._state.defaults
+        self.r = usual[0] if r is None else r
+        self.lora_alpha = usual[1] if r is None and lora_alpha is None else lora_alpha
 
     def __repr__(self) -> str:
         return f"Adapters(names={self.names}, active={self.active}, layers={len(self.layers)})"
@@ -72,6 +80,10 @@ class Adapters:
     def _first(self) -> MultiLoRALinear:
         self._require_layers()
         return next(iter(self.layers.values()))
+
+    @property
+    def _state(self) -> State:
+        return self._first._state
 
     # ------------------------------------------------------------------ adding and choosing
 
@@ -110,21 +122,38 @@ class Adapters:
                         "leave r out, or init_from"
                     )
             plans[key] = rank, default if lora_alpha is None else lora_alpha
-        for key, layer in self.layers.items():
-            rank, alpha = plans[key]
-            pairs = layer.init_factors(rank) if init_from is None else layer.pairs(init_from)
-            layer.add_adapter(name, pairs, alpha)
+
+        def factors(layer: MultiLoRALinear, rank: int) -> Sequence[tuple[Tensor, Tensor]]:
+            return layer.init_factors(rank) if init_from is None else layer.pairs(init_from)
+
+        self._add(name, ((factors(self.layers[key], rank), alpha) for key, (rank, alpha) in plans.items()))
         self.set_adapter(name)
         self.train_adapter(name)
+
+    def _add(self, name: str, adapters: Iterable[tuple[Sequence[tuple[Tensor, Tensor]], float]]) -> None:
+        """Adds an adapter, factors and alpha for each layer, to all layers or to none."""
+        layers = list(self.layers.values())
+        try:
+            for layer, (pairs, alpha) in zip(layers, adapters, strict=True):
+                layer.add_adapter(name, pairs, alpha)
+        except BaseException:  # out of memory, say
+            for layer in layers:
+                with suppress(KeyError):
+                    layer.delete_adapter(name)
+            raise
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter; it leaves the active set first, with its coefficient.
 
         Raises:
             KeyError: the name is unknown.
+            RuntimeError: inside of `batch` or `disabled`: the ids there would be those of other adapters.
         """
         self._require_unmerged()
+        self._require_whole()
         self._check_known(name)
+        if self._state.in_block:
+            raise RuntimeError("adapters cannot be deleted inside of Adapters.batch or disabled(), here or in a thread")
         active = self._state.common
         self._state.set(active.only(tuple(other for other in active.names if other != name)))
         for layer in self.layers.values():
@@ -147,8 +176,8 @@ class Adapters:
         self._require_unmerged()
         chosen = self._as_names(names)
         coeff = self._as_coefficients(chosen, coefficients)
-        on_host = coeff is not None and not coeff.requires_grad and not isinstance(coefficients, Tensor)
-        self._state.set(Active(tuple(chosen), coeff, tuple(map(float, coefficients or ())) if on_host else None))
+        written = None if coefficients is None or isinstance(coefficients, Tensor) else tuple(map(float, coefficients))
+        self._state.set(Active(tuple(chosen), coeff, written))
 
     def train_adapter(self, name: str | Sequence[str] | None) -> None:
         """Let the named adapters train and freeze all others; `None` freezes all.
@@ -188,6 +217,7 @@ class Adapters:
         Raises:
             IndexError: an id is out of range.
             KeyError: a name is unknown.
+            TypeError: an id is no integer.
             ValueError: an adapter that does not train here holds inf or NaN. (Samples of several adapters share
                 products, in which what a sample does not choose is multiplied by zero.)
         """
@@ -199,6 +229,8 @@ class Adapters:
                 raise IndexError(f"the batch was made for {adapters.num_adapters} adapters, there are {self.names}")
             batch = adapters.to(device)
         else:
+            if isinstance(adapters, str):
+                raise TypeError(f"adapters must hold a name or an id for each sample, got {adapters!r}")
             ids = adapters if isinstance(adapters, Tensor) else [self._id_of(adapter) for adapter in adapters]
             if not isinstance(ids, Tensor) and self.model.training and torch.is_grad_enabled():
                 self._warn_of_frozen(set(ids))
@@ -234,10 +266,7 @@ class Adapters:
         self._require_unmerged()
         kind, active = self._first.device.type, self._state.current
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        weights = {
-            layer._number: layer._merge(active).clone() if dtype is None else layer._merge(active).to(dtype)
-            for layer in self.layers.values()
-        }
+        weights = {layer._number: layer.merged_weight(active).to(dtype, copy=True) for layer in self.layers.values()}
 
         def call(*inputs: Any) -> Any:
             self._require_layers()
@@ -256,16 +285,18 @@ class Adapters:
         without adapters; otherwise the part of it that is frozen, and the rest is added to it as ever. It is the same
         function as before, up to rounding. Writes to a merged adapter are seen after the block.
 
-        Where adapters are merged already, or inside of `batch` and `disabled`, nothing changes.
+        Where adapters are merged already, inside of `batch` and `disabled`, or where a base weight trains, nothing
+        changes.
 
         Raises:
-            RuntimeError: a weight also belongs to a module without adapters.
+            RuntimeError: a weight also belongs to a module without adapters, or the handle is on a part of the model.
         """
         if self._state.merged is not None or self._state.in_block:
             yield
             return
         active, gradients = self._state.common, torch.is_grad_enabled()
-        learns = gradients and active.coefficients is not None and active.coefficients.requires_grad
+        trained = [active.coefficients, *(layer.base_layer.weight for layer in self.layers.values())]
+        learns = gradients and any(t is not None and t.requires_grad for t in trained)
         frozen = tuple(
             name for name in active.names if not (gradients and any(p.requires_grad for p in self.parameters(name)))
         )
@@ -331,17 +362,20 @@ class Adapters:
         self.check_new(name)
         coeff = self._as_coefficients(chosen, coefficients)
         factors = [1.0] * len(chosen) if coeff is None else coeff.tolist()
-        for layer in self.layers.values():
+
+        def fused(layer: MultiLoRALinear) -> tuple[Sequence[tuple[Tensor, Tensor]], float]:
             scales = [c * layer.lora_alpha[n] / layer.r[n] for c, n in zip(factors, chosen, strict=True)]
             pairs = [layer.pairs(n) for n in chosen]  # pairs[adapter][slice] = (A, B)
-            fused = [
+            made = [
                 (
                     torch.cat([A.detach() for A, _ in of_slice]),
                     torch.cat([s * B.detach() for s, (_, B) in zip(scales, of_slice, strict=True)], dim=1),
                 )
                 for of_slice in zip(*pairs, strict=True)
             ]
-            layer.add_adapter(name, fused, lora_alpha=fused[0][0].shape[0])
+            return made, made[0][0].shape[0]
+
+        self._add(name, map(fused, self.layers.values()))
 
     def merge(self) -> None:
         """Write the active set into the base weights, in place, for the fastest inference (also when compiled).
@@ -349,7 +383,8 @@ class Adapters:
         Until `unmerge`, `state_dict()` holds the merged weights and the active set cannot be changed.
 
         Raises:
-            RuntimeError: already merged, nothing is active, or a weight also belongs to a module without adapters.
+            RuntimeError: already merged, nothing is active, a weight also belongs to a module without adapters, or the
+                handle is on a part of the model.
         """
         self._require_unmerged()
         if not self.active:
@@ -359,6 +394,7 @@ class Adapters:
     def _merge(self, names: tuple[str, ...]) -> None:
         """Writes the adapters `names` of the active set into the base weights; the others stay active."""
         self._require_unmerged()
+        self._require_whole()
         if self._state.in_block:
             raise RuntimeError("adapters cannot be merged inside of Adapters.batch or disabled(), here or in a thread")
         owners = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
@@ -391,7 +427,7 @@ class Adapters:
         self._state.set(before)
 
     def unload(self, merge: bool = True) -> nn.Module:
-        """Put the original `nn.Linear` modules back and forget the adapters. This handle is of no use afterwards.
+        """Put the original `nn.Linear` modules back and forget the adapters. Their handles are of no use afterwards.
 
         Args:
             merge: write the active set into their weights first (nothing active: they are as they were).
@@ -406,6 +442,7 @@ class Adapters:
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
             if isinstance(module, MultiLoRALinear):
                 replace_module(self.model, name, module.base_layer)
+        self._state.layers.difference_update(self.layers.values())
         self.layers = {}
         return self.model
 
@@ -446,7 +483,8 @@ class Adapters:
                 self._state.unchecked.discard(name)
 
     def _require_layers(self) -> None:
-        if not self.layers:
+        layer = next(iter(self.layers.values()), None)
+        if layer is None or layer not in layer._state.layers:
             raise RuntimeError("these adapters were unloaded: inject the model again")
 
     def _require_unmerged(self) -> None:
@@ -454,12 +492,20 @@ class Adapters:
         if self._state.merged is not None:
             raise RuntimeError("the adapters are merged into the base weight: call unmerge() first")
 
+    def _require_whole(self) -> None:
+        if (all_layers := len(self._state.layers)) > len(self.layers):
+            raise RuntimeError(
+                f"this handle is on {len(self.layers)} of the {all_layers} layers that share their adapters: take "
+                "Adapters(model) of the whole model (a layer that was replaced counts while an older handle holds it)"
+            )
+
     def _check_known(self, name: str) -> None:
         if name not in self.names:
             raise KeyError(f"unknown adapter {name!r}, known ones are {self.names}")
 
     def check_new(self, name: str) -> None:
-        """Raise ValueError unless `name` can be given to a new adapter."""
+        """Raise ValueError unless `name` can be given to a new adapter, RuntimeError on a part of a model."""
+        self._require_whole()
         if name in self.names:
             raise ValueError(f"adapter {name!r} exists already, known ones are {self.names}")
         # Names become attributes of a ParameterDict: no dots, and none of its own attributes.
@@ -469,7 +515,9 @@ class Adapters:
 
     def _id_of(self, adapter: int | str) -> int:
         if not isinstance(adapter, str):
-            return int(adapter)
+            if isinstance(adapter, bool) or not hasattr(adapter, "__index__"):
+                raise TypeError(f"adapters must be names or integer ids, got {adapter!r}")
+            return operator.index(adapter)
         if adapter == BASE:
             return -1
         self._check_known(adapter)
@@ -487,7 +535,7 @@ class Adapters:
         if values is None:
             return None
         device = self._first.device
-        coeff = values if isinstance(values, Tensor) else torch.tensor(list(values), dtype=torch.float32)
+        coeff = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float32)
         if coeff.shape != (len(names),) or not coeff.is_floating_point():
             raise ValueError(
                 f"coefficients must be {len(names)} floats, one for each of {names}, "
@@ -508,5 +556,6 @@ def check_rank(r: int, name: str, in_features: int, slices: dict[str, tuple[int,
 
 
 def check_alpha(lora_alpha: float | None) -> None:
-    if lora_alpha is not None and not 0 < lora_alpha < float("inf"):
+    known = lora_alpha is None or (isinstance(lora_alpha, int | float) and 0 < lora_alpha < float("inf"))
+    if not known:  # other kinds of numbers could not be written to a file
         raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")

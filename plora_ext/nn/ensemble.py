@@ -60,7 +60,7 @@ class Ensemble:
         self._warned = False
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, names: Sequence[str] | None = None) -> Tensor:
+    def __call__(self, images: Tensor, names: str | Sequence[str] | None = None) -> Tensor:
         """Features `[T, B, ...]` of images `[B, ...]` under the adapters `names`, by default all.
 
         Args:
@@ -78,7 +78,7 @@ class Ensemble:
         adapters._check_finite()
         if model.training:
             raise RuntimeError("an ensemble needs the model in eval mode: call model.eval() first")
-        chosen = list(adapters.names if names is None else names)
+        chosen = list(adapters.names if names is None else [names] if isinstance(names, str) else names)
         ids = [adapters._id_of(name) for name in chosen]
         if not ids:
             raise ValueError("names must hold at least one adapter, got none")

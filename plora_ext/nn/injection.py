@@ -52,14 +52,16 @@ def inject(
         layer = linear_at(model, name)
         refuse_unsupported(model, name)
         check_rank(r, name, layer.in_features, rows or {"": (0, layer.out_features)})
-    # A module may be reachable under several names: it is wrapped once and replaced everywhere.
     wrapped: dict[nn.Module, MultiLoRALinear] = {}
-    state = State()
+    state = State(r, lora_alpha)
     for name, rows in targets.items():
         layer = linear_at(model, name)
         if layer not in wrapped:
             made = MultiLoRALinear(layer, rows, lora_dropout, autocast_adapter_dtype, state)
             wrapped[layer] = made.train(layer.training)
-        replace_module(model, name, wrapped[layer])
+    # A module may be reachable under several names: it is wrapped once and replaced under all, targets or not.
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in wrapped:
+            replace_module(model, name, wrapped[module])
     model.requires_grad_(False)
-    return Adapters(model, r=r, lora_alpha=lora_alpha)
+    return Adapters(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, compress
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ class MultiLoRALinear(nn.Module):
 
     base_layer: nn.Linear
     _original_weight: Tensor | None
+    _state: State
 
     def __init__(
         self,
@@ -109,8 +111,8 @@ class MultiLoRALinear(nn.Module):
             if type(base) is nn.Linear:
                 got += " whose weight a hook computes"
             raise TypeError(f"base must be a plain torch.nn.Linear, got {got}")
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout}")
+        if not isinstance(lora_dropout, int | float) or not 0.0 <= lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout!r}")
         for key, (start, stop) in (slices or {}).items():
             if not 0 <= start < stop <= base.out_features:
                 raise ValueError(f"slice {key!r} must be rows within [0, {base.out_features}), got ({start}, {stop})")
@@ -121,15 +123,24 @@ class MultiLoRALinear(nn.Module):
         # state_dict keys: lora_A.<adapter>, or lora_A.<slice>.<adapter> where there are slices.
         self.lora_A = self._containers()
         self.lora_B = self._containers()
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
+        self._r: dict[str, int] = {}
+        self._alpha: dict[str, float] = {}
         self.register_buffer("_original_weight", None, persistent=False)  # the weight before merge()
         # A sum's scaling is a concatenation of these, so that no forward copies numbers from the host.
         self._scaling: dict[str, Tensor] = {}
         self._ranks: dict[str, Tensor] = {}
-        self._state = State() if state is None else state
-        self._number = self._state.join()
+        self._join(State() if state is None else state)
         self.register_load_state_dict_post_hook(_renew_constants)
+
+    def _join(self, state: State) -> None:
+        """From now on what is active is said by `state`."""
+        if "_state" in self.__dict__:
+            self._state.layers.discard(self)
+        self._state, self._number = state, state.join(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._state.layers.add(self)  # of a copy
 
     def _containers(self) -> Any:
         if self.slices is None:
@@ -187,9 +198,19 @@ class MultiLoRALinear(nn.Module):
         return self._merge(active) if active.names else self.base_layer.weight
 
     @property
+    def r(self) -> Mapping[str, int]:
+        """Ranks by adapter; not to be written to."""
+        return MappingProxyType(self._r)
+
+    @property
+    def lora_alpha(self) -> Mapping[str, float]:
+        """Alphas by adapter; not to be written to: a scale of one's own is a coefficient (`set_adapter`)."""
+        return MappingProxyType(self._alpha)
+
+    @property
     def adapter_names(self) -> list[str]:
         """Names of the adapters, in the order in which they were added."""
-        return list(self.r)
+        return list(self._r)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -217,7 +238,13 @@ class MultiLoRALinear(nn.Module):
     # ------------------------------------------------------------------ adapters
 
     def pairs(self, name: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """The (A, B) parameters of adapter `name`: one pair, or one for each slice in the order of `slices`."""
+        """The (A, B) parameters of adapter `name`: one pair, or one for each slice in the order of `slices`.
+
+        Raises:
+            KeyError: the name is unknown.
+        """
+        if name not in self._r:
+            raise KeyError(f"unknown adapter {name!r}, known ones are {self.adapter_names}")
         factors = [factor for (factor,) in self._factors_of((name,))]
         return list(zip(factors[::2], factors[1::2], strict=True))
 
@@ -228,12 +255,21 @@ class MultiLoRALinear(nn.Module):
             name: a new name.
             pairs: (A `[r, in]`, B `[rows, r]`), one for each slice; copied, in the dtype that adapters have.
             lora_alpha: the scale is `lora_alpha / r`.
+
+        Raises:
+            ValueError: the name is taken, or a shape is wrong.
         """
-        r, dtype, device = pairs[0][0].shape[0], self._dtype(), self.device
+        r, dtype, device = max(pairs[0][0].shape[0], 1), self._dtype(), self.device
+        got = [(tuple(A.shape), tuple(B.shape)) for A, B in pairs]
+        wanted = [((r, self.in_features), (stop - start, r)) for start, stop in self._rows()]
+        if got != wanted:
+            raise ValueError(f"pairs must have the shapes {wanted} of A and B, got {got}")
+        if name in self._r:
+            raise ValueError(f"adapter {name!r} exists already, known ones are {self.adapter_names}")
         for container, value in zip(self._dicts(), chain(*pairs), strict=True):
             value = value.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
             container[name] = nn.Parameter(value, requires_grad=False)
-        self.r[name], self.lora_alpha[name] = r, lora_alpha
+        self._r[name], self._alpha[name] = r, lora_alpha
         self._state.unchecked.add(name)
         self._set_constants(name)
 
@@ -245,15 +281,21 @@ class MultiLoRALinear(nn.Module):
     def init_factors(self, r: int) -> list[tuple[Tensor, Tensor]]:
         """Fresh factors of rank `r`: A from Kaiming's uniform distribution with a = sqrt(5), B zero (as PEFT)."""
         like: dict[str, Any] = {"dtype": self._dtype(), "device": self.device}
-        rows = [(0, self.out_features)] if self.slices is None else list(self.slices.values())
-        pairs = [(torch.empty(r, self.in_features, **like), torch.zeros(z - a, r, **like)) for a, z in rows]
+        pairs = [(torch.empty(r, self.in_features, **like), torch.zeros(z - a, r, **like)) for a, z in self._rows()]
         for A, _ in pairs:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         return pairs
 
+    def _rows(self) -> list[tuple[int, int]]:
+        """The rows of the output that each pair of factors acts on."""
+        return [(0, self.out_features)] if self.slices is None else list(self.slices.values())
+
     def delete_adapter(self, name: str) -> None:
-        """Remove adapter `name`, which must not be active."""
-        for record in self._records():
+        """Remove adapter `name`, which must not be active, or what there is of it; KeyError where there is nothing."""
+        records = [record for record in self._records() if name in record]
+        if not records:
+            raise KeyError(f"unknown adapter {name!r}, known ones are {self.adapter_names}")
+        for record in records:
             del record[name]
         self._state.unchecked.discard(name)
 
@@ -265,11 +307,15 @@ class MultiLoRALinear(nn.Module):
                 record[new if name == old else name] = value
 
     def _records(self) -> list[Any]:
-        return [*self._dicts(), self.r, self.lora_alpha, self._scaling, self._ranks]
+        return [*self._dicts(), self._r, self._alpha, self._scaling, self._ranks]
 
-    def set_adapter(self, names: Sequence[str], coefficients: Tensor | None = None) -> None:
-        """Make `names` the active set of all layers that share this one's state (`Adapters.set_adapter`)."""
-        self._state.set(Active(tuple(names), coefficients))
+    def set_adapter(
+        self, names: str | Sequence[str] | None, coefficients: Tensor | Sequence[float] | None = None
+    ) -> None:
+        """Make `names` the active set of all layers that share this one's state: `Adapters.set_adapter`."""
+        from plora_ext.nn.adapters import Adapters
+
+        Adapters(self).set_adapter(names, coefficients)
 
     # ------------------------------------------------------------------ forward
 
@@ -323,7 +369,7 @@ class MultiLoRALinear(nn.Module):
         ids: tuple[ops.AdapterBatch, ...] = ()
         keywords: dict[str, Any] = {}
         if active.batch is not None:
-            op, names = ops.lora_indexed, tuple(self.r)
+            op, names = ops.lora_indexed, tuple(self._r)
             given = active.batch.ids.shape[:1]
             if not torch.compiler.is_compiling() and x.dim() > 1 and given != x.shape[:1]:
                 raise ValueError(
@@ -386,7 +432,7 @@ class MultiLoRALinear(nn.Module):
             lora_A, lora_B = factors
         else:  # adapter after adapter
             lora_A, lora_B = (list(chain.from_iterable(zip(*factors[i::2], strict=True))) for i in (0, 1))
-        own, ranks = list(map(self.r.__getitem__, names)), None
+        own, ranks = list(map(self._r.__getitem__, names)), None
         r = max(own)
         if min(own) < r:
             lora_A = [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in lora_A]
@@ -423,10 +469,24 @@ class MultiLoRALinear(nn.Module):
         merged = ops.lora_merge(weight.to(lora_A.dtype), lora_A, lora_B, scaling, coeff=coeff, ranks=ranks)
         return merged.to(weight.dtype)
 
+    def merged_weight(self, active: Active) -> Tensor:
+        """The same, to be the layer's weight.
+
+        Raises:
+            RuntimeError: what the layer computes with is not its weight.
+        """
+        if "weight" not in self.base_layer._parameters and isinstance(self.base_layer.weight, Tensor):
+            raise RuntimeError(
+                "adapters cannot be merged into a weight that a hook or a parametrization computes at every forward: "
+                "make it permanent before (torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or use "
+                "the model unmerged"
+            )
+        return self._merge(active)
+
     @torch.no_grad()
     def merge(self, active: Active) -> None:
         """Write adapters into the base weight, in place."""
-        merged = self._merge(active)
+        merged = self.merged_weight(active)
         self._original_weight = self.base_layer.weight.detach().clone()
         self.base_layer.weight.copy_(merged)
 
@@ -441,7 +501,7 @@ class MultiLoRALinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> MultiLoRALinear:
         super()._apply(fn, recurse)
-        self._set_constants(*self.r)
+        self._set_constants(*self._r)
         return self
 
     def _set_constants(self, *names: str) -> None:
@@ -452,8 +512,8 @@ class MultiLoRALinear(nn.Module):
                 rows = [torch.arange(start, stop) * len(slices) + i for i, (start, stop) in enumerate(slices)]
                 self._block_rows = torch.cat(rows).to(device)
             for name in names:
-                r = self.r[name]
-                self._scaling[name] = torch.tensor([self.lora_alpha[name] / r], dtype=wide, device=device)
+                r = self._r[name]
+                self._scaling[name] = torch.tensor([self._alpha[name] / r], dtype=wide, device=device)
                 self._ranks[name] = torch.tensor([r], device=device)
 
     def _wide(self) -> torch.dtype:
@@ -462,7 +522,7 @@ class MultiLoRALinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, alpha in self.lora_alpha.items():
+        for name, alpha in self._alpha.items():
             destination[f"{prefix}lora_alpha.{name}"] = torch.tensor(alpha, dtype=torch.float64)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -472,12 +532,12 @@ class MultiLoRALinear(nn.Module):
                 "unmerge() first"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
-        alphas = {name: state_dict.get(f"{prefix}lora_alpha.{name}") for name in self.r}
+        alphas = {name: state_dict.get(f"{prefix}lora_alpha.{name}") for name in self._r}
         for name, alpha in alphas.items():
             if isinstance(alpha, Tensor) and not alpha.is_meta:
-                self.lora_alpha[name] = float(alpha)
+                self._alpha[name] = float(alpha)
         unexpected: list[str] = args[3]
-        unexpected[:] = [key for key in unexpected if key not in {f"{prefix}lora_alpha.{name}" for name in self.r}]
+        unexpected[:] = [key for key in unexpected if key not in {f"{prefix}lora_alpha.{name}" for name in self._r}]
 
 
 def _renew_constants(layer: MultiLoRALinear, _: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext import ops
@@ -78,9 +79,20 @@ class PrototypeBank(nn.Module):
             features = features.to(self.sums)
         before = self.counts.clone()
         sums, counts = ops.class_sums(features, labels, len(self.counts), sums=self.sums, counts=self.counts)
+        self._take(sums, counts, counts > before)
+
+    def _add(self, other: PrototypeBank) -> None:
+        """The samples of another bank beside one's own."""
+        number = len(other.counts)
+        self._resize(max(number, len(self.counts)))
+        self.sums[:number] += other.sums
+        self.counts[:number] += other.counts
+        self._take(self.sums, self.counts, F.pad(other.counts, (0, len(self.counts) - number)) > 0)
+
+    def _take(self, sums: Tensor, counts: Tensor, changed: Tensor) -> None:
         means = sums / counts.clamp(min=1)[:, None]
         self.sums, self.counts = sums, counts
-        self.prototypes = torch.where((counts > before)[:, None], means, self.prototypes)
+        self.prototypes = torch.where(changed[:, None], means, self.prototypes)
 
     @torch.no_grad()
     def set(self, classes: Tensor | Sequence[int], prototypes: Tensor, counts: Tensor | None = None) -> None:
@@ -102,7 +114,9 @@ class PrototypeBank(nn.Module):
             )
         if len(index.unique()) < len(index):
             raise ValueError(f"classes must not repeat, got {index.tolist()}")
-        number = self.counts[index].clamp(min=1) if counts is None else counts.to(self.counts)
+        number = self.counts[index].clamp(min=1) if counts is None else torch.as_tensor(counts).to(self.counts)
+        if number.shape != index.shape or bool((number < 0).any()):
+            raise ValueError(f"counts must be [{len(index)}] numbers of samples, one for each class, got {counts}")
         value = prototypes.to(self.prototypes)
         self.counts[index], self.prototypes[index], self.sums[index] = number, value, value * number[:, None]
 
@@ -146,7 +160,8 @@ class PrototypeBank(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrototypeBank:
         exact = self.prototypes, self.sums
         super()._apply(fn, recurse)
-        self.prototypes, self.sums = (t.to(self.counts.device) for t in exact)
+        if not self.counts.is_meta and not exact[0].is_meta:  # else there is nothing to keep
+            self.prototypes, self.sums = (t.to(self.counts.device) for t in exact)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

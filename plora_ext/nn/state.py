@@ -14,9 +14,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from plora_ext import ops
@@ -95,20 +96,25 @@ class State:
         common: what `set_adapter` said last.
         merged: the adapters that are part of the base weights, as they were active; `None` where there are none.
         unchecked: adapters that were added, loaded or trained since they were last found to be finite.
+        layers: the layers whose state this is.
+        defaults: rank and alpha of new adapters, as `inject` was told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, r: int = 16, lora_alpha: float | None = None) -> None:
+        self.defaults = r, lora_alpha
         self.common = Active()
         self.merged: Active | None = None
         self.unchecked: set[str] = set()
+        self.layers: WeakSet[nn.Module] = WeakSet()
         self._members = 0
         self._open: list[tuple[_Block, ...]] = []  # of every thread that is in a block
         self._latest = self.common  # for compiled graphs, which cannot ask who runs them
         self._pending: set[int] = set()  # keys of forwards within a reentrant checkpoint ...
         self._recomputed = False  # ... and whether one of them has been computed again
 
-    def join(self) -> int:
-        """A number for one more layer, its own for good."""
+    def join(self, layer: nn.Module) -> int:
+        """Takes in one more layer; returns a number that is its own for good."""
+        self.layers.add(layer)
         self._members += 1
         return self._members - 1
 
@@ -191,10 +197,10 @@ class State:
             return replace(active, coefficients=active.coefficients.detach())
 
         state = {"common": kept(self.common), "merged": kept(self.merged)}
-        return {**state, "unchecked": set(self.unchecked), "members": self._members}
+        return {**state, "unchecked": set(self.unchecked), "members": self._members, "defaults": self.defaults}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+        self.__init__(*state.get("defaults", ()))  # type: ignore[misc]
         self.common = self._latest = state["common"]
         self.merged, self.unchecked, self._members = state["merged"], state["unchecked"], state["members"]
 

@@ -12,12 +12,15 @@ from torch import nn
 from plora_ext.nn.linear import is_plain_linear
 
 Rows = dict[str, tuple[int, int]]
+# Attributes of timm's attentions whose qkv holds q, k and v of each head together (CoAtNet and MaxViT; TinyViT and
+# EfficientFormer), or k and v alone (GCViT).
+_NO_THIRDS = ("head_first", "val_dim", "use_global")
 
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, Rows | None]:
     """Names of the linear layers to adapt, each with its row slices (`None`: all rows)."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in modules.items() if name and isinstance(module, nn.Linear)]
     if isinstance(target_modules, str):
         if target_modules == "all-linear":
             found = [name for name in linear if _unsupported(model, name) is None]
@@ -68,7 +71,7 @@ def _no_match(what: str, target: str, linear: list[str]) -> str:
 
 def _qkv_slices(model: nn.Module, name: str, chosen: list[str]) -> Rows:
     out, parent = linear_at(model, name).out_features, model.get_submodule(name.rpartition(".")[0])
-    if out % 3 or getattr(parent, "head_first", False):
+    if out % 3 or any(getattr(parent, attribute, False) for attribute in _NO_THIRDS):
         raise ValueError(
             f"target_modules {chosen} need a fused qkv whose rows are q, k, v in thirds; {name!r} with {out} rows "
             "is laid out otherwise: choose 'qkv' instead"
@@ -85,6 +88,8 @@ def refuse_unsupported(model: nn.Module, name: str) -> None:
 def _unsupported(model: nn.Module, name: str) -> str | None:
     """Why the linear layer `name` cannot be adapted."""
     layer = linear_at(model, name)
+    if isinstance(layer._parameters.get("weight"), nn.UninitializedParameter):
+        return "has no weight before its first forward: run the model once before"
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         return (
             "belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls it, so an adapter would "

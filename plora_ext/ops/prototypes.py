@@ -184,8 +184,13 @@ def own_other_weights(task_of_class: Tensor, num_tasks: int, alpha: float) -> Te
     Returns:
         [C, T] float32, for `subspace_logits`.
 
+    Raises:
+        TypeError: task_of_class is not of integers. RuntimeError: a task is outside [0, T).
+
     Source: EASE (`backbone/linears.py:EaseCosineLinear.forward_reweight`, where T - 1 is `_cur_task`).
     """
+    if task_of_class.dtype.is_floating_point or task_of_class.dtype == torch.bool:
+        raise TypeError(f"own_other_weights: task_of_class must be integers, got {task_of_class.dtype}")
     return reference.own_other_weights(task_of_class, num_tasks, alpha)
 
 

@@ -103,6 +103,12 @@ class Method(ABC):
             own = self.world.rows(len(images))
             features = self.features(images[own])
             new = class_means(features, labels[own.to(labels.device)], len(task.classes), self.world)
+        if not new.isfinite().all():
+            amp = self.settings.amp
+            raise FloatingPointError(
+                f"features of task {task.index} are not finite; the cause may be the images, the backbone's weights"
+                + ("" if amp == "none" else f" or amp {amp}")
+            )
         self.prototypes = new if self.prototypes is None else torch.cat([self.prototypes, new])
         if self.head.learns:  # else nobody asks for the other processes' rows
             features = self.world.gather(features, len(images))
