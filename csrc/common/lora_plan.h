@@ -213,9 +213,6 @@ inline bool few_rows(const LoraShape& s) {
          std::min(s.in, s.out) > 0 && std::max(s.in, s.out) < int64_t{1} << 25 && !fused;
 }
 
-// Whether the gradients of the factors go through few_rows_grads.cu.
-inline bool few_rows_grads(const LoraShape& s) { return s.family == Family::indexed && s.M <= lora_plan::kFewRows; }
-
 // Whether the frozen layer's product is made with it (few_rows_sm90.cu).
 inline bool few_rows_fused(const LoraShape& s) {
   using namespace lora_plan;
@@ -223,6 +220,12 @@ inline bool few_rows_fused(const LoraShape& s) {
   const int64_t ranks = (s.family == Family::sum ? s.T : 1) * ceil_div(s.r, kSlot) * kSlot;
   return s.outputs && s.weight && for_hopper(s) && s.in % 8 == 0 && s.out % 8 == 0 && s.r % 8 == 0 &&
          s.M <= (alike ? kFewAlike : kFewRowsSm90) && s.M * ranks <= kFewRanksSm90;
+}
+
+// Whether the gradients of the factors go through few_rows_grads.cu, which counts columns in 32 bits, a little beyond
+// the last one.
+inline bool few_rows_grads(const LoraShape& s) {
+  return s.family == Family::indexed && s.M <= lora_plan::kFewRows && std::max(s.in, s.out) < int64_t{1} << 25;
 }
 
 inline LoraPlan plan_lora(const LoraShape& s) {

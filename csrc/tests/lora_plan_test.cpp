@@ -210,6 +210,10 @@ int main() {
   const auto grads = [](Family family, int64_t M) { return few_rows_grads(LoraShape{family, M, 768, 768, 4, 16}); };
   expect(grads(Family::indexed, 512) && !grads(Family::indexed, 513) && !grads(Family::sum, 64),
          "the gradients of few rows that choose adapters");
+  const auto wide = [](int64_t in, int64_t out) {
+    return few_rows_grads(LoraShape{Family::indexed, 1, in, out, 1, 1});
+  };
+  expect(wide((1 << 25) - 1, 8) && !wide(1 << 25, 8) && !wide(8, 1 << 25), "of columns that 32 bits can count");
 
   expect(plan(Family::sum, 1, 16).ctas == 132 && plan(Family::sum, 1, 16).waves == 6, "197 x 4 tiles on 132");
   const auto product = [](Family family, int64_t T, int64_t r, const auto& change) {
