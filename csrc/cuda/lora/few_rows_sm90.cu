@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first = k_steps * block / blocks, steps = k_steps * (block + 1) / blocks - first;
   const auto full = [&](int stage) { return stages + L::kBarriers + 8 * stage; };
   const auto empty = [&](int stage) { return full(L::kStages + stage); };
-  const auto come = [&](int slot) { return full(2 * (L::kStages + warp) + slot); };  // this warp's ranks of `up`
+  const auto come = [&](int half) { return full(2 * (L::kStages + warp) + half); };  // this warp's ranks of `up`
 
   const auto feed = [&](int i) {
     const uint32_t stage = i % L::kStages, to = stages + stage * L::kStage;
@@ -140,30 +140,30 @@ __global__ void __launch_bounds__(kThreads, 2)
   __syncthreads();
 
   // A warp's rows and chunks of their ranks, one after the other; it asks for `up` two ahead of its use.
-  struct Place {
+  struct Step {
     int j, c;
   };
   const int width = a.sums.width, per = a.sums.chunks * kChunk;
-  const auto skip_idle = [&](Place& at) {
+  const auto skip_idle = [&](Step& at) {
     while (at.j < rows && row[at.j].adapter < 0) at.j += kWarps;
   };
-  const auto advance = [&](Place& at) {
+  const auto advance = [&](Step& at) {
     at.c += kChunk;
     if (at.c < width) return;
     at.c = 0, at.j += kWarps;
     skip_idle(at);
   };
-  const auto up_at = [&](int slot) { return (slot ? L::kSums : L::kUp) + warp * L::kBytesUp; };
-  Place now{warp, 0};
+  const auto up_at = [&](int half) { return (half ? L::kSums : L::kUp) + warp * L::kBytesUp; };
+  Step now{warp, 0};
   skip_idle(now);
-  Place ahead = now;
+  Step ahead = now;
   int asked = 0;
   const auto ask = [&] {
     if (ahead.j >= rows) return;
     if (lane == 0) {
-      const int slot = asked % 2, t = row[ahead.j].adapter + ahead.c / per, rank = ahead.c % per;
-      sm90::barrier_arrive_expect(come(slot), L::kBytesUp);
-      sm90::load_3d(&maps.up, come(slot), stages + up_at(slot), kTransposed ? column : rank,
+      const int half = asked % 2, t = row[ahead.j].adapter + ahead.c / per, rank = ahead.c % per;
+      sm90::barrier_arrive_expect(come(half), L::kBytesUp);
+      sm90::load_3d(&maps.up, come(half), stages + up_at(half), kTransposed ? column : rank,
                     kTransposed ? rank : column, t);
     }
     ++asked;

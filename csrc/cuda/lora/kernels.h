@@ -11,7 +11,9 @@
 //   down, up     the factor of the first product and of the second: A and B, backward B and A
 //   padded rank  r filled up with zeros to a multiple of 8, as the products take it
 //   tile         128 rows by 192 columns of y, the work of a block at a time; column tiles lie side by side
+//                (few_rows.cu: up to 32 rows of an adapter; few_rows_sm90.cu: all rows by 128 columns)
 //   slot         16 ranks of one adapter, a step of a product
+//   chunk        likewise of few rows, where the last one of an adapter is filled up with zeros (few_rows.cuh)
 //   place        the number of an adapter among those that a tile's rows met, ascending
 //   given        s h, computed before the product that adds it; else h is made `in the loop` over x
 //   kept         h, or the merged weight, as forward leaves it for backward
@@ -51,7 +53,7 @@ struct LowRank {
   int64_t ldx = 0;
   int64_t x_slab = 0;          // elements from the x of adapter t to that of t + 1 (the dy of `all`); 0: one x for all
   const void* down = nullptr;  // [T, r, K]
-  const int64_t* ranks = nullptr;   // [T], of which few_rows alone wants to know: what lies beyond is not read
+  const int64_t* ranks = nullptr;   // [T], for few_rows and few_rows_sm90 alone: what lies beyond does not count
   bool down_transposed = false;     // it is [T, K, r], which low_rank_sm90 and few_rows take
   const void* bias_down = nullptr;  // [T, r]
   bool relu = false;
@@ -136,8 +138,9 @@ struct LoraGrads {
 };
 void lora_grads(const LoraGrads& p, const Allocator& workspace, cudaStream_t stream);
 
-// dA and dB alone, of a few rows with ids (few_rows_grads.cu). `overlap`: the kernel before on the stream is few_rows',
-// which made g and nothing else that is read.
+// dA and dB alone, of a few rows with ids (few_rows_grads.cu). `overlap`: the kernel before on the stream is few_rows'
+// or few_rows_sm90's, which made g and nothing else that is read. Both are then written while it may still run, so
+// their memory must have been allocated before its own: from what it gives back they would be written too early.
 void few_rows_grads(const LoraGrads& p, bool overlap, cudaStream_t stream);
 
 // Likewise of a sum, by way of the merged weight's gradient dW: from U[t] = B[t]^T dW and V[t] = A[t] dW^T

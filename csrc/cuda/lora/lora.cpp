@@ -210,7 +210,7 @@ void add_few_fused(const Inputs& p, const LowRank& l, const OptTensor& bias) {
   few_rows_sm90(few_of(p, l), pointer(p.weight), pointer(bias), Workspace(p.x), stream_of(p.x));
 }
 
-// The same onto the frozen layer's own product, which frozen() makes and tells l.y: the first half runs beside it.
+// Onto the frozen layer's own product, which frozen() makes and tells l.y: the first half runs beside it.
 template <typename Frozen>
 void add_few_beside(const Inputs& p, LowRank& l, const Frozen& frozen) {
   const cudaStream_t stream = stream_of(p.x);
@@ -302,8 +302,7 @@ LowRank written(const Inputs& p, const OptTensor& y0, const Tensor& y) {
   return l;
 }
 
-// All of y of few rows: in one product, or where the frozen layer's and the first half of the low-rank part run side
-// by side.
+// All of y of few rows: in one product, or with the first half of the low-rank part beside the frozen layer's product.
 Tensor few_forward(const Inputs& p, const LoraPlan& plan, const OptTensor& base, const OptTensor& h) {
   LowRank l = down_of(p, {p.lora_A, p.lora_B, p.bias_A}, h);
   l.N = l.ldy = l.ldy0 = p.out;
@@ -439,6 +438,7 @@ Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor&
   const auto fresh = [&](int64_t bit, const Tensor& like) {
     return needs & bit ? allocate(like, like.sizes()) : Tensor{};
   };
+  // first of all, as few_rows_grads writes them while kernels run whose workspace is already given back
   Gradients result{Tensor{},
                    fresh(kNeedA, p.lora_A),
                    fresh(kNeedB, p.lora_B),
