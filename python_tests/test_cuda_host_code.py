@@ -78,8 +78,9 @@ class Case:
         if one_in(3):  # a slot for the fused product to make, or two that are given
             self.family, self.T, self.r, self.dtype = "indexed", 1, choose((16, 24)), choose(HALF)
             self.M, self.n_in, self.out = choose((520, 1100, 1100)), choose((16, 64)), choose((48, 200))
-        elif one_in(5):  # few rows, with the frozen layer where there is one
-            self.dtype, self.r, self.M = choose(HALF), choose((4, 8, 16)), choose((1, 20, 64))
+        elif one_in(3):  # few rows, with the frozen layer where there is one
+            self.family, self.dtype = choose(("indexed", "indexed", "sum")), choose(HALF)
+            self.r, self.M = choose((4, 8, 16)), choose((1, 9, 20, 64))
             self.n_in, self.out = choose((16, 40)), choose((48, 200))
         groups = choose([1, self.M, *(g for g in (2, 3, 5) if self.M % g == 0)])
         self.odd, self.path = one_in(12), choose(("auto", "auto", "auto", "mma"))
@@ -95,7 +96,7 @@ class Case:
         self.bias_B = self.of(self.T, self.out) if one_in(5) else None
         self.ranks = torch.randint(0, self.r + 1, (self.T,)) if self.r and one_in(4) else None
         self.wider = choose((0, 0, 3, 8)) if self.family != "all" else 0
-        self.needs = draw.randrange(1, 64)
+        self.needs = draw.randrange(1, 64) | one_in(2)  # x is what most plans differ in
         self.trainable = sorted(draw.sample(range(self.T), draw.randrange(self.T + 1))) if one_in(3) else None
         self.slices = None
         if self.r and self.r % 2 == 0 and self.family != "all" and self.ranks is None and one_in(6):
