@@ -284,6 +284,23 @@ def test_few_rows(n_in: int, out: int, M: int) -> None:
         assert same(bits(family, *arguments), bits(family, *arguments))
 
 
+@pytest.mark.parametrize("M", [1, 8, 9, 16, 32, 33, 64])
+@pytest.mark.parametrize(("n_in", "out"), [(8, 40), (72, 264), (264, 72), (4104, 264)])
+def test_few_rows_with_the_frozen_layer(n_in: int, out: int, M: int) -> None:
+    """Warps with many rows, among them some without an adapter, and with many chunks of ranks, whole and not."""
+    for family, r, options, ids, dtype in (
+        ("lora_indexed", 8, "weight bias", "random", BF16),
+        ("lora_indexed", 16, "weight base ranks", "segments", FP16),
+        ("lora_indexed", 24, "weight bias_A bias_B relu", "random", BF16),
+        ("lora_indexed", 64, "weight bias base ranks", "random", FP16),
+        ("lora_sum", 24, "weight bias bias_B ranks", "none", BF16),
+    ):
+        arguments = problem(family, M, n_in, out, r, T=9 if family == "lora_indexed" else 3, options=options, ids=ids,
+                            dtype=dtype)  # fmt: skip
+        verify(family, *arguments)
+        assert same(bits(family, *arguments), bits(family, *arguments))
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_few_rows_read_only_what_they_chose(dtype: torch.dtype) -> None:
     """Neither adapters that no row chose nor ranks that an adapter does not have."""
