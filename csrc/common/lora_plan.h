@@ -65,10 +65,12 @@ struct LoraPlan {
 
   bool fused() const { return algorithm == LoraAlgorithm::in_loop || algorithm == LoraAlgorithm::precomputed; }
   bool few() const { return algorithm == LoraAlgorithm::few_rows || algorithm == LoraAlgorithm::few_fused; }
+  // Whether the kernel that makes the outputs makes the frozen layer's product, too.
+  bool whole() const { return fused() || algorithm == LoraAlgorithm::few_fused; }
   bool merged() const { return algorithm == LoraAlgorithm::merge || algorithm == LoraAlgorithm::dense; }
   bool by_rows() const { return ranks == LoraRanks::rows || ranks == LoraRanks::packed; }
   // Whether a kernel takes part that is for Hopper alone.
-  bool hopper() const { return fused() || by_rows() || algorithm == LoraAlgorithm::few_fused; }
+  bool hopper() const { return whole() || by_rows(); }
 };
 
 inline const char* algorithm_name(LoraAlgorithm algorithm) {
@@ -202,14 +204,18 @@ inline bool expands(const LoraShape& s) {
          s.M < int64_t{1} << 30 && s.T * padded_rank(s.r) < int64_t{1} << 26;
 }
 
+// The ranks that act on a row, those of each adapter in whole chunks.
+inline int64_t ranks_of_row(const LoraShape& s) {
+  return (s.family == Family::sum ? s.T : 1) * ceil_div(s.r, lora_plan::kSlot) * lora_plan::kSlot;
+}
+
 // Whether the low-rank part of so few rows goes through few_rows.cu. With one adapter a tile the fused product, where
 // it takes the shape, has h for next to nothing.
 inline bool few_rows(const LoraShape& s) {
   using namespace lora_plan;
   const bool fused = s.weight && s.half && s.capability == 90 && !s.mma_only && s.M >= kHopperRows &&
                      (s.backward ? s.out : s.in) <= kDeep && adapters_of_tile(s) == 1;
-  const int64_t ranks = (s.family == Family::sum ? s.T : 1) * ceil_div(s.r, kSlot) * kSlot;
-  return s.family != Family::all && s.M <= kFewRows && s.T <= kFewAdapters && s.r > 0 && ranks <= kFewRanks &&
+  return s.family != Family::all && s.M <= kFewRows && s.T <= kFewAdapters && s.r > 0 && ranks_of_row(s) <= kFewRanks &&
          std::min(s.in, s.out) > 0 && std::max(s.in, s.out) < int64_t{1} << 25 && !fused;
 }
 
@@ -217,9 +223,8 @@ inline bool few_rows(const LoraShape& s) {
 inline bool few_rows_fused(const LoraShape& s) {
   using namespace lora_plan;
   const bool alike = s.family == Family::sum || s.T == 1;
-  const int64_t ranks = (s.family == Family::sum ? s.T : 1) * ceil_div(s.r, kSlot) * kSlot;
   return s.outputs && s.weight && for_hopper(s) && s.in % 8 == 0 && s.out % 8 == 0 && s.r % 8 == 0 &&
-         s.M <= (alike ? kFewAlike : kFewRowsSm90) && s.M * ranks <= kFewRanksSm90;
+         s.M <= (alike ? kFewAlike : kFewRowsSm90) && s.M * ranks_of_row(s) <= kFewRanksSm90;
 }
 
 // Whether the gradients of the factors go through few_rows_grads.cu, which counts columns in 32 bits, a little beyond

@@ -37,9 +37,8 @@ def to_tensor(
     Raises:
         ValueError: the images are not uint8 [N, H, W, 3], or image_size is not positive.
     """
-    source = (
-        images if isinstance(images, Tensor) else torch.as_tensor(np.ascontiguousarray(images))
-    )  # views turned round
+    # torch knows no array that is turned round
+    source = images if isinstance(images, Tensor) else torch.as_tensor(np.ascontiguousarray(images))
     if source.dtype != torch.uint8 or source.ndim != 4 or source.shape[-1] != 3:
         raise ValueError(
             f"to_tensor: images must be uint8 of shape [N, H, W, 3], got {source.dtype} {list(source.shape)}"

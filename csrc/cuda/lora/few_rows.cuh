@@ -1,4 +1,5 @@
-// h, or backward g, of few rows, from the sums that the first half leaves (few_rows.cu).
+// What the kernels of few rows share: chunks of ranks, and h, or backward g, from the sums that the first half leaves
+// (few_rows.cu).
 #pragma once
 
 #include <cstdint>

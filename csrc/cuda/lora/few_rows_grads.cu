@@ -20,6 +20,7 @@
 #include "../device/overlap.cuh"
 #include "adapters.cuh"
 #include "asks.cuh"
+#include "few_rows.cuh"
 #include "kernels.h"
 
 namespace plora::cuda {
@@ -27,7 +28,7 @@ namespace {
 
 constexpr int kMaxRows = lora_plan::kFewRows;
 constexpr int kThreads = 128, kWarps = kThreads / 32, kWarpColumns = 64, kColumns = kWarps * kWarpColumns;
-constexpr int kChunk = 16, kDepth = 16;  // ranks of a block; rows of a product
+constexpr int kDepth = 16;  // rows of a product
 template <typename scalar>
 constexpr int kBlocks = sizeof(scalar) == 4 ? 2 : 5;  // of a multiprocessor
 // How far apart the ranks lie in shared memory, so that the fragments of a warp miss each other's banks.

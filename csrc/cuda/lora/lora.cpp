@@ -308,7 +308,7 @@ Tensor few_forward(const Inputs& p, const LoraPlan& plan, const OptTensor& base,
   l.N = l.ldy = l.ldy0 = p.out;
   l.up = pointer(p.lora_B), l.bias_up = pointer(p.bias_B);
   OptTensor y;
-  if (plan.algorithm == LoraAlgorithm::few_fused) {
+  if (plan.whole()) {
     y = allocate(p.x, {p.M, p.out});
     l.y = y->mutable_data_ptr(), l.y0 = pointer(base);
     add_few_fused(p, l, p.bias);
@@ -370,9 +370,9 @@ Tensor h_of(const Inputs& p, const OptTensor& kept) {
 // g = dy B, cut where act was, and dx = dy W + s g A, both only where they are asked for.
 void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const Tensor& dy,
                    const OptTensor& gate, bool wants_g, bool wants_x, OptTensor& g, Tensor& dx) {
-  const bool few = plan.few(), whole = plan.fused() || plan.algorithm == LoraAlgorithm::few_fused;
+  const bool few = plan.few();
   const bool beside = wants_x && runs_beside(p, plan);
-  if (wants_x && !beside) dx = p.weight && !whole ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
+  if (wants_x && !beside) dx = p.weight && !plan.whole() ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
   const Factors factors = few ? Factors{p.lora_A, p.lora_B, {}} : factors_of(p);
   const auto add_fused = [&](const OptTensor& g, const Tensor& A, Fused f = {}) {  // one of them scaled, or no g
     f.transposed = true;
@@ -412,7 +412,7 @@ void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape
   if (adds) {
     l.N = l.ldy = l.ldy0 = p.in;
     l.up = pointer(up), l.up_transposed = A_as_it_is;
-    const auto add_to = [&] { l.y = out_pointer(dx), l.y0 = p.weight && !whole ? l.y : nullptr; };
+    const auto add_to = [&] { l.y = out_pointer(dx), l.y0 = p.weight && !plan.whole() ? l.y : nullptr; };
     if (beside) {
       return add_few_beside(p, l, [&] {
         dx = frozen_dx(p, dy);
@@ -420,7 +420,7 @@ void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape
       });
     }
     add_to();
-    if (few && whole) return add_few_fused(p, l, {});
+    if (few && plan.whole()) return add_few_fused(p, l, {});
   }
   if (few) return add_few(p, l);
   if (plan.fused()) {
@@ -584,8 +584,7 @@ struct Cuda {
     if (plan.fused()) {
       y = fused_forward(p, plan, shape, base, h);
     } else {
-      if (plan.algorithm == LoraAlgorithm::few_fused || runs_beside(p, plan))
-        return {few_forward(p, plan, base, h), keep ? *h : none_like(p.x)};
+      if (plan.whole() || runs_beside(p, plan)) return {few_forward(p, plan, base, h), keep ? *h : none_like(p.x)};
       const OptTensor y0 = frozen(p, base);
       y = slabs ? allocate(p.x, {p.T, p.M, p.out}) : p.weight ? *y0 : allocate(p.x, {p.M, p.out});
       add_low_rank(p, plan, shape, written(p, y0, y), h, keep);
