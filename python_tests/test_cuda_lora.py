@@ -301,6 +301,42 @@ def test_few_rows_with_the_frozen_layer(n_in: int, out: int, M: int) -> None:
         assert same(bits(family, *arguments), bits(family, *arguments))
 
 
+@pytest.mark.parametrize("M", [1, 64, 65, 128, 197, 520, 1031, 4100, 12608])
+@pytest.mark.parametrize(("n_in", "out"), [(8, 24), (72, 264), (768, 768), (328, 2304), (4096, 1024)])
+def test_gradients_of_adapters_on_all_rows(n_in: int, out: int, M: int) -> None:
+    """Of clusters of one block and of several, of ranks in rows of 16, 32 and 64, behind each kernel that makes g."""
+    for T, r, options, frozen, dtype in (
+        (1, 1, "weight bias", "", BF16),
+        (1, 16, "weight bias", "scaling", BF16),
+        (1, 16, "weight", "x scaling", FP16),
+        (1, 24, "ranks", "scaling", FP16),
+        (3, 8, "weight bias_A bias_B ranks relu", "", BF16),  # whose bias_A gets more than float16 can hold
+        (1, 40, "weight ranks", "A", BF16),
+        (1, 64, "", "B scaling", FP16),
+        (2, 32, "weight bias_A", "x A", BF16),
+    ):
+        arguments = problem("lora_sum", M, n_in, out, r, T, options=options, dtype=dtype)
+        for name, argument in zip(("x", "A", "B", "scaling"), arguments[0], strict=True):
+            argument.requires_grad_(name not in frozen.split())
+        verify("lora_sum", *arguments)
+        assert same(bits("lora_sum", *arguments), bits("lora_sum", *arguments))
+
+
+def test_a_graph_of_gradients_meets_other_rows() -> None:
+    args, kwargs, cotangent = problem("lora_sum", 3000, 768, 768, r=16, T=1)
+    bits("lora_sum", args, kwargs, cotangent)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = bits("lora_sum", args, kwargs, cotangent)
+    for _ in range(3):
+        with torch.no_grad():
+            args[0].copy_(torch.randn_like(args[0])), cotangent.copy_(torch.randn_like(cotangent))
+        for value in captured:
+            value.fill_(torch.nan)
+        graph.replay()
+        assert same(captured, bits("lora_sum", args, kwargs, cotangent))
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_few_rows_read_only_what_they_chose(dtype: torch.dtype) -> None:
     """Neither adapters that no row chose nor ranks that an adapter does not have."""

@@ -98,6 +98,7 @@ constexpr int64_t kFewRows = 512, kFewAdapters = 1 << 15, kFewRanks = 512;
 // What cuda/few_rows_sm90.cu takes: rows; of all of them, the ranks that act on them. It reads a row's adapter for that
 // row alone, so where all rows have the same ones it pays for fewer.
 constexpr int64_t kFewRowsSm90 = 64, kFewRanksSm90 = 4096, kFewAlike = 16;
+constexpr int64_t kGradRanks = 64;  // of all adapters, that cuda/lora_grads_sm90.cu takes
 constexpr int64_t kTileRows = 128, kTileColumns = 192, kSlot = 16;
 constexpr int64_t kMaxSlices = 8;      // that the fused product tells apart
 constexpr int64_t kGivenRanks = 2048;  // of all adapters that a tile may meet: a row of h as the fused product takes it
@@ -231,6 +232,12 @@ inline bool few_rows_fused(const LoraShape& s) {
 // the last one.
 inline bool few_rows_grads(const LoraShape& s) {
   return s.family == Family::indexed && s.M <= lora_plan::kFewRows && std::max(s.in, s.out) < int64_t{1} << 25;
+}
+
+// Likewise of adapters that all act on every row and all ask, through lora_grads_sm90.cu.
+inline bool lora_grads_sm90(const LoraShape& s) {
+  return s.family == Family::sum && for_hopper(s) && s.in > 0 && s.in % 8 == 0 && s.out % 8 == 0 && s.r > 0 &&
+         s.T * padded_rank(s.r) <= lora_plan::kGradRanks && s.M < INT32_MAX - 256;
 }
 
 inline LoraPlan plan_lora(const LoraShape& s) {

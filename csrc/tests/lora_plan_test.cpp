@@ -215,6 +215,25 @@ int main() {
   };
   expect(wide((1 << 25) - 1, 8) && !wide(1 << 25, 8) && !wide(8, 1 << 25), "of columns that 32 bits can count");
 
+  const auto of_all_rows = [](Family family, int64_t T, int64_t r, int64_t in, const auto& change) {
+    LoraShape s{family, 1000, in, 768, T, r};
+    s.capability = 90, s.half = s.backward = true;
+    change(s);
+    return lora_grads_sm90(s);
+  };
+  const auto ones = [](LoraShape&) {};
+  expect(of_all_rows(Family::sum, 1, 64, 768, ones) && of_all_rows(Family::sum, 8, 5, 8, ones),
+         "the gradients of adapters on every row");
+  expect(!of_all_rows(Family::sum, 1, 65, 768, ones) && !of_all_rows(Family::sum, 3, 17, 768, ones) &&
+             !of_all_rows(Family::sum, 1, 0, 768, ones),
+         "of up to 64 ranks, each adapter's filled up");
+  expect(!of_all_rows(Family::indexed, 1, 8, 768, ones) && !of_all_rows(Family::all, 1, 8, 768, ones) &&
+             !of_all_rows(Family::sum, 1, 8, 764, ones) && !of_all_rows(Family::sum, 1, 8, 0, ones) &&
+             !of_all_rows(Family::sum, 1, 8, 768, [](LoraShape& s) { s.half = false; }) &&
+             !of_all_rows(Family::sum, 1, 8, 768, [](LoraShape& s) { s.capability = 100; }) &&
+             !of_all_rows(Family::sum, 1, 8, 768, [](LoraShape& s) { s.M = INT32_MAX; }),
+         "and no others");
+
   expect(plan(Family::sum, 1, 16).ctas == 132 && plan(Family::sum, 1, 16).waves == 6, "197 x 4 tiles on 132");
   const auto product = [](Family family, int64_t T, int64_t r, const auto& change) {
     LoraShape s{family, 128 * 197, 768, 768, T, r};

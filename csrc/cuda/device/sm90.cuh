@@ -179,6 +179,7 @@ __device__ inline void wgmma(float (&d)[kCount], uint64_t a, uint64_t b) {
   if constexpr (kN == 8) PLORA_WGMMA(8, type, PLORA_REGS4, PLORA_OPS4(0), 4, 5, 6, 7);         \
   if constexpr (kN == 32) PLORA_WGMMA(32, type, PLORA_REGS16, PLORA_OPS16(0), 16, 17, 18, 19); \
   if constexpr (kN == 64) PLORA_WGMMA(64, type, PLORA_REGS32, PLORA_OPS32(0), 32, 33, 34, 35); \
+  if constexpr (kN == 128) PLORA_WGMMA(128, type, PLORA_REGS64, PLORA_OPS64, 64, 65, 66, 67);  \
   if constexpr (kN == 192) PLORA_WGMMA(192, type, PLORA_REGS96, PLORA_OPS96, 96, 97, 98, 99);  \
   if constexpr (kN == 208) PLORA_WGMMA(208, type, PLORA_REGS104, PLORA_OPS104, 104, 105, 106, 107)
   if constexpr (std::is_same_v<scalar, __nv_bfloat16>) {

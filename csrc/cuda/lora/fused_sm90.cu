@@ -503,6 +503,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t stages = sm90::smem_address(dynamic);
   Tile* const tiles = reinterpret_cast<Tile*>(dynamic + Layout<S>::kTile);
   const Barriers barriers{stages + Layout<S>::kBarriers};
+  launch_successor();  // lora_grads_sm90, which sends for x and dy as soon as a block here ends
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       sm90::barrier_init(barriers.full(i), 1);

@@ -23,6 +23,7 @@ void fused(const Fused&, cudaStream_t) { fail("built without Hopper's kernels");
 void few_rows_sm90(const LowRank&, const void*, const void*, const Allocator&, cudaStream_t) {
   fail("built without Hopper's kernels");
 }
+void lora_grads_sm90(const LoraGrads&, bool, cudaStream_t) { fail("built without Hopper's kernels"); }
 #endif
 
 namespace {
@@ -438,7 +439,7 @@ Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor&
   const auto fresh = [&](int64_t bit, const Tensor& like) {
     return needs & bit ? allocate(like, like.sizes()) : Tensor{};
   };
-  // first of all, as few_rows_grads writes them while kernels run whose workspace is already given back
+  // first of all, as some kernels write them while others run whose workspace is already given back
   Gradients result{Tensor{},
                    fresh(kNeedA, p.lora_A),
                    fresh(kNeedB, p.lora_B),
@@ -473,8 +474,12 @@ Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor&
   if (few_rows_grads(shape)) {
     few_rows_grads(q, wants_rows && plan.few(), stream_of(p.x));
     q.dA = q.dB = nullptr;
-    if (!q.dbias_A && !q.dbias_B && !q.dscaling) return result;
+  } else if (lora_grads_sm90(shape) && static_cast<int64_t>(asks.size()) == p.T && (q.dA || q.dB) && aligned(q.x) &&
+             aligned(q.h) && aligned(q.g)) {
+    lora_grads_sm90(q, wants_rows && (plan.few() || plan.hopper()), stream_of(p.x));
+    q.dA = q.dB = nullptr;
   }
+  if (!q.dA && !q.dB && !q.dbias_A && !q.dbias_B && !q.dscaling) return result;
   lora_grads(q, Workspace(p.x), stream_of(p.x));
   return result;
 }

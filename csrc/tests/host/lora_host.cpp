@@ -352,6 +352,17 @@ void few_rows_grads(const LoraGrads& p, bool overlap, cudaStream_t) {
   gradients(factors);
 }
 
+void lora_grads_sm90(const LoraGrads& p, bool overlap, cudaStream_t) {
+  PLORA_CHECK(!p.rows.ids && p.rows.T * p.padded_r <= 64 && static_cast<int64_t>(p.adapters.size()) == p.rows.T,
+              "lora_grads_sm90 refuses");
+  PLORA_CHECK(!overlap || g_calls.find("rows") != std::string::npos || g_calls.find("transposed") != std::string::npos,
+              "lora_grads_sm90: not after a kernel that it may overlap");
+  g_calls += " lora_grads_sm90";
+  LoraGrads factors = p;
+  factors.dbias_A = factors.dbias_B = nullptr, factors.dscaling = nullptr;
+  gradients(factors);
+}
+
 void dense_grads(const DenseGrads& p, cudaStream_t) {
   g_calls += " dense_grads";
   const int64_t first = p.adapters.empty() ? 0 : p.adapters.front(), first_U = p.dscaling ? 0 : first;

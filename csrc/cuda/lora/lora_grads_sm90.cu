@@ -1,0 +1,223 @@
+// dA and dB of adapters that act on all rows, of up to 64 ranks together, for Hopper and 16-bit dtypes, in one launch.
+//
+// Floor: x and dy pass once; [12608, 768] each, 39 MB, 9.2 us at 4.2 TB/s. So a block does little but read: some
+// columns of x or dy stream through a ring of shared memory to the tensor cores, as the wide side of a product whose
+// tall side are the 64 ranks of g or h. The blocks of a cluster share out the rows of the same columns; they add up
+// through each other's shared memory, in their order, and each element is written once. A block takes a multiprocessor
+// for itself, or those that find one free first would crowd together there. x and dy are sent for while the kernel
+// before, which makes g, still runs.
+
+#include <algorithm>
+
+#include "../../common/lora_plan.h"
+#include "../device/device.h"
+#include "../device/launch.cuh"
+#include "../device/mma.cuh"
+#include "../device/overlap.cuh"
+#include "../device/sm90.cuh"
+#include "../device/tensor_map.cuh"
+#include "kernels.h"
+
+namespace plora::cuda {
+namespace {
+
+constexpr int kThreads = 160;  // four warps multiply, one sends for all that they need
+constexpr int kRanks = lora_plan::kGradRanks, kRows = 64, kMaxBlocks = 8, kMaxStages = 20;
+constexpr uint32_t kBytesBox = kRows * 128;  // of 64 columns, a row 128 bytes, swizzled
+
+// The sums take the place of the stages: a rank's columns side by side, padded so that neither writing nor reading has
+// bank conflicts.
+template <int kColumns>
+struct Layout {
+  static constexpr uint32_t kRing = 200 * 1024, kBarriers = kRing, kBytes = kBarriers + 16 * kMaxStages;
+  static constexpr uint32_t kBytesQ = kColumns / 64 * kBytesBox;
+  static constexpr int kPitch = kColumns + 4;
+  static_assert(kRanks * kPitch * 4 <= kRing && kRing / (kBytesQ + kRows * 32) <= kMaxStages);
+};
+
+// dA (P = g, Q = x) or dB (P = h, Q = dy): out[t, j, c] = s_t sum over rows m of P[m, j of t] Q[m, c]
+struct Job {
+  CUtensorMap P, Q;
+  void* out;
+  int width;
+};
+
+struct Arguments {
+  Job jobs[2];      // of dB and of dA: what needs no g comes first
+  int first_slabs;  // of columns, those of dB
+  int M, T, r, padded_r;
+  int row_P;  // 16, 32 or 64 ranks: a row of P in shared memory, swizzled
+  uint64_t layout_P;
+  const float* scaling;
+  const int64_t* ranks;
+};
+
+template <typename scalar, int kColumns>
+__global__ void __launch_bounds__(kThreads, 1) lora_grads_sm90_kernel(const __grid_constant__ Arguments a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using L = Layout<kColumns>;
+  extern __shared__ __align__(1024) uint8_t dynamic[];
+  const uint32_t memory = sm90::smem_address(dynamic), blocks = sm90::cluster_blocks(), block = sm90::cluster_rank();
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  int slab = blockIdx.x / blocks;
+  const bool of_A = slab >= a.first_slabs;
+  const Job& job = a.jobs[of_A];
+  if (of_A) slab -= a.first_slabs;
+  const int column = slab * kColumns, all_steps = (a.M + kRows - 1) / kRows;
+  const int first = all_steps * block / blocks, steps = all_steps * (block + 1) / blocks - first;
+  const uint32_t bytes = L::kBytesQ + kRows * 2 * a.row_P;  // of a stage
+  const int stages = L::kRing / bytes;
+  const auto full = [&](int stage) { return memory + L::kBarriers + 16 * stage; };
+  const auto empty = [&](int stage) { return full(stage) + 8; };
+
+  if (threadIdx.x == 128) {
+    sm90::prefetch_map(&job.Q), sm90::prefetch_map(&job.P);
+    for (int i = 0; i < stages; ++i) sm90::barrier_init(full(i), 1), sm90::barrier_init(empty(i), 4);
+    sm90::fence_barrier_init();
+  }
+  __syncthreads();
+
+  float d[kColumns / 2] = {};
+  if (warp == 4) {
+    if (lane == 0) {
+      const auto send_Q = [&](int i, int stage) {
+        sm90::barrier_arrive_expect(full(stage), bytes);
+#pragma unroll
+        for (int b = 0; b < kColumns / 64; ++b)
+          sm90::load_2d(&job.Q, full(stage), memory + stage * bytes + b * kBytesBox, column + 64 * b,
+                        (first + i) * kRows);
+      };
+      const auto send_P = [&](int i, int stage) {
+        sm90::load_2d(&job.P, full(stage), memory + stage * bytes + L::kBytesQ, 0, (first + i) * kRows);
+      };
+      const int ahead = min(steps, stages);
+#pragma unroll 1
+      for (int i = 0; i < ahead; ++i) send_Q(i, i);
+      if (of_A) wait_for_predecessor();
+#pragma unroll 1
+      for (int i = 0; i < ahead; ++i) send_P(i, i);
+#pragma unroll 1
+      for (int i = ahead, stage = 0, phase = 0; i < steps; ++i) {
+        sm90::barrier_wait(empty(stage), phase);
+        send_Q(i, stage), send_P(i, stage);
+        if (++stage == stages) stage = 0, phase ^= 1;
+      }
+    }
+    __syncwarp();
+  } else {
+    constexpr uint64_t kLayoutQ = sm90::operand_layout(sm90::Swizzle::b128, kBytesBox, 1024);
+    const uint32_t step_P = 16 * 2 * a.row_P >> 4;  // of 16 rows
+    uint32_t before = 0;
+#pragma unroll 1
+    for (int i = 0, stage = 0, phase = 0; i < steps; ++i) {
+      sm90::barrier_wait(full(stage), phase);
+      const uint64_t Q = sm90::operand(kLayoutQ, memory + stage * bytes);
+      const uint64_t P = sm90::operand(a.layout_P, memory + stage * bytes + L::kBytesQ);
+      sm90::hold(d);
+      sm90::wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kRows / 16; ++k)
+        sm90::wgmma<kColumns, scalar, 1, 1>(d, P + k * step_P, Q + k * (16 * 128 >> 4));
+      sm90::wgmma_commit();
+      sm90::hold(d);
+      sm90::wgmma_wait<1>();
+      __syncwarp();
+      if (i > 0 && lane == 0) sm90::barrier_arrive(before);
+      before = empty(stage);
+      if (++stage == stages) stage = 0, phase ^= 1;
+    }
+    sm90::wgmma_wait<0>();
+    sm90::hold(d);
+  }
+
+  // Of 8 columns i of d, [4 i + {0, 1}] are rank lane / 4, columns 2 (lane % 4) + {0, 1}, and [4 i + {2, 3}] eight
+  // ranks on.
+  __syncthreads();  // nobody reads the stages any more
+  float* const sums = reinterpret_cast<float*>(dynamic);
+  if (16 * warp < a.T * a.padded_r && warp < 4)
+#pragma unroll
+    for (int i = 0; i < kColumns / 4; ++i)
+      *reinterpret_cast<float2*>(sums + (16 * warp + lane / 4 + i % 2 * 8) * L::kPitch + i / 2 * 8 + lane % 4 * 2) =
+          make_float2(d[2 * i], d[2 * i + 1]);
+  wait_for_predecessor();  // who waits for this kernel alone waits for both
+  sm90::cluster_arrive();
+  sm90::cluster_wait();
+
+  const int ranks = a.T * a.padded_r;
+#pragma unroll 1
+  for (int i = block * kThreads + threadIdx.x; i < kColumns / 4 * ranks; i += blocks * kThreads) {
+    // neighbouring threads write what lies side by side
+    const int v = of_A ? i / (kColumns / 4) : i % ranks, c = 4 * (of_A ? i % (kColumns / 4) : i / ranks);
+    const int t = v / a.padded_r, j = v - t * a.padded_r;
+    if (column + c >= job.width || j >= a.r) continue;
+    float4 some[kMaxBlocks];
+#pragma unroll
+    for (int b = 0; b < kMaxBlocks; ++b)
+      some[b] = b < blocks ? sm90::load_from_block(memory + 4 * (v * L::kPitch + c), b) : float4{};
+    float sum[4] = {};
+#pragma unroll
+    for (int b = 0; b < kMaxBlocks; ++b)
+      sum[0] += some[b].x, sum[1] += some[b].y, sum[2] += some[b].z, sum[3] += some[b].w;
+    const bool real = !a.ranks || j < a.ranks[t];
+    const float scale = a.scaling[t];
+    scalar* const out = static_cast<scalar*>(job.out) + static_cast<int64_t>(t) * a.r * job.width;
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      out[of_A ? static_cast<int64_t>(j) * job.width + column + c + e
+               : static_cast<int64_t>(column + c + e) * a.r + j] = from_float<scalar>(real ? scale * sum[e] : 0.f);
+  }
+  sm90::cluster_arrive();  // the others have read what is here
+  sm90::cluster_wait();
+#endif
+}
+
+template <typename scalar, int kColumns>
+void launch(Arguments& a, int64_t most, cudaStream_t stream, bool overlap) {
+  a.first_slabs = static_cast<int>(ceil_div(a.jobs[0].width, kColumns));
+  const int64_t slabs = a.first_slabs + ceil_div(a.jobs[1].width, kColumns);
+  int64_t blocks = 1;  // of a cluster; all at once: the larger ones leave some multiprocessors out
+  const int64_t room = multiprocessors();
+  while (2 * blocks <= most && 2 * blocks * slabs <= (blocks == 1 ? room : room / 16 * 15)) blocks *= 2;
+  launch_clusters("lora_grads", &lora_grads_sm90_kernel<scalar, kColumns>, static_cast<unsigned>(blocks),
+                  slabs * blocks, kThreads, Layout<kColumns>::kBytes, stream, overlap, a);
+}
+
+}  // namespace
+
+void lora_grads_sm90(const LoraGrads& p, bool overlap, cudaStream_t stream) {
+  const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r, ranks = T * p.padded_r;
+  PLORA_CHECK(!p.rows.ids && p.dtype != Dtype::float32 && ranks <= kRanks && p.dy_slab == 0 && p.in % 8 == 0 &&
+                  p.out % 8 == 0 && p.ldx % 8 == 0 && p.lddy % 8 == 0 && p.padded_r % 8 == 0 && aligned(p.x) &&
+                  aligned(p.dy) && aligned(p.g) && aligned(p.h) && M <= INT32_MAX - kRows,
+              "lora_grads: not what it was planned for");
+  // Fewer than 64 ranks are found again where the others would be.
+  const int row = ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64;
+  const auto swizzle = row == 16 ? sm90::Swizzle::b32 : row == 32 ? sm90::Swizzle::b64 : sm90::Swizzle::b128;
+  const auto swizzle_P = row == 16   ? CU_TENSOR_MAP_SWIZZLE_32B
+                         : row == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                     : CU_TENSOR_MAP_SWIZZLE_128B;
+  Arguments a{};
+  const auto describe = [&](Job& job, const void* P, const void* Q, int64_t ldq, int64_t width, void* out) {
+    if (!out) return;
+    describe_tensor<2>(job.P, p.dtype, P, {ranks, M}, {ranks}, {row, kRows}, swizzle_P);
+    describe_tensor<2>(job.Q, p.dtype, Q, {width, M}, {ldq}, {64, kRows}, CU_TENSOR_MAP_SWIZZLE_128B);
+    job.out = out, job.width = static_cast<int>(width);
+  };
+  describe(a.jobs[0], p.h, p.dy, p.lddy, p.out, p.dB);
+  describe(a.jobs[1], p.g, p.x, p.ldx, p.in, p.dA);
+  a.M = static_cast<int>(M), a.T = static_cast<int>(T);
+  a.r = static_cast<int>(r), a.padded_r = static_cast<int>(p.padded_r);
+  a.row_P = row, a.layout_P = sm90::operand_layout(swizzle, 0, 8 * 2 * row);
+  a.scaling = p.scaling, a.ranks = p.ranks;
+  const int64_t most = std::clamp<int64_t>(ceil_div(M, kRows), 1, kMaxBlocks);
+  dispatch("lora_grads", p.dtype, [&](auto tag) {
+    using scalar = decltype(tag);
+    if constexpr (sizeof(scalar) == 2) {
+      // half as many columns where that makes clusters of four
+      const bool narrow = 8 * (ceil_div(p.in, 128) + ceil_div(p.out, 128)) <= multiprocessors();
+      narrow ? launch<scalar, 64>(a, most, stream, overlap) : launch<scalar, 128>(a, most, stream, overlap);
+    }
+  });
+}
+
+}  // namespace plora::cuda
