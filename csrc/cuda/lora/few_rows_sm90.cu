@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) to[(i / 4 * 8 + lane % 4 * 2 + i % 2) * L::kPitch + i % 4 / 2 * 8] = acc[i];
 
-  wait_for_predecessor();  // and so does what follows this kernel
+  wait_for_predecessor();
   scalar* const h = reinterpret_cast<scalar*>(dynamic + L::kH);
 #pragma unroll 1
   for (int i = 4 * threadIdx.x; i < rows * width; i += 4 * kThreads)
@@ -258,6 +258,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   __syncwarp();
+  wait_for_predecessor();  // what follows this kernel follows both
   sm90::cluster_arrive();  // the others have read what is here
   sm90::cluster_wait();
 #endif
