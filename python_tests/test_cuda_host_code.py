@@ -78,6 +78,9 @@ class Case:
         if one_in(3):  # a slot for the fused product to make, or two that are given
             self.family, self.T, self.r, self.dtype = "indexed", 1, choose((16, 24)), choose(HALF)
             self.M, self.n_in, self.out = choose((520, 1100, 1100)), choose((16, 64)), choose((48, 200))
+        elif self.family == "all" and one_in(2):  # as many tiles as the frozen product wants to make all outputs
+            self.T, self.n_in, self.out, self.M = choose((1, 2, 13)), 16, 8, 11300
+            self.r, self.dtype = choose((8, 16, 17)), choose(HALF)
         elif one_in(3):  # few rows, with the frozen layer where there is one
             self.family, self.dtype = choose(("indexed", "indexed", "sum")), choose(HALF)
             self.r, self.M = choose((4, 8, 16)), choose((1, 9, 20, 64))
@@ -173,6 +176,7 @@ def test_random_calls(
         "in_loop", "in_loop_transposed", "fused*", "fused_transposed*", "add", "expand", "lora_grads", "few_rows_grads",
         "lora_grads_sm90", "dense_grads",
     }  # fmt: skip
+    assert seen & {"all", "all*"}
 
 
 def test_memory_lives_until_the_kernels_that_use_it(calls: Callable[[], list[str]]) -> None:
@@ -183,6 +187,22 @@ def test_memory_lives_until_the_kernels_that_use_it(calls: Callable[[], list[str
         torch.ops.plora_host.lora_sum_(y, x, A, B, s, None, None, None, False)
         assert calls() == ["low_rank"]
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("activation", [False, True])
+@pytest.mark.parametrize("operators", ["plora_host", "plora_ext"])
+def test_out_may_hold_the_frozen_layer(operators: str, activation: bool, calls: Callable[[], list[str]]) -> None:
+    """Of so many rows one kernel makes its product while it writes."""
+    x, A, B = (torch.randn(sizes).bfloat16() for sizes in ((11300, 16), (2, 8, 16), (2, 16, 8)))
+    weight, bias, out = torch.randn(16, 16).bfloat16(), torch.randn(16).bfloat16(), torch.empty(2, 11300, 16).bfloat16()
+    frozen = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
+    h = x.float() @ A.float().mT
+    expected = frozen + (h.relu() if activation else h) @ B.float().mT
+    out[0, :16], out[1, 3] = weight, bias
+    rest = (torch.ones(2), None, out[0, :16], out[1, 3], None, None, None, activation)
+    getattr(torch.ops, operators).lora_all_out(out, x, A, B, *rest)
+    close(out, expected, torch.bfloat16, "out")
+    assert calls() == ([] if operators == "plora_ext" else ["rows", "all*"] if activation else ["all"])
 
 
 @pytest.mark.parametrize("operators", ["plora_host", "plora_ext"])

@@ -700,6 +700,59 @@ def test_added_to_many_rows(family: str, ids: str, T: int, r: int, options: str)
         assert torch.equal(ours(y0, *args, **added), ours(y0, *args, **added))
 
 
+# ---------------------------------------------------------------------- all outputs, with the frozen layer
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("options", ["weight", "weight bias base bias_A bias_B relu ranks"])
+@pytest.mark.parametrize(
+    ("M", "n_in", "out", "r", "T"),
+    [
+        (11_333, 8, 8, 1, 1),
+        (11_333, 72, 136, 16, 3),
+        (11_333, 136, 200, 24, 2),
+        (11_264, 64, 192, 64, 3),
+        (2_817, 768, 776, 8, 10),
+        (11_333, 16, 8, 8, 100),
+        (1_500, 24, 1_544, 17, 20),
+        (25_000, 40, 520, 16, 2),  # more tiles than two rounds of them
+    ],
+)
+def test_all_outputs(M: int, n_in: int, out: int, r: int, T: int, options: str, dtype: torch.dtype) -> None:
+    args, kwargs, cotangent = problem("lora_all", M, n_in, out, r, T, options=options, dtype=dtype)
+    verify("lora_all", args, kwargs, cotangent)
+    with torch.no_grad():
+        y, target = ops.lora_all(*args, **kwargs), torch.full((T, M, out), torch.nan, device=DEVICE, dtype=dtype)
+        assert ops.lora_all(*args, **kwargs, out=target) is target and torch.equal(target, y)
+
+
+def test_all_outputs_in_a_graph() -> None:
+    args, kwargs, _ = problem("lora_all", 11_333, 72, 136, T=3, options="weight bias base bias_B", grad=False)
+    target = torch.empty(3, 11_333, 136, device=DEVICE, dtype=BF16)
+    ops.lora_all(*args, **kwargs, out=target)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.lora_all(*args, **kwargs, out=target)
+    for _ in range(3):
+        for t in (*args, *kwargs.values()):
+            t.copy_(t.roll(1, 0))
+        target.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(target, ops.lora_all(*args, **kwargs))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_adapter_keeps_what_is_not_finite(value: float) -> None:
+    """Also from those that follow it in the same registers."""
+    args, kwargs, _ = problem("lora_all", 11_333, 72, 136, T=3, grad=False)
+    B, expected = args[-2], ops.lora_all(*args, **kwargs)
+    B[1, 5] = value
+    y = ops.lora_all(*args, **kwargs)
+    assert not y[1, :, 5].isfinite().any()
+    y[1, :, 5] = expected[1, :, 5]
+    assert torch.equal(y, expected)
+
+
 # ---------------------------------------------------------------------- what is rare
 
 

@@ -215,7 +215,7 @@ struct LoraOperators {
   static Inputs apart(Inputs p, const Tensor& y) {
     for (Tensor* t : {&p.x, &p.lora_A, &p.lora_B})
       if (overlap(y, *t)) *t = torch::stable::clone(*t);
-    for (OptTensor* t : {&p.bias_A, &p.bias_B})
+    for (OptTensor* t : {&p.weight, &p.bias, &p.bias_A, &p.bias_B})
       if (*t && overlap(y, **t)) *t = torch::stable::clone(**t);
     return p;
   }

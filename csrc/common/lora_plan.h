@@ -40,6 +40,7 @@ enum class LoraAlgorithm {
   low_rank,     // torch's own product, then the low-rank part on top (low_rank.cu)
   add,          // likewise, by two kernels for Hopper (low_rank_sm90.cu, add_sm90.cu)
   expand,       // likewise, the y of all adapters from their h (expand.cu)
+  all,          // the same with the frozen layer in one product (all_sm90.cu)
   few_rows,     // likewise, by kernels that gather the rows of an adapter (few_rows.cu)
   few_fused,    // of few rows h or g first, by few_rows.cu, then all else in one product (few_rows_sm90.cu)
   in_loop,      // one fused product, h or g made in its main loop (fused_sm90.cu)
@@ -66,7 +67,7 @@ struct LoraPlan {
   bool fused() const { return algorithm == LoraAlgorithm::in_loop || algorithm == LoraAlgorithm::precomputed; }
   bool few() const { return algorithm == LoraAlgorithm::few_rows || algorithm == LoraAlgorithm::few_fused; }
   // Whether the kernel that makes the outputs makes the frozen layer's product, too.
-  bool whole() const { return fused() || algorithm == LoraAlgorithm::few_fused; }
+  bool whole() const { return fused() || algorithm == LoraAlgorithm::few_fused || algorithm == LoraAlgorithm::all; }
   bool merged() const { return algorithm == LoraAlgorithm::merge || algorithm == LoraAlgorithm::dense; }
   bool by_rows() const { return ranks == LoraRanks::rows || ranks == LoraRanks::packed; }
   // Whether a kernel takes part that is for Hopper alone.
@@ -74,8 +75,8 @@ struct LoraPlan {
 };
 
 inline const char* algorithm_name(LoraAlgorithm algorithm) {
-  static const char* const names[] = {"low_rank", "add",         "expand", "few_rows", "few_fused",
-                                      "in_loop",  "precomputed", "merge",  "dense"};
+  static const char* const names[] = {"low_rank",  "add",     "expand",      "all",   "few_rows",
+                                      "few_fused", "in_loop", "precomputed", "merge", "dense"};
   return names[static_cast<int>(algorithm)];
 }
 
@@ -205,6 +206,15 @@ inline bool expands(const LoraShape& s) {
          s.M < int64_t{1} << 30 && s.T * padded_rank(s.r) < int64_t{1} << 26;
 }
 
+// Whether all_sm90.cu makes them, and the frozen layer's product with them: where its tiles are not too few for the
+// multiprocessors.
+inline bool all_on_hopper(const LoraShape& s) {
+  using namespace lora_plan;
+  const int64_t tiles = ceil_div(s.M, kTileRows) * ceil_div(s.out, kTileColumns);
+  return expands(s) && s.weight && for_hopper(s) && 3 * tiles >= 2 * s.sms && tiles <= INT32_MAX / 2 &&
+         s.M * s.out < int64_t{1} << 39;
+}
+
 // The ranks that act on a row, those of each adapter in whole chunks.
 inline int64_t ranks_of_row(const LoraShape& s) {
   return (s.family == Family::sum ? s.T : 1) * ceil_div(s.r, lora_plan::kSlot) * lora_plan::kSlot;
@@ -268,18 +278,15 @@ inline LoraPlan plan_lora(const LoraShape& s) {
                                                  : LoraRanks::within,
                   "no outputs are asked for");
 
+  const LoraRanks before = h_by_product(s) ? LoraRanks::product : rows_on_hopper(s) ? rows : LoraRanks::low_rank;
   const auto apart = [&](const char* reason) {  // from the frozen product
-    if (expands(s))
-      return choose(LoraAlgorithm::expand,
-                    h_by_product(s)     ? LoraRanks::product
-                    : rows_on_hopper(s) ? rows
-                                        : LoraRanks::low_rank,
-                    reason);
+    if (expands(s)) return choose(LoraAlgorithm::expand, before, reason);
     if (adds_on_hopper(s)) return choose(LoraAlgorithm::add, rows, reason);
     return choose(LoraAlgorithm::low_rank, LoraRanks::within, reason);
   };
   if (!s.weight) return apart("no frozen layer to fuse with");
-  if (s.family == Family::all) return apart("one frozen product serves all adapters");
+  if (all_on_hopper(s)) return choose(LoraAlgorithm::all, before, "one frozen product serves all adapters");
+  if (s.family == Family::all) return apart("few tiles, or not for Hopper: apart from the frozen product");
   if (s.capability != 90) return apart("the fused product is for compute capability 9.0");
   if (s.mma_only) return apart("PLORA_CUDA_PATH=mma");
   if (!s.half) return apart("the fused product is for bfloat16 and float16");

@@ -75,6 +75,9 @@ bool holds(const LoraShape& s, const LoraPlan& p) {
     case A::expand:
       return s.half && s.aligned && s.outputs && s.family == Family::all && !s.backward && !s.in_place && N % 8 == 0 &&
              p.ranks != R::within;
+    case A::all:
+      return hopper && s.weight && s.outputs && s.family == Family::all && !s.backward && !s.in_place && K > 0 &&
+             K % 8 == 0 && N % 8 == 0 && s.M * N < int64_t{1} << 39 && p.ranks != R::within;
     case A::low_rank:
       return s.outputs ? p.ranks == R::within : p.ranks != R::product || (!s.backward && !ids && !s.relu && !s.bias_A);
   }
@@ -130,6 +133,20 @@ int main() {
   expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 1024, s.in = 3072; }).fused(), "a deep product wants 1024");
   expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 1023, s.in = 3072; }).fused(), "and not 1023");
   expect(!plan(Family::all, 4, 16).fused(), "`all` shares one frozen product");
+
+  const auto all_takes = [](A algorithm, const auto& change) {
+    return takes(plan(Family::all, 10, 16, change), algorithm);
+  };
+  expect(all_takes(A::all, [](LoraShape&) {}), "in which all outputs are made");
+  expect(all_takes(A::expand, [](LoraShape& s) { s.weight = false; }), "where there is one");
+  expect(all_takes(A::expand, [](LoraShape& s) { s.capability = 80; }) &&
+             all_takes(A::expand, [](LoraShape& s) { s.mma_only = true; }) &&
+             all_takes(A::expand, [](LoraShape& s) { s.in = 764; }),
+         "on Hopper, from rows of whole 16 bytes");
+  expect(all_takes(A::all, [](LoraShape& s) { s.M = 22 * 128; }) &&
+             all_takes(A::expand, [](LoraShape& s) { s.M = 21 * 128; }) &&
+             all_takes(A::all, [](LoraShape& s) { s.M = 21 * 128, s.sms = 114; }),
+         "of tiles for two in three multiprocessors");
 
   expect(takes(plan(Family::sum, 1, 16), A::in_loop), "one slot in the loop");
   expect(takes(plan(Family::sum, 1, 8), A::in_loop), "a smaller rank too");

@@ -96,10 +96,23 @@ __device__ inline void store_2d(const CUtensorMap* map, uint32_t from, int c0, i
                : "memory");
 }
 
+// L2 then gives up what was stored before what is read.
+__device__ inline void store_3d_once(const CUtensorMap* map, uint32_t from, int c0, int c1, int c2) {
+  asm volatile(
+      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], policy;\n}" ::"l"(
+          map),
+      "r"(from), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
 __device__ inline void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until shared memory has been read by all of this thread's stores.
-__device__ inline void store_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Until shared memory has been read by all of this thread's stores but the last kPending groups.
+template <int kPending = 0>
+__device__ inline void store_wait() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
 
 // To L2 alone.
 __device__ inline void prefetch_2d(const CUtensorMap* map, int c0, int c1) {
@@ -188,6 +201,21 @@ __device__ inline void wgmma(float (&d)[kCount], uint64_t a, uint64_t b) {
     PLORA_WGMMA_TYPED("f16");
   }
 #undef PLORA_WGMMA_TYPED
+}
+
+// Likewise of 192 columns in K-major order, added to d or in its place.
+template <typename scalar>
+__device__ inline void wgmma_192(float (&d)[96], uint64_t a, uint64_t b, bool add) {
+#define PLORA_WGMMA_192(type)                                                                                    \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %98, 0;\nwgmma.mma_async.sync.aligned.m64n192k16.f32." type \
+               "." type " {" PLORA_REGS96 "}, %96, %97, add, 1, 1, 0, 0;\n}"                                     \
+               : PLORA_OPS96                                                                                     \
+               : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+  if constexpr (std::is_same_v<scalar, __nv_bfloat16>)
+    PLORA_WGMMA_192("bf16");
+  else
+    PLORA_WGMMA_192("f16");
+#undef PLORA_WGMMA_192
 }
 
 // d[64, 256] += a[64, 8] b[256, 8]^T of float32 cut to TF32, both in K-major order.

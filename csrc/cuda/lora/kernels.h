@@ -109,6 +109,10 @@ void few_rows_sm90(const LowRank& p, const void* weight, const void* bias, const
 // The second half alone, of `all`: h [M, T r] is read, y_slab is set (expand.cu).
 void expand(const LowRank& p, cudaStream_t stream);
 
+// Likewise with the frozen layer, for Hopper: y_t = x W^T + bias + y0 + s_t h_t up_t^T + s_t bias_up_t, from h; weight
+// [N, K]. `overlap`: the kernel before on the stream is low_rank_sm90's, which made h (all_sm90.cu).
+void all_sm90(const LowRank& p, const void* weight, const void* bias, bool overlap, cudaStream_t stream);
+
 // A copy of the factors that low_rank and the fused product can take: from [T, rows, columns], of which one dimension
 // is the rank, to [T, rows', columns'] or, transposed, [T, columns', rows'], the rank padded with zeros to `padded` (a
 // multiple of 8) and zero from ranks[t] on, times scaling[t]; either may be null (pack.cu).

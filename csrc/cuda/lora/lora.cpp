@@ -24,6 +24,7 @@ void few_rows_sm90(const LowRank&, const void*, const void*, const Allocator&, c
   fail("built without Hopper's kernels");
 }
 void lora_grads_sm90(const LoraGrads&, bool, cudaStream_t) { fail("built without Hopper's kernels"); }
+void all_sm90(const LowRank&, const void*, const void*, bool, cudaStream_t) { fail("built without Hopper's kernels"); }
 #endif
 
 namespace {
@@ -322,12 +323,14 @@ Tensor few_forward(const Inputs& p, const LoraPlan& plan, const OptTensor& base,
   return *y;
 }
 
-// y = y0 + the low-rank part; `y` has the pointers and strides of both. Keeps h where it is given.
+// y = y0 + the low-rank part, or that of the frozen layer too; `y` has the pointers and strides of both. Keeps h where
+// it is given.
 void add_low_rank(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const LowRank& y, OptTensor& h,
                   bool keep) {
   const bool few = plan.algorithm == LoraAlgorithm::few_rows;
   const Factors factors = few ? Factors{p.lora_A, p.lora_B, p.bias_A} : factors_of(p);
-  if (plan.algorithm == LoraAlgorithm::expand) h = make_h(p, plan.ranks, factors);
+  if (plan.algorithm == LoraAlgorithm::expand || plan.algorithm == LoraAlgorithm::all)
+    h = make_h(p, plan.ranks, factors);
   if (!h && plan.algorithm == LoraAlgorithm::low_rank && crowded(p)) h = new_ranks(p);
   LowRank l = down_of(p, factors, h);
   l.N = p.out;
@@ -341,6 +344,8 @@ void add_low_rank(const Inputs& p, const LoraPlan& plan, const LoraShape& shape,
       return add_on_hopper(p, shape, l, keep);
     case LoraAlgorithm::expand:
       return expand(l, stream_of(p.x));
+    case LoraAlgorithm::all:
+      return all_sm90(l, pointer(p.weight), pointer(p.bias), plan.by_rows(), stream_of(p.x));
     default:
       return low_rank(l, stream_of(p.x));
   }
@@ -589,8 +594,9 @@ struct Cuda {
     if (plan.fused()) {
       y = fused_forward(p, plan, shape, base, h);
     } else {
-      if (plan.whole() || runs_beside(p, plan)) return {few_forward(p, plan, base, h), keep ? *h : none_like(p.x)};
-      const OptTensor y0 = frozen(p, base);
+      if (plan.few() && (plan.whole() || runs_beside(p, plan)))
+        return {few_forward(p, plan, base, h), keep ? *h : none_like(p.x)};
+      const OptTensor y0 = plan.whole() ? base : frozen(p, base);
       y = slabs ? allocate(p.x, {p.T, p.M, p.out}) : p.weight ? *y0 : allocate(p.x, {p.M, p.out});
       add_low_rank(p, plan, shape, written(p, y0, y), h, keep);
     }
@@ -603,9 +609,10 @@ struct Cuda {
     const torch::stable::accelerator::DeviceGuard guard(p.x.get_device_index());
     LoraShape shape = shape_of(p, p.x, base);
     shape.aligned = shape.aligned && aligned(pointer(out));
-    const OptTensor y0 = frozen(p, base);
+    const LoraPlan plan = plan_lora(shape);
+    const OptTensor y0 = plan.whole() ? base : frozen(p, base);
     OptTensor h;
-    add_low_rank(p, plan_lora(shape), shape, written(p, y0, out), h, false);
+    add_low_rank(p, plan, shape, written(p, y0, out), h, false);
   }
 
   static void in_place(const Inputs& p, const Tensor& y) {

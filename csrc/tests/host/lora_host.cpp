@@ -235,6 +235,27 @@ void expand(const LowRank& p, cudaStream_t) {
   multiply(up, p.rows.r, nullptr);
 }
 
+void all_sm90(const LowRank& p, const void* weight, const void* bias, bool overlap, cudaStream_t) {
+  PLORA_CHECK(!mma_only() && p.dtype != Dtype::float32 && !p.rows.ids && p.x && p.h && p.K > 0 && p.K % 8 == 0 &&
+                  p.N % 8 == 0 && p.rows.r % 8 == 0 && p.ldy % 8 == 0 && p.y_slab % 8 == 0 && p.y0_slab == 0 &&
+                  aligned_all({p.x, weight, bias, p.h, p.up, p.bias_up, p.y, p.y0}),
+              "all_sm90 refuses");
+  PLORA_CHECK(!overlap || g_calls.substr(g_calls.rfind(' ') + 1) == "rows", "all_sm90: not after low_rank_sm90");
+  for (int64_t t = 0; t < p.rows.T; ++t)
+    for (int64_t m = 0; m < p.rows.M; ++m)
+      for (int64_t n = 0; n < p.N; ++n) {
+        double sum = p.y0 ? get(p.dtype, p.y0, m * p.ldy0 + n) : 0, low_rank = 0;
+        if (bias) sum += get(p.dtype, bias, n);
+        for (int64_t k = 0; k < p.K; ++k) sum += get(p.dtype, p.x, m * p.ldx + k) * get(p.dtype, weight, n * p.K + k);
+        for (int64_t j = 0; j < p.rows.r; ++j)
+          low_rank +=
+              get(p.dtype, p.h, (m * p.rows.T + t) * p.rows.r + j) * get(p.dtype, p.up, (t * p.N + n) * p.rows.r + j);
+        if (p.bias_up) low_rank += get(p.dtype, p.bias_up, t * p.N + n);
+        put(p.dtype, p.y, t * p.y_slab + m * p.ldy + n, sum + p.scaling[t] * low_rank);
+      }
+  g_calls += overlap ? " all*" : " all";
+}
+
 void fused(const Fused& p, cudaStream_t) {
   const int64_t r = p.rows.r, each = p.rows.ids ? 1 : p.rows.T;
   PLORA_CHECK(!mma_only() && p.dtype != Dtype::float32 && p.K % 8 == 0 && p.N % 8 == 0 && r % 8 == 0 &&
