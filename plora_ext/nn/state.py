@@ -59,10 +59,14 @@ class Active:
         return replace(self, names=tuple(self.names[i] for i in keep), coefficients=coefficients, written=written)
 
     @cached_property
+    def adds(self) -> bool:
+        """Whether the set acts on all samples, beside the base layer."""
+        return bool(self.names) and self.batch is None and self.weights is None and self.ensemble is None
+
+    @cached_property
     def alone(self) -> str | None:
         """The adapter that acts on all samples, where it is one and nothing else is asked for."""
-        others = self.coefficients, self.batch, self.weights, self.ensemble
-        return self.names[0] if len(self.names) == 1 and all(other is None for other in others) else None
+        return self.names[0] if self.adds and len(self.names) == 1 and self.coefficients is None else None
 
     @cached_property
     def key(self) -> int:
