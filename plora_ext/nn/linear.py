@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from plora_ext import ops
-from plora_ext.nn.state import Active, State, mark
+from plora_ext.nn.state import Active, State, check_known, mark, require_layer
 from plora_ext.ops.autocast import autocasts
 from plora_ext.ops.autograd import narrow
 from plora_ext.ops.lora import run_sum
@@ -249,8 +249,7 @@ class MultiLoRALinear(nn.Module):
         Raises:
             KeyError: the name is unknown.
         """
-        if name not in self._r:
-            raise KeyError(f"unknown adapter {name!r}, known ones are {self.adapter_names}")
+        check_known(name, self._r)
         factors = [factor for (factor,) in self._factors_of((name,))]
         return list(zip(factors[::2], factors[1::2], strict=True))
 
@@ -321,9 +320,8 @@ class MultiLoRALinear(nn.Module):
         self, names: str | Sequence[str] | None, coefficients: Tensor | Sequence[float] | None = None
     ) -> None:
         """Make `names` the active set of all layers that share this one's state: `Adapters.set_adapter`."""
-        from plora_ext.nn.adapters import Adapters
-
-        Adapters(self).set_adapter(names, coefficients)
+        require_layer(self)
+        self._state.choose(names, coefficients, self.adapter_names, self.device)
 
     # ------------------------------------------------------------------ forward
 
