@@ -130,6 +130,10 @@ class _Adapted(Method):
     def __init__(self, trainer: Trainer, settings: Settings, adapters: Adapters | None = None):
         super().__init__(trainer, settings)
         s = settings
+        if any(parameter.is_inference() for parameter in trainer.model.parameters()):
+            raise ValueError(
+                "the backbone was made under torch.inference_mode, where nothing can train: make it outside"
+            )
         self.adapters = adapters or inject(trainer.model, s.target_modules, s.r, s.lora_alpha, s.lora_dropout)
 
     def state(self) -> dict[str, Any]:
