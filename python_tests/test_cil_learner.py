@@ -222,6 +222,19 @@ def test_a_backbone_made_where_nothing_trains_is_refused() -> None:
         Learner(backbone=given, **QUICK)
 
 
+@pytest.mark.filterwarnings("ignore:nothing is shared by the adapters")
+@pytest.mark.parametrize("method", ["plora", "plora-ensemble", "simplecil"])
+def test_prototypes_that_are_not_finite_are_refused(
+    method: str, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt = backbone()
+    torch.nn.init.constant_(spoilt.model.norm.weight, float("inf"))
+    one = Learner(backbone=spoilt, **QUICK, method=method)
+    monkeypatch.setattr(one.trainer, "fit", lambda *given: None)  # which would see it first
+    with pytest.raises(FloatingPointError, match="features of task 0 are not finite"):
+        one.fit(tasks(images, True)[0])
+
+
 def test_a_fit_that_failed_leaves_no_half_learner(images: Images, tmp_path: Path) -> None:
     class Stop(Callback):
         def epoch(self, number: int, loss: float) -> None:
