@@ -703,6 +703,7 @@ def test_whatever_is_unusual_takes_the_general_way(monkeypatch) -> None:
     assert taken(lambda a: a.train_adapter(None) or a.model(x)) == ["short"]
     assert taken(lambda a: a.merge() or a.model(x)) == []
     assert taken(lambda a: a.layers["qkv"].base_layer.requires_grad_() and a.model(x)) == ["general"]
+    assert taken(lambda a: a.layers["qkv"].base_layer.requires_grad_() and within(torch.no_grad())(a)) == ["short"]
     assert taken(lambda a: a.model.train()(x), dropout=0.5) == ["general"]
     assert taken(lambda a: a.model.eval()(x), dropout=0.5) == ["short"]
     assert taken(lambda a: a.add_adapter("new") or a.set_adapter(["t0", "new"]) or a.model(x)) == ["general"]

@@ -16,7 +16,6 @@ from torch.func import functional_call
 
 from plora_ext import ops
 from plora_ext.nn.state import Active, State, check_known, mark, require_layer
-from plora_ext.ops.autocast import autocasts
 from plora_ext.ops.autograd import narrow
 from plora_ext.ops.lora import run_sum
 from plora_ext.torch_private import below, has_global_module_hooks, has_saved_tensor_hooks, is_eager
@@ -56,6 +55,11 @@ def is_called_plainly(module: nn.Module) -> bool:
         and (parameters.get("bias") is None or type(parameters["bias"]) in _PLAIN)
         and (not has_global_module_hooks() or torch.compiler.is_compiling())
     )
+
+
+def filled_up(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], r: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Factors [r_i, in] and [out, r_i] with zeros up to one rank r."""
+    return [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in lora_A], [F.pad(B, (0, r - B.shape[1])) for B in lora_B]
 
 
 # lora_A [T, r, in], lora_B [T, out, r], scaling [T]; where they differ, ranks [T]; where there are slices, their rows
@@ -366,7 +370,8 @@ class MultiLoRALinear(nn.Module):
             state.check_recomputation(active)
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         if name is None or own["slices"] is not None:
-            if records or autocasts(x.device.type):
+            kind = x.device.type
+            if records or kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind):
                 return None
             with below():
                 lora_A, lora_B, scaling, ranks, slices = self.operands(active.names)
@@ -451,8 +456,7 @@ class MultiLoRALinear(nn.Module):
         else:  # adapter after adapter
             lora_A, lora_B = (list(chain.from_iterable(zip(*factors[i::2], strict=True))) for i in (0, 1))
         if not alike:
-            lora_A = [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in lora_A]
-            lora_B = [F.pad(B, (0, r - B.shape[1])) for B in lora_B]
+            lora_A, lora_B = filled_up(lora_A, lora_B, r)
             ranks = torch.cat([self._ranks[name] for name in names])
         if self.slices is None:  # for many small tensors `cat` is far quicker than `stack`
             return torch.cat(lora_A).view(T, r, -1), torch.cat(lora_B).view(T, -1, r), scaling, ranks, None

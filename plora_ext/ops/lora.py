@@ -136,7 +136,7 @@ def run_sum(
     Of one adapter the factors are [r, in] and [out, r]; several, stacked, are for where gradients are off.
 
     None where this is not eager code on plain tensors of one dtype (but for float32 factors beside an x of 16 bits,
-    which are narrowed) and device without autocast, or the widths do not fit, or the layer is not frozen: that is for
+    which are narrowed) and device without autocast, or the widths do not fit, or the layer trains: that is for
     `lora_sum` to serve or to refuse. Whatever else is wrong the kernel refuses. Not for code that is being compiled.
     """
     cuda, device = x.is_cuda, x.device
@@ -146,13 +146,14 @@ def run_sum(
         or not (type(x) in PLAIN and type(lora_A) in PLAIN and type(lora_B) in PLAIN)
         or torch.is_autocast_enabled("cuda" if cuda else "cpu")
         or not device == lora_A.device == lora_B.device == scaling.device == weight.device  # which may be "meta"
-        or weight.requires_grad
-        or (bias is not None and (bias.requires_grad or bias.device != device))
+        or (bias is not None and bias.device != device)
     ):
         return None
-    asks, up = x.requires_grad, lora_B.requires_grad
+    asks, up, records = x.requires_grad, lora_B.requires_grad, torch.is_grad_enabled()
+    if records and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return None
     try:
-        if (asks or up or lora_A.requires_grad) and torch.is_grad_enabled():
+        if records and (asks or up or lora_A.requires_grad):
             keep = asks if asks != up and rules.dense("lora_sum", 1, lora_A.size(0), True) else up
             y: Tensor = OneAdapter.apply(x, lora_A, lora_B, scaling, weight, bias, keep)
             return y
