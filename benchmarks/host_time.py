@@ -1,12 +1,16 @@
-"""Host time of one adapted layer: a training step so small that launching it is what takes the time.
+"""Host time of adapted layers: forwards and steps so small that launching them is what takes the time.
 
-    python benchmarks/host_time.py [--device cuda] [--rows M ...] [--seconds S] [--no-compile] [--out FOLDER/NAME]
+    python benchmarks/host_time.py [--device cuda] [--rows M ...] [--adapters T ...] [--seconds S] [--no-compile]
+                                   [--out FOLDER/NAME]
 
 Wall time of a forward and of a step (forward, then `torch.autograd.grad` of x, A and B), of calls in a row up to the
 end of the last. On a CPU with one thread and sizes of which the arithmetic takes next to nothing, which stands for the
 host time of a GPU; on a GPU at 768→768, bfloat16, r = 16. Short bursts of every form take turns, so that all meet the
 same machine; ratios are medians over turns, p10 is the tenth percentile, which others on the machine disturb least.
 `empty autograd.Function` computes nothing: what autograd itself costs Python code that brings a backward of its own.
+
+Then, on a CPU, the forward of 24 layers 8→8 on one row without gradients, with T adapters of r = 4 active in each, by
+the process's own clock: as ever, and inside of `Adapters.merged`.
 Writes NAME.csv and NAME.md.
 """
 
@@ -27,7 +31,7 @@ from cuda_cases import SCALE, peft_model
 from torch import Tensor, nn
 
 from plora_ext.bench import OURS, fault, in_turn
-from plora_ext.nn import MultiLoRALinear
+from plora_ext.nn import MultiLoRALinear, inject
 
 BURST = 0.002  # seconds
 FROZEN, PEFT = "frozen layer", "PEFT"
@@ -148,6 +152,38 @@ def measure(case: str, x: Tensor, width: int, r: int, compiled: bool, seconds: f
     return lines + [{"case": case, "form": name, "note": note} for name, note in missing.items()]
 
 
+def measure_sets(T: int, seconds: float) -> list[dict[str, Any]]:
+    """A forward of 24 layers with T active adapters, without gradients."""
+    model, x = nn.Sequential(*[nn.Linear(8, 8) for _ in range(24)]).eval(), torch.randn(1, 8)
+    plain = copy.deepcopy(model)
+    adapters = inject(model, [str(i) for i in range(24)], r=4)
+    for t in range(T):
+        adapters.add_adapter(f"t{t}")
+    adapters.set_adapter(adapters.names)
+
+    def burst(module: nn.Module, count: int = 20) -> float:
+        module(x)  # what it leaves behind is no longer that of another form
+        start = time.process_time()
+        for _ in range(count):
+            module(x)
+        return 1e6 * (time.process_time() - start) / count
+
+    def merged() -> float:
+        with adapters.merged():
+            return burst(model)
+
+    with torch.no_grad():
+        calls = {FROZEN + "s": partial(burst, plain), OURS: partial(burst, model), f"{OURS}, merged": merged}
+        times = in_turn(calls, 5, seconds)
+    return [
+        {
+            "case": f"24 layers, T={T}, no_grad", "form": name, "forward_us": statistics.median(forwards),
+            "forward_p10_us": statistics.quantiles(forwards, n=10)[0], "note": f"{len(forwards)} turns",
+        }
+        for name, forwards in times.items()
+    ]  # fmt: skip
+
+
 def table(lines: list[dict[str, Any]]) -> str:
     formats = {name: "" if name in ("case", "form", "note") else ".2f" for name in COLUMNS}
     return harness.table(COLUMNS, (harness.cells(formats, line, *COLUMNS) for line in lines), texts=2, notes=1)
@@ -157,6 +193,7 @@ def main() -> None:
     parser = harness.options(__doc__, "host_time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", type=int, nargs="+", help="default: 4 on a CPU; 197 and 788 on a GPU")
+    parser.add_argument("--adapters", type=int, nargs="*", default=[1, 8, 50, 200], help="active in each of 24 layers")
     parser.add_argument("--seconds", type=float, default=20, help="a case (default: 20)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     args = parser.parse_args()
@@ -169,6 +206,8 @@ def main() -> None:
         x = torch.randn(rows, width, device=args.device, dtype=dtype, requires_grad=True)
         case = f"M={rows:,}, {width}→{width}, r={r}"
         lines += measure(case, x, width, r, not args.no_compile, args.seconds)
+    for T in [] if cuda else args.adapters:
+        lines += measure_sets(T, args.seconds)
     rounded = ({k: round(v, 2) if isinstance(v, float) else v for k, v in line.items()} for line in lines)
     harness.write(args.out, COLUMNS, rounded, table(lines), harness.facts(torch.device(args.device), args.commit))
     print(table(lines))

@@ -201,3 +201,13 @@ def test_replay_draws_from_the_covariances(rank: int | None, monkeypatch: pytest
 def test_an_ensemble_has_no_one_space() -> None:
     with pytest.raises(ValueError, match="head 'ranpac' works in one feature space, plora-ensemble has one a task"):
         Settings(method="plora-ensemble", head="ranpac")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("name", LEARNED)
+def test_features_that_are_not_finite_are_refused(name: str, value: float) -> None:
+    head = HEADS[name](Settings(projections=50, replay_epochs=1), CPU)
+    x, y = torch.ones(1, D), torch.zeros(1, dtype=torch.int64)
+    x[0, 1] = value
+    with pytest.raises(ValueError, match="features must be finite"):
+        head.learn(x, None, x, y)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -173,6 +175,64 @@ def test_what_cannot_be_brought_back_is_said(images: Images, tmp_path: Path) -> 
     path.write_text("{")
     with pytest.raises(ValueError, match="it cannot be read as a learner"):
         Learner.from_pretrained(tmp_path / "it", backbone=backbone())
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("head", ["cosine", "gaussian"])
+def test_it_learns_the_same_whatever_its_caller_has_switched(head: str, images: Images) -> None:
+    settings = Settings(**{**QUICK, "head": head, "increment": 2, "class_order": "sorted"})
+    expected = run(settings, data=images, backbone=backbone())
+    for switched in (torch.no_grad(), torch.inference_mode(), default_dtype(torch.float64)):
+        models = backbone(), backbone()
+        with switched:
+            before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+            curve = run(settings, data=images, backbone=models[0]).curve
+            ours = Learner(settings, backbone=models[1])
+            for task in tasks(images, True):
+                ours.fit(task)
+            figures = ours.evaluate((images.test_images, images.test_labels))
+            assert before == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        assert curve == expected.curve and figures["accuracy"] == curve[-1]
+        assert torch.equal(ours.method.prototypes, expected.learner.method.prototypes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["simplecil", "plora"])
+def test_a_backbone_of_another_dtype_is_named(method: str, dtype: torch.dtype, images: Images) -> None:
+    given = backbone()
+    given.model.to(dtype)
+    one = Learner(backbone=given, **QUICK, method=method)
+    with pytest.raises(ValueError, match=f"takes no images of float32, its parameters are {dtype}: call its float"):
+        one.fit(tasks(images, True)[0])
+
+
+def test_a_backbone_made_where_nothing_trains_is_refused() -> None:
+    with torch.inference_mode():
+        given = backbone()
+    with pytest.raises(ValueError, match="the backbone was made under torch.inference_mode"):
+        Learner(backbone=given, **QUICK)
+
+
+@pytest.mark.filterwarnings("ignore:nothing is shared by the adapters")
+@pytest.mark.parametrize("method", ["plora", "plora-ensemble", "simplecil"])
+def test_prototypes_that_are_not_finite_are_refused(
+    method: str, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt = backbone()
+    torch.nn.init.constant_(spoilt.model.norm.weight, float("inf"))
+    one = Learner(backbone=spoilt, **QUICK, method=method)
+    monkeypatch.setattr(one.trainer, "fit", lambda *given: None)  # which would see it first
+    with pytest.raises(FloatingPointError, match="features of task 0 are not finite"):
+        one.fit(tasks(images, True)[0])
 
 
 def test_a_fit_that_failed_leaves_no_half_learner(images: Images, tmp_path: Path) -> None:

@@ -189,3 +189,15 @@ def test_a_network_in_16_bits_trains() -> None:
     net.start([(x, labels)])
     nn.functional.cross_entropy(net(x), labels).backward()
     assert all(p.grad is not None for p in net.parameters_to_train())
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    net = network()
+    net.add_task([0, 1])
+    batch, labels = torch.ones(2, 6), torch.tensor([0, 1])
+    with torch.no_grad():
+        net.backbone.last.base_layer.bias[0] = torch.nan
+    for call in (net.start, net.end_task):
+        with pytest.raises(ValueError, match="features must be finite"):
+            call([(batch, labels)])
+    assert not net.bank.classes and net.directions.isfinite().all()

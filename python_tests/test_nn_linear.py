@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import plora_ext
@@ -474,7 +476,7 @@ def one(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", 
 def ways(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> tuple[list[str], Any]:
     """Which of the two ways the calls of a layer's forward took, and what came out."""
     taken: list[str] = []
-    short, general = linear.run_one, ops.lora_sum
+    short, general = linear.run_sum, ops.lora_sum
 
     def short_spy(*args: Any) -> Any:
         y = short(*args)
@@ -482,7 +484,7 @@ def ways(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> tuple[list
         return y
 
     with monkeypatch.context() as patch:
-        patch.setattr(linear, "run_one", short_spy)
+        patch.setattr(linear, "run_sum", short_spy)
         patch.setattr(ops, "lora_sum", lambda *a, **k: taken.append("general") or general(*a, **k))
         return taken, call()
 
@@ -506,7 +508,7 @@ def test_the_short_way_gives_the_same_bits(lead, asks, device, monkeypatch) -> N
 
     taken, short = ways(monkeypatch, bits)
     assert taken == ["short"]
-    monkeypatch.setattr(linear, "run_one", lambda *args: None)
+    monkeypatch.setattr(linear, "run_sum", lambda *args: None)
     for a, b in zip(short, bits(), strict=True):
         assert a.shape == b.shape and torch.equal(a, b)
 
@@ -526,7 +528,7 @@ def test_wide_factors_are_narrowed_on_the_short_way(lead, device, monkeypatch) -
 
     taken, short = ways(monkeypatch, derivatives)
     assert taken == ["short"] and [leaf.dtype for leaf in leaves] == [torch.bfloat16, torch.float32, torch.float32]
-    monkeypatch.setattr(linear, "run_one", lambda *args: None)
+    monkeypatch.setattr(linear, "run_sum", lambda *args: None)
     for a, b in zip(short, derivatives(), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
@@ -581,6 +583,90 @@ def test_a_training_step_of_one_adapter_is_few_functions(dtype) -> None:
 
 
 @native
+@TARGETS
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (4, 2, 3)], ids=["one rank", "ranks"])
+@pytest.mark.parametrize("coefficients", [None, [0.5, -1.0, 2.0]], ids=["ones", "coefficients"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_set_without_gradients_takes_the_short_way(targets, ranks, coefficients, dtype, device, monkeypatch) -> None:
+    adapters = make(targets, ranks, dtype=dtype, device=device)
+    adapters.set_adapter(adapters.names, coefficients)
+    x = torch.randn(2, 3, IN, dtype=dtype, device=device)
+    with torch.no_grad():
+        taken, short = ways(monkeypatch, lambda: adapters.model(x))
+        monkeypatch.setattr(linear, "run_sum", lambda *args: None)
+        assert taken == ["short"] and torch.equal(short, adapters.model(x))
+        with torch.autocast(x.device.type, torch.bfloat16):
+            assert ways(monkeypatch, lambda: adapters.model(x))[0] == ["general"]
+
+
+def test_a_forward_of_many_adapters_is_few_calls_of_torch() -> None:
+    adapters = make(ranks=(4,) * 50)
+    adapters.set_adapter(adapters.names)
+    layer, x = adapters.layers["qkv"], torch.randn(3, IN)
+    with torch.no_grad():
+        layer(x)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            layer(x)
+    calls = [event.name for event in seen.events()]
+    print(calls)
+    # the A and the B each in one call, without one for every adapter; the scales are kept
+    assert calls.count("aten::cat") == 2 and len(calls) < 25
+
+
+def a_fused_step(adapters: Adapters) -> None:
+    adapters.train_adapter("t1")
+    leaves = adapters.parameters("t1")
+    for leaf in leaves:
+        leaf.grad = torch.ones_like(leaf)
+    torch.optim.AdamW(leaves, lr=0.1, fused=True).step()
+
+
+CHANGES: dict[str, Callable[[Adapters], Any]] = {
+    "in place": lambda a: a.parameters("t1")[0].detach().mul_(2),
+    "data": lambda a: a.parameters("t1")[1].data.mul_(2),
+    "other data": lambda a: setattr(a.parameters("t1")[0], "data", torch.randn(4, IN)),
+    "a fused optimizer": a_fused_step,
+    "load_state_dict": lambda a: a.model.load_state_dict({
+        k: v * 2 for k, v in a.model.state_dict().items() if "lora_alpha" in k or "lora_B" in k
+    }, strict=False),
+    "set_adapter": lambda a: a.set_adapter(["t2", "t0"]),
+    "coefficients": lambda a: a._state.common.coefficients.mul_(2),
+    "double": lambda a: a.model.double(),
+    "deletion": lambda a: a.delete_adapter("t1"),
+    "another of the name": lambda a: (
+        a.delete_adapter("t1"), a.add_adapter("t1", r=4, lora_alpha=1.0), a.set_adapter(["t0", "t1", "t2"])
+    ),
+    "renaming": lambda a: (
+        a._rename("t0", "x"), a._rename("t1", "t0"), a._rename("x", "t1"), a.set_adapter(["t0", "t1", "t2"])
+    ),
+    "a copy": lambda a: a.__init__(pickle.loads(pickle.dumps(a.model))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_every_change_is_seen_by_the_next_forward(change: Callable[[Adapters], Any]) -> None:
+    adapters = make(ranks=(4, 4, 4))
+    for i, name in enumerate(adapters.names):  # scales of their own
+        adapters.layers["qkv"]._alpha[name] = 2.0 + i
+    adapters.layers["qkv"]._set_constants(*adapters.names)
+    adapters.set_adapter(["t0", "t1", "t2"], torch.tensor([1.0, 0.5, 2.0]))
+    x = torch.randn(3, IN)
+    with torch.no_grad():
+        for _ in range(2):
+            adapters.model(x)
+        with torch.enable_grad():
+            change(adapters)
+        layer, active = adapters.layers["qkv"], adapters._state.common
+        x = x.to(layer.base_layer.weight.dtype)
+        ones = torch.ones(len(active.names))
+        expected = layer.base_layer(x)
+        for name, c in zip(active.names, ones if active.coefficients is None else active.coefficients, strict=True):
+            A, B = layer.pairs(name)[0]
+            expected = expected + c * (layer.lora_alpha[name] / layer.r[name]) * (x @ A.T @ B.T)
+        close(adapters.model(x), expected)
+
+
+@native
 def test_whatever_is_unusual_takes_the_general_way(monkeypatch) -> None:
     class Sub(Tensor):
         pass
@@ -617,6 +703,7 @@ def test_whatever_is_unusual_takes_the_general_way(monkeypatch) -> None:
     assert taken(lambda a: a.train_adapter(None) or a.model(x)) == ["short"]
     assert taken(lambda a: a.merge() or a.model(x)) == []
     assert taken(lambda a: a.layers["qkv"].base_layer.requires_grad_() and a.model(x)) == ["general"]
+    assert taken(lambda a: a.layers["qkv"].base_layer.requires_grad_() and within(torch.no_grad())(a)) == ["short"]
     assert taken(lambda a: a.model.train()(x), dropout=0.5) == ["general"]
     assert taken(lambda a: a.model.eval()(x), dropout=0.5) == ["short"]
     assert taken(lambda a: a.add_adapter("new") or a.set_adapter(["t0", "new"]) or a.model(x)) == ["general"]

@@ -146,3 +146,16 @@ def test_subspace_head_is_the_weighted_sum_of_cosines() -> None:
     for bad in ([0.5], [[0]], [-1]):
         with pytest.raises(ValueError, match="sequence of task ids from 0"):
             head.assign(bad)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_finite_is_refused_and_leaves_the_bank_as_it_was(dtype: torch.dtype, bad: float, device) -> None:
+    bank, *_ = filled(device)
+    before = {name: value.clone() for name, value in bank.state_dict().items()}
+    rows = torch.ones(3, D, dtype=dtype, device=device)
+    rows[1, 2] = bad
+    for call in (bank.update, lambda rows, classes: bank.set(classes, rows)):
+        with pytest.raises(ValueError, match="s must be finite, got inf or NaN"):
+            call(rows, torch.tensor([0, 1, 8], device=device))
+    assert all(torch.equal(value, before[name]) for name, value in bank.state_dict().items())

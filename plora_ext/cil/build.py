@@ -106,7 +106,8 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 class Generators:
     """The global random generators as one run has them: inside its blocks they are seeded, and go on where one ended.
 
-    Outside they are as if there had been no block; likewise torch's switch of deterministic algorithms.
+    Outside they are as if there had been no block; likewise torch's switch of deterministic algorithms. Inside,
+    whatever the caller has chosen, gradients can be recorded, and numbers are float32 where nothing else is said.
     """
 
     def __init__(self, settings: Settings, device: torch.device):
@@ -118,13 +119,16 @@ class Generators:
         if self.device.type == "cuda":
             torch.cuda.init()  # else its generators have no state yet
         before, deterministic = rng_state(), torch.are_deterministic_algorithms_enabled()
-        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        warn_only, dtype = torch.is_deterministic_algorithms_warn_only_enabled(), torch.get_default_dtype()
         try:
             seed_everything(self.settings.seed, self.settings.deterministic)
             if self.state is not None:
                 set_rng_state(self.state)
-            yield
+            torch.set_default_dtype(torch.float32)
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
         finally:
+            torch.set_default_dtype(dtype)
             self.state = rng_state()
             set_rng_state(before)
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

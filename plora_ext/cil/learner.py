@@ -120,7 +120,7 @@ class Learner:
                 torch Dataset of (image, label), or a Hugging Face data set with a column of images and one of labels.
 
         Raises:
-            ValueError: A class of an earlier task, or data of another kind.
+            ValueError: A class of an earlier task, data of another kind, or a backbone of another dtype than float32.
             RuntimeError: An earlier call has ended with an error while it learned.
         """
         from plora_ext.cil.stream import Task

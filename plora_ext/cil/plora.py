@@ -126,13 +126,16 @@ class PLoRA(nn.Module):
         Random directions would first pull the features of every class elsewhere.
 
         Raises:
-            ValueError: a label of another task, or a class without an image.
+            ValueError: a label of another task, a class without an image, or features that are not finite.
         """
         self.eval()
         pairs = [(self.backbone(images).float(), labels) for images, labels in batches]
         features, labels = (torch.cat(part) for part in zip(*pairs))
         local = self._local(labels)
-        self.directions.copy_(F.normalize(class_means(features, local, len(self.task_classes))))
+        means = class_means(features, local, len(self.task_classes))
+        if not bool(means.isfinite().all()):
+            raise ValueError("features must be finite, got inf or NaN; the cause may be the images or the backbone")
+        self.directions.copy_(F.normalize(means))
         self.train()
 
     @torch.no_grad()
@@ -146,7 +149,7 @@ class PLoRA(nn.Module):
                 the model after it see the same images.
 
         Raises:
-            ValueError: a label of another task, or a class without an image.
+            ValueError: a label of another task, a class without an image, or features that are not finite.
         """
         self.eval()
         known, fresh = self.bank.classes, PrototypeBank(self.bank.num_features).to(self.bank.sums.device)

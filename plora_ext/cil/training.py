@@ -36,6 +36,21 @@ def lower_on_exhaustion(setting: str) -> Iterator[None]:
         raise torch.OutOfMemoryError(f"{said}; lower {setting}{amp}") from error
 
 
+@contextmanager
+def wants_float32(model: nn.Module) -> Iterator[None]:
+    """Where a model of another dtype does not take images of float32, the error says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        others = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
+        if not others or isinstance(error, torch.OutOfMemoryError):
+            raise
+        dtypes, said = ", ".join(sorted(map(str, others))), str(error).splitlines()[0]
+        raise ValueError(
+            f"the backbone takes no images of float32, its parameters are {dtypes}: call its float() first ({said})"
+        ) from error
+
+
 class Trainer:
     """Fits adapters of one model to one task at a time and extracts features with it.
 
@@ -183,7 +198,7 @@ class Trainer:
     def _look(self, images: View) -> None:
         """A pass over a batch as the model is."""
         rows = torch.arange(min(len(images), self.settings.batch_size))
-        with self.speed.passes(alone=False), self.speed.autocast():
+        with self.speed.passes(alone=False), self.speed.autocast(), wants_float32(self.model):
             for batch in images[rows].split(len(rows)):
                 self.model(batch)
 
@@ -222,11 +237,11 @@ class Trainer:
     @torch.no_grad()
     def read(self, images: View, model: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
         """The same in batches of `eval_batch_size`, one after another."""
-        if self.model.training:  # eval() makes adapted layers merge their adapters anew
+        if self.model.training:
             self.model.eval()
         self.callbacks.tell("read", len(images))
         size, called = self.settings.eval_batch_size, model or self.model
-        with lower_on_exhaustion("eval_batch_size"), self.speed.passes(model is None):
+        with lower_on_exhaustion("eval_batch_size"), self.speed.passes(model is None), wants_float32(self.model):
             forward = self.speed.captured(
                 "passes", lambda batch: self.speed.forward(batch, called), batches=len(images) // size
             )

@@ -46,9 +46,9 @@ def to_tensor(
     if image_size < 1:
         raise ValueError(f"to_tensor: image_size must be positive, got {image_size}")
     source = source.to(device or source.device)
-    shift = torch.tensor(mean, device=source.device).view(3, 1, 1)
-    scale = torch.tensor(std, device=source.device).view(3, 1, 1)
-    result = torch.empty(len(source), 3, image_size, image_size, device=source.device)
+    shift = torch.tensor(mean, dtype=torch.float32, device=source.device).view(3, 1, 1)
+    scale = torch.tensor(std, dtype=torch.float32, device=source.device).view(3, 1, 1)
+    result = torch.empty(len(source), 3, image_size, image_size, dtype=torch.float32, device=source.device)
     for start in range(0, len(source), _CHUNK):
         part = source[start : start + _CHUNK].permute(0, 3, 1, 2).contiguous().float() / 255
         if part.shape[-2:] != (image_size, image_size):

@@ -91,7 +91,7 @@ class View:
             images = np.ascontiguousarray(images)  # torch knows no array that is turned round
         self.images, self.preparation = images, p
         self.rows = torch.arange(len(images))
-        self._colors = [torch.tensor(v, device=p.device).view(3, 1, 1) for v in (p.mean, p.std)]
+        self._colors = [torch.tensor(v, dtype=torch.float32, device=p.device).view(3, 1, 1) for v in (p.mean, p.std)]
         self._digests: list[Tensor] = []  # of all images, shared by every selection
         self._ready: Tensor | None = None  # float images, prepared
         self._stored: Tensor | None = None  # uint8 images, on the device

@@ -7,7 +7,6 @@ from functools import lru_cache, wraps
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext.nn import linear
@@ -65,10 +64,8 @@ def stack(factors_A: Sequence[Tensor], factors_B: Sequence[Tensor]) -> tuple[Ten
     """lora_A [T, r, in] and lora_B [T, out, r] of T pairs; where their ranks differ, padded, with the ranks [T]."""
     if len(factors_A) == 1:
         return factors_A[0][None], factors_B[0][None], None
-    own = tuple(A.shape[0] for A in factors_A)
-    if len(set(own)) == 1:
-        return torch.stack(list(factors_A)), torch.stack(list(factors_B)), None
-    r = max(own)
-    lora_A = torch.stack([F.pad(A, (0, 0, 0, r - A.shape[0])) for A in factors_A])
-    lora_B = torch.stack([F.pad(B, (0, r - B.shape[1])) for B in factors_B])
-    return lora_A, lora_B, constant(own, torch.int64, lora_A.device)
+    own, ranks = tuple(A.shape[0] for A in factors_A), None
+    if min(own) < max(own):
+        factors_A, factors_B = linear.filled_up(factors_A, factors_B, max(own))
+        ranks = constant(own, torch.int64, factors_A[0].device)
+    return torch.stack(list(factors_A)), torch.stack(list(factors_B)), ranks

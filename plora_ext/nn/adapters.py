@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from plora_ext import ops
 from plora_ext.nn.linear import MultiLoRALinear
-from plora_ext.nn.state import Active, State
+from plora_ext.nn.state import State, as_coefficients, as_names, check_known, require_layer
 from plora_ext.nn.targets import replace_module
 
 __all__ = ["BASE", "Adapters"]
@@ -107,7 +107,7 @@ class Adapters:
         self.check_new(name)
         check_alpha(lora_alpha)
         if init_from is not None:
-            self._check_known(init_from)
+            check_known(init_from, self.names)
         plans = {}
         for key, layer in self.layers.items():
             if init_from is None:
@@ -151,7 +151,7 @@ class Adapters:
         """
         self._require_unmerged()
         self._require_whole()
-        self._check_known(name)
+        check_known(name, self.names)
         if self._state.in_block:
             raise RuntimeError("adapters cannot be deleted inside of Adapters.batch or disabled(), here or in a thread")
         active = self._state.common
@@ -173,11 +173,7 @@ class Adapters:
             KeyError: a name is unknown.
             ValueError: a name occurs twice, or the number of coefficients is wrong.
         """
-        self._require_unmerged()
-        chosen = self._as_names(names)
-        coeff = self._as_coefficients(chosen, coefficients)
-        written = None if coefficients is None or isinstance(coefficients, Tensor) else tuple(map(float, coefficients))
-        self._state.set(Active(tuple(chosen), coeff, written))
+        self._state.choose(names, coefficients, self.names, self._first.device)
 
     def train_adapter(self, name: str | Sequence[str] | None) -> None:
         """Let the named adapters train and freeze all others; `None` freezes all.
@@ -185,7 +181,7 @@ class Adapters:
         Raises:
             KeyError: a name is unknown.
         """
-        chosen = self._as_names(name)
+        chosen = as_names(name, self.names)
         for other in self.names:
             for parameter in self.parameters(other):
                 parameter.requires_grad_(other in chosen)
@@ -198,7 +194,7 @@ class Adapters:
             KeyError: the name is unknown.
         """
         if name is not None:
-            self._check_known(name)
+            check_known(name, self.names)
         names = self.names if name is None else [name]
         return [p for layer in self.layers.values() for n in names for pair in layer.pairs(n) for p in pair]
 
@@ -356,11 +352,11 @@ class Adapters:
             KeyError: a name is unknown.
             ValueError: the new name is taken, names are empty or repeated, or the number of coefficients is wrong.
         """
-        chosen = self._as_names(names)
+        chosen = as_names(names, self.names)
         if not chosen:
             raise ValueError("names must hold at least one adapter to fuse, got none")
         self.check_new(name)
-        coeff = self._as_coefficients(chosen, coefficients)
+        coeff = as_coefficients(chosen, coefficients, self._first.device)
         factors = [1.0] * len(chosen) if coeff is None else coeff.tolist()
 
         def fused(layer: MultiLoRALinear) -> tuple[Sequence[tuple[Tensor, Tensor]], float]:
@@ -483,14 +479,11 @@ class Adapters:
                 self._state.unchecked.discard(name)
 
     def _require_layers(self) -> None:
-        layer = next(iter(self.layers.values()), None)
-        if layer is None or layer not in layer._state.layers:
-            raise RuntimeError("these adapters were unloaded: inject the model again")
+        require_layer(next(iter(self.layers.values()), None))
 
     def _require_unmerged(self) -> None:
         self._require_layers()
-        if self._state.merged is not None:
-            raise RuntimeError("the adapters are merged into the base weight: call unmerge() first")
+        self._state.require_unmerged()
 
     def _require_whole(self) -> None:
         if (all_layers := len(self._state.layers)) > len(self.layers):
@@ -498,10 +491,6 @@ class Adapters:
                 f"this handle is on {len(self.layers)} of the {all_layers} layers that share their adapters: take "
                 "Adapters(model) of the whole model (a layer that was replaced counts while an older handle holds it)"
             )
-
-    def _check_known(self, name: str) -> None:
-        if name not in self.names:
-            raise KeyError(f"unknown adapter {name!r}, known ones are {self.names}")
 
     def check_new(self, name: str) -> None:
         """Raise ValueError unless `name` can be given to a new adapter, RuntimeError on a part of a model."""
@@ -520,28 +509,8 @@ class Adapters:
             return operator.index(adapter)
         if adapter == BASE:
             return -1
-        self._check_known(adapter)
+        check_known(adapter, self.names)
         return self.names.index(adapter)
-
-    def _as_names(self, names: str | Sequence[str] | None) -> list[str]:
-        chosen = [] if names is None else [names] if isinstance(names, str) else list(names)
-        for name in chosen:
-            self._check_known(name)
-        if len(set(chosen)) < len(chosen):
-            raise ValueError(f"names must not repeat, got {chosen}")
-        return chosen
-
-    def _as_coefficients(self, names: list[str], values: Tensor | Sequence[float] | None) -> Tensor | None:
-        if values is None:
-            return None
-        device = self._first.device
-        coeff = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float32)
-        if coeff.shape != (len(names),) or not coeff.is_floating_point():
-            raise ValueError(
-                f"coefficients must be {len(names)} floats, one for each of {names}, "
-                f"got {tuple(coeff.shape)} of {coeff.dtype}"
-            )
-        return coeff.to(device)
 
 
 def check_rank(r: int, name: str, in_features: int, slices: dict[str, tuple[int, int]]) -> None:

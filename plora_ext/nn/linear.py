@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain, compress
 from types import MappingProxyType
 from typing import Any
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from plora_ext import ops
-from plora_ext.nn.state import Active, State, mark
+from plora_ext.nn.state import Active, State, check_known, mark, require_layer
 from plora_ext.ops.autograd import narrow
-from plora_ext.ops.lora import run_one
-from plora_ext.torch_private import has_global_module_hooks, has_saved_tensor_hooks
+from plora_ext.ops.lora import run_sum
+from plora_ext.torch_private import below, has_global_module_hooks, has_saved_tensor_hooks, is_eager
 
 __all__ = ["MultiLoRALinear"]
 
@@ -56,8 +57,14 @@ def is_called_plainly(module: nn.Module) -> bool:
     )
 
 
+def filled_up(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], r: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Factors [r_i, in] and [out, r_i] with zeros up to one rank r."""
+    return [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in lora_A], [F.pad(B, (0, r - B.shape[1])) for B in lora_B]
+
+
 # lora_A [T, r, in], lora_B [T, out, r], scaling [T]; where they differ, ranks [T]; where there are slices, their rows
 Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, list[tuple[int, int]] | None]
+_Constants = tuple[Tensor, int, bool]  # scaling [T], the largest rank, whether all have it
 
 
 class MultiLoRALinear(nn.Module):
@@ -68,8 +75,9 @@ class MultiLoRALinear(nn.Module):
     `Adapters.batch` every sample has its own adapter instead of the common sum.
 
     It is one call of `plora_ext.ops.lora_sum`, per sample of `plora_ext.ops.lora_indexed`, on the parameters as they
-    are: nothing is kept from one call to the next that could be out of date. `Adapters.merge` and `Adapters.merged`
-    write what does not train into the weight for as long as one wants, and cost nothing per row from then on.
+    are: nothing is kept from one call to the next that could be out of date, so that T active adapters cost 2 T looks
+    at a parameter in every call. `Adapters.merge` and `Adapters.merged` write what does not train into the weight for
+    as long as one wants, and cost nothing per row or adapter from then on.
 
     The base layer is part of that call where it is plain. Where something hooks it, offloads it, shards or quantises
     its weight or replaces its forward, it is called as a module, and the adapters are added to what it gives.
@@ -129,6 +137,7 @@ class MultiLoRALinear(nn.Module):
         # A sum's scaling is a concatenation of these, so that no forward copies numbers from the host.
         self._scaling: dict[str, Tensor] = {}
         self._ranks: dict[str, Tensor] = {}
+        self._last: tuple[tuple[str, ...], _Constants] | None = None  # of the last sum, by its names
         self._join(State() if state is None else state)
         self.register_load_state_dict_post_hook(_renew_constants)
 
@@ -140,6 +149,7 @@ class MultiLoRALinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._last = None  # older files have none
         self._state.layers.add(self)  # of a copy
 
     def _containers(self) -> Any:
@@ -243,8 +253,7 @@ class MultiLoRALinear(nn.Module):
         Raises:
             KeyError: the name is unknown.
         """
-        if name not in self._r:
-            raise KeyError(f"unknown adapter {name!r}, known ones are {self.adapter_names}")
+        check_known(name, self._r)
         factors = [factor for (factor,) in self._factors_of((name,))]
         return list(zip(factors[::2], factors[1::2], strict=True))
 
@@ -297,6 +306,7 @@ class MultiLoRALinear(nn.Module):
             raise KeyError(f"unknown adapter {name!r}, known ones are {self.adapter_names}")
         for record in records:
             del record[name]
+        self._last = None
         self._state.unchecked.discard(name)
 
     def rename_adapter(self, old: str, new: str) -> None:
@@ -305,6 +315,7 @@ class MultiLoRALinear(nn.Module):
             for name in list(record):
                 value = record.pop(name)
                 record[new if name == old else name] = value
+        self._last = None
 
     def _records(self) -> list[Any]:
         return [*self._dicts(), self._r, self._alpha, self._scaling, self._ranks]
@@ -313,15 +324,14 @@ class MultiLoRALinear(nn.Module):
         self, names: str | Sequence[str] | None, coefficients: Tensor | Sequence[float] | None = None
     ) -> None:
         """Make `names` the active set of all layers that share this one's state: `Adapters.set_adapter`."""
-        from plora_ext.nn.adapters import Adapters
-
-        Adapters(self).set_adapter(names, coefficients)
+        require_layer(self)
+        self._state.choose(names, coefficients, self.adapter_names, self.device)
 
     # ------------------------------------------------------------------ forward
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and (one := self._of_one(x)) is not None:
-            return one
+        if not torch.compiler.is_compiling() and (soon := self._soon(x)) is not None:
+            return soon
         active = self._state.current
         if active.ensemble is not None:
             return active.ensemble(self, x)
@@ -342,26 +352,39 @@ class MultiLoRALinear(nn.Module):
                 x = mark(x, active)
         return self._of_any(x, active, watched)
 
-    def _of_one(self, x: Tensor) -> Tensor | None:
-        """The forward of one adapter that acts on all rows, where nothing else is asked for; else None.
+    def _soon(self, x: Tensor) -> Tensor | None:
+        """The forward of an active set, of one adapter or without gradients, where nothing else is asked for.
 
         Of a small layer the host's time is all there is: every function and every look counts.
         """
         state, own = self._state, self.__dict__
         active = state.current if state._open else state.common
-        name, modules = active.alone, own["_modules"]
-        if name is None or own["slices"] is not None or (own["lora_dropout"] and own["training"]):
+        name, records = active.alone, torch.is_grad_enabled()
+        if (name is None and (records or not active.adds)) or (own["lora_dropout"] and own["training"]):
             return None
-        base, table_A, table_B = modules["base_layer"], modules["lora_A"]._parameters, modules["lora_B"]._parameters
-        if name not in table_A or name not in table_B or "_is_replica" in own or not is_called_plainly(base):
+        modules = own["_modules"]
+        base = modules["base_layer"]
+        if "_is_replica" in own or not is_called_plainly(base):
             return None
-        lora_A, lora_B = table_A[name], table_B[name]
-        records = torch.is_grad_enabled()
         if not records or state._pending:
             state.check_recomputation(active)
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        if name is None or own["slices"] is not None:
+            kind = x.device.type
+            if records or kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind):
+                return None
+            with below():
+                lora_A, lora_B, scaling, ranks, slices = self.operands(active.names)
+                if active.coefficients is not None:
+                    scaling = scaling * active.coefficients.to(scaling)
+            return run_sum(x, lora_A, lora_B, scaling, weight, bias, ranks, slices)
+        table_A, table_B = modules["lora_A"]._parameters, modules["lora_B"]._parameters
+        if name not in table_A or name not in table_B:
+            return None
+        lora_A, lora_B = table_A[name], table_B[name]
         if records and has_saved_tensor_hooks():
             x, lora_A = mark(x, active), mark(lora_A, active)
-        return run_one(x, lora_A, lora_B, self._scaling[name], base._parameters["weight"], base._parameters["bias"])
+        return run_sum(x, lora_A, lora_B, self._scaling[name], weight, bias)
 
     def _of_any(self, x: Tensor, active: Active, watched: bool) -> Tensor:
         op: Callable[..., Tensor] = ops.lora_sum
@@ -427,23 +450,36 @@ class MultiLoRALinear(nn.Module):
             factors[0][0] = mark(factors[0][0], active)
         if self.slices is None and len(names) == 1:
             return factors[0][0][None], factors[1][0][None], self._scaling[names[0]], None, None
-        scaling = self._scaling[names[0]] if len(names) == 1 else torch.cat(list(map(self._scaling.__getitem__, names)))
+        (scaling, r, alike), ranks, T = self._constants_of(tuple(names)), None, len(names)
         if self.slices is None:
             lora_A, lora_B = factors
         else:  # adapter after adapter
             lora_A, lora_B = (list(chain.from_iterable(zip(*factors[i::2], strict=True))) for i in (0, 1))
-        own, ranks = list(map(self._r.__getitem__, names)), None
-        r = max(own)
-        if min(own) < r:
-            lora_A = [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in lora_A]
-            lora_B = [F.pad(B, (0, r - B.shape[1])) for B in lora_B]
+        if not alike:
+            lora_A, lora_B = filled_up(lora_A, lora_B, r)
             ranks = torch.cat([self._ranks[name] for name in names])
-        if self.slices is None:
-            return torch.stack(lora_A), torch.stack(lora_B), scaling, ranks, None
+        if self.slices is None:  # for many small tensors `cat` is far quicker than `stack`
+            return torch.cat(lora_A).view(T, r, -1), torch.cat(lora_B).view(T, -1, r), scaling, ranks, None
         # B's blocks: rows of r numbers, and where they belong among the out * slices rows of r that are all of B.
-        T, n, blocks = len(names), len(self.slices), torch.cat(lora_B).view(len(names), -1, r)
+        n, blocks = len(self.slices), torch.cat(lora_B).view(T, -1, r)
         whole = blocks.new_zeros(T, out * n, r).index_copy_(1, self._block_rows, blocks).view(T, out, n * r)
         return torch.cat(lora_A).view(T, n * r, -1), whole, scaling, None, list(self.slices.values())
+
+    def _constants_of(self, names: tuple[str, ...]) -> _Constants:
+        """What of a sum is no parameter, kept for the next call with the same names until an adapter changes.
+
+        On the CPU alone: a tensor on a GPU belongs to the stream, or the graph, that makes it.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._last is not None and self._last[0] == names:
+            return self._last[1]
+        with nullcontext() if compiling else torch.inference_mode(False):
+            scaling = torch.cat([self._scaling[name] for name in names])
+        ranks = [self._r[name] for name in names]
+        made = scaling, max(ranks), min(ranks) == max(ranks)
+        if not compiling and scaling.is_cpu and is_eager():
+            self._last = names, made
+        return made
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A `[R, in]` and B `[out, R]` that act on all rows; with slices R = len(slices) * r, B block-wise."""
@@ -506,6 +542,7 @@ class MultiLoRALinear(nn.Module):
 
     def _set_constants(self, *names: str) -> None:
         """Scale and rank of each adapter as one-element tensors beside it, scales in float32 or wider."""
+        self._last = None
         wide, device, slices = self._wide(), self.device, list((self.slices or {}).values())
         with torch.inference_mode(False):
             if slices:  # where row o of block i of B is in [out * slices, r]

@@ -23,6 +23,14 @@ def resize_buffers(module: nn.Module, state_dict: dict[str, Any], prefix: str, n
             setattr(module, name, here.new_zeros(saved.shape))
 
 
+def _require_finite(name: str, values: Tensor) -> None:
+    """What is not would stay in the totals of its class for good."""
+    if not bool(values.isfinite().all()):
+        raise ValueError(
+            f"{name} must be finite, got inf or NaN; the cause may be the images, or a training that diverged"
+        )
+
+
 class PrototypeBank(nn.Module):
     """The mean feature of every class, kept over batches, tasks and checkpoints.
 
@@ -65,7 +73,7 @@ class PrototypeBank(nn.Module):
             labels: `[N]` integer class ids from 0; new ones make the bank grow.
 
         Raises:
-            ValueError: shapes or devices do not fit, or a label is negative.
+            ValueError: shapes or devices do not fit, a label is negative, or a feature is not finite.
         """
         if features.dim() != 2 or features.shape[1] != self.num_features or labels.shape != features.shape[:1]:
             raise ValueError(
@@ -74,9 +82,10 @@ class PrototypeBank(nn.Module):
             )
         if features.device != self.sums.device:
             raise ValueError(f"features must be on the bank's device {self.sums.device}, got {features.device}")
-        labels = self._checked(labels)
         if features.dtype == torch.float64:
             features = features.to(self.sums)
+        _require_finite("features", features)
+        labels = self._checked(labels)
         before = self.counts.clone()
         sums, counts = ops.class_sums(features, labels, len(self.counts), sums=self.sums, counts=self.counts)
         self._take(sums, counts, counts > before)
@@ -104,8 +113,10 @@ class PrototypeBank(nn.Module):
             counts: `[n]` samples that they stand for; default those known, or 1 for a new class.
 
         Raises:
-            ValueError: shapes do not fit, or a class is negative or named twice.
+            ValueError: shapes do not fit, a class is negative or named twice, or a prototype is not finite.
         """
+        value = prototypes.to(self.prototypes)
+        _require_finite("prototypes", value)
         index = self._checked(torch.as_tensor(classes))
         if prototypes.shape != (len(index), self.num_features):
             raise ValueError(
@@ -117,7 +128,6 @@ class PrototypeBank(nn.Module):
         number = self.counts[index].clamp(min=1) if counts is None else torch.as_tensor(counts).to(self.counts)
         if number.shape != index.shape or bool((number < 0).any()):
             raise ValueError(f"counts must be [{len(index)}] numbers of samples, one for each class, got {counts}")
-        value = prototypes.to(self.prototypes)
         self.counts[index], self.prototypes[index], self.sums[index] = number, value, value * number[:, None]
 
     def select(self, classes: Tensor | Sequence[int]) -> Tensor:

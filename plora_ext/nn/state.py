@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -59,10 +59,14 @@ class Active:
         return replace(self, names=tuple(self.names[i] for i in keep), coefficients=coefficients, written=written)
 
     @cached_property
+    def adds(self) -> bool:
+        """Whether the set acts on all samples, beside the base layer."""
+        return bool(self.names) and self.batch is None and self.weights is None and self.ensemble is None
+
+    @cached_property
     def alone(self) -> str | None:
         """The adapter that acts on all samples, where it is one and nothing else is asked for."""
-        others = self.coefficients, self.batch, self.weights, self.ensemble
-        return self.names[0] if len(self.names) == 1 and all(other is None for other in others) else None
+        return self.names[0] if self.adds and len(self.names) == 1 and self.coefficients is None else None
 
     @cached_property
     def key(self) -> int:
@@ -117,6 +121,25 @@ class State:
         self.layers.add(layer)
         self._members += 1
         return self._members - 1
+
+    def choose(
+        self,
+        names: str | Sequence[str] | None,
+        coefficients: Tensor | Sequence[float] | None,
+        known: Collection[str],
+        device: torch.device,
+    ) -> None:
+        """Make `names` of the `known` adapters the active set: `Adapters.set_adapter`."""
+        self.require_unmerged()
+        chosen = as_names(names, known)
+        coeff = as_coefficients(chosen, coefficients, device)
+        written = None if coefficients is None or isinstance(coefficients, Tensor) else tuple(map(float, coefficients))
+        self.set(Active(tuple(chosen), coeff, written))
+
+    def require_unmerged(self) -> None:
+        """Raise RuntimeError where adapters are merged."""
+        if self.merged is not None:
+            raise RuntimeError("the adapters are merged into the base weight: call unmerge() first")
 
     def set(self, active: Active) -> None:
         """What holds from now on, in every thread."""
@@ -203,6 +226,43 @@ class State:
         self.__init__(*state.get("defaults", ()))  # type: ignore[misc]
         self.common = self._latest = state["common"]
         self.merged, self.unchecked, self._members = state["merged"], state["unchecked"], state["members"]
+
+
+def require_layer(layer: Any) -> None:
+    """Raise RuntimeError where a layer was unloaded from its model; None stands for one that is gone."""
+    if layer is None or layer not in layer._state.layers:
+        raise RuntimeError("these adapters were unloaded: inject the model again")
+
+
+def check_known(name: str, known: Collection[str]) -> None:
+    """Raise KeyError where there is no adapter of this name."""
+    if name not in known:
+        raise KeyError(f"unknown adapter {name!r}, known ones are {list(known)}")
+
+
+def as_names(names: str | Sequence[str] | None, known: Collection[str]) -> list[str]:
+    """One name, several or none as a list; KeyError where one is unknown, ValueError where one repeats."""
+    chosen = [] if names is None else [names] if isinstance(names, str) else list(names)
+    for name in chosen:
+        check_known(name, known)
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"names must not repeat, got {chosen}")
+    return chosen
+
+
+def as_coefficients(
+    names: Sequence[str], values: Tensor | Sequence[float] | None, device: torch.device
+) -> Tensor | None:
+    """`[len(names)]` on the device, `None` for ones; ValueError where it is not one for each name."""
+    if values is None:
+        return None
+    coeff = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float32)
+    if coeff.shape != (len(names),) or not coeff.is_floating_point():
+        raise ValueError(
+            f"coefficients must be {len(names)} floats, one for each of {names}, "
+            f"got {tuple(coeff.shape)} of {coeff.dtype}"
+        )
+    return coeff.to(device)
 
 
 def _inside(function: Any) -> bool:

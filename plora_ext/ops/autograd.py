@@ -134,27 +134,31 @@ def narrow(factor: Tensor, dtype: torch.dtype) -> Tensor:
     return factor
 
 
-def call_one(
-    x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, bias: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`lora_sum` of one adapter, [r, in] and [out, r]: y, what it keeps, and the factors that it was given."""
+def call_sum(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, bias: Tensor | None, keep: bool,
+    ranks: Tensor | None = None, slices: list[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`lora_sum` of one adapter, [r, in] and [out, r], or of several: y, what it keeps, and the factors stacked."""
     flat, dtype = x if x.dim() == 2 else rows(x), x.dtype
     if lora_A.dtype != dtype or lora_B.dtype != dtype:
         lora_A, lora_B = narrow(lora_A, dtype), narrow(lora_B, dtype)
-    run, A, B = op["lora_sum"], lora_A[None], lora_B[None]
-    y, kept = run(flat, A, B, scaling, None, weight, bias, None, None, None, False, None, None, keep)
-    return y if flat is x else unflat(y, x), kept, A, B
+    if lora_A.dim() == 2:
+        lora_A, lora_B = lora_A[None], lora_B[None]
+    y, kept = op["lora_sum"](
+        flat, lora_A, lora_B, scaling, None, weight, bias, None, None, ranks, False, None, slices, keep
+    )
+    return y if flat is x else unflat(y, x), kept, lora_A, lora_B
 
 
 class OneAdapter(torch.autograd.Function):
-    """`LowRank` for `call_one`, of which only x and the factors get gradients: the least that the host can do."""
+    """`LowRank` for `call_sum`, of which only x and the factors get gradients: the least that the host can do."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, bias: Any, keep: bool
     ) -> Tensor:
         with below():
-            y, *given = call_one(x, lora_A, lora_B, scaling, weight, bias, keep)
+            y, *given = call_sum(x, lora_A, lora_B, scaling, weight, bias, keep)
         ctx.save_for_backward(x, lora_A, lora_B, scaling, weight, *given)
         return y
 

@@ -8,6 +8,7 @@ al., NeurIPS 2022), which EASE, MOS and ACMap use.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from plora_ext import libraries
 from plora_ext.ops import compiled, rules
 from plora_ext.ops.adapter_batch import AdapterBatch
 from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
-from plora_ext.ops.autograd import LowRank, OneAdapter, call, call_one, narrow, rows
+from plora_ext.ops.autograd import LowRank, OneAdapter, call, call_sum, narrow, rows
 from plora_ext.ops.checks import check, shape, wide
 from plora_ext.ops.twins import run, run_twin
 from plora_ext.torch_private import PLAIN, any_requires_grad, below, forward_mode, is_eager, is_plain, needs_twin
@@ -126,11 +127,16 @@ def _run(
         return call(compiled.op[op], options, *args)[0]
 
 
-def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any) -> Tensor | None:
-    """`lora_sum` of one adapter, [r, in] and [out, r], beside its frozen layer, with few looks at them.
+def run_sum(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any, ranks: Tensor | None = None,
+    slices: Sequence[tuple[int, int]] | None = None,
+) -> Tensor | None:  # fmt: skip
+    """`lora_sum` beside a frozen layer, with few looks at its arguments.
+
+    Of one adapter the factors are [r, in] and [out, r]; several, stacked, are for where gradients are off.
 
     None where this is not eager code on plain tensors of one dtype (but for float32 factors beside an x of 16 bits,
-    which are narrowed) and device without autocast, or the widths do not fit, or the layer is not frozen: that is for
+    which are narrowed) and device without autocast, or the widths do not fit, or the layer trains: that is for
     `lora_sum` to serve or to refuse. Whatever else is wrong the kernel refuses. Not for code that is being compiled.
     """
     cuda, device = x.is_cuda, x.device
@@ -140,18 +146,20 @@ def run_one(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: 
         or not (type(x) in PLAIN and type(lora_A) in PLAIN and type(lora_B) in PLAIN)
         or torch.is_autocast_enabled("cuda" if cuda else "cpu")
         or not device == lora_A.device == lora_B.device == scaling.device == weight.device  # which may be "meta"
-        or weight.requires_grad
-        or (bias is not None and (bias.requires_grad or bias.device != device))
+        or (bias is not None and bias.device != device)
     ):
         return None
-    asks, up = x.requires_grad, lora_B.requires_grad
+    asks, up, records = x.requires_grad, lora_B.requires_grad, torch.is_grad_enabled()
+    if records and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return None
     try:
-        if (asks or up or lora_A.requires_grad) and torch.is_grad_enabled():
+        if records and (asks or up or lora_A.requires_grad):
             keep = asks if asks != up and rules.dense("lora_sum", 1, lora_A.size(0), True) else up
             y: Tensor = OneAdapter.apply(x, lora_A, lora_B, scaling, weight, bias, keep)
             return y
+        flat = None if slices is None else list(chain(*slices))
         with below():
-            return call_one(x, lora_A, lora_B, scaling, weight, bias, False)[0]
+            return call_sum(x, lora_A, lora_B, scaling, weight, bias, False, ranks, flat)[0]
     except RuntimeError:  # of the kernel, which sees more than could be asked here for the same price
         dtypes = {x.dtype, narrow(lora_A, x.dtype).dtype, narrow(lora_B, x.dtype).dtype, weight.dtype}
         if len(dtypes) == 1 and x.shape[-1:] == lora_A.shape[-1:]:

@@ -49,11 +49,14 @@ class RanPAC(Head):
             self.gram = torch.zeros(size[1], size[1], device=self.device)
             self.target = torch.zeros(size[1], 0, device=self.device)
         hidden = self._hidden(after)
+        gram = hidden.T @ hidden
+        if not bool(gram.isfinite().all()):
+            raise ValueError("features must be finite, and so their squares: got others; did the training diverge?")
         if before is not None and has_map(self.settings.alignment):
             self._move(self._hidden(before), hidden)
         self.target = F.pad(self.target, (0, len(prototypes) - self.target.shape[1]))
         new = F.one_hot(labels, int(labels.max()) + 1).float()
-        self.gram += hidden.T @ hidden
+        self.gram += gram
         self.target[:, -new.shape[1] :] += hidden.T @ new
         self.solution = _solve(self.gram, self.target, best_ridge(hidden, new, generator))
 

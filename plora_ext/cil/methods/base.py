@@ -97,18 +97,23 @@ class Method(ABC):
         size = sum(tensor.nbytes for tensor in kept.values()) / 2**20
         return {"trainable": self.trainable, "stored": stored, "stored_mb": size}
 
-    def _append_means(self, task: Task, images: View, labels: Tensor) -> None:
-        """Appends the means of the task's classes to the prototypes."""
-        with self.trainer.phases("prototypes"):
-            own = self.world.rows(len(images))
-            features = self.features(images[own])
-            new = class_means(features, labels[own.to(labels.device)], len(task.classes), self.world)
-        if not new.isfinite().all():
+    def _class_means(self, task: Task, features: Tensor, labels: Tensor) -> Tensor:
+        """Of the task's classes; FloatingPointError where they are not finite."""
+        means = class_means(features, labels, len(task.classes), self.world)
+        if not means.isfinite().all():
             amp = self.settings.amp
             raise FloatingPointError(
                 f"features of task {task.index} are not finite; the cause may be the images, the backbone's weights"
                 + ("" if amp == "none" else f" or amp {amp}")
             )
+        return means
+
+    def _append_means(self, task: Task, images: View, labels: Tensor) -> None:
+        """Appends the means of the task's classes to the prototypes."""
+        with self.trainer.phases("prototypes"):
+            own = self.world.rows(len(images))
+            features = self.features(images[own])
+            new = self._class_means(task, features, labels[own.to(labels.device)])
         self.prototypes = new if self.prototypes is None else torch.cat([self.prototypes, new])
         if self.head.learns:  # else nobody asks for the other processes' rows
             features = self.world.gather(features, len(images))
@@ -130,6 +135,10 @@ class _Adapted(Method):
     def __init__(self, trainer: Trainer, settings: Settings, adapters: Adapters | None = None):
         super().__init__(trainer, settings)
         s = settings
+        if any(parameter.is_inference() for parameter in trainer.model.parameters()):
+            raise ValueError(
+                "the backbone was made under torch.inference_mode, where nothing can train: make it outside"
+            )
         self.adapters = adapters or inject(trainer.model, s.target_modules, s.r, s.lora_alpha, s.lora_dropout)
 
     def state(self) -> dict[str, Any]:

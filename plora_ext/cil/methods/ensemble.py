@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plora_ext import ops
-from plora_ext.cil.alignment import class_means
 from plora_ext.cil.heads import Subspace
 from plora_ext.cil.methods.base import _Adapted
 from plora_ext.cil.settings import Settings
@@ -45,7 +44,7 @@ class PLoRAEnsemble(_Adapted):
         with self.trainer.phases("prototypes"):
             own = self.world.rows(len(images))
             spaces, mine = self.features(images[own]).unbind(1), labels[own.to(labels.device)]
-            new = torch.stack([class_means(space, mine, len(task.classes), self.world) for space in spaces], 1)
+            new = torch.stack([self._class_means(task, space, mine) for space in spaces], 1)
         with self.trainer.phases("align"):
             task_of_class = self.head.add_task(len(new))
             old = new[:0] if self.prototypes is None else F.pad(self.prototypes, (0, 0, 0, 1))  # the newest is empty
