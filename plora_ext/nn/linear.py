@@ -371,7 +371,7 @@ class MultiLoRALinear(nn.Module):
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         if name is None or own["slices"] is not None:
             kind = x.device.type
-            if records or kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind):
+            if records or kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind) or not is_eager(False):
                 return None
             with below():
                 lora_A, lora_B, scaling, ranks, slices = self.operands(active.names)
