@@ -85,7 +85,7 @@ def lora_indexed(
         return y.clone() if y is base else y
     A, B, a, b = _low_rank(lora_A, lora_B, bias_A, bias_B, ranks, trainable)
     picked = ids.reshape(-1).clamp(min=0).long()
-    rows = x.reshape(picked.numel(), -1, x.shape[-1])
+    rows = x.reshape(picked.numel(), x.shape[:-1].numel() // picked.numel(), x.shape[-1])
     s = _scale(scaling, None, lora_A).to(x.dtype)[picked] * (ids.reshape(-1) >= 0)
     h = _activate(rows @ A[picked].transpose(1, 2) + a[picked][:, None], activation)
     delta = s[:, None, None] * (h @ B[picked].transpose(1, 2) + b[picked][:, None])
@@ -141,7 +141,7 @@ def lora_all(
     y = _base(x, lora_B.shape[1], base, weight, bias)
     A, B, a, b = _low_rank(lora_A, lora_B, bias_A, bias_B, ranks, trainable)
     s = _scale(scaling, None, lora_A).to(x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     h = _activate(rows @ A.transpose(1, 2) + a[:, None], activation)
     return y + (s[:, None, None] * (h @ B.transpose(1, 2) + b[:, None])).reshape(T, *y.shape)
 

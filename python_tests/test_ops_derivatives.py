@@ -174,6 +174,24 @@ def test_empty_inputs_keep_their_shape(shape: tuple[int, ...]) -> None:
     empty.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["lora_indexed", "lora_sum", "lora_all"])
+def test_no_inputs_or_outputs(name: str) -> None:
+    ids = (torch.tensor([0, -1, 1]),) if name == "lora_indexed" else ()
+    A, B, bias_A = torch.randn(T, R, 0), torch.randn(T, OUT, R), torch.randn(T, R)
+
+    def run(B: torch.Tensor) -> torch.Tensor:
+        return getattr(ops, name)(torch.randn(3, 0), *ids, A, B, bias_A=bias_A)
+
+    tangent = torch.randn_like(B)  # of a y that is linear in B
+    y, dy = torch.func.jvp(run, (B,), (tangent,))
+    torch.testing.assert_close(y, run(B))
+    torch.testing.assert_close(dy, run(tangent))
+    for count, out in ((T, 0), (0, OUT)):
+        y = torch.empty(count, 5, out)
+        x, A, B = torch.randn(5, IN), torch.randn(count, R, IN), torch.randn(count, out, R)
+        assert ops.lora_all(x, A, B, out=y) is y
+
+
 def test_views_with_bits_set_and_tensors_of_other_kinds() -> None:
     x, A, B = torch.randn(M, IN), torch.randn(T, R, IN), torch.randn(T, OUT, R)
     negative = torch._neg_view(x)

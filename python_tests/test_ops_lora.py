@@ -92,6 +92,16 @@ def test_sizes(family: str, T: int, M: int, n_in: int, out: int, r: int, device:
         verify(family, *problem(family, T=T, M=M, n_in=n_in, out=out, r=r, device=device, options=options))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_biases_of_adapters_without_outputs(family: str) -> None:
+    args, kwargs, dy = problem(family, n_in=96, out=24, grad=False, options="bias_A bias_B")
+    args[0].fill_(torch.nan).requires_grad_()  # kernels keep their working memory
+    args[-3].fill_(torch.nan)
+    getattr(ops, family)(*args, **kwargs).backward(dy)
+    for _ in range(20):
+        verify(family, *problem(family, n_in=96, out=0, options="bias_A bias_B"))
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     family=strategies.sampled_from(FAMILIES),

@@ -124,18 +124,19 @@ class Factors {
         return wide;
       }
     };
-    const scalar* b = p.bias_B ? data<scalar>(*p.bias_B) + t * p.out : nullptr;
+    const bool biased = p.bias_B.has_value();  // though there may be no outputs, and no data
+    const scalar* b = biased ? data<scalar>(*p.bias_B) + t * p.out : nullptr;
     if (A_.data() || AT_.data()) {
       const acc* A = widened(data<scalar>(p.lora_A) + t * p.r * p.in, ranks * p.in);
       if (A_.data()) {
         acc* to = A_.data() + first * p.in;
         std::copy_n(A, ranks * p.in, to);
-        if (b) std::fill_n(to + ranks * p.in, p.in, acc(0));
+        if (biased) std::fill_n(to + ranks * p.in, p.in, acc(0));
       }
       if (AT_.data()) {
         acc* to = AT_.data() + column(first, p.in);
         gemm<acc>().transpose(ranks, p.in, A, p.in, to, ld);
-        for (int64_t k = 0; b && k < p.in; ++k) to[k * ld + ranks] = 0;
+        for (int64_t k = 0; biased && k < p.in; ++k) to[k * ld + ranks] = 0;
       }
     }
     if (!B_.data() && !BT_.data()) return;

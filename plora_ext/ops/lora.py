@@ -346,7 +346,8 @@ def lora_all(
         native = libraries.has_kernel("lora_all_out", x.device.type) and is_plain(*inputs)
         if native and out.is_contiguous() and not autocasts(x.device.type):
             base = None if base is None else rows(base)
-            flat, slabs = rows(x), out.view(out.shape[0], -1, out.shape[-1])
+            flat = rows(x)
+            slabs = out.view(out.shape[0], flat.shape[0], out.shape[-1])
             rest = (scale, base, *optional[1:], ranks, activation == "relu")
             compiled.run_in_place("lora_all_out", slabs, flat, lora_A, lora_B, *rest)
             return out
