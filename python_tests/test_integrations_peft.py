@@ -342,6 +342,23 @@ def test_a_mixed_batch_trains_each_sample_its_own_adapter() -> None:
             model(x, adapter_names=MIXED)
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_a_mixed_batch_that_fails_leaves_no_names_behind(train: bool) -> None:
+    model, x = net().train(train), images(6, 24)
+    expected = model(x)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with integration.patch():
+        hook = model.base_model.model[1].register_forward_hook(fail)
+        with pytest.raises(MemoryError):
+            model(x, adapter_names=["__base__"] * 6)
+        hook.remove()
+        assert model.base_model.training == train
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_peft_s_own_errors() -> None:
     def errors() -> list[str]:
         model, x, messages = net(), images(6, 24), []
@@ -368,6 +385,9 @@ def test_dropout_drops_what_peft_drops() -> None:
     model.base_model.set_adapter(["one", "two"])  # each its own mask
     same(*both(model, lambda model: model(images(6, 24))))
     same(*both(model.eval(), lambda model: model(images(6, 24))))
+    model.add_adapter("new", peft.LoraConfig(r=4, target_modules=["0", "2"], lora_dropout=0.5, init_lora_weights=False))
+    names = ["one", "one", "new", "one", "new", "one"]  # of a model in eval mode: PEFT leaves its dropout in training
+    same(*both(model, lambda model: model(images(6, 24), adapter_names=names)))
     with integration.patch():  # in a mixed batch the frozen layer sees x itself, dropped rows are the adapters'
         x, model = images(6, 24), net(lora_dropout=0.999999).train()
         with model.disable_adapter():

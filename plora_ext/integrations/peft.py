@@ -10,7 +10,7 @@ same results, `adapter_names` may be given in training too, so that every sample
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -212,12 +212,12 @@ def _indexed(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor | No
     if factors is None or x.dim() < 2 or _is_wider(x, factors[0], torch.is_autocast_enabled(x.device.type)):
         return None
     dropped = x
-    drops = any([_drops(layer.lora_dropout[name]) for name in names])
-    if not drops and _are_few(x, factors):
+    drops = {_drops(layer.lora_dropout[name]) for name in names}
+    if len(drops) > 1:  # also where PEFT added one to a model in eval mode, whose dropout it leaves in training
+        return None
+    if drops == {0.0} and _are_few(x, factors):
         return _each(layer, layer._modules["base_layer"](x), x, adapter_names, names, factors)
-    if drops:
-        if len({getattr(layer.lora_dropout[name], "p", 0.0) for name in names}) > 1:
-            return None
+    if drops != {0.0}:
         dropped = layer.lora_dropout[names[0]](x.to(factors[0].dtype))
     return _run(layer, ops.lora_indexed, x, dropped, names, factors, adapter_names)
 
@@ -249,8 +249,9 @@ def _samples_of(name: str, adapter_names: tuple[str, ...], device: torch.device)
     return torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=device)
 
 
-def _drops(dropout: nn.Module) -> bool:
-    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+def _drops(dropout: nn.Module) -> float:
+    """The probability by which it drops now."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def _factors(layer: Any, x: Tensor, names: Sequence[str]) -> list[Tensor] | None:
@@ -342,9 +343,10 @@ def _ids(adapter_names: tuple[str, ...], names: tuple[str, ...], device: torch.d
 
 def _enable_hooks(original: Original, self: Any, *args: Any, **kwargs: Any) -> Any:
     names = kwargs.get("adapter_names")
-    if names is None or not self.training or not _can_train(self, set(names) - {_BASE}):
-        return original(self, *args, **kwargs)
-    return _enter_in_training(self, original(self, *args, **kwargs))
+    context = original(self, *args, **kwargs)
+    if names is None:
+        return context
+    return _names_for_one_call(self, context, self.training and _can_train(self, set(names) - {_BASE}))
 
 
 def _can_train(model: nn.Module, names: set[str]) -> bool:
@@ -359,11 +361,16 @@ def _can_train(model: nn.Module, names: set[str]) -> bool:
 
 
 @contextmanager
-def _enter_in_training(model: nn.Module, context: Any) -> Iterator[None]:
-    with ExitStack() as stack:
+def _names_for_one_call(model: nn.Module, context: Any, training: bool) -> Iterator[None]:
+    """PEFT's context of a mixed batch, also in training."""
+    if training:
         model.training = False  # the flag PEFT's refusal looks at; the layers keep their own
-        try:
-            stack.enter_context(context)
-        finally:
+    try:
+        context.__enter__()
+    finally:
+        if training:
             model.training = True
+    try:
         yield
+    finally:  # PEFT takes its hooks off after a call without an error alone: the next call would get these names
+        context.__exit__(None, None, None)
