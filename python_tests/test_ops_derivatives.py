@@ -174,6 +174,24 @@ def test_empty_inputs_keep_their_shape(shape: tuple[int, ...]) -> None:
     empty.sum().backward()
 
 
+@pytest.mark.parametrize("bad", [-2, 3])
+def test_values_out_of_range_are_refused_by_the_twins_too(bad: int) -> None:
+    x, A, B, ranks = torch.randn(2, IN), torch.randn(3, R, IN), torch.randn(3, OUT, R), torch.tensor([R, R, R])
+    ranks[0] = bad if bad < 0 else R + 1
+    index, prototypes = torch.tensor([0, bad]), torch.randn(2, 3, 4)
+    cases: list[tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = [
+        ("ids must be between -1 and 2", lambda x: ops.lora_indexed(x, index, A, B)),
+        (f"ranks must be between 0 and {R}", lambda x: ops.lora_sum(x, A, B, ranks=ranks)),
+        ("labels must be between -1 and 2", lambda x: ops.class_sums(x, index, 3)[0]),
+        ("task_of_class must be between 0 and 2", lambda x: ops.complete_prototypes(prototypes * x[0, 0], index)),
+    ]
+    for message, call in cases:
+        with pytest.raises(RuntimeError, match=message):
+            torch.func.grad(lambda x, call=call: call(x).sum())(x)
+    with pytest.raises(RuntimeError, match="task_of_class must be between 0 and 2"):
+        ops.complete_prototypes(prototypes, index, tau=0.01)  # which the CPU's kernel does not serve
+
+
 @pytest.mark.parametrize("name", ["lora_indexed", "lora_sum", "lora_all"])
 def test_no_inputs_or_outputs(name: str) -> None:
     ids = (torch.tensor([0, -1, 1]),) if name == "lora_indexed" else ()

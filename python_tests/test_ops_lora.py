@@ -368,6 +368,25 @@ def test_compile_fullgraph(family: str, device: torch.device) -> None:
     check(compiled, getattr(reference, family), args, kwargs, cotangent)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_jit_trace(family: str) -> None:  # which traces once with gradients recorded, and once without
+    args, _, _ = problem(family, grad=False)
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_A, self.lora_B = torch.nn.Parameter(args[-3]), torch.nn.Parameter(args[-2])
+
+        def forward(self, *front: Tensor) -> Tensor:
+            y: Tensor = getattr(ops, family)(*front, self.lora_A, self.lora_B, args[-1])
+            return y
+
+    front, layer = args[:-3], Layer()
+    traced = torch.jit.trace(layer, tuple(front))
+    torch.testing.assert_close(traced(2 * front[0], *front[1:]), layer(2 * front[0], *front[1:]))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_autocast(family: str, device: torch.device) -> None:
     """float32 arguments give a bfloat16 y, with float32 gradients, close to the float32 result."""
@@ -538,6 +557,23 @@ def test_bad_input(family: str) -> None:
             for bad in (3, -2):
                 with pytest.raises((RuntimeError, IndexError), match=f"ids must be between -1 and 2, got {bad}"):
                     call(ids=torch.tensor([0, 1, bad, 0, 0]))
+
+
+def test_what_ranks_and_batches_must_be() -> None:
+    (x, ids, A, B, s), _, _ = problem("lora_indexed", grad=False)
+    weight = torch.zeros(B.shape[1], A.shape[2])
+    for ranks in (torch.tensor([1.7, 1, 1]), torch.tensor([True, True, False])):
+        with pytest.raises(TypeError, match="ranks must be integers"):
+            ops.lora_sum(x, A, B, s, ranks=ranks)
+        with pytest.raises(TypeError, match="ranks must be integers"):
+            ops.lora_merge(weight, A, B, s, ranks=ranks)
+    for bad in (-1, 5):
+        with pytest.raises(RuntimeError, match=f"ranks must be between 0 and 4, got {bad}"):
+            ops.lora_merge(weight, A, B, s, ranks=torch.tensor([1, bad, 1]))
+    with pytest.raises(IndexError, match="ids were checked for 5 adapters, lora_A holds 3"):
+        ops.lora_indexed(x, AdapterBatch(ids, 5), A, B, s)
+    two = AdapterBatch(ids.clamp(max=1), 2)  # more adapters may come
+    torch.testing.assert_close(ops.lora_indexed(x, two, A, B, s), ops.lora_indexed(x, two.ids, A, B, s))
 
 
 def test_adapter_batch() -> None:

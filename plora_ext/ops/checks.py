@@ -26,3 +26,24 @@ def check(
         raise ValueError(f"{op}: {name} must be on {like.device}, as the first argument, got {t.device}")
     if dtype is not None and t.dtype != dtype:
         raise TypeError(f"{op}: {name} must be {dtype}, as the first argument, got {t.dtype}")
+
+
+def check_integers(op: str, name: str, t: Tensor) -> None:
+    """One clear error where `t` is not of integers."""
+    if t.dtype.is_floating_point or t.dtype.is_complex or t.dtype == torch.bool:
+        raise TypeError(f"{op}: {name} must be integers, got {t.dtype}")
+
+
+def check_range(op: str, name: str, t: Tensor, low: int, high: int) -> None:
+    """The error of the CPU's kernels where a value is outside of [low, high], for what runs without them.
+
+    Only on the CPU, and where there are values to look at: not in code that is traced, nor of what `vmap` maps over.
+    """
+    if t.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    try:
+        bad = t[(t < low) | (t > high)]
+    except RuntimeError:  # torch's about tensors without values
+        return
+    if bad.numel():
+        raise RuntimeError(f"{op}: {name} must be between {low} and {high}, got {int(bad[0])}")

@@ -19,7 +19,7 @@ from plora_ext.ops import compiled, rules
 from plora_ext.ops.adapter_batch import AdapterBatch
 from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
 from plora_ext.ops.autograd import LowRank, OneAdapter, call, call_sum, narrow, rows
-from plora_ext.ops.checks import check, shape, wide
+from plora_ext.ops.checks import check, check_integers, check_range, shape, wide
 from plora_ext.ops.twins import run, run_twin
 from plora_ext.torch_private import PLAIN, any_requires_grad, below, forward_mode, is_eager, is_plain, needs_twin
 
@@ -63,6 +63,7 @@ def _prepare(
     if scale is None:
         scale = x.new_ones(T, dtype=kept)
     if ranks is not None:
+        check_integers(op, "ranks", ranks)
         check(op, "ranks", ranks, (T,), x, None)
         ranks = ranks.to(torch.int64)
     return scale, ranks
@@ -83,11 +84,12 @@ def _native(op: str, device_type: str, dtype: torch.dtype) -> bool:
     return libraries.has_kernel(op, device_type) and not (dtype == torch.float64 and device_type == "cuda")
 
 
-def _ids(op: str, ids: Tensor | AdapterBatch, x: Tensor) -> Tensor:
+def _ids(op: str, ids: Tensor | AdapterBatch, x: Tensor, T: int) -> Tensor:
     if isinstance(ids, AdapterBatch):
+        if ids.num_adapters > T:  # a GPU's kernels would read beyond the factors
+            raise IndexError(f"{op}: ids were checked for {ids.num_adapters} adapters, lora_A holds {T}")
         ids = ids.ids
-    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
-        raise TypeError(f"{op}: ids must be integers, got {ids.dtype}")
+    check_integers(op, "ids", ids)
     if not 1 <= ids.dim() < x.dim() or ids.shape != x.shape[: ids.dim()]:
         raise ValueError(
             f"{op}: ids must have the shape of the first dimensions of x, such as {shape(x)[:1]} (one id per sample) "
@@ -105,7 +107,7 @@ def _run(
 ) -> Tensor:  # fmt: skip
     """The operator `op` of one family, by its kernel or its twin."""
     scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
-    ids = None if ids is None else _ids(op, ids, x).reshape(-1)
+    ids = None if ids is None else _ids(op, ids, x, lora_A.shape[0]).reshape(-1)
     flat = None if slices is None else _flat(op, slices, lora_A.shape[1], lora_B.shape[1])
     _, weight, _, bias_A, bias_B = optional
     relu, records = activation == "relu", torch.is_grad_enabled()
@@ -115,6 +117,8 @@ def _run(
     device_type, native = x.device.type, _native(op, x.device.type, x.dtype)
     if not (native and is_eager() and PLAIN.issuperset(map(type, args)) and type(ranks) in PLAIN):
         if native and not needs_twin(*args):
+            if torch.jit.is_tracing():  # one graph, whether or not it will record gradients
+                options = (*options[:-1], False)
             return call(compiled.op[op], options, *args)[0]
         return call(lambda *rows: (run_twin(op, *rows), None), options, *args)[0]
     if torch.is_autocast_enabled(device_type):
@@ -175,7 +179,7 @@ def _run_in_place(
     """y += the low-rank part: by the kernel where nothing needs a gradient, else by torch's own addition."""
     optional = (None, None, None, *biases)
     scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
-    front = () if ids is None else (_ids(op, ids, x).reshape(-1),)
+    front = () if ids is None else (_ids(op, ids, x, lora_A.shape[0]).reshape(-1),)
     slabs = lora_A.shape[:1] if op == "lora_all_" else ()
     check(op, "y", y, (*slabs, *x.shape[:-1], lora_B.shape[1]), x, None)
     target = _writable(op, y, x, (y, x, lora_A, lora_B, scale, *biases))
@@ -226,7 +230,8 @@ def lora_indexed(
     Args:
         x: [..., in], float32, bfloat16, float16 or float64.
         ids: integers of the shape x.shape[:k] for some k >= 1: [B] for x [B, N, in] selects by sample, [B, N] by row.
-            An `AdapterBatch` was checked where it was made; a plain tensor on a GPU must hold valid ids.
+            An `AdapterBatch` was checked where it was made, for at most T adapters; a plain tensor on a GPU must hold
+            valid ids.
         lora_A: [T, r, in].
         lora_B: [T, out, r].
         scaling: [T], the scales s; ones if not given. Kept in float32 (float64 with float64).
@@ -247,8 +252,8 @@ def lora_indexed(
         y [..., out]. Differentiable in everything but ids and ranks.
 
     Raises:
-        ValueError: shapes or devices do not fit. TypeError: dtypes do not fit. IndexError: an id is out of range (on
-            the CPU; on a GPU ids are checked by `AdapterBatch`).
+        ValueError: shapes or devices do not fit. TypeError: dtypes do not fit. IndexError: an `AdapterBatch` is of more
+            adapters. RuntimeError: an id or a rank is out of range (on the CPU; a GPU's kernels do not look).
 
     Source: Punica's SGMV (Chen et al., MLSys 2024; punica/ops), PEFT's mixed batches (`_mixed_batch_forward`).
     """
@@ -462,6 +467,8 @@ def lora_merge(
         raise ValueError(f"{op}: lora_B must be [T, {weight.shape[0]}, r] for this weight, got {shape(lora_B)}")
     with without_autocast(weight.device.type):  # weights are merged in their own dtype
         scale, ranks = _prepare(op, weight, lora_A, lora_B, scaling, coeff, (None,) * 5, "none", ranks, None)
+        if ranks is not None:
+            check_range(op, "ranks", ranks, 0, lora_A.shape[1])
         serves = libraries.has_kernel(op, weight.device.type)
         merged: Tensor = run(op, serves, weight, lora_A, lora_B, scale, ranks)
         return merged

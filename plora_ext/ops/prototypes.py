@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plora_ext import libraries, reference
 from plora_ext.ops.autocast import autocasts
-from plora_ext.ops.checks import check, shape, wide
+from plora_ext.ops.checks import check, check_integers, check_range, shape, wide
 from plora_ext.ops.compiled import run_in_place
 from plora_ext.ops.twins import run
 
@@ -60,8 +60,7 @@ def class_sums(
     op = "class_sums"
     if features.dim() != 2 or not features.is_floating_point():
         raise ValueError(f"{op}: features must be floating point [N, D], got {features.dtype} {shape(features)}")
-    if labels.dtype.is_floating_point or labels.dtype == torch.bool:
-        raise TypeError(f"{op}: labels must be integers, got {labels.dtype}")
+    check_integers(op, "labels", labels)
     check(op, "labels", labels, (features.shape[0],), features, None)
     if num_classes < 0:
         raise ValueError(f"{op}: num_classes must not be negative, got {num_classes}")
@@ -84,6 +83,7 @@ def class_sums(
         if libraries.has_kernel("class_sums_", features.device.type):
             run_in_place("class_sums_", sums, counts, features, labels)
         else:
+            check_range(op, "labels", labels, -1, num_classes - 1)
             reference.class_sums(features, labels, num_classes, sums=sums, counts=counts)
     return sums, counts
 
@@ -163,8 +163,7 @@ def complete_prototypes(prototypes: Tensor, task_of_class: Tensor, *, tau: float
         raise ValueError(
             f"{op}: prototypes must be floating point [C, T, D], got {prototypes.dtype} {shape(prototypes)}"
         )
-    if task_of_class.dtype.is_floating_point or task_of_class.dtype == torch.bool:
-        raise TypeError(f"{op}: task_of_class must be integers, got {task_of_class.dtype}")
+    check_integers(op, "task_of_class", task_of_class)
     check(op, "task_of_class", task_of_class, (prototypes.shape[0],), prototypes, None)
     if not tau > 0:
         raise ValueError(f"{op}: tau must be positive, got {tau}")
@@ -189,8 +188,7 @@ def own_other_weights(task_of_class: Tensor, num_tasks: int, alpha: float) -> Te
 
     Source: EASE (`backbone/linears.py:EaseCosineLinear.forward_reweight`, where T - 1 is `_cur_task`).
     """
-    if task_of_class.dtype.is_floating_point or task_of_class.dtype == torch.bool:
-        raise TypeError(f"own_other_weights: task_of_class must be integers, got {task_of_class.dtype}")
+    check_integers("own_other_weights", "task_of_class", task_of_class)
     return reference.own_other_weights(task_of_class, num_tasks, alpha)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plora_ext import reference
 from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
-from plora_ext.ops.checks import wide
+from plora_ext.ops.checks import check_range, wide
 from plora_ext.ops.compiled import LORA, op
 from plora_ext.torch_private import is_plain, needs_twin
 
@@ -55,8 +55,23 @@ _twins: dict[str, Callable[..., Any]] = {
 }
 
 
+def _check_values(name: str, args: Sequence[Any]) -> None:
+    """What the kernels look at and the twins would clamp or mask."""
+    if name in LORA:
+        lora_A, ranks = args[2 if name == "lora_indexed" else 1], args[-5]
+        if name == "lora_indexed":
+            check_range(name, "ids", args[1], -1, lora_A.shape[0] - 1)
+        if ranks is not None:
+            check_range(name, "ranks", ranks, 0, lora_A.shape[1])
+    elif name == "class_sums":
+        check_range(name, "labels", args[1], -1, args[2] - 1)
+    elif name == "complete_prototypes":
+        check_range(name, "task_of_class", args[1], 0, args[0].shape[1] - 1)
+
+
 def run_twin(name: str, *args: Any) -> Any:
-    """An operator's plain-torch twin, with the same casts under autocast."""
+    """An operator's plain-torch twin, with the same checks, and the same casts under autocast."""
+    _check_values(name, args)
     device_type = args[0].device.type
     if not autocasts(device_type):
         return _twins[name](*args)
