@@ -189,6 +189,8 @@ def class_sums(
     if sums is None or counts is None:
         sums = features.new_zeros(num_classes, features.shape[1], dtype=wide)
         counts = labels.new_zeros(num_classes, dtype=torch.int64)
+    if num_classes == 0:
+        return sums, counts
     counted = (labels >= 0).to(torch.int64)
     index = labels.clamp(min=0).long()
     rows = features.to(wide).masked_fill(counted[:, None] == 0, 0)

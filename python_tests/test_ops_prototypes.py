@@ -72,6 +72,16 @@ def test_class_sums_non_contiguous_and_int32_labels(device: torch.device) -> Non
     torch.testing.assert_close(ops.class_sums(features[::2, 1::2], labels[::2], 5)[0], expected)
 
 
+def test_class_sums_of_no_classes() -> None:
+    features, labels = torch.randn(3, 4, requires_grad=True), torch.full((3,), -1)
+    sums, counts = ops.class_sums(features, labels, 0)
+    assert sums.shape == (0, 4) and counts.shape == (0,)
+    sums.sum().backward()
+    zeros = torch.zeros(3, 4)
+    torch.testing.assert_close(features.grad, zeros)
+    torch.testing.assert_close(torch.func.grad(lambda f: ops.class_sums(f, labels, 0)[0].sum())(zeros), zeros)
+
+
 def test_class_sums_bad_input() -> None:
     features, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 3])
     if libraries.backend() == "native":

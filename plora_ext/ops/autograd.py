@@ -250,6 +250,8 @@ def _class_sums_backward(ctx: Any, d_sums: Tensor | None, d_counts: Tensor | Non
     if d_sums is None:
         return None, None, None
     (labels,) = ctx.saved_tensors
+    if not d_sums.shape[0]:  # no classes, and no row to take from them
+        return d_sums.new_zeros(labels.shape[0], d_sums.shape[1], dtype=ctx.dtype), None, None
     of_rows = d_sums[labels.clamp(min=0)].masked_fill((labels < 0)[:, None], 0)
     return of_rows.to(ctx.dtype), None, None
 
