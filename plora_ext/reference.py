@@ -190,7 +190,7 @@ def class_sums(
         sums = features.new_zeros(num_classes, features.shape[1], dtype=wide)
         counts = labels.new_zeros(num_classes, dtype=torch.int64)
     if num_classes == 0:
-        return sums, counts
+        return sums + features[:0].sum(), counts  # of which autograd knows
     counted = (labels >= 0).to(torch.int64)
     index = labels.clamp(min=0).long()
     rows = features.to(wide).masked_fill(counted[:, None] == 0, 0)
