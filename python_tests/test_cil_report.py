@@ -146,6 +146,18 @@ def test_settings_of_an_older_version_have_their_default() -> None:
     assert len(protocol.groups) == 1
 
 
+def test_a_run_of_before_a_setting_is_not_averaged_with_its_default() -> None:
+    before: dict[str, Any] = {"cutmix": 0.0, "distill": 0.0, "shrinkage": 0.7, "rotations": False, "init": "first"}
+    old, same, new = result(seed=1), result(seed=2, **before), result(seed=2)
+    for name in before:
+        del old.settings[name]
+    for result_ in (old, same, new):  # or it would stand in a protocol of its own
+        result_.inputs = {"data_digest": "a", "backbone_digest": "b"}
+    (protocol,) = group([old, same, new])
+    assert [[r.settings["seed"] for r in g.results] for g in protocol.groups] == [[2], [1, 2]]
+    assert protocol.groups[0].results == [new]
+
+
 # ---------------------------------------------------------------------- reading
 
 

@@ -24,7 +24,7 @@ from plora_ext.cil.methods import METHODS
 from plora_ext.cil.metrics import evaluated_on
 from plora_ext.cil.result import Result
 from plora_ext.cil.same_run import ELSEWHERE
-from plora_ext.cil.settings import Settings, current
+from plora_ext.cil.settings import Settings, as_before, current
 
 PROTOCOL = ("data", "init_cls", "increment", "tasks", "class_order", "order_seed", "validation", "backbone", "weights",
             "image_size", "transform", "normalize", "corrupt")  # fmt: skip
@@ -198,8 +198,8 @@ def configuration_of(result: Result) -> dict[str, Any]:
 
 
 def settings_of(result: Result) -> dict[str, Any]:
-    """A result's settings; those that came after it was written have their default."""
-    return {**_defaults(), **current(result.settings)}
+    """A result's settings; those that came after it was written are as they were when there was no such setting."""
+    return {**_defaults(), **as_before(current(result.settings))}
 
 
 @cache
