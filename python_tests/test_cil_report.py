@@ -437,6 +437,30 @@ def test_headings_say_in_words_what_tells_protocols_apart() -> None:
     ]
 
 
+def test_protocols_have_names_and_figures_of_their_own(tmp_path: Path) -> None:
+    orders = [[*range(98), 99, 98], [*range(100)]]  # too long to be told apart in a heading
+    given = [[[0, 1], [2, 3], [4, 5]], [[5, 1], [2, 3], [4, 0]]]
+    changes = [
+        *({"class_order": order} for order in orders),
+        *({"tasks": tasks} for tasks in given),
+        *({"data": data, "normalize": "none"} for data in ("a/my-set", "a/my_set", "é" * 115)),
+    ]
+    runs = [result(tasks=3) for _ in changes]
+    for run, changed in zip(runs, changes):
+        run.settings |= changed
+    protocols = group(runs)
+    names = [p.name for p in protocols]
+    assert len({*names}) == len(runs) and names[2:4] == [
+        "icon100, 3 given tasks, embedded, tasks 0 1 2 3 4 5",
+        "icon100, 3 given tasks, embedded, tasks 5 1 2 3 4 0",
+    ]
+    assert names[0].endswith("[...], protocol 1 of that name") and names[1].endswith("protocol 2 of that name")
+    written = write_report(tmp_path, runs)
+    assert len([name for name in written if name.endswith("accuracy.png")]) == len(runs)
+    with (tmp_path / "summary.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["protocol"] for row in csv.DictReader(file)] == names
+
+
 def of_curve(method: str, seed: int, curve: list[float]) -> Result:
     made = result(method, seed, len(curve))
     made.curve, made.matrix = curve, [curve[: t + 1] for t in range(len(curve))]

@@ -91,8 +91,10 @@ def write_report(folder: Path, results: Sequence[Result]) -> list[str]:
         "metrics.json": to_json(results),
     }
     pictures: dict[str, Figure | None] = {}
-    for protocol in protocols:
-        where = "" if len(protocols) == 1 else re.sub(r"\W+", "_", protocol.name).strip("_") + "-"
+    stems = [re.sub(r"\W+", "_", protocol.name)[:80].strip("_") for protocol in protocols]  # names of files are short
+    for i, protocol in enumerate(protocols):
+        again = f"_{number}" if (number := stems[: i + 1].count(stems[i])) > 1 else ""  # my-set, my_set
+        where = "" if len(protocols) == 1 else f"{stems[i]}{again}-"
         for name, draw in drawn.items():
             figure = _titled(draw(protocol), protocol)
             pictures |= {f"{where}{name}.{kind}": figure for kind in ("png", "pdf")}

@@ -259,21 +259,34 @@ def _usual(values: list[Any], default: Any) -> str | None:
 
 
 def _names(firsts: Sequence[Result]) -> list[str]:
-    """A title for each protocol: data, tasks and backbone, and what else tells apart those in which they agree."""
+    """A title for each protocol, none twice: data, tasks, backbone, and what else tells apart those that agree there.
+
+    Where that is too long to be said in full, they are numbered.
+    """
     facts = [protocol_of(r) for r in firsts]
-    telling = (*PROTOCOL[PROTOCOL.index("class_order") :], "images", "digests")
+    telling = (*PROTOCOL[PROTOCOL.index("tasks") :], "images", "digests")
     titles = []
     for f in facts:
         first, increment = f["init_cls"], f["increment"]
         tasks = f"B{0 if first == increment else first} Inc{increment}" if first else f"{len(f['tasks'])} given tasks"
         on = f", on {evaluated_on(f['validation'])}" if f["validation"] else ""
         titles.append(f"{Path(str(f['data'])).name or f['data']}, {tasks}, {f['backbone']}{on}")
-    for alike in [[i for i, t in enumerate(titles) if t == title] for title in dict.fromkeys(titles)]:
-        for name in (n for n in telling if len({_key(facts[i][n]) for i in alike}) > 1):
-            for i in alike:
+
+    def alike() -> list[list[int]]:
+        return [[i for i, t in enumerate(titles) if t == title] for title in dict.fromkeys(titles)]
+
+    for same in alike():
+        for name in (n for n in telling if len({_key(facts[i][n]) for i in same}) > 1):
+            for i in same:
                 titles[i] += f", {_said(name, facts[i][name])}"
-    times = Counter(titles)
-    return [f"{title} ({facts[i]['data']})" if times[title] > 1 else title for i, title in enumerate(titles)]
+    for same in alike():
+        if len({facts[i]["data"] for i in same}) > 1:
+            for i in same:
+                titles[i] += f" ({facts[i]['data']})"
+    for same in alike():
+        for number, i in enumerate(same if len(same) > 1 else (), 1):
+            titles[i] += f", protocol {number} of that name"
+    return titles
 
 
 def _said(name: str, value: Any) -> str:
