@@ -369,6 +369,30 @@ def test_figures_show_every_value(after: float) -> None:
         assert heights.min() >= 0 and heights.max() <= 100
 
 
+def test_drift_that_was_measured_from_a_task_on_is_drawn_there(tmp_path: Path) -> None:
+    runs = [result(seed=s, measure_drift=True) for s in (1, 2)]
+    runs += [result(seed=3, r=8, measure_drift=True), result(seed=4, alignment="none", measure_drift=True)]
+    for late in (runs[1], runs[2]):  # continued with --measure-drift
+        late.drift[:3] = [None] * 3
+    runs[3].drift[3:] = [None]  # and without
+    (protocol,) = group(runs)
+    figure = figures.drift(protocol)
+    assert figure is not None
+    drawn = {
+        line.get_color(): dict(zip(*map(np.ndarray.tolist, line.get_data())))
+        for line in figure.axes[0].get_lines()
+        if line.get_marker() != "None"
+    }
+    mean, late, early = ([line[t] for t in (2, 3, 4)] for line in drawn.values())  # the mean of two is of both
+    np.testing.assert_allclose(mean, [np.nan, np.nan, 0.15])
+    np.testing.assert_allclose(late, [np.nan, np.nan, 0.15])
+    np.testing.assert_allclose(early, [0.05, 0.1, np.nan])
+    write_report(tmp_path, runs)
+    text = (tmp_path / "report.html").read_text()
+    check_page(text)
+    assert "Not measured after every task: plora, r 8, plora, alignment none." in text and "nan" not in text
+
+
 def test_one_run_without_spread_or_drift(tmp_path: Path) -> None:
     names = write_report(tmp_path, [result()])
     text = (tmp_path / "report.html").read_text()
