@@ -605,6 +605,16 @@ def test_small_numbers_share_their_unit() -> None:
     assert (round(factor), name) == (10**4, " (10⁻⁴)")
 
 
+def test_brackets_of_a_label_are_no_markup() -> None:
+    runs = [result(target_modules=f"blocks.{which}.qkv") for which in ("[a-z]+", "[/a]+")]
+    for run in runs:
+        run.settings["data"] = "set[b]"
+    console = Console(width=200, record=True)
+    console.print(comparison_table(group(runs)[0], 200))
+    text = console.export_text()
+    assert "set[b], B0 Inc2" in text and "blocks.[a-z]+.qkv" in text and "blocks.[/a]+.qkv" in text
+
+
 def test_the_table_of_the_terminal_marks_the_best(capsys: pytest.CaptureFixture[str]) -> None:
     (protocol,) = group([result(seed=s, r=r) for s in (1, 2) for r in (4, 8)])
     Console(width=80).print(comparison_table(protocol))

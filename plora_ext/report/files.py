@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from plora_ext.cil.files import to_csv
@@ -145,7 +146,7 @@ def comparison_table(protocol: Protocol, width: int = 80) -> Table:
 
 
 def _comparison(protocol: Protocol, titles: Sequence[str], shown: Sequence[str]) -> Table:
-    table = Table(title=f"{protocol.name}, accuracy in %", title_justify="left", **COMPACT)
+    table = Table(title=escape(f"{protocol.name}, accuracy in %"), title_justify="left", **COMPACT)
     lines = rows(protocol)
     best = best_cells(lines)
     for i, title in enumerate(titles):
@@ -155,7 +156,7 @@ def _comparison(protocol: Protocol, titles: Sequence[str], shown: Sequence[str])
             widest = max(len(text) for text in (title, *(line[i] for line in lines)))
             table.add_column(title, justify="right", no_wrap=True, min_width=widest)
     for row, line in enumerate(lines):
-        cells = [f"[bold green]{cell}[/]" if (row, i) in best else cell for i, cell in enumerate(line)]
+        cells = [f"[bold green]{cell}[/]" if (row, i) in best else escape(cell) for i, cell in enumerate(line)]
         table.add_row(*(cell for title, cell in zip(titles, cells) if title in shown))
     return table
 
