@@ -195,6 +195,16 @@ def test_a_folder_of_runs_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "seed 2 (runs/plora-2) is incomplete, 2 of 4 tasks" in capsys.readouterr().out
 
 
+def test_a_report_below_its_runs_is_of_the_runs_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "runs" / "report"
+    for done in (2, None):
+        write(tmp_path / "runs" / "a", result(seed=1, done=done))
+        assert main(["report", str(tmp_path / "runs"), str(tmp_path / "runs" / "a"), "--out", str(out)]) == 0
+        incomplete = "is incomplete, 2 of 4 tasks" in capsys.readouterr().out
+        assert incomplete == (done == 2) and len(load_results(out)) == 1
+        assert "1 run, 1 configuration, 1 protocol" in (out / "report.html").read_text()
+
+
 def test_a_result_is_short_to_see_and_saved(tmp_path: Path) -> None:
     one = result(done=3)
     said = f"average_accuracy {np.mean(one.curve):.2f}, last_accuracy {one.curve[-1]:.2f}"

@@ -93,10 +93,13 @@ def is_finished(result: Result) -> bool:
     return 0 < len(result.classes_seen) == len(result.curve)
 
 
-def load_results(path: str | Path) -> list[Result]:
+def load_results(path: str | Path, out: str | Path | None = None) -> list[Result]:
     """The results of a run's folder, of the runs somewhere below a folder, or of a metrics.json.
 
     An unfinished run is read from its checkpoint.
+
+    Args:
+        out: A folder below that does not count: of the report to be replaced, which holds runs as they were then.
 
     Raises:
         OSError: There is neither.
@@ -114,6 +117,7 @@ def load_results(path: str | Path) -> list[Result]:
     if not results and path.is_dir():
         below = {file.parent for file in path.rglob("metrics.json")}
         below |= {file.parent.parent for file in path.rglob(f"checkpoint/{MANIFEST}")}
+        below = {run for run in below if out is None or run.resolve() != Path(out).resolve()}
         results = [result for run in sorted(below) for result in load_results(run)]
     if not results:
         raise FileNotFoundError(
@@ -155,17 +159,19 @@ def _result(run: dict[str, Any]) -> Result:
 # ---------------------------------------------------------------------- groups
 
 
+def distinct(results: Iterable[Result]) -> list[Result]:
+    """The results without those that are given a second time."""
+    return list({json.dumps(asdict(result), sort_keys=True): result for result in results}.values())
+
+
 def group(results: Iterable[Result]) -> list[Protocol]:
     """The results by protocol and configuration, both in the order in which they came, the seeds sorted.
 
     Left out: a run given twice, and one that has not learned its first task.
     """
     protocols: dict[str, dict[str, Group]] = {}
-    seen: set[str] = set()
-    for result in results:
-        content = json.dumps(asdict(result), sort_keys=True)
-        if content not in seen and result.curve:
-            seen.add(content)
+    for result in distinct(results):
+        if result.curve:
             groups = protocols.setdefault(_key(protocol_of(result)), {})
             own = groups.setdefault(_key(configuration_of(result)), Group(result.method))
             (own.results if is_finished(result) else own.unfinished).append(result)
