@@ -353,6 +353,11 @@ def test_orientation_and_transparency(tmp_path: Path) -> None:
     seen = ImageFiles([tmp_path / "clear.png"])[0]
     np.testing.assert_array_equal(seen[0, 0], clear[0, 0, :3])
     assert (seen[1:] == 255).all()
+    deep = np.full((8, 8), 257 * 100, np.uint16)
+    deep[0] = 0  # what the file has as transparent
+    Image.fromarray(deep).save(tmp_path / "deep.png", transparency=0)
+    seen = ImageFiles([tmp_path / "deep.png"])[0]
+    assert (seen[0] == 255).all() and (seen[1:] == 100).all()
 
 
 def test_test_images_that_are_training_images_are_counted(tmp_path: Path) -> None:
