@@ -164,6 +164,7 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     print("on each task:", " ".join(f"{accuracy:.1f}" for accuracy in figures["task_accuracies"]))
     if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(args.out), (json.dumps(figures, indent=1) + "\n").encode())
 
 
@@ -224,6 +225,7 @@ def bench(args: argparse.Namespace) -> None:
         figures = timing.time_run(settings_from(args), args.seconds, lambda line: print(line, flush=True))
         print("\n" + timing.shares(figures))
         if args.json:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
             write_whole(Path(args.json), (json.dumps(figures, indent=1) + "\n").encode())
         return
     from plora_ext import bench as benchmarks

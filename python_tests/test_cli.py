@@ -579,6 +579,9 @@ def test_plans(capsys: pytest.CaptureFixture[str]) -> None:
         ("--plan --family any", "family must be indexed, sum or all, got 'any'"),
         ("--plan --dtype int8", "dtype must be bfloat16, float16 or float32, got 'int8'"),
         ("--plan --device-capability sm90", "a compute capability is such as 9.0, got 'sm90'"),
+        ("--plan --rank 0", "rank must be at least 1, got 0"),
+        ("--plan --adapters 0", "adapters must be at least 1, got 0"),
+        ("--plan --rows-per-id=-1", "rows_per_id must be at least 1, got -1"),
     ):
         assert main(["info", *wrong.split()]) == 2
         assert capsys.readouterr().err == f"error: {said}\n"
