@@ -164,6 +164,7 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     print("on each task:", " ".join(f"{accuracy:.1f}" for accuracy in figures["task_accuracies"]))
     if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(args.out), (json.dumps(figures, indent=1) + "\n").encode())
 
 
@@ -196,13 +197,14 @@ def report(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from plora_ext.report import files as reports
-    from plora_ext.report.runs import group
+    from plora_ext.report.runs import distinct, group
 
     reports.drawers()  # before any work: matplotlib may not be installed
     from plora_ext.report.page import notes
 
-    results = [result for run in args.runs for result in reports.load_results(run)]
-    if (Path(args.out) / "checkpoint").exists():
+    results = distinct(result for run in args.runs for result in reports.load_results(run, args.out))
+    before = {name: (Path(args.out) / name).exists() for name in ("checkpoint", "metrics.json", "report.html")}
+    if before["checkpoint"] or (before["metrics.json"] and not before["report.html"]):
         raise ValueError(f"out must be a folder of its own, {args.out!r} holds a run, whose metrics would be replaced")
     folder = reports.prepare_folder(args.out)
     names = reports.write_report(folder, results)
@@ -223,6 +225,7 @@ def bench(args: argparse.Namespace) -> None:
         figures = timing.time_run(settings_from(args), args.seconds, lambda line: print(line, flush=True))
         print("\n" + timing.shares(figures))
         if args.json:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
             write_whole(Path(args.json), (json.dumps(figures, indent=1) + "\n").encode())
         return
     from plora_ext import bench as benchmarks
@@ -271,6 +274,7 @@ def _run(
     with ExitStack() as stack:
         if world.first:
             stack.enter_context(exclusive(folder))
+        world.from_first(lambda: _refuse_others(folder, resume is not None, overwrite))
         checkpoint = None if resume is None else Checkpoint(folder, resume, world, overwrite)
         console = ConsoleProgress()
         callbacks: list[Any] = [console] if world.first else []
@@ -306,6 +310,15 @@ def _run(
     print(f"written to {folder}: {', '.join(names)}")
     if not any(name.endswith(".png") for name in names):
         print(f"note: no figures without matplotlib: {reports.INSTALL}", file=sys.stderr)
+
+
+def _refuse_others(folder: Path, trains: bool, overwrite: bool) -> None:
+    """Results of another command would be replaced without a word; of one run by another, the checkpoint decides."""
+    run, metrics, page = ((folder / name).exists() for name in ("checkpoint", "metrics.json", "report.html"))
+    if trains and metrics and not (run or overwrite):
+        raise ValueError(f"{folder} holds results that train has not written: choose another folder, or --overwrite it")
+    if not trains and (run or page):
+        raise ValueError(f"{folder} holds {'a run' if run else 'a report'}, not a demo: choose another folder")
 
 
 def _odd(settings: Settings, data: Any, stream: Any) -> list[str]:

@@ -143,7 +143,7 @@ def plans(
         capability: compute capability of the GPU, such as "9.0"; default: this one's, or 9.0 where there is none.
 
     Raises:
-        ValueError: a shape, the family, the dtype or the capability is none. ImportError: nothing is compiled.
+        ValueError: a shape, family, dtype, capability or number is none. ImportError: nothing is compiled.
     """
     import plora_ext._C as _C
 
@@ -152,6 +152,9 @@ def plans(
         capability = f"{present.major}.{present.minor}" if present else "9.0"
     if not (digits := re.fullmatch(r"(\d+)\.(\d)", capability)):
         raise ValueError(f"a compute capability is such as 9.0, got {capability!r}")
+    for name, value in (("adapters", adapters), ("rank", rank), ("rows_per_id", rows_per_id)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     lines = [("rows x in x out", "pass", "path", "algorithm", "tile", "waves", "because")]
     for text in shapes or VIT_B:
         if not (sizes := re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)):

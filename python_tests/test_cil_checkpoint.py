@@ -342,8 +342,8 @@ def test_what_a_run_held_out_is_evaluated_again(
     run_ = json.loads((out / "metrics.json").read_text())["runs"][0]
     assert (run_["evaluated_on"], run_["num_train"], run_["num_test"]) == ("25 % of the training images", 36, 12)
     np.savez(tmp_path / "toy.npz", **{**arrays(), "test_images": arrays()["test_images"][:3], "test_labels": [0, 1, 2]})
-    assert main(["eval", str(out), "--out", str(tmp_path / "eval.json")]) == 0
-    figures = json.loads((tmp_path / "eval.json").read_text())
+    assert main(["eval", str(out), "--out", str(tmp_path / "new" / "eval.json")]) == 0
+    figures = json.loads((tmp_path / "new" / "eval.json").read_text())
     assert (figures["accuracy"], figures["task_accuracies"]) == (run_["last_accuracy"], run_["matrix"][-1])
     assert "% on 25 % of the training images of 6 classes" in capsys.readouterr().out
 

@@ -146,6 +146,18 @@ def test_settings_of_an_older_version_have_their_default() -> None:
     assert len(protocol.groups) == 1
 
 
+def test_a_run_of_before_a_setting_is_not_averaged_with_its_default() -> None:
+    before: dict[str, Any] = {"cutmix": 0.0, "distill": 0.0, "shrinkage": 0.7, "rotations": False, "init": "first"}
+    old, same, new = result(seed=1), result(seed=2, **before), result(seed=2)
+    for name in before:
+        del old.settings[name]
+    for result_ in (old, same, new):  # or it would stand in a protocol of its own
+        result_.inputs = {"data_digest": "a", "backbone_digest": "b"}
+    (protocol,) = group([old, same, new])
+    assert [[r.settings["seed"] for r in g.results] for g in protocol.groups] == [[2], [1, 2]]
+    assert protocol.groups[0].results == [new]
+
+
 # ---------------------------------------------------------------------- reading
 
 
@@ -181,6 +193,16 @@ def test_a_folder_of_runs_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[
         (protocol,) = group(load_results(tmp_path / "runs"))
         assert len(protocol.results) == 2
     assert "seed 2 (runs/plora-2) is incomplete, 2 of 4 tasks" in capsys.readouterr().out
+
+
+def test_a_report_below_its_runs_is_of_the_runs_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "runs" / "report"
+    for done in (2, None):
+        write(tmp_path / "runs" / "a", result(seed=1, done=done))
+        assert main(["report", str(tmp_path / "runs"), str(tmp_path / "runs" / "a"), "--out", str(out)]) == 0
+        incomplete = "is incomplete, 2 of 4 tasks" in capsys.readouterr().out
+        assert incomplete == (done == 2) and len(load_results(out)) == 1
+        assert "1 run, 1 configuration, 1 protocol" in (out / "report.html").read_text()
 
 
 def test_a_result_is_short_to_see_and_saved(tmp_path: Path) -> None:
@@ -357,6 +379,30 @@ def test_figures_show_every_value(after: float) -> None:
         assert heights.min() >= 0 and heights.max() <= 100
 
 
+def test_drift_that_was_measured_from_a_task_on_is_drawn_there(tmp_path: Path) -> None:
+    runs = [result(seed=s, measure_drift=True) for s in (1, 2)]
+    runs += [result(seed=3, r=8, measure_drift=True), result(seed=4, alignment="none", measure_drift=True)]
+    for late in (runs[1], runs[2]):  # continued with --measure-drift
+        late.drift[:3] = [None] * 3
+    runs[3].drift[3:] = [None]  # and without
+    (protocol,) = group(runs)
+    figure = figures.drift(protocol)
+    assert figure is not None
+    drawn = {
+        line.get_color(): dict(zip(*map(np.ndarray.tolist, line.get_data())))
+        for line in figure.axes[0].get_lines()
+        if line.get_marker() != "None"
+    }
+    mean, late, early = ([line[t] for t in (2, 3, 4)] for line in drawn.values())  # the mean of two is of both
+    np.testing.assert_allclose(mean, [np.nan, np.nan, 0.15])
+    np.testing.assert_allclose(late, [np.nan, np.nan, 0.15])
+    np.testing.assert_allclose(early, [0.05, 0.1, np.nan])
+    write_report(tmp_path, runs)
+    text = (tmp_path / "report.html").read_text()
+    check_page(text)
+    assert "Not measured after every task: plora, r 8, plora, alignment none." in text and "nan" not in text
+
+
 def test_one_run_without_spread_or_drift(tmp_path: Path) -> None:
     names = write_report(tmp_path, [result()])
     text = (tmp_path / "report.html").read_text()
@@ -423,6 +469,30 @@ def test_headings_say_in_words_what_tells_protocols_apart() -> None:
         "icon100, B0 Inc4, embedded",
         "icon100, B0 Inc2, embedded, class order sorted, 48 training and 24 evaluation images",
     ]
+
+
+def test_protocols_have_names_and_figures_of_their_own(tmp_path: Path) -> None:
+    orders = [[*range(98), 99, 98], [*range(100)]]  # too long to be told apart in a heading
+    given = [[[0, 1], [2, 3], [4, 5]], [[5, 1], [2, 3], [4, 0]]]
+    changes = [
+        *({"class_order": order} for order in orders),
+        *({"tasks": tasks} for tasks in given),
+        *({"data": data, "normalize": "none"} for data in ("a/my-set", "a/my_set", "é" * 115)),
+    ]
+    runs = [result(tasks=3) for _ in changes]
+    for run, changed in zip(runs, changes):
+        run.settings |= changed
+    protocols = group(runs)
+    names = [p.name for p in protocols]
+    assert len({*names}) == len(runs) and names[2:4] == [
+        "icon100, 3 given tasks, embedded, tasks 0 1 2 3 4 5",
+        "icon100, 3 given tasks, embedded, tasks 5 1 2 3 4 0",
+    ]
+    assert names[0].endswith("[...], protocol 1 of that name") and names[1].endswith("protocol 2 of that name")
+    written = write_report(tmp_path, runs)
+    assert len([name for name in written if name.endswith("accuracy.png")]) == len(runs)
+    with (tmp_path / "summary.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["protocol"] for row in csv.DictReader(file)] == names
 
 
 def of_curve(method: str, seed: int, curve: list[float]) -> Result:
@@ -543,6 +613,16 @@ def test_small_numbers_share_their_unit() -> None:
     assert figures.unit(0.3) == (1.0, "") and figures.unit(0) == (1.0, "")
     factor, name = figures.unit(3.28e-4)
     assert (round(factor), name) == (10**4, " (10⁻⁴)")
+
+
+def test_brackets_of_a_label_are_no_markup() -> None:
+    runs = [result(target_modules=f"blocks.{which}.qkv") for which in ("[a-z]+", "[/a]+")]
+    for run in runs:
+        run.settings["data"] = "set[b]"
+    console = Console(width=200, record=True)
+    console.print(comparison_table(group(runs)[0], 200))
+    text = console.export_text()
+    assert "set[b], B0 Inc2" in text and "blocks.[a-z]+.qkv" in text and "blocks.[/a]+.qkv" in text
 
 
 def test_the_table_of_the_terminal_marks_the_best(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,17 @@ def test_file_then_overrides(tmp_path: Path) -> None:
     assert Settings.load(tmp_path / "empty.yaml") == Settings()
 
 
+def test_numbers_of_a_file_are_decimal(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("seed: 0020\ninit_cls: 010\ntasks: [[010, 1.5e+0], [2]]\n")
+    with pytest.raises(ValueError, match="tasks must be int, got 1.5"):
+        Settings.load(tmp_path / "a.yaml")
+    settings = Settings.load(tmp_path / "a.yaml", {"tasks": None})
+    assert (settings.seed, settings.init_cls) == (20, 10)
+    (tmp_path / "a.yaml").write_text("lr: 1:30.5")  # YAML 1.1: 90.5
+    with pytest.raises(ValueError, match="lr must be float, got '1:30.5'"):
+        Settings.load(tmp_path / "a.yaml")
+
+
 def test_files_over_one_another(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("epochs: 7\nlr: 0.1\n")
     (tmp_path / "b.yaml").write_text("epochs: 3\nhead: gaussian\n")
@@ -163,6 +174,12 @@ def test_values_of_numpy_and_pathlib_are_plain_ones() -> None:
         ("epochs", "4.0", 4),
         ("out", "~/$RUNS/a", "/home/me/some/a"),
         ("weights", "$HOME/w.pth", "/home/me/w.pth"),
+        ("seed", "010", 10),  # as `seq -w` counts; YAML 1.1 has it to base 8
+        ("seed", "1_000", 1000),
+        ("init_cls", "0x10", 16),
+        ("lr", "0010", 10.0),
+        ("class_order", "002, 000,001", [2, 0, 1]),
+        ("out", "1:30", "1:30"),
     ],
 )
 def test_words_of_the_command_line(name: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +232,7 @@ def test_words_of_the_command_line(name: str, text: str, value: object, monkeypa
         ({"out": ""}, "out must be the name of a folder, got ''"),
         ({"tasks": [[0], [1]], "class_order": [1, 0]}, "leave class_order out"),
         ({3: 4}, "names of settings must be words, got 3: 4"),
+        ({"seed": parse("seed", "1:30")}, "seed must be int, got '1:30'"),  # YAML 1.1: 90
     ],
 )
 def test_what_is_refused(values: dict, message: str) -> None:

@@ -220,6 +220,30 @@ def test_what_is_hardly_meant_is_said(problem: list[str], tmp_path: Path, capsys
     assert "out must be a folder of its own" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("tiny")
+def test_results_of_another_command_are_not_replaced(
+    problem: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo, train, page = (str(tmp_path / name) for name in ("demo", "train", "page"))
+    simple = [*problem, "--method", "simplecil"]
+    assert main(["demo", *problem, "--out", demo]) == main(["train", *simple, "--out", train]) == 0
+    assert main(["report", train, "--out", page]) == 0
+    before = {out: (Path(out) / "metrics.json").read_bytes() for out in (demo, train, page)}
+    capsys.readouterr()
+    for arguments, said in (
+        (["demo", *problem, "--out", train], "holds a run, not a demo:"),
+        (["demo", *problem, "--out", page], "holds a report, not a demo:"),
+        (["train", *simple, "--out", demo], "holds results that train has not written"),
+        (["train", *simple, "--out", page], "or --overwrite it"),
+        (["train", *simple, "--resume", "--out", page], "or --overwrite it"),
+        (["report", train, "--out", demo], "out must be a folder of its own"),
+    ):
+        assert main(arguments) == 2 and said in capsys.readouterr().err, arguments
+    assert before == {out: (Path(out) / "metrics.json").read_bytes() for out in before}
+    assert main(["demo", *problem, "--out", demo]) == main(["report", train, "--out", page]) == 0  # their own
+    assert main(["train", *simple, "--out", demo, "--overwrite"]) == main(["train", *simple, "--out", train]) == 0
+
+
 def test_nothing_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume", "--out", str(tmp_path / "typo")]) == 2
     assert "typo holds no checkpoint to resume: is it the right folder?" in capsys.readouterr().err
@@ -555,6 +579,9 @@ def test_plans(capsys: pytest.CaptureFixture[str]) -> None:
         ("--plan --family any", "family must be indexed, sum or all, got 'any'"),
         ("--plan --dtype int8", "dtype must be bfloat16, float16 or float32, got 'int8'"),
         ("--plan --device-capability sm90", "a compute capability is such as 9.0, got 'sm90'"),
+        ("--plan --rank 0", "rank must be at least 1, got 0"),
+        ("--plan --adapters 0", "adapters must be at least 1, got 0"),
+        ("--plan --rows-per-id=-1", "rows_per_id must be at least 1, got -1"),
     ):
         assert main(["info", *wrong.split()]) == 2
         assert capsys.readouterr().err == f"error: {said}\n"

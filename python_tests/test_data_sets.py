@@ -293,6 +293,7 @@ def write_npz(path: Path, **changes: object) -> Path:
             r"test_labels must be integers of shape \[4\], one an image",
         ),
         (lambda p: write_npz(p, class_names=np.array(["a"])), "class_names must name each of 2 classes, got 1"),
+        (lambda p: write_npz(p, class_names=np.array("ab")), r"class_names must be one name a class, got shape \[\]"),
         (
             lambda p: write_npz(p, train_images=pixels(4).astype(np.int32) * 1000),
             r"train_images must hold integers in \[0",
@@ -302,7 +303,7 @@ def write_npz(path: Path, **changes: object) -> Path:
             r"train_images must hold floats in \[0, 1\]",
         ),
     ],
-    ids="empty short text npy bit objects lacks size labels names integers nan".split(),
+    ids="empty short text npy bit objects lacks size labels names scalar integers nan".split(),
 )
 def test_an_npz_file_that_is_not_whole_is_named(spoil, message: str, tmp_path: Path) -> None:
     path = write_npz(tmp_path / "x.npz")
@@ -319,6 +320,8 @@ def test_npz_of_other_number_types_and_with_names(tmp_path: Path) -> None:
     np.testing.assert_array_equal(data.train_images, pixels(4))
     np.testing.assert_array_equal(data.test_images, pixels(4))
     assert data.class_names == ["ant", "bee"]
+    raw = np.array(["é".encode(), b"bee"])
+    assert load_images(write_npz(tmp_path / "y.npz", class_names=raw)).class_names == ["é", "bee"]
 
 
 def test_images_of_more_than_8_bits_are_scaled(tmp_path: Path) -> None:
@@ -353,6 +356,11 @@ def test_orientation_and_transparency(tmp_path: Path) -> None:
     seen = ImageFiles([tmp_path / "clear.png"])[0]
     np.testing.assert_array_equal(seen[0, 0], clear[0, 0, :3])
     assert (seen[1:] == 255).all()
+    deep = np.full((8, 8), 257 * 100, np.uint16)
+    deep[0] = 0  # what the file has as transparent
+    Image.fromarray(deep).save(tmp_path / "deep.png", transparency=0)
+    seen = ImageFiles([tmp_path / "deep.png"])[0]
+    assert (seen[0] == 255).all() and (seen[1:] == 100).all()
 
 
 def test_test_images_that_are_training_images_are_counted(tmp_path: Path) -> None:

@@ -347,6 +347,19 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node: Any) -> Any:
+        """A number as YAML 1.2 reads it: 010 is ten, and 1:30 no number (in YAML 1.1 they are eight and ninety)."""
+        text = str(self.construct_scalar(node))
+        if ":" in text:
+            return text
+        if re.fullmatch(r"[-+]?0[0-7_]+", text):
+            return int(text.replace("_", ""))
+        return self.construct_yaml_float(node) if node.tag.endswith("float") else self.construct_yaml_int(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+
 
 def _of_file(path: str | Path) -> Mapping[str, Any]:
     path = os.path.expanduser(path)
@@ -393,7 +406,7 @@ def parse(name: str, text: str) -> Any:
     if not wants_list and (str in kinds or words):
         return text
     try:
-        return yaml.safe_load(f"[{text}]" if wants_list and not text.startswith("[") else text)
+        return yaml.load(f"[{text}]" if wants_list and not text.startswith("[") else text, _Loader)
     except yaml.YAMLError:
         return text
 

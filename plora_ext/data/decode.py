@@ -30,7 +30,11 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     """The pixels of an image of Pillow, by the rules of `decode`."""
     turned = ImageOps.exif_transpose(image)
     if turned.mode in ("F", "I") or turned.mode.startswith("I;16"):
-        return np.repeat(_to_8_bits(np.asarray(turned))[..., None], 3, axis=2)
+        values = np.asarray(turned)
+        gray = _to_8_bits(values)
+        if isinstance(key := turned.info.get("transparency"), int):  # the value that a PNG file has as transparent
+            gray[values == key] = 255
+        return np.repeat(gray[..., None], 3, axis=2)
     if turned.mode in _ALPHA or "transparency" in turned.info:
         turned = turned.convert("RGBA")
         white = Image.new("RGBA", turned.size, "white")

@@ -144,7 +144,12 @@ def _npz(path: Path) -> Images:
         if given.dtype != np.uint8:
             warn_if_dark(arrays[name], f"{path}: {name}")
     images = Images(arrays["train_images"], arrays["train_labels"], arrays["test_images"], arrays["test_labels"])
-    images.class_names = None if names is None else [str(name) for name in names]
+    if names is not None:
+        if names.ndim != 1:
+            raise ValueError(f"{path}: class_names must be one name a class, got shape {list(names.shape)}")
+        if names.dtype.kind == "S":
+            names = np.char.decode(names, "utf-8", "replace")
+        images.class_names = [str(name) for name in names]
     try:
         return checked(images)
     except ValueError as error:

@@ -85,7 +85,7 @@ class ConsoleProgress(Callback):
             where = f"{self._method:<16} task {task + 1:>2}{self._of}"
             spent = f"{now - self._start:4.0f} s   {self._images / (now - self._since):5.0f} images/s"
             line = f"{where}   accuracy {accuracy:5.1f} %   {spent if self._images else 'learned before'}"
-            self.console.print(line, highlight=False)
+            self.console.print(line, highlight=False, markup=False)
             self._images, self._since = 0, now
 
     def note(self, line: str) -> None:

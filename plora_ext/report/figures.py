@@ -73,13 +73,15 @@ def forgetting(protocol: Protocol, narrow: bool = False) -> Figure | None:
 
 def drift(protocol: Protocol, narrow: bool = False) -> Figure | None:
     """Distance of old prototypes from the true class means: dashed when the task began, solid after the alignment."""
-    curves = [(g, s) for g in protocol.finished if (s := g.spread(lambda r: moved(r, "after"))) is not None]
+    spreads = [(g, g.spread(lambda r: moved(r, "after"))) for g in protocol.finished]
+    curves = [(g, s) for g, s in spreads if s is not None and np.isfinite(s[0]).any()]
     if not curves:
         return None
     before = [g.spread(lambda r: moved(r, "before")) for g, _ in curves]
     every = np.concatenate([spread[0] for spread in (*before, *(s for _, s in curves)) if spread is not None])
-    log = every.min() > 0 and every.max() > 30 * every.min()
-    factor, power = (1.0, "") if log else unit(every.max())
+    low, high = float(np.nanmin(every)), float(np.nanmax(every))
+    log = low > 0 and high > 30 * low
+    factor, power = (1.0, "") if log else unit(high)
     figure = _over_tasks(
         protocol,
         [(g, (mean * factor, deviation * factor)) for g, (mean, deviation) in curves],
@@ -228,8 +230,11 @@ def svg(figure: Figure, name: str, title: str) -> str:
 
 
 def moved(r: Result, which: str) -> list[float] | None:
-    """`before`, `after` or `spacing` of the drift, task by task; None if it was not measured."""
-    return [step[which] for step in r.drift if step] or None
+    """`before`, `after` or `spacing` of the drift after each task but the first; None if it was never measured.
+
+    NaN where it was not, as of a run that was continued with another `measure_drift`.
+    """
+    return [step[which] if step else math.nan for step in r.drift[1:]] if any(r.drift) else None
 
 
 def _seconds_of_tasks(r: Result) -> list[float] | None:
@@ -288,7 +293,7 @@ def _over_tasks(
             if deviation.any():
                 low, high = np.maximum(mean - deviation, 0), mean + deviation
                 axes.vlines(x + aside, low, high, color=style["color"], linewidth=1, alpha=0.6)
-        ends.append((mean[-1], group.short, style["color"]))
+        ends.append((mean[np.isfinite(mean)][-1], group.short, style["color"]))
         last = max(last, int(x[-1]))
     for values, (group, _) in zip(dashed, curves):
         if values is not None:

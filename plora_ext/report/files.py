@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from plora_ext.cil.files import to_csv
@@ -91,8 +92,10 @@ def write_report(folder: Path, results: Sequence[Result]) -> list[str]:
         "metrics.json": to_json(results),
     }
     pictures: dict[str, Figure | None] = {}
-    for protocol in protocols:
-        where = "" if len(protocols) == 1 else re.sub(r"\W+", "_", protocol.name).strip("_") + "-"
+    stems = [re.sub(r"\W+", "_", protocol.name)[:80].strip("_") for protocol in protocols]  # names of files are short
+    for i, protocol in enumerate(protocols):
+        again = f"_{number}" if (number := stems[: i + 1].count(stems[i])) > 1 else ""  # my-set, my_set
+        where = "" if len(protocols) == 1 else f"{stems[i]}{again}-"
         for name, draw in drawn.items():
             figure = _titled(draw(protocol), protocol)
             pictures |= {f"{where}{name}.{kind}": figure for kind in ("png", "pdf")}
@@ -143,7 +146,7 @@ def comparison_table(protocol: Protocol, width: int = 80) -> Table:
 
 
 def _comparison(protocol: Protocol, titles: Sequence[str], shown: Sequence[str]) -> Table:
-    table = Table(title=f"{protocol.name}, accuracy in %", title_justify="left", **COMPACT)
+    table = Table(title=escape(f"{protocol.name}, accuracy in %"), title_justify="left", **COMPACT)
     lines = rows(protocol)
     best = best_cells(lines)
     for i, title in enumerate(titles):
@@ -153,7 +156,7 @@ def _comparison(protocol: Protocol, titles: Sequence[str], shown: Sequence[str])
             widest = max(len(text) for text in (title, *(line[i] for line in lines)))
             table.add_column(title, justify="right", no_wrap=True, min_width=widest)
     for row, line in enumerate(lines):
-        cells = [f"[bold green]{cell}[/]" if (row, i) in best else cell for i, cell in enumerate(line)]
+        cells = [f"[bold green]{cell}[/]" if (row, i) in best else escape(cell) for i, cell in enumerate(line)]
         table.add_row(*(cell for title, cell in zip(titles, cells) if title in shown))
     return table
 

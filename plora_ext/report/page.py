@@ -210,7 +210,7 @@ def _drift(protocol: Protocol, name: str) -> Section:
         section.text += " Made good: the share of the distance that the alignment has removed."
         section.tables.append(Table("Mean over tasks of 1 − cos", head, lines))
         absent = [g.label for g in protocol.finished if g.label not in {line[0] for line in lines}]
-        section.text += f" Not measured: {', '.join(absent)}." if absent else ""
+        section.text += f" Not measured after every task: {', '.join(absent)}." if absent else ""
     return section
 
 
@@ -290,7 +290,7 @@ def _over_tasks(caption: str, head: Sequence[str], curves: Sequence[tuple[Group,
 
 def _mean_moved(result: Result, which: str) -> float | None:
     values = figures.moved(result, which)
-    return None if values is None else float(np.mean(values))
+    return None if values is None or np.isnan(values).any() else float(np.mean(values))
 
 
 def _seconds(group: Group, phase: str) -> str:

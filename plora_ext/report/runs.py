@@ -24,7 +24,7 @@ from plora_ext.cil.methods import METHODS
 from plora_ext.cil.metrics import evaluated_on
 from plora_ext.cil.result import Result
 from plora_ext.cil.same_run import ELSEWHERE
-from plora_ext.cil.settings import Settings, current
+from plora_ext.cil.settings import Settings, as_before, current
 
 PROTOCOL = ("data", "init_cls", "increment", "tasks", "class_order", "order_seed", "validation", "backbone", "weights",
             "image_size", "transform", "normalize", "corrupt")  # fmt: skip
@@ -93,10 +93,13 @@ def is_finished(result: Result) -> bool:
     return 0 < len(result.classes_seen) == len(result.curve)
 
 
-def load_results(path: str | Path) -> list[Result]:
+def load_results(path: str | Path, out: str | Path | None = None) -> list[Result]:
     """The results of a run's folder, of the runs somewhere below a folder, or of a metrics.json.
 
     An unfinished run is read from its checkpoint.
+
+    Args:
+        out: A folder below that does not count: of the report to be replaced, which holds runs as they were then.
 
     Raises:
         OSError: There is neither.
@@ -114,6 +117,7 @@ def load_results(path: str | Path) -> list[Result]:
     if not results and path.is_dir():
         below = {file.parent for file in path.rglob("metrics.json")}
         below |= {file.parent.parent for file in path.rglob(f"checkpoint/{MANIFEST}")}
+        below = {run for run in below if out is None or run.resolve() != Path(out).resolve()}
         results = [result for run in sorted(below) for result in load_results(run)]
     if not results:
         raise FileNotFoundError(
@@ -155,17 +159,19 @@ def _result(run: dict[str, Any]) -> Result:
 # ---------------------------------------------------------------------- groups
 
 
+def distinct(results: Iterable[Result]) -> list[Result]:
+    """The results without those that are given a second time."""
+    return list({json.dumps(asdict(result), sort_keys=True): result for result in results}.values())
+
+
 def group(results: Iterable[Result]) -> list[Protocol]:
     """The results by protocol and configuration, both in the order in which they came, the seeds sorted.
 
     Left out: a run given twice, and one that has not learned its first task.
     """
     protocols: dict[str, dict[str, Group]] = {}
-    seen: set[str] = set()
-    for result in results:
-        content = json.dumps(asdict(result), sort_keys=True)
-        if content not in seen and result.curve:
-            seen.add(content)
+    for result in distinct(results):
+        if result.curve:
             groups = protocols.setdefault(_key(protocol_of(result)), {})
             own = groups.setdefault(_key(configuration_of(result)), Group(result.method))
             (own.results if is_finished(result) else own.unfinished).append(result)
@@ -198,8 +204,8 @@ def configuration_of(result: Result) -> dict[str, Any]:
 
 
 def settings_of(result: Result) -> dict[str, Any]:
-    """A result's settings; those that came after it was written have their default."""
-    return {**_defaults(), **current(result.settings)}
+    """A result's settings; those that came after it was written are as they were when there was no such setting."""
+    return {**_defaults(), **as_before(current(result.settings))}
 
 
 @cache
@@ -259,21 +265,34 @@ def _usual(values: list[Any], default: Any) -> str | None:
 
 
 def _names(firsts: Sequence[Result]) -> list[str]:
-    """A title for each protocol: data, tasks and backbone, and what else tells apart those in which they agree."""
+    """A title for each protocol, none twice: data, tasks, backbone, and what else tells apart those that agree there.
+
+    Where that is too long to be said in full, they are numbered.
+    """
     facts = [protocol_of(r) for r in firsts]
-    telling = (*PROTOCOL[PROTOCOL.index("class_order") :], "images", "digests")
+    telling = (*PROTOCOL[PROTOCOL.index("tasks") :], "images", "digests")
     titles = []
     for f in facts:
         first, increment = f["init_cls"], f["increment"]
         tasks = f"B{0 if first == increment else first} Inc{increment}" if first else f"{len(f['tasks'])} given tasks"
         on = f", on {evaluated_on(f['validation'])}" if f["validation"] else ""
         titles.append(f"{Path(str(f['data'])).name or f['data']}, {tasks}, {f['backbone']}{on}")
-    for alike in [[i for i, t in enumerate(titles) if t == title] for title in dict.fromkeys(titles)]:
-        for name in (n for n in telling if len({_key(facts[i][n]) for i in alike}) > 1):
-            for i in alike:
+
+    def alike() -> list[list[int]]:
+        return [[i for i, t in enumerate(titles) if t == title] for title in dict.fromkeys(titles)]
+
+    for same in alike():
+        for name in (n for n in telling if len({_key(facts[i][n]) for i in same}) > 1):
+            for i in same:
                 titles[i] += f", {_said(name, facts[i][name])}"
-    times = Counter(titles)
-    return [f"{title} ({facts[i]['data']})" if times[title] > 1 else title for i, title in enumerate(titles)]
+    for same in alike():
+        if len({facts[i]["data"] for i in same}) > 1:
+            for i in same:
+                titles[i] += f" ({facts[i]['data']})"
+    for same in alike():
+        for number, i in enumerate(same if len(same) > 1 else (), 1):
+            titles[i] += f", protocol {number} of that name"
+    return titles
 
 
 def _said(name: str, value: Any) -> str:
