@@ -71,7 +71,8 @@ def distributions(repository: Path, tmp_path_factory: pytest.TempPathFactory) ->
     assert result.returncode == 0, result.stdout + result.stderr
     (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Debian 12: not there
+        archive.extractall(folder / "unpacked", **safe)
     (unpacked,) = (folder / "unpacked").iterdir()
     wheel_command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--wheel-dir", folder, unpacked]
     result = run(*wheel_command, PLORA_FORCE_CPU="1", FORCE_CUDA=None, PLORA_TORCH_DIR=None)

@@ -83,7 +83,8 @@ class Package:
         if self._root.is_file():
             self._temporary = tempfile.TemporaryDirectory()
             with tarfile.open(self._root) as archive:
-                archive.extractall(self._temporary.name, filter="data")
+                safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Debian 12: not there
+                archive.extractall(self._temporary.name, **safe)
             self._root = Path(self._temporary.name) / "package"
         manifest = self._root / "package.json"
         if not manifest.is_file():
