@@ -164,7 +164,6 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     print("on each task:", " ".join(f"{accuracy:.1f}" for accuracy in figures["task_accuracies"]))
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(args.out), (json.dumps(figures, indent=1) + "\n").encode())
 
 
@@ -225,7 +224,6 @@ def bench(args: argparse.Namespace) -> None:
         figures = timing.time_run(settings_from(args), args.seconds, lambda line: print(line, flush=True))
         print("\n" + timing.shares(figures))
         if args.json:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
             write_whole(Path(args.json), (json.dumps(figures, indent=1) + "\n").encode())
         return
     from plora_ext import bench as benchmarks

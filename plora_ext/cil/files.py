@@ -15,7 +15,11 @@ from typing import Any
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it appears whole or not at all, and stays thereafter, also when the machine stops."""
+    """Writes a file so that it appears whole or not at all, and stays thereafter, also when the machine stops.
+
+    Folders that are missing above it are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:

@@ -80,7 +80,6 @@ class Result:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes FOLDER/metrics.json, which `plora-ext report` reads, and returns its path; it appears whole or not."""
         file = Path(folder) / "metrics.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, to_json([self]).encode())
         return file
 

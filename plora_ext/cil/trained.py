@@ -119,5 +119,4 @@ def write_predictions(out: Path, paths: Sequence[Path], predictions: Sequence[di
     each = len(predictions) // len(paths)
     rows = [{"image": str(paths[i // each]), **prediction} for i, prediction in enumerate(predictions)]
     text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n" if out.suffix == ".json" else to_csv(rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, text.encode("utf-8"))
