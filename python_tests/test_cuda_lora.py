@@ -720,6 +720,8 @@ def test_added_to_many_rows(family: str, ids: str, T: int, r: int, options: str)
 )
 def test_all_outputs(M: int, n_in: int, out: int, r: int, T: int, options: str, dtype: torch.dtype) -> None:
     args, kwargs, cotangent = problem("lora_all", M, n_in, out, r, T, options=options, dtype=dtype)
+    if dtype == FP16:
+        cotangent = cotangent / 64  # sums of 25,000 rows stay within its range
     verify("lora_all", args, kwargs, cotangent)
     with torch.no_grad():
         y, target = ops.lora_all(*args, **kwargs), torch.full((T, M, out), torch.nan, device=DEVICE, dtype=dtype)

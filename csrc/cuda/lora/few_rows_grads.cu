@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar>)
   const int end = min(begin + a.each * kColumns, width);
   const bool asked = a.asks.has(t);
   const int total = asked ? find_rows(a.rows, t, numbers) : 0;
-  const int limit = !asked ? 0 : a.ranks ? static_cast<int>(min(a.ranks[t], static_cast<int64_t>(a.r))) : a.r;
+  const int limit = !asked ? 0 : a.ranks ? static_cast<int>(min(max(a.ranks[t], int64_t{0}), int64_t{a.r})) : a.r;
   const float factor = asked ? a.scaling[t] : 0.f;
   scalar* const out = static_cast<scalar*>(job.out) + static_cast<int64_t>(t) * a.r * width;
 

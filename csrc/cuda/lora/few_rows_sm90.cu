@@ -258,7 +258,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   __syncwarp();
-  wait_for_predecessor();  // what follows this kernel follows both
   sm90::cluster_arrive();  // the others have read what is here
   sm90::cluster_wait();
 #endif
