@@ -9,6 +9,10 @@
 // `trainable` lists the adapters whose factors get gradients (all where it is absent). The backward operators take
 // `needs`, a bit each for x, lora_A, lora_B, scaling, bias_A, bias_B, and return an empty tensor for what nobody needs.
 //
+// `lora_one` is `lora_sum` of one adapter beside the frozen layer, as eager code calls it: x [..., in], lora_A [r, in],
+// lora_B [out, r], scaling [1], y [..., out]. Views, and arguments that are not there, would cost the host more than it
+// takes to launch the kernels.
+//
 // `tf32` lets CUDA round float32 operands to TF32; the caller passes torch's own setting for matrix products.
 
 #include <torch/csrc/stable/library.h>
@@ -25,6 +29,10 @@ STABLE_TORCH_LIBRARY(plora_ext, m) {
   m.def(
       "lora_all(Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? base, Tensor? weight, Tensor? bias, "
       "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable, int[]? slices, bool keep) "
+      "-> (Tensor, Tensor)");
+
+  m.def(
+      "lora_one(Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor weight, Tensor? bias, bool keep) "
       "-> (Tensor, Tensor)");
 
   m.def(
@@ -53,6 +61,10 @@ STABLE_TORCH_LIBRARY(plora_ext, m) {
       "lora_all_backward(Tensor grad, Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight, "
       "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, Tensor? kept, bool relu, int[]? trainable, int needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  m.def(
+      "lora_one_backward(Tensor grad, Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor weight, "
+      "Tensor? kept, int needs) -> (Tensor, Tensor, Tensor)");
 
   m.def("lora_merge(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? ranks) -> Tensor");
 

@@ -7,6 +7,8 @@ compute is tested there (test_cuda_lora.py).
 from __future__ import annotations
 
 import ctypes
+import itertools
+import math
 import random
 import shutil
 import subprocess
@@ -177,6 +179,49 @@ def test_random_calls(
         "lora_grads_sm90", "dense_grads",
     }  # fmt: skip
     assert seen & {"all", "all*"}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("lead", "r", "dtype"),
+    [
+        ((520,), 16, torch.bfloat16), ((2, 4, 130), 16, torch.bfloat16), ((4, 260), 24, torch.float16),
+        ((197,), 16, torch.bfloat16), ((2, 3), 8, torch.bfloat16), ((), 8, torch.float16),
+        ((2, 300), 17, torch.float32), ((3, 100), 200, torch.bfloat16), ((2, 0), 8, torch.float32),
+        ((1, 300), 65, torch.bfloat16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_one_adapter_is_a_sum_of_one(
+    lead: tuple[int, ...], r: int, dtype: torch.dtype, host: ctypes.CDLL, calls: Callable[[], list[str]]
+) -> None:
+    """`lora_one` takes rows in any shape, which may begin anywhere in memory, and factors without a first dimension."""
+    n_in, out, operators = 16, 48, torch.ops.plora_host
+    x = (0.3 * torch.randn(8 + math.prod(lead) * n_in)).to(dtype)[8:].view(*lead, n_in)
+    A, B, W, b = (0.3 * torch.randn(sizes) for sizes in ((r, n_in), (out, r), (out, n_in), (out,)))
+    A, B, W, b, s = A.to(dtype), B.to(dtype), W.to(dtype), b.to(dtype), torch.full((1,), 1.5)
+    rows, grad = x.reshape(-1, n_in), torch.randn(*lead, out).to(dtype).mT.contiguous().mT if lead else torch.randn(out)
+    grad = grad.to(dtype)
+    for capture, keep in itertools.product((0, 1), (False, True)):
+        host.capture(capture)
+        y, kept = operators.lora_one(x, A, B, s, W, b, keep)
+        one = calls()
+        expected, other = operators.lora_sum(
+            rows, A[None], B[None], s, None, W, b, *[None] * 3, False, None, None, keep
+        )
+        assert one == calls()
+        assert y.shape == (*lead, out) and y.is_contiguous() and y._base is None
+        assert torch.equal(y.view(-1, out), expected) and torch.equal(kept, other)
+        for needs in range(8):
+            found = operators.lora_one_backward(grad, x, A, B, s, W, kept, needs)
+            one = calls()
+            dx, dA, dB, *_ = operators.lora_sum_backward(
+                grad.reshape(-1, out), rows, A[None], B[None], s, W, *[None] * 3, other, False, None, needs
+            )
+            assert one == calls()
+            for bit, (d, expected, like) in enumerate(zip(found, (dx, dA, dB), (x, A, B), strict=True)):
+                assert d.shape == (like.shape if needs >> bit & 1 else (0,)) and d._base is None
+                assert torch.equal(d.flatten(), expected.flatten()), (bit, needs)
 
 
 def test_memory_lives_until_the_kernels_that_use_it(calls: Callable[[], list[str]]) -> None:

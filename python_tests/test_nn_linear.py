@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import plora_ext
 from plora_ext import libraries, ops
 from plora_ext.nn import Adapters, MultiLoRALinear, inject, linear
+from plora_ext.ops import compiled
 
 IN, OUT, SCALE = 12, 18, 1.5
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.2}
@@ -511,6 +512,23 @@ def test_the_short_way_gives_the_same_bits(lead, asks, device, monkeypatch) -> N
     monkeypatch.setattr(linear, "run_sum", lambda *args: None)
     for a, b in zip(short, bits(), strict=True):
         assert a.shape == b.shape and torch.equal(a, b)
+
+
+@native
+def test_the_short_way_hands_tensors_on_as_they_are(device, monkeypatch) -> None:
+    """A view, or a copy, would cost the host as much as a small launch."""
+    seen: dict[str, tuple[Any, ...]] = {}
+    for name in ("lora_one", "lora_one_backward"):
+        spied = lambda *args, name=name, operator=compiled.op[name]: seen.update({name: args}) or operator(*args)  # noqa: E731
+        monkeypatch.setitem(compiled.op, name, spied)
+    layer = one(device=device).layers["qkv"]
+    x = torch.randn(2, 3, IN, device=device, requires_grad=True)
+    given = [x, *layer.pairs("t0")[0]]
+    layer(x).backward(cotangent := torch.randn(2, 3, OUT, device=device))
+    for args, tensors in ((seen["lora_one"], given), (seen["lora_one_backward"], [cotangent, *given])):
+        for arg, t in zip(args, tensors, strict=False):
+            assert arg.shape == t.shape and arg.data_ptr() == t.data_ptr()
+    assert all(t.grad is not None and t.grad.is_contiguous() and t.grad._base is None for t in given)
 
 
 @native

@@ -256,6 +256,35 @@ def test_opcheck(family: str, options: str) -> None:
 
 
 @native
+@pytest.mark.parametrize("lead", [(), (2,)], ids=str)
+@pytest.mark.parametrize("needs", [0, 5, 7])
+def test_opcheck_of_one_adapter(lead: tuple[int, ...], needs: int) -> None:
+    (x, A, B, s), named, grad = problem("lora_sum", T=1, lead=lead, options="weight bias", grad=False)
+    args = [x, A[0], B[0], s, named["weight"]]
+    opcheck(torch.ops.plora_ext.lora_one.default, [*args, named["bias"], True])
+    opcheck(torch.ops.plora_ext.lora_one_backward.default, [grad, *args, None, needs])
+
+
+@native
+def test_one_adapter_refuses_what_does_not_fit() -> None:
+    (x, A, B, s), named, grad = problem("lora_sum", T=1, options="weight", grad=False)
+    one, backward, W = torch.ops.plora_ext.lora_one, torch.ops.plora_ext.lora_one_backward, named["weight"]
+    for args, expected in (
+        ((x[0, 0], A[0], B[0], s, W), r"x must be \[\.\.\., n\], got \[\]"),
+        ((x, A, B[0], s, W), r"lora_A must be \[r, in\], got \[1, 4, 16\]"),
+        ((x, A[0], B, s, W), r"lora_B must be \[out, r\], got \[1, 24, 4\]"),
+        ((x, A[0], B[0][:, :3], s, W), r"lora_B must have the shape \[24, 4\], got \[24, 3\]"),
+        ((x, A[0], B[0], s[0], W), r"scaling must have the shape \[1\], got \[\]"),
+        ((x, A[0].double(), B[0], s, W), "lora_A must be Float, got Double"),
+    ):
+        with pytest.raises(RuntimeError, match=f"lora_sum: {expected}"):
+            one(*args, None, False)
+    for wrong in (grad[:, 1:], grad[1:], grad[None, :3]):
+        with pytest.raises(RuntimeError, match="lora_sum_backward: grad must have the shape"):
+            backward(wrong, x, A[0], B[0], s, W, None, 7)
+
+
+@native
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("options", ["", "base weight bias bias_A bias_B relu ranks"])

@@ -37,6 +37,11 @@ inline std::string shape_text(std::initializer_list<int64_t> sizes) {
   return text + "]";
 }
 
+// For calls of the C shim; the macro that torch offers for this has another name in every version.
+inline void check_call(AOTITorchError error, const char* what) {
+  PLORA_CHECK(error == AOTI_TORCH_SUCCESS, what, " failed");
+}
+
 // The type of device, which tells the CPU from "meta".
 inline int32_t device_of(const Tensor& t) {
   int32_t type = 0;
@@ -59,19 +64,22 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, std::
               " must be on the device of the first argument");
 }
 
+// Torch's number for a type.
+inline int32_t shim_dtype(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
-  PLORA_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", torch::headeronly::toString(dtype), ", got ",
+  // in torch's numbers: to tell which type one stands for takes a call for every type that it could be
+  int32_t type = 0;
+  check_call(aoti_torch_get_dtype(t.get(), &type), "aoti_torch_get_dtype");
+  PLORA_CHECK(type == shim_dtype(dtype), op, ": ", name, " must be ", torch::headeronly::toString(dtype), ", got ",
               torch::headeronly::toString(t.scalar_type()));
 }
 
 // The type that sums are kept in: float64 for float64, else float32.
 inline ScalarType wide(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// For calls of the C shim; the macro that torch offers for this has another name in every version.
-inline void check_call(AOTITorchError error, const char* what) {
-  PLORA_CHECK(error == AOTI_TORCH_SUCCESS, what, " failed");
 }
 
 inline Tensor compact(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -90,11 +98,24 @@ inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArray
   check_call(aoti_torch_get_dtype(like.get(), &type), "aoti_torch_get_dtype");
   check_call(aoti_torch_get_device_type(like.get(), &device), "aoti_torch_get_device_type");
   check_call(aoti_torch_get_device_index(like.get(), &index), "aoti_torch_get_device_index");
-  if (dtype) type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  if (dtype) type = shim_dtype(*dtype);
   AtenTensorHandle made = nullptr;
   check_call(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type, device,
                                       index, &made),
              "aoti_torch_empty_strided");
+  return Tensor(made);
+}
+
+// Other sizes for the memory of a contiguous tensor; for autograd it is a tensor of its own, and no view.
+inline Tensor with_sizes(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::array<int64_t, 64> strides;  // as many dimensions as torch has
+  PLORA_CHECK(sizes.size() <= strides.size(), "with_sizes: at most 64 dimensions");
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
+  AtenTensorHandle made = nullptr;
+  check_call(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                            0, &made),
+             "aoti_torch__reinterpret_tensor");
   return Tensor(made);
 }
 

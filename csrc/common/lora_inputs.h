@@ -19,19 +19,27 @@ struct Inputs {
   Tensor x, lora_A, lora_B, scaling;
   OptTensor ids, weight, bias, bias_A, bias_B, ranks;
   bool relu;
+  ScalarType dtype;  // of x
   int64_t M, T, r, in, out;
 
+  // one: T = 1, and lora_A is [r, in], lora_B [out, r].
   Inputs(const char* op, Family family, const Tensor& x_, const OptTensor& ids_, const Tensor& A, const Tensor& B,
          const Tensor& scaling_, const OptTensor& weight_, const OptTensor& bias_, const OptTensor& bias_A_,
-         const OptTensor& bias_B_, const OptTensor& ranks_, bool relu)
+         const OptTensor& bias_B_, const OptTensor& ranks_, bool relu, bool one = false)
       : op(op), family(family), relu(relu) {
     PLORA_CHECK(x_.dim() == 2, op, ": x must be [M, in], got ", shape_of(x_));
-    PLORA_CHECK(A.dim() == 3, op, ": lora_A must be [T, r, in], got ", shape_of(A));
-    PLORA_CHECK(B.dim() == 3, op, ": lora_B must be [T, out, r], got ", shape_of(B));
-    M = x_.size(0), in = x_.size(1), T = A.size(0), r = A.size(1), out = B.size(1);
-    const ScalarType dtype = x_.scalar_type();
-    check_shape(op, "lora_A", A, {T, r, in}, x_);
-    check_shape(op, "lora_B", B, {T, out, r}, x_);
+    const int64_t d = one ? 0 : 1;
+    PLORA_CHECK(A.dim() == d + 2, op, ": lora_A must be ", one ? "[r, in]" : "[T, r, in]", ", got ", shape_of(A));
+    PLORA_CHECK(B.dim() == d + 2, op, ": lora_B must be ", one ? "[out, r]" : "[T, out, r]", ", got ", shape_of(B));
+    M = x_.size(0), in = x_.size(1), T = one ? 1 : A.size(0), r = A.size(d), out = B.size(d);
+    dtype = x_.scalar_type();
+    if (one) {
+      check_shape(op, "lora_A", A, {r, in}, x_);
+      check_shape(op, "lora_B", B, {out, r}, x_);
+    } else {
+      check_shape(op, "lora_A", A, {T, r, in}, x_);
+      check_shape(op, "lora_B", B, {T, out, r}, x_);
+    }
     check_shape(op, "scaling", scaling_, {T}, x_);
     check_dtype(op, "lora_A", A, dtype);
     check_dtype(op, "lora_B", B, dtype);
@@ -62,13 +70,13 @@ struct Inputs {
       check_shape(op, name, t, {T, M, out}, x);
     else
       check_shape(op, name, t, {M, out}, x);
-    check_dtype(op, name, t, x.scalar_type());
+    check_dtype(op, name, t, dtype);
   }
 };
 
-// Of the arguments with these names; empty, or not there, where `needs` does not ask.
+// Of the arguments with these names; not there where `needs` does not ask.
 struct Gradients {
-  Tensor x, lora_A, lora_B, scaling, bias_A, bias_B;
+  OptTensor x, lora_A, lora_B, scaling, bias_A, bias_B;
 };
 
 // x weight^T + bias, by torch.
@@ -76,6 +84,16 @@ inline Tensor linear(const Tensor& x, const Tensor& weight, const OptTensor& bia
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
   check_call(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION), "aten::linear");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// W + sum s B A.
+inline Tensor merged(const Inputs& p) {
+  std::array<StableIValue, 5> stack{torch::stable::detail::from(*p.weight),
+                                    torch::stable::detail::from(with_sizes(p.lora_A, {p.T, p.r, p.in})),
+                                    torch::stable::detail::from(with_sizes(p.lora_B, {p.T, p.out, p.r})),
+                                    torch::stable::detail::from(p.scaling), torch::stable::detail::from(p.ranks)};
+  check_call(torch_call_dispatcher("plora_ext::lora_merge", "", stack.data(), TORCH_ABI_VERSION), "lora_merge");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -97,12 +115,13 @@ class NoGrad {
   bool before_;
 };
 
-// The ten operators of a device, as csrc/schema.cpp declares them. Device says how they are computed:
+// The twelve operators of a device, as csrc/schema.cpp declares them. Device says how they are computed:
 //   forward(Inputs, base, slices, keep) -> (y, kept)     in_place(Inputs, y)     all_out(Inputs, base, y)
 //   backward(Inputs, grad, kept, trainable, needs) -> Gradients
 template <typename Device>
 struct LoraOperators {
   using Pair = std::tuple<Tensor, Tensor>;
+  using Three = std::tuple<Tensor, Tensor, Tensor>;
   using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
   static Pair indexed(const Tensor& x, const Tensor& ids, const Tensor& A, const Tensor& B, const Tensor& scaling,
@@ -118,6 +137,17 @@ struct LoraOperators {
                   const OptTensor& ranks, bool relu, const OptInts&, const OptInts& slices, bool keep) {
     return forward({"lora_sum", Family::sum, x, {}, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu}, base,
                    slices, keep);
+  }
+
+  static Pair one(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling, const Tensor& weight,
+                  const OptTensor& bias, bool keep) {
+    const Inputs p = inputs_of_one("lora_sum", x, A, B, scaling, weight, bias);
+    const Pair made = forward(p, {}, {}, keep);
+    if (x.dim() == 2) return made;
+    const auto lead = x.sizes();
+    std::vector<int64_t> sizes(lead.begin(), lead.end());
+    sizes.back() = p.out;
+    return {with_sizes(std::get<0>(made), sizes), std::get<1>(made)};
   }
 
   static Pair all(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling, const OptTensor& base,
@@ -172,6 +202,14 @@ struct LoraOperators {
                     grad, kept, trainable, needs);
   }
 
+  static Three one_backward(const Tensor& grad, const Tensor& x, const Tensor& A, const Tensor& B,
+                            const Tensor& scaling, const Tensor& weight, const OptTensor& kept, int64_t needs) {
+    const Inputs p = inputs_of_one("lora_sum_backward", x, A, B, scaling, weight, {});
+    const Gradients g = gradients(p, rows_of("grad", grad), kept, {}, needs & (kNeedX | kNeedA | kNeedB));
+    const auto made = [&](const OptTensor& t) { return t ? *t : none_like(x); };
+    return {g.x && x.dim() != 2 ? with_sizes(*g.x, x.sizes()) : made(g.x), made(g.lora_A), made(g.lora_B)};
+  }
+
   static Six all_backward(const Tensor& grad, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling,
                           const OptTensor& weight, const OptTensor& bias_A, const OptTensor& bias_B,
                           const OptTensor& ranks, const OptTensor& kept, bool relu, const OptInts& trainable,
@@ -185,6 +223,7 @@ struct LoraOperators {
     m.impl("lora_indexed", TORCH_BOX(&LoraOperators::indexed));
     m.impl("lora_sum", TORCH_BOX(&LoraOperators::sum));
     m.impl("lora_all", TORCH_BOX(&LoraOperators::all));
+    m.impl("lora_one", TORCH_BOX(&LoraOperators::one));
     m.impl("lora_indexed_", TORCH_BOX(&LoraOperators::indexed_));
     m.impl("lora_sum_", TORCH_BOX(&LoraOperators::sum_));
     m.impl("lora_all_", TORCH_BOX(&LoraOperators::all_));
@@ -192,9 +231,25 @@ struct LoraOperators {
     m.impl("lora_indexed_backward", TORCH_BOX(&LoraOperators::indexed_backward));
     m.impl("lora_sum_backward", TORCH_BOX(&LoraOperators::sum_backward));
     m.impl("lora_all_backward", TORCH_BOX(&LoraOperators::all_backward));
+    m.impl("lora_one_backward", TORCH_BOX(&LoraOperators::one_backward));
   }
 
  private:
+  // [..., n] as rows [M, n].
+  static Tensor rows_of(const char* name, const Tensor& t) {
+    const int64_t last = t.dim() - 1;
+    if (last == 1) return t;
+    PLORA_CHECK(last >= 0, "lora_sum: ", name, " must be [..., n], got []");
+    int64_t M = 1;
+    for (int64_t d = 0; d < last; ++d) M *= t.size(d);
+    return with_sizes(compact(t), {M, t.size(last)});
+  }
+
+  static Inputs inputs_of_one(const char* op, const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling,
+                              const Tensor& weight, const OptTensor& bias) {
+    return {op, Family::sum, rows_of("x", x), {}, A, B, scaling, weight, bias, {}, {}, {}, false, true};
+  }
+
   static Pair forward(const Inputs& p, const OptTensor& base, const OptInts& slices, bool keep) {
     if (base) p.check_output("base", *base, false);
     if (slices) check_slices(p, *slices);
@@ -231,8 +286,8 @@ struct LoraOperators {
     return other.first < mine.second && mine.first < other.second;
   }
 
-  static Six backward(const Inputs& p, const Tensor& grad, const OptTensor& kept, const OptInts& trainable,
-                      int64_t needs) {
+  static Gradients gradients(const Inputs& p, const Tensor& grad, const OptTensor& kept, const OptInts& trainable,
+                             int64_t needs) {
     p.check_output("grad", grad, p.family == Family::all);
     if (trainable)
       for (int64_t t : *trainable)
@@ -240,8 +295,13 @@ struct LoraOperators {
     if (!p.bias_A) needs &= ~kNeedBiasA;
     if (!p.bias_B) needs &= ~kNeedBiasB;
     const NoGrad guard;
-    const Gradients g = Device::backward(p, compact(grad), kept, trainable, needs);
-    const auto made = [](const Tensor& t, const Tensor& like) { return t.defined() ? t : none_like(like); };
+    return Device::backward(p, compact(grad), kept, trainable, needs);
+  }
+
+  static Six backward(const Inputs& p, const Tensor& grad, const OptTensor& kept, const OptInts& trainable,
+                      int64_t needs) {
+    const Gradients g = gradients(p, grad, kept, trainable, needs);
+    const auto made = [](const OptTensor& t, const Tensor& like) { return t ? *t : none_like(like); };
     return {made(g.x, p.x),      made(g.lora_A, p.x), made(g.lora_B, p.x), made(g.scaling, p.scaling),
             made(g.bias_A, p.x), made(g.bias_B, p.x)};
   }

@@ -8,7 +8,7 @@
 namespace plora::cpu {
 
 bool own_frozen_product(const Inputs& p) {
-  if (p.x.scalar_type() != ScalarType::Float || p.M == 0 || p.in == 0 || p.out == 0) return false;
+  if (p.dtype != ScalarType::Float || p.M == 0 || p.in == 0 || p.out == 0) return false;
   if (const char* wish = std::getenv("PLORA_CPU_BASE"); wish && *wish) {
     PLORA_CHECK(std::strcmp(wish, "own") == 0 || std::strcmp(wish, "torch") == 0,
                 "PLORA_CPU_BASE must be own or torch, got ", wish);

@@ -77,16 +77,7 @@ bool own_frozen_product(const Inputs& p);
 // in 16 bits, which would round a small adapter away.
 inline bool merges(const Inputs& p) {
   return p.family == Family::sum && p.weight && !p.relu && !p.bias_A && !p.bias_B &&
-         p.M * (p.in + p.out) > p.in * p.out && wide(p.x.scalar_type()) == p.x.scalar_type();
-}
-
-// W + s B A, for torch's product.
-inline Tensor merged(const Inputs& p) {
-  std::array<StableIValue, 5> stack{torch::stable::detail::from(*p.weight), torch::stable::detail::from(p.lora_A),
-                                    torch::stable::detail::from(p.lora_B), torch::stable::detail::from(p.scaling),
-                                    torch::stable::detail::from(p.ranks)};
-  check_call(torch_call_dispatcher("plora_ext::lora_merge", "", stack.data(), TORCH_ABI_VERSION), "lora_merge");
-  return torch::stable::detail::to<Tensor>(stack[0]);
+         p.M * (p.in + p.out) > p.in * p.out && wide(p.dtype) == p.dtype;
 }
 
 }  // namespace plora::cpu

@@ -212,7 +212,7 @@ void forward(const Inputs& p, const Output<scalar>& o, bool own) {
 
 // y0 + the low-rank part into y, which is written for the first time; `layer` is torch's frozen product.
 void write(const Inputs& p, const OptTensor& base, const OptTensor& layer, bool own, const Tensor& y) {
-  dispatch(p.op, p.x.scalar_type(), [&](auto tag) {
+  dispatch(p.op, p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
     Output<scalar> o{mutable_data<scalar>(y), p.out, p.M * p.out};
     o.in_place = layer && layer->const_data_ptr() == y.const_data_ptr();
@@ -242,7 +242,7 @@ struct Cpu {
 
   static void in_place(const Inputs& p, const Tensor& y) {
     const int64_t d = y.dim();
-    dispatch(p.op, p.x.scalar_type(), [&](auto tag) {
+    dispatch(p.op, p.dtype, [&](auto tag) {
       using scalar = decltype(tag);
       const Output<scalar> o{mutable_data<scalar>(y), y.stride(d - 2), d == 3 ? y.stride(0) : 0, true};
       cpu::forward(p, o, false);

@@ -66,14 +66,14 @@ class Backward {
     });
     if (needs_ & kNeedA)
       add_up(dA_, p_.in, [&](auto row, int64_t column, int64_t n, const acc* sum) {
-        if (row.j >= 0) convert(sum, n, mutable_data<scalar>(g_.lora_A) + (row.t * p_.r + row.j) * p_.in + column);
+        if (row.j >= 0) convert(sum, n, mutable_data<scalar>(*g_.lora_A) + (row.t * p_.r + row.j) * p_.in + column);
       });
     if (wants_B_)
       add_up(dBT_, p_.out, [&](auto row, int64_t column, int64_t n, const acc* sum) {
         if (row.j < 0) {
-          if (needs_ & kNeedBiasB) convert(sum, n, mutable_data<scalar>(g_.bias_B) + row.t * p_.out + column);
+          if (needs_ & kNeedBiasB) convert(sum, n, mutable_data<scalar>(*g_.bias_B) + row.t * p_.out + column);
         } else if (needs_ & kNeedB) {
-          scalar* to = mutable_data<scalar>(g_.lora_B) + (row.t * p_.out + column) * p_.r + row.j;
+          scalar* to = mutable_data<scalar>(*g_.lora_B) + (row.t * p_.out + column) * p_.r + row.j;
           for (int64_t k = 0; k < n; ++k) to[k * p_.r] = static_cast<scalar>(sum[k]);
         }
       });
@@ -203,7 +203,7 @@ class Backward {
     std::array<uint16_t*, kRows> dx;
     std::array<const uint16_t*, kRows> frozen;  // its own content: torch made it
     for (int64_t i = 0; i < n; ++i)
-      frozen[i] = dx[i] = bits(mutable_data<scalar>(g_.x)) + order_.row(c.begin + i) * p_.in;
+      frozen[i] = dx[i] = bits(mutable_data<scalar>(*g_.x)) + order_.row(c.begin + i) * p_.in;
     const uint16_t* dh = a.R > 0 ? left_tiles(n, a.R, g, a.R, nullptr, local.dh_tiles) : nullptr;
     tiles()->add_product(n, p_.in, a.R, dh, a.R > 0 ? tiled_factors_[indexed() ? c.t : 0].A.data() : nullptr,
                          p_.weight ? frozen.data() : nullptr, dx.data());
@@ -252,7 +252,7 @@ class Backward {
   // dx = dy W + dh A
   void to_x(const Chunk& c, const Adapter<acc>& a, const acc* dh, Local& local) const {
     const int64_t n = c.end - c.begin;
-    scalar* const dx = mutable_data<scalar>(g_.x);
+    scalar* const dx = mutable_data<scalar>(*g_.x);
     const auto row = [&](int64_t i) { return dx + order_.row(c.begin + i) * p_.in; };
     acc* to = nullptr;
     if constexpr (std::is_same_v<scalar, acc>)
@@ -320,12 +320,12 @@ class Backward {
         ds[factors_.rows[a.first + j].t] += sums[ranks_ + j];
       }
     }
-    if (wants_s_) std::copy(ds.begin(), ds.end(), mutable_data<acc>(g_.scaling));
+    if (wants_s_) std::copy(ds.begin(), ds.end(), mutable_data<acc>(*g_.scaling));
     if (!(needs_ & kNeedBiasA)) return;
     for (const Run& run : runs_)
       for (int64_t i = run.begin; i < run.end; ++i) {
         const auto [t, j] = factors_.rows[i];
-        if (j >= 0) mutable_data<scalar>(g_.bias_A)[t * p_.r + j] = static_cast<scalar>(static_cast<acc>(dh[i]));
+        if (j >= 0) mutable_data<scalar>(*g_.bias_A)[t * p_.r + j] = static_cast<scalar>(static_cast<acc>(dh[i]));
       }
   }
 };
@@ -334,28 +334,28 @@ class Backward {
 
 Gradients lora_gradients(const Inputs& p, const Tensor& dy, const OptInts& trainable, int64_t needs) {
   const bool own = p.weight && own_frozen_product(p);
-  const auto zeros = [&](int64_t bit, const Tensor& like) {
-    if (!(needs & bit)) return none_like(like);
+  const auto zeros = [&](int64_t bit, const Tensor& like) -> OptTensor {
+    if (!(needs & bit)) return std::nullopt;
     const Tensor t = allocate(like, like.sizes());
     if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0, t.numel() * t.element_size());
     return t;
   };
-  Tensor dx = none_like(p.x);
+  OptTensor dx;
   if (needs & kNeedX) {
     if (p.weight && !own)
       dx = compact(
           torch::stable::matmul(p.family == Family::all ? sum_slabs(dy) : dy, merges(p) ? merged(p) : *p.weight));
     else
       dx = allocate(p.x, p.x.sizes());
-    if (!p.weight || own) large_pages(dx.mutable_data_ptr(), dx.numel() * dx.element_size());
+    if (!p.weight || own) large_pages(dx->mutable_data_ptr(), dx->numel() * dx->element_size());
   }
   const Gradients g{dx,
                     zeros(kNeedA, p.lora_A),
                     zeros(kNeedB, p.lora_B),
                     zeros(kNeedScaling, p.scaling),
-                    p.bias_A ? zeros(kNeedBiasA, *p.bias_A) : none_like(p.x),
-                    p.bias_B ? zeros(kNeedBiasB, *p.bias_B) : none_like(p.x)};
-  dispatch(p.op, p.x.scalar_type(), [&](auto tag) { Backward<decltype(tag)>(p, dy, trainable, needs, g, own).run(); });
+                    p.bias_A ? zeros(kNeedBiasA, *p.bias_A) : std::nullopt,
+                    p.bias_B ? zeros(kNeedBiasB, *p.bias_B) : std::nullopt};
+  dispatch(p.op, p.dtype, [&](auto tag) { Backward<decltype(tag)>(p, dy, trainable, needs, g, own).run(); });
   return g;
 }
 

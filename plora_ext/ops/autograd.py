@@ -134,52 +134,57 @@ def narrow(factor: Tensor, dtype: torch.dtype) -> Tensor:
     return factor
 
 
-def call_sum(
-    x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, bias: Tensor | None, keep: bool,
-    ranks: Tensor | None = None, slices: list[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`lora_sum` of one adapter, [r, in] and [out, r], or of several: y, what it keeps, and the factors stacked."""
-    flat, dtype = x if x.dim() == 2 else rows(x), x.dtype
-    if lora_A.dtype != dtype or lora_B.dtype != dtype:
-        lora_A, lora_B = narrow(lora_A, dtype), narrow(lora_B, dtype)
-    if lora_A.dim() == 2:
-        lora_A, lora_B = lora_A[None], lora_B[None]
-    y, kept = op["lora_sum"](
-        flat, lora_A, lora_B, scaling, None, weight, bias, None, None, ranks, False, None, slices, keep
-    )
-    return y if flat is x else unflat(y, x), kept, lora_A, lora_B
+def call_one(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, bias: Tensor | None, keep: bool
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`lora_sum` of one adapter, [r, in] and [out, r], where nothing records gradients.
+
+    Returns:
+        y, what it keeps, and the factors where they were narrowed.
+    """
+    dtype = x.dtype
+    if lora_A.dtype == dtype and lora_B.dtype == dtype:
+        made: tuple[Tensor, Tensor] = op["lora_one"](x, lora_A, lora_B, scaling, weight, bias, keep)
+        return made
+    narrowed = narrow(lora_A, dtype), narrow(lora_B, dtype)
+    return (*op["lora_one"](x, *narrowed, scaling, weight, bias, keep), *narrowed)
+
+
+def _gradients_of_one_again(
+    asks: Sequence[bool], grad: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor
+) -> list[Any]:
+    """Of x and the factors, as torch's own operators make them."""
+    with without_autocast(grad.device.type):
+        factors = narrow(lora_A, x.dtype)[None], narrow(lora_B, x.dtype)[None]
+        args = (rows(x), *factors, scaling, None, weight, *[None] * 4, False, None, None, False)
+        dx, *of_factors = twins.gradients("lora_sum", args, (*asks, *[False] * 11), rows_of_grad(grad, x))[:3]
+        dx = dx if dx is None or x.dim() == 2 else unflat(dx, x)
+        return [dx, *(None if d is None else d[0] for d in of_factors)]
 
 
 class OneAdapter(torch.autograd.Function):
-    """`LowRank` for `call_sum`, of which only x and the factors get gradients: the least that the host can do."""
+    """`LowRank` for `call_one`, of which only x and the factors get gradients: the least that the host can do."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, bias: Any, keep: bool
     ) -> Tensor:
-        with below():
-            y, *given = call_sum(x, lora_A, lora_B, scaling, weight, bias, keep)
-        ctx.save_for_backward(x, lora_A, lora_B, scaling, weight, *given)
+        y, *kept = call_one(x, lora_A, lora_B, scaling, weight, bias, keep)
+        ctx.save_for_backward(x, lora_A, lora_B, scaling, weight, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, lora_A, lora_B, scaling, weight, kept, *given = ctx.saved_tensors
-        (X, A, B, *_), again = ctx.needs_input_grad, _is_differentiated_again(grad)
-        with without_autocast(grad.device.type) if again else below():
-            flat, of_rows = (x, grad) if x.dim() == 2 else (rows(x), rows_of_grad(grad, x))
-            if again:
-                factors = narrow(lora_A, x.dtype)[None], narrow(lora_B, x.dtype)[None]
-                args = (flat, *factors, scaling, None, weight, *[None] * 4, False, None, None, False)
-                dx, dA, dB, *_ = twins.gradients("lora_sum", args, (X, A, B, *[False] * 11), of_rows)
-            else:
-                needs = X | A << 1 | B << 2
-                dx, dA, dB, *_ = _BACKWARD["lora_sum"](
-                    of_rows, flat, *given, scaling, weight, None, None, None, kept, False, None, needs
-                )
-            dx = dx if not X or flat is x else unflat(dx, x)
-            # where factors were narrowed, torch widens their gradients
-            return dx if X else None, dA[0] if A else None, dB[0] if B else None, None, None, None, None
+        x, lora_A, lora_B, scaling, weight, kept, *narrowed = ctx.saved_tensors
+        X, A, B, *_ = ctx.needs_input_grad
+        if _is_differentiated_again(grad):
+            dx, dA, dB = _gradients_of_one_again((X, A, B), grad, x, lora_A, lora_B, scaling, weight)
+        else:
+            factors = narrowed or (lora_A, lora_B)
+            needs = X | A << 1 | B << 2
+            dx, dA, dB = op["lora_one_backward"](grad, x, *factors, scaling, weight, kept, needs)
+        # where factors were narrowed, torch widens their gradients
+        return dx if X else None, dA if A else None, dB if B else None, None, None, None, None
 
 
 def _register_lora(family: str) -> None:

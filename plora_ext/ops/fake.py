@@ -42,6 +42,22 @@ def _lora_backward(name: str) -> Callable[..., tuple[Tensor, ...]]:
     return fake
 
 
+def _one(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, bias: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor]:
+    lead, r, out = x.shape[:-1], lora_A.shape[0], lora_B.shape[0]
+    y = x.new_empty(*lead, out)
+    if not keep or x.device.type == "cpu":
+        return y, x.new_empty(0)
+    return y, x.new_empty(weight.shape if rules.dense("lora_sum", 1, r, True) else (lead.numel(), rules.padded(r)))
+
+
+def _one_backward(
+    grad: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, kept: Any, needs: int
+) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape if needs >> bit & 1 else 0) for bit, t in enumerate((x, lora_A, lora_B)))
+
+
 def _class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     sums = features.new_empty((num_classes, features.shape[1]), dtype=wide(features.dtype))
     return sums, features.new_empty(num_classes, dtype=torch.int64)
@@ -58,6 +74,8 @@ def register() -> None:
         "class_sums": _class_sums,
         "class_sums_": _nothing,
         "lora_all_out": _nothing,
+        "lora_one": _one,
+        "lora_one_backward": _one_backward,
         "reconstruct_prototypes": lambda old, new, values, *rest: old.new_empty(old.shape[0], values.shape[1]),
         "reconstruct_prototypes_backward": lambda grad, *of: tuple(t.new_empty(t.shape) for t in of[:3]),
         "complete_prototypes": lambda p, *rest: p.new_empty(p.shape),

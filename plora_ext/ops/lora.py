@@ -18,7 +18,7 @@ from plora_ext import libraries
 from plora_ext.ops import compiled, rules
 from plora_ext.ops.adapter_batch import AdapterBatch
 from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
-from plora_ext.ops.autograd import LowRank, OneAdapter, call, call_sum, narrow, rows
+from plora_ext.ops.autograd import LowRank, OneAdapter, call, call_one, narrow, rows
 from plora_ext.ops.checks import check, check_integers, check_range, shape, wide
 from plora_ext.ops.twins import run, run_twin
 from plora_ext.torch_private import PLAIN, any_requires_grad, below, forward_mode, is_eager, is_plain, needs_twin
@@ -161,9 +161,12 @@ def run_sum(
             keep = asks if asks != up and rules.dense("lora_sum", 1, lora_A.size(0), True) else up
             y: Tensor = OneAdapter.apply(x, lora_A, lora_B, scaling, weight, bias, keep)
             return y
-        flat = None if slices is None else list(chain(*slices))
+        if lora_A.dim() == 2:
+            return call_one(x, lora_A, lora_B, scaling, weight, bias, False)[0]
+        factors = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)
+        options = (ranks, False, None, None if slices is None else list(chain(*slices)), False)
         with below():
-            return call_sum(x, lora_A, lora_B, scaling, weight, bias, False, ranks, flat)[0]
+            return call(compiled.op["lora_sum"], options, x, None, *factors, scaling, None, weight, bias, None, None)[0]
     except RuntimeError:  # of the kernel, which sees more than could be asked here for the same price
         dtypes = {x.dtype, narrow(lora_A, x.dtype).dtype, narrow(lora_B, x.dtype).dtype, weight.dtype}
         if len(dtypes) == 1 and x.shape[-1:] == lora_A.shape[-1:]:

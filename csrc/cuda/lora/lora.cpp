@@ -35,7 +35,7 @@ const void* pointer(const Tensor& t) { return t.const_data_ptr(); }
 
 const void* pointer(const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-void* out_pointer(const OptTensor& t) { return t && t->defined() && t->numel() > 0 ? t->mutable_data_ptr() : nullptr; }
+void* out_pointer(const OptTensor& t) { return t && t->numel() > 0 ? t->mutable_data_ptr() : nullptr; }
 
 // [first, first + count) of dimension d.
 Tensor part(Tensor t, int64_t d, int64_t first, int64_t count) { return torch::stable::narrow(t, d, first, count); }
@@ -91,30 +91,26 @@ Rows rows_of(const Inputs& p, int64_t rank) {
 // W + sum s B A. Of many ranks torch's own product is faster than lora_merge; like torch's own form it rounds s B, and
 // the sum before W joins it, which lora_merge does not.
 Tensor merge(const Inputs& p) {
-  if (p.x.scalar_type() != ScalarType::Float && p.T * p.r > 256) {
+  if (p.dtype != ScalarType::Float && p.T * p.r > 256) {
     const int64_t ranks = p.T * padded_rank(p.r);
     const Tensor A = torch::stable::view(A_of(p), {ranks, p.in});
     const Tensor up = torch::stable::transpose(torch::stable::view(B_transposed(p, true), {ranks, p.out}), 0, 1);
     return plus(*p.weight, torch::stable::matmul(up, A));
   }
-  std::array<StableIValue, 5> stack{torch::stable::detail::from(*p.weight), torch::stable::detail::from(p.lora_A),
-                                    torch::stable::detail::from(p.lora_B), torch::stable::detail::from(p.scaling),
-                                    torch::stable::detail::from(p.ranks)};
-  check_call(torch_call_dispatcher("plora_ext::lora_merge", "", stack.data(), TORCH_ABI_VERSION), "lora_merge");
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return merged(p);
 }
+
+// Of h and g.
+int64_t rank_columns(const Inputs& p) { return padded_rank(p.r) * (p.family == Family::indexed ? 1 : p.T); }
+
+Tensor new_ranks(const Inputs& p) { return allocate(p.x, {p.M, rank_columns(p)}); }
 
 // Whether so many ranks act on a row that low_rank needs memory for h between its halves.
-bool crowded(const Inputs& p) { return padded_rank(p.r) * (p.family == Family::indexed ? 1 : p.T) > 512; }
-
-// For h and g.
-Tensor new_ranks(const Inputs& p) {
-  return allocate(p.x, {p.M, padded_rank(p.r) * (p.family == Family::indexed ? 1 : p.T)});
-}
+bool crowded(const Inputs& p) { return rank_columns(p) > 512; }
 
 LowRank low_rank_of(const Inputs& p) {
   LowRank l{};
-  l.dtype = dtype_of(p.op, p.x.scalar_type());
+  l.dtype = dtype_of(p.op, p.dtype);
   l.rows = rows_of(p, padded_rank(p.r));
   l.scaling = data<float>(p.scaling);
   return l;
@@ -134,8 +130,8 @@ LowRank down_of(const Inputs& p, const Factors& f, const OptTensor& h) {
 
 // x A^T for all adapters side by side.
 Tensor x_times(const Inputs& p, const Tensor& A) {
-  return torch::stable::matmul(p.x,
-                               torch::stable::transpose(torch::stable::view(A, {A.size(0) * A.size(1), p.in}), 0, 1));
+  const Tensor rows = torch::stable::view(A, {p.T * padded_rank(p.r), p.in});
+  return torch::stable::matmul(p.x, torch::stable::transpose(rows, 0, 1));
 }
 
 // --- plans -----------------------------------------------------------------------------------------------------------
@@ -158,7 +154,7 @@ Sizes usable(const Inputs& p, const OptInts& slices) {
 // `rows`: x, or backward dy; `other`: the base, the y that is added to, or the gate.
 LoraShape shape_of(const Inputs& p, const Tensor& rows, const OptTensor& other) {
   LoraShape s{p.family, p.M, p.in, p.out, p.T, p.r};
-  s.half = p.x.scalar_type() != ScalarType::Float;
+  s.half = p.dtype != ScalarType::Float;
   s.weight = p.weight.has_value();
   s.relu = p.relu, s.bias = p.bias_A || p.bias_B, s.bias_A = p.bias_A.has_value();
   if (p.family == Family::indexed) s.rows_per_id = p.M / p.ids->size(0);
@@ -178,7 +174,7 @@ LoraShape shape_of(const Inputs& p, const Tensor& rows, const OptTensor& other) 
 }
 
 void check_served(const Inputs& p) {
-  const ScalarType dtype = p.x.scalar_type();
+  const ScalarType dtype = p.dtype;
   PLORA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, p.op,
               ": x must be float32, bfloat16 or float16 on CUDA, got ", torch::headeronly::toString(dtype),
               dtype == ScalarType::Double ? "; the nearest is float32" : "");
@@ -191,11 +187,11 @@ void check_served(const Inputs& p) {
                 ": call it on parts");
 }
 
-// Space for s h as the fused product takes it.
-Tensor new_given(const Inputs& p, const LoraShape& shape, LowRank& l) {
+// Space for s h as the fused product takes it, behind as many columns of something else.
+Tensor new_given(const Inputs& p, const LoraShape& shape, LowRank& l, int64_t before = 0) {
   l.places = lora_plan::adapters_of_tile(shape);
-  const Tensor given = allocate(p.x, {p.M, padded_rank(p.r) * l.places});
-  l.scaled_h = given.mutable_data_ptr();
+  const Tensor given = allocate(p.x, {p.M, before + padded_rank(p.r) * l.places});
+  l.scaled_h = static_cast<char*>(given.mutable_data_ptr()) + p.M * before * given.element_size();
   return given;
 }
 
@@ -238,14 +234,13 @@ void add_on_hopper(const Inputs& p, const LoraShape& shape, LowRank l, bool keep
 }
 
 // Fills in what both directions share.
-void run_fused(const Inputs& p, const LoraPlan& plan, const OptTensor& h, Fused& f) {
-  f.dtype = dtype_of(p.op, p.x.scalar_type());
+void run_fused(const Inputs& p, const LoraPlan& plan, Fused& f) {
+  f.dtype = dtype_of(p.op, p.dtype);
   f.rows = rows_of(p, padded_rank(p.r));
   f.scaling = data<float>(p.scaling);
   f.weight = pointer(p.weight);
   f.in_loop = plan.algorithm == LoraAlgorithm::in_loop;
   f.overlap = plan.by_rows();
-  if (h) f.h = pointer(h), f.places = h->size(1) / f.rows.r;
   fused(f, stream_of(p.x));
 }
 
@@ -264,20 +259,22 @@ Tensor fused_forward(const Inputs& p, const LoraPlan& plan, const LoraShape& sha
                      OptTensor& h) {
   const Factors factors = factors_of(p);
   Tensor up = factors.B;
+  Fused f{};
   OptTensor given;
   if (plan.ranks == LoraRanks::product) {
-    h = given = x_times(p, factors.A);
+    h = x_times(p, factors.A);
+    f.h = pointer(h), f.places = p.T;
     up = scaled_B(p);
   } else if (plan.ranks == LoraRanks::rows) {
     LowRank l = down_of(p, factors, h);
     given = new_given(p, shape, l);
+    f.h = l.scaled_h, f.places = l.places;
     low_rank_sm90(l, stream_of(p.x));
   } else if (h && p.ids) {
     // the loop writes no h of rows without an adapter, and nobody reads it, but it leaves this operator
     torch::stable::zero_(*h);
   }
   const Tensor y = allocate(p.x, {p.M, p.out});
-  Fused f{};
   f.K = p.in, f.N = p.out;
   f.x = pointer(p.x), f.ldx = p.in;
   f.bias = pointer(p.bias), f.base = pointer(base), f.ld_base = p.out;
@@ -287,7 +284,7 @@ Tensor fused_forward(const Inputs& p, const LoraPlan& plan, const LoraShape& sha
   f.relu = p.relu;
   if (plan.algorithm == LoraAlgorithm::in_loop) f.kept = out_pointer(h);
   f.slices = shape.slices;
-  run_fused(p, plan, given, f);
+  run_fused(p, plan, f);
   return y;
 }
 
@@ -360,8 +357,8 @@ Tensor frozen_dx(const Inputs& p, const Tensor& dy) {
 
 Tensor h_of(const Inputs& p, const OptTensor& kept) {
   if (kept && kept->numel() > 0) {
-    check_shape(p.op, "kept", *kept, {p.M, padded_rank(p.r) * (p.family == Family::indexed ? 1 : p.T)}, p.x);
-    check_dtype(p.op, "kept", *kept, p.x.scalar_type());
+    check_shape(p.op, "kept", *kept, {p.M, rank_columns(p)}, p.x);
+    check_dtype(p.op, "kept", *kept, p.dtype);
     return compact(*kept);
   }
   LoraShape shape = shape_of(p, p.x, {});
@@ -375,24 +372,24 @@ Tensor h_of(const Inputs& p, const OptTensor& kept) {
 
 // g = dy B, cut where act was, and dx = dy W + s g A, both only where they are asked for.
 void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const Tensor& dy,
-                   const OptTensor& gate, bool wants_g, bool wants_x, OptTensor& g, Tensor& dx) {
+                   const OptTensor& gate, bool wants_g, bool wants_x, OptTensor& g, OptTensor& dx) {
   const bool few = plan.few();
   const bool beside = wants_x && runs_beside(p, plan);
   if (wants_x && !beside) dx = p.weight && !plan.whole() ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
   const Factors factors = few ? Factors{p.lora_A, p.lora_B, {}} : factors_of(p);
-  const auto add_fused = [&](const OptTensor& g, const Tensor& A, Fused f = {}) {  // one of them scaled, or no g
+  const auto add_fused = [&](const Tensor& A, Fused f) {  // A or f.h scaled, or no f.h
     f.transposed = true;
     f.K = p.out, f.N = p.in;
     f.x = pointer(dy), f.ldx = p.out;
-    f.y = dx.mutable_data_ptr(), f.ldy = p.in;
+    f.y = dx->mutable_data_ptr(), f.ldy = p.in;
     f.up = pointer(A);
-    run_fused(p, plan, g, f);
+    run_fused(p, plan, f);
   };
   if (plan.algorithm == LoraAlgorithm::in_loop) {
     if (wants_g) g = new_ranks(p);
     Fused f{};
     f.down = pointer(factors.B), f.gate = pointer(gate), f.kept = out_pointer(g);
-    return add_fused({}, factors.A, f);
+    return add_fused(factors.A, f);
   }
   if (plan.ranks == LoraRanks::product) {
     const int64_t rank = padded_rank(p.r);
@@ -400,9 +397,12 @@ void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape
                          ? torch::stable::view(factors.B, {p.out, rank})
                          : torch::stable::transpose(torch::stable::view(B_transposed(p), {p.T * rank, p.out}), 0, 1);
     g = torch::stable::matmul(dy, B);
-    return add_fused(g, scaled_A(p));
+    Fused f{};
+    f.h = pointer(g), f.places = p.T;
+    return add_fused(scaled_A(p), f);
   }
-  if (wants_g || (wants_x && plan.algorithm == LoraAlgorithm::low_rank && crowded(p))) g = new_ranks(p);
+  const bool both = wants_g && plan.fused();  // in one piece of memory with s g
+  if ((wants_g && !both) || (wants_x && plan.algorithm == LoraAlgorithm::low_rank && crowded(p))) g = new_ranks(p);
 
   // few_rows and low_rank_sm90 take lora_B as it is, as the loop does above; few_rows and add_sm90 lora_A
   const bool B_as_it_is = few || plan.ranks == LoraRanks::rows;
@@ -430,9 +430,12 @@ void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape
   }
   if (few) return add_few(p, l);
   if (plan.fused()) {
-    const Tensor scaled_g = new_given(p, shape, l);
+    const Tensor scaled_g = new_given(p, shape, l, both ? rank_columns(p) : 0);
+    if (both) g = scaled_g, l.h = out_pointer(g);
     low_rank_sm90(l, stream_of(p.x));
-    return add_fused(scaled_g, factors.A);
+    Fused f{};
+    f.h = l.scaled_h, f.places = l.places;
+    return add_fused(factors.A, f);
   }
   if (plan.algorithm == LoraAlgorithm::add) return add_on_hopper(p, shape, l, wants_g);
   plan.by_rows() ? low_rank_sm90(l, stream_of(p.x)) : low_rank(l, stream_of(p.x));
@@ -442,15 +445,15 @@ void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape
 Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor& kept, const Sizes& asks,
                              int64_t needs) {
   const auto fresh = [&](int64_t bit, const Tensor& like) {
-    return needs & bit ? allocate(like, like.sizes()) : Tensor{};
+    return needs & bit ? OptTensor(allocate(like, like.sizes())) : std::nullopt;
   };
   // first of all, as some kernels write them while others run whose workspace is already given back
-  Gradients result{Tensor{},
+  Gradients result{std::nullopt,
                    fresh(kNeedA, p.lora_A),
                    fresh(kNeedB, p.lora_B),
                    fresh(kNeedScaling, p.scaling),
-                   p.bias_A ? fresh(kNeedBiasA, *p.bias_A) : Tensor{},
-                   p.bias_B ? fresh(kNeedBiasB, *p.bias_B) : Tensor{}};
+                   p.bias_A ? fresh(kNeedBiasA, *p.bias_A) : std::nullopt,
+                   p.bias_B ? fresh(kNeedBiasB, *p.bias_B) : std::nullopt};
   const bool wants_g = needs & (kNeedA | kNeedBiasA | kNeedScaling), wants_rows = wants_g || (needs & kNeedX);
   OptTensor h, g;
   if ((needs & (kNeedB | kNeedScaling)) || (p.relu && wants_rows)) h = h_of(p, kept);
@@ -462,7 +465,7 @@ Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor&
   if (!(needs & ~kNeedX)) return result;
 
   LoraGrads q{};
-  q.dtype = dtype_of(p.op, p.x.scalar_type());
+  q.dtype = dtype_of(p.op, p.dtype);
   q.padded_r = padded_rank(p.r);
   q.rows = rows_of(p, p.r ? p.r : q.padded_r);
   q.scaling = data<float>(p.scaling);
@@ -496,7 +499,7 @@ Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& ke
     const bool given = kept && kept->numel() > 0;
     if (given) {
       check_shape(p.op, "kept", *kept, {p.out, p.in}, p.x);
-      check_dtype(p.op, "kept", *kept, p.x.scalar_type());
+      check_dtype(p.op, "kept", *kept, p.dtype);
     }
     result.x = compact(torch::stable::matmul(dy, given ? *kept : merge(p)));
   }
@@ -518,11 +521,12 @@ Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& ke
     Sizes every(count);
     std::iota(every.begin(), every.end(), 0);
     const Gradients g = low_rank_gradients(some, dy, {}, every, needs & ~kNeedX);
-    const auto put = [&](int64_t bit, Tensor& to, const Tensor& like, const Tensor& from) {
+    const auto put = [&](int64_t bit, OptTensor& to, const Tensor& like, const OptTensor& from) {
       if (!(needs & bit)) return;
-      to = torch::stable::new_zeros(like, like.sizes());
-      Tensor target = part(to, 0, first, count);
-      torch::stable::copy_(target, from);
+      to = count == p.T ? *from : torch::stable::new_zeros(like, like.sizes());
+      if (count == p.T) return;
+      Tensor target = part(*to, 0, first, count);
+      torch::stable::copy_(target, *from);
     };
     put(kNeedA, result.lora_A, p.lora_A, g.lora_A);
     put(kNeedB, result.lora_B, p.lora_B, g.lora_B);
@@ -533,7 +537,7 @@ Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& ke
   const Tensor dW = torch::stable::matmul(torch::stable::transpose(dy, 0, 1), p.x);
   const Inputs& most = needs & kNeedScaling ? p : some;
   DenseGrads q{};
-  q.dtype = dtype_of(p.op, p.x.scalar_type());
+  q.dtype = dtype_of(p.op, p.dtype);
   q.T = p.T, q.r = p.r, q.padded_r = rank, q.in = p.in, q.out = p.out;
   q.scaling = data<float>(p.scaling);
   OptTensor U, V, A, sums;
@@ -648,7 +652,7 @@ struct Cuda {
     } else {
       g = dense(p) ? dense_gradients(p, dy, kept, asks, compute) : low_rank_gradients(p, dy, kept, asks, compute);
     }
-    const auto zeros = [&](int64_t bit, Tensor& t, const Tensor& like) {
+    const auto zeros = [&](int64_t bit, OptTensor& t, const Tensor& like) {
       if (needs & ~compute & bit) t = torch::stable::new_zeros(like, like.sizes());
     };
     zeros(kNeedA, g.lora_A, p.lora_A);
