@@ -163,20 +163,23 @@ def _gradients_of_one_again(
 
 
 class OneAdapter(torch.autograd.Function):
-    """`LowRank` for `call_one`, of which only x and the factors get gradients: the least that the host can do."""
+    """`LowRank` for `call_one`, of which only x and the factors get gradients: the least that the host can do.
+
+    rest: the other arguments of `call_one`, in one, for autograd to look at none of them.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor, bias: Any, keep: bool
+        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, rest: tuple[Tensor, Tensor, Tensor | None, bool]
     ) -> Tensor:
-        y, *kept = call_one(x, lora_A, lora_B, scaling, weight, bias, keep)
-        ctx.save_for_backward(x, lora_A, lora_B, scaling, weight, *kept)
+        y, *kept = call_one(x, lora_A, lora_B, *rest)
+        ctx.save_for_backward(x, lora_A, lora_B, rest[0], rest[1], *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, lora_A, lora_B, scaling, weight, kept, *narrowed = ctx.saved_tensors
-        X, A, B, *_ = ctx.needs_input_grad
+        X, A, B, _ = ctx.needs_input_grad
         if _is_differentiated_again(grad):
             dx, dA, dB = _gradients_of_one_again((X, A, B), grad, x, lora_A, lora_B, scaling, weight)
         else:
@@ -184,7 +187,7 @@ class OneAdapter(torch.autograd.Function):
             needs = X | A << 1 | B << 2
             dx, dA, dB = op["lora_one_backward"](grad, x, *factors, scaling, weight, kept, needs)
         # where factors were narrowed, torch widens their gradients
-        return dx if X else None, dA if A else None, dB if B else None, None, None, None, None
+        return dx if X else None, dA if A else None, dB if B else None, None
 
 
 def _register_lora(family: str) -> None:

@@ -159,7 +159,7 @@ def run_sum(
     try:
         if records and (asks or up or lora_A.requires_grad):
             keep = asks if asks != up and rules.dense("lora_sum", 1, lora_A.size(0), True) else up
-            y: Tensor = OneAdapter.apply(x, lora_A, lora_B, scaling, weight, bias, keep)
+            y: Tensor = OneAdapter.apply(x, lora_A, lora_B, (scaling, weight, bias, keep))
             return y
         if lora_A.dim() == 2:
             return call_one(x, lora_A, lora_B, scaling, weight, bias, False)[0]
