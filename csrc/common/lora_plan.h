@@ -3,7 +3,8 @@
 // refuses what the plan should not have sent there.
 //
 // The fused product (cuda/fused_sm90.cu) makes tiles of 128 x 192. A `slot` is 16 ranks of one adapter: 16 more columns
-// in the main loop, which takes one, or 16 more of the depth where h was computed before.
+// in the main loop, which takes one, or two with the tile beside it, or 16 more of the depth where h was computed
+// before.
 #pragma once
 
 #include <algorithm>
@@ -62,6 +63,7 @@ struct LoraPlan {
   LoraAlgorithm algorithm = LoraAlgorithm::low_rank;
   LoraRanks ranks = LoraRanks::within;
   int64_t ctas = 0, waves = 0;  // of the fused product
+  int slots = 0;                // that it makes in its loop, or two that pairs of blocks make
   const char* reason = "";
 
   bool fused() const { return algorithm == LoraAlgorithm::in_loop || algorithm == LoraAlgorithm::precomputed; }
@@ -313,7 +315,9 @@ inline LoraPlan plan_lora(const LoraShape& s) {
                                  : product * kInLoopShare + waves * kInLoopWave;
   const double given = waves * kGivenWave;
   const bool few = s.backward && s.M < kDeepRows;  // whose pass hides behind the launch
-  const bool fits = most <= 1 && !few && slots_of_tile(s, each, column_tiles) <= 1 && loop < pass + given * each;
+  const bool one = most <= 1 && slots_of_tile(s, each, column_tiles) <= 1;
+  const bool two = most * each <= 2 && !s.backward && column_tiles % 2 == 0 && at_once > 1;
+  const bool fits = (one || two) && !few && loop < pass + given * most * each;
   const double alone = 2.0 * s.M * (K + 2 * N) / kBytes + kLaunch * (2 + copies);
   // Ids of single rows may be anything; what is met in practice are segments.
   const double mean =
@@ -325,6 +329,7 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   if (!fits && !h_by_product(s) && !rows_on_hopper(s)) return apart("more rows than the fused product can number");
 
   plan.ctas = std::min(tiles, at_once), plan.waves = waves;
+  plan.slots = !fits ? 0 : one ? 1 : 2;
   if (fits) return choose(LoraAlgorithm::in_loop, LoraRanks::within, "the ranks of every tile fit beside it");
   return choose(LoraAlgorithm::precomputed, h_by_product(s) ? LoraRanks::product : rows,
                 "a pass over the rows costs less than the ranks beside every tile");

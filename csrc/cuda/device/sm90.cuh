@@ -75,6 +75,24 @@ __device__ inline float4 load_from_block(uint32_t from, uint32_t rank) {
   return v;
 }
 
+// The place in block `rank` that is `here` in this one.
+__device__ inline uint32_t place_in_block(uint32_t here, uint32_t rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  return there;
+}
+
+// To such a place; its barrier counts the bytes.
+__device__ inline void store_to_block(uint32_t there, uint32_t value, uint32_t barrier_there) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there),
+               "r"(value), "r"(barrier_there)
+               : "memory");
+}
+
+__device__ inline void barrier_arrive_in_block(uint32_t barrier_there) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier_there) : "memory");
+}
+
 // --- bulk tensor copies ---------------------------------------------------------------------------------------------
 
 __device__ inline void prefetch_map(const CUtensorMap* map) {

@@ -243,7 +243,7 @@ void run_fused(const Inputs& p, const LoraPlan& plan, const OptTensor& h, Fused&
   f.rows = rows_of(p, padded_rank(p.r));
   f.scaling = data<float>(p.scaling);
   f.weight = pointer(p.weight);
-  f.in_loop = plan.algorithm == LoraAlgorithm::in_loop;
+  f.in_loop = plan.slots;
   f.overlap = plan.by_rows();
   if (h) f.h = pointer(h), f.places = h->size(1) / f.rows.r;
   fused(f, stream_of(p.x));
@@ -271,6 +271,7 @@ Tensor fused_forward(const Inputs& p, const LoraPlan& plan, const LoraShape& sha
   } else if (plan.ranks == LoraRanks::rows) {
     LowRank l = down_of(p, factors, h);
     given = new_given(p, shape, l);
+    l.followed = plan.ctas;
     low_rank_sm90(l, stream_of(p.x));
   } else if (h && p.ids) {
     // the loop writes no h of rows without an adapter, and nobody reads it, but it leaves this operator
@@ -286,7 +287,7 @@ Tensor fused_forward(const Inputs& p, const LoraPlan& plan, const LoraShape& sha
   f.bias_down = pointer(factors.bias_A), f.bias_up = pointer(p.bias_B);
   f.relu = p.relu;
   if (plan.algorithm == LoraAlgorithm::in_loop) f.kept = out_pointer(h);
-  f.slices = shape.slices;
+  if (plan.slots == 1) f.slices = shape.slices;
   run_fused(p, plan, given, f);
   return y;
 }
@@ -431,6 +432,7 @@ void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape
   if (few) return add_few(p, l);
   if (plan.fused()) {
     const Tensor scaled_g = new_given(p, shape, l);
+    l.followed = plan.ctas;
     low_rank_sm90(l, stream_of(p.x));
     return add_fused(scaled_g, factors.A);
   }

@@ -328,10 +328,10 @@ void launch(const LowRank& p, cudaStream_t stream) {
   maps.run = maps.down;
   if constexpr (!kTransposed)
     describe_tensor<2>(maps.run, p.dtype, p.down, {p.K, T * r}, {p.K}, {kDepth, kNarrow}, k128);
-  const int64_t blocks = ceil_div(p.rows.M, S::kRows);
+  const int64_t blocks = ceil_div(p.rows.M, S::kRows), spare = multiprocessors() - p.followed;
   const int64_t most = ceil_div((p.rows.ids ? std::min<int64_t>(T, kFusedRows) : T) * each, kWide);
   const dim3 grid(static_cast<unsigned>(blocks),
-                  static_cast<unsigned>(std::max<int64_t>(1, std::min(multiprocessors() / blocks, most))));
+                  static_cast<unsigned>(std::max<int64_t>(1, std::min(spare / blocks, most))));
   const auto kernel = &down_kernel<scalar, kGroups, kTransposed>;
   allow_shared_memory(kernel, S::kBytes);
   kernel<<<grid, S::kThreads, S::kBytes, stream>>>(maps, a);
@@ -353,8 +353,10 @@ void low_rank_sm90(const LowRank& p, cudaStream_t stream) {
   dispatch("low_rank", p.dtype, [&](auto like) {
     using scalar = decltype(like);
     if constexpr (sizeof(scalar) == 2) {
-      // Blocks of 64 rows while each gets a multiprocessor of its own; those of 128 read the factors half as often.
-      const bool small = (p.rows.M + 63) / 64 <= multiprocessors();
+      // Blocks of 64 rows while each gets a multiprocessor of its own; those of 128 read the factors half as often, and
+      // may be so few that the kernel that follows starts beside all of them.
+      const int64_t all = multiprocessors(), blocks = ceil_div(p.rows.M, 64), tall = ceil_div(p.rows.M, 128);
+      const bool small = blocks <= all && (blocks + p.followed <= all || tall + p.followed > all);
       if (p.down_transposed)
         small ? launch<scalar, 1, true>(p, stream) : launch<scalar, 2, true>(p, stream);
       else

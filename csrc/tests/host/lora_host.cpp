@@ -263,12 +263,14 @@ void fused(const Fused& p, cudaStream_t) {
               "fused refuses");
   PLORA_CHECK(p.in_loop ? p.down != nullptr : p.h != nullptr, "fused: no h");
   PLORA_CHECK(!p.gate || p.in_loop, "fused: only the loop knows a gate");
-  g_calls += p.in_loop ? " in_loop" : " fused";
+  PLORA_CHECK(p.in_loop != 2 || (!p.transposed && p.slices.empty() && (p.N + 191) / 192 % 2 == 0), "fused: no pair");
+  g_calls += p.in_loop == 2 ? " in_loop_of_two" : p.in_loop ? " in_loop" : " fused";
   if (p.transposed) g_calls += "_transposed";
   if (p.overlap) g_calls += "*";
   for (int64_t m = 0; m < p.rows.M; ++m) {
     const std::vector<int> all = met(p.rows, m);
-    PLORA_CHECK(!p.in_loop || all.size() <= 1, "fused: the loop takes one adapter a tile");
+    PLORA_CHECK(!p.in_loop || !p.slices.empty() || static_cast<int64_t>(all.size()) * ((r + 15) / 16) <= p.in_loop,
+                "fused: more slots in a tile than the loop takes");
     std::vector<double> h(all.size() * r);
     for (size_t place = 0; place < all.size(); ++place)
       for (int64_t j = 0; j < r; ++j) {
