@@ -190,8 +190,8 @@ struct Multiplier {
       slots.wait();
       sm90::hold(d);
       sm90::wgmma_fence();
-      sm90::wgmma_192<scalar>(d, sm90::operand(kLayoutGiven, slots.at() + warp / 4 * (kSlotH / 2)),
-                              sm90::operand(kLayoutGiven, slots.at() + kSlotH), add);
+      sm90::wgmma<kColumns, scalar, 0>(d, sm90::operand(kLayoutGiven, slots.at() + warp / 4 * (kSlotH / 2)),
+                                       sm90::operand(kLayoutGiven, slots.at() + kSlotH), add);
       sm90::wgmma_commit();
       sm90::wgmma_wait<0>();
       sm90::hold(d);
