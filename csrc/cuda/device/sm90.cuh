@@ -65,9 +65,11 @@ __device__ inline uint32_t cluster_blocks() {
   return blocks;
 }
 
-// All threads of all blocks: what one wrote before it arrived others may read once they have waited.
-__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// All threads of all blocks: what one wrote before others may read afterwards.
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 // From the place in block `rank` that is `from` in this one.
 __device__ inline float4 load_from_block(uint32_t from, uint32_t rank) {

@@ -222,8 +222,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     advance(now);
     ask();
   }
-  sm90::cluster_arrive();
-  sm90::cluster_wait();
+  sm90::cluster_sync();
 
   const int n = column + 4 * lane;
 #pragma unroll 1
@@ -256,8 +255,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   __syncwarp();
-  sm90::cluster_arrive();  // the others have read what is here
-  sm90::cluster_wait();
+  sm90::cluster_sync();  // the others have read what is here
 #endif
 }
 

@@ -123,8 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1) lora_grads_sm90_kernel(const __gr
       *reinterpret_cast<float2*>(sums + (16 * warp + lane / 4 + i % 2 * 8) * L::kPitch + i / 2 * 8 + lane % 4 * 2) =
           make_float2(d[2 * i], d[2 * i + 1]);
   wait_for_predecessor();  // who waits for this kernel alone waits for both
-  sm90::cluster_arrive();
-  sm90::cluster_wait();
+  sm90::cluster_sync();
 
   const int ranks = a.T * a.padded_r;
 #pragma unroll 1
@@ -149,8 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1) lora_grads_sm90_kernel(const __gr
       out[of_A ? static_cast<int64_t>(j) * job.width + column + c + e
                : static_cast<int64_t>(column + c + e) * a.r + j] = from_float<scalar>(real ? scale * sum[e] : 0.f);
   }
-  sm90::cluster_arrive();  // the others have read what is here
-  sm90::cluster_wait();
+  sm90::cluster_sync();  // the others have read what is here
 #endif
 }
 

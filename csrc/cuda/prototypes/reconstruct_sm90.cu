@@ -20,6 +20,7 @@
 #include <type_traits>
 
 #include "../device/device.h"
+#include "../device/mma.cuh"
 #include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "kernels.h"
@@ -53,13 +54,6 @@ struct Arguments : Reconstruction {
   int padded;              // Cn up to a multiple of kKeys
   int whole, parts, each;  // the first so many blocks have all columns; then so many share 128 rows, `each` slices each
 };
-
-// To the nearest TF32.
-__device__ inline float rounded(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return __uint_as_float(bits);
-}
 
 // What the matrix units see of it.
 __device__ inline float cut(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
@@ -103,7 +97,7 @@ __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ Ar
   for (int r = warp; r < 32; r += 8)
     if (key + r < p.Cn && column + lane < p.Dv) {
       const float x = p.values[static_cast<int64_t>(key + r) * p.Dv + column + lane];
-      tile[r][lane] = kStrict ? x : rounded(x);
+      tile[r][lane] = kStrict ? x : __uint_as_float(to_tf32(x));
     }
   __syncthreads();
   for (int r = warp; r < 32; r += 8)
@@ -163,8 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (thread + i * kSplitters < kVectors)
               tile[kVectors + i * kSplitters] = make_float4(rest(v[i].x), rest(v[i].y), rest(v[i].z), rest(v[i].w));
           sm90::fence_async();
-          __syncwarp();
-          if (threadIdx.x % 32 == 0) sm90::barrier_arrive(split(step));
+          sm90::release(split(step));
         }
         return;
       }
@@ -242,8 +235,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         sm90::hold(part);
 #pragma unroll
         for (int i = 0; i < kDepth / 8; ++i) sm90::hold(high[i]), sm90::hold(low[i]);
-        __syncwarp();
-        if (lane == 0) sm90::barrier_arrive(empty(step));
+        sm90::release(empty(step));
 #pragma unroll
         for (int i = 0; i < kColumns / 2; ++i) d[i] += part[i];
       } else {
@@ -257,8 +249,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         sm90::hold(d);
         sm90::wgmma_wait<0>();
         sm90::hold(d);
-        __syncwarp();
-        if (lane == 0) sm90::barrier_arrive(empty(step));
+        sm90::release(empty(step));
       }
       ++step;
     };
@@ -295,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int i = 0; i < 2; ++i) {
               const float x = d[4 * j + 2 * half + i] * (inverse[half] * (i ? other.y : other.x)) - p.scale;
               const float y = power(x > 0.f ? 0.f : x);
-              w[i] = key + i < p.Cn ? kStrict ? y : rounded(y) : 0.f;
+              w[i] = key + i < p.Cn ? kStrict ? y : __uint_as_float(to_tf32(y)) : 0.f;
               sum[half] += w[i];
             }
             // 32 keys of all rows, then the next 32; 16 bytes c of row r lie at c ^ r % 8.
