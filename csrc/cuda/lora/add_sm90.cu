@@ -119,8 +119,8 @@ struct Adder {
   const int warp, lane, slots;
   sm90::Ring ring = memory.ring();
 
-  static constexpr uint64_t kLayoutUp = kTransposed ? sm90::operand_layout(sm90::Swizzle::b128, kSlotUp, 1024)
-                                                    : sm90::operand_layout(sm90::Swizzle::b32, 16, 256);
+  static constexpr uint64_t kLayoutUp =
+      kTransposed ? sm90::operand_layout(sm90::Swizzle::b128, kSlotUp, 1024) : kLayoutGiven;
 
   __device__ void multiply_slot(float (&d)[kPart / 2], uint32_t h, uint32_t up) const {
     sm90::wgmma<kPart, scalar, kTransposed>(d, sm90::operand(kLayoutGiven, h + warp / 4 * (kSlotH / 2)),
@@ -295,9 +295,9 @@ void launch(const Maps& maps, const Arguments& a, int64_t tiles, cudaStream_t st
 void low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r, N = p.N;
   const int64_t tiles = ceil_div(M, kRows) * ceil_div(N, kColumns);
-  bool serves = p.y && p.scaled_h && !p.y_slab && !p.y0_slab && N > 0 && N % 8 == 0 && N < 1 << 25 && p.ldy % 8 == 0 &&
-                p.ldy0 % 8 == 0 && T > 0 && T <= INT16_MAX && p.places > 0 && M > 0 && tiles <= INT32_MAX;
-  for (const void* q : {static_cast<const void*>(p.y), p.y0, p.up, p.bias_up}) serves = serves && aligned(q);
+  const bool serves = p.y && p.scaled_h && !p.y_slab && !p.y0_slab && N > 0 && N % 8 == 0 && N < 1 << 25 &&
+                      p.ldy % 8 == 0 && p.ldy0 % 8 == 0 && T > 0 && T <= INT16_MAX && p.places > 0 && M > 0 &&
+                      tiles <= INT32_MAX && aligned(p.y, p.y0, p.up, p.bias_up);
   PLORA_CHECK(serves, "low_rank_add_sm90: not what it was planned for (adds_on_hopper)");
   low_rank_sm90(p, stream);
 

@@ -233,12 +233,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 void all_sm90(const LowRank& p, const void* weight, const void* bias, bool overlap, cudaStream_t stream) {
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r, N = p.N, tiles = ceil_div(M, kRows) * ceil_div(N, kColumns);
   if (M == 0 || N == 0 || T == 0) return;
-  bool serves = !p.rows.ids && p.x && p.h && p.dtype != Dtype::float32 && tiles <= INT32_MAX / 2 && p.K > 0 &&
-                p.K % 8 == 0 && N % 8 == 0 && r > 0 && r % 8 == 0 && p.ldx % 8 == 0 && p.ldy % 8 == 0 &&
-                p.ldy0 % 8 == 0 && p.y_slab % 8 == 0 && p.y0_slab == 0;
-  for (const void* q :
-       {p.x, weight, bias, p.up, p.bias_up, p.y0, static_cast<const void*>(p.h), static_cast<const void*>(p.y)})
-    serves = serves && aligned(q);
+  const bool serves = !p.rows.ids && p.x && p.h && p.dtype != Dtype::float32 && tiles <= INT32_MAX / 2 && p.K > 0 &&
+                      p.K % 8 == 0 && N % 8 == 0 && r > 0 && r % 8 == 0 && p.ldx % 8 == 0 && p.ldy % 8 == 0 &&
+                      p.ldy0 % 8 == 0 && p.y_slab % 8 == 0 && p.y0_slab == 0 &&
+                      aligned(p.x, weight, bias, p.up, p.bias_up, p.y0, p.h, p.y);
   PLORA_CHECK(serves, "all_sm90: not what it was planned for (all_on_hopper)");
 
   Arguments a{};

@@ -286,8 +286,7 @@ void few_rows_sm90(const LowRank& p, const void* weight, const void* bias, const
   const int64_t M = p.rows.M, width = (p.rows.ids ? 1 : p.rows.T) * ceil_div(p.rows.r, kChunk) * kChunk;
   PLORA_CHECK(p.dtype != Dtype::float32 && M <= kMaxRows && M * width <= kMaxRanks && p.K % 8 == 0 && p.N % 8 == 0 &&
                   p.ldx % 8 == 0 && p.ldy % 4 == 0 && p.ldy0 % 4 == 0 && p.rows.r % 8 == 0 &&
-                  p.down_transposed == p.up_transposed && aligned(p.x) && aligned(weight) && aligned(p.up) &&
-                  aligned(p.y) && aligned(p.y0) && aligned(bias) && aligned(p.bias_up),
+                  p.down_transposed == p.up_transposed && aligned(p.x, weight, p.up, p.y, p.y0, bias, p.bias_up),
               "few_rows: not what it was planned for");
   LowRank first = p;
   first.N = 0;  // `up` is not sent for: it comes while the product runs

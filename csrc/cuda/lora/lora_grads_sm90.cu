@@ -168,8 +168,8 @@ void launch(Arguments& a, int64_t most, cudaStream_t stream, bool overlap) {
 void lora_grads_sm90(const LoraGrads& p, bool overlap, cudaStream_t stream) {
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r, ranks = T * p.padded_r;
   PLORA_CHECK(!p.rows.ids && p.dtype != Dtype::float32 && ranks <= kRanks && p.dy_slab == 0 && p.in % 8 == 0 &&
-                  p.out % 8 == 0 && p.ldx % 8 == 0 && p.lddy % 8 == 0 && p.padded_r % 8 == 0 && aligned(p.x) &&
-                  aligned(p.dy) && aligned(p.g) && aligned(p.h) && M <= INT32_MAX - kRows,
+                  p.out % 8 == 0 && p.ldx % 8 == 0 && p.lddy % 8 == 0 && p.padded_r % 8 == 0 &&
+                  aligned(p.x, p.dy, p.g, p.h) && M <= INT32_MAX - kRows,
               "lora_grads: not what it was planned for");
   // Fewer than 64 ranks are found again where the others would be.
   const int row = ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64;
