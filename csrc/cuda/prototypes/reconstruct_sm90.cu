@@ -20,9 +20,9 @@
 #include <type_traits>
 
 #include "../device/device.h"
-#include "../device/mma.cuh"
 #include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
+#include "cosine.cuh"
 #include "kernels.h"
 
 namespace plora::cuda {
@@ -37,7 +37,6 @@ constexpr uint32_t kWeights = kRows * kKeys * 4, kBarriers = kWeights + kStages 
 constexpr uint32_t kBytes = kBarriers + 24 * kStages;
 
 constexpr int kSplitters = 96;  // threads
-constexpr float kEps = 1e-12f;  // norms below this count as this
 
 // The columns of a product: new classes, or of the values. In float32 their low parts take as much of a stage again.
 template <bool kStrict>
@@ -89,8 +88,7 @@ __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ Ar
     }
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(0xffffffffu, square, d);
-    const float norm = sqrtf(square);
-    if (lane == 0) p.inverse_fresh[at] = 1.f / (norm < kEps ? kEps : norm);  // inverse_old follows it
+    if (lane == 0) p.inverse_fresh[at] = cosine::inverse_norm(square);  // inverse_old follows it
     return;
   }
   const int across = (p.Dv + 31) / 32, key = block / across * 32, column = block % across * 32;
@@ -304,12 +302,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       float factor[2] = {1.f, 1.f};
       if (last)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float sum = total[half];
-          sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-          sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-          factor[half] = 1.f / sum;
-        }
+        for (int half = 0; half < 2; ++half) factor[half] = 1.f / cosine::quad_sum(total[half]);
 #pragma unroll 1
       for (int slice = slice0; slice < slice1; ++slice) {
         // f(half, index in d, place) of all pairs of columns, eight apart: with its neighbour's other pair, a lane then
