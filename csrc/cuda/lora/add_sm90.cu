@@ -316,14 +316,12 @@ void low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
     describe_tensor<3>(maps.up, p.dtype, p.up, {N, r, T}, {N, r * N}, {kPart, kSlot, 1}, k128);
   else
     describe_tensor<3>(maps.up, p.dtype, p.up, {r, N, T}, {r, N * r}, {kSlot, kPart, 1}, k32);
-  dispatch("low_rank", p.dtype, [&](auto like) {
+  dispatch<2>("low_rank", p.dtype, [&](auto like) {
     using scalar = decltype(like);
-    if constexpr (sizeof(scalar) == 2) {
-      if (p.up_transposed)
-        launch<scalar, true>(maps, a, tiles, stream);
-      else
-        launch<scalar, false>(maps, a, tiles, stream);
-    }
+    if (p.up_transposed)
+      launch<scalar, true>(maps, a, tiles, stream);
+    else
+      launch<scalar, false>(maps, a, tiles, stream);
   });
 }
 

@@ -250,11 +250,10 @@ void all_sm90(const LowRank& p, const void* weight, const void* bias, bool overl
   describe_tensor<3>(maps.h, p.dtype, p.h, {r, T, M}, {r, T * r}, {kSlot, 1, kRows}, k32);
   describe_tensor<3>(maps.up, p.dtype, p.up, {r, N, T}, {r, N * r}, {kSlot, kColumns, 1}, k32);
   describe_tensor<3>(maps.y, p.dtype, p.y, {N, M, T}, {p.ldy, p.y_slab}, {kPart, 16, 1}, k128);
-  dispatch("all", p.dtype, [&](auto like) {
+  dispatch<2>("all", p.dtype, [&](auto like) {
     using scalar = decltype(like);
-    if constexpr (sizeof(scalar) == 2)
-      launch_overlapped("all", &all_kernel<scalar>, std::min<int64_t>(tiles, multiprocessors()), kThreads, kBytes,
-                        stream, overlap, maps, a);
+    launch_overlapped("all", &all_kernel<scalar>, std::min<int64_t>(tiles, multiprocessors()), kThreads, kBytes, stream,
+                      overlap, maps, a);
   });
 }
 

@@ -107,14 +107,12 @@ void expand(const LowRank& p, cudaStream_t stream) {
                   aligned(p.up, p.y, p.y0, p.bias_up),
               "expand: not what it was planned for");
   const auto grid = static_cast<unsigned>(ceil_div(p.rows.M, kRows) * ceil_div(p.N, kColumns));
-  dispatch("expand", p.dtype, [&](auto like) {
+  dispatch<2>("expand", p.dtype, [&](auto like) {
     using scalar = decltype(like);
-    if constexpr (sizeof(scalar) == 2) {
-      if (p.bias_up)
-        expand_kernel<scalar, true><<<grid, kThreads, 0, stream>>>(p);
-      else
-        expand_kernel<scalar, false><<<grid, kThreads, 0, stream>>>(p);
-    }
+    if (p.bias_up)
+      expand_kernel<scalar, true><<<grid, kThreads, 0, stream>>>(p);
+    else
+      expand_kernel<scalar, false><<<grid, kThreads, 0, stream>>>(p);
   });
   check_launch("expand");
 }

@@ -292,20 +292,18 @@ void few_rows_sm90(const LowRank& p, const void* weight, const void* bias, const
   first.N = 0;  // `up` is not sent for: it comes while the product runs
   Maps maps;
   const Arguments a{p, few_rows_shrink(first, workspace(few_rows_bytes(first, false)), false, stream), bias};
-  dispatch("few_rows", p.dtype, [&](auto tag) {
+  dispatch<2>("few_rows", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    if constexpr (sizeof(scalar) == 2) {
-      const auto with = [&](auto rows) {
-        p.up_transposed ? launch<scalar, rows.value, true>(maps, a, weight, stream)
-                        : launch<scalar, rows.value, false>(maps, a, weight, stream);
-      };
-      if (M <= 8)
-        with(std::integral_constant<int, 8>{});
-      else if (M <= 32)
-        with(std::integral_constant<int, 32>{});
-      else
-        with(std::integral_constant<int, 64>{});
-    }
+    const auto with = [&](auto rows) {
+      p.up_transposed ? launch<scalar, rows.value, true>(maps, a, weight, stream)
+                      : launch<scalar, rows.value, false>(maps, a, weight, stream);
+    };
+    if (M <= 8)
+      with(std::integral_constant<int, 8>{});
+    else if (M <= 32)
+      with(std::integral_constant<int, 32>{});
+    else
+      with(std::integral_constant<int, 64>{});
   });
 }
 

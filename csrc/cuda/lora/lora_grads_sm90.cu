@@ -191,13 +191,11 @@ void lora_grads_sm90(const LoraGrads& p, bool overlap, cudaStream_t stream) {
   a.row_P = row, a.layout_P = sm90::operand_layout(swizzle, 0, 8 * 2 * row);
   a.scaling = p.scaling, a.ranks = p.ranks;
   const int64_t most = std::clamp<int64_t>(ceil_div(M, kRows), 1, kMaxBlocks);
-  dispatch("lora_grads", p.dtype, [&](auto tag) {
+  dispatch<2>("lora_grads", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    if constexpr (sizeof(scalar) == 2) {
-      // half as many columns where that makes clusters of four
-      const bool narrow = 8 * (ceil_div(p.in, 128) + ceil_div(p.out, 128)) <= multiprocessors();
-      narrow ? launch<scalar, 64>(a, most, stream, overlap) : launch<scalar, 128>(a, most, stream, overlap);
-    }
+    // half as many columns where that makes clusters of four
+    const bool narrow = 8 * (ceil_div(p.in, 128) + ceil_div(p.out, 128)) <= multiprocessors();
+    narrow ? launch<scalar, 64>(a, most, stream, overlap) : launch<scalar, 128>(a, most, stream, overlap);
   });
 }
 

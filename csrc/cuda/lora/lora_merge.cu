@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kThreads)
 
 void lora_merge(const LoraMerge& p, cudaStream_t stream) {
   const auto grid = static_cast<unsigned>(ceil_div(p.out, kTile) * ceil_div(p.in, kTile));
-  dispatch_with_float64(p.dtype, [&](auto tag) {
+  dispatch<8>("lora_merge", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
     const auto typed = [](const void* t) { return static_cast<const scalar*>(t); };
     const auto T = static_cast<int>(p.r ? p.T : 0), r = static_cast<int>(p.r);
