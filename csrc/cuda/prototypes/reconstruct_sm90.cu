@@ -210,9 +210,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const int at = ((chunk + 2 * i + e / 2) ^ swizzle) * 16 + e % 2 * 8 * kPitch;
-            const float x = *reinterpret_cast<const float*>(from + at);
-            high[i][e] = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
-            low[i][e] = __float_as_uint(x - __uint_as_float(high[i][e]));
+            cosine::Split<false>::split(*reinterpret_cast<const float*>(from + at), high[i][e], low[i][e]);
           }
         wait_for(split(step), step);
         const uint64_t rest_of_b = b + kTileBytes / 16;
