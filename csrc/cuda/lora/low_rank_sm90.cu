@@ -17,6 +17,7 @@
 #include "../device/launch.cuh"
 #include "../device/mma.cuh"
 #include "../device/overlap.cuh"
+#include "../device/ring.cuh"
 #include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "adapters.cuh"
@@ -80,21 +81,6 @@ struct Arguments {
   int ahead;  // rows of y0 from here on are set on their way to L2: the second half begins with the last
 };
 
-// Both sides walk through the stages in the same order.
-struct Ring {
-  uint32_t memory, barriers, bytes;
-  int stages, index = 0;
-  uint32_t phase = 0;
-  __device__ Ring(uint32_t memory, uint32_t barriers, uint32_t bytes, uint32_t space)
-      : memory(memory), barriers(barriers), bytes(bytes), stages(space / bytes) {}
-  __device__ uint32_t stage() const { return memory + index * bytes; }
-  __device__ uint32_t full() const { return barriers + 16 * index; }
-  __device__ uint32_t empty() const { return full() + 8; }
-  __device__ void next() {
-    if (++index == stages) index = 0, phase ^= 1;
-  }
-};
-
 // How many adapters the rows chose. By all threads.
 __device__ inline int choose(const LowRank& p, int row0, Choices& choices) {
   const int i = threadIdx.x, words = static_cast<int>(p.rows.T + 31) / 32;
@@ -124,34 +110,16 @@ struct Own {
 
 // d += the rows of this warpgroup times kN columns.
 template <typename scalar, bool kTransposed, int kN>
-__device__ inline void multiply(float (&d)[kN / 2], Ring& ring, uint32_t x, uint32_t down, int k_steps) {
+__device__ inline void multiply(float (&d)[kN / 2], sm90::Ring& ring, uint32_t x, uint32_t down, int k_steps) {
   constexpr uint64_t kStep = (kTransposed ? 16 * kBytesRanks : 32) >> 4;
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) d[i] = 0.f;
-  uint32_t before = 0;
-  const auto release = [&] {  // the stage before: this warp is done with it
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) sm90::barrier_arrive(before);
-  };
-#pragma unroll 1
-  for (int k = 0; k < k_steps; ++k) {
-    sm90::barrier_wait(ring.full(), ring.phase);
-    const uint64_t a = sm90::operand(kLayout, ring.stage() + x);
-    const uint64_t b = sm90::operand(kTransposed ? kLayoutTransposed : kLayout, ring.stage() + down);
-    sm90::hold(d);
-    sm90::wgmma_fence();
+  sm90::multiply(d, ring, k_steps, [&](uint32_t at) {
+    const uint64_t a = sm90::operand(kLayout, at + x);
+    const uint64_t b = sm90::operand(kTransposed ? kLayoutTransposed : kLayout, at + down);
 #pragma unroll
     for (int i = 0; i < kDepth / 16; ++i) sm90::wgmma<kN, scalar, kTransposed>(d, a + 2 * i, b + i * kStep);
-    sm90::wgmma_commit();
-    sm90::hold(d);
-    sm90::wgmma_wait<1>();
-    if (k > 0) release();
-    before = ring.empty();
-    ring.next();
-  }
-  sm90::wgmma_wait<0>();
-  sm90::hold(d);
-  release();
+  });
 }
 
 // h of this warp's rows, `width` columns from `first` on, `each` an adapter. Of 8 columns j of d, [4 j + {0, 1}] are
@@ -243,7 +211,8 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
     __syncthreads();
   const int each = padded<kTransposed>(r), columns = count * each, first = static_cast<int>(blockIdx.y) * kWide;
   const int stride = static_cast<int>(gridDim.y) * kWide;
-  Ring ring(memory, memory + S::kBarriers, S::kBytesX + (columns <= kNarrow ? kNarrow : kWide) * kBytesRow, S::kRing);
+  const uint32_t bytes = S::kBytesX + (columns <= kNarrow ? kNarrow : kWide) * kBytesRow;
+  sm90::Ring ring{memory, memory + S::kBarriers, bytes, static_cast<int>(S::kRing / bytes)};
 
   if (warp == S::kWarps) {
     for (int column = first; column < columns; column += stride) {
@@ -259,10 +228,8 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
       if (lane == 0)
 #pragma unroll 1
         for (int k = 0; k < k_steps; ++k, ring.next()) {
-          const uint32_t full = ring.full();
-          uint32_t to = ring.stage();
-          sm90::barrier_wait(ring.empty(), ring.phase ^ 1);
-          sm90::barrier_arrive_expect(full, S::kBytesX + boxes * box * kBytesRow);
+          const uint32_t full = ring.fill(S::kBytesX + boxes * box * kBytesRow);
+          uint32_t to = ring.at();
           sm90::load_2d(&maps.x, full, to, k * kDepth, row0);
           to += S::kBytesX;
 #pragma unroll 1
