@@ -314,16 +314,10 @@ struct Multiplier {
 
   __device__ void wait() { sm90::barrier_wait(barriers.full(step % S::kStages), step / S::kStages & 1); }
 
-  __device__ void pass() {
-    __syncwarp();
-    if (lane == 0) sm90::barrier_arrive(barriers.passed());
-  }
+  __device__ void pass() { sm90::release(barriers.passed()); }
 
   // This warp is done with the stage that belongs to `which`.
-  __device__ void release(uint32_t which) {
-    __syncwarp();
-    if (lane == 0) sm90::barrier_arrive(barriers.empty(which % S::kStages));
-  }
+  __device__ void release(uint32_t which) { sm90::release(barriers.empty(which % S::kStages)); }
 
   __device__ void main_loop(Half& upper, Half& lower, int k_steps) {
 #pragma unroll
@@ -519,8 +513,7 @@ struct Multiplier {
         } else {
           sm90::barrier_wait(barriers.up_full(group), n / 2 & 1);
         }
-        __syncwarp();
-        if (lane == 0) sm90::barrier_arrive(barriers.up_empty(group));
+        sm90::release(barriers.up_empty(group));
       }
 #pragma unroll 1
       for (int entry = 0; entry < given; entry += kMaxGiven) {
@@ -567,13 +560,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     sm90::prefetch_map(&maps.x), sm90::prefetch_map(&maps.weight);
     sm90::prefetch_map(&maps.down), sm90::prefetch_map(&maps.up), sm90::prefetch_map(&maps.h);
   }
-  const auto meet = [] {  // both blocks: neither writes to one that has not begun, or has ended
-    __syncwarp();
-    sm90::cluster_arrive();
-    sm90::cluster_wait();
-  };
   if constexpr (S::kPair)
-    meet();
+    sm90::cluster_sync();  // neither block writes to one that has not begun,
   else
     __syncthreads();
   const int column_tiles = (p.N + kColumns - 1) / kColumns, group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
@@ -595,7 +583,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t out = stages + Layout<S>::kOut + group * 4 * kOutWarp;
     Multiplier<scalar, kTransposed, kSlots>{p, tiles, stages, out, group, warp, lane, barriers}.run(column_tiles);
   }
-  if constexpr (S::kPair) meet();
+  if constexpr (S::kPair) {  // or has ended
+    __syncwarp();
+    sm90::cluster_sync();
+  }
 #endif
 }
 
@@ -680,25 +671,21 @@ void fused(const Fused& p, cudaStream_t stream) {
   const Maps maps = describe(p);
   const int tiles = (a.M + kRows - 1) / kRows * column_tiles, at_once = std::min(tiles, multiprocessors());
   const int blocks = p.in_loop == 2 ? at_once / 2 * 2 : at_once;
-  dispatch("the fused LoRA product", p.dtype, [&](auto tag) {
+  dispatch<2>("the fused LoRA product", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    if constexpr (sizeof(scalar) == 2) {
-      if (p.transposed)
-        p.in_loop ? launch<scalar, true, 1>(maps, a, blocks, p.overlap, stream)
-                  : launch<scalar, true, 0>(maps, a, blocks, p.overlap, stream);
-      else if (p.in_loop == 2)
-        launch<scalar, false, 2>(maps, a, blocks, p.overlap, stream);
-      else
-        p.in_loop ? launch<scalar, false, 1>(maps, a, blocks, p.overlap, stream)
-                  : launch<scalar, false, 0>(maps, a, blocks, p.overlap, stream);
-      if (p.base == nullptr && p.bias_up == nullptr) return;
-      const int64_t threads = p.rows.M * (p.N / 8);
-      add_rest_kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(
-          a, static_cast<const scalar*>(p.base), p.ld_base, static_cast<const scalar*>(p.bias_up));
-      check_launch("the fused LoRA product");
-    } else {
-      PLORA_CHECK(false, "the fused LoRA product: the dtype must be bfloat16 or float16");
-    }
+    if (p.transposed)
+      p.in_loop ? launch<scalar, true, 1>(maps, a, blocks, p.overlap, stream)
+                : launch<scalar, true, 0>(maps, a, blocks, p.overlap, stream);
+    else if (p.in_loop == 2)
+      launch<scalar, false, 2>(maps, a, blocks, p.overlap, stream);
+    else
+      p.in_loop ? launch<scalar, false, 1>(maps, a, blocks, p.overlap, stream)
+                : launch<scalar, false, 0>(maps, a, blocks, p.overlap, stream);
+    if (p.base == nullptr && p.bias_up == nullptr) return;
+    const int64_t threads = p.rows.M * (p.N / 8);
+    add_rest_kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(
+        a, static_cast<const scalar*>(p.base), p.ld_base, static_cast<const scalar*>(p.bias_up));
+    check_launch("the fused LoRA product");
   });
 }
 

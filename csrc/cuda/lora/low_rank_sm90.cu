@@ -194,10 +194,7 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
   launch_successor();
   if (warp == S::kWarps) {
     if (lane == 0) {
-      for (int i = 0; i < S::kMaxStages; ++i) {
-        sm90::barrier_init(memory + S::kBarriers + 16 * i, 1);
-        sm90::barrier_init(memory + S::kBarriers + 16 * i + 8, S::kWarps);
-      }
+      sm90::Ring{memory, memory + S::kBarriers, 0, S::kMaxStages}.init(S::kWarps);
       sm90::fence_barrier_init();
       sm90::prefetch_map(&maps.x), sm90::prefetch_map(&maps.down), sm90::prefetch_map(&maps.run);
       if (p.rows.ids)  // while the ids come
@@ -313,22 +310,18 @@ void low_rank_sm90(const LowRank& p, cudaStream_t stream) {
                 (!p.rows.ids || p.rows.T <= kMaxAdapters);
   // the ranks of a sum must follow each other without a gap
   serves = serves && (!p.down_transposed || p.rows.ids || p.rows.T <= 1 || p.rows.r % kRow == 0);
-  for (const void* q :
-       {p.x, p.down, p.bias_down, p.gate, static_cast<const void*>(p.h), static_cast<const void*>(p.scaled_h)})
-    serves = serves && aligned(q);
+  serves = serves && aligned(p.x, p.down, p.bias_down, p.gate, p.h, p.scaled_h);
   PLORA_CHECK(serves, "low_rank_sm90: not what it was planned for (rows_on_hopper)");
-  dispatch("low_rank", p.dtype, [&](auto like) {
+  dispatch<2>("low_rank", p.dtype, [&](auto like) {
     using scalar = decltype(like);
-    if constexpr (sizeof(scalar) == 2) {
-      // Blocks of 64 rows while each gets a multiprocessor of its own; those of 128 read the factors half as often, and
-      // may be so few that the kernel that follows starts beside all of them.
-      const int64_t all = multiprocessors(), blocks = ceil_div(p.rows.M, 64), tall = ceil_div(p.rows.M, 128);
-      const bool small = blocks <= all && (blocks + p.followed <= all || tall + p.followed > all);
-      if (p.down_transposed)
-        small ? launch<scalar, 1, true>(p, stream) : launch<scalar, 2, true>(p, stream);
-      else
-        small ? launch<scalar, 1, false>(p, stream) : launch<scalar, 2, false>(p, stream);
-    }
+    // Blocks of 64 rows while each gets a multiprocessor of its own; those of 128 read the factors half as often, and
+    // may be so few that the kernel that follows starts beside all of them.
+    const int64_t all = multiprocessors(), blocks = ceil_div(p.rows.M, 64), tall = ceil_div(p.rows.M, 128);
+    const bool small = blocks <= all && (blocks + p.followed <= all || tall + p.followed > all);
+    if (p.down_transposed)
+      small ? launch<scalar, 1, true>(p, stream) : launch<scalar, 2, true>(p, stream);
+    else
+      small ? launch<scalar, 1, false>(p, stream) : launch<scalar, 2, false>(p, stream);
   });
 }
 
