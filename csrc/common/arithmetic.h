@@ -8,6 +8,9 @@ namespace plora {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // To the 16 bytes of a vector.
-inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+template <typename... Types>
+bool aligned(const Types*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
 
 }  // namespace plora

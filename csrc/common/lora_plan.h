@@ -3,7 +3,8 @@
 // refuses what the plan should not have sent there.
 //
 // The fused product (cuda/fused_sm90.cu) makes tiles of 128 x 192. A `slot` is 16 ranks of one adapter: 16 more columns
-// in the main loop, which takes one, or 16 more of the depth where h was computed before.
+// in the main loop, which takes one, or two with the tile beside it, or 16 more of the depth where h was computed
+// before.
 #pragma once
 
 #include <algorithm>
@@ -62,6 +63,7 @@ struct LoraPlan {
   LoraAlgorithm algorithm = LoraAlgorithm::low_rank;
   LoraRanks ranks = LoraRanks::within;
   int64_t ctas = 0, waves = 0;  // of the fused product
+  int slots = 0;                // that it makes in its loop, or two that pairs of blocks make
   const char* reason = "";
 
   bool fused() const { return algorithm == LoraAlgorithm::in_loop || algorithm == LoraAlgorithm::precomputed; }
@@ -94,6 +96,8 @@ constexpr int64_t kMergeRank = 64;   // above: merging pays where nothing is kep
 constexpr int64_t kMergeRows = 256;  // ... from this many rows on
 // Fewer rows are few tiles for the fused product; of a deep product each takes long, and torch's shares out the depth.
 constexpr int64_t kHopperRows = 128, kDeepRows = 1024, kDeep = 1024;
+// So many rows that meet one adapter, of up to kDeep columns on either side, are still faster beside torch's product.
+constexpr int64_t kFewAlone = 256;
 // What cuda/few_rows.cu takes: rows; adapters; ranks that act on a row.
 constexpr int64_t kFewRows = 512, kFewAdapters = 1 << 15, kFewRanks = 512;
 // What cuda/few_rows_sm90.cu takes: rows; of all of them, the ranks that act on them. It reads a row's adapter for that
@@ -224,7 +228,8 @@ inline int64_t ranks_of_row(const LoraShape& s) {
 // it takes the shape, has h for next to nothing.
 inline bool few_rows(const LoraShape& s) {
   using namespace lora_plan;
-  const bool fused = s.weight && s.half && s.capability == 90 && !s.mma_only && s.M >= kHopperRows &&
+  const bool fused = s.weight && s.half && s.capability == 90 && !s.mma_only &&
+                     s.M > (std::max(s.in, s.out) <= kDeep ? kFewAlone : kHopperRows) &&
                      (s.backward ? s.out : s.in) <= kDeep && adapters_of_tile(s) == 1;
   return s.family != Family::all && s.M <= kFewRows && s.T <= kFewAdapters && s.r > 0 && ranks_of_row(s) <= kFewRanks &&
          std::min(s.in, s.out) > 0 && std::max(s.in, s.out) < int64_t{1} << 25 && !fused;
@@ -313,7 +318,9 @@ inline LoraPlan plan_lora(const LoraShape& s) {
                                  : product * kInLoopShare + waves * kInLoopWave;
   const double given = waves * kGivenWave;
   const bool few = s.backward && s.M < kDeepRows;  // whose pass hides behind the launch
-  const bool fits = most <= 1 && !few && slots_of_tile(s, each, column_tiles) <= 1 && loop < pass + given * each;
+  const bool one = most <= 1 && slots_of_tile(s, each, column_tiles) <= 1;
+  const bool two = most * each <= 2 && !s.backward && column_tiles % 2 == 0 && at_once > 1;
+  const bool fits = (one || two) && !few && loop < pass + given * most * each;
   const double alone = 2.0 * s.M * (K + 2 * N) / kBytes + kLaunch * (2 + copies);
   // Ids of single rows may be anything; what is met in practice are segments.
   const double mean =
@@ -325,6 +332,7 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   if (!fits && !h_by_product(s) && !rows_on_hopper(s)) return apart("more rows than the fused product can number");
 
   plan.ctas = std::min(tiles, at_once), plan.waves = waves;
+  plan.slots = !fits ? 0 : one ? 1 : 2;
   if (fits) return choose(LoraAlgorithm::in_loop, LoraRanks::within, "the ranks of every tile fit beside it");
   return choose(LoraAlgorithm::precomputed, h_by_product(s) ? LoraRanks::product : rows,
                 "a pass over the rows costs less than the ranks beside every tile");

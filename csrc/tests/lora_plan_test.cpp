@@ -63,9 +63,12 @@ bool holds(const LoraShape& s, const LoraPlan& p) {
     case A::few_fused:
       return hopper && s.weight && s.outputs && s.M <= 64 && K % 8 == 0 && N % 8 == 0 && s.r % 8 == 0 &&
              s.M * (ids ? 1 : s.T) * ((s.r + 15) / 16 * 16) <= 4096 && s.family != Family::all;
-    case A::in_loop:  // one adapter a tile, whose ranks are one slot there, and h is left to the loop
-      return hopper && s.weight && s.outputs && K % 8 == 0 && N % 8 == 0 && met <= 1 && p.ranks == R::within &&
-             (rank <= 16 || (!s.backward && !s.slices.empty()));
+    case A::in_loop: {  // a slot a tile, or two in a pair, and h is left to the loop
+      const bool one = met <= 1 && (rank <= 16 || (!s.backward && !s.slices.empty()));
+      const bool two = met * ((rank + 15) / 16) <= 2 && !s.backward && (N + 191) / 192 % 2 == 0 && s.sms > 1;
+      return hopper && s.weight && s.outputs && K % 8 == 0 && N % 8 == 0 && p.ranks == R::within &&
+             (p.slots == 1 ? one : p.slots == 2 && two);
+    }
     case A::precomputed:
       return hopper && s.weight && s.outputs && s.family != Family::all && K % 8 == 0 && N % 8 == 0 &&
              (p.by_rows() || (p.ranks == R::product && !ids && !s.relu)) && (!ids || met * rank <= 2048);
@@ -128,8 +131,11 @@ int main() {
   expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.aligned = false; }).fused(), "not with odd addresses");
   expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.in = 764; }).fused(), "nor odd widths");
   expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.out = 764; }).fused(), "of either side");
-  expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 128; }).fused(), "128 rows are enough");
-  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 127; }).fused(), "127 are not");
+  const auto of_rows = [](int64_t M, int64_t out) { return [=](LoraShape& s) { s.M = M, s.out = out; }; };
+  expect(plan(Family::sum, 1, 16, of_rows(257, 768)).fused(), "257 rows are enough");
+  expect(!plan(Family::sum, 1, 16, of_rows(256, 768)).fused(), "256 are not");
+  expect(plan(Family::sum, 1, 16, of_rows(129, 2304)).fused(), "129 of a wide layer");
+  expect(!plan(Family::sum, 1, 16, of_rows(128, 2304)).fused(), "but not 128");
   expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 1024, s.in = 3072; }).fused(), "a deep product wants 1024");
   expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 1023, s.in = 3072; }).fused(), "and not 1023");
   expect(!plan(Family::all, 4, 16).fused(), "`all` shares one frozen product");
@@ -150,18 +156,29 @@ int main() {
 
   expect(takes(plan(Family::sum, 1, 16), A::in_loop), "one slot in the loop");
   expect(takes(plan(Family::sum, 1, 8), A::in_loop), "a smaller rank too");
-  expect(takes(plan(Family::sum, 1, 17), A::precomputed), "a larger never");
-  expect(takes(plan(Family::sum, 2, 16), A::precomputed), "nor two adapters on every row");
+  const auto slots = [&](Family family, int64_t T, int64_t r, const auto& change) {
+    return plan(family, T, r, change).slots;
+  };
+  expect(slots(Family::sum, 1, 16, [](LoraShape&) {}) == 1, "by itself");
+  expect(slots(Family::sum, 1, 17, [](LoraShape&) {}) == 2 && slots(Family::sum, 2, 16, [](LoraShape&) {}) == 2 &&
+             slots(Family::indexed, 20, 16, [](LoraShape&) {}) == 2,
+         "a larger rank, or two adapters, in pairs of tiles");
+  expect(takes(plan(Family::sum, 1, 33), A::precomputed) && takes(plan(Family::sum, 3, 16), A::precomputed) &&
+             takes(plan(Family::indexed, 20, 17), A::precomputed),
+         "more never");
+  expect(slots(Family::sum, 2, 16, [](LoraShape& s) { s.out = 960; }) == 0, "nor where the last tile lies alone");
+  expect(slots(Family::sum, 2, 16, [](LoraShape& s) { s.sms = 1; }) == 0, "or no two run at the same time");
   const auto out = [](int64_t n) { return [n](LoraShape& s) { s.M = 12608, s.out = n; }; };
   expect(takes(plan(Family::sum, 1, 16, out(768)), A::in_loop), "a pass costs more than the loop's slot");
   expect(takes(plan(Family::sum, 1, 16, out(3072)), A::precomputed), "less where the product is long");
   expect(takes(plan(Family::sum, 1, 16, [](LoraShape& s) { s.in = 3072; }), A::in_loop), "not where x is what is long");
 
-  expect(takes(plan(Family::indexed, 20, 16), A::precomputed), "a tile may meet two images of 197 rows");
+  expect(takes(plan(Family::indexed, 20, 16), A::in_loop), "a tile may meet two images of 197 rows");
   expect(takes(plan(Family::indexed, 1, 16), A::in_loop), "but there may be one adapter only");
   const auto rows = [](int64_t n) { return [n](LoraShape& s) { s.M = 128 * 192, s.rows_per_id = n; }; };
   expect(takes(plan(Family::indexed, 20, 16, rows(128)), A::in_loop), "128 rows of an image are one tile");
-  expect(takes(plan(Family::indexed, 20, 16, rows(64)), A::precomputed), "64 are half a tile");
+  expect(takes(plan(Family::indexed, 20, 16, rows(64)), A::in_loop), "64 are half a tile");
+  expect(takes(plan(Family::indexed, 20, 16, rows(63)), A::precomputed), "of 63 it may meet four");
   expect(takes(plan(Family::indexed, 1, 64), A::precomputed), "a large rank is given");
   expect(takes(plan(Family::indexed, 100, 16, rows(1)), A::precomputed), "single rows are taken for segments");
 
@@ -170,9 +187,9 @@ int main() {
   expect(takes(plan(Family::sum, 1, 16, backward), A::in_loop), "likewise one adapter");
 
   const auto qv = [](LoraShape& s) { s.M = 2048, s.out = 2304, s.slices = {0, 768, 1536, 2304}; };
-  expect(takes(plan(Family::sum, 1, 32, qv), A::in_loop), "slices leave one slot to a tile");
+  expect(slots(Family::sum, 1, 32, qv) == 1, "slices leave one slot to a tile");
   const auto odd = [](LoraShape& s) { s.M = 2048, s.out = 2304, s.slices = {0, 800, 800, 1600}; };
-  expect(takes(plan(Family::sum, 1, 32, odd), A::precomputed), "unless a tile meets both");
+  expect(slots(Family::sum, 1, 32, odd) == 2, "unless a tile meets both");
   const auto nine = [](LoraShape& s) {
     s.M = 2048, s.out = 9 * 192;
     for (int64_t i = 0; i < 9; ++i) s.slices.insert(s.slices.end(), {i * 192, (i + 1) * 192});
@@ -202,8 +219,8 @@ int main() {
   expect(!serves(Family::indexed, 64, 513, 4096, same), "and no more");
   expect(serves(Family::indexed, 64, 64, 4096, [](LoraShape& s) { s.backward = true; }), "backward too");
   expect(!serves(Family::all, 4, 64, 4096, same), "nor all adapters' outputs");
-  expect(serves(Family::indexed, 64, 512, 768, same) && serves(Family::sum, 1, 127, 768, same), "of a short product");
-  expect(!serves(Family::sum, 1, 128, 768, same) && serves(Family::sum, 2, 128, 768, same), "unless one slot serves");
+  expect(serves(Family::indexed, 64, 512, 768, same) && serves(Family::sum, 1, 256, 768, same), "of a short product");
+  expect(!serves(Family::sum, 1, 257, 768, same) && serves(Family::sum, 2, 257, 768, same), "unless one slot serves");
   expect(serves(Family::sum, 1, 512, 4096, same), "and the product is not deep");
   expect(serves(Family::indexed, 64, 64, 4096, [](LoraShape& s) { s.half = s.weight = false, s.capability = 80; }),
          "in float32, without a frozen layer, and on every GPU");

@@ -14,19 +14,14 @@
 
 namespace plora::cuda {
 
-// f with a value of the C++ type of `dtype`, of which only the type matters.
-template <typename F>
-void dispatch_with_float64(Dtype dtype, const F& f) {
-  dispatch_as<__nv_bfloat16, __half>(dtype, f);
-}
-
-template <typename F>
+// f with a value of the C++ type of `dtype`, of which only the type matters; it has at most so many bytes.
+template <size_t kBytes = 4, typename F>
 void dispatch(const char* op, Dtype dtype, const F& f) {
-  dispatch_with_float64(dtype, [&](auto tag) {
-    if constexpr (sizeof(tag) < 8)
+  dispatch_as<__nv_bfloat16, __half>(dtype, [&](auto tag) {
+    if constexpr (sizeof(tag) <= kBytes)
       f(tag);
     else
-      fail(op, ": float64 has no kernel");
+      fail(op, ": no kernel has this dtype");
   });
 }
 

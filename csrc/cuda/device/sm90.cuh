@@ -32,6 +32,12 @@ __device__ inline void barrier_arrive(uint32_t barrier, int count = 1) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
+// By a warp that is done with what the barrier stands for.
+__device__ inline void release(uint32_t barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+
 __device__ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -59,9 +65,11 @@ __device__ inline uint32_t cluster_blocks() {
   return blocks;
 }
 
-// All threads of all blocks: what one wrote before it arrived others may read once they have waited.
-__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// All threads of all blocks: what one wrote before others may read afterwards.
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 // From the place in block `rank` that is `from` in this one.
 __device__ inline float4 load_from_block(uint32_t from, uint32_t rank) {
@@ -73,6 +81,24 @@ __device__ inline float4 load_from_block(uint32_t from, uint32_t rank) {
       : "r"(from), "r"(rank)
       : "memory");
   return v;
+}
+
+// The place in block `rank` that is `here` in this one.
+__device__ inline uint32_t place_in_block(uint32_t here, uint32_t rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  return there;
+}
+
+// To such a place; its barrier counts the bytes.
+__device__ inline void store_to_block(uint32_t there, uint32_t value, uint32_t barrier_there) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there),
+               "r"(value), "r"(barrier_there)
+               : "memory");
+}
+
+__device__ inline void barrier_arrive_in_block(uint32_t barrier_there) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier_there) : "memory");
 }
 
 // --- bulk tensor copies ---------------------------------------------------------------------------------------------
@@ -159,8 +185,8 @@ __device__ inline void hold(uint32_t (&a)[kCount]) {  // or that factors are sti
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(a[i])::"memory");
 }
 
-// d[64, N] += a[64, 16] b[N, 16]^T, each in K-major (kTrans = 0) or in M- or N-major order; of d the first N / 2
-// registers.
+// d[64, N] += a[64, 16] b[N, 16]^T, or in place of d; each in K-major (kTrans = 0) or in M- or N-major order; of d the
+// first N / 2 registers.
 #define PLORA_OPS4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define PLORA_OPS8(i) PLORA_OPS4(i), PLORA_OPS4(i + 4)
 #define PLORA_OPS16(i) PLORA_OPS8(i), PLORA_OPS8(i + 8)
@@ -180,42 +206,27 @@ __device__ inline void hold(uint32_t (&a)[kCount]) {  // or that factors are sti
   ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%" \
   "91,%92,%93,%94,%95"
 #define PLORA_REGS104 PLORA_REGS96 ",%96,%97,%98,%99,%100,%101,%102,%103"
-#define PLORA_WGMMA(N, type, regs, ops, a_, b_, t_, u_)                                                       \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" regs "}, %" #a_ ", %" #b_ \
-               ", 1, 1, 1, %" #t_ ", %" #u_ ";"                                                               \
-               : ops                                                                                          \
-               : "l"(a), "l"(b), "n"(kTransA), "n"(kTransB))
+#define PLORA_WGMMA(N, type, regs, ops, a_, b_, t_, u_, add_)                                                \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #add_ ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N   \
+               "k16.f32." type "." type " {" regs "}, %" #a_ ", %" #b_ ", add, 1, 1, %" #t_ ", %" #u_ ";\n}" \
+               : ops                                                                                         \
+               : "l"(a), "l"(b), "n"(kTransA), "n"(kTransB), "r"(static_cast<int>(add)))
 
 template <int kN, typename scalar, int kTransB, int kTransA = 0, int kCount>
-__device__ inline void wgmma(float (&d)[kCount], uint64_t a, uint64_t b) {
-#define PLORA_WGMMA_TYPED(type)                                                                \
-  if constexpr (kN == 8) PLORA_WGMMA(8, type, PLORA_REGS4, PLORA_OPS4(0), 4, 5, 6, 7);         \
-  if constexpr (kN == 32) PLORA_WGMMA(32, type, PLORA_REGS16, PLORA_OPS16(0), 16, 17, 18, 19); \
-  if constexpr (kN == 64) PLORA_WGMMA(64, type, PLORA_REGS32, PLORA_OPS32(0), 32, 33, 34, 35); \
-  if constexpr (kN == 128) PLORA_WGMMA(128, type, PLORA_REGS64, PLORA_OPS64, 64, 65, 66, 67);  \
-  if constexpr (kN == 192) PLORA_WGMMA(192, type, PLORA_REGS96, PLORA_OPS96, 96, 97, 98, 99);  \
-  if constexpr (kN == 208) PLORA_WGMMA(208, type, PLORA_REGS104, PLORA_OPS104, 104, 105, 106, 107)
+__device__ inline void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool add = true) {
+#define PLORA_WGMMA_TYPED(type)                                                                    \
+  if constexpr (kN == 8) PLORA_WGMMA(8, type, PLORA_REGS4, PLORA_OPS4(0), 4, 5, 6, 7, 8);          \
+  if constexpr (kN == 32) PLORA_WGMMA(32, type, PLORA_REGS16, PLORA_OPS16(0), 16, 17, 18, 19, 20); \
+  if constexpr (kN == 64) PLORA_WGMMA(64, type, PLORA_REGS32, PLORA_OPS32(0), 32, 33, 34, 35, 36); \
+  if constexpr (kN == 128) PLORA_WGMMA(128, type, PLORA_REGS64, PLORA_OPS64, 64, 65, 66, 67, 68);  \
+  if constexpr (kN == 192) PLORA_WGMMA(192, type, PLORA_REGS96, PLORA_OPS96, 96, 97, 98, 99, 100); \
+  if constexpr (kN == 208) PLORA_WGMMA(208, type, PLORA_REGS104, PLORA_OPS104, 104, 105, 106, 107, 108)
   if constexpr (std::is_same_v<scalar, __nv_bfloat16>) {
     PLORA_WGMMA_TYPED("bf16");
   } else {
     PLORA_WGMMA_TYPED("f16");
   }
 #undef PLORA_WGMMA_TYPED
-}
-
-// Likewise of 192 columns in K-major order, added to d or in its place.
-template <typename scalar>
-__device__ inline void wgmma_192(float (&d)[96], uint64_t a, uint64_t b, bool add) {
-#define PLORA_WGMMA_192(type)                                                                                    \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %98, 0;\nwgmma.mma_async.sync.aligned.m64n192k16.f32." type \
-               "." type " {" PLORA_REGS96 "}, %96, %97, add, 1, 1, 0, 0;\n}"                                     \
-               : PLORA_OPS96                                                                                     \
-               : "l"(a), "l"(b), "r"(static_cast<int>(add)))
-  if constexpr (std::is_same_v<scalar, __nv_bfloat16>)
-    PLORA_WGMMA_192("bf16");
-  else
-    PLORA_WGMMA_192("f16");
-#undef PLORA_WGMMA_192
 }
 
 // d[64, 256] += a[64, 8] b[256, 8]^T of float32 cut to TF32, both in K-major order.

@@ -14,6 +14,7 @@
 #include "../device/device.h"
 #include "../device/launch.cuh"
 #include "../device/overlap.cuh"
+#include "../device/ring.cuh"
 #include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "adapters.cuh"
@@ -31,7 +32,8 @@ constexpr int kResident = 2, kStages = 4;  // slots that stay; of the ring
 // Bytes. A part of y: [128, 64], each row 128 bytes, swizzled. Of a slot: s h [128, 16] and, for each part, `up`
 // [64, 16], or [16, 64] where it is transposed.
 constexpr uint32_t kBytesPart = kRows * kPart * 2, kSlotH = kRows * kSlot * 2, kSlotUp = kPart * kSlot * 2;
-constexpr uint32_t kBytesFactors = std::max(kResident * (kSlotH + kParts * kSlotUp), (kSlotH + kSlotUp) * kStages);
+constexpr uint32_t kStage = kSlotH + kSlotUp;
+constexpr uint32_t kBytesFactors = std::max(kResident * (kSlotH + kParts * kSlotUp), kStages* kStage);
 static_assert(kParts <= kStages, "the parts' barriers are those of the ring");
 
 struct Maps {
@@ -60,24 +62,15 @@ constexpr uint32_t kBarriers = kFactors + kBytesFactors, kTile = kBarriers + 8 *
 constexpr uint32_t kBytes = kTile + sizeof(Tile);
 static_assert(kBlocks * (kBytes + 1024) <= 228 * 1024, "more shared memory than a multiprocessor has");
 
-// Where things are in shared memory. The ring's stages, like the parts of `up` that stay, follow the s h.
+// Where things are in shared memory.
 struct Memory {
   uint32_t first;
   __device__ uint32_t part(int part) const { return first + part * kBytesPart; }
-  __device__ uint32_t h(int i) const { return first + kFactors + i * kSlotH; }
-  __device__ uint32_t up(int slots, int i) const { return h(slots <= kResident ? kResident : kStages) + i * kSlotUp; }
   __device__ uint32_t y_full(int part) const { return first + kBarriers + 8 * part; }
-  __device__ uint32_t full(int i) const { return first + kBarriers + 8 * (kParts + i); }
-  __device__ uint32_t empty(int i) const { return first + kBarriers + 8 * (kParts + kStages + i); }
-};
-
-// Both sides walk through the ring's stages in the same order.
-struct Stage {
-  int index = 0;
-  uint32_t phase = 0;
-  __device__ void next() {
-    if (++index == kStages) index = 0, phase ^= 1;
-  }
+  __device__ sm90::Ring ring() const { return {first + kFactors, first + kBarriers + 8 * kParts, kStage, kStages}; }
+  // Of what stays: `up` follows the s h; a part's barrier is that of a stage.
+  __device__ uint32_t h(int i) const { return first + kFactors + i * kSlotH; }
+  __device__ uint32_t up(int part, int i) const { return h(kResident) + (part * kResident + i) * kSlotUp; }
 };
 
 // One thread: copies of s h and `up`.
@@ -93,29 +86,28 @@ __device__ inline void feed(const Maps& maps, const Arguments& a, const Tile& ti
   const auto load_h = [&](uint32_t barrier, uint32_t to, int slot) {
     sm90::load_3d(&maps.h, barrier, to, slot % blocks * kSlot, slot / blocks, row);
   };
+  sm90::Ring ring = memory.ring();
   if (slots <= kResident) {
+    const uint32_t first = ring.full();
 #pragma unroll 1
-    for (int part = 0; part < parts; ++part) {
-      sm90::barrier_arrive_expect(memory.full(part), slots * (kSlotUp + (part == 0 ? kSlotH : 0)));
+    for (int part = 0; part < parts; ++part, ring.next()) {
+      sm90::barrier_arrive_expect(ring.full(), slots * (kSlotUp + (part == 0 ? kSlotH : 0)));
 #pragma unroll 1
-      for (int i = 0; i < slots; ++i) load_up(memory.full(part), memory.up(slots, part * kResident + i), i, part);
+      for (int i = 0; i < slots; ++i) load_up(ring.full(), memory.up(part, i), i, part);
     }
     wait_for_predecessor();  // it makes s h
 #pragma unroll 1
-    for (int i = 0; i < slots; ++i) load_h(memory.full(0), memory.h(i), i);
+    for (int i = 0; i < slots; ++i) load_h(first, memory.h(i), i);
     return;
   }
-  Stage stage;
 #pragma unroll 1
   for (int part = 0; part < parts; ++part)
 #pragma unroll 1
-    for (int slot = 0; slot < slots; ++slot, stage.next()) {
-      const uint32_t full = memory.full(stage.index);
-      sm90::barrier_wait(memory.empty(stage.index), stage.phase ^ 1);
-      sm90::barrier_arrive_expect(full, kSlotUp + kSlotH);
-      load_up(full, memory.up(slots, stage.index), slot, part);
+    for (int slot = 0; slot < slots; ++slot, ring.next()) {
+      const uint32_t full = ring.fill(kStage);
+      load_up(full, ring.at() + kSlotH, slot, part);
       wait_for_predecessor();
-      load_h(full, memory.h(stage.index), slot);
+      load_h(full, ring.at(), slot);
     }
 }
 
@@ -125,10 +117,10 @@ struct Adder {
   const Tile& tile;
   const Memory& memory;
   const int warp, lane, slots;
-  Stage stage{};
+  sm90::Ring ring = memory.ring();
 
-  static constexpr uint64_t kLayoutUp = kTransposed ? sm90::operand_layout(sm90::Swizzle::b128, kSlotUp, 1024)
-                                                    : sm90::operand_layout(sm90::Swizzle::b32, 16, 256);
+  static constexpr uint64_t kLayoutUp =
+      kTransposed ? sm90::operand_layout(sm90::Swizzle::b128, kSlotUp, 1024) : kLayoutGiven;
 
   __device__ void multiply_slot(float (&d)[kPart / 2], uint32_t h, uint32_t up) const {
     sm90::wgmma<kPart, scalar, kTransposed>(d, sm90::operand(kLayoutGiven, h + warp / 4 * (kSlotH / 2)),
@@ -144,22 +136,21 @@ struct Adder {
     };
     if (slots == 0) return;
     if (slots <= kResident) {
-      sm90::barrier_wait(memory.full(part), 0);
+      ring.wait(), ring.next();
       sm90::hold(d);
       sm90::wgmma_fence();
 #pragma unroll 1
-      for (int i = 0; i < slots; ++i) multiply_slot(d, memory.h(i), memory.up(slots, part * kResident + i));
+      for (int i = 0; i < slots; ++i) multiply_slot(d, memory.h(i), memory.up(part, i));
       return finish();
     }
 #pragma unroll 1
-    for (int slot = 0; slot < slots; ++slot, stage.next()) {
-      sm90::barrier_wait(memory.full(stage.index), stage.phase);
+    for (int slot = 0; slot < slots; ++slot, ring.next()) {
+      ring.wait();
       sm90::hold(d);
       sm90::wgmma_fence();
-      multiply_slot(d, memory.h(stage.index), memory.up(slots, stage.index));
+      multiply_slot(d, ring.at(), ring.at() + kSlotH);
       finish();
-      __syncwarp();
-      if (lane == 0) sm90::barrier_arrive(memory.empty(stage.index));
+      sm90::release(ring.empty());
     }
   }
 
@@ -253,8 +244,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (warp == kWarps) {
     if (lane == 0) {
       for (int i = 0; i < kParts; ++i) sm90::barrier_init(memory.y_full(i), 1);
-      for (int i = 0; i < kStages; ++i)
-        sm90::barrier_init(memory.full(i), 1), sm90::barrier_init(memory.empty(i), kWarps);
+      memory.ring().init(kWarps);
       sm90::fence_barrier_init();
       sm90::fence_async();
       for (int i = 0; a.reads && i < parts; ++i) {
@@ -305,9 +295,9 @@ void launch(const Maps& maps, const Arguments& a, int64_t tiles, cudaStream_t st
 void low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r, N = p.N;
   const int64_t tiles = ceil_div(M, kRows) * ceil_div(N, kColumns);
-  bool serves = p.y && p.scaled_h && !p.y_slab && !p.y0_slab && N > 0 && N % 8 == 0 && N < 1 << 25 && p.ldy % 8 == 0 &&
-                p.ldy0 % 8 == 0 && T > 0 && T <= INT16_MAX && p.places > 0 && M > 0 && tiles <= INT32_MAX;
-  for (const void* q : {static_cast<const void*>(p.y), p.y0, p.up, p.bias_up}) serves = serves && aligned(q);
+  const bool serves = p.y && p.scaled_h && !p.y_slab && !p.y0_slab && N > 0 && N % 8 == 0 && N < 1 << 25 &&
+                      p.ldy % 8 == 0 && p.ldy0 % 8 == 0 && T > 0 && T <= INT16_MAX && p.places > 0 && M > 0 &&
+                      tiles <= INT32_MAX && aligned(p.y, p.y0, p.up, p.bias_up);
   PLORA_CHECK(serves, "low_rank_add_sm90: not what it was planned for (adds_on_hopper)");
   low_rank_sm90(p, stream);
 
@@ -326,14 +316,12 @@ void low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
     describe_tensor<3>(maps.up, p.dtype, p.up, {N, r, T}, {N, r * N}, {kPart, kSlot, 1}, k128);
   else
     describe_tensor<3>(maps.up, p.dtype, p.up, {r, N, T}, {r, N * r}, {kSlot, kPart, 1}, k32);
-  dispatch("low_rank", p.dtype, [&](auto like) {
+  dispatch<2>("low_rank", p.dtype, [&](auto like) {
     using scalar = decltype(like);
-    if constexpr (sizeof(scalar) == 2) {
-      if (p.up_transposed)
-        launch<scalar, true>(maps, a, tiles, stream);
-      else
-        launch<scalar, false>(maps, a, tiles, stream);
-    }
+    if (p.up_transposed)
+      launch<scalar, true>(maps, a, tiles, stream);
+    else
+      launch<scalar, false>(maps, a, tiles, stream);
   });
 }
 

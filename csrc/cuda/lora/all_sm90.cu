@@ -14,6 +14,7 @@
 #include "../device/device.h"
 #include "../device/launch.cuh"
 #include "../device/overlap.cuh"
+#include "../device/ring.cuh"
 #include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "given.cuh"
@@ -39,33 +40,6 @@ constexpr uint32_t kFirstSlot = kStages * kStage, kFirstOut = kFirstSlot + kSlot
                    kBarriers = kFirstOut + kWarps * kOuts * kOut, kBytes = kBarriers + 16 * (kStages + kSlots);
 static_assert(kFirstOut % 1024 == 0 && kBytes <= 232448, "more shared memory than a block can have");
 
-// A ring of places of kSize bytes: both sides walk through them in the same order.
-template <int kPlaces, uint32_t kSize, uint32_t kFirst, uint32_t kBarrier>
-struct Ring {
-  uint32_t memory;
-  int place = 0;
-  uint32_t phase = 0;
-  __device__ explicit Ring(uint32_t memory) : memory(memory) {}
-  __device__ uint32_t at() const { return memory + kFirst + place * kSize; }
-  __device__ uint32_t full() const { return memory + kBarrier + 8 * place; }
-  __device__ uint32_t empty() const { return full() + 8 * kPlaces; }
-  __device__ void next() {
-    if (++place == kPlaces) place = 0, phase ^= 1;
-  }
-  __device__ void init() {
-    for (; phase == 0; next()) sm90::barrier_init(full(), 1), sm90::barrier_init(empty(), kWarps);
-  }
-  // By the feeding thread, before it copies all of a place's bytes there; returns the barrier that they tell.
-  __device__ uint32_t fill() const {
-    sm90::barrier_wait(empty(), phase ^ 1);
-    sm90::barrier_arrive_expect(full(), kSize);
-    return full();
-  }
-  __device__ void wait() const { sm90::barrier_wait(full(), phase); }
-};
-using Stages = Ring<kStages, kStage, 0, kBarriers>;
-using Slots = Ring<kSlots, kBytesSlot, kFirstSlot, kBarriers + 16 * kStages>;
-
 struct Maps {
   CUtensorMap x, weight, h, up, y;
 };
@@ -88,25 +62,25 @@ __device__ void for_tiles(const Arguments& a, const F& f) {
 
 // --- feeding, by one thread each ------------------------------------------------------------------------------------
 
-__device__ void feed_stages(const Maps& maps, const Arguments& a, Stages ring) {
+__device__ void feed_stages(const Maps& maps, const Arguments& a, sm90::Ring ring) {
   for_tiles(a, [&](int row, int column) {
 #pragma unroll 1
     for (int k = 0; k < a.K; k += kDepth, ring.next()) {
-      const uint32_t full = ring.fill();
+      const uint32_t full = ring.fill(kStage);
       sm90::load_2d(&maps.x, full, ring.at(), k, row);
       sm90::load_2d(&maps.weight, full, ring.at() + kBytesX, k, column);
     }
   });
 }
 
-__device__ void feed_slots(const Maps& maps, const Arguments& a, Slots ring) {
+__device__ void feed_slots(const Maps& maps, const Arguments& a, sm90::Ring ring) {
   wait_for_predecessor();  // it makes h; and what follows this kernel follows both
   for_tiles(a, [&](int row, int column) {
 #pragma unroll 1
     for (int t = 0; t < a.T; ++t)
 #pragma unroll 1
       for (int rank = 0; rank < a.r; rank += kSlot, ring.next()) {
-        const uint32_t full = ring.fill();
+        const uint32_t full = ring.fill(kBytesSlot);
         sm90::load_3d(&maps.h, full, ring.at(), rank, t, row);
         sm90::load_3d(&maps.up, full, ring.at() + kSlotH, rank, column, t);
       }
@@ -125,15 +99,8 @@ struct Multiplier {
   const Arguments& a;
   const uint32_t memory;
   const int warp, lane;  // of 8
-  Stages stages{memory};
-  Slots slots{memory};
+  sm90::Ring stages, slots;
   uint32_t way = 0;  // out
-
-  // This warp is done with what the barrier stands for.
-  __device__ void release(uint32_t barrier) const {
-    __syncwarp();
-    if (lane == 0) sm90::barrier_arrive(barrier);
-  }
 
   // What the frozen product is added to: bias + y0.
   __device__ void start(Sums& d, int row, int column) const {
@@ -153,25 +120,12 @@ struct Multiplier {
 
   // d += x W^T.
   __device__ void multiply_frozen(Sums& d) {
-    uint32_t before = 0;
-#pragma unroll 1
-    for (int k = 0; k < a.K; k += kDepth, stages.next()) {
-      stages.wait();
-      const uint64_t x = sm90::operand(kLayout, stages.at() + warp / 4 * (kBytesX / 2));
-      const uint64_t w = sm90::operand(kLayout, stages.at() + kBytesX);
-      sm90::hold(d);
-      sm90::wgmma_fence();
+    sm90::multiply(d, stages, (a.K + kDepth - 1) / kDepth, [&](uint32_t at) {
+      const uint64_t x = sm90::operand(kLayout, at + warp / 4 * (kBytesX / 2));
+      const uint64_t w = sm90::operand(kLayout, at + kBytesX);
 #pragma unroll
       for (int i = 0; i < kDepth / 16; ++i) sm90::wgmma<kColumns, scalar, 0>(d, x + 2 * i, w + 2 * i);
-      sm90::wgmma_commit();
-      sm90::hold(d);
-      sm90::wgmma_wait<1>();
-      if (k > 0) release(before);
-      before = stages.empty();
-    }
-    sm90::wgmma_wait<0>();
-    sm90::hold(d);
-    release(before);
+    });
   }
 
   // d = h_t up_t^T + bias_up_t.
@@ -190,12 +144,12 @@ struct Multiplier {
       slots.wait();
       sm90::hold(d);
       sm90::wgmma_fence();
-      sm90::wgmma_192<scalar>(d, sm90::operand(kLayoutGiven, slots.at() + warp / 4 * (kSlotH / 2)),
-                              sm90::operand(kLayoutGiven, slots.at() + kSlotH), add);
+      sm90::wgmma<kColumns, scalar, 0>(d, sm90::operand(kLayoutGiven, slots.at() + warp / 4 * (kSlotH / 2)),
+                                       sm90::operand(kLayoutGiven, slots.at() + kSlotH), add);
       sm90::wgmma_commit();
       sm90::wgmma_wait<0>();
       sm90::hold(d);
-      release(slots.empty());
+      sm90::release(slots.empty());
     }
   }
 
@@ -253,8 +207,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t dynamic[];
   const uint32_t memory = sm90::smem_address(dynamic);
+  const sm90::Ring stages{memory, memory + kBarriers, kStage, kStages};
+  const sm90::Ring slots{memory + kFirstSlot, memory + kBarriers + 16 * kStages, kBytesSlot, kSlots};
   if (threadIdx.x == 0) {
-    Stages(memory).init(), Slots(memory).init();
+    stages.init(kWarps), slots.init(kWarps);
     sm90::fence_barrier_init();
     for (const CUtensorMap* map : {&maps.x, &maps.weight, &maps.h, &maps.up, &maps.y}) sm90::prefetch_map(map);
   }
@@ -263,11 +219,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp >= kWarps) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (lane != 0) return;
-    if (warp == kWarps) feed_stages(maps, a, Stages(memory));
-    if (warp == kWarps + 1) feed_slots(maps, a, Slots(memory));
+    if (warp == kWarps) feed_stages(maps, a, stages);
+    if (warp == kWarps + 1) feed_slots(maps, a, slots);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    Multiplier<scalar>{maps, a, memory, warp, lane}.run();
+    Multiplier<scalar>{maps, a, memory, warp, lane, stages, slots}.run();
   }
 #endif
 }
@@ -277,12 +233,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 void all_sm90(const LowRank& p, const void* weight, const void* bias, bool overlap, cudaStream_t stream) {
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r, N = p.N, tiles = ceil_div(M, kRows) * ceil_div(N, kColumns);
   if (M == 0 || N == 0 || T == 0) return;
-  bool serves = !p.rows.ids && p.x && p.h && p.dtype != Dtype::float32 && tiles <= INT32_MAX / 2 && p.K > 0 &&
-                p.K % 8 == 0 && N % 8 == 0 && r > 0 && r % 8 == 0 && p.ldx % 8 == 0 && p.ldy % 8 == 0 &&
-                p.ldy0 % 8 == 0 && p.y_slab % 8 == 0 && p.y0_slab == 0;
-  for (const void* q :
-       {p.x, weight, bias, p.up, p.bias_up, p.y0, static_cast<const void*>(p.h), static_cast<const void*>(p.y)})
-    serves = serves && aligned(q);
+  const bool serves = !p.rows.ids && p.x && p.h && p.dtype != Dtype::float32 && tiles <= INT32_MAX / 2 && p.K > 0 &&
+                      p.K % 8 == 0 && N % 8 == 0 && r > 0 && r % 8 == 0 && p.ldx % 8 == 0 && p.ldy % 8 == 0 &&
+                      p.ldy0 % 8 == 0 && p.y_slab % 8 == 0 && p.y0_slab == 0 &&
+                      aligned(p.x, weight, bias, p.up, p.bias_up, p.y0, p.h, p.y);
   PLORA_CHECK(serves, "all_sm90: not what it was planned for (all_on_hopper)");
 
   Arguments a{};
@@ -296,11 +250,10 @@ void all_sm90(const LowRank& p, const void* weight, const void* bias, bool overl
   describe_tensor<3>(maps.h, p.dtype, p.h, {r, T, M}, {r, T * r}, {kSlot, 1, kRows}, k32);
   describe_tensor<3>(maps.up, p.dtype, p.up, {r, N, T}, {r, N * r}, {kSlot, kColumns, 1}, k32);
   describe_tensor<3>(maps.y, p.dtype, p.y, {N, M, T}, {p.ldy, p.y_slab}, {kPart, 16, 1}, k128);
-  dispatch("all", p.dtype, [&](auto like) {
+  dispatch<2>("all", p.dtype, [&](auto like) {
     using scalar = decltype(like);
-    if constexpr (sizeof(scalar) == 2)
-      launch_overlapped("all", &all_kernel<scalar>, std::min<int64_t>(tiles, multiprocessors()), kThreads, kBytes,
-                        stream, overlap, maps, a);
+    launch_overlapped("all", &all_kernel<scalar>, std::min<int64_t>(tiles, multiprocessors()), kThreads, kBytes, stream,
+                      overlap, maps, a);
   });
 }
 

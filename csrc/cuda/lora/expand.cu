@@ -103,18 +103,16 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(const __grid_consta
 void expand(const LowRank& p, cudaStream_t stream) {
   if (p.rows.M == 0 || p.N == 0 || p.rows.T == 0) return;
   PLORA_CHECK(!p.rows.ids && p.rows.T * p.rows.r < 1 << 26 && p.y_slab % 8 == 0 && p.y0_slab == 0 &&
-                  p.rows.r % 8 == 0 && p.N % 8 == 0 && p.ldy % 8 == 0 && p.ldy0 % 8 == 0 && aligned(p.up) &&
-                  aligned(p.y) && aligned(p.y0) && aligned(p.bias_up),
+                  p.rows.r % 8 == 0 && p.N % 8 == 0 && p.ldy % 8 == 0 && p.ldy0 % 8 == 0 &&
+                  aligned(p.up, p.y, p.y0, p.bias_up),
               "expand: not what it was planned for");
   const auto grid = static_cast<unsigned>(ceil_div(p.rows.M, kRows) * ceil_div(p.N, kColumns));
-  dispatch("expand", p.dtype, [&](auto like) {
+  dispatch<2>("expand", p.dtype, [&](auto like) {
     using scalar = decltype(like);
-    if constexpr (sizeof(scalar) == 2) {
-      if (p.bias_up)
-        expand_kernel<scalar, true><<<grid, kThreads, 0, stream>>>(p);
-      else
-        expand_kernel<scalar, false><<<grid, kThreads, 0, stream>>>(p);
-    }
+    if (p.bias_up)
+      expand_kernel<scalar, true><<<grid, kThreads, 0, stream>>>(p);
+    else
+      expand_kernel<scalar, false><<<grid, kThreads, 0, stream>>>(p);
   });
   check_launch("expand");
 }

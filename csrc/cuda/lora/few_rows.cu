@@ -435,8 +435,8 @@ void launch_expand(const LowRank& p, void* memory, bool beside, cudaStream_t str
   constexpr int V = kVector<scalar>;
   PLORA_CHECK(!beside || (p.y == p.y0 && p.ldy == p.ldy0), "few_rows: not what shrink left its tiles for");
   const Arguments a = arguments<scalar>(p, beside, memory);
-  const bool y_vectors = aligned(p.y) && aligned(p.y0) && aligned(p.up) && p.N % V == 0 && p.ldy % V == 0 &&
-                         p.ldy0 % V == 0 && (TRANSPOSED || p.rows.r % 4 == 0);
+  const bool y_vectors = aligned(p.y, p.y0, p.up) && p.N % V == 0 && p.ldy % V == 0 && p.ldy0 % V == 0 &&
+                         (TRANSPOSED || p.rows.r % 4 == 0);
   const auto expand = y_vectors ? &expand_kernel<scalar, TRANSPOSED, true> : &expand_kernel<scalar, TRANSPOSED, false>;
   launch_overlapped("few_rows", expand,
                     most_tiles(p, p.rows.T + 1) * std::max<int64_t>(ceil_div(p.N, kColumns), 1) * a.groups, kThreads,

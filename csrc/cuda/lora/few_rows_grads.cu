@@ -247,9 +247,8 @@ void run(const LoraGrads& p, bool overlap, cudaStream_t stream) {
   a.scaling = p.scaling, a.ranks = p.ranks;
   a.asks = asks_of("few_rows_grads", p.adapters, T);
   bool vectors = padded_r % V == 0;
-  if (p.dA) vectors &= aligned(p.g) && aligned(p.x) && aligned(p.dA) && p.ldx % V == 0 && p.in % V == 0;
-  if (p.dB)
-    vectors &= aligned(p.h) && aligned(p.dy) && aligned(p.dB) && p.lddy % V == 0 && p.out % V == 0 && r % 4 == 0;
+  if (p.dA) vectors &= aligned(p.g, p.x, p.dA) && p.ldx % V == 0 && p.in % V == 0;
+  if (p.dB) vectors &= aligned(p.h, p.dy, p.dB) && p.lddy % V == 0 && p.out % V == 0 && r % 4 == 0;
   launch_overlapped("few_rows_grads",
                     vectors ? &few_rows_grads_kernel<scalar, true> : &few_rows_grads_kernel<scalar, false>, blocks,
                     kThreads, 0, stream, overlap, a);

@@ -18,6 +18,7 @@
 #include "../device/launch.cuh"
 #include "../device/mma_smem.cuh"
 #include "../device/overlap.cuh"
+#include "../device/ring.cuh"
 #include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "adapters.cuh"
@@ -108,27 +109,26 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int k_steps = (static_cast<int>(p.K) + kDepth - 1) / kDepth;
   const int first = k_steps * block / blocks, steps = k_steps * (block + 1) / blocks - first;
-  const auto full = [&](int stage) { return stages + L::kBarriers + 8 * stage; };
-  const auto empty = [&](int stage) { return full(L::kStages + stage); };
-  const auto come = [&](int half) { return full(2 * (L::kStages + warp) + half); };  // this warp's ranks of `up`
+  sm90::Ring ring{stages, stages + L::kBarriers, L::kStage, L::kStages};
+  const uint32_t ups = ring.barriers + 16 * L::kStages, come = ups + 16 * warp;  // two for each warp's ranks of `up`
 
-  const auto feed = [&](int i) {
-    const uint32_t stage = i % L::kStages, to = stages + stage * L::kStage;
+  const auto feed = [&](int i, const sm90::Ring& stage) {
+    const uint32_t full = stage.full(), to = stage.at();
     const int k = (first + i) * kDepth;
-    sm90::barrier_arrive_expect(full(stage), L::kStage);
+    sm90::barrier_arrive_expect(full, L::kStage);
     if constexpr (kTransposed) {
-      sm90::load_2d(&maps.weight, full(stage), to, column, k);
-      sm90::load_2d(&maps.weight, full(stage), to + L::kBytesW / 2, column + 64, k);
+      sm90::load_2d(&maps.weight, full, to, column, k);
+      sm90::load_2d(&maps.weight, full, to + L::kBytesW / 2, column + 64, k);
     } else {
-      sm90::load_2d(&maps.weight, full(stage), to, k, column);
+      sm90::load_2d(&maps.weight, full, to, k, column);
     }
-    sm90::load_2d(&maps.x, full(stage), to + L::kBytesW, k, 0);
+    sm90::load_2d(&maps.x, full, to + L::kBytesW, k, 0);
   };
   if (threadIdx.x == 0) {
-    for (int i = 0; i < L::kStages; ++i) sm90::barrier_init(full(i), 1), sm90::barrier_init(empty(i), kWarps);
-    for (int i = 0; i < 2 * kWarps; ++i) sm90::barrier_init(full(2 * L::kStages + i), 1);
+    ring.init(kWarps);
+    for (int i = 0; i < 2 * kWarps; ++i) sm90::barrier_init(ups + 8 * i, 1);
     sm90::fence_barrier_init();
-    for (int i = 0; i < min(steps, L::kStages); ++i) feed(i);
+    for (sm90::Ring stage = ring; stage.index < min(steps, L::kStages); ++stage.index) feed(stage.index, stage);
   }
   // Rows block, block + blocks, ... are this block's, of which each warp takes one after the other.
   const int rows = M > static_cast<int>(block) ? (M - block + blocks - 1) / blocks : 0;
@@ -162,8 +162,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (ahead.j >= rows) return;
     if (lane == 0) {
       const int half = asked % 2, t = row[ahead.j].adapter + ahead.c / per, rank = ahead.c % per;
-      sm90::barrier_arrive_expect(come(half), L::kBytesUp);
-      sm90::load_3d(&maps.up, come(half), stages + up_at(half), kTransposed ? column : rank,
+      sm90::barrier_arrive_expect(come + 8 * half, L::kBytesUp);
+      sm90::load_3d(&maps.up, come + 8 * half, stages + up_at(half), kTransposed ? column : rank,
                     kTransposed ? rank : column, t);
     }
     ++asked;
@@ -175,11 +175,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr uint64_t kLayout = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
   constexpr uint64_t kStepW = (kTransposed ? 16 * 128 : 32) >> 4;
 #pragma unroll 1
-  for (int i = 0; i < steps; ++i) {
-    const uint32_t stage = i % L::kStages, from = stages + stage * L::kStage;
-    sm90::barrier_wait(full(stage), i / L::kStages & 1);
-    const uint64_t left = sm90::operand(kLayout, from + warp / 4 * (L::kBytesW / 2));
-    const uint64_t right = sm90::operand(kLayout, from + L::kBytesW);
+  for (int i = 0; i < steps; ++i, ring.next()) {
+    ring.wait();
+    const uint64_t left = sm90::operand(kLayout, ring.at() + warp / 4 * (L::kBytesW / 2));
+    const uint64_t right = sm90::operand(kLayout, ring.at() + L::kBytesW);
     sm90::hold(acc);
     sm90::wgmma_fence();
 #pragma unroll
@@ -189,11 +188,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     sm90::hold(acc);
     sm90::wgmma_wait<0>();  // which costs nothing: a stage takes longer to come
     sm90::hold(acc);
-    __syncwarp();
-    if (lane == 0) sm90::barrier_arrive(empty(stage));
+    sm90::release(ring.empty());
     if (threadIdx.x == 0 && i + L::kStages < steps) {
-      sm90::barrier_wait(empty(stage), i / L::kStages & 1);
-      feed(i + L::kStages);
+      sm90::barrier_wait(ring.empty(), ring.phase);
+      feed(i + L::kStages, ring);
     }
     __syncwarp();
   }
@@ -216,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 #pragma unroll 1
   for (int n = 0; now.j < rows; ++n) {
-    sm90::barrier_wait(come(n % 2), n / 2 & 1);
+    sm90::barrier_wait(come + n % 2 * 8, n / 2 & 1);
     add_ranks<scalar, kTransposed>(sums + (block + blocks * now.j) * L::kPitch,
                                    reinterpret_cast<const scalar*>(dynamic + up_at(n % 2)), h + now.j * width + now.c,
                                    limit_of(p, row[now.j].adapter + now.c / per) - now.c % per, row[now.j].scale);
@@ -224,8 +222,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     advance(now);
     ask();
   }
-  sm90::cluster_arrive();
-  sm90::cluster_wait();
+  sm90::cluster_sync();
 
   const int n = column + 4 * lane;
 #pragma unroll 1
@@ -258,8 +255,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   __syncwarp();
-  sm90::cluster_arrive();  // the others have read what is here
-  sm90::cluster_wait();
+  sm90::cluster_sync();  // the others have read what is here
 #endif
 }
 
@@ -290,27 +286,24 @@ void few_rows_sm90(const LowRank& p, const void* weight, const void* bias, const
   const int64_t M = p.rows.M, width = (p.rows.ids ? 1 : p.rows.T) * ceil_div(p.rows.r, kChunk) * kChunk;
   PLORA_CHECK(p.dtype != Dtype::float32 && M <= kMaxRows && M * width <= kMaxRanks && p.K % 8 == 0 && p.N % 8 == 0 &&
                   p.ldx % 8 == 0 && p.ldy % 4 == 0 && p.ldy0 % 4 == 0 && p.rows.r % 8 == 0 &&
-                  p.down_transposed == p.up_transposed && aligned(p.x) && aligned(weight) && aligned(p.up) &&
-                  aligned(p.y) && aligned(p.y0) && aligned(bias) && aligned(p.bias_up),
+                  p.down_transposed == p.up_transposed && aligned(p.x, weight, p.up, p.y, p.y0, bias, p.bias_up),
               "few_rows: not what it was planned for");
   LowRank first = p;
   first.N = 0;  // `up` is not sent for: it comes while the product runs
   Maps maps;
   const Arguments a{p, few_rows_shrink(first, workspace(few_rows_bytes(first, false)), false, stream), bias};
-  dispatch("few_rows", p.dtype, [&](auto tag) {
+  dispatch<2>("few_rows", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    if constexpr (sizeof(scalar) == 2) {
-      const auto with = [&](auto rows) {
-        p.up_transposed ? launch<scalar, rows.value, true>(maps, a, weight, stream)
-                        : launch<scalar, rows.value, false>(maps, a, weight, stream);
-      };
-      if (M <= 8)
-        with(std::integral_constant<int, 8>{});
-      else if (M <= 32)
-        with(std::integral_constant<int, 32>{});
-      else
-        with(std::integral_constant<int, 64>{});
-    }
+    const auto with = [&](auto rows) {
+      p.up_transposed ? launch<scalar, rows.value, true>(maps, a, weight, stream)
+                      : launch<scalar, rows.value, false>(maps, a, weight, stream);
+    };
+    if (M <= 8)
+      with(std::integral_constant<int, 8>{});
+    else if (M <= 32)
+      with(std::integral_constant<int, 32>{});
+    else
+      with(std::integral_constant<int, 64>{});
   });
 }
 

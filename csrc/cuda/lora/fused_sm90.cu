@@ -7,6 +7,8 @@
 // - in the loop, one slot: the rows of A join those of W as 16 more columns of the same product, so that h costs no
 //   pass over x; h is then masked to the rows of its adapter, scaled, written to shared memory, and multiplied with B
 //   as one more k step of the tile's sum. Transposed, B joins W likewise, and h, which is then g, is cut where act was.
+// - in the loops of a pair, two slots: blocks of a cluster make two tiles of the same rows at the same time, one slot
+//   each, and write their h to the other's shared memory as well.
 // - given, any number: s h was computed before, zero where a row belongs to another adapter (low_rank_sm90.cu), and is
 //   fed like x, as more k steps.
 // A tile's adapters are found from the ids of its rows here, so rows come in any order, and no id can be out of range.
@@ -44,8 +46,9 @@ static_assert(4 * kOutWarp >= kSlotH, "h of a warpgroup");
 // What the feeding warpgroup tells the others about a tile.
 struct Tile {
   uint32_t step;          // its first stage, counted from the block's first
-  int slots;              // made in the loop: 0 or 1, of
-  int adapter, block;     // this adapter, ranks 16 block and on
+  int slots;              // made in the loop, or in those of a pair, of
+  int adapter[2];         // these adapters, ranks
+  int block[2];           // 16 block and on
   int given;              // slots of h that were computed before
   int16_t all[kRows];     // the adapters of its rows, ascending
   int16_t of_row[kRows];  // -1: none
@@ -53,20 +56,24 @@ struct Tile {
 };
 constexpr int kTiles = tile_ring::kTiles;
 
-template <bool kTransposed, bool kInLoop>
+// kSlots: how many of a tile may be made in the loop (2: by a pair); none: they are given.
+template <bool kTransposed, int kSlots>
 struct Shape {
+  static constexpr bool kInLoop = kSlots > 0, kPair = kSlots == 2;
   static constexpr uint32_t kBytesDown = !kInLoop ? 0 : kTransposed ? kBytesW / 3 : kSlot * kDepth * 2;
   static constexpr uint32_t kStage = kBytesX + kBytesW + kBytesDown;
   static constexpr int kStages = kInLoop ? tile_ring::kStagesInLoop : tile_ring::kStagesGiven;
-  static constexpr uint32_t kUp = kInLoop ? 2 * kSlotB : 0;  // B of the slots made in the loop, one for each warpgroup
+  // Of each warpgroup: B of the slots made in the loop; the h that the pair's other block makes.
+  static constexpr uint32_t kUp = kSlots * kSlotB, kOther = kPair ? kSlotH : 0;
 };
 
-// Barriers, of 8 bytes. A stage is full when its bytes have come. `passed` tells that a tile's multipliers have seen
-// all its stages full: only then may those of the next tile look at the same barriers, which tell only odd from even
-// uses.
+// Barriers, of 8 bytes. A stage is full when its bytes have come: those of the frozen layer, and the rest. `passed`
+// tells that a tile's multipliers have seen all its stages full: only then may those of the next tile look at the same
+// barriers, which tell only odd from even uses. In a pair a block may write the other's h once `other_free` tells that
+// the last one was read there.
 struct Barriers {
   uint32_t first;
-  static constexpr int kCount = 2 * 5 + kTiles + 6;
+  static constexpr int kCount = 2 * 5 + kTiles + 10;
   __device__ uint32_t full(uint32_t stage) const { return first + 8 * stage; }
   __device__ uint32_t empty(uint32_t stage) const { return first + 8 * (5 + stage); }
   __device__ uint32_t described(int tile) const { return first + 8 * (10 + tile % kTiles); }
@@ -74,13 +81,15 @@ struct Barriers {
   __device__ uint32_t up_empty(int group) const { return first + 8 * (12 + kTiles + group); }
   __device__ uint32_t passed() const { return first + 8 * (14 + kTiles); }
   __device__ uint32_t started() const { return first + 8 * (15 + kTiles); }
+  __device__ uint32_t other_full(int group) const { return first + 8 * (16 + kTiles + group); }
+  __device__ uint32_t other_free(int group) const { return first + 8 * (18 + kTiles + group); }
 };
 
-// All shared memory: the stages, B of the slots made in the loop, the ways out, barriers, tiles.
+// All shared memory: the stages, B of the slots made in the loop, the other block's h, the ways out, barriers, tiles.
 template <typename S>
 struct Layout {
-  static constexpr uint32_t kUp = S::kStages * S::kStage, kOut = kUp + S::kUp, kBarriers = kOut + 8 * kOutWarp,
-                            kTile = (kBarriers + 8 * Barriers::kCount + 15) / 16 * 16,
+  static constexpr uint32_t kUp = S::kStages * S::kStage, kOther = kUp + 2 * S::kUp, kOut = kOther + 2 * S::kOther,
+                            kBarriers = kOut + 8 * kOutWarp, kTile = (kBarriers + 8 * Barriers::kCount + 15) / 16 * 16,
                             kBytes = kTile + kTiles * sizeof(Tile);
   static_assert(kBytes <= 232448, "more shared memory than a block can have");
 };
@@ -99,7 +108,8 @@ struct Arguments {
   const void *bias, *bias_down, *gate;
   void *y, *kept;
   int64_t ldy;
-  bool in_loop, relu;
+  int in_loop;  // slots of a tile at most
+  bool relu;
   int slices, slice_start[kMaxSlices], slice_stop[kMaxSlices];
 };
 
@@ -117,10 +127,10 @@ __device__ bool meets(const Arguments& p, int block, int column) {
   return false;
 }
 
-// The first column tile that makes this block of ranks: it is the one to keep h.
-__device__ bool keeps(const Arguments& p, int block, int column) {
-  for (int c = 0; c < column; c += kColumns)
-    if (meets(p, block, c)) return false;
+// The first column tile that makes this block of ranks: it is the one to keep h. In a pair, either makes one of two.
+__device__ bool keeps(const Arguments& p, const Tile& tile, int block, int column) {
+  for (int c = 0; c < column; c += kColumns * tile.slots)
+    if (c + kColumns * tile.slots <= column && meets(p, block, c)) return false;
   return true;
 }
 
@@ -146,15 +156,19 @@ __device__ void describe(const Arguments& p, int row, int column, Tile& tile) {
   __syncwarp();
   if (lane != 0) return;
   tile.slots = tile.given = 0;
-  if (!p.in_loop) {
-    tile.given = count * blocks;
-  } else if (count != 0) {
-    int block = 0;  // with slices, the one of several blocks that these columns need
-    while (block < blocks && !meets(p, block, column)) ++block;
-    tile.slots = block < blocks;
-    tile.adapter = p.ids != nullptr ? tile.all[0] : 0;
-    tile.block = block;
+  if (p.in_loop == 0) tile.given = count * blocks;
+  for (int i = 0; i < count * blocks && tile.slots < p.in_loop; ++i) {
+    const int place = i / blocks, block = i % blocks;
+    if (!meets(p, block, column)) continue;  // with slices, one of several blocks is what these columns need
+    tile.adapter[tile.slots] = p.ids != nullptr ? tile.all[place] : place;
+    tile.block[tile.slots++] = block;
   }
+}
+
+// Which of a tile's slots this block makes.
+template <bool kPair>
+__device__ int own_slot(const Tile& tile) {
+  return kPair && tile.slots == 2 ? static_cast<int>(sm90::cluster_rank()) : 0;
 }
 
 // 16 x 16 blocks of h in shared memory are core matrices of 8 rows x 16 bytes: two columns side by side, rows below.
@@ -193,13 +207,30 @@ __device__ void describe_all(const Arguments& p, Tile* all, const Barriers& barr
 }
 
 // One warp: copies.
-template <bool kTransposed, bool kInLoop>
+template <bool kTransposed, int kSlots>
 __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint32_t stages, const Barriers& barriers,
                      int column_tiles) {
-  using S = Shape<kTransposed, kInLoop>;
+  using S = Shape<kTransposed, kSlots>;
+  constexpr bool kInLoop = S::kInLoop;
   const int lane = threadIdx.x, tiles = (p.M + kRows - 1) / kRows * column_tiles;
   const int k_steps = (p.K + kDepth - 1) / kDepth;
   uint32_t step = 0;
+  const auto load_frozen = [&](int k, int row, int column) {
+    const uint32_t s = (step + k) % S::kStages, at = stages + s * S::kStage, full = barriers.full(s);
+    sm90::barrier_arrive_expect(full, kBytesX + kBytesW);
+    sm90::load_2d(&maps.x, full, at, k * kDepth, row);
+    if constexpr (kTransposed) {
+#pragma unroll
+      for (int i = 0; i < 3; ++i)
+        sm90::load_2d(&maps.weight, full, at + kBytesX + i * (kBytesW / 3), column + 64 * i, k * kDepth);
+    } else {
+      sm90::load_2d(&maps.weight, full, at + kBytesX, k * kDepth, column);
+    }
+  };
+  if (lane == 0)  // before the first tile's adapters are known
+#pragma unroll 1
+    for (int k = 0; k < min(k_steps, S::kStages); ++k)
+      load_frozen(k, blockIdx.x / column_tiles * kRows, blockIdx.x % column_tiles * kColumns);
   for (int index = blockIdx.x, n = 0; index < tiles; index += gridDim.x, ++n) {
     const int row = index / column_tiles * kRows, column = index % column_tiles * kColumns;
     const Tile& tile = all[n % kTiles];
@@ -207,21 +238,15 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
     const int slots = kInLoop ? tile.slots : 0, given = kInLoop ? 0 : tile.given;
     if (lane == 0) {
       sm90::barrier_arrive(barriers.started());
-      const int adapter = tile.adapter, rank = tile.block * kSlot;
+      const int own = own_slot<S::kPair>(tile), adapter = tile.adapter[own], rank = tile.block[own] * kSlot;
 #pragma unroll 1
       for (int k = 0; k < k_steps; ++k) {
-        const uint32_t s = (step + k) % S::kStages, at = stages + s * S::kStage;
-        const uint32_t full = barriers.full(s);
-        sm90::barrier_wait(barriers.empty(s), ((step + k) / S::kStages & 1) ^ 1);
-        sm90::barrier_arrive_expect(full, kBytesX + kBytesW + slots * S::kBytesDown);
-        sm90::load_2d(&maps.x, full, at, k * kDepth, row);
-        if constexpr (kTransposed) {
-#pragma unroll
-          for (int i = 0; i < 3; ++i)
-            sm90::load_2d(&maps.weight, full, at + kBytesX + i * (kBytesW / 3), column + 64 * i, k * kDepth);
-        } else {
-          sm90::load_2d(&maps.weight, full, at + kBytesX, k * kDepth, column);
+        const uint32_t s = (step + k) % S::kStages, at = stages + s * S::kStage, full = barriers.full(s);
+        if (n > 0 || k >= S::kStages) {
+          sm90::barrier_wait(barriers.empty(s), ((step + k) / S::kStages & 1) ^ 1);
+          load_frozen(k, row, column);
         }
+        sm90::barrier_arrive_expect(full, slots ? S::kBytesDown : 0);
         if (slots)
           sm90::load_3d(&maps.down, full, at + kBytesX + kBytesW, kTransposed ? rank : k * kDepth,
                         kTransposed ? k * kDepth : rank, adapter);
@@ -229,9 +254,10 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
       if (kInLoop) {
         sm90::barrier_wait(barriers.up_empty(n % 2), (n / 2 & 1) ^ 1);
         sm90::barrier_arrive_expect(barriers.up_full(n % 2), slots * kSlotB);
-        if (slots)
-          load_up<kTransposed>(maps, barriers.up_full(n % 2), stages + Layout<S>::kUp + n % 2 * kSlotB, adapter,
-                               rank / kSlot, column);
+#pragma unroll 1
+        for (int i = 0; i < slots; ++i)
+          load_up<kTransposed>(maps, barriers.up_full(n % 2), stages + Layout<S>::kUp + n % 2 * S::kUp + i * kSlotB,
+                               tile.adapter[i], tile.block[i], column);
       }
 #pragma unroll 1
       for (int entry = 0, k = k_steps; entry < given; entry += kMaxGiven, ++k) {
@@ -240,7 +266,9 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
         const int count = min(given - entry, kMaxGiven);
         wait_for_predecessor();  // it makes h
         sm90::barrier_wait(barriers.empty(s), ((step + k) / S::kStages & 1) ^ 1);
+        sm90::barrier_arrive(full);
         sm90::barrier_arrive_expect(full, count * (kSlotH + kSlotB));
+#pragma unroll 1
         for (int i = 0; i < count; ++i) {
           const int place = (entry + i) / blocks_of(p), block = (entry + i) % blocks_of(p);
           sm90::load_3d(&maps.h, full, to + i * kSlotH, block * kSlot, place, row);
@@ -261,15 +289,16 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
 // 2 (lane % 4) + {0, 1}, and [4 i + {2, 3}] eight rows further down; warp w of the warpgroup has the rows 16 w.
 using Half = float[104];
 
-template <typename scalar, bool kTransposed, bool kInLoop>
+template <typename scalar, bool kTransposed, int kSlots>
 struct Multiplier {
-  using S = Shape<kTransposed, kInLoop>;
+  using S = Shape<kTransposed, kSlots>;
+  static constexpr bool kInLoop = S::kInLoop, kPair = S::kPair;
   const Arguments& p;
   const Tile* all;
   const uint32_t stages, out;   // `out`: this warpgroup's part
   const int group, warp, lane;  // warpgroup 0 or 1, warp 0 to 3 in it
   const Barriers barriers;
-  uint32_t step = 0;
+  uint32_t step = 0, exchanges = 0;
 
   // In K-major order a k step of 16 is 32 bytes along a row; in N-major order it is 16 rows.
   static constexpr uint64_t kLayoutW = kTransposed ? sm90::operand_layout(sm90::Swizzle::b128, kBytesW / 3, 1024)
@@ -285,16 +314,10 @@ struct Multiplier {
 
   __device__ void wait() { sm90::barrier_wait(barriers.full(step % S::kStages), step / S::kStages & 1); }
 
-  __device__ void pass() {
-    __syncwarp();
-    if (lane == 0) sm90::barrier_arrive(barriers.passed());
-  }
+  __device__ void pass() { sm90::release(barriers.passed()); }
 
   // This warp is done with the stage that belongs to `which`.
-  __device__ void release(uint32_t which) {
-    __syncwarp();
-    if (lane == 0) sm90::barrier_arrive(barriers.empty(which % S::kStages));
-  }
+  __device__ void release(uint32_t which) { sm90::release(barriers.empty(which % S::kStages)); }
 
   __device__ void main_loop(Half& upper, Half& lower, int k_steps) {
 #pragma unroll
@@ -338,8 +361,15 @@ struct Multiplier {
 
   // h of this warp's rows: activation, mask, and its two destinations. The rows take turns in h[0], to keep the code
   // short: a tile's straight code should fit the instruction cache.
-  __device__ void finish_h(const Half& upper, const Half& lower, const Tile& tile, float s, int first_row, bool keep) {
-    const int t = tile.adapter, first = tile.block * kSlot;
+  __device__ void finish_h(const Half& upper, const Half& lower, const Tile& tile, int own, float s, int first_row,
+                           bool keep) {
+    const int t = tile.adapter[own], first = tile.block[own] * kSlot;
+    uint32_t other = 0, other_full = 0;
+    if (kPair && tile.slots == 2) {
+      other = sm90::place_in_block(stages + Layout<S>::kOther + group * kSlotH, own ^ 1);
+      other_full = sm90::place_in_block(barriers.other_full(group), own ^ 1);
+      sm90::barrier_wait(barriers.other_free(group), (exchanges & 1) ^ 1);
+    }
     float h[4][4];  // above and below in the upper half, then in the lower
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -360,7 +390,7 @@ struct Multiplier {
             x += a.x, y += a.y;
           }
           if (p.relu) x = x < 0.f ? 0.f : x, y = y < 0.f ? 0.f : y;  // fmaxf would lose a NaN
-          const int64_t at = static_cast<int64_t>(m) * p.R + j;
+          const int64_t at = static_cast<int64_t>(m) * p.R + (kPair && p.ids == nullptr ? t * p.r : 0) + j;
           if (p.gate != nullptr) {
             const float2 g = two<scalar>(p.gate, at);
             x = g.x <= 0.f ? 0.f : x, y = g.y <= 0.f ? 0.f : y;
@@ -369,8 +399,9 @@ struct Multiplier {
         } else {
           x = y = 0;
         }
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(out + place_in_h(row, column)), "r"(pair<scalar>(s * x, s * y))
-                     : "memory");
+        const uint32_t scaled = pair<scalar>(s * x, s * y);
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(out + place_in_h(row, column)), "r"(scaled) : "memory");
+        if (kPair && other != 0) sm90::store_to_block(other + place_in_h(row, column), scaled, other_full);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) h[0][i] = h[1][i], h[1][i] = h[2][i], h[2][i] = h[3][i];
@@ -389,9 +420,9 @@ struct Multiplier {
     if constexpr (kSplits) {
       const auto of = [&](int adapter) { return adapter < 0 ? 1.f : split<scalar>(p.scaling[adapter]).power; };
       const int row = warp * 16 + lane / 4;
-      if (slots != 0) {
-        f.upper[0] = f.upper[1] = f.lower[0] = f.lower[1] = of(tile.adapter);
-      } else if (given != 0 && p.ids != nullptr) {
+      if (slots == 1) {
+        f.upper[0] = f.upper[1] = f.lower[0] = f.lower[1] = of(tile.adapter[0]);
+      } else if ((slots != 0 || given != 0) && p.ids != nullptr) {
         f.upper[0] = of(tile.of_row[row]), f.upper[1] = of(tile.of_row[row + 8]);
         f.lower[0] = of(tile.of_row[row + 64]), f.lower[1] = of(tile.of_row[row + 72]);
       }
@@ -454,7 +485,9 @@ struct Multiplier {
       const Tile& tile = all[n % kTiles];
       step = uniform(tile.step);
       const int slots = kInLoop ? uniform(tile.slots) : 0, given = kInLoop ? 0 : uniform(tile.given);
-      const float s = slots != 0 ? split<scalar>(p.scaling[tile.adapter]).factor : 0.f;
+      const int own = uniform(own_slot<kPair>(tile));
+      float s = slots != 0 ? p.scaling[tile.adapter[own]] : 0.f;
+      if (slots == 1 || p.ids != nullptr) s = split<scalar>(s).factor;
       Powers power = powers(tile, slots, given);
       if (n > 0) sm90::barrier_wait(barriers.passed(), (n - 1) & 1);
       main_loop(upper, lower, k_steps);
@@ -462,17 +495,25 @@ struct Multiplier {
       divide(upper, power.upper), divide(lower, power.lower);
       if (kInLoop) {  // every tile waits, to keep count of the uses
         if (slots != 0) {
-          const bool keep = p.kept != nullptr && keeps(p, tile.block, column);
-          finish_h(upper, lower, tile, s, row, keep);
+          const uint32_t up = stages + Layout<S>::kUp + group * S::kUp;
+          const bool keep = p.kept != nullptr && keeps(p, tile, tile.block[own], column);
+          finish_h(upper, lower, tile, own, s, row, keep);
           sm90::fence_async();
           sm90::named_barrier(barrier, 128);
           sm90::barrier_wait(barriers.up_full(group), n / 2 & 1);
-          add_slots(upper, lower, kLayoutH, out, stages + Layout<S>::kUp + group * kSlotB, 1);
+          add_slots(upper, lower, kLayoutH, out, up + own * kSlotB, 1);
+          if (kPair && slots == 2) {
+            if (warp == 0 && lane == 0) sm90::barrier_arrive_expect(barriers.other_full(group), kSlotH);
+            sm90::barrier_wait(barriers.other_full(group), exchanges++ & 1);
+            sm90::fence_async();
+            sm90::named_barrier(barrier, 128);
+            add_slots(upper, lower, kLayoutH, stages + Layout<S>::kOther + group * kSlotH, up + (own ^ 1) * kSlotB, 1);
+            if (lane == 0) sm90::barrier_arrive_in_block(sm90::place_in_block(barriers.other_free(group), own ^ 1));
+          }
         } else {
           sm90::barrier_wait(barriers.up_full(group), n / 2 & 1);
         }
-        __syncwarp();
-        if (lane == 0) sm90::barrier_arrive(barriers.up_empty(group));
+        sm90::release(barriers.up_empty(group));
       }
 #pragma unroll 1
       for (int entry = 0; entry < given; entry += kMaxGiven) {
@@ -494,11 +535,11 @@ struct Multiplier {
   }
 };
 
-template <typename scalar, bool kTransposed, bool kInLoop>
+template <typename scalar, bool kTransposed, int kSlots>
 __global__ void __launch_bounds__(kThreads, 1)
     fused_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using S = Shape<kTransposed, kInLoop>;
+  using S = Shape<kTransposed, kSlots>;
   extern __shared__ __align__(1024) uint8_t dynamic[];
   const uint32_t stages = sm90::smem_address(dynamic);
   Tile* const tiles = reinterpret_cast<Tile*>(dynamic + Layout<S>::kTile);
@@ -506,35 +547,45 @@ __global__ void __launch_bounds__(kThreads, 1)
   launch_successor();  // lora_grads_sm90, which sends for x and dy as soon as a block here ends
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      sm90::barrier_init(barriers.full(i), 1);
+      sm90::barrier_init(barriers.full(i), 2);
       sm90::barrier_init(barriers.empty(i), 4);
     }
     for (int i = 0; i < kTiles; ++i) sm90::barrier_init(barriers.described(i), 32);
-    for (int i = 0; i < 2; ++i) sm90::barrier_init(barriers.up_full(i), 1), sm90::barrier_init(barriers.up_empty(i), 4);
+    for (int i = 0; i < 2; ++i) {
+      sm90::barrier_init(barriers.up_full(i), 1), sm90::barrier_init(barriers.up_empty(i), 4);
+      sm90::barrier_init(barriers.other_full(i), 1), sm90::barrier_init(barriers.other_free(i), 4);
+    }
     sm90::barrier_init(barriers.passed(), 4), sm90::barrier_init(barriers.started(), 1);
     sm90::fence_barrier_init();
     sm90::prefetch_map(&maps.x), sm90::prefetch_map(&maps.weight);
     sm90::prefetch_map(&maps.down), sm90::prefetch_map(&maps.up), sm90::prefetch_map(&maps.h);
   }
-  __syncthreads();
+  if constexpr (S::kPair)
+    sm90::cluster_sync();  // neither block writes to one that has not begun,
+  else
+    __syncthreads();
   const int column_tiles = (p.N + kColumns - 1) / kColumns, group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
   if (group < 0) {
-    if constexpr (kInLoop)
+    if constexpr (S::kInLoop)
       asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     else
       asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x < 32)
-      feed<kTransposed, kInLoop>(maps, p, tiles, stages, barriers, column_tiles);
+      feed<kTransposed, kSlots>(maps, p, tiles, stages, barriers, column_tiles);
     else if (threadIdx.x < 64)
       describe_all(p, tiles, barriers, column_tiles);
   } else {
-    if constexpr (kInLoop)  // 208 of them accumulators
+    if constexpr (S::kInLoop)  // 208 of them accumulators
       asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     else
       asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const uint32_t out = stages + Layout<S>::kOut + group * 4 * kOutWarp;
-    Multiplier<scalar, kTransposed, kInLoop>{p, tiles, stages, out, group, warp, lane, barriers}.run(column_tiles);
+    Multiplier<scalar, kTransposed, kSlots>{p, tiles, stages, out, group, warp, lane, barriers}.run(column_tiles);
+  }
+  if constexpr (S::kPair) {  // or has ended
+    __syncwarp();
+    sm90::cluster_sync();
   }
 #endif
 }
@@ -587,17 +638,20 @@ Maps describe(const Fused& p) {
   return maps;
 }
 
-template <typename scalar, bool kTransposed, bool kInLoop>
+template <typename scalar, bool kTransposed, int kSlots>
 void launch(const Maps& maps, const Arguments& p, int blocks, bool overlap, cudaStream_t stream) {
-  launch_overlapped("the fused LoRA product", &fused_kernel<scalar, kTransposed, kInLoop>, blocks, kThreads,
-                    Layout<Shape<kTransposed, kInLoop>>::kBytes, stream, overlap, maps, p);
+  launch_clusters("the fused LoRA product", &fused_kernel<scalar, kTransposed, kSlots>, kSlots == 2 ? 2 : 1, blocks,
+                  kThreads, Layout<Shape<kTransposed, kSlots>>::kBytes, stream, overlap, maps, p);
 }
 
 }  // namespace
 
 void fused(const Fused& p, cudaStream_t stream) {
   if (p.rows.M == 0 || p.N == 0) return;
-  PLORA_CHECK(p.in_loop ? p.rows.r <= kSlot || !p.slices.empty() : p.gate == nullptr,
+  const int column_tiles = (static_cast<int>(p.N) + kColumns - 1) / kColumns;
+  PLORA_CHECK(p.in_loop == 0   ? p.gate == nullptr
+              : p.in_loop == 1 ? p.rows.r <= kSlot || !p.slices.empty()
+                               : !p.transposed && column_tiles % 2 == 0 && p.slices.empty() && multiprocessors() > 1,
               "the fused LoRA product: not what it was planned for");
   Arguments a{};
   a.M = static_cast<int>(p.rows.M), a.N = static_cast<int>(p.N), a.K = static_cast<int>(p.K);
@@ -615,27 +669,23 @@ void fused(const Fused& p, cudaStream_t stream) {
     }
   }
   const Maps maps = describe(p);
-  const int tiles = (a.M + kRows - 1) / kRows * ((a.N + kColumns - 1) / kColumns);
-  const int blocks = std::min(tiles, multiprocessors());
-  dispatch("the fused LoRA product", p.dtype, [&](auto tag) {
+  const int tiles = (a.M + kRows - 1) / kRows * column_tiles, at_once = std::min(tiles, multiprocessors());
+  const int blocks = p.in_loop == 2 ? at_once / 2 * 2 : at_once;
+  dispatch<2>("the fused LoRA product", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    if constexpr (sizeof(scalar) == 2) {
-      if (p.transposed && p.in_loop)
-        launch<scalar, true, true>(maps, a, blocks, p.overlap, stream);
-      else if (p.transposed)
-        launch<scalar, true, false>(maps, a, blocks, p.overlap, stream);
-      else if (p.in_loop)
-        launch<scalar, false, true>(maps, a, blocks, p.overlap, stream);
-      else
-        launch<scalar, false, false>(maps, a, blocks, p.overlap, stream);
-      if (p.base == nullptr && p.bias_up == nullptr) return;
-      const int64_t threads = p.rows.M * (p.N / 8);
-      add_rest_kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(
-          a, static_cast<const scalar*>(p.base), p.ld_base, static_cast<const scalar*>(p.bias_up));
-      check_launch("the fused LoRA product");
-    } else {
-      PLORA_CHECK(false, "the fused LoRA product: the dtype must be bfloat16 or float16");
-    }
+    if (p.transposed)
+      p.in_loop ? launch<scalar, true, 1>(maps, a, blocks, p.overlap, stream)
+                : launch<scalar, true, 0>(maps, a, blocks, p.overlap, stream);
+    else if (p.in_loop == 2)
+      launch<scalar, false, 2>(maps, a, blocks, p.overlap, stream);
+    else
+      p.in_loop ? launch<scalar, false, 1>(maps, a, blocks, p.overlap, stream)
+                : launch<scalar, false, 0>(maps, a, blocks, p.overlap, stream);
+    if (p.base == nullptr && p.bias_up == nullptr) return;
+    const int64_t threads = p.rows.M * (p.N / 8);
+    add_rest_kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(
+        a, static_cast<const scalar*>(p.base), p.ld_base, static_cast<const scalar*>(p.bias_up));
+    check_launch("the fused LoRA product");
   });
 }
 

@@ -64,6 +64,7 @@ struct LowRank {
   // Without ids it is [M, T r].
   void* scaled_h = nullptr;
   int64_t places = 0;
+  int64_t followed = 0;  // blocks of the kernel that follows low_rank_sm90, and may start beside it
 
   void* y = nullptr;              // null: no second half
   const void* up = nullptr;       // [T, N, r]
@@ -199,9 +200,10 @@ struct Fused {
   const void *down = nullptr, *up = nullptr;
   const void *bias_down = nullptr, *bias_up = nullptr;  // [T, r], [T, N]
   bool relu = false;
-  // Whether the main loop makes h from `down`, and writes it to `kept`: no block of 128 rows may meet two adapters, and
-  // of an adapter's slots of 16 ranks no tile of 192 columns may need two (there is one, or `slices` leaves one).
-  bool in_loop = false;
+  // Of a tile at most so many slots are made in the main loop from `down`, and written to `kept`: none, and h is given;
+  // one, as no tile needs two (`slices` may leave one of several); or two, without slices, where tiles lie in pairs
+  // beside each other, forward alone.
+  int in_loop = 0;
   const void* gate = nullptr;  // in the loop: as of LowRank
   // s h, [M, T r], or with ids [M, places, r] as low_rank_sm90 writes it; or h where the caller has scaled `up`.
   const void* h = nullptr;

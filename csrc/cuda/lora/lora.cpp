@@ -239,7 +239,7 @@ void run_fused(const Inputs& p, const LoraPlan& plan, Fused& f) {
   f.rows = rows_of(p, padded_rank(p.r));
   f.scaling = data<float>(p.scaling);
   f.weight = pointer(p.weight);
-  f.in_loop = plan.algorithm == LoraAlgorithm::in_loop;
+  f.in_loop = plan.slots;
   f.overlap = plan.by_rows();
   fused(f, stream_of(p.x));
 }
@@ -269,6 +269,7 @@ Tensor fused_forward(const Inputs& p, const LoraPlan& plan, const LoraShape& sha
     LowRank l = down_of(p, factors, h);
     given = new_given(p, shape, l);
     f.h = l.scaled_h, f.places = l.places;
+    l.followed = plan.ctas;
     low_rank_sm90(l, stream_of(p.x));
   } else if (h && p.ids) {
     // the loop writes no h of rows without an adapter, and nobody reads it, but it leaves this operator
@@ -283,7 +284,7 @@ Tensor fused_forward(const Inputs& p, const LoraPlan& plan, const LoraShape& sha
   f.bias_down = pointer(factors.bias_A), f.bias_up = pointer(p.bias_B);
   f.relu = p.relu;
   if (plan.algorithm == LoraAlgorithm::in_loop) f.kept = out_pointer(h);
-  f.slices = shape.slices;
+  if (plan.slots == 1) f.slices = shape.slices;
   run_fused(p, plan, f);
   return y;
 }
@@ -432,6 +433,7 @@ void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape
   if (plan.fused()) {
     const Tensor scaled_g = new_given(p, shape, l, both ? rank_columns(p) : 0);
     if (both) g = scaled_g, l.h = out_pointer(g);
+    l.followed = plan.ctas;
     low_rank_sm90(l, stream_of(p.x));
     Fused f{};
     f.h = l.scaled_h, f.places = l.places;

@@ -14,6 +14,7 @@
 #include "../device/launch.cuh"
 #include "../device/mma.cuh"
 #include "../device/overlap.cuh"
+#include "../device/ring.cuh"
 #include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "kernels.h"
@@ -66,13 +67,11 @@ __global__ void __launch_bounds__(kThreads, 1) lora_grads_sm90_kernel(const __gr
   const int column = slab * kColumns, all_steps = (a.M + kRows - 1) / kRows;
   const int first = all_steps * block / blocks, steps = all_steps * (block + 1) / blocks - first;
   const uint32_t bytes = L::kBytesQ + kRows * 2 * a.row_P;  // of a stage
-  const int stages = L::kRing / bytes;
-  const auto full = [&](int stage) { return memory + L::kBarriers + 16 * stage; };
-  const auto empty = [&](int stage) { return full(stage) + 8; };
+  sm90::Ring ring{memory, memory + L::kBarriers, bytes, static_cast<int>(L::kRing / bytes)};
 
   if (threadIdx.x == 128) {
     sm90::prefetch_map(&job.Q), sm90::prefetch_map(&job.P);
-    for (int i = 0; i < stages; ++i) sm90::barrier_init(full(i), 1), sm90::barrier_init(empty(i), 4);
+    ring.init(4);
     sm90::fence_barrier_init();
   }
   __syncthreads();
@@ -80,54 +79,38 @@ __global__ void __launch_bounds__(kThreads, 1) lora_grads_sm90_kernel(const __gr
   float d[kColumns / 2] = {};
   if (warp == 4) {
     if (lane == 0) {
-      const auto send_Q = [&](int i, int stage) {
-        sm90::barrier_arrive_expect(full(stage), bytes);
+      const auto send_Q = [&](int i, const sm90::Ring& to) {
+        sm90::barrier_arrive_expect(to.full(), bytes);
 #pragma unroll
         for (int b = 0; b < kColumns / 64; ++b)
-          sm90::load_2d(&job.Q, full(stage), memory + stage * bytes + b * kBytesBox, column + 64 * b,
-                        (first + i) * kRows);
+          sm90::load_2d(&job.Q, to.full(), to.at() + b * kBytesBox, column + 64 * b, (first + i) * kRows);
       };
-      const auto send_P = [&](int i, int stage) {
-        sm90::load_2d(&job.P, full(stage), memory + stage * bytes + L::kBytesQ, 0, (first + i) * kRows);
+      const auto send_P = [&](int i, const sm90::Ring& to) {
+        sm90::load_2d(&job.P, to.full(), to.at() + L::kBytesQ, 0, (first + i) * kRows);
       };
-      const int ahead = min(steps, stages);
+      const int ahead = min(steps, ring.stages);
 #pragma unroll 1
-      for (int i = 0; i < ahead; ++i) send_Q(i, i);
+      for (sm90::Ring to = ring; to.index < ahead; ++to.index) send_Q(to.index, to);
       if (of_A) wait_for_predecessor();
 #pragma unroll 1
-      for (int i = 0; i < ahead; ++i) send_P(i, i);
+      for (sm90::Ring to = ring; to.index < ahead; ++to.index) send_P(to.index, to);
 #pragma unroll 1
-      for (int i = ahead, stage = 0, phase = 0; i < steps; ++i) {
-        sm90::barrier_wait(empty(stage), phase);
-        send_Q(i, stage), send_P(i, stage);
-        if (++stage == stages) stage = 0, phase ^= 1;
+      for (int i = ahead; i < steps; ++i, ring.next()) {
+        sm90::barrier_wait(ring.empty(), ring.phase);
+        send_Q(i, ring), send_P(i, ring);
       }
     }
     __syncwarp();
   } else {
     constexpr uint64_t kLayoutQ = sm90::operand_layout(sm90::Swizzle::b128, kBytesBox, 1024);
     const uint32_t step_P = 16 * 2 * a.row_P >> 4;  // of 16 rows
-    uint32_t before = 0;
-#pragma unroll 1
-    for (int i = 0, stage = 0, phase = 0; i < steps; ++i) {
-      sm90::barrier_wait(full(stage), phase);
-      const uint64_t Q = sm90::operand(kLayoutQ, memory + stage * bytes);
-      const uint64_t P = sm90::operand(a.layout_P, memory + stage * bytes + L::kBytesQ);
-      sm90::hold(d);
-      sm90::wgmma_fence();
+    if (steps > 0)
+      sm90::multiply(d, ring, steps, [&](uint32_t at) {
+        const uint64_t Q = sm90::operand(kLayoutQ, at), P = sm90::operand(a.layout_P, at + L::kBytesQ);
 #pragma unroll
-      for (int k = 0; k < kRows / 16; ++k)
-        sm90::wgmma<kColumns, scalar, 1, 1>(d, P + k * step_P, Q + k * (16 * 128 >> 4));
-      sm90::wgmma_commit();
-      sm90::hold(d);
-      sm90::wgmma_wait<1>();
-      __syncwarp();
-      if (i > 0 && lane == 0) sm90::barrier_arrive(before);
-      before = empty(stage);
-      if (++stage == stages) stage = 0, phase ^= 1;
-    }
-    sm90::wgmma_wait<0>();
-    sm90::hold(d);
+        for (int k = 0; k < kRows / 16; ++k)
+          sm90::wgmma<kColumns, scalar, 1, 1>(d, P + k * step_P, Q + k * (16 * 128 >> 4));
+      });
   }
 
   // Of 8 columns i of d, [4 i + {0, 1}] are rank lane / 4, columns 2 (lane % 4) + {0, 1}, and [4 i + {2, 3}] eight
@@ -140,8 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1) lora_grads_sm90_kernel(const __gr
       *reinterpret_cast<float2*>(sums + (16 * warp + lane / 4 + i % 2 * 8) * L::kPitch + i / 2 * 8 + lane % 4 * 2) =
           make_float2(d[2 * i], d[2 * i + 1]);
   wait_for_predecessor();  // who waits for this kernel alone waits for both
-  sm90::cluster_arrive();
-  sm90::cluster_wait();
+  sm90::cluster_sync();
 
   const int ranks = a.T * a.padded_r;
 #pragma unroll 1
@@ -166,8 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1) lora_grads_sm90_kernel(const __gr
       out[of_A ? static_cast<int64_t>(j) * job.width + column + c + e
                : static_cast<int64_t>(column + c + e) * a.r + j] = from_float<scalar>(real ? scale * sum[e] : 0.f);
   }
-  sm90::cluster_arrive();  // the others have read what is here
-  sm90::cluster_wait();
+  sm90::cluster_sync();  // the others have read what is here
 #endif
 }
 
@@ -187,8 +168,8 @@ void launch(Arguments& a, int64_t most, cudaStream_t stream, bool overlap) {
 void lora_grads_sm90(const LoraGrads& p, bool overlap, cudaStream_t stream) {
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r, ranks = T * p.padded_r;
   PLORA_CHECK(!p.rows.ids && p.dtype != Dtype::float32 && ranks <= kRanks && p.dy_slab == 0 && p.in % 8 == 0 &&
-                  p.out % 8 == 0 && p.ldx % 8 == 0 && p.lddy % 8 == 0 && p.padded_r % 8 == 0 && aligned(p.x) &&
-                  aligned(p.dy) && aligned(p.g) && aligned(p.h) && M <= INT32_MAX - kRows,
+                  p.out % 8 == 0 && p.ldx % 8 == 0 && p.lddy % 8 == 0 && p.padded_r % 8 == 0 &&
+                  aligned(p.x, p.dy, p.g, p.h) && M <= INT32_MAX - kRows,
               "lora_grads: not what it was planned for");
   // Fewer than 64 ranks are found again where the others would be.
   const int row = ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64;
@@ -210,13 +191,11 @@ void lora_grads_sm90(const LoraGrads& p, bool overlap, cudaStream_t stream) {
   a.row_P = row, a.layout_P = sm90::operand_layout(swizzle, 0, 8 * 2 * row);
   a.scaling = p.scaling, a.ranks = p.ranks;
   const int64_t most = std::clamp<int64_t>(ceil_div(M, kRows), 1, kMaxBlocks);
-  dispatch("lora_grads", p.dtype, [&](auto tag) {
+  dispatch<2>("lora_grads", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    if constexpr (sizeof(scalar) == 2) {
-      // half as many columns where that makes clusters of four
-      const bool narrow = 8 * (ceil_div(p.in, 128) + ceil_div(p.out, 128)) <= multiprocessors();
-      narrow ? launch<scalar, 64>(a, most, stream, overlap) : launch<scalar, 128>(a, most, stream, overlap);
-    }
+    // half as many columns where that makes clusters of four
+    const bool narrow = 8 * (ceil_div(p.in, 128) + ceil_div(p.out, 128)) <= multiprocessors();
+    narrow ? launch<scalar, 64>(a, most, stream, overlap) : launch<scalar, 128>(a, most, stream, overlap);
   });
 }
 

@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kThreads)
 
 void lora_merge(const LoraMerge& p, cudaStream_t stream) {
   const auto grid = static_cast<unsigned>(ceil_div(p.out, kTile) * ceil_div(p.in, kTile));
-  dispatch_with_float64(p.dtype, [&](auto tag) {
+  dispatch<8>("lora_merge", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
     const auto typed = [](const void* t) { return static_cast<const scalar*>(t); };
     const auto T = static_cast<int>(p.r ? p.T : 0), r = static_cast<int>(p.r);
@@ -194,7 +194,7 @@ void lora_merge(const LoraMerge& p, cudaStream_t stream) {
       lora_merge_mma_kernel<<<grid, kThreads, shared, stream>>>(
           typed(p.weight), typed(p.A), typed(p.B), static_cast<const float*>(p.scaling), p.ranks,
           static_cast<scalar*>(p.merged), p.out, p.in, T, r,
-          p.in % 8 == 0 && p.r % 8 == 0 && aligned(p.A) && aligned(p.B) && aligned(p.weight) && aligned(p.merged));
+          p.in % 8 == 0 && p.r % 8 == 0 && aligned(p.A, p.B, p.weight, p.merged));
     } else {
       lora_merge_kernel<<<grid, kThreads, 0, stream>>>(typed(p.weight), typed(p.A), typed(p.B),
                                                        static_cast<const acc_type<scalar>*>(p.scaling), p.ranks,

@@ -384,8 +384,8 @@ void launch(const LowRank& p, cudaStream_t stream) {
   }
 
   const bool x_vectors = aligned(p.x) && aligned(p.down) && p.K % V == 0 && p.ldx % V == 0 && p.x_slab % V == 0;
-  const bool y_vectors = aligned(p.y) && aligned(p.y0) && aligned(p.bias_up) && p.N % V == 0 && p.ldy % V == 0 &&
-                         p.ldy0 % V == 0 && p.y_slab % V == 0 && p.y0_slab % V == 0 && r % 4 == 0 && aligned(p.up);
+  const bool y_vectors = aligned(p.y, p.y0, p.up, p.bias_up) && p.N % V == 0 && p.ldy % V == 0 && p.ldy0 % V == 0 &&
+                         p.y_slab % V == 0 && p.y0_slab % V == 0 && r % 4 == 0;
   const bool vectors = (!p.x || x_vectors) && (!p.y || y_vectors);
   const int stride = p.y ? padded(static_cast<int>(std::min<int64_t>(width, most))) : 0;
   if (!p.x)

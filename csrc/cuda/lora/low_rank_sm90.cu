@@ -17,6 +17,7 @@
 #include "../device/launch.cuh"
 #include "../device/mma.cuh"
 #include "../device/overlap.cuh"
+#include "../device/ring.cuh"
 #include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "adapters.cuh"
@@ -80,21 +81,6 @@ struct Arguments {
   int ahead;  // rows of y0 from here on are set on their way to L2: the second half begins with the last
 };
 
-// Both sides walk through the stages in the same order.
-struct Ring {
-  uint32_t memory, barriers, bytes;
-  int stages, index = 0;
-  uint32_t phase = 0;
-  __device__ Ring(uint32_t memory, uint32_t barriers, uint32_t bytes, uint32_t space)
-      : memory(memory), barriers(barriers), bytes(bytes), stages(space / bytes) {}
-  __device__ uint32_t stage() const { return memory + index * bytes; }
-  __device__ uint32_t full() const { return barriers + 16 * index; }
-  __device__ uint32_t empty() const { return full() + 8; }
-  __device__ void next() {
-    if (++index == stages) index = 0, phase ^= 1;
-  }
-};
-
 // How many adapters the rows chose. By all threads.
 __device__ inline int choose(const LowRank& p, int row0, Choices& choices) {
   const int i = threadIdx.x, words = static_cast<int>(p.rows.T + 31) / 32;
@@ -124,34 +110,16 @@ struct Own {
 
 // d += the rows of this warpgroup times kN columns.
 template <typename scalar, bool kTransposed, int kN>
-__device__ inline void multiply(float (&d)[kN / 2], Ring& ring, uint32_t x, uint32_t down, int k_steps) {
+__device__ inline void multiply(float (&d)[kN / 2], sm90::Ring& ring, uint32_t x, uint32_t down, int k_steps) {
   constexpr uint64_t kStep = (kTransposed ? 16 * kBytesRanks : 32) >> 4;
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) d[i] = 0.f;
-  uint32_t before = 0;
-  const auto release = [&] {  // the stage before: this warp is done with it
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) sm90::barrier_arrive(before);
-  };
-#pragma unroll 1
-  for (int k = 0; k < k_steps; ++k) {
-    sm90::barrier_wait(ring.full(), ring.phase);
-    const uint64_t a = sm90::operand(kLayout, ring.stage() + x);
-    const uint64_t b = sm90::operand(kTransposed ? kLayoutTransposed : kLayout, ring.stage() + down);
-    sm90::hold(d);
-    sm90::wgmma_fence();
+  sm90::multiply(d, ring, k_steps, [&](uint32_t at) {
+    const uint64_t a = sm90::operand(kLayout, at + x);
+    const uint64_t b = sm90::operand(kTransposed ? kLayoutTransposed : kLayout, at + down);
 #pragma unroll
     for (int i = 0; i < kDepth / 16; ++i) sm90::wgmma<kN, scalar, kTransposed>(d, a + 2 * i, b + i * kStep);
-    sm90::wgmma_commit();
-    sm90::hold(d);
-    sm90::wgmma_wait<1>();
-    if (k > 0) release();
-    before = ring.empty();
-    ring.next();
-  }
-  sm90::wgmma_wait<0>();
-  sm90::hold(d);
-  release();
+  });
 }
 
 // h of this warp's rows, `width` columns from `first` on, `each` an adapter. Of 8 columns j of d, [4 j + {0, 1}] are
@@ -226,10 +194,7 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
   launch_successor();
   if (warp == S::kWarps) {
     if (lane == 0) {
-      for (int i = 0; i < S::kMaxStages; ++i) {
-        sm90::barrier_init(memory + S::kBarriers + 16 * i, 1);
-        sm90::barrier_init(memory + S::kBarriers + 16 * i + 8, S::kWarps);
-      }
+      sm90::Ring{memory, memory + S::kBarriers, 0, S::kMaxStages}.init(S::kWarps);
       sm90::fence_barrier_init();
       sm90::prefetch_map(&maps.x), sm90::prefetch_map(&maps.down), sm90::prefetch_map(&maps.run);
       if (p.rows.ids)  // while the ids come
@@ -243,7 +208,8 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
     __syncthreads();
   const int each = padded<kTransposed>(r), columns = count * each, first = static_cast<int>(blockIdx.y) * kWide;
   const int stride = static_cast<int>(gridDim.y) * kWide;
-  Ring ring(memory, memory + S::kBarriers, S::kBytesX + (columns <= kNarrow ? kNarrow : kWide) * kBytesRow, S::kRing);
+  const uint32_t bytes = S::kBytesX + (columns <= kNarrow ? kNarrow : kWide) * kBytesRow;
+  sm90::Ring ring{memory, memory + S::kBarriers, bytes, static_cast<int>(S::kRing / bytes)};
 
   if (warp == S::kWarps) {
     for (int column = first; column < columns; column += stride) {
@@ -259,10 +225,8 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
       if (lane == 0)
 #pragma unroll 1
         for (int k = 0; k < k_steps; ++k, ring.next()) {
-          const uint32_t full = ring.full();
-          uint32_t to = ring.stage();
-          sm90::barrier_wait(ring.empty(), ring.phase ^ 1);
-          sm90::barrier_arrive_expect(full, S::kBytesX + boxes * box * kBytesRow);
+          const uint32_t full = ring.fill(S::kBytesX + boxes * box * kBytesRow);
+          uint32_t to = ring.at();
           sm90::load_2d(&maps.x, full, to, k * kDepth, row0);
           to += S::kBytesX;
 #pragma unroll 1
@@ -328,10 +292,10 @@ void launch(const LowRank& p, cudaStream_t stream) {
   maps.run = maps.down;
   if constexpr (!kTransposed)
     describe_tensor<2>(maps.run, p.dtype, p.down, {p.K, T * r}, {p.K}, {kDepth, kNarrow}, k128);
-  const int64_t blocks = ceil_div(p.rows.M, S::kRows);
+  const int64_t blocks = ceil_div(p.rows.M, S::kRows), spare = multiprocessors() - p.followed;
   const int64_t most = ceil_div((p.rows.ids ? std::min<int64_t>(T, kFusedRows) : T) * each, kWide);
   const dim3 grid(static_cast<unsigned>(blocks),
-                  static_cast<unsigned>(std::max<int64_t>(1, std::min(multiprocessors() / blocks, most))));
+                  static_cast<unsigned>(std::max<int64_t>(1, std::min(spare / blocks, most))));
   const auto kernel = &down_kernel<scalar, kGroups, kTransposed>;
   allow_shared_memory(kernel, S::kBytes);
   kernel<<<grid, S::kThreads, S::kBytes, stream>>>(maps, a);
@@ -346,20 +310,18 @@ void low_rank_sm90(const LowRank& p, cudaStream_t stream) {
                 (!p.rows.ids || p.rows.T <= kMaxAdapters);
   // the ranks of a sum must follow each other without a gap
   serves = serves && (!p.down_transposed || p.rows.ids || p.rows.T <= 1 || p.rows.r % kRow == 0);
-  for (const void* q :
-       {p.x, p.down, p.bias_down, p.gate, static_cast<const void*>(p.h), static_cast<const void*>(p.scaled_h)})
-    serves = serves && aligned(q);
+  serves = serves && aligned(p.x, p.down, p.bias_down, p.gate, p.h, p.scaled_h);
   PLORA_CHECK(serves, "low_rank_sm90: not what it was planned for (rows_on_hopper)");
-  dispatch("low_rank", p.dtype, [&](auto like) {
+  dispatch<2>("low_rank", p.dtype, [&](auto like) {
     using scalar = decltype(like);
-    if constexpr (sizeof(scalar) == 2) {
-      // Blocks of 64 rows while each gets a multiprocessor of its own; those of 128 read the factors half as often.
-      const bool small = (p.rows.M + 63) / 64 <= multiprocessors();
-      if (p.down_transposed)
-        small ? launch<scalar, 1, true>(p, stream) : launch<scalar, 2, true>(p, stream);
-      else
-        small ? launch<scalar, 1, false>(p, stream) : launch<scalar, 2, false>(p, stream);
-    }
+    // Blocks of 64 rows while each gets a multiprocessor of its own; those of 128 read the factors half as often, and
+    // may be so few that the kernel that follows starts beside all of them.
+    const int64_t all = multiprocessors(), blocks = ceil_div(p.rows.M, 64), tall = ceil_div(p.rows.M, 128);
+    const bool small = blocks <= all && (blocks + p.followed <= all || tall + p.followed > all);
+    if (p.down_transposed)
+      small ? launch<scalar, 1, true>(p, stream) : launch<scalar, 2, true>(p, stream);
+    else
+      small ? launch<scalar, 1, false>(p, stream) : launch<scalar, 2, false>(p, stream);
   });
 }
 

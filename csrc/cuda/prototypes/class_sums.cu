@@ -197,7 +197,7 @@ void sum_classes(Dtype dtype, const void* features, const int64_t* labels, void*
               C * chunks >> 18, " MiB beside the features: give the rows in batches (class_sums_ adds them up)");
   const auto order = static_cast<int*>(memory(N * sizeof(int)));
   const auto bounds = static_cast<uint32_t*>(memory(C * chunks * sizeof(uint32_t)));
-  dispatch_with_float64(dtype, [&](auto tag) {
+  dispatch<8>(op, dtype, [&](auto tag) {
     using scalar = decltype(tag);
     const auto from = static_cast<const scalar*>(features);
     const bool vectors = aligned(features) && D * sizeof(scalar) % 16 == 0;

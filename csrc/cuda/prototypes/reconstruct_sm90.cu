@@ -22,6 +22,7 @@
 #include "../device/device.h"
 #include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
+#include "cosine.cuh"
 #include "kernels.h"
 
 namespace plora::cuda {
@@ -36,7 +37,6 @@ constexpr uint32_t kWeights = kRows * kKeys * 4, kBarriers = kWeights + kStages 
 constexpr uint32_t kBytes = kBarriers + 24 * kStages;
 
 constexpr int kSplitters = 96;  // threads
-constexpr float kEps = 1e-12f;  // norms below this count as this
 
 // The columns of a product: new classes, or of the values. In float32 their low parts take as much of a stage again.
 template <bool kStrict>
@@ -53,13 +53,6 @@ struct Arguments : Reconstruction {
   int padded;              // Cn up to a multiple of kKeys
   int whole, parts, each;  // the first so many blocks have all columns; then so many share 128 rows, `each` slices each
 };
-
-// To the nearest TF32.
-__device__ inline float rounded(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return __uint_as_float(bits);
-}
 
 // What the matrix units see of it.
 __device__ inline float cut(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
@@ -95,15 +88,14 @@ __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ Ar
     }
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(0xffffffffu, square, d);
-    const float norm = sqrtf(square);
-    if (lane == 0) p.inverse_fresh[at] = 1.f / (norm < kEps ? kEps : norm);  // inverse_old follows it
+    if (lane == 0) p.inverse_fresh[at] = cosine::inverse_norm(square);  // inverse_old follows it
     return;
   }
   const int across = (p.Dv + 31) / 32, key = block / across * 32, column = block % across * 32;
   for (int r = warp; r < 32; r += 8)
     if (key + r < p.Cn && column + lane < p.Dv) {
       const float x = p.values[static_cast<int64_t>(key + r) * p.Dv + column + lane];
-      tile[r][lane] = kStrict ? x : rounded(x);
+      tile[r][lane] = kStrict ? x : __uint_as_float(to_tf32(x));
     }
   __syncthreads();
   for (int r = warp; r < 32; r += 8)
@@ -163,8 +155,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (thread + i * kSplitters < kVectors)
               tile[kVectors + i * kSplitters] = make_float4(rest(v[i].x), rest(v[i].y), rest(v[i].z), rest(v[i].w));
           sm90::fence_async();
-          __syncwarp();
-          if (threadIdx.x % 32 == 0) sm90::barrier_arrive(split(step));
+          sm90::release(split(step));
         }
         return;
       }
@@ -219,9 +210,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const int at = ((chunk + 2 * i + e / 2) ^ swizzle) * 16 + e % 2 * 8 * kPitch;
-            const float x = *reinterpret_cast<const float*>(from + at);
-            high[i][e] = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
-            low[i][e] = __float_as_uint(x - __uint_as_float(high[i][e]));
+            cosine::Split<false>::split(*reinterpret_cast<const float*>(from + at), high[i][e], low[i][e]);
           }
         wait_for(split(step), step);
         const uint64_t rest_of_b = b + kTileBytes / 16;
@@ -242,8 +231,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         sm90::hold(part);
 #pragma unroll
         for (int i = 0; i < kDepth / 8; ++i) sm90::hold(high[i]), sm90::hold(low[i]);
-        __syncwarp();
-        if (lane == 0) sm90::barrier_arrive(empty(step));
+        sm90::release(empty(step));
 #pragma unroll
         for (int i = 0; i < kColumns / 2; ++i) d[i] += part[i];
       } else {
@@ -257,8 +245,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         sm90::hold(d);
         sm90::wgmma_wait<0>();
         sm90::hold(d);
-        __syncwarp();
-        if (lane == 0) sm90::barrier_arrive(empty(step));
+        sm90::release(empty(step));
       }
       ++step;
     };
@@ -295,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int i = 0; i < 2; ++i) {
               const float x = d[4 * j + 2 * half + i] * (inverse[half] * (i ? other.y : other.x)) - p.scale;
               const float y = power(x > 0.f ? 0.f : x);
-              w[i] = key + i < p.Cn ? kStrict ? y : rounded(y) : 0.f;
+              w[i] = key + i < p.Cn ? kStrict ? y : __uint_as_float(to_tf32(y)) : 0.f;
               sum[half] += w[i];
             }
             // 32 keys of all rows, then the next 32; 16 bytes c of row r lie at c ^ r % 8.
@@ -313,12 +300,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       float factor[2] = {1.f, 1.f};
       if (last)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float sum = total[half];
-          sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-          sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-          factor[half] = 1.f / sum;
-        }
+        for (int half = 0; half < 2; ++half) factor[half] = 1.f / cosine::quad_sum(total[half]);
 #pragma unroll 1
       for (int slice = slice0; slice < slice1; ++slice) {
         // f(half, index in d, place) of all pairs of columns, eight apart: with its neighbour's other pair, a lane then

@@ -74,11 +74,6 @@ void put(Dtype dtype, void* to, int64_t i, double value) {
   });
 }
 
-bool aligned_all(std::initializer_list<const void*> pointers) {
-  return std::all_of(pointers.begin(), pointers.end(),
-                     [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
-}
-
 int chosen(const Rows& rows, int64_t m) {
   const int64_t id = rows.ids ? rows.ids[m / rows.rows_per_id] : 0;
   return id >= 0 && id < rows.T ? static_cast<int>(id) : -1;
@@ -152,7 +147,7 @@ void check_rows(const LowRank& p) {
                   p.rows.T <= 1 << 15,
               "low_rank_sm90 refuses");
   PLORA_CHECK(!p.down_transposed || p.rows.ids || p.rows.T <= 1 || p.rows.r % 16 == 0, "low_rank_sm90: gaps");
-  PLORA_CHECK(aligned_all({p.x, p.down, p.bias_down, p.gate, p.h, p.scaled_h}), "low_rank_sm90: addresses");
+  PLORA_CHECK(aligned(p.x, p.down, p.bias_down, p.gate, p.h, p.scaled_h), "low_rank_sm90: addresses");
 }
 
 }  // namespace
@@ -176,7 +171,7 @@ void low_rank_sm90(const LowRank& p, cudaStream_t) {
 void low_rank_add_sm90(const LowRank& p, cudaStream_t) {
   check_rows(p);
   PLORA_CHECK(p.y && p.scaled_h && !p.y_slab && p.N % 8 == 0 && p.ldy % 8 == 0 && p.ldy0 % 8 == 0 &&
-                  aligned_all({p.y, p.y0, p.up, p.bias_up}),
+                  aligned(p.y, p.y0, p.up, p.bias_up),
               "low_rank_add_sm90 refuses");
   g_calls += " add";
   multiply(p, p.rows.r, nullptr);
@@ -209,7 +204,7 @@ void few_rows(const LowRank& p, const Allocator& workspace, cudaStream_t) {
 
 void few_rows_sm90(const LowRank& p, const void* weight, const void* bias, const Allocator& workspace, cudaStream_t) {
   PLORA_CHECK(!mma_only() && p.dtype != Dtype::float32 && p.rows.M <= 64 && p.K % 8 == 0 && p.N % 8 == 0 &&
-                  p.rows.r % 8 == 0 && aligned_all({p.x, p.down, p.up, weight, bias, p.y, p.y0, p.bias_up, p.gate}),
+                  p.rows.r % 8 == 0 && aligned(p.x, p.down, p.up, weight, bias, p.y, p.y0, p.bias_up, p.gate),
               "few_rows_sm90 refuses");
   for (int64_t m = 0; m < p.rows.M; ++m)
     for (int64_t n = 0; n < p.N; ++n) {
@@ -227,7 +222,7 @@ void few_rows_sm90(const LowRank& p, const void* weight, const void* bias, const
 
 void expand(const LowRank& p, cudaStream_t) {
   PLORA_CHECK(p.dtype != Dtype::float32 && !p.rows.ids && p.y_slab % 8 == 0 && p.y0_slab == 0 && p.rows.r % 8 == 0 &&
-                  p.N % 8 == 0 && p.ldy % 8 == 0 && p.ldy0 % 8 == 0 && aligned_all({p.y, p.y0, p.up, p.bias_up}),
+                  p.N % 8 == 0 && p.ldy % 8 == 0 && p.ldy0 % 8 == 0 && aligned(p.y, p.y0, p.up, p.bias_up),
               "expand refuses");
   g_calls += " expand";
   LowRank up = p;
@@ -238,7 +233,7 @@ void expand(const LowRank& p, cudaStream_t) {
 void all_sm90(const LowRank& p, const void* weight, const void* bias, bool overlap, cudaStream_t) {
   PLORA_CHECK(!mma_only() && p.dtype != Dtype::float32 && !p.rows.ids && p.x && p.h && p.K > 0 && p.K % 8 == 0 &&
                   p.N % 8 == 0 && p.rows.r % 8 == 0 && p.ldy % 8 == 0 && p.y_slab % 8 == 0 && p.y0_slab == 0 &&
-                  aligned_all({p.x, weight, bias, p.h, p.up, p.bias_up, p.y, p.y0}),
+                  aligned(p.x, weight, bias, p.h, p.up, p.bias_up, p.y, p.y0),
               "all_sm90 refuses");
   PLORA_CHECK(!overlap || g_calls.substr(g_calls.rfind(' ') + 1) == "rows", "all_sm90: not after low_rank_sm90");
   for (int64_t t = 0; t < p.rows.T; ++t)
@@ -259,16 +254,18 @@ void all_sm90(const LowRank& p, const void* weight, const void* bias, bool overl
 void fused(const Fused& p, cudaStream_t) {
   const int64_t r = p.rows.r, each = p.rows.ids ? 1 : p.rows.T;
   PLORA_CHECK(!mma_only() && p.dtype != Dtype::float32 && p.K % 8 == 0 && p.N % 8 == 0 && r % 8 == 0 &&
-                  aligned_all({p.x, p.weight, p.bias, p.base, p.y, p.down, p.up, p.bias_down, p.bias_up, p.h}),
+                  aligned(p.x, p.weight, p.bias, p.base, p.y, p.down, p.up, p.bias_down, p.bias_up, p.h),
               "fused refuses");
   PLORA_CHECK(p.in_loop ? p.down != nullptr : p.h != nullptr, "fused: no h");
   PLORA_CHECK(!p.gate || p.in_loop, "fused: only the loop knows a gate");
-  g_calls += p.in_loop ? " in_loop" : " fused";
+  PLORA_CHECK(p.in_loop != 2 || (!p.transposed && p.slices.empty() && (p.N + 191) / 192 % 2 == 0), "fused: no pair");
+  g_calls += p.in_loop == 2 ? " in_loop_of_two" : p.in_loop ? " in_loop" : " fused";
   if (p.transposed) g_calls += "_transposed";
   if (p.overlap) g_calls += "*";
   for (int64_t m = 0; m < p.rows.M; ++m) {
     const std::vector<int> all = met(p.rows, m);
-    PLORA_CHECK(!p.in_loop || all.size() <= 1, "fused: the loop takes one adapter a tile");
+    PLORA_CHECK(!p.in_loop || !p.slices.empty() || static_cast<int64_t>(all.size()) * ((r + 15) / 16) <= p.in_loop,
+                "fused: more slots in a tile than the loop takes");
     std::vector<double> h(all.size() * r);
     for (size_t place = 0; place < all.size(); ++place)
       for (int64_t j = 0; j < r; ++j) {
