@@ -96,8 +96,6 @@ constexpr int64_t kMergeRank = 64;   // above: merging pays where nothing is kep
 constexpr int64_t kMergeRows = 256;  // ... from this many rows on
 // Fewer rows are few tiles for the fused product; of a deep product each takes long, and torch's shares out the depth.
 constexpr int64_t kHopperRows = 128, kDeepRows = 1024, kDeep = 1024;
-// So many rows that meet one adapter, of up to kDeep columns on either side, are still faster beside torch's product.
-constexpr int64_t kFewAlone = 256;
 // What cuda/few_rows.cu takes: rows; adapters; ranks that act on a row.
 constexpr int64_t kFewRows = 512, kFewAdapters = 1 << 15, kFewRanks = 512;
 // What cuda/few_rows_sm90.cu takes: rows; of all of them, the ranks that act on them. It reads a row's adapter for that
@@ -228,8 +226,7 @@ inline int64_t ranks_of_row(const LoraShape& s) {
 // it takes the shape, has h for next to nothing.
 inline bool few_rows(const LoraShape& s) {
   using namespace lora_plan;
-  const bool fused = s.weight && s.half && s.capability == 90 && !s.mma_only &&
-                     s.M > (std::max(s.in, s.out) <= kDeep ? kFewAlone : kHopperRows) &&
+  const bool fused = s.weight && s.half && s.capability == 90 && !s.mma_only && s.M >= kHopperRows &&
                      (s.backward ? s.out : s.in) <= kDeep && adapters_of_tile(s) == 1;
   return s.family != Family::all && s.M <= kFewRows && s.T <= kFewAdapters && s.r > 0 && ranks_of_row(s) <= kFewRanks &&
          std::min(s.in, s.out) > 0 && std::max(s.in, s.out) < int64_t{1} << 25 && !fused;
