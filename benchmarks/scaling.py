@@ -96,7 +96,7 @@ def fits() -> list[Fit]:
 
 def step_and_forward() -> tuple[float, float]:
     """Seconds per image of a training step and of a forward pass: ViT-B/16 on one H200, bfloat16, 128 images."""
-    rows = [r for r in read("cuda_lora.csv") if r["case"].startswith("ViT-B/16, r=16 on all linears, B=128")]
+    rows = [r for r in read("cuda_lora_vit.csv") if r["case"].startswith("ViT-B/16, r=16 on all linears, B=128")]
     us = {("step" if "step" in r["case"] else "forward"): float(r["gpu_us"]) for r in rows if r["form"] == "plora_ext"}
     return us["step"] / BATCH / 1e6, us["forward"] / BATCH / 1e6
 
@@ -152,7 +152,7 @@ def blocks() -> dict[str, str]:
 def _inputs() -> str:
     step, forward = step_and_forward()
     merge, pair = seconds_per_merge(), seconds_per_pair()
-    row9 = "`cuda_lora.csv`, row 9: one H200, bfloat16, B = 128, r = 16 on all linear layers"
+    row9 = "`cuda_lora_vit.csv`: one H200, bfloat16, B = 128, r = 16 on all linear layers"
     rows = [
         ["a_s, ViT-B/16", f"{1e6 * step:.0f} µs", row9],
         ["a_f", f"{1e6 * forward:.0f} µs", "the same; adapters not merged"],
