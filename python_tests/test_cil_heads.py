@@ -101,6 +101,8 @@ def test_the_ridge_with_the_least_error_on_held_out_rows() -> None:
         errors.append((hidden[held].double() @ w - targets[held]).square().mean().item())
     assert best_ridge(hidden, targets, torch.Generator().manual_seed(4)) == RIDGES[int(np.argmin(errors))]
     assert best_ridge(hidden[:1], targets[:1], torch.Generator()) > 0  # nothing to hold out
+    alone = [best_ridge(hidden[:6], torch.eye(6), torch.Generator().manual_seed(seed)) for seed in range(5)]
+    assert alone == [1.0] * 5  # an image a class: the largest ridge was the best for what no other image tells of
 
 
 @pytest.mark.parametrize("size", [(40, 12), (12, 40), (20, 20)])
