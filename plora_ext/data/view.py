@@ -7,7 +7,7 @@ Two pairs of transforms for training and test, S being the backbone's image size
              test: shorter side to 256/224 S (bicubic), centre crop S x S        (LAMDA-PILOT's build_transform)
 
 Crops and resizing are Pillow's, image by image in the data workers, or those of `resample`, batch by batch on the
-device; the two differ by Pillow's rounding to whole pixel values.
+device; the two differ by Pillow's rounding to whole pixel values and its clipping between columns and rows.
 
 Random numbers come from torch's global CPU generator, all of an epoch's at its start where images are loaded one by one
 or prepared on the device, so that the same state of it gives the same batches for any number of workers.
