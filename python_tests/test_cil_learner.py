@@ -249,6 +249,24 @@ def test_a_fit_that_failed_leaves_no_half_learner(images: Images, tmp_path: Path
         one.save_pretrained(tmp_path / "it")
 
 
+def test_a_fit_that_failed_leaves_nothing_to_predict_by(images: Images) -> None:
+    """The model trained on, its prototypes are of before: answers would be others than a moment ago, without a word."""
+
+    class Stop(Callback):
+        def epoch(self, number: int, loss: float) -> None:
+            if number > QUICK["epochs"]:
+                raise KeyboardInterrupt
+
+    one, (first, second, _) = learner(callbacks=[Stop()]), tasks(images, True)
+    one.fit(first)
+    assert one.evaluate(first)["accuracy"] > 50
+    with pytest.raises(KeyboardInterrupt):
+        one.fit(second)
+    for ask in (lambda: one.predict(first[0]), lambda: one.evaluate(first), lambda: one.best(first[0], 2)):
+        with pytest.raises(RuntimeError, match="an earlier fit was cut short within its task"):
+            ask()
+
+
 def test_a_run_s_learner_goes_on(images: Images, tmp_path: Path) -> None:
     """Its checkpoint and its figures stay those of the run."""
     few = Images(*(part[labels < 4] for part, labels in (

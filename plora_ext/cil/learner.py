@@ -126,8 +126,7 @@ class Learner:
         from plora_ext.cil.stream import Task
         from plora_ext.data.inputs import read_labelled
 
-        if self._cut_short:
-            raise RuntimeError("an earlier fit was cut short within its task: make a new learner, or load a saved one")
+        self._refuse_half()
         images, labels = read_labelled(data, self.settings.corrupt)
         if len({isinstance(label, str) for label in [*self.classes, *labels]}) > 1:
             raise ValueError("labels must be all numbers or all texts, in every task the same, got both")
@@ -182,7 +181,8 @@ class Learner:
                 folder, whose images are taken in the order of their names.
 
         Raises:
-            RuntimeError: No task is learned yet.
+            RuntimeError: No task is learned yet, or an earlier call has ended with an error while it learned: then the
+                model is another than the prototypes are of.
         """
         return np.array([self.classes[c] for c in self.scores(images)[0]])
 
@@ -206,6 +206,7 @@ class Learner:
         from plora_ext.cil.evaluate import classify
         from plora_ext.data.inputs import read_images
 
+        self._refuse_half()
         if not self.classes:
             raise RuntimeError("this learner has learned no task yet: call fit first")
         view = self._view(read_images(images))
@@ -241,6 +242,10 @@ class Learner:
             "accuracy": 100.0 * float(correct.mean()),
             "task_accuracies": [100.0 * float(own.sum()) / len(own) if len(own) else None for own in each],
         }
+
+    def _refuse_half(self) -> None:
+        if self._cut_short:
+            raise RuntimeError("an earlier fit was cut short within its task: make a new learner, or load a saved one")
 
     def _view(self, images: Any) -> View:
         from plora_ext.data import View
