@@ -556,8 +556,8 @@ class Euclid(Head):
 """
 
 
-def test_plugins_reach_the_command_line(images: Images, tmp_path: Path) -> None:
-    """train, resume, eval and predict, each in a process of its own."""
+def test_plugins_reach_the_command_line(images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """train, resume, eval and predict, each in a process of its own; the last ones from another folder, too."""
     (tmp_path / "my_heads.py").write_text(PLUGIN)
     names = ("train_images", "train_labels", "test_images", "test_labels")
     np.savez(tmp_path / "toy.npz", **{name: getattr(images, name) for name in names})
@@ -566,9 +566,9 @@ def test_plugins_reach_the_command_line(images: Images, tmp_path: Path) -> None:
     )
     Image.fromarray(images.test_images[0]).save(tmp_path / "one.png")
 
-    def command(*words: str) -> subprocess.CompletedProcess[str]:
+    def command(*words: str, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
         code = "import sys; sys.path.pop(0); from plora_ext.cli import main; sys.exit(main())"
-        return subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-c", code, *words], cwd=cwd, capture_output=True, text=True)
 
     for words in (
         ("train", "-c", "run.yaml"),
@@ -578,6 +578,19 @@ def test_plugins_reach_the_command_line(images: Images, tmp_path: Path) -> None:
     ):
         done = command(*words)
         assert done.returncode == 0, done.stderr
+    (tmp_path / "elsewhere").mkdir()
+    for words in (("eval", "../run"), ("train", "--resume", "--out", "../run"), ("predict", "../run", "../one.png")):
+        done = command(*words, cwd=tmp_path / "elsewhere")
+        assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path / "elsewhere")  # a run that was continued from there still knows where it began
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    checkpoint = Checkpoint(tmp_path / "run", resume=True)
+    settings = checkpoint.settings
+    assert str(tmp_path) in sys.path
+    checkpoint.begin(checkpoint.manifest["fingerprint"], settings)
+    assert checkpoint.manifest["folders"] == [str(tmp_path), str(tmp_path / "elsewhere")]
+    for name in ("my_heads", "euclid2"):
+        sys.modules.pop(name, None), HEADS.pop(name, None)
     assert command("train", "--plugins", "no_such").stderr.startswith(
         "error: plugins names 'no_such', which is no module"
     )
