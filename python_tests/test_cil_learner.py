@@ -38,6 +38,7 @@ from plora_ext.cil.methods import PLoRAFused
 from plora_ext.cil.registry import ALIGNMENTS, BACKBONES, HEADS, METHODS
 from plora_ext.cil.trained import Trained
 from plora_ext.data.images import doubles
+from plora_ext.data.inputs import read_labelled
 
 images = test_cil_methods.images
 QUICK: dict[str, Any] = {
@@ -368,6 +369,16 @@ def test_labels_of_a_data_set_are_those_of_its_items(images: Images) -> None:
     data: Any = Pairs(pixels, [label + 100 for label in labels], Image.fromarray)
     data.targets, data.target_transform = labels, lambda label: label + 100
     assert learner(method="simplecil").fit(data).classes == [100, 101]
+    data.target_transform = None  # and a class of one's own may change labels in its items
+    assert learner(method="simplecil").fit(data).classes == [100, 101]
+    data.targets = labels[:3]
+    assert learner(method="simplecil").fit(data).classes == [100, 101]
+    data.targets = [{"boxes": []}] * len(labels)
+    assert learner(method="simplecil").fit(data).classes == [100, 101]
+    data.targets, read = [label + 100 for label in labels], []
+    data.form = lambda pixels: read.append(1) or Image.fromarray(pixels)
+    read_labelled(data)
+    assert len(read) < 10 < len(labels)
 
 
 def test_arrays_of_more_bits_and_turned_round(images: Images) -> None:
