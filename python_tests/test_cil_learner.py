@@ -381,6 +381,29 @@ def test_labels_of_a_data_set_are_those_of_its_items(images: Images) -> None:
     assert len(read) < 10 < len(labels)
 
 
+def test_a_data_set_that_changes_its_images_is_read_every_time(images: Images) -> None:
+    pixels, labels = tasks(images, True)[0]
+    read: list[int] = []
+
+    def flipped(image: np.ndarray) -> np.ndarray:
+        read.append(1)
+        return image[:, ::-1] if torch.rand(()) < 0.5 else image
+
+    def plain(image: np.ndarray) -> np.ndarray:
+        read.append(1)
+        return image
+
+    numbers = []
+    for form in (flipped, plain):
+        read.clear()
+        learner(epochs=4, workers=0).fit(Pairs(pixels, labels, form))
+        numbers.append(len(read))
+    assert numbers[0] > 4 * len(labels) and numbers[1] < 3 * len(labels)
+    read.clear()
+    learner(epochs=1, workers=0).fit((pixels, labels)).predict([plain(image) for image in pixels[:3]])
+    assert len(read) == 3
+
+
 def test_arrays_of_more_bits_and_turned_round(images: Images) -> None:
     """64 bits that hold 0 ... 255 became black without a word; torch takes no array turned round."""
     pixels, labels = tasks(images, True)[0]

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,7 +210,7 @@ class Learner:
         self._refuse_half()
         if not self.classes:
             raise RuntimeError("this learner has learned no task yet: call fit first")
-        view = self._view(read_images(images))
+        view = self._view(read_images(images), cache=0.0)  # each is read once
         if not len(view):
             raise ValueError("images must hold at least one image, got none")
         with self.random():
@@ -247,10 +248,10 @@ class Learner:
         if self._cut_short:
             raise RuntimeError("an earlier fit was cut short within its task: make a new learner, or load a saved one")
 
-    def _view(self, images: Any) -> View:
+    def _view(self, images: Any, **changes: Any) -> View:
         from plora_ext.data import View
 
-        return View(images, self.preparation)
+        return View(images, replace(self.preparation, **changes))
 
     # ------------------------------------------------------------------ on disk
 

@@ -54,7 +54,8 @@ class Preparation:
         augment: Use the training transform while training.
         workers: Processes that load images one by one; 0 does it in this one.
         on_device: Crop and resize on the device, batch by batch; None: arrays, where that is a GPU.
-        cache: Share of the host's free memory that the pixels of decoded files may take; 0 keeps none.
+        cache: Share of the host's free memory that the pixels of decoded files may take; 0 keeps none. Those of a data
+            set that changes its images at random are not kept.
     """
 
     image_size: int
@@ -98,7 +99,7 @@ class View:
         self._loader: Loader | None = None  # for images that are loaded one by one
         source: np.ndarray | ImageFiles | Decoded = images
         if isinstance(images, ImageFiles):
-            if p.cache:
+            if p.cache and images.repeats():
                 with suppress(OSError):  # a system that promises no more memory than it has
                     source = Decoded(images, int(p.cache * free_memory(torch.device("cpu"))))
         elif p.transform == "resize" and 12 * len(images) * p.image_size**2 <= READY_BYTES:
