@@ -24,7 +24,7 @@ from plora_ext.cil.loop import run
 from plora_ext.data import Backbone, ImageFiles, Preparation, View, hold_out, load_images
 from plora_ext.data import view as views
 from plora_ext.data.images import Images, checked, doubles
-from plora_ext.data.inputs import image_paths, read_labelled
+from plora_ext.data.inputs import image_paths, read_labelled, to_pixels
 from plora_ext.data.sets import FOLDERS
 
 SPLITS = ("train", "test")
@@ -378,7 +378,7 @@ def write_png(path: Path, rows: list, depth: int, color: int, *more: tuple[bytes
     return path
 
 
-GRAY, RGB, PALETTE, GRAY_ALPHA = 0, 2, 3, 4
+GRAY, RGB, PALETTE, GRAY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
 PLTE = (b"PLTE", bytes([10, 20, 30, 40, 50, 60, 70, 80, 90]))
 
 
@@ -428,6 +428,22 @@ def test_jpeg_files_of_every_kind(tmp_path: Path) -> None:
         assert np.abs(image - (np.rot90(flat) if name == "turned" else flat)).max() <= 2, name
     Image.fromarray(flat).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
     assert np.abs(ImageFiles([tmp_path / "cmyk.jpg"])[0].astype(int) - flat).max() <= 2
+
+
+def test_tensors_of_torchvision_are_as_files(tmp_path: Path) -> None:
+    """A Dataset may decode by torchvision.io; it knows nothing of what is transparent, so that alpha is refused."""
+    io = pytest.importorskip("torchvision.io")
+    rows = {GRAY: [[1, 300, 65535], [4863, 22271, 39679]], RGB: [[[1, 300, 65535], [4863, 22271, 39679]]]}
+    for depth, color in ((8, GRAY), (16, GRAY), (8, RGB), (16, RGB)):
+        path = write_png(tmp_path / "x.png", (np.array(rows[color]) % 2**depth).tolist(), depth, color)
+        tensor = io.decode_image(str(path))
+        assert tensor.dtype == (torch.uint8 if depth == 8 else torch.uint16)
+        off = np.abs(to_pixels(tensor).astype(int) - ImageFiles([path])[0])
+        assert off.max() <= (1 if (depth, color) == (16, RGB) else 0)  # of these Pillow reads the upper eight bits
+    for color, channels in ((GRAY_ALPHA, 2), (RGB_ALPHA, 4)):
+        path = write_png(tmp_path / "x.png", np.full((2, 3, channels), 9).tolist(), 8, color)
+        with pytest.raises(ValueError, match=rf"an image must be a PIL image, .*got Tensor \[{channels}, 2, 3\]"):
+            to_pixels(io.decode_image(str(path)))
 
 
 def test_tiff_files_of_16_bits_whose_zero_is_white(tmp_path: Path) -> None:
