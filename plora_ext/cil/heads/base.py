@@ -12,6 +12,9 @@ from plora_ext.cil.alignment import Drift
 from plora_ext.cil.covariances import ClassCovariances
 from plora_ext.cil.settings import Settings
 
+_GIVEN = ("settings", "device", "learns", "covariances")  # what is made anew, or has entries of its own
+_PLAIN = (Tensor, bool, int, float, str, type(None))
+
 
 class Head(ABC):
     """A classifier of features [n, D]: by the prototypes, or by what it learns task by task.
@@ -46,12 +49,33 @@ class Head(ABC):
         """Logits [n, C] of features [n, D] in the current space, with all classes' prototypes [C, D] there."""
 
     def state(self) -> dict[str, Any]:
-        """Everything it has learned, tensors by name; a checkpoint writes an entry again only when it has changed."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        """Everything it has learned, by name; a checkpoint writes an entry again only when it has changed.
+
+        Here: its attributes that are tensors, numbers, texts, or lists and dicts of such.
+
+        Raises:
+            TypeError: It learns, and has an attribute of another kind without a `restore` of its own.
+        """
+        own = {name: value for name, value in vars(self).items() if name not in _GIVEN}
+        state = {name: value for name, value in own.items() if _is_plain(value)}
+        inherited = type(self).restore.__module__ == __name__
+        if self.learns and inherited and (left := [name for name in own if name not in state]):
+            raise TypeError(
+                f"head {type(self).__name__} cannot be saved whole: {left[0]} is no tensor, number or text, nor a list "
+                f"or dict of such, but {type(own[left[0]]).__name__}; give the head a state and a restore"
+            )
+        return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes over what `state` returned."""
         vars(self).update(state)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value comes back from a file as it was."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(of) for key, of in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, _PLAIN)
 
 
 class CovarianceHead(Head):
