@@ -527,9 +527,16 @@ def test_registered_names_are_choices_and_are_used(images: Images, registered: N
 
     @register_method("mine")
     class Mine(PLoRAFused):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.sizes: list[int] = []
+            self.memory: dict[str, torch.Tensor] = {}
+
         def learn(self, *args: Any) -> None:
             called.append("method")
             super().learn(*args)
+            self.sizes.append(len(args[2]))
+            self.memory[str(len(self.sizes))] = args[2]
 
     @register_alignment("half", linear=True)
     def half(drift: Any) -> torch.Tensor:
@@ -551,7 +558,10 @@ def test_registered_names_are_choices_and_are_used(images: Images, registered: N
     found = [p["class"] for p in again.predict(images.test_images)]
     assert found == result.learner.predict(images.test_images).tolist()
     result.learner.save_pretrained(tmp_path / "it")
-    assert Learner.from_pretrained(tmp_path / "it").predict(images.test_images).tolist() == found
+    saved = Learner.from_pretrained(tmp_path / "it")
+    assert saved.predict(images.test_images).tolist() == found
+    for method in (again.method, saved.method):  # attributes that nobody has named
+        assert method.sizes == [40, 40, 40] and torch.equal(method.memory["3"], result.learner.method.memory["3"])
     mine = METHODS.pop("mine")
     with pytest.raises(ValueError, match="a user's own must be registered first, .*: unknown method 'mine'"):
         Learner.from_pretrained(tmp_path / "it")

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from plora_ext.cil.alignment import Drift
 from plora_ext.cil.covariances import ClassCovariances
+from plora_ext.cil.packing import is_plain
 from plora_ext.cil.settings import Settings
 
 _GIVEN = ("settings", "device", "learns", "covariances")  # what is made anew, or has entries of its own
-_PLAIN = (Tensor, bool, int, float, str, type(None))
 
 
 class Head(ABC):
@@ -57,7 +57,7 @@ class Head(ABC):
             TypeError: It learns, and has an attribute of another kind without a `restore` of its own.
         """
         own = {name: value for name, value in vars(self).items() if name not in _GIVEN}
-        state = {name: value for name, value in own.items() if _is_plain(value)}
+        state = {name: value for name, value in own.items() if is_plain(value)}
         inherited = type(self).restore.__module__ == __name__
         if self.learns and inherited and (left := [name for name in own if name not in state]):
             raise TypeError(
@@ -69,13 +69,6 @@ class Head(ABC):
     def restore(self, state: dict[str, Any]) -> None:
         """Takes over what `state` returned."""
         vars(self).update(state)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value comes back from a file as it was."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(of) for key, of in value.items())
-    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, _PLAIN)
 
 
 class CovarianceHead(Head):
