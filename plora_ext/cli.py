@@ -137,6 +137,8 @@ def train(args: argparse.Namespace) -> None:
         before = Checkpoint(Path(settings.out), resume=True, world=args.world)
         if before.manifest:
             saved = before.settings
+            if given(args, ["plugins"]):  # those of before may be gone
+                saved["plugins"] = settings.plugins
             free = {**saved, **dict.fromkeys(DERIVED)}  # unless they were chosen, they are to follow from the others
             settings = settings_from(args, **(free if Settings(**free).as_dict() == saved else saved))
         elif not set(given(args, [f.name for f in fields(Settings)])) - {"out", "device", "workers"}:

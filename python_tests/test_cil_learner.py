@@ -635,6 +635,11 @@ def test_plugins_reach_the_command_line(images: Images, tmp_path: Path, monkeypa
     assert checkpoint.manifest["folders"] == [str(tmp_path), str(tmp_path / "elsewhere")]
     for name in ("my_heads", "euclid2"):
         sys.modules.pop(name, None), HEADS.pop(name, None)
+    (tmp_path / "my_heads.py").rename(tmp_path / "renamed.py")
+    for words in (("train", "--resume", "--out", "run"), ("train", "-c", "run.yaml", "--resume")):
+        assert "plugins names 'my_heads', which is no module" in command(*words).stderr
+        done = command(*words, "--plugins", "renamed")
+        assert done.returncode == 0, done.stderr
     assert command("train", "--plugins", "no_such").stderr.startswith(
         "error: plugins names 'no_such', which is no module"
     )
