@@ -262,6 +262,7 @@ class Learner:
 
         Raises:
             ValueError: The method or the head is not registered, so that nobody could read it back.
+            TypeError: A head of one's own has learned what its `state` leaves out.
             FileExistsError: The folder holds something else, or is the working directory.
             RuntimeError: No task is learned yet, or one was cut short.
         """
@@ -279,6 +280,7 @@ class Learner:
         _check_registered("method", METHODS.get(s.method), method)
         if s.method != "plora-ensemble":  # which has a head of its own
             _check_registered("head", HEADS.get(s.head), method.head)
+        method.head.refuse_loss()
         tensors: dict[str, torch.Tensor] = {}
         state = {name: value for name, value in method.state().items() if not name.startswith("adapter:")}
         config = {

@@ -52,19 +52,19 @@ class Head(ABC):
         """Everything it has learned, by name; a checkpoint writes an entry again only when it has changed.
 
         Here: its attributes that are tensors, numbers, texts, or lists and dicts of such.
-
-        Raises:
-            TypeError: It learns, and has an attribute of another kind without a `restore` of its own.
         """
-        own = {name: value for name, value in vars(self).items() if name not in _GIVEN}
-        state = {name: value for name, value in own.items() if is_plain(value)}
-        inherited = type(self).restore.__module__ == __name__
-        if self.learns and inherited and (left := [name for name in own if name not in state]):
-            raise TypeError(
-                f"head {type(self).__name__} cannot be saved whole: {left[0]} is no tensor, number or text, nor a list "
-                f"or dict of such, but {type(own[left[0]]).__name__}; give the head a state and a restore"
-            )
-        return state
+        return {name: value for name, value in vars(self).items() if name not in _GIVEN and is_plain(value)}
+
+    def refuse_loss(self) -> None:
+        """Raises TypeError where it learns and has an attribute that is not saved, without a `restore` of its own."""
+        if not self.learns or type(self).restore.__module__ != __name__:
+            return
+        for name, value in vars(self).items():
+            if name not in _GIVEN and not is_plain(value):
+                raise TypeError(
+                    f"head {type(self).__name__} cannot be saved whole: {name} is no tensor, number or text, nor a "
+                    f"list or dict of such, but {type(value).__name__}; give the head a state and a restore"
+                )
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes over what `state` returned."""
