@@ -137,6 +137,8 @@ def train(args: argparse.Namespace) -> None:
         before = Checkpoint(Path(settings.out), resume=True, world=args.world)
         if before.manifest:
             saved = before.settings
+            if given(args, ["plugins"]):  # those of before may be gone
+                saved["plugins"] = settings.plugins
             free = {**saved, **dict.fromkeys(DERIVED)}  # unless they were chosen, they are to follow from the others
             settings = settings_from(args, **(free if Settings(**free).as_dict() == saved else saved))
         elif not set(given(args, [f.name for f in fields(Settings)])) - {"out", "device", "workers"}:
@@ -202,9 +204,7 @@ def report(args: argparse.Namespace) -> None:
     from plora_ext.report.page import notes
 
     results = distinct(result for run in args.runs for result in reports.load_results(run, args.out))
-    before = {name: (Path(args.out) / name).exists() for name in ("checkpoint", "metrics.json", "report.html")}
-    if before["checkpoint"] or (before["metrics.json"] and not before["report.html"]):
-        raise ValueError(f"out must be a folder of its own, {args.out!r} holds a run, whose metrics would be replaced")
+    _refuse_others(Path(args.out), "a report")
     folder = reports.prepare_folder(args.out)
     names = reports.write_report(folder, results)
     protocols, console = group(results), Console()
@@ -272,7 +272,8 @@ def _run(
     with ExitStack() as stack:
         if world.first:
             stack.enter_context(exclusive(folder))
-        world.from_first(lambda: _refuse_others(folder, resume is not None, overwrite))
+        if not overwrite:
+            world.from_first(lambda: _refuse_others(folder, "a demo" if resume is None else "a run"))
         checkpoint = None if resume is None else Checkpoint(folder, resume, world, overwrite)
         console = ConsoleProgress()
         callbacks: list[Any] = [console] if world.first else []
@@ -310,13 +311,17 @@ def _run(
         print(f"note: no figures without matplotlib: {reports.INSTALL}", file=sys.stderr)
 
 
-def _refuse_others(folder: Path, trains: bool, overwrite: bool) -> None:
-    """Results of another command would be replaced without a word; of one run by another, the checkpoint decides."""
+def _refuse_others(folder: Path, wanted: str) -> None:
+    """What another command wrote would be replaced without a word; of one run by another, the checkpoint decides.
+
+    Args:
+        wanted: "a run" (of train), "a demo" or "a report".
+    """
     run, metrics, page = ((folder / name).exists() for name in ("checkpoint", "metrics.json", "report.html"))
-    if trains and metrics and not (run or overwrite):
-        raise ValueError(f"{folder} holds results that train has not written: choose another folder, or --overwrite it")
-    if not trains and (run or page):
-        raise ValueError(f"{folder} holds {'a run' if run else 'a report'}, not a demo: choose another folder")
+    held = "a run" if run else "a report" if page else "a demo" if metrics else wanted
+    if held != wanted:
+        or_so = ", or --overwrite it" if wanted == "a run" else ""
+        raise ValueError(f"{folder} holds {held}, whose results {wanted} would replace: choose another folder{or_so}")
 
 
 def _odd(settings: Settings, data: Any, stream: Any) -> list[str]:

@@ -6,8 +6,8 @@ does it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,9 +26,12 @@ def _found(module: Any, *names: str) -> Any:
 _count_dispatch_modes = _found(torch._C, "_len_torch_dispatch_stack")
 _count_function_modes = _found(torch._C, "_len_torch_function_stack")
 _tracing_state = _found(torch._C, "_get_tracing_state")
+_set_tracing_state = _found(torch._C, "_set_tracing_state")
 _top_transform = _found(torch._C, "_functorch", "peek_interpreter_stack")
 _all_transforms = _found(torch._C, "_functorch", "get_interpreter_stack")
 _transform_type = _found(torch._C, "_functorch", "TransformType")
+_is_wrapped = _found(torch._C, "_functorch", "is_functorch_wrapped_tensor")
+_unwrap = _found(torch._C, "_functorch", "get_unwrapped")
 any_requires_grad = _found(torch._C, "_any_requires_grad")
 """Whether one of these is a tensor that requires a gradient. Only where `is_eager`."""
 _exclude = _found(torch._C, "_ExcludeDispatchKeyGuard")
@@ -143,6 +146,27 @@ def needs_twin(*args: Any) -> bool:
         for a in args
     )
     return own or forward_mode(*args)
+
+
+def unwrapped(t: Tensor) -> Tensor:
+    """The tensor that torch.func's transforms look at as others: its values, in another shape under `vmap`."""
+    while _is_wrapped is not None and _unwrap is not None and _is_wrapped(t):
+        t = _unwrap(t)
+    return t
+
+
+@contextmanager
+def untraced() -> Iterator[bool]:
+    """What is done within leaves no trace in what `torch.jit.trace` makes; gives whether that is so."""
+    state = None if _tracing_state is None else _tracing_state()
+    if state is None or _set_tracing_state is None:
+        yield state is None
+        return
+    _set_tracing_state(None)
+    try:
+        yield True
+    finally:
+        _set_tracing_state(state)
 
 
 def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:

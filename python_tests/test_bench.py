@@ -21,6 +21,8 @@ import torch
 from pilot_host import EASE
 
 from plora_ext import bench, ops
+from plora_ext.cil import Settings, timing
+from plora_ext.cil.stream import Task, TaskStream
 from plora_ext.cli import main
 
 CPU = torch.device("cpu")
@@ -259,6 +261,33 @@ def test_the_parts_of_a_run(method: str, device: str, tmp_path: Path, capsys: py
         assert found["cuda_graphs"]["training"].startswith("captured in")
     printed = capsys.readouterr().out
     assert "| evaluation |" in printed and "| eval |" in printed and "%" in printed
+
+
+def test_tasks_of_other_sizes_are_thinned_alike() -> None:
+    labels = np.repeat(np.arange(4), 20)
+    stream = TaskStream(labels, labels, tasks=[[0], [1, 2, 3]])
+    for number, sizes in ((30, [10, 30]), (100, [20, 60]), (6, [2, 6]), (1, [1, 3])):
+        some = timing.parts(stream.tasks, number)
+        assert [len(task.train) for task in some] == [len(task.test) for task in some] == sizes
+        assert [len(np.unique(task.train_labels)) for task in some] == [1, 3]
+
+
+def test_the_probe_s_steps_are_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where a task has more classes than two batches have images, its epoch is of more steps than two."""
+    images, labels = np.zeros((40, 12, 12, 3), np.uint8), np.repeat(np.arange(20), 2)
+    np.savez(tmp_path / "data.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    asked: list[int] = []
+
+    def parts(tasks: list[Task], number: int) -> list[Task]:
+        asked.append(number)
+        raise ValueError("that is all")
+
+    monkeypatch.setattr(timing, "parts", parts)
+    monkeypatch.setattr(timing.Clock, "seconds", [1.0, 1.0])
+    settings = Settings(data=str(tmp_path / "data.npz"), increment=20, batch_size=2, device="cpu")
+    with pytest.raises(ValueError, match="that is all"):
+        timing.time_run(settings, 3.0)
+    assert asked == [2 * 3 * 10]  # 20 images are 10 steps, which took a second together
 
 
 def test_the_parts_of_no_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from test_cil_alignment import drift_map
-from torch import Tensor
+from torch import Tensor, nn
 
 from plora_ext.cil import Settings
 from plora_ext.cil.alignment import Drift, align, class_means
 from plora_ext.cil.heads import HEADS, Head
+from plora_ext.cil.heads.base import CovarianceHead
 from plora_ext.cil.heads.ranpac import RIDGES, best_ridge, spectrum
+from plora_ext.cil.packing import pack, unpack
 
 CPU = torch.device("cpu")
 LEARNED = [name for name, head in HEADS.items() if head.learn is not Head.learn]
@@ -101,6 +106,8 @@ def test_the_ridge_with_the_least_error_on_held_out_rows() -> None:
         errors.append((hidden[held].double() @ w - targets[held]).square().mean().item())
     assert best_ridge(hidden, targets, torch.Generator().manual_seed(4)) == RIDGES[int(np.argmin(errors))]
     assert best_ridge(hidden[:1], targets[:1], torch.Generator()) > 0  # nothing to hold out
+    alone = [best_ridge(hidden[:6], torch.eye(6), torch.Generator().manual_seed(seed)) for seed in range(5)]
+    assert alone == [1.0] * 5  # an image a class: the largest ridge was the best for what no other image tells of
 
 
 @pytest.mark.parametrize("size", [(40, 12), (12, 40), (20, 20)])
@@ -169,6 +176,48 @@ def test_state_brings_a_head_back(name: str, rank: int | None) -> None:
         again = HEADS[name](s, CPU)
         again.restore({**older, "covariances": head.covariances.base})
         assert torch.equal(again(x, prototypes), head(x, prototypes))
+
+
+@pytest.mark.parametrize("base", [Head, CovarianceHead])
+def test_what_a_head_of_one_s_own_has_learned_is_kept_or_named(base: type[Head]) -> None:
+    """Its attributes that were no tensors were lost without a word: it predicted by what it began with."""
+
+    class Mine(base):  # type: ignore[misc, valid-type]
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.means: list[Tensor] = []
+            self.seen: dict[str, int] = {"images": 0}
+
+        def learn(self, prototypes: Tensor, before: Tensor | None, after: Tensor, labels: Tensor) -> None:
+            self.means += [after[labels == c].mean(0) for c in labels.unique().tolist()]
+            self.seen["images"] += len(after)
+
+        def __call__(self, features: Tensor, prototypes: Tensor) -> Tensor:
+            return features @ torch.stack(self.means).T
+
+    (x, y), s = blobs(range(2)), Settings()
+    head, again = Mine(s, CPU), Mine(s, CPU)
+    head.take_in(x, y) if base is CovarianceHead else None
+    head.learn(x, None, x, y)
+    tensors: dict[str, Tensor] = {}
+    again.restore(unpack(json.loads(json.dumps(pack(head.state(), "", tensors))), tensors))
+    assert torch.equal(again(x, x), head(x, x)) and again.seen == {"images": len(x)}
+    for value in (nn.Linear(2, 2), np.ones(2), (torch.ones(2),), {0: torch.ones(2)}):
+        head.other = value
+        with pytest.raises(
+            TypeError, match="head Mine cannot be saved whole: other is no tensor, .*give the head a st"
+        ):
+            head.refuse_loss()
+        kept = ["means", "seen"] + ["covariances:0"] * (base is CovarianceHead)
+        assert list(head.state()) == kept
+
+    class Whole(Mine):
+        def restore(self, state: dict[str, Any]) -> None:
+            super().restore(state)
+
+    whole = Whole(s, CPU)
+    whole.other = nn.Linear(2, 2)
+    whole.refuse_loss()  # it knows what it does
 
 
 @pytest.mark.parametrize("rank", [None, 3])

@@ -38,6 +38,7 @@ from plora_ext.cil.methods import PLoRAFused
 from plora_ext.cil.registry import ALIGNMENTS, BACKBONES, HEADS, METHODS
 from plora_ext.cil.trained import Trained
 from plora_ext.data.images import doubles
+from plora_ext.data.inputs import read_labelled
 
 images = test_cil_methods.images
 QUICK: dict[str, Any] = {
@@ -249,6 +250,24 @@ def test_a_fit_that_failed_leaves_no_half_learner(images: Images, tmp_path: Path
         one.save_pretrained(tmp_path / "it")
 
 
+def test_a_fit_that_failed_leaves_nothing_to_predict_by(images: Images) -> None:
+    """The model trained on, its prototypes are of before: answers would be others than a moment ago, without a word."""
+
+    class Stop(Callback):
+        def epoch(self, number: int, loss: float) -> None:
+            if number > QUICK["epochs"]:
+                raise KeyboardInterrupt
+
+    one, (first, second, _) = learner(callbacks=[Stop()]), tasks(images, True)
+    one.fit(first)
+    assert one.evaluate(first)["accuracy"] > 50
+    with pytest.raises(KeyboardInterrupt):
+        one.fit(second)
+    for ask in (lambda: one.predict(first[0]), lambda: one.evaluate(first), lambda: one.best(first[0], 2)):
+        with pytest.raises(RuntimeError, match="an earlier fit was cut short within its task"):
+            ask()
+
+
 def test_a_run_s_learner_goes_on(images: Images, tmp_path: Path) -> None:
     """Its checkpoint and its figures stay those of the run."""
     few = Images(*(part[labels < 4] for part, labels in (
@@ -350,6 +369,39 @@ def test_labels_of_a_data_set_are_those_of_its_items(images: Images) -> None:
     data: Any = Pairs(pixels, [label + 100 for label in labels], Image.fromarray)
     data.targets, data.target_transform = labels, lambda label: label + 100
     assert learner(method="simplecil").fit(data).classes == [100, 101]
+    data.target_transform = None  # and a class of one's own may change labels in its items
+    assert learner(method="simplecil").fit(data).classes == [100, 101]
+    data.targets = labels[:3]
+    assert learner(method="simplecil").fit(data).classes == [100, 101]
+    data.targets = [{"boxes": []}] * len(labels)
+    assert learner(method="simplecil").fit(data).classes == [100, 101]
+    data.targets, read = [label + 100 for label in labels], []
+    data.form = lambda pixels: read.append(1) or Image.fromarray(pixels)
+    read_labelled(data)
+    assert len(read) < 10 < len(labels)
+
+
+def test_a_data_set_that_changes_its_images_is_read_every_time(images: Images) -> None:
+    pixels, labels = tasks(images, True)[0]
+    read: list[int] = []
+
+    def flipped(image: np.ndarray) -> np.ndarray:
+        read.append(1)
+        return image[:, ::-1] if torch.rand(()) < 0.5 else image
+
+    def plain(image: np.ndarray) -> np.ndarray:
+        read.append(1)
+        return image
+
+    numbers = []
+    for form in (flipped, plain):
+        read.clear()
+        learner(epochs=4, workers=0).fit(Pairs(pixels, labels, form))
+        numbers.append(len(read))
+    assert numbers[0] > 4 * len(labels) and numbers[1] < 3 * len(labels)
+    read.clear()
+    learner(epochs=1, workers=0).fit((pixels, labels)).predict([plain(image) for image in pixels[:3]])
+    assert len(read) == 3
 
 
 def test_arrays_of_more_bits_and_turned_round(images: Images) -> None:
@@ -475,9 +527,16 @@ def test_registered_names_are_choices_and_are_used(images: Images, registered: N
 
     @register_method("mine")
     class Mine(PLoRAFused):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.sizes: list[int] = []
+            self.memory: dict[str, torch.Tensor] = {}
+
         def learn(self, *args: Any) -> None:
             called.append("method")
             super().learn(*args)
+            self.sizes.append(len(args[2]))
+            self.memory[str(len(self.sizes))] = args[2]
 
     @register_alignment("half", linear=True)
     def half(drift: Any) -> torch.Tensor:
@@ -499,7 +558,10 @@ def test_registered_names_are_choices_and_are_used(images: Images, registered: N
     found = [p["class"] for p in again.predict(images.test_images)]
     assert found == result.learner.predict(images.test_images).tolist()
     result.learner.save_pretrained(tmp_path / "it")
-    assert Learner.from_pretrained(tmp_path / "it").predict(images.test_images).tolist() == found
+    saved = Learner.from_pretrained(tmp_path / "it")
+    assert saved.predict(images.test_images).tolist() == found
+    for method in (again.method, saved.method):  # attributes that nobody has named
+        assert method.sizes == [40, 40, 40] and torch.equal(method.memory["3"], result.learner.method.memory["3"])
     mine = METHODS.pop("mine")
     with pytest.raises(ValueError, match="a user's own must be registered first, .*: unknown method 'mine'"):
         Learner.from_pretrained(tmp_path / "it")
@@ -538,8 +600,8 @@ class Euclid(Head):
 """
 
 
-def test_plugins_reach_the_command_line(images: Images, tmp_path: Path) -> None:
-    """train, resume, eval and predict, each in a process of its own."""
+def test_plugins_reach_the_command_line(images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """train, resume, eval and predict, each in a process of its own; eval from another folder, too."""
     (tmp_path / "my_heads.py").write_text(PLUGIN)
     names = ("train_images", "train_labels", "test_images", "test_labels")
     np.savez(tmp_path / "toy.npz", **{name: getattr(images, name) for name in names})
@@ -548,9 +610,9 @@ def test_plugins_reach_the_command_line(images: Images, tmp_path: Path) -> None:
     )
     Image.fromarray(images.test_images[0]).save(tmp_path / "one.png")
 
-    def command(*words: str) -> subprocess.CompletedProcess[str]:
+    def command(*words: str, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
         code = "import sys; sys.path.pop(0); from plora_ext.cli import main; sys.exit(main())"
-        return subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-c", code, *words], cwd=cwd, capture_output=True, text=True)
 
     for words in (
         ("train", "-c", "run.yaml"),
@@ -559,6 +621,22 @@ def test_plugins_reach_the_command_line(images: Images, tmp_path: Path) -> None:
         ("predict", "run", "one.png"),
     ):
         done = command(*words)
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "elsewhere").mkdir()
+    done = command("eval", "../run", cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path / "elsewhere")  # a run that was continued from there still knows where it began
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    checkpoint = Checkpoint(tmp_path / "run", resume=True)
+    settings = checkpoint.settings
+    assert str(tmp_path) in sys.path
+    checkpoint.begin(checkpoint.manifest["fingerprint"], settings)
+    assert checkpoint.manifest["folders"] == [str(tmp_path), str(tmp_path / "elsewhere")]
+    for name in ("my_heads", "euclid2"):
+        sys.modules.pop(name, None), HEADS.pop(name, None)
+    (tmp_path / "my_heads.py").rename(tmp_path / "renamed.py")
+    for words in (("train", "--resume", "--out", "run"), ("train", "-c", "run.yaml", "--resume")):
+        done = command(*words, "--plugins", "renamed")
         assert done.returncode == 0, done.stderr
     assert command("train", "--plugins", "no_such").stderr.startswith(
         "error: plugins names 'no_such', which is no module"

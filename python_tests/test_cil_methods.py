@@ -353,6 +353,31 @@ def test_inflora_is_its_formula_and_spares_old_inputs(images: Images) -> None:
         torch.testing.assert_close(layer.weight, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("spoilt", "where"), [(float("nan"), 0), (float("inf"), 0), (1e30, 0), (float("nan"), 1)])
+def test_inflora_names_the_layer_whose_inputs_are_not_finite(spoilt: float, where: int, images: Images) -> None:
+    """Where a decomposition ended in an error of its own; the squares of 1e30 are no float32 numbers."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    adapters = inject(model, "all-linear", r=2)
+    x = torch.randn(5, 6)
+    if where == 0:
+        x[2, 3] = spoilt
+    else:
+        model[0].base_layer.bias.data[0] = spoilt
+    with torch.no_grad(), InputGrams(adapters) as grams:
+        model(x)
+    said = f"inputs of the layer {where}{' and of 1 layers more' if where == 0 else ''} are not finite"
+    with pytest.raises(FloatingPointError, match=said):
+        grams.means()
+
+
+def test_inflora_on_a_backbone_that_is_not_finite(images: Images) -> None:
+    model, *rest = backbone()
+    model.blocks[0].norm1.bias.data[0] = torch.nan
+    settings = Settings(increment=2, device="cpu", epochs=1, fusion="sum", onto="fused", init="inflora")
+    with pytest.raises(FloatingPointError, match="inputs of the layer blocks.0.attn.qkv and of 3 layers more are not"):
+        run(settings, data=images, backbone=Backbone(model, *rest))
+
+
 def test_the_subspace_grows_to_its_share() -> None:
     def gram(*values: float) -> torch.Tensor:
         rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1)))[0]

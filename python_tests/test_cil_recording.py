@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from plora_ext.cil.methods import METHODS, PLoRAFused
 from plora_ext.cil.result import Result
 from plora_ext.cli import main
 from plora_ext.data import Backbone, Images, View
+from plora_ext.report.console import ConsoleProgress
 from plora_ext.report.files import load_results
 from plora_ext.report.trackers import TensorBoard, WandB
 
@@ -230,6 +232,20 @@ def test_a_resumed_run_says_where_it_goes_on(
     assert heard == [4, 5, 6]  # the steps count on
     assert main(["train", *given, "--resume"]) == 0
     assert "all 3 tasks are learned already\n" in capsys.readouterr().out
+
+
+def test_joint_learns_its_tasks_together(capsys: pytest.CaptureFixture[str]) -> None:
+    """They were "learned before", as those of a run that is continued."""
+    for images in (0, 30):
+        with ConsoleProgress(Console(width=100)) as progress:
+            progress.begin("joint", 2)
+            progress.step(images)
+            progress.task(0, 90.0)
+            progress.task(1, 80.0)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split("%")[1].strip() for line in lines[:2] if "images/s" not in line] == (
+            ["learned together"] if images else ["learned before"] * 2
+        )
 
 
 def test_tensorboard_that_is_not_installed_costs_no_work(

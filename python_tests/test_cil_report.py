@@ -89,6 +89,16 @@ def many() -> list[Result]:
 # ---------------------------------------------------------------------- grouping
 
 
+def test_a_folder_without_runs_is_none(tmp_path: Path) -> None:
+    """It was searched within itself for ever."""
+    (tmp_path / "a" / "metrics.json").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "metrics.json").write_text('{"runs": []}')
+    for folder in ("a", "b"):
+        with pytest.raises(FileNotFoundError, match=f"{folder} is no run: it holds neither"):
+            load_results(tmp_path / folder)
+
+
 def test_seeds_are_averaged_and_nothing_else() -> None:
     runs = [result(seed=s) for s in (3, 1, 2)] + [result(seed=1, r=8), result(seed=1, increment=4), result("joint", 1)]
     runs += [copy.deepcopy(runs[0])]  # the same run twice

@@ -217,7 +217,7 @@ def test_what_is_hardly_meant_is_said(problem: list[str], tmp_path: Path, capsys
     assert "note: init_cls is 9, but there are only 6 classes" in printed
     assert "note: all 6 classes fit into one task: nothing is incremental; lower increment" in printed
     assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "out")]) == 2
-    assert "out must be a folder of its own" in capsys.readouterr().err
+    assert "holds a run, whose results a report would replace" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny")
@@ -231,12 +231,18 @@ def test_results_of_another_command_are_not_replaced(
     before = {out: (Path(out) / "metrics.json").read_bytes() for out in (demo, train, page)}
     capsys.readouterr()
     for arguments, said in (
-        (["demo", *problem, "--out", train], "holds a run, not a demo:"),
-        (["demo", *problem, "--out", page], "holds a report, not a demo:"),
-        (["train", *simple, "--out", demo], "holds results that train has not written"),
+        (
+            ["demo", *problem, "--out", train],
+            "holds a run, whose results a demo would replace: choose another folder\n",
+        ),
+        (["demo", *problem, "--out", page], "holds a report, whose results a demo would replace"),
+        (
+            ["train", *simple, "--out", demo],
+            "a demo, whose results a run would replace: choose another folder, or --overwrite it",
+        ),
         (["train", *simple, "--out", page], "or --overwrite it"),
         (["train", *simple, "--resume", "--out", page], "or --overwrite it"),
-        (["report", train, "--out", demo], "out must be a folder of its own"),
+        (["report", train, "--out", demo], "holds a demo, whose results a report would replace"),
     ):
         assert main(arguments) == 2 and said in capsys.readouterr().err, arguments
     assert before == {out: (Path(out) / "metrics.json").read_bytes() for out in before}

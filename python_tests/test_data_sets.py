@@ -7,6 +7,8 @@ import hashlib
 import os
 import pickle
 import struct
+import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from plora_ext.cil.loop import run
 from plora_ext.data import Backbone, ImageFiles, Preparation, View, hold_out, load_images
 from plora_ext.data import view as views
 from plora_ext.data.images import Images, checked, doubles
-from plora_ext.data.inputs import image_paths, read_labelled
+from plora_ext.data.inputs import image_paths, read_labelled, to_pixels
 from plora_ext.data.sets import FOLDERS
 
 SPLITS = ("train", "test")
@@ -361,6 +363,131 @@ def test_orientation_and_transparency(tmp_path: Path) -> None:
     Image.fromarray(deep).save(tmp_path / "deep.png", transparency=0)
     seen = ImageFiles([tmp_path / "deep.png"])[0]
     assert (seen[0] == 255).all() and (seen[1:] == 100).all()
+
+
+def write_png(path: Path, rows: list, depth: int, color: int, *more: tuple[bytes, bytes]) -> Path:
+    """A file of values [H, W, channels] with these chunks before them: Pillow does not write all kinds."""
+    body = b""
+    for row in np.array(rows):
+        bits = "".join(format(value, f"0{depth}b") for value in row.ravel())
+        body += b"\0" + int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), depth, color, 0, 0, 0)
+    chunks = [(b"IHDR", header), *more, (b"IDAT", zlib.compress(body)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(v)) + k + v + struct.pack(">I", zlib.crc32(k + v)) for k, v in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+GRAY, RGB, PALETTE, GRAY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
+PLTE = (b"PLTE", bytes([10, 20, 30, 40, 50, 60, 70, 80, 90]))
+
+
+@pytest.mark.parametrize(
+    ("depth", "color", "row", "more", "wanted"),
+    [
+        (1, GRAY, [0, 1, 1], [], [0, 255, 255]),
+        (1, GRAY, [0, 1, 0], [(b"tRNS", b"\0\0")], [255, 255, 255]),
+        (2, GRAY, [0, 1, 2], [(b"tRNS", b"\0\1")], [0, 255, 170]),
+        (4, GRAY, [0, 1, 2], [(b"tRNS", b"\0\2")], [0, 17, 255]),
+        (8, GRAY, [0, 1, 2], [(b"tRNS", b"\0\1")], [0, 255, 2]),
+        (16, GRAY, [257, 514, 514], [(b"tRNS", b"\1\1")], [255, 2, 2]),
+        (16, GRAY_ALPHA, [[257, 0], [0x8000, 65535], [65535, 0x8000]], [], [255, 128, 255]),
+        (8, RGB, [[0, 1, 2], [1, 2, 3]], [(b"tRNS", b"\0\1\0\2\0\3")], [[0, 1, 2], [255] * 3]),
+        (16, RGB, [[257, 514, 771], [0x12FF, 0, 65535]], [], [[1, 2, 3], [0x12, 0, 255]]),
+        (8, PALETTE, [0, 1, 2], [PLTE], [[10, 20, 30], [40, 50, 60], [70, 80, 90]]),
+        (8, PALETTE, [0, 1, 2], [PLTE, (b"tRNS", b"\0\x80")], [[255] * 3, [147, 152, 157], [70, 80, 90]]),
+        (2, PALETTE, [0, 1, 2], [PLTE, (b"tRNS", b"\xff\0")], [[10, 20, 30], [255] * 3, [70, 80, 90]]),
+    ],
+)
+def test_png_files_of_every_kind(depth: int, color: int, row: list, more: list, wanted: list, tmp_path: Path) -> None:
+    image = ImageFiles([write_png(tmp_path / "x.png", [row], depth, color, *more)])[0]
+    assert image.shape == (1, len(row), 3)
+    assert image[0].tolist() == [[value] * 3 if isinstance(value, int) else value for value in wanted]
+
+
+def test_colours_of_16_bits_of_which_one_is_transparent_are_refused_at_the_start(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    for values in ([0x1234, 0x5678, 0x9ABC], [1, 2, 3]):  # Pillow keeps the upper bits of pixels, all bits of the key
+        key = (b"tRNS", struct.pack(">HHH", *values))
+        write_png(tmp_path / "train" / "ant" / "x.png", [[values, [256, 512, 768]]], 16, RGB, key)
+        with pytest.raises(ValueError, match="ant/x.png is no image that can be decoded .its colours have 16 bits and"):
+            load_images(tmp_path)
+        with pytest.warns(UserWarning, match="left out 1 images that cannot be decoded: .*x.png"):
+            assert len(load_images(tmp_path, corrupt="skip").train_images) == 6
+
+
+def test_jpeg_files_of_every_kind(tmp_path: Path) -> None:
+    flat = np.zeros((16, 32, 3), np.uint8)
+    flat[:, :16], flat[:, 16:] = [200, 30, 60], [10, 220, 90]
+    exif = Image.Exif()
+    exif[0x0112] = 8  # a quarter turn to the left
+    kinds = {"plain": {}, "progressive": {"progressive": True}, "turned": {"exif": exif}}
+    for name, options in kinds.items():
+        Image.fromarray(flat).save(tmp_path / f"{name}.jpg", quality=95, subsampling=0, **options)
+        image = ImageFiles([tmp_path / f"{name}.jpg"])[0].astype(int)
+        assert np.abs(image - (np.rot90(flat) if name == "turned" else flat)).max() <= 2, name
+    Image.fromarray(flat).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    assert np.abs(ImageFiles([tmp_path / "cmyk.jpg"])[0].astype(int) - flat).max() <= 2
+
+
+def test_tensors_of_torchvision_are_as_files(tmp_path: Path) -> None:
+    """A Dataset may decode by torchvision.io; it knows nothing of what is transparent, so that alpha is refused."""
+    io = pytest.importorskip("torchvision.io")
+    rows = {GRAY: [[1, 300, 65535], [4863, 22271, 39679]], RGB: [[[1, 300, 65535], [4863, 22271, 39679]]]}
+    for depth, color in ((8, GRAY), (16, GRAY), (8, RGB), (16, RGB)):
+        path = write_png(tmp_path / "x.png", (np.array(rows[color]) % 2**depth).tolist(), depth, color)
+        tensor = io.decode_image(str(path))
+        assert tensor.dtype == (torch.uint8 if depth == 8 else torch.uint16)
+        off = np.abs(to_pixels(tensor).astype(int) - ImageFiles([path])[0])
+        assert off.max() <= (1 if (depth, color) == (16, RGB) else 0)  # of these Pillow reads the upper eight bits
+    for color, channels in ((GRAY_ALPHA, 2), (RGB_ALPHA, 4)):
+        path = write_png(tmp_path / "x.png", np.full((2, 3, channels), 9).tolist(), 8, color)
+        with pytest.raises(ValueError, match=rf"an image must be a PIL image, .*got Tensor \[{channels}, 2, 3\]"):
+            to_pixels(io.decode_image(str(path)))
+
+
+def test_tiff_files_of_16_bits_whose_zero_is_white(tmp_path: Path) -> None:
+    Image.fromarray(np.uint16([[10 * 257, 245 * 257]])).save(tmp_path / "x.tif")
+    content = bytearray((tmp_path / "x.tif").read_bytes())
+    content[content.index(struct.pack("<HHI", 262, 3, 1)) + 8] = 0  # PhotometricInterpretation
+    (tmp_path / "x.tif").write_bytes(content)
+    assert ImageFiles([tmp_path / "x.tif"])[0][0, :, 0].tolist() == [245, 10]
+
+
+def test_colours_of_12_bits_in_16_are_said_to_be_dark(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    write_png(tmp_path / "train" / "ant" / "0.png", [[[4095, 4000, 0]]], 16, RGB)
+    with pytest.warns(UserWarning, match="ant/0.png and 0 images more reach 15 of 255"):
+        load_images(tmp_path)
+
+
+def test_pipes_by_the_name_of_an_image_are_no_images(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    pipe = tmp_path / "train" / "ant" / "pipe.png"
+    os.mkfifo(pipe)
+    (tmp_path / "train" / "ant" / "zero.png").symlink_to("/dev/zero")
+    found: list[object] = []
+
+    def look() -> None:
+        for read in (load_images, read_labelled):
+            folder = tmp_path if read is load_images else tmp_path / "train"
+            for corrupt in ("error", "skip"):
+                try:
+                    found.append(len(read(folder, corrupt=corrupt).train_labels if read is load_images
+                                     else read(folder, corrupt)[1]))  # fmt: skip
+                except ValueError as error:
+                    found.append(str(error))
+        try:
+            ImageFiles(image_paths([tmp_path / "train" / "ant"]))[2]
+        except ValueError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=look, daemon=True)  # opening a pipe waits for its writer
+    with pytest.warns(UserWarning, match="left out 2 images that cannot be decoded: .*pipe.png, .*zero.png"):
+        thread.start()
+        thread.join(60)
+    said = f"{pipe} is no image that can be decoded (it is no regular file); mend or remove it, or set corrupt to skip"
+    assert found == [f"{said} (and 1 images more)", 6, f"{said} (and 1 images more)", 6, said]
 
 
 def test_test_images_that_are_training_images_are_counted(tmp_path: Path) -> None:

@@ -192,6 +192,34 @@ def test_values_out_of_range_are_refused_by_the_twins_too(bad: int) -> None:
         ops.complete_prototypes(prototypes, index, tau=0.01)  # which the CPU's kernel does not serve
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("bad", [-2, 3])
+def test_values_out_of_range_are_refused_where_they_are_mapped_or_traced(bad: int) -> None:
+    x, A, B, prototypes = torch.randn(2, IN), torch.randn(3, R, IN), torch.randn(3, OUT, R), torch.randn(2, 3, 4)
+    weight, index = torch.zeros(OUT, IN), torch.tensor([[0, 1], [0, bad]])
+    ranks = torch.tensor([[R, R, R], [R, bad if bad < 0 else R + 1, R]])
+
+    def derived(call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda values: torch.func.grad(lambda x: call(x, values).sum())(x)
+
+    cases: list[tuple[str, torch.Tensor, Callable[[torch.Tensor], Any]]] = [
+        ("ids must be between -1 and 2", index, derived(lambda x, ids: ops.lora_indexed(x, ids, A, B))),
+        ("ranks must be between 0", ranks, derived(lambda x, ranks: ops.lora_sum(x, A, B, ranks=ranks))),
+        (r"ranks(\[1\])? must be between 0", ranks, lambda ranks: ops.lora_merge(weight, A, B, ranks=ranks)),
+        ("labels must be between -1 and 2", index, derived(lambda x, labels: ops.class_sums(x, labels, 3)[0])),
+        ("task_of_class must be between 0 and 2", index, lambda t: ops.complete_prototypes(prototypes, t, tau=0.01)),
+        ("task_of_class must be between 0 and 2", index, lambda t: ops.own_other_weights(t, 3, 0.1)),
+    ]
+    for message, values, call in cases:
+        with pytest.raises(RuntimeError, match=message):
+            torch.vmap(call)(values)
+        with pytest.raises(RuntimeError, match=message):
+            torch.vmap(torch.vmap(call))(torch.stack([values, values]))
+    for message, values, call in (cases[2], cases[4], cases[5]):
+        with pytest.raises(RuntimeError, match=message):
+            torch.jit.trace(call, (values[1],))
+
+
 @pytest.mark.parametrize("name", ["lora_indexed", "lora_sum", "lora_all"])
 def test_no_inputs_or_outputs(name: str) -> None:
     ids = (torch.tensor([0, -1, 1]),) if name == "lora_indexed" else ()

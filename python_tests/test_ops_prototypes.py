@@ -11,6 +11,7 @@ from oracle import check, opcheck
 from torch import Tensor
 
 from plora_ext import libraries, ops, reference
+from plora_ext.ops import formulas
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 pytestmark = [
@@ -300,21 +301,57 @@ def test_gradcheck_and_opcheck(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "cold"])
 def test_compile_and_vmap(name: str) -> None:
-    args, _ = small(name, torch.float32)
-    function = lambda *a: first(getattr(ops, name)(*a))  # noqa: E731
-    if libraries.backend() == "native":  # the reference of complete_prototypes looks at the tasks' sizes
-        check(
-            torch.compile(function, fullgraph=True),
-            lambda *a: first(getattr(reference, name)(*a)),
-            args,
-            {},
-            torch.randn_like(function(*args)),
-        )
-        batch = torch.randn(3, *args[0].shape)
-        mapped = torch.vmap(lambda x: function(x, *args[1:]))(batch)
-        torch.testing.assert_close(mapped, torch.stack([function(x, *args[1:]) for x in batch]))
+    args, _ = small("complete_prototypes" if name == "cold" else name, torch.float32)
+    keywords = {"tau": 0.01} if name == "cold" else {}  # which the CPU's kernel does not serve
+    name = "complete_prototypes" if name == "cold" else name
+    function = lambda *a: first(getattr(ops, name)(*a, **keywords))  # noqa: E731
+    check(
+        torch.compile(function, fullgraph=True),
+        lambda *a: first(getattr(reference, name)(*a, **keywords)),
+        args,
+        {},
+        torch.randn_like(function(*args)),
+    )
+    batch = torch.randn(3, *args[0].shape)
+    mapped = torch.vmap(lambda x: function(x, *args[1:]))(batch)
+    torch.testing.assert_close(mapped, torch.stack([function(x, *args[1:]) for x in batch]))
+    if name == "complete_prototypes":
+        tasks = torch.stack([args[1], args[1].flip(0)])
+        mapped = torch.vmap(lambda t: function(args[0], t))(tasks)
+        torch.testing.assert_close(mapped, torch.stack([function(args[0], t) for t in tasks]))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("tau", [1.0, 0.01])
+def test_a_traced_completion_is_of_any_tasks(tau: float) -> None:
+    (prototypes, tasks), _ = small("complete_prototypes")
+    traced = torch.jit.trace(lambda p, t: ops.complete_prototypes(p, t, tau=tau), (prototypes.detach(), tasks))
+    for other in (tasks.flip(0), torch.tensor([0, 0, 0, 1, 2])):
+        expected = reference.complete_prototypes(prototypes, other, tau=tau)
+        torch.testing.assert_close(traced(prototypes, other), expected)
+
+
+@pytest.mark.parametrize("mode", ["reset", "last"])
+@pytest.mark.parametrize("tau", [0.5, 0.01])
+def test_what_was_never_seen_may_be_anything(tau: float, mode: str, device: torch.device) -> None:
+    tasks = torch.tensor([0, 2, 1, 0, 2], device=device)
+    bank, cotangent = (draw(5, 3, 4, device=device, grad=False) for _ in range(2))
+    unseen = (tasks[:, None] < torch.arange(3, device=device))[..., None]
+    if mode == "last":  # what is not filled stays as it is
+        unseen = unseen & (torch.arange(3, device=device) == 2)[:, None]
+    clear, spoilt = (bank.masked_fill(unseen, value).requires_grad_() for value in (0.0, torch.nan))
+    results = [ops.complete_prototypes(p, tasks, tau=tau, mode=mode) for p in (clear, spoilt)]
+    torch.testing.assert_close(results[1], results[0])
+    for again in (False, True):
+        found = [torch.autograd.grad(y, p, cotangent, create_graph=again, retain_graph=True)[0]
+                 for y, p in zip(results, (clear, spoilt))]  # fmt: skip
+        torch.testing.assert_close(found[1], found[0])
+        assert found[1].isfinite().all()
+    formula = [formulas.complete_prototypes(cotangent, p.detach(), tasks, tau, mode == "last") for p in (clear, spoilt)]
+    torch.testing.assert_close(formula[1], formula[0])
+    torch.testing.assert_close(formula[1], found[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES[1:])

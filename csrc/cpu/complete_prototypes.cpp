@@ -135,7 +135,7 @@ Tensor complete_prototypes_backward(const Tensor& grad_, const Tensor& prototype
     std::vector<Normalised<acc>> subspace;  // all classes, by subspace
     for (int64_t t = 0; t < s.T; ++t) {
       acc* rows = &values[t * s.C * s.D];
-      for (int64_t c = 0; c < s.C; ++c)
+      for (int64_t c = s.start[t]; c < s.C; ++c)  // the others were never seen: what stands there may be anything
         std::copy_n(data<scalar>(prototypes) + (s.order[c] * s.T + t) * s.D, s.D, rows + c * s.D);
       subspace.emplace_back(rows, s.C, s.D);
     }

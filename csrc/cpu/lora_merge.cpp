@@ -19,8 +19,11 @@ void merge(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor&
            const Tensor& merged) {
   const int64_t out = weight.size(0), in = weight.size(1), T = A.size(0), r = A.size(1);
   std::vector<int64_t> start(1, 0);  // the ranks of adapter t, without padding, are [start[t], start[t + 1])
-  for (int64_t t = 0; t < T; ++t)
-    start.push_back(start[t] + (ranks ? std::clamp<int64_t>(data<int64_t>(*ranks)[t], 0, r) : r));
+  for (int64_t t = 0; t < T; ++t) {
+    const int64_t rank = ranks ? data<int64_t>(*ranks)[t] : r;
+    PLORA_CHECK(rank >= 0 && rank <= r, "lora_merge: ranks[", t, "] must be between 0 and ", r, ", got ", rank);
+    start.push_back(start[t] + rank);
+  }
   const int64_t R = start[T];
   const acc* all_A = nullptr;
   if constexpr (std::is_same_v<scalar, acc>)

@@ -30,6 +30,7 @@ from plora_ext import change
 from plora_ext.cil.distributed import SINGLE, World
 from plora_ext.cil.files import write_whole
 from plora_ext.cil.packing import pack, rng_state, set_rng_state, unpack
+from plora_ext.cil.registry import search_in
 from plora_ext.cil.same_run import ELSEWHERE, ROUNDING, TEST_IMAGES, all_settings, refuse_other
 from plora_ext.data.sets import NAMES
 
@@ -81,13 +82,18 @@ class Checkpoint:
     def settings(self) -> dict[str, Any]:
         """The settings of the saved run; one that came later is as if there was none.
 
-        Where it was begun in another folder, its relative paths are those from there, as far as they exist.
+        Where it was begun in another folder, its relative paths are those from there, as far as they exist, and its
+        plugins are looked for there, too.
 
         Raises:
             ValueError: There is one that this version does not have.
         """
         by = f"{self.folder}, written by plora_ext {self.manifest['plora_ext']}"
-        saved, begun = all_settings(self.manifest["settings"], by), Path(self.manifest.get("cwd", "."))
+        begun = Path(self.manifest.get("cwd", "."))
+        if self.manifest["settings"].get("plugins"):
+            for folder in _folders(self.manifest):
+                search_in(folder)
+        saved = all_settings(self.manifest["settings"], by)
         names = {"data": NAMES, "data_root": (), "weights": (None, "random")}  # and values that are no paths
         for name in names if begun.absolute() != Path.cwd() else ():
             if saved[name] not in names[name] and (begun / saved[name]).exists():
@@ -126,6 +132,7 @@ class Checkpoint:
             "plora_ext": plora_ext.__version__,
             "torch": str(torch.__version__),
             "cwd": os.getcwd(),
+            "folders": list(dict.fromkeys([*_folders(saved), os.getcwd()])),
             "fingerprint": dict(fingerprint),
             "settings": dict(settings),
             "run": saved["run"] if saved and saved["run"]["curve"] else {"curve": [], "tasks": 1, **(run or {})},
@@ -298,6 +305,11 @@ class Checkpoint:
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if _OURS.fullmatch(path.name) and path.name not in named:
                 path.unlink(missing_ok=True)
+
+
+def _folders(manifest: Mapping[str, Any]) -> list[str]:
+    """Where the run was begun and continued, which is where its plugins may lie."""
+    return list(manifest.get("folders", [manifest["cwd"]] if "cwd" in manifest else []))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -49,9 +49,20 @@ class InputGrams:
         self._rows[name] += len(rows)
 
     def means(self, world: World = SINGLE) -> dict[str, Tensor]:
-        """G by layer name, float32 [in, in]; over what passed in all processes of `world`."""
+        """G by layer name, float32 [in, in]; over what passed in all processes of `world`.
+
+        Raises:
+            FloatingPointError: An input, or the sum of its squares, was not finite; names the layer.
+        """
         rows = torch.tensor([self._rows[name] for name in self._sums])
         world.sum_(rows, *self._sums.values())
+        sound = torch.stack([total.isfinite().all() for total in self._sums.values()]).tolist()
+        if spoilt := [name for name, fine in zip(self._sums, sound) if not fine]:
+            more = f" and of {len(spoilt) - 1} layers more" if len(spoilt) > 1 else ""
+            raise FloatingPointError(
+                f"inputs of the layer {spoilt[0]}{more} are not finite, or their squares are not; the cause may be the "
+                "images, the backbone's weights, or a training that diverged"
+            )
         return {name: total / number for (name, total), number in zip(self._sums.items(), rows.tolist())}
 
 

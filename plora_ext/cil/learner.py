@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,8 +127,7 @@ class Learner:
         from plora_ext.cil.stream import Task
         from plora_ext.data.inputs import read_labelled
 
-        if self._cut_short:
-            raise RuntimeError("an earlier fit was cut short within its task: make a new learner, or load a saved one")
+        self._refuse_half()
         images, labels = read_labelled(data, self.settings.corrupt)
         if len({isinstance(label, str) for label in [*self.classes, *labels]}) > 1:
             raise ValueError("labels must be all numbers or all texts, in every task the same, got both")
@@ -182,7 +182,8 @@ class Learner:
                 folder, whose images are taken in the order of their names.
 
         Raises:
-            RuntimeError: No task is learned yet.
+            RuntimeError: No task is learned yet, or an earlier call has ended with an error while it learned: then the
+                model is another than the prototypes are of.
         """
         return np.array([self.classes[c] for c in self.scores(images)[0]])
 
@@ -206,9 +207,10 @@ class Learner:
         from plora_ext.cil.evaluate import classify
         from plora_ext.data.inputs import read_images
 
+        self._refuse_half()
         if not self.classes:
             raise RuntimeError("this learner has learned no task yet: call fit first")
-        view = self._view(read_images(images))
+        view = self._view(read_images(images), cache=0.0)  # each is read once
         if not len(view):
             raise ValueError("images must hold at least one image, got none")
         with self.random():
@@ -242,10 +244,14 @@ class Learner:
             "task_accuracies": [100.0 * float(own.sum()) / len(own) if len(own) else None for own in each],
         }
 
-    def _view(self, images: Any) -> View:
+    def _refuse_half(self) -> None:
+        if self._cut_short:
+            raise RuntimeError("an earlier fit was cut short within its task: make a new learner, or load a saved one")
+
+    def _view(self, images: Any, **changes: Any) -> View:
         from plora_ext.data import View
 
-        return View(images, self.preparation)
+        return View(images, replace(self.preparation, **changes))
 
     # ------------------------------------------------------------------ on disk
 
@@ -256,6 +262,7 @@ class Learner:
 
         Raises:
             ValueError: The method or the head is not registered, so that nobody could read it back.
+            TypeError: A head of one's own has learned what its `state` leaves out.
             FileExistsError: The folder holds something else, or is the working directory.
             RuntimeError: No task is learned yet, or one was cut short.
         """
@@ -273,6 +280,7 @@ class Learner:
         _check_registered("method", METHODS.get(s.method), method)
         if s.method != "plora-ensemble":  # which has a head of its own
             _check_registered("head", HEADS.get(s.head), method.head)
+        method.head.refuse_loss()
         tensors: dict[str, torch.Tensor] = {}
         state = {name: value for name, value in method.state().items() if not name.startswith("adapter:")}
         config = {

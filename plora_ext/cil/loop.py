@@ -112,6 +112,7 @@ def run(
             result.costs.append(trainer.phases.lap())
             result.total_seconds = time.perf_counter() - start
             if checkpoint:
+                method.head.refuse_loss()
                 checkpoint.save_task(result.record(), method.state())
             for done, accuracy in enumerate(curve, len(result.curve) - len(curve)):
                 trainer.callbacks.tell("task", done, accuracy)

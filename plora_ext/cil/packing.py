@@ -25,6 +25,15 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
+def is_plain(value: Any) -> bool:
+    """Whether `unpack` gives back the value that `pack` was given: tensors, numbers, texts, lists and dicts of such."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(of) for key, of in value.items())
+    if isinstance(value, list):
+        return all(map(is_plain, value))
+    return isinstance(value, Tensor | bool | int | float | str | None)
+
+
 def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON, with its tensors moved to `tensors`."""
     if isinstance(value, Tensor):

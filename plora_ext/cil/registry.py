@@ -80,14 +80,20 @@ def import_plugins(modules: Sequence[str]) -> None:
         ValueError: There is no such module.
     """
     for module in modules:
-        if module not in sys.modules and os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
+        if module not in sys.modules:
+            search_in(os.getcwd())
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name != module.partition(".")[0] and error.name != module:
                 raise
             raise ValueError(f"plugins names {module!r}, which is no module here or on the Python path") from error
+
+
+def search_in(folder: str) -> None:
+    """Has modules looked for in a folder, too, after all others."""
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 def _add(setting: str, name: str, entry: Any, made: T) -> T:

@@ -115,4 +115,12 @@ def all_settings(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where}: it has settings that this version, {plora_ext.__version__}, does not have: {', '.join(unknown)}"
         )
-    return json.loads(json.dumps(Settings(**as_before(saved)).as_dict()))
+    given = as_before(saved)
+    try:
+        made = Settings(**given)
+    except ValueError as error:
+        try:  # what the plugins have registered may be there by others
+            made = Settings(**{**given, "plugins": []})
+        except ValueError:
+            raise error from None
+    return json.loads(json.dumps({**made.as_dict(), "plugins": given.get("plugins", [])}))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -80,8 +81,8 @@ def time_run(settings: Settings, seconds: float = 2.0, tell: Callable[[str], Non
         tell: Called with the lines of a Markdown table of the parts as they are found.
 
     Returns:
-        `images_per_second`: by part. `phases`: seconds of each over the first two tasks, training carried on to all
-        epochs. `cuda_graphs`: what the run says of them. `images`: of the first task, and
+        `images_per_second`: by part. `phases`: seconds of each over the same share of the first two tasks, training
+        carried on to all epochs. `cuda_graphs`: what the run says of them. `images`: of the first task, and
         how many it has. `classes`: of each task.
 
     Raises:
@@ -114,10 +115,10 @@ def time_run(settings: Settings, seconds: float = 2.0, tell: Callable[[str], Non
         return clock.seconds
 
     whole, batch = len(tasks[0].train), settings.batch_size
-    probe = on_one_batch(_thinned(tasks[0], 2 * batch), graphs="off", epochs=2)
-    steps = int(2 * seconds / probe[-1]) if probe else 16  # nothing is trained
-    n = min(whole, batch * max(4, steps))
-    some = [_thinned(task, n) for task in tasks[:2]]
+    few = _thinned(tasks[0], 2 * batch)
+    probe = on_one_batch(few, graphs="off", epochs=2)
+    steps = int(math.ceil(len(few.train) / batch) * seconds / probe[-1]) if probe else 16  # nothing is trained
+    some = parts(tasks, batch * max(4, steps))
     n = len(some[0].train)
 
     made, clock = learner()
@@ -168,6 +169,12 @@ def time_run(settings: Settings, seconds: float = 2.0, tell: Callable[[str], Non
         "phases": phases,
         "cuda_graphs": trainer.speed.graphs,
     }
+
+
+def parts(tasks: Sequence[Task], number: int) -> list[Task]:
+    """The first two tasks with the same share of their images, at most `number` of each, but one a class."""
+    share = min(1.0, number / max(len(task.train) for task in tasks[:2]))
+    return [_thinned(task, round(share * len(task.train))) for task in tasks[:2]]
 
 
 def _thinned(task: Task, n: int) -> Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 _ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
+_PHOTOMETRIC = 262  # tag of TIFF
 _DARK = 64  # what images of more than 8 bits have to reach of 255, else it is said: 12 bits kept in 16 give 16
 
 
@@ -16,26 +18,63 @@ def decode(path: Path) -> np.ndarray:
     """The pixels of an image file, uint8 [H, W, 3], turned as its EXIF orientation says.
 
     Integers of 16 bits and more are scaled by 1 / 257, floats in [0, 1] by 255; floats in [0, 255] stay, gray becomes
-    RGB and what is transparent is laid on white.
+    RGB and what is transparent is laid on white. Of colours in 16 bits Pillow reads the upper eight.
 
     Raises:
-        ValueError: Values outside of these ranges.
+        ValueError: Values outside of these ranges, no regular file, or colours in 16 bits of which one is transparent.
         Exception: What Pillow's decoders raise, which is all kinds.
     """
+    check_regular(path)
     with Image.open(path) as image:
         return to_rgb(image)
 
 
+def check_regular(path: Path) -> None:
+    """Raises ValueError for a pipe, a socket or a device: what opens one may wait for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is no regular file")
+
+
+def check_transparency(image: Image.Image) -> None:
+    """Raises ValueError where what is transparent cannot be told, before anything is decoded."""
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and (max(key) > 255 or ";16" in _raw_mode(image)):
+        raise ValueError(
+            "its colours have 16 bits and one of them is transparent, and Pillow reads 8 bits of them: save it with 8"
+        )
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an opened file holds more than 8 bits a value."""
+    raw = _raw_mode(image)
+    return image.mode in ("F", "I") or image.mode.startswith("I;16") or (";16" in raw and not raw.startswith("BGR"))
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How the values lie in an opened file, as Pillow's decoders name it: "RGB;16B", "L;4"; "" once it is decoded."""
+    args = tile[0][3] if (tile := getattr(image, "tile", None)) else ""
+    return str(args[0] if isinstance(args, tuple) and args else args)
+
+
 def to_rgb(image: Image.Image) -> np.ndarray:
     """The pixels of an image of Pillow, by the rules of `decode`."""
+    check_transparency(image)
+    raw = _raw_mode(image)
     turned = ImageOps.exif_transpose(image)
+    key = turned.info.get("transparency")
     if turned.mode in ("F", "I") or turned.mode.startswith("I;16"):
         values = np.asarray(turned)
+        if raw == "I;16" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # a TIFF file whose 0 is white
+            values = 65535 - values  # of 8 bits Pillow does it
         gray = _to_8_bits(values)
-        if isinstance(key := turned.info.get("transparency"), int):  # the value that a PNG file has as transparent
+        if isinstance(key, int):  # the value that a PNG file has as transparent
             gray[values == key] = 255
         return np.repeat(gray[..., None], 3, axis=2)
-    if turned.mode in _ALPHA or "transparency" in turned.info:
+    if isinstance(key, int) and (bits := {"L;2": 2, "L;4": 4}.get(raw)) and key < 2**bits:
+        turned.info["transparency"] = key * 255 // (2**bits - 1)  # as Pillow scales the pixels
+    if turned.mode == "La":
+        turned = turned.convert("LA")
+    if turned.mode in _ALPHA or key is not None:
         turned = turned.convert("RGBA")
         white = Image.new("RGBA", turned.size, "white")
         turned = Image.alpha_composite(white, turned)

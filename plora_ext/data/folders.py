@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .decode import decode, warn_if_dark
+from .decode import check_regular, check_transparency, decode, is_deep, warn_if_dark
 from .images import ImageFiles, Images, no_image, some
 
 # What counts as an image by its name, in training and in prediction; which of them can be read is for Pillow to say.
@@ -147,8 +147,10 @@ def decodable(classes: list[list[Path]], corrupt: str) -> list[list[Path]]:
 
     def fault(path: Path) -> str:
         try:
+            check_regular(path)
             with path.open("rb") as file, Image.open(file) as image:
-                if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                check_transparency(image)
+                if is_deep(image):
                     deep.add(path)
                 end = _ENDS.get(image.format or "", b"")
                 file.seek(-len(end), os.SEEK_END)

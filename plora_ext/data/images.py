@@ -39,6 +39,10 @@ class ImageFiles:
         except Exception as error:  # decoders raise all kinds
             raise ValueError(no_image(path, error)) from error
 
+    def repeats(self) -> bool:
+        """Whether an image is the same every time, so that it may be kept."""
+        return True
+
 
 @dataclass
 class Images:

@@ -38,6 +38,11 @@ class Items(ImageFiles):
             warn_if_dark(pixels, "the first image's values")
         return pixels
 
+    def repeats(self) -> bool:
+        """A data set may change its images at random; then a few of them are others at a second look."""
+        rows = {round(part * (self.number - 1) / 7) for part in range(8)} if self.number else ()
+        return all(np.array_equal(self[row], self[row]) for row in rows)
+
 
 def read_images(data: Any) -> np.ndarray | ImageFiles:
     """Images without labels: uint8 [N, H, W, 3], a sequence of images, or the path of an image or a folder.
@@ -84,9 +89,7 @@ def read_labelled(data: Any, corrupt: str = "error") -> tuple[np.ndarray | Image
         if len(data) and not isinstance(data[0], tuple | list):
             raise ValueError(f"data must be {_WANTED}, got {type(data).__name__} of {type(data[0]).__name__}")
         images = Items(len(data), lambda row: data[row][0])
-        # torchvision's, without reading an image; what they become in its items is known from those alone
-        given = None if getattr(data, "target_transform", None) else getattr(data, "targets", None)
-        labels = _labels([data[row][1] for row in range(len(data))] if given is None else given)
+        labels = _targets(data) or _labels([data[row][1] for row in range(len(data))])
     else:
         raise ValueError(f"data must be {_WANTED}, got {type(data).__name__}")
     if len(labels) != len(images) or not labels:
@@ -142,6 +145,22 @@ def _class_folders(root: Path, corrupt: str) -> tuple[ImageFiles, list[str]]:
     files = decodable(class_files(root, names), corrupt)
     paths = [path for of in files for path in of]
     return ImageFiles(paths), [name for name, of in zip(names, files) for _ in of]
+
+
+def _targets(data: Any) -> list[Any]:
+    """The attribute `targets` of torchvision's data sets, without reading all images; none where items say otherwise.
+
+    Items with another label than their target are looked for at five places.
+    """
+    given = None if getattr(data, "target_transform", None) else getattr(data, "targets", None)
+    if given is None or not hasattr(given, "__len__") or len(given) != len(data) or isinstance(given, dict):
+        return []
+    try:
+        labels = _labels(given)
+    except ValueError:  # what items hold may be labels all the same
+        return []
+    rows = {round(part * (len(labels) - 1) / 4) for part in range(5)} if labels else ()
+    return labels if _labels([data[row][1] for row in rows]) == [labels[row] for row in rows] else []
 
 
 def _labels(given: Any) -> list[Any]:

@@ -7,7 +7,7 @@ Two pairs of transforms for training and test, S being the backbone's image size
              test: shorter side to 256/224 S (bicubic), centre crop S x S        (LAMDA-PILOT's build_transform)
 
 Crops and resizing are Pillow's, image by image in the data workers, or those of `resample`, batch by batch on the
-device; the two differ by Pillow's rounding to whole pixel values.
+device; the two differ by Pillow's rounding to whole pixel values and its clipping between columns and rows.
 
 Random numbers come from torch's global CPU generator, all of an epoch's at its start where images are loaded one by one
 or prepared on the device, so that the same state of it gives the same batches for any number of workers.
@@ -54,7 +54,8 @@ class Preparation:
         augment: Use the training transform while training.
         workers: Processes that load images one by one; 0 does it in this one.
         on_device: Crop and resize on the device, batch by batch; None: arrays, where that is a GPU.
-        cache: Share of the host's free memory that the pixels of decoded files may take; 0 keeps none.
+        cache: Share of the host's free memory that the pixels of decoded files may take; 0 keeps none. Those of a data
+            set that changes its images at random are not kept.
     """
 
     image_size: int
@@ -98,7 +99,7 @@ class View:
         self._loader: Loader | None = None  # for images that are loaded one by one
         source: np.ndarray | ImageFiles | Decoded = images
         if isinstance(images, ImageFiles):
-            if p.cache:
+            if p.cache and images.repeats():
                 with suppress(OSError):  # a system that promises no more memory than it has
                     source = Decoded(images, int(p.cache * free_memory(torch.device("cpu"))))
         elif p.transform == "resize" and 12 * len(images) * p.image_size**2 <= READY_BYTES:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from plora_ext.torch_private import untraced, unwrapped
+
 
 def shape(t: Tensor) -> list[int]:
     """The shape as an error message shows it."""
@@ -37,13 +39,16 @@ def check_integers(op: str, name: str, t: Tensor) -> None:
 def check_range(op: str, name: str, t: Tensor, low: int, high: int) -> None:
     """The error of the CPU's kernels where a value is outside of [low, high], for what runs without them.
 
-    Only on the CPU, and where there are values to look at: not in code that is traced, nor of what `vmap` maps over.
+    Only on the CPU, and where there are values to look at: `torch.jit.trace` looks at those that it traces with, and
+    code that is compiled or exported at none.
     """
-    if t.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if t.device.type != "cpu" or torch.compiler.is_compiling():
         return
     try:
-        bad = t[(t < low) | (t > high)]
+        with untraced() as unseen:
+            values = unwrapped(t)
+            bad = values[(values < low) | (values > high)].tolist() if unseen else []
     except RuntimeError:  # torch's about tensors without values
         return
-    if bad.numel():
-        raise RuntimeError(f"{op}: {name} must be between {low} and {high}, got {int(bad[0])}")
+    if bad:
+        raise RuntimeError(f"{op}: {name} must be between {low} and {high}, got {bad[0]}")

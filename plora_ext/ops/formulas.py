@@ -1,4 +1,6 @@
-"""Gradients of the prototype operators as formulas in torch, for devices without a compiled backward."""
+"""Formulas of the prototype operators in torch: gradients, for devices without a compiled backward, and the completion
+of prototypes without a look at the tasks, for what the compiled operator does not serve.
+"""
 
 from __future__ import annotations
 
@@ -41,21 +43,45 @@ def reconstruct_prototypes(
     return d_old.to(old.dtype), d_new.to(new.dtype), dv.to(values.dtype)
 
 
+def _seen(prototypes: Tensor, task_of_class: Tensor) -> tuple[Tensor, Tensor]:
+    """Which entries [C, T] are real, and the prototypes with ones for the others, which may be anything."""
+    real = task_of_class[:, None] >= torch.arange(prototypes.shape[1], device=task_of_class.device)
+    return real, prototypes.to(wide(prototypes.dtype)).masked_fill(~real[..., None], 1)
+
+
+def completed_prototypes(prototypes: Tensor, task_of_class: Tensor, tau: float, last: bool) -> Tensor:
+    """`plora_ext.reference.complete_prototypes` with the same products whatever the tasks are: to trace and to map."""
+    real, seen = _seen(prototypes, task_of_class)
+    subspaces = seen.unbind(1)
+    u, _ = unit(seen, seen.dtype)
+    own = task_of_class[:, None] == torch.arange(len(subspaces), device=task_of_class.device)
+    scores = (u * own[..., None]).flatten(1) @ u.flatten(1).T / tau  # of every class in its own subspace
+    result = []
+    for j, values in enumerate(subspaces):
+        keys = real[:, j]
+        some = keys.any()
+        p = torch.softmax(scores.masked_fill(~keys & some, -torch.inf), -1)
+        filled = ~keys & some if j == len(subspaces) - 1 or not last else torch.zeros_like(keys)
+        result.append(torch.where(filled[:, None], (p @ values).to(prototypes.dtype), prototypes[:, j]))
+    return torch.stack(result, 1) if result else prototypes.clone()
+
+
 def complete_prototypes(grad: Tensor, prototypes: Tensor, task_of_class: Tensor, tau: float, last: bool) -> Tensor:
     """Of prototypes: all pairs of classes at once, some subspaces after the other, without looking at the tasks."""
     kept = wide(prototypes.dtype)
     C, T, _ = prototypes.shape
-    u, norm = unit(prototypes, kept)
+    real, seen = _seen(prototypes, task_of_class)
+    u, norm = unit(seen, kept)
     subspaces = torch.arange(T, device=grad.device)
     own = (task_of_class[:, None] == subspaces).to(kept)[..., None]  # [C, T, 1]
     q = (u * own).flatten(1)  # every class in its own subspace
     scores, dcos = q @ u.flatten(1).T / tau, q.new_zeros(C, C)
-    keys = task_of_class >= subspaces[:, None]  # [T, C]
-    filled = (task_of_class < subspaces[:, None]) & keys.any(1, keepdim=True)
+    keys = real.T  # [T, C]
+    filled = ~keys & keys.any(1, keepdim=True)
     if last:
         filled = filled & (subspaces[:, None] == T - 1)
     g = grad.to(kept).transpose(0, 1) * filled[..., None]  # [T, C, D]
-    v = prototypes.to(kept).transpose(0, 1)
+    v = seen.transpose(0, 1)
     dv, count = [v[:0]], max(1, SCORES // max(C * C, 1))
     for first in range(0, T, count):
         j = slice(first, first + count)

@@ -19,7 +19,7 @@ from plora_ext.ops import compiled, rules
 from plora_ext.ops.adapter_batch import AdapterBatch
 from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
 from plora_ext.ops.autograd import LowRank, OneAdapter, call, call_one, narrow, rows
-from plora_ext.ops.checks import check, check_integers, check_range, shape, wide
+from plora_ext.ops.checks import check, check_integers, shape, wide
 from plora_ext.ops.twins import run, run_twin
 from plora_ext.torch_private import PLAIN, any_requires_grad, below, forward_mode, is_eager, is_plain, needs_twin
 
@@ -459,7 +459,8 @@ def lora_merge(
         The merged weight [out, in], a new tensor. Differentiable in everything but ranks.
 
     Raises:
-        ValueError: shapes or devices do not fit. TypeError: dtypes do not fit.
+        ValueError: shapes or devices do not fit. TypeError: dtypes do not fit. RuntimeError: on the CPU, a rank outside
+            [0, r].
 
     Source: `merge` of Hu et al., LoRA (ICLR 2022; loralib `Linear.train`), for a weighted sum of adapters.
     """
@@ -470,8 +471,6 @@ def lora_merge(
         raise ValueError(f"{op}: lora_B must be [T, {weight.shape[0]}, r] for this weight, got {shape(lora_B)}")
     with without_autocast(weight.device.type):  # weights are merged in their own dtype
         scale, ranks = _prepare(op, weight, lora_A, lora_B, scaling, coeff, (None,) * 5, "none", ranks, None)
-        if ranks is not None:
-            check_range(op, "ranks", ranks, 0, lora_A.shape[1])
         serves = libraries.has_kernel(op, weight.device.type)
         merged: Tensor = run(op, serves, weight, lora_A, lora_B, scale, ranks)
         return merged

@@ -189,6 +189,7 @@ def own_other_weights(task_of_class: Tensor, num_tasks: int, alpha: float) -> Te
     Source: EASE (`backbone/linears.py:EaseCosineLinear.forward_reweight`, where T - 1 is `_cur_task`).
     """
     check_integers("own_other_weights", "task_of_class", task_of_class)
+    check_range("own_other_weights", "task_of_class", task_of_class, 0, num_tasks - 1)
     return reference.own_other_weights(task_of_class, num_tasks, alpha)
 
 

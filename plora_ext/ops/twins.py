@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from plora_ext import reference
+from plora_ext.ops import formulas
 from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
 from plora_ext.ops.checks import check_range, wide
 from plora_ext.ops.compiled import LORA, op
@@ -46,9 +47,7 @@ _twins: dict[str, Callable[..., Any]] = {
     "lora_merge": lambda weight, A, B, scaling, ranks: reference.lora_merge(weight, A, B, scaling, ranks=ranks),
     "class_sums": reference.class_sums,
     "reconstruct_prototypes": _reconstruct,
-    "complete_prototypes": lambda p, task_of_class, tau, last: reference.complete_prototypes(
-        p, task_of_class, tau=tau, mode="last" if last else "reset"
-    ),
+    "complete_prototypes": formulas.completed_prototypes,
     "subspace_logits": lambda features, prototypes, weights, tf32: reference.subspace_logits(
         features, prototypes, weights
     ),
@@ -63,6 +62,9 @@ def _check_values(name: str, args: Sequence[Any]) -> None:
             check_range(name, "ids", args[1], -1, lora_A.shape[0] - 1)
         if ranks is not None:
             check_range(name, "ranks", ranks, 0, lora_A.shape[1])
+    elif name == "lora_merge":
+        if args[4] is not None:
+            check_range(name, "ranks", args[4], 0, args[1].shape[1])
     elif name == "class_sums":
         check_range(name, "labels", args[1], -1, args[2] - 1)
     elif name == "complete_prototypes":

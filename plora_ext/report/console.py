@@ -42,6 +42,7 @@ class ConsoleProgress(Callback):
         self._curves: dict[str, list[float]] = {}
         self._of, self._method, self._start = "", "", 0.0
         self._images, self._since = 0, 0.0  # of this task
+        self._learned = False  # something, since the method began
         bar = [BarColumn(10)] if self.console.width >= 80 and not self.console.no_color else []
         count, left = MofNCompleteColumn(), TimeRemainingColumn(compact=True)
         self._bar = Bar(TextColumn("{task.description}"), *bar, count, _Rate(), left, TextColumn("left"))
@@ -65,7 +66,7 @@ class ConsoleProgress(Callback):
         self._method, self._start = method, time.perf_counter()
         self._of = f" of {num_tasks}" if num_tasks else ""
         self._curves[method] = []
-        self._images, self._since = 0, self._start
+        self._images, self._since, self._learned = 0, self._start, False
         self._bar.reset(self._job, visible=False)
 
     def fit(self, task: int, images: int) -> None:
@@ -84,7 +85,9 @@ class ConsoleProgress(Callback):
             now = time.perf_counter()
             where = f"{self._method:<16} task {task + 1:>2}{self._of}"
             spent = f"{now - self._start:4.0f} s   {self._images / (now - self._since):5.0f} images/s"
-            line = f"{where}   accuracy {accuracy:5.1f} %   {spent if self._images else 'learned before'}"
+            other = "learned together" if self._learned else "learned before"  # by joint; by a run that is continued
+            self._learned |= self._images > 0
+            line = f"{where}   accuracy {accuracy:5.1f} %   {spent if self._images else other}"
             self.console.print(line, highlight=False, markup=False)
             self._images, self._since = 0, now
 

@@ -115,9 +115,10 @@ def load_results(path: str | Path, out: str | Path | None = None) -> list[Result
         if manifest and (not results or len(manifest["run"].get("curve", [])) < manifest["run"].get("tasks", 1)):
             results.append(_of_checkpoint(path, manifest))
     if not results and path.is_dir():
-        below = {file.parent for file in path.rglob("metrics.json")}
-        below |= {file.parent.parent for file in path.rglob(f"checkpoint/{MANIFEST}")}
-        below = {run for run in below if out is None or run.resolve() != Path(out).resolve()}
+        below = {file.parent for file in path.rglob("metrics.json") if file.is_file()}
+        below |= {file.parent.parent for file in path.rglob(f"checkpoint/{MANIFEST}") if file.is_file()}
+        left_out = {path.resolve(), *([] if out is None else [Path(out).resolve()])}  # what it holds itself is none
+        below = {run for run in below if run.resolve() not in left_out}
         results = [result for run in sorted(below) for result in load_results(run)]
     if not results:
         raise FileNotFoundError(

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from plora_ext.cil.alignment import Drift
 from plora_ext.cil.covariances import ClassCovariances
+from plora_ext.cil.packing import is_plain
 from plora_ext.cil.settings import Settings
+
+_GIVEN = ("settings", "device", "learns", "covariances")  # what is made anew, or has entries of its own
 
 
 class Head(ABC):
@@ -46,8 +49,22 @@ class Head(ABC):
         """Logits [n, C] of features [n, D] in the current space, with all classes' prototypes [C, D] there."""
 
     def state(self) -> dict[str, Any]:
-        """Everything it has learned, tensors by name; a checkpoint writes an entry again only when it has changed."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        """Everything it has learned, by name; a checkpoint writes an entry again only when it has changed.
+
+        Here: its attributes that are tensors, numbers, texts, or lists and dicts of such.
+        """
+        return {name: value for name, value in vars(self).items() if name not in _GIVEN and is_plain(value)}
+
+    def refuse_loss(self) -> None:
+        """Raises TypeError where it learns and has an attribute that is not saved, without a `restore` of its own."""
+        if not self.learns or type(self).restore.__module__ != __name__:
+            return
+        for name, value in vars(self).items():
+            if name not in _GIVEN and not is_plain(value):
+                raise TypeError(
+                    f"head {type(self).__name__} cannot be saved whole: {name} is no tensor, number or text, nor a "
+                    f"list or dict of such, but {type(value).__name__}; give the head a state and a restore"
+                )
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes over what `state` returned."""

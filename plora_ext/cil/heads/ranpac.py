@@ -10,7 +10,8 @@ same map of the projected features: with H and K [n, M] those of the task's imag
                                                   |H R - (K - H)|^2 + m |R|^2, m = ridge * mean(diag(H' H))
 
 l is chosen for each task, as the authors do: of 1e-8 ... 1e8 the one with the least squared error on a fifth of the
-task's images, fitted to the other four.
+task's images, fitted to the other four; of a class that has none among these nothing is learned of it, so that its
+images do not count, and l is 1 where none are left.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def best_ridge(hidden: Tensor, targets: Tensor, generator: torch.Generator) -> f
     """The ridge of RIDGES with the least squared error on a random fifth of the rows, fitted to the others."""
     order = torch.randperm(len(hidden), generator=generator).to(hidden.device)
     held_out, fitted = order[: max(len(order) // 5, 1)], order[max(len(order) // 5, 1) :]
-    if not len(fitted):
+    held_out = held_out[targets[held_out] @ targets[fitted].sum(0) > 0]
+    if not len(held_out):
         return 1.0
     values, across, right = spectrum(hidden[fitted], hidden[held_out], targets[fitted])
     wanted = targets[held_out].double()

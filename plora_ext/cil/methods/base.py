@@ -12,7 +12,7 @@ from torch import Tensor
 from plora_ext.cil import fusion
 from plora_ext.cil.alignment import class_means
 from plora_ext.cil.heads import HEADS, Head
-from plora_ext.cil.packing import adapters_state, pack, restore_adapters, to_device
+from plora_ext.cil.packing import adapters_state, is_plain, pack, restore_adapters, to_device
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task
 from plora_ext.cil.training import Trainer, lower_on_exhaustion
@@ -32,7 +32,7 @@ class Method(ABC):
         trainable: Numbers that the last training optimised, beside the directions that serve it as a classifier.
     """
 
-    STATE: tuple[str, ...] = ("prototypes", "passes", "trainable")  # attributes that a checkpoint holds
+    STATE: tuple[str, ...] = ("prototypes", "passes", "trainable")  # what a checkpoint holds whatever it is
     prototypes: Tensor | None = None
 
     def __init__(self, trainer: Trainer, settings: Settings):
@@ -74,9 +74,10 @@ class Method(ABC):
         return self.logits(self.features(images))
 
     def state(self) -> dict[str, Any]:
-        """What the method has learned so far, for a checkpoint: tensors and plain values."""
+        """What the method has learned so far, for a checkpoint: attributes that are tensors and plain values."""
         head = {f"head:{name}": value for name, value in self.head.state().items()}
-        return {"method": {name: getattr(self, name) for name in self.STATE}, **head}
+        plain = [name for name, value in vars(self).items() if is_plain(value)]
+        return {"method": {name: getattr(self, name) for name in dict.fromkeys([*self.STATE, *plain])}, **head}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes over what `state` returned, in a method that has learned nothing yet."""
