@@ -16,6 +16,7 @@
 //   chunk        likewise of few rows, where the last one of an adapter is filled up with zeros (few_rows.cuh)
 //   place        the number of an adapter among those that a tile's rows met, ascending
 //   given        s h, computed before the product that adds it; else h is made `in the loop` over x
+//   pair         two blocks on tiles side by side, of which each makes one of two slots in the loop, for both
 //   kept         h, or the merged weight, as forward leaves it for backward
 //   gate         the h whose zeros cut the gradient where act did
 //   slab         the y, or dy, of one adapter of `all`
