@@ -315,6 +315,7 @@ inline LoraPlan plan_lora(const LoraShape& s) {
                                  : product * kInLoopShare + waves * kInLoopWave;
   const double given = waves * kGivenWave;
   const bool few = s.backward && s.M < kDeepRows;  // whose pass hides behind the launch
+  // A slot for each tile's loop, or two for those of a pair, forward alone.
   const bool one = most <= 1 && slots_of_tile(s, each, column_tiles) <= 1;
   const bool two = most * each <= 2 && !s.backward && column_tiles % 2 == 0 && at_once > 1;
   const bool fits = (one || two) && !few && loop < pass + given * most * each;

@@ -233,7 +233,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int i = 0; i < kMaxBlocks; ++i) {
         const int m = block + blocks * min(j + u * kWarps, rows - 1);
-        some[u][i] = i < blocks ? sm90::load_from_block(stages + 4 * (m * L::kPitch + 4 * lane), i) : float4{};
+        some[u][i] = i < blocks
+                         ? sm90::load_from_block(sm90::place_in_block(stages + 4 * (m * L::kPitch + 4 * lane), i))
+                         : float4{};
       }
 #pragma unroll
     for (int u = 0; u < 2; ++u) {

@@ -108,7 +108,7 @@ struct Arguments {
   const void *bias, *bias_down, *gate;
   void *y, *kept;
   int64_t ldy;
-  int in_loop;  // slots of a tile at most
+  int slots;  // of a tile that are made in the loop, at most
   bool relu;
   int slices, slice_start[kMaxSlices], slice_stop[kMaxSlices];
 };
@@ -156,8 +156,8 @@ __device__ void describe(const Arguments& p, int row, int column, Tile& tile) {
   __syncwarp();
   if (lane != 0) return;
   tile.slots = tile.given = 0;
-  if (p.in_loop == 0) tile.given = count * blocks;
-  for (int i = 0; i < count * blocks && tile.slots < p.in_loop; ++i) {
+  if (p.slots == 0) tile.given = count * blocks;
+  for (int i = 0; i < count * blocks && tile.slots < p.slots; ++i) {
     const int place = i / blocks, block = i % blocks;
     if (!meets(p, block, column)) continue;  // with slices, one of several blocks is what these columns need
     tile.adapter[tile.slots] = p.ids != nullptr ? tile.all[place] : place;
@@ -629,7 +629,7 @@ Maps describe(const Fused& p) {
     maps.down = maps.up = maps.x;  // never read
   } else if (p.transposed) {
     maps.down = maps.x;  // where h is given, never read
-    if (p.in_loop) describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, r * p.K}, {64, kDepth, 1}, k128);
+    if (p.slots) describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, r * p.K}, {64, kDepth, 1}, k128);
     describe_tensor<3>(maps.up, p.dtype, p.up, {p.N, r, T}, {p.N, r * p.N}, {64, kSlot, 1}, k128);
   } else {
     describe_tensor<3>(maps.down, p.dtype, p.down, {p.K, r, T}, {p.K, r * p.K}, {kDepth, kSlot, 1}, k128);
@@ -649,9 +649,9 @@ void launch(const Maps& maps, const Arguments& p, int blocks, bool overlap, cuda
 void fused(const Fused& p, cudaStream_t stream) {
   if (p.rows.M == 0 || p.N == 0) return;
   const int column_tiles = (static_cast<int>(p.N) + kColumns - 1) / kColumns;
-  PLORA_CHECK(p.in_loop == 0   ? p.gate == nullptr
-              : p.in_loop == 1 ? p.rows.r <= kSlot || !p.slices.empty()
-                               : !p.transposed && column_tiles % 2 == 0 && p.slices.empty() && multiprocessors() > 1,
+  PLORA_CHECK(p.slots == 0   ? p.gate == nullptr
+              : p.slots == 1 ? p.rows.r <= kSlot || !p.slices.empty()
+                             : !p.transposed && column_tiles % 2 == 0 && p.slices.empty() && multiprocessors() > 1,
               "the fused LoRA product: not what it was planned for");
   Arguments a{};
   a.M = static_cast<int>(p.rows.M), a.N = static_cast<int>(p.N), a.K = static_cast<int>(p.K);
@@ -660,7 +660,7 @@ void fused(const Fused& p, cudaStream_t stream) {
   a.ids = p.rows.ids, a.rows_per_id = static_cast<int>(p.rows.rows_per_id);
   a.scaling = p.scaling, a.bias = p.bias, a.bias_down = p.bias_down;
   a.y = p.y, a.kept = p.kept, a.ldy = p.ldy;
-  a.gate = p.gate, a.in_loop = p.in_loop, a.relu = p.relu;
+  a.gate = p.gate, a.slots = p.slots, a.relu = p.relu;
   if (p.slices.size() <= 2 * kMaxSlices && !p.slices.empty() && p.rows.r % (p.slices.size() / 2) == 0) {
     a.slices = static_cast<int>(p.slices.size() / 2);
     for (int s = 0; s < a.slices; ++s) {
@@ -670,17 +670,17 @@ void fused(const Fused& p, cudaStream_t stream) {
   }
   const Maps maps = describe(p);
   const int tiles = (a.M + kRows - 1) / kRows * column_tiles, at_once = std::min(tiles, multiprocessors());
-  const int blocks = p.in_loop == 2 ? at_once / 2 * 2 : at_once;
+  const int blocks = p.slots == 2 ? at_once / 2 * 2 : at_once;
   dispatch<2>("the fused LoRA product", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
     if (p.transposed)
-      p.in_loop ? launch<scalar, true, 1>(maps, a, blocks, p.overlap, stream)
-                : launch<scalar, true, 0>(maps, a, blocks, p.overlap, stream);
-    else if (p.in_loop == 2)
+      p.slots ? launch<scalar, true, 1>(maps, a, blocks, p.overlap, stream)
+              : launch<scalar, true, 0>(maps, a, blocks, p.overlap, stream);
+    else if (p.slots == 2)
       launch<scalar, false, 2>(maps, a, blocks, p.overlap, stream);
     else
-      p.in_loop ? launch<scalar, false, 1>(maps, a, blocks, p.overlap, stream)
-                : launch<scalar, false, 0>(maps, a, blocks, p.overlap, stream);
+      p.slots ? launch<scalar, false, 1>(maps, a, blocks, p.overlap, stream)
+              : launch<scalar, false, 0>(maps, a, blocks, p.overlap, stream);
     if (p.base == nullptr && p.bias_up == nullptr) return;
     const int64_t threads = p.rows.M * (p.N / 8);
     add_rest_kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(

@@ -239,7 +239,7 @@ void run_fused(const Inputs& p, const LoraPlan& plan, Fused& f) {
   f.rows = rows_of(p, padded_rank(p.r));
   f.scaling = data<float>(p.scaling);
   f.weight = pointer(p.weight);
-  f.in_loop = plan.slots;
+  f.slots = plan.slots;
   f.overlap = plan.by_rows();
   fused(f, stream_of(p.x));
 }

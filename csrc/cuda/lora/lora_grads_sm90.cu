@@ -135,7 +135,8 @@ __global__ void __launch_bounds__(kThreads, 1) lora_grads_sm90_kernel(const __gr
     float4 some[kMaxBlocks];
 #pragma unroll
     for (int b = 0; b < kMaxBlocks; ++b)
-      some[b] = b < blocks ? sm90::load_from_block(memory + 4 * (v * L::kPitch + c), b) : float4{};
+      some[b] =
+          b < blocks ? sm90::load_from_block(sm90::place_in_block(memory + 4 * (v * L::kPitch + c), b)) : float4{};
     float sum[4] = {};
 #pragma unroll
     for (int b = 0; b < kMaxBlocks; ++b)

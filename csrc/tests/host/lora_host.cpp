@@ -256,21 +256,21 @@ void fused(const Fused& p, cudaStream_t) {
   PLORA_CHECK(!mma_only() && p.dtype != Dtype::float32 && p.K % 8 == 0 && p.N % 8 == 0 && r % 8 == 0 &&
                   aligned(p.x, p.weight, p.bias, p.base, p.y, p.down, p.up, p.bias_down, p.bias_up, p.h),
               "fused refuses");
-  PLORA_CHECK(p.in_loop ? p.down != nullptr : p.h != nullptr, "fused: no h");
-  PLORA_CHECK(!p.gate || p.in_loop, "fused: only the loop knows a gate");
-  PLORA_CHECK(p.in_loop != 2 || (!p.transposed && p.slices.empty() && (p.N + 191) / 192 % 2 == 0), "fused: no pair");
-  g_calls += p.in_loop == 2 ? " in_loop_of_two" : p.in_loop ? " in_loop" : " fused";
+  PLORA_CHECK(p.slots ? p.down != nullptr : p.h != nullptr, "fused: no h");
+  PLORA_CHECK(!p.gate || p.slots, "fused: only the loop knows a gate");
+  PLORA_CHECK(p.slots != 2 || (!p.transposed && p.slices.empty() && (p.N + 191) / 192 % 2 == 0), "fused: no pair");
+  g_calls += p.slots == 2 ? " in_loop_of_two" : p.slots ? " in_loop" : " fused";
   if (p.transposed) g_calls += "_transposed";
   if (p.overlap) g_calls += "*";
   for (int64_t m = 0; m < p.rows.M; ++m) {
     const std::vector<int> all = met(p.rows, m);
-    PLORA_CHECK(!p.in_loop || !p.slices.empty() || static_cast<int64_t>(all.size()) * ((r + 15) / 16) <= p.in_loop,
+    PLORA_CHECK(!p.slots || !p.slices.empty() || static_cast<int64_t>(all.size()) * ((r + 15) / 16) <= p.slots,
                 "fused: more slots in a tile than the loop takes");
     std::vector<double> h(all.size() * r);
     for (size_t place = 0; place < all.size(); ++place)
       for (int64_t j = 0; j < r; ++j) {
         double& value = h[place * r + j];
-        if (!p.in_loop) {
+        if (!p.slots) {
           value = get(p.dtype, p.h, (m * (p.rows.ids ? p.places : each) + static_cast<int64_t>(place)) * r + j);
         } else if (!p.rows.ids || chosen(p.rows, m) == all[place]) {
           for (int64_t k = 0; k < p.K; ++k)
