@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -621,6 +622,73 @@ def test_merge(dtype: torch.dtype, n_in: int, out: int, r: int, T: int) -> None:
     check(ops.lora_merge, reference.lora_merge, args, kwargs, cotangent)
     coeff = (torch.randint(2, 12, (T,), device=DEVICE) / 8).requires_grad_()
     check(ops.lora_merge, reference.lora_merge, args, {"coeff": coeff}, cotangent)
+
+
+def factors_one_by_one(
+    dtype: torch.dtype, n_in: int, out: int, ranks: Sequence[int], left: int = 0
+) -> tuple[list[Tensor], ...]:
+    """A, B and scaling of each adapter; `left` elements away from where its memory begins."""
+
+    def of(*sizes: int) -> Tensor:
+        return torch.randn(left + math.prod(sizes), device=DEVICE).to(dtype)[left:].view(sizes)
+
+    A, B = [of(r, n_in) for r in ranks], [of(out, r) for r in ranks]
+    return A, B, [torch.rand(1, device=DEVICE) for _ in ranks]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["", "float32"])
+@pytest.mark.parametrize(
+    ("n_in", "out", "ranks", "left"),
+    [
+        (768, 2304, [16] * 10, 0), (768, 2304, [16] * 10, 3), (3072, 768, [8, 16, 64, 24], 0), (33, 13, [5, 1, 7], 0),
+        (72, 200, [128], 0), (24, 16, [4] * 64, 0), (24, 40, [4, 8] * 70, 1), (16, 40, [3] * 65, 0), (16, 9, [8, 8], 0),
+        (40, 8, [0, 2], 0), (40, 8, [0, 0], 0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_stack(dtype: torch.dtype, wide: bool, n_in: int, out: int, ranks: list[int], left: int) -> None:
+    """Bit for bit what padding, stacking and casting make, in memory full of NaN, also where factors are views."""
+    A, B, s = factors_one_by_one(FP32 if wide else dtype, n_in, out, ranks, left)
+    x, r, stack = torch.empty(0, dtype=dtype, device=DEVICE), max(ranks), torch.ops.plora_ext.lora_stack
+    expected = [
+        torch.stack([F.pad(a, (0, 0, 0, r - len(a))) for a in A]).to(dtype),
+        torch.stack([F.pad(b, (0, r - b.shape[1])) for b in B]).to(dtype),
+        torch.cat(s),
+    ]
+    assert same(list(stack(x, A, B, s)), expected)
+    columns = [b.T.contiguous().T for b in B]
+    assert same(list(stack(x, [a.repeat(1, 2)[:, :n_in] for a in A], columns, s)), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = stack(x, A, B, s)
+    A[-1].fill_(2), B[-1].fill_(3)
+    expected[0][-1, : ranks[-1]], expected[1][-1, :, : ranks[-1]] = 2, 3
+    graph.replay()
+    assert same(list(captured), expected)
+
+
+def test_stack_is_known_to_torch() -> None:
+    A, B, s = factors_one_by_one(FP32, 8, 6, [4, 2])
+    opcheck(torch.ops.plora_ext.lora_stack.default, [torch.empty(0, dtype=BF16, device=DEVICE), A, B, s])
+
+
+def test_stack_names_what_does_not_fit() -> None:
+    A, B, s = factors_one_by_one(FP32, 8, 6, [4, 4])
+    stack, x = torch.ops.plora_ext.lora_stack, torch.empty(0, dtype=BF16, device=DEVICE)
+    for match, args in {
+        "as many, at least one, got 0, 2 and 2": ([], B, s),
+        "as many, at least one, got 2, 1 and 2": (A, B[:1], s),
+        r"lora_A must be \[r, in\] and lora_B \[out, r\], got \[1, 4, 8\]": ([A[0][None], A[1]], B, s),
+        r"lora_A must have the shape \[4, 8\], got \[4, 7\]": ([A[0], A[1][:, 1:]], B, s),
+        r"lora_B must have the shape \[6, 4\], got \[6, 3\]": (A, [B[0], B[1][:, 1:]], s),
+        r"scaling must have the shape \[1\], got \[\]": (A, B, [s[0], s[1][0]]),
+        "lora_A must be Float, got BFloat16": ([A[0], A[1].bfloat16()], B, s),
+        "must be float32 or of the dtype of x": ([a.half() for a in A], B, s),
+        "lora_B must be on": (A, [B[0], B[1].cpu()], s),
+    }.items():
+        with pytest.raises(RuntimeError, match=match):
+            stack(x, *args)
 
 
 # ---------------------------------------------------------------------- in place

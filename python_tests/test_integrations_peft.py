@@ -84,7 +84,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     def counting(name: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
             y = op(*args, **kwargs)
-            calls[name] += y is not None  # `run_sum` leaves to `lora_sum` what it does not serve
+            calls[name] += y is not None  # `run_beside` leaves to `lora_sum` what it does not serve
             return y
 
         return call
@@ -92,7 +92,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     for name in calls:
         owner: Any = integration if name.startswith("_") else ops
         monkeypatch.setattr(owner, name, counting(name, getattr(owner, name)))
-    monkeypatch.setattr(integration, "run_sum", counting("lora_sum", integration.run_sum))
+    monkeypatch.setattr(integration, "run_beside", counting("lora_sum", integration.run_beside))
     return calls
 
 

@@ -146,6 +146,7 @@ def test_slices_equal_separate_linear_layers() -> None:
 
 def test_operators_get_views_of_one_adapter_and_the_rows_of_its_slices(monkeypatch) -> None:
     seen = {}
+    monkeypatch.setattr(linear, "run_beside", lambda *args: None)
     monkeypatch.setattr(ops, "lora_sum", lambda x, *args, **kwargs: seen.update(args=args, **kwargs) or x)
     adapters = make()
     adapters.set_adapter("t1", [0.5])
@@ -477,7 +478,7 @@ def one(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", 
 def ways(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> tuple[list[str], Any]:
     """Which of the two ways the calls of a layer's forward took, and what came out."""
     taken: list[str] = []
-    short, general = linear.run_sum, ops.lora_sum
+    short = linear.run_beside
 
     def short_spy(*args: Any) -> Any:
         y = short(*args)
@@ -485,8 +486,10 @@ def ways(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> tuple[list
         return y
 
     with monkeypatch.context() as patch:
-        patch.setattr(linear, "run_sum", short_spy)
-        patch.setattr(ops, "lora_sum", lambda *a, **k: taken.append("general") or general(*a, **k))
+        patch.setattr(linear, "run_beside", short_spy)
+        for name in ("lora_sum", "lora_indexed"):
+            general = getattr(ops, name)
+            patch.setattr(ops, name, lambda *a, general=general, **k: taken.append("general") or general(*a, **k))
         return taken, call()
 
 
@@ -509,7 +512,7 @@ def test_the_short_way_gives_the_same_bits(lead, asks, device, monkeypatch) -> N
 
     taken, short = ways(monkeypatch, bits)
     assert taken == ["short"]
-    monkeypatch.setattr(linear, "run_sum", lambda *args: None)
+    monkeypatch.setattr(linear, "run_beside", lambda *args: None)
     for a, b in zip(short, bits(), strict=True):
         assert a.shape == b.shape and torch.equal(a, b)
 
@@ -546,7 +549,7 @@ def test_wide_factors_are_narrowed_on_the_short_way(lead, device, monkeypatch) -
 
     taken, short = ways(monkeypatch, derivatives)
     assert taken == ["short"] and [leaf.dtype for leaf in leaves] == [torch.bfloat16, torch.float32, torch.float32]
-    monkeypatch.setattr(linear, "run_sum", lambda *args: None)
+    monkeypatch.setattr(linear, "run_beside", lambda *args: None)
     for a, b in zip(short, derivatives(), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
@@ -611,10 +614,44 @@ def test_a_set_without_gradients_takes_the_short_way(targets, ranks, coefficient
     x = torch.randn(2, 3, IN, dtype=dtype, device=device)
     with torch.no_grad():
         taken, short = ways(monkeypatch, lambda: adapters.model(x))
-        monkeypatch.setattr(linear, "run_sum", lambda *args: None)
+        monkeypatch.setattr(linear, "run_beside", lambda *args: None)
         assert taken == ["short"] and torch.equal(short, adapters.model(x))
         with torch.autocast(x.device.type, torch.bfloat16):
             assert ways(monkeypatch, lambda: adapters.model(x))[0] == ["general"]
+
+
+@native
+@TARGETS
+@pytest.mark.filterwarnings("ignore:of the adapters of this batch:UserWarning")
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (4, 2, 3), (4,)], ids=["one rank", "ranks", "one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_batch_without_gradients_takes_the_short_way(targets, ranks, dtype, device, monkeypatch) -> None:
+    adapters = make(targets, ranks, dtype=dtype, device=device)
+    x = torch.randn(5, 3, IN, dtype=dtype, device=device)
+    ids = [0, -1, len(ranks) - 1, 0, -1]
+
+    def forward(x: Tensor = x, ids: Any = ids) -> Tensor:
+        with adapters.batch(ids):
+            return adapters.model(x)
+
+    adapters.train_adapter(None)
+    for grad in (False, True):  # where nothing trains, gradients may be on
+        with torch.set_grad_enabled(grad):
+            taken, short = ways(monkeypatch, forward)
+            assert taken == ["short"]
+            with monkeypatch.context() as patch:
+                patch.setattr(linear, "run_beside", lambda *args: None)
+                assert torch.equal(short, forward())
+            with torch.autocast(x.device.type, torch.bfloat16):
+                assert ways(monkeypatch, forward)[0] == ["general"]
+    assert ways(monkeypatch, lambda: forward(x.clone().requires_grad_()))[0] == ["general"]
+    adapters.train_adapter("t0")
+    taken, y = ways(monkeypatch, forward)
+    assert taken == ["general"] and y.requires_grad
+    with torch.no_grad(), pytest.raises(ValueError, match="was given 4 adapters, but a layer sees 5 samples"):
+        forward(ids=ids[:4])
+    with torch.no_grad(), pytest.raises(IndexError, match="must be between -1"):
+        forward(ids=[len(ranks)] * 5)
 
 
 def test_a_forward_of_many_adapters_is_few_calls_of_torch() -> None:

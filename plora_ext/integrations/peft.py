@@ -21,7 +21,7 @@ from plora_ext import ops
 from plora_ext.integrations import _patch
 from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_device, stack
 from plora_ext.integrations._patch import Original, Patch, Report, instead
-from plora_ext.ops.lora import run_sum
+from plora_ext.ops.lora import run_beside
 from plora_ext.torch_private import is_plain
 
 __all__ = ["patch", "report", "unpatch"]
@@ -301,7 +301,7 @@ def _run(
     # The frozen layer belongs to the product if nobody looks at it, and all is of one dtype.
     fused = dropped is x and _is_plain_layer(base)
     if fused and biases is None and len(names) == 1 and not ids and x.dtype == dtype:
-        y = run_sum(x, factors[0], factors[1], scaling, base.weight, base.bias)
+        y = run_beside(x, factors[0], factors[1], scaling, base.weight, base.bias)
         if y is not None:
             return y
     lora_A, lora_B, ranks = stack(factors[::2], factors[1::2])

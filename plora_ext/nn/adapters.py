@@ -470,7 +470,7 @@ class Adapters:
             trains = any(p.requires_grad for p in self.parameters(name))
             if trains and torch.is_grad_enabled():
                 continue  # the loss will show it
-            if factors and not bool(torch.stack([p.isfinite().all().to(factors[0].device) for p in factors]).all()):
+            if factors and not bool(nn.utils.get_total_norm(factors, torch.inf).isfinite()):
                 raise ValueError(
                     f"adapter {name!r} holds inf or NaN and would spoil samples of other adapters in the same batch: "
                     "delete_adapter, or train it anew with a smaller learning rate"

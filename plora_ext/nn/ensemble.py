@@ -17,7 +17,7 @@ from plora_ext.memory import PeakMemory, limit_of_pass
 from plora_ext.nn.adapters import BASE, Adapters
 from plora_ext.nn.linear import MultiLoRALinear, Operands
 from plora_ext.ops.autograd import narrow
-from plora_ext.torch_private import tree_map_only
+from plora_ext.torch_private import is_eager, tree_map_only
 
 __all__ = ["Ensemble"]
 
@@ -298,7 +298,7 @@ class _Slabs:
 
     def _operands(self, layer: MultiLoRALinear, x: Tensor) -> Operands:
         if layer._number not in self.operands:
-            lora_A, lora_B, scaling, ranks, slices = layer.operands(list(layer.r))
+            lora_A, lora_B, scaling, ranks, slices = layer.operands(list(layer.r), beside=x if is_eager() else None)
             self.operands[layer._number] = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype), scaling, ranks, slices
         return self.operands[layer._number]
 

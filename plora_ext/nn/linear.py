@@ -17,7 +17,7 @@ from torch.func import functional_call
 from plora_ext import ops
 from plora_ext.nn.state import Active, State, check_known, mark, require_layer
 from plora_ext.ops.autograd import narrow
-from plora_ext.ops.lora import run_sum
+from plora_ext.ops.lora import run_beside, stacked
 from plora_ext.torch_private import below, has_global_module_hooks, has_saved_tensor_hooks, is_eager
 
 __all__ = ["MultiLoRALinear"]
@@ -353,38 +353,56 @@ class MultiLoRALinear(nn.Module):
         return self._of_any(x, active, watched)
 
     def _soon(self, x: Tensor) -> Tensor | None:
-        """The forward of an active set, of one adapter or without gradients, where nothing else is asked for.
+        """The forward of one adapter, or of several without gradients, where nothing else is asked for.
 
         Of a small layer the host's time is all there is: every function and every look counts.
         """
         state, own = self._state, self.__dict__
         active = state.current if state._open else state.common
         name, records = active.alone, torch.is_grad_enabled()
-        if (name is None and (records or not active.adds)) or (own["lora_dropout"] and own["training"]):
+        if not (active.adds or active.picks) or (own["lora_dropout"] and own["training"]):
             return None
         modules = own["_modules"]
         base = modules["base_layer"]
         if "_is_replica" in own or not is_called_plainly(base):
             return None
-        if not records or state._pending:
-            state.check_recomputation(active)
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         if name is None or own["slices"] is not None:
-            kind = x.device.type
-            if records or kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind) or not is_eager(False):
+            if (records and self._records_any(x, active)) or not self._is_short(x, active):
                 return None
+            state.check_recomputation(active)
             with below():
-                lora_A, lora_B, scaling, ranks, slices = self.operands(active.names)
-                if active.coefficients is not None:
+                names = tuple(own["_r"]) if active.picks else active.names
+                lora_A, lora_B, scaling, ranks, slices = self.operands(names, beside=x)
+                if active.coefficients is not None and not active.picks:
                     scaling = scaling * active.coefficients.to(scaling)
-            return run_sum(x, lora_A, lora_B, scaling, weight, bias, ranks, slices)
+            ids = None if active.batch is None else active.batch.ids
+            return run_beside(x, lora_A, lora_B, scaling, weight, bias, ranks, slices, ids)
+        if not records or state._pending:
+            state.check_recomputation(active)
         table_A, table_B = modules["lora_A"]._parameters, modules["lora_B"]._parameters
         if name not in table_A or name not in table_B:
             return None
         lora_A, lora_B = table_A[name], table_B[name]
         if records and has_saved_tensor_hooks():
             x, lora_A = mark(x, active), mark(lora_A, active)
-        return run_sum(x, lora_A, lora_B, self._scaling[name], weight, bias)
+        return run_beside(x, lora_A, lora_B, self._scaling[name], weight, bias)
+
+    def _records_any(self, x: Tensor, active: Active) -> bool:
+        """Whether the forward of several adapters, where gradients are on, has one to pass on."""
+        names, coefficients = tuple(self._r) if active.picks else active.names, active.coefficients
+        return (
+            x.requires_grad
+            or (coefficients is not None and coefficients.requires_grad)
+            or bool(self._training_of(names))
+        )
+
+    def _is_short(self, x: Tensor, active: Active) -> bool:
+        """Whether several adapters may go the short way: eager code on a device with kernels, ids that are x's."""
+        kind, batch = x.device.type, active.batch
+        if kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind) or not is_eager(False) or not self._r:
+            return False
+        return batch is None or (x.dim() > 1 and batch.ids.shape == x.shape[:1] and batch.ids.device == x.device)
 
     def _of_any(self, x: Tensor, active: Active, watched: bool) -> Tensor:
         op: Callable[..., Tensor] = ops.lora_sum
@@ -436,10 +454,11 @@ class MultiLoRALinear(nn.Module):
         asks = ([p.requires_grad for p in factors] for factors in self._factors_of(names))
         return tuple(compress(names, map(any, zip(*asks, strict=True))))
 
-    def operands(self, names: Sequence[str], active: Active | None = None) -> Operands:
+    def operands(self, names: Sequence[str], active: Active | None = None, beside: Tensor | None = None) -> Operands:
         """The adapters `names` as operators take them: A and B stacked, filled up to one rank; scales, ranks, rows.
 
         active: what is active, where something is to see from the factors that it stays so (`mark`).
+        beside: the x of eager code that records no gradients: one kernel then stacks and casts, where there is one.
         """
         factors, out = self._factors_of(names), self.out_features
         if not names:
@@ -448,8 +467,14 @@ class MultiLoRALinear(nn.Module):
             return torch.zeros(0, 1, self.in_features, **like), *empty, None, None
         if active is not None:
             factors[0][0] = mark(factors[0][0], active)
-        if self.slices is None and len(names) == 1:
-            return factors[0][0][None], factors[1][0][None], self._scaling[names[0]], None, None
+        if self.slices is None:
+            one = len(names) == 1
+            if beside is not None and beside.is_cuda and not (one and factors[0][0].dtype == beside.dtype):
+                made = stacked(beside, factors[0], factors[1], [self._scaling[name] for name in names])
+                if made is not None:
+                    return *made, None, None
+            if one:
+                return factors[0][0][None], factors[1][0][None], self._scaling[names[0]], None, None
         (scaling, r, alike), ranks, T = self._constants_of(tuple(names)), None, len(names)
         if self.slices is None:
             lora_A, lora_B = factors

@@ -64,6 +64,11 @@ class Active:
         return bool(self.names) and self.batch is None and self.weights is None and self.ensemble is None
 
     @cached_property
+    def picks(self) -> bool:
+        """Whether every sample has an adapter of its own, beside the base layer."""
+        return self.batch is not None and self.weights is None and self.ensemble is None
+
+    @cached_property
     def alone(self) -> str | None:
         """The adapter that acts on all samples, where it is one and nothing else is asked for."""
         return self.names[0] if self.adds and len(self.names) == 1 and self.coefficients is None else None

@@ -58,6 +58,12 @@ def _one_backward(
     return tuple(t.new_empty(t.shape if needs >> bit & 1 else 0) for bit, t in enumerate((x, lora_A, lora_B)))
 
 
+def _stack(x: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[Tensor]) -> tuple[Tensor, ...]:
+    T, r = len(lora_A), max(A.shape[0] for A in lora_A)
+    scales = x.new_empty(T, dtype=torch.float32)
+    return x.new_empty(T, r, lora_A[0].shape[1]), x.new_empty(T, lora_B[0].shape[0], r), scales
+
+
 def _class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     sums = features.new_empty((num_classes, features.shape[1]), dtype=wide(features.dtype))
     return sums, features.new_empty(num_classes, dtype=torch.int64)
@@ -76,6 +82,7 @@ def register() -> None:
         "lora_all_out": _nothing,
         "lora_one": _one,
         "lora_one_backward": _one_backward,
+        "lora_stack": _stack,
         "reconstruct_prototypes": lambda old, new, values, *rest: old.new_empty(old.shape[0], values.shape[1]),
         "reconstruct_prototypes_backward": lambda grad, *of: tuple(t.new_empty(t.shape) for t in of[:3]),
         "complete_prototypes": lambda p, *rest: p.new_empty(p.shape),

@@ -25,6 +25,7 @@ from plora_ext.torch_private import PLAIN, any_requires_grad, below, forward_mod
 
 _ACTIVATIONS = ("none", "relu")
 _OPERANDS = ("lora_A", "lora_B", "base", "weight", "bias", "bias_A", "bias_B")
+_STACKS = libraries.has_kernel("lora_stack", device_type="cuda")
 _SERVES_CPU, _SERVES_CUDA = (libraries.has_kernel("lora_sum", device_type) for device_type in ("cpu", "cuda"))
 _Optional = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -131,13 +132,13 @@ def _run(
         return call(compiled.op[op], options, *args)[0]
 
 
-def run_sum(
+def run_beside(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any, ranks: Tensor | None = None,
-    slices: Sequence[tuple[int, int]] | None = None,
+    slices: Sequence[tuple[int, int]] | None = None, ids: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """`lora_sum` beside a frozen layer, with few looks at its arguments.
+    """`lora_sum`, or with ids `lora_indexed`, beside a frozen layer, with few looks at its arguments.
 
-    Of one adapter the factors are [r, in] and [out, r]; several, stacked, are for where gradients are off.
+    Of one adapter the factors are [r, in] and [out, r]; several, stacked, are for where nothing records gradients.
 
     None where this is not eager code on plain tensors of one dtype (but for float32 factors beside an x of 16 bits,
     which are narrowed) and device without autocast, or the widths do not fit, or the layer trains: that is for
@@ -163,14 +164,32 @@ def run_sum(
             return y
         if lora_A.dim() == 2:
             return call_one(x, lora_A, lora_B, scaling, weight, bias, False)[0]
-        factors = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)
         options = (ranks, False, None, None if slices is None else list(chain(*slices)), False)
+        run = compiled.op["lora_sum" if ids is None else "lora_indexed"]
         with below():
-            return call(compiled.op["lora_sum"], options, x, None, *factors, scaling, None, weight, bias, None, None)[0]
+            factors = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)
+            return call(run, options, x, ids, *factors, scaling, None, weight, bias, None, None)[0]
     except RuntimeError:  # of the kernel, which sees more than could be asked here for the same price
         dtypes = {x.dtype, narrow(lora_A, x.dtype).dtype, narrow(lora_B, x.dtype).dtype, weight.dtype}
         if len(dtypes) == 1 and x.shape[-1:] == lora_A.shape[-1:]:
             raise
+        return None
+
+
+def stacked(
+    x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Factors [r_t, in], [out, r_t] and scales [1] of T adapters as the operators take them, in the dtype of x.
+
+    One kernel, which fills up to the largest rank with zeros; None where there is none for these. For eager code that
+    records no gradients.
+    """
+    if not _STACKS or x.dtype == torch.float64 or not PLAIN.issuperset(map(type, chain(lora_A, lora_B))):
+        return None
+    try:
+        made: tuple[Tensor, Tensor, Tensor] = compiled.op["lora_stack"](x, lora_A, lora_B, scaling)
+        return made
+    except RuntimeError:  # factors of several dtypes or devices, which torch may join
         return None
 
 

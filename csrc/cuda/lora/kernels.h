@@ -182,6 +182,20 @@ struct LoraMerge {
 };
 void lora_merge(const LoraMerge& p, cudaStream_t stream);
 
+// The factors of adapters side by side, filled up with zeros to rank r (lora_stack.cu). `from` is float32 or `to`.
+struct LoraStack {
+  Dtype from, to;
+  int r, in, out;
+  void *A, *B;  // [T, r, in], [T, out, r]
+  float* scaling;
+};
+struct OneOfStack {
+  const void *A, *B;  // [r, in], [out, r], of its own rank
+  const float* scaling;
+  int r;
+};
+void lora_stack(const LoraStack& p, const std::vector<OneOfStack>& adapters, cudaStream_t stream);
+
 // The frozen layer and the low-rank part in one persistent product, for Hopper (fused_sm90.cu):
 //   forward     y = x W^T + bias + base + s h up^T + s bias_up       weight [N, K], down [T, r, K], up [T, N, r]
 //   transposed  y = x W + base + s h up                               weight [K, N], down [T, K, r], up [T, r, N]

@@ -1,0 +1,85 @@
+// lora_stack on CUDA: the factors of T adapters, each where it lies, side by side in the dtype of x and filled up with
+// zeros to one rank. One launch in place of a concatenation and a cast for each of A, B and scaling; a block of the
+// grid's second dimension has one adapter, a thread kVec neighbours of its A or its B at a time.
+
+#include <algorithm>
+#include <array>
+
+#include "../device/launch.cuh"
+#include "../device/mma.cuh"
+#include "kernels.h"
+
+namespace plora::cuda {
+namespace {
+
+constexpr int kThreads = 256, kAtOnce = 64;  // adapters of a launch: what fits into its arguments
+
+using Adapters = std::array<OneOfStack, kAtOnce>;
+
+template <typename scalar, int kVec>
+struct alignas(sizeof(scalar) * kVec) Vec {
+  scalar values[kVec];
+};
+
+template <int kVec, typename from_t, typename to_t>
+__device__ void copy(const from_t* from, to_t* to, bool real) {
+  Vec<from_t, kVec> read{};
+  if (real) read = *reinterpret_cast<const Vec<from_t, kVec>*>(from);
+  Vec<to_t, kVec> written;
+  for (int i = 0; i < kVec; ++i) written.values[i] = from_float<to_t>(to_float(read.values[i]));
+  *reinterpret_cast<Vec<to_t, kVec>*>(to) = written;
+}
+
+template <int kVec, typename from_t, typename to_t>
+__global__ void __launch_bounds__(kThreads)
+    stack_kernel(const __grid_constant__ Adapters adapters, int r, int in, int out, to_t* A, to_t* B, float* scaling) {
+  const int t = blockIdx.y, first = (blockIdx.x * kThreads + threadIdx.x) * kVec;
+  const int step = gridDim.x * kThreads * kVec;
+  const OneOfStack& one = adapters[t];
+  const auto *from_A = static_cast<const from_t*>(one.A), *from_B = static_cast<const from_t*>(one.B);
+  if (first == 0) scaling[t] = *one.scaling;
+  A += static_cast<int64_t>(t) * r * in, B += static_cast<int64_t>(t) * out * r;
+  for (int i = first; i < r * in; i += step) copy<kVec>(from_A + i, A + i, i < one.r * in);
+  for (int i = first; i < out * r; i += step) {
+    const int rank = one.r == r ? 0 : i % r, from = one.r == r ? i : i / r * one.r + rank;
+    copy<kVec>(from_B + from, B + i, rank < one.r);
+  }
+}
+
+}  // namespace
+
+void lora_stack(const LoraStack& p, const std::vector<OneOfStack>& adapters, cudaStream_t stream) {
+  const int T = static_cast<int>(adapters.size());
+  constexpr int kWide = 8;
+  const size_t bytes = p.from == Dtype::float32 ? sizeof(float) : sizeof(__half);
+  const bool vectors = std::all_of(adapters.begin(), adapters.end(), [&](const OneOfStack& a) {
+    const auto aligned = [&](const void* q) { return reinterpret_cast<uintptr_t>(q) % (kWide * bytes) == 0; };
+    const bool columns = a.r == p.r ? p.out * p.r % kWide == 0 : a.r % kWide == 0 && p.r % kWide == 0;
+    return p.in % kWide == 0 && columns && aligned(a.A) && aligned(a.B);
+  });
+  const auto launch = [&](auto from, auto to, auto vec) {
+    using from_t = decltype(from);
+    using to_t = decltype(to);
+    constexpr int kVec = decltype(vec)::value;
+    const int most = std::max(p.in, p.out) * p.r;
+    const int blocks = std::clamp<int>(ceil_div(most, kThreads * kVec), 1, 1024);
+    for (int t = 0; t < T; t += kAtOnce) {
+      const int here = std::min(kAtOnce, T - t);
+      Adapters some{};
+      std::copy_n(adapters.begin() + t, here, some.begin());
+      stack_kernel<kVec, from_t, to_t><<<dim3(blocks, here), kThreads, 0, stream>>>(
+          some, p.r, p.in, p.out, static_cast<to_t*>(p.A) + static_cast<int64_t>(t) * p.r * p.in,
+          static_cast<to_t*>(p.B) + static_cast<int64_t>(t) * p.out * p.r, p.scaling + t);
+    }
+    check_launch("lora_stack");
+  };
+  dispatch("lora_stack", p.to, [&](auto to) {
+    const auto with = [&](auto from) {
+      vectors ? launch(from, to, std::integral_constant<int, kWide>{})
+              : launch(from, to, std::integral_constant<int, 1>{});
+    };
+    p.from == p.to ? with(to) : with(float{});
+  });
+}
+
+}  // namespace plora::cuda
