@@ -8,6 +8,7 @@ import io
 import pickle
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -644,14 +645,77 @@ def test_a_batch_without_gradients_takes_the_short_way(targets, ranks, dtype, de
                 assert torch.equal(short, forward())
             with torch.autocast(x.device.type, torch.bfloat16):
                 assert ways(monkeypatch, forward)[0] == ["general"]
-    assert ways(monkeypatch, lambda: forward(x.clone().requires_grad_()))[0] == ["general"]
-    adapters.train_adapter("t0")
-    taken, y = ways(monkeypatch, forward)
-    assert taken == ["general"] and y.requires_grad
     with torch.no_grad(), pytest.raises(ValueError, match="was given 4 adapters, but a layer sees 5 samples"):
         forward(ids=ids[:4])
     with torch.no_grad(), pytest.raises(IndexError, match="must be between -1"):
         forward(ids=[len(ranks)] * 5)
+
+
+@native
+@pytest.mark.filterwarnings("ignore:of the adapters of this batch:UserWarning")
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (4, 2, 3), (4,) * 17], ids=["one rank", "ranks", "dense"])
+@pytest.mark.parametrize("asks", ["x", "t2", "x t2", "x t0 t1 t2", "t0 B"])
+@pytest.mark.parametrize("kind", ["sum", "coefficients", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_adapters_train_the_short_way(ranks, asks, kind, dtype, device, monkeypatch) -> None:
+    """To the same bits, and no factor without a gradient gets one."""
+    adapters = make(ranks=ranks, dtype=dtype, device=device)
+    coefficients = [0.5 - i for i in range(len(ranks))]
+    adapters.set_adapter(adapters.names, coefficients if kind == "coefficients" else None)
+    adapters.train_adapter([name for name in asks.split() if name in adapters.names])
+    for layer in adapters.layers.values():
+        layer.pairs("t0")[0][0].requires_grad_("t0" in asks and "B" not in asks)
+    x = torch.randn(5, 3, IN, dtype=dtype, device=device, requires_grad="x" in asks)
+    leaves = [p for p in adapters.parameters() if p.requires_grad] + [x] * x.requires_grad
+
+    def bits() -> list[Tensor]:
+        with adapters.batch([0, 2, 2, -1, 1]) if kind == "batch" else nullcontext():
+            y = adapters.model(x)
+            return [y, *torch.autograd.grad((y * y.detach().sin()).sum(), leaves)]
+
+    taken, short = ways(monkeypatch, bits)
+    assert taken == ["short"]
+    monkeypatch.setattr(linear, "run_beside", lambda *args: None)
+    taken, general = ways(monkeypatch, bits)
+    assert taken == ["general"]
+    for leaf, a, b in zip([None, *leaves], short, general, strict=True):
+        assert torch.equal(a, b) and (leaf is None or a.dtype == leaf.dtype)
+
+
+@native
+@pytest.mark.filterwarnings("ignore:of the adapters of this batch:UserWarning")
+@pytest.mark.parametrize("kind", ["sum", "batch"])
+def test_several_adapters_are_differentiated_twice_the_short_way(kind, device, monkeypatch) -> None:
+    adapters = make(ranks=(4, 2, 3), device=device)
+    adapters.set_adapter(adapters.names)
+    adapters.train_adapter(["t0", "t2"])
+    x = torch.randn(4, IN, device=device, requires_grad=True)
+    leaves = [x, *adapters.parameters("t0"), *adapters.parameters("t2")]
+
+    def second() -> tuple[Tensor, ...]:
+        with adapters.batch([0, 2, 1, -1]) if kind == "batch" else nullcontext():
+            first = torch.autograd.grad(adapters.model(x).pow(3).sum(), leaves, create_graph=True)
+            return torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)
+
+    taken, short = ways(monkeypatch, second)
+    assert taken == ["short"]
+    monkeypatch.setattr(linear, "run_beside", lambda *args: None)
+    for a, b in zip(short, second(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@native
+def test_who_looks_at_what_several_adapters_save_takes_the_general_way(device, monkeypatch) -> None:
+    adapters = make(ranks=(4, 4), device=device)
+    adapters.set_adapter(adapters.names)
+    adapters.train_adapter("t1")
+    x = torch.randn(4, IN, device=device)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert ways(monkeypatch, lambda: adapters.model(x))[0] == ["general"]
+    coefficients = torch.ones(2, device=device, requires_grad=True)
+    adapters.set_adapter(adapters.names, coefficients)
+    taken, y = ways(monkeypatch, lambda: adapters.model(x))
+    assert taken == ["general"] and torch.autograd.grad(y.sum(), coefficients)[0].abs().sum() > 0
 
 
 def test_a_forward_of_many_adapters_is_few_calls_of_torch() -> None:
@@ -754,14 +818,14 @@ def test_whatever_is_unusual_takes_the_general_way(monkeypatch) -> None:
     assert taken(within(Dispatches())) == ["general"]
     assert taken(within(torch.no_grad())) == ["short"]
     assert taken(lambda a: torch.vmap(a.model)(x[None])) == ["general"]
-    assert taken(lambda a: a.set_adapter("t0", [0.5]) or a.model(x)) == ["general"]
+    assert taken(lambda a: a.set_adapter("t0", [0.5]) or a.model(x)) == ["short"]
     assert taken(lambda a: a.train_adapter(None) or a.model(x)) == ["short"]
     assert taken(lambda a: a.merge() or a.model(x)) == []
     assert taken(lambda a: a.layers["qkv"].base_layer.requires_grad_() and a.model(x)) == ["general"]
     assert taken(lambda a: a.layers["qkv"].base_layer.requires_grad_() and within(torch.no_grad())(a)) == ["short"]
     assert taken(lambda a: a.model.train()(x), dropout=0.5) == ["general"]
     assert taken(lambda a: a.model.eval()(x), dropout=0.5) == ["short"]
-    assert taken(lambda a: a.add_adapter("new") or a.set_adapter(["t0", "new"]) or a.model(x)) == ["general"]
+    assert taken(lambda a: a.add_adapter("new") or a.set_adapter(["t0", "new"]) or a.model(x)) == ["short"]
     assert taken(lambda a: torch.nn.utils.parametrizations.weight_norm(a.layers["qkv"].base_layer) and a.model(x)) == [
         "general"
     ]

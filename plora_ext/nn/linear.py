@@ -353,13 +353,13 @@ class MultiLoRALinear(nn.Module):
         return self._of_any(x, active, watched)
 
     def _soon(self, x: Tensor) -> Tensor | None:
-        """The forward of one adapter, or of several without gradients, where nothing else is asked for.
+        """The forward where nothing else is asked for than adapters beside a frozen layer.
 
         Of a small layer the host's time is all there is: every function and every look counts.
         """
         state, own = self._state, self.__dict__
         active = state.current if state._open else state.common
-        name, records = active.alone, torch.is_grad_enabled()
+        name = active.alone
         if not (active.adds or active.picks) or (own["lora_dropout"] and own["training"]):
             return None
         modules = own["_modules"]
@@ -368,16 +368,8 @@ class MultiLoRALinear(nn.Module):
             return None
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         if name is None or own["slices"] is not None:
-            if (records and self._records_any(x, active)) or not self._is_short(x, active):
-                return None
-            state.check_recomputation(active)
-            with below():
-                names = tuple(own["_r"]) if active.picks else active.names
-                lora_A, lora_B, scaling, ranks, slices = self.operands(names, beside=x)
-                if active.coefficients is not None and not active.picks:
-                    scaling = scaling * active.coefficients.to(scaling)
-            ids = None if active.batch is None else active.batch.ids
-            return run_beside(x, lora_A, lora_B, scaling, weight, bias, ranks, slices, ids)
+            return self._several_soon(x, active, weight, bias)
+        records = torch.is_grad_enabled()
         if not records or state._pending:
             state.check_recomputation(active)
         table_A, table_B = modules["lora_A"]._parameters, modules["lora_B"]._parameters
@@ -388,21 +380,35 @@ class MultiLoRALinear(nn.Module):
             x, lora_A = mark(x, active), mark(lora_A, active)
         return run_beside(x, lora_A, lora_B, self._scaling[name], weight, bias)
 
-    def _records_any(self, x: Tensor, active: Active) -> bool:
-        """Whether the forward of several adapters, where gradients are on, has one to pass on."""
-        names, coefficients = tuple(self._r) if active.picks else active.names, active.coefficients
-        return (
-            x.requires_grad
-            or (coefficients is not None and coefficients.requires_grad)
-            or bool(self._training_of(names))
-        )
+    def _several_soon(self, x: Tensor, active: Active, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The same of several adapters, or of slices: in eager code on a device with kernels, with ids that are x's."""
+        kind, ids, coefficients, trained = x.device.type, None, active.coefficients, {}
+        names = tuple(self._r) if active.picks else active.names
+        if kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind) or not is_eager(False) or not names:
+            return None
+        if active.batch is not None:
+            ids, coefficients = active.batch.ids, None
+            if x.dim() < 2 or ids.shape != x.shape[:1] or ids.device != x.device:
+                return None
+        if torch.is_grad_enabled():
+            trained = self._trained(names)
+            asks = x.requires_grad or bool(trained)
+            if coefficients is not None and coefficients.requires_grad:
+                return None
+            if asks and (self.slices is not None or has_saved_tensor_hooks()):
+                return None
+        self._state.check_recomputation(active)
+        with below():
+            lora_A, lora_B, scaling, ranks, slices = self.operands(names, beside=x)
+            if coefficients is not None:
+                scaling = scaling * coefficients.to(scaling)
+        return run_beside(x, lora_A, lora_B, scaling, weight, bias, ranks, slices, ids, trained)
 
-    def _is_short(self, x: Tensor, active: Active) -> bool:
-        """Whether several adapters may go the short way: eager code on a device with kernels, ids that are x's."""
-        kind, batch = x.device.type, active.batch
-        if kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind) or not is_eager(False) or not self._r:
-            return False
-        return batch is None or (x.dim() > 1 and batch.ids.shape == x.shape[:1] and batch.ids.device == x.device)
+    def _trained(self, names: Sequence[str]) -> dict[int, tuple[Tensor, ...]]:
+        """Factors by the place of their adapter in `names`, A and B of each slice, of those that require gradients."""
+        factors = self._factors_of(names)
+        asks = map(any, zip(*([p.requires_grad for p in of] for of in factors), strict=True))
+        return dict(compress(enumerate(zip(*factors, strict=True)), asks))
 
     def _of_any(self, x: Tensor, active: Active, watched: bool) -> Tensor:
         op: Callable[..., Tensor] = ops.lora_sum
@@ -451,8 +457,7 @@ class MultiLoRALinear(nn.Module):
         """Those of `names` that receive gradients in this forward."""
         if not torch.is_grad_enabled():
             return ()
-        asks = ([p.requires_grad for p in factors] for factors in self._factors_of(names))
-        return tuple(compress(names, map(any, zip(*asks, strict=True))))
+        return tuple(names[i] for i in self._trained(names))
 
     def operands(self, names: Sequence[str], active: Active | None = None, beside: Tensor | None = None) -> Operands:
         """The adapters `names` as operators take them: A and B stacked, filled up to one rank; scales, ranks, rows.

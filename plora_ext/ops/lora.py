@@ -7,7 +7,7 @@ al., NeurIPS 2022), which EASE, MOS and ACMap use.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -18,7 +18,7 @@ from plora_ext import libraries
 from plora_ext.ops import compiled, rules
 from plora_ext.ops.adapter_batch import AdapterBatch
 from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
-from plora_ext.ops.autograd import LowRank, OneAdapter, call, call_one, narrow, rows
+from plora_ext.ops.autograd import LowRank, OneAdapter, SeveralAdapters, call, call_one, narrow, rows
 from plora_ext.ops.checks import check, check_integers, shape, wide
 from plora_ext.ops.twins import run, run_twin
 from plora_ext.torch_private import PLAIN, any_requires_grad, below, forward_mode, is_eager, is_plain, needs_twin
@@ -135,10 +135,12 @@ def _run(
 def run_beside(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any, ranks: Tensor | None = None,
     slices: Sequence[tuple[int, int]] | None = None, ids: Tensor | None = None,
+    trained: Mapping[int, Sequence[Tensor]] | None = None,
 ) -> Tensor | None:  # fmt: skip
     """`lora_sum`, or with ids `lora_indexed`, beside a frozen layer, with few looks at its arguments.
 
-    Of one adapter the factors are [r, in] and [out, r]; several, stacked, are for where nothing records gradients.
+    Of one adapter the factors are [r, in] and [out, r]. Of several they are stacked past autograd; `trained` has the A
+    and the B, as they were before, of those that get gradients, by t.
 
     None where this is not eager code on plain tensors of one dtype (but for float32 factors beside an x of 16 bits,
     which are narrowed) and device without autocast, or the widths do not fit, or the layer trains: that is for
@@ -158,17 +160,26 @@ def run_beside(
     if records and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return None
     try:
-        if records and (asks or up or lora_A.requires_grad):
+        if lora_A.dim() == 2:
+            if not (records and (asks or up or lora_A.requires_grad)):
+                return call_one(x, lora_A, lora_B, scaling, weight, bias, False)[0]
             keep = asks if asks != up and rules.dense("lora_sum", 1, lora_A.size(0), True) else up
             y: Tensor = OneAdapter.apply(x, lora_A, lora_B, (scaling, weight, bias, keep))
             return y
-        if lora_A.dim() == 2:
-            return call_one(x, lora_A, lora_B, scaling, weight, bias, False)[0]
-        options = (ranks, False, None, None if slices is None else list(chain(*slices)), False)
-        run = compiled.op["lora_sum" if ids is None else "lora_indexed"]
+        family = "lora_sum" if ids is None else "lora_indexed"
+        flat = None if slices is None else list(chain(*slices))
         with below():
             factors = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)
-            return call(run, options, x, ids, *factors, scaling, None, weight, bias, None, None)[0]
+            if not (records and (asks or trained)):
+                run, options = compiled.op[family], (ranks, False, None, flat, False)
+                return call(run, options, x, ids, *factors, scaling, None, weight, bias, None, None)[0]
+        T, trained = lora_A.size(0), trained or {}
+        up = any(B.requires_grad for _, B in trained.values())
+        keep = asks if rules.dense(family, T, lora_A.size(1), True) else up
+        some = None if len(trained) in (0, T) else list(trained)
+        rest = family, (ranks, False, some, flat, keep), ids, *factors, scaling, weight, bias, list(trained)
+        y = SeveralAdapters.apply(x, rest, *chain.from_iterable(trained.values()))
+        return y
     except RuntimeError:  # of the kernel, which sees more than could be asked here for the same price
         dtypes = {x.dtype, narrow(lora_A, x.dtype).dtype, narrow(lora_B, x.dtype).dtype, weight.dtype}
         if len(dtypes) == 1 and x.shape[-1:] == lora_A.shape[-1:]:
