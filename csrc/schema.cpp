@@ -13,8 +13,8 @@
 // lora_B [out, r], scaling [1], y [..., out]. Views, and arguments that are not there, would cost the host more than it
 // takes to launch the kernels.
 //
-// `lora_stack`, on CUDA alone, is for layers whose adapters lie one by one, [r_t, in], [out, r_t] and [1]: it makes
-// lora_A, lora_B and scaling of them in the dtype of x, with zeros beyond an adapter's own rank.
+// `lora_stack`, on CUDA alone, is for layers whose adapters lie one by one, [r_t, in] and [out, r_t]: it makes lora_A,
+// lora_B and scaling of them in the dtype of x, with zeros beyond an adapter's own rank.
 //
 // `tf32` lets CUDA round float32 operands to TF32; the caller passes torch's own setting for matrix products.
 
@@ -69,7 +69,7 @@ STABLE_TORCH_LIBRARY(plora_ext, m) {
       "lora_one_backward(Tensor grad, Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor weight, "
       "Tensor? kept, int needs) -> (Tensor, Tensor, Tensor)");
 
-  m.def("lora_stack(Tensor x, Tensor[] lora_A, Tensor[] lora_B, Tensor[] scaling) -> (Tensor, Tensor, Tensor)");
+  m.def("lora_stack(Tensor x, Tensor[] lora_A, Tensor[] lora_B, float[] scaling) -> (Tensor, Tensor, Tensor)");
   m.def("lora_merge(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? ranks) -> Tensor");
 
   m.def("class_sums(Tensor features, Tensor labels, int num_classes) -> (Tensor, Tensor)");

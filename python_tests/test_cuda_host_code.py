@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from plora_ext import libraries
@@ -261,3 +262,44 @@ def test_out_may_be_what_is_read(operators: str) -> None:
         shared = (out[0], base) if i == 0 else (x, out[1])
         lora_all_out(out, shared[0], A, B, torch.ones(2), shared[1], None, None, None, None, None, False)
         torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["", "float32"])
+@pytest.mark.parametrize("ranks", [[4, 4, 4], [2, 5, 0, 3], [1]], ids=str)
+def test_factors_that_lie_one_by_one_are_stacked(
+    dtype: torch.dtype, wide: bool, ranks: list[int], host: ctypes.CDLL, calls: Callable[[], list[str]]
+) -> None:
+    n_in, out, r, x = 6, 7, max(ranks), torch.empty(0, dtype=dtype)
+    A = [torch.randn(n_in, own).to(torch.float32 if wide else dtype).T for own in ranks]
+    B, scaling = [torch.randn(out, own).to(A[0].dtype) for own in ranks], [0.1 * (t + 1) for t in range(len(ranks))]
+    calls()
+    found = torch.ops.plora_host.lora_stack(x, A, B, scaling)
+    assert calls() == ["stack"]
+    for got, expected in zip(
+        found,
+        (
+            torch.stack([F.pad(a, (0, 0, 0, r - len(a))) for a in A]).to(dtype),
+            torch.stack([F.pad(b, (0, r - b.shape[1])) for b in B]).to(dtype),
+            torch.tensor(scaling),
+        ),
+        strict=True,
+    ):
+        assert got.dtype == expected.dtype and torch.equal(got, expected)
+
+
+def test_factors_that_cannot_be_stacked_are_named(host: ctypes.CDLL) -> None:
+    A, B, s, stack = [torch.zeros(4, 8)] * 2, [torch.zeros(6, 4)] * 2, [1.0, 1.0], torch.ops.plora_host.lora_stack
+    for match, args in {
+        "as many, at least one, got 0, 2 and 2": ([], B, s),
+        "as many, at least one, got 2, 1 and 2": (A, B[:1], s),
+        "as many, at least one, got 2, 2 and 1": (A, B, s[:1]),
+        r"lora_A must be \[r, in\] and lora_B \[out, r\], got \[1, 4, 8\]": ([A[0][None], A[1]], B, s),
+        r"lora_A must have the shape \[4, 8\], got \[4, 7\]": ([A[0], A[1][:, 1:]], B, s),
+        r"lora_B must have the shape \[6, 4\], got \[6, 3\]": (A, [B[0], B[1][:, 1:]], s),
+        "lora_A must be Float, got BFloat16": ([A[0], A[1].bfloat16()], B, s),
+        "must be float32 or of the dtype of x": ([a.half() for a in A], B, s),
+    }.items():
+        with pytest.raises(RuntimeError, match=match):
+            stack(torch.empty(0, dtype=torch.bfloat16), *args)

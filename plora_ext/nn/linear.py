@@ -475,7 +475,7 @@ class MultiLoRALinear(nn.Module):
         if self.slices is None:
             one = len(names) == 1
             if beside is not None and beside.is_cuda and not (one and factors[0][0].dtype == beside.dtype):
-                made = stacked(beside, factors[0], factors[1], [self._scaling[name] for name in names])
+                made = stacked(beside, factors[0], factors[1], [self._alpha[name] / self._r[name] for name in names])
                 if made is not None:
                     return *made, None, None
             if one:

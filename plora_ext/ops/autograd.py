@@ -6,6 +6,7 @@ Backward formulas that are one or two large products are written here in torch; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -222,11 +223,24 @@ class SeveralAdapters(torch.autograd.Function):
                 ctx.family, ctx.options, needs, again, of_rows, flat, ids, lora_A, lora_B, scaling, weight, None, None,
                 kept,
             )  # fmt: skip
-            found: list[Any] = [dx if dx is None or flat is x else unflat(dx, x), None]
-            for t, A, B, asks_A, asks_B in zip(ctx.places, trained[::2], trained[1::2], asks[::2], asks[1::2]):
-                # where factors were narrowed, torch widens their gradients
-                found += [dA[t, : len(A)] if asks_A else None, dB[t, :, : B.shape[1]] if asks_B else None]
-        return tuple(found)
+            of_A = _one_by_one(dA, ctx.places, trained[::2], asks[::2], 0)
+            of_B = _one_by_one(dB, ctx.places, trained[1::2], asks[1::2], 1)
+        return (dx if dx is None or flat is x else unflat(dx, x), None, *chain.from_iterable(zip(of_A, of_B)))
+
+
+def _one_by_one(
+    grad: Tensor | None, places: Sequence[int], factors: Sequence[Tensor], asks: Sequence[bool], rank: int
+) -> Sequence[Tensor | None]:
+    """The gradients of factors, whose dimension `rank` is their own, from that of the stacked ones."""
+    if grad is None:
+        return [None] * len(places)
+    r, all_train = grad.shape[1 + rank], len(places) == len(grad)
+    # one cast for all; of some, torch casts each
+    parts = grad.to(factors[0].dtype).unbind() if all_train else [grad.select(0, t) for t in places]
+    return [
+        (part if own.shape[rank] == r else part.narrow(rank, 0, own.shape[rank])) if wanted else None
+        for part, own, wanted in zip(parts, factors, asks, strict=True)
+    ]
 
 
 def _with_trained(

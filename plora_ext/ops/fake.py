@@ -58,7 +58,7 @@ def _one_backward(
     return tuple(t.new_empty(t.shape if needs >> bit & 1 else 0) for bit, t in enumerate((x, lora_A, lora_B)))
 
 
-def _stack(x: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[Tensor]) -> tuple[Tensor, ...]:
+def _stack(x: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> tuple[Tensor, ...]:
     T, r = len(lora_A), max(A.shape[0] for A in lora_A)
     scales = x.new_empty(T, dtype=torch.float32)
     return x.new_empty(T, r, lora_A[0].shape[1]), x.new_empty(T, lora_B[0].shape[0], r), scales

@@ -188,9 +188,9 @@ def run_beside(
 
 
 def stacked(
-    x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[Tensor]
+    x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Factors [r_t, in], [out, r_t] and scales [1] of T adapters as the operators take them, in the dtype of x.
+    """Factors [r_t, in], [out, r_t] and scales of T adapters as the operators take them, in the dtype of x.
 
     One kernel, which fills up to the largest rank with zeros; None where there is none for these. For eager code that
     records no gradients.

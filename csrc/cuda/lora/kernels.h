@@ -191,7 +191,7 @@ struct LoraStack {
 };
 struct OneOfStack {
   const void *A, *B;  // [r, in], [out, r], of its own rank
-  const float* scaling;
+  float scaling;
   int r;
 };
 void lora_stack(const LoraStack& p, const std::vector<OneOfStack>& adapters, cudaStream_t stream);

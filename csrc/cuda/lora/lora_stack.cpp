@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -15,34 +16,34 @@ namespace {
 using Tensors = std::vector<Tensor>;
 
 std::tuple<Tensor, Tensor, Tensor> stacked(const Tensor& x, const Tensors& A, const Tensors& B,
-                                           const Tensors& scaling) {
+                                           const std::vector<double>& scaling) {
   const char* op = "lora_stack";
   const int64_t T = static_cast<int64_t>(A.size());
   PLORA_CHECK(T > 0 && B.size() == A.size() && scaling.size() == A.size(), op,
               ": lora_A, lora_B and scaling must be as many, at least one, got ", T, ", ", B.size(), " and ",
               scaling.size());
   PLORA_CHECK(A[0].dim() == 2 && B[0].dim() == 2, op, ": lora_A must be [r, in] and lora_B [out, r], got ",
-              shape_of(A[0]), " and ", shape_of(B[0]));
+              plora::shape_of(A[0]), " and ", plora::shape_of(B[0]));
   const int64_t in = A[0].size(1), out = B[0].size(0);
   const ScalarType dtype = A[0].scalar_type();
   PLORA_CHECK(dtype == x.scalar_type() || dtype == ScalarType::Float, op,
               ": factors must be float32 or of the dtype of x");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensors kept;  // copies of what does not lie row after row
-  const auto pointer = [&](const Tensor& t) { return kept.emplace_back(compact(t)).const_data_ptr(); };
+  const auto pointer = [&](const Tensor& t) {
+    return t.is_contiguous() ? t.const_data_ptr() : kept.emplace_back(torch::stable::contiguous(t)).const_data_ptr();
+  };
   std::vector<OneOfStack> adapters;
+  adapters.reserve(T);
   int64_t r = 0;
   for (int64_t t = 0; t < T; ++t) {
     const int64_t rank = A[t].dim() == 2 ? A[t].size(0) : 0;
     check_shape(op, "lora_A", A[t], {rank, in}, x);
     check_shape(op, "lora_B", B[t], {out, rank}, x);
-    check_shape(op, "scaling", scaling[t], {1}, x);
     check_dtype(op, "lora_A", A[t], dtype);
     check_dtype(op, "lora_B", B[t], dtype);
-    check_dtype(op, "scaling", scaling[t], ScalarType::Float);
     r = std::max(r, rank);
-    adapters.push_back(
-        {pointer(A[t]), pointer(B[t]), static_cast<const float*>(scaling[t].const_data_ptr()), static_cast<int>(rank)});
+    adapters.push_back({pointer(A[t]), pointer(B[t]), static_cast<float>(scaling[t]), static_cast<int>(rank)});
   }
   PLORA_CHECK(std::max(in, out) * r <= std::numeric_limits<int>::max() / 2, op, ": an adapter is too large");
   LoraStack p{dtype_of(op, dtype), dtype_of(op, x.scalar_type())};

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
   const int step = gridDim.x * kThreads * kVec;
   const OneOfStack& one = adapters[t];
   const auto *from_A = static_cast<const from_t*>(one.A), *from_B = static_cast<const from_t*>(one.B);
-  if (first == 0) scaling[t] = *one.scaling;
+  if (first == 0) scaling[t] = one.scaling;
   A += static_cast<int64_t>(t) * r * in, B += static_cast<int64_t>(t) * out * r;
   for (int i = first; i < r * in; i += step) copy<kVec>(from_A + i, A + i, i < one.r * in);
   for (int i = first; i < out * r; i += step) {

@@ -1,6 +1,7 @@
-// The host code of the CUDA operators (cuda/lora/lora.cpp) on CPU tensors: its kernels are loops here, written from
-// what cuda/lora/kernels.h says of them, which refuse what the real ones could not take. So which kernels are called,
-// with what, and what becomes of their memory is tested where there is no GPU (python_tests/test_cuda_host_code.py).
+// The host code of the CUDA operators (cuda/lora/lora.cpp, lora_stack.cpp) on CPU tensors: its kernels are loops here,
+// written from what cuda/lora/kernels.h says of them, which refuse what the real ones could not take. So which kernels
+// are called, with what, and what becomes of their memory is tested where there is no GPU
+// (python_tests/test_cuda_host_code.py).
 //
 // The operators are called plora_host; calls() tells which kernels ran since it was last asked, capture() whether a
 // graph is being captured. PLORA_CUDA_PATH=mma makes the GPU one without Hopper's kernels.
@@ -15,8 +16,12 @@
 // The operators' own registrations, by another name.
 static void define(torch::stable::detail::StableLibrary& m);
 static void implement(torch::stable::detail::StableLibrary& m);
+static void implement_stack(torch::stable::detail::StableLibrary& m);
 STABLE_TORCH_LIBRARY(plora_host, m) { define(m); }
-STABLE_TORCH_LIBRARY_IMPL(plora_host, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(plora_host, CPU, m) {
+  implement(m);
+  implement_stack(m);
+}
 #undef STABLE_TORCH_LIBRARY
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY(name, m) static void define(torch::stable::detail::StableLibrary& m)
@@ -24,6 +29,9 @@ STABLE_TORCH_LIBRARY_IMPL(plora_host, CPU, m) { implement(m); }
 
 #include "../../cuda/lora/lora.cpp"
 #include "../../schema.cpp"
+#define implement implement_stack
+#include "../../cuda/lora/lora_stack.cpp"
+#undef implement
 
 namespace {
 
@@ -397,6 +405,20 @@ void dense_grads(const DenseGrads& p, cudaStream_t) {
     for (int64_t part = 0; p.dscaling && part < parts; ++part) p.dscaling[t * parts + part] = 0;
     for (int64_t i = 0; p.dscaling && i < p.padded_r * p.in; ++i)
       p.dscaling[t * parts] += static_cast<float>(U(i) * get(p.dtype, p.A, t * p.padded_r * p.in + i));
+  }
+}
+
+void lora_stack(const LoraStack& p, const std::vector<OneOfStack>& adapters, cudaStream_t) {
+  g_calls += "stack ";
+  for (int t = 0; t < static_cast<int>(adapters.size()); ++t) {
+    const OneOfStack& one = adapters[t];
+    p.scaling[t] = one.scaling;
+    for (int64_t i = 0; i < p.r; ++i)
+      for (int64_t k = 0; k < p.in; ++k)
+        put(p.to, p.A, (t * p.r + i) * p.in + k, i < one.r ? get(p.from, one.A, i * p.in + k) : 0);
+    for (int64_t o = 0; o < p.out; ++o)
+      for (int64_t j = 0; j < p.r; ++j)
+        put(p.to, p.B, (t * p.out + o) * p.r + j, j < one.r ? get(p.from, one.B, o * one.r + j) : 0);
   }
 }
 
