@@ -84,15 +84,22 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     def counting(name: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
             y = op(*args, **kwargs)
-            calls[name] += y is not None  # `run_beside` leaves to `lora_sum` what it does not serve
+            calls[name] += 1
             return y
 
         return call
 
+    def short(*args: Any) -> Tensor | None:
+        y = run_beside(*args)  # which leaves to the operators what it does not serve
+        ids = args[8] if len(args) > 8 else None
+        calls["lora_sum" if ids is None else "lora_indexed"] += y is not None
+        return y
+
     for name in calls:
         owner: Any = integration if name.startswith("_") else ops
         monkeypatch.setattr(owner, name, counting(name, getattr(owner, name)))
-    monkeypatch.setattr(integration, "run_beside", counting("lora_sum", integration.run_beside))
+    run_beside = integration.run_beside
+    monkeypatch.setattr(integration, "run_beside", short)
     return calls
 
 

@@ -22,6 +22,7 @@ from plora_ext.integrations import _patch
 from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_device, stack
 from plora_ext.integrations._patch import Original, Patch, Report, instead
 from plora_ext.ops.lora import run_beside
+from plora_ext.ops.stack import stacked
 from plora_ext.torch_private import is_plain
 
 __all__ = ["patch", "report", "unpatch"]
@@ -300,13 +301,13 @@ def _run(
     )
     # The frozen layer belongs to the product if nobody looks at it, and all is of one dtype.
     fused = dropped is x and _is_plain_layer(base)
-    if fused and biases is None and len(names) == 1 and not ids and x.dtype == dtype:
-        y = run_beside(x, factors[0], factors[1], scaling, base.weight, base.bias)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if fused and biases is None and x.dtype == dtype and not autocast:
+        y = _soon(layer, x, ids, names, factors, scaling)
         if y is not None:
             return y
     lora_A, lora_B, ranks = stack(factors[::2], factors[1::2])
     keywords: dict[str, Any] = {"ranks": ranks, "bias_B": biases}
-    autocast = torch.is_autocast_enabled(x.device.type)
     if fused and (autocast or x.dtype == dtype == base.weight.dtype):
         return op(x, *ids, lora_A, lora_B, scaling, weight=base.weight, bias=base.bias, **keywords)
     if not autocast and dropped.dtype != dtype and not getattr(layer, "cast_input_dtype_enabled", True):
@@ -325,6 +326,25 @@ def _run(
     if autocast:
         return op(dropped, *ids, lora_A, lora_B, scaling, base=y, **keywords).to(y.dtype)
     return op(dropped.to(dtype), *ids, lora_A, lora_B, scaling, base=y.to(dtype), **keywords).to(y.dtype)
+
+
+def _soon(
+    layer: Any, x: Tensor, ids: Sequence[ops.AdapterBatch], names: Sequence[str], factors: list[Tensor], scaling: Tensor
+) -> Tensor | None:
+    """The short way, which costs the host least, of all in one dtype."""
+    base, ranks = layer._modules["base_layer"], None
+    if len(names) == 1 and not ids:
+        return run_beside(x, factors[0], factors[1], scaling, base.weight, base.bias)
+    own, T, trained = [A.shape[0] for A in factors[::2]], len(names), list[int]()
+    if torch.is_grad_enabled():
+        trained = [t for t in range(T) if factors[2 * t].requires_grad or factors[2 * t + 1].requires_grad]
+    lora_A, lora_B, made = stacked(x, factors[::2], factors[1::2], [layer.scaling[name] for name in names], trained)
+    if made is None and min(own) < max(own):
+        ranks = constant(tuple(own), torch.int64, x.device)
+    some = trained if len(trained) < T else None
+    of_rows = ids[0].ids if ids else None
+    scales = scaling if made is None else made
+    return run_beside(x, lora_A, lora_B, scales, base.weight, base.bias, ranks, None, of_rows, some)
 
 
 def _biases(layer: Any, names: Sequence[str]) -> Tensor | None:

@@ -298,8 +298,9 @@ class _Slabs:
 
     def _operands(self, layer: MultiLoRALinear, x: Tensor) -> Operands:
         if layer._number not in self.operands:
-            lora_A, lora_B, scaling, ranks, slices = layer.operands(list(layer.r), beside=x if is_eager() else None)
-            self.operands[layer._number] = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype), scaling, ranks, slices
+            names = tuple(layer.r)
+            found = layer.beside(x, names) if is_eager() and names else layer.operands(names)
+            self.operands[layer._number] = narrow(found[0], x.dtype), narrow(found[1], x.dtype), *found[2:]
         return self.operands[layer._number]
 
 

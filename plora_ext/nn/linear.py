@@ -17,7 +17,8 @@ from torch.func import functional_call
 from plora_ext import ops
 from plora_ext.nn.state import Active, State, check_known, mark, require_layer
 from plora_ext.ops.autograd import narrow
-from plora_ext.ops.lora import run_beside, stacked
+from plora_ext.ops.lora import run_beside
+from plora_ext.ops.stack import filled_up, stacked
 from plora_ext.torch_private import below, has_global_module_hooks, has_saved_tensor_hooks, is_eager
 
 __all__ = ["MultiLoRALinear"]
@@ -55,11 +56,6 @@ def is_called_plainly(module: nn.Module) -> bool:
         and (parameters.get("bias") is None or type(parameters["bias"]) in _PLAIN)
         and (not has_global_module_hooks() or torch.compiler.is_compiling())
     )
-
-
-def filled_up(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], r: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Factors [r_i, in] and [out, r_i] with zeros up to one rank r."""
-    return [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in lora_A], [F.pad(B, (0, r - B.shape[1])) for B in lora_B]
 
 
 # lora_A [T, r, in], lora_B [T, out, r], scaling [T]; where they differ, ranks [T]; where there are slices, their rows
@@ -382,8 +378,8 @@ class MultiLoRALinear(nn.Module):
 
     def _several_soon(self, x: Tensor, active: Active, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The same of several adapters, or of slices: in eager code on a device with kernels, with ids that are x's."""
-        kind, ids, coefficients, trained = x.device.type, None, active.coefficients, {}
-        names = tuple(self._r) if active.picks else active.names
+        kind, ids, coefficients = x.device.type, None, active.coefficients
+        names, trained = tuple(self._r) if active.picks else active.names, list[int]()
         if kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind) or not is_eager(False) or not names:
             return None
         if active.batch is not None:
@@ -392,23 +388,37 @@ class MultiLoRALinear(nn.Module):
                 return None
         if torch.is_grad_enabled():
             trained = self._trained(names)
-            asks = x.requires_grad or bool(trained)
             if coefficients is not None and coefficients.requires_grad:
                 return None
-            if asks and (self.slices is not None or has_saved_tensor_hooks()):
+            if (trained or x.requires_grad) and (self.slices is not None or has_saved_tensor_hooks()):
                 return None
         self._state.check_recomputation(active)
-        with below():
-            lora_A, lora_B, scaling, ranks, slices = self.operands(names, beside=x)
-            if coefficients is not None:
+        lora_A, lora_B, scaling, ranks, slices = self.beside(x, names, trained)
+        if coefficients is not None:
+            with below():
                 scaling = scaling * coefficients.to(scaling)
-        return run_beside(x, lora_A, lora_B, scaling, weight, bias, ranks, slices, ids, trained)
+        some = trained if len(trained) < len(names) else None
+        return run_beside(x, lora_A, lora_B, scaling, weight, bias, ranks, slices, ids, some)
 
-    def _trained(self, names: Sequence[str]) -> dict[int, tuple[Tensor, ...]]:
-        """Factors by the place of their adapter in `names`, A and B of each slice, of those that require gradients."""
+    def beside(self, x: Tensor, names: tuple[str, ...], trained: Sequence[int] = ()) -> Operands:
+        """`operands` in the dtype of x, for eager code, in which autograd sees no more than what trains."""
         factors = self._factors_of(names)
-        asks = map(any, zip(*([p.requires_grad for p in of] for of in factors), strict=True))
-        return dict(compress(enumerate(zip(*factors, strict=True)), asks))
+        if self.slices is not None or (len(names) == 1 and not trained and x.dtype == factors[0][0].dtype):
+            with below():
+                lora_A, lora_B, scaling, ranks, slices = self.operands(names)
+                return narrow(lora_A, x.dtype), narrow(lora_B, x.dtype), scaling, ranks, slices
+        scales = [self._alpha[name] / self._r[name] for name in names]
+        lora_A, lora_B, made = stacked(x, factors[0], factors[1], scales, trained)
+        if made is not None:
+            return lora_A, lora_B, made, None, None
+        scaling, _, alike = self._constants_of(names)
+        with below():
+            return lora_A, lora_B, scaling, None if alike else torch.cat([self._ranks[name] for name in names]), None
+
+    def _trained(self, names: Sequence[str]) -> list[int]:
+        """The places in `names` of adapters of which a factor requires a gradient."""
+        asks = ([p.requires_grad for p in factors] for factors in self._factors_of(names))
+        return list(compress(range(len(names)), map(any, zip(*asks, strict=True))))
 
     def _of_any(self, x: Tensor, active: Active, watched: bool) -> Tensor:
         op: Callable[..., Tensor] = ops.lora_sum
@@ -459,11 +469,10 @@ class MultiLoRALinear(nn.Module):
             return ()
         return tuple(names[i] for i in self._trained(names))
 
-    def operands(self, names: Sequence[str], active: Active | None = None, beside: Tensor | None = None) -> Operands:
+    def operands(self, names: Sequence[str], active: Active | None = None) -> Operands:
         """The adapters `names` as operators take them: A and B stacked, filled up to one rank; scales, ranks, rows.
 
         active: what is active, where something is to see from the factors that it stays so (`mark`).
-        beside: the x of eager code that records no gradients: one kernel then stacks and casts, where there is one.
         """
         factors, out = self._factors_of(names), self.out_features
         if not names:
@@ -472,14 +481,8 @@ class MultiLoRALinear(nn.Module):
             return torch.zeros(0, 1, self.in_features, **like), *empty, None, None
         if active is not None:
             factors[0][0] = mark(factors[0][0], active)
-        if self.slices is None:
-            one = len(names) == 1
-            if beside is not None and beside.is_cuda and not (one and factors[0][0].dtype == beside.dtype):
-                made = stacked(beside, factors[0], factors[1], [self._alpha[name] / self._r[name] for name in names])
-                if made is not None:
-                    return *made, None, None
-            if one:
-                return factors[0][0][None], factors[1][0][None], self._scaling[names[0]], None, None
+        if self.slices is None and len(names) == 1:
+            return factors[0][0][None], factors[1][0][None], self._scaling[names[0]], None, None
         (scaling, r, alike), ranks, T = self._constants_of(tuple(names)), None, len(names)
         if self.slices is None:
             lora_A, lora_B = factors

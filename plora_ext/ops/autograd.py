@@ -6,11 +6,9 @@ Backward formulas that are one or two large products are written here in torch; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from plora_ext import libraries
@@ -190,68 +188,6 @@ class OneAdapter(torch.autograd.Function):
             dx, dA, dB = op["lora_one_backward"](grad, x, *factors, scaling, weight, kept, needs)
         # where factors were narrowed, torch widens their gradients
         return dx if X else None, dA if A else None, dB if B else None, None
-
-
-class SeveralAdapters(torch.autograd.Function):
-    """`LowRank` beside a frozen layer, of factors that lie one by one and are stacked already: past autograd, which
-    sees x and the factors that train.
-
-    rest: family, options, ids, lora_A, lora_B, scaling, weight, bias, and the t of those adapters.
-    trained: A [r_t, in] and B [out, r_t] of each.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rest: tuple[Any, ...], *trained: Tensor) -> Tensor:
-        family, options, ids, lora_A, lora_B, scaling, weight, bias, places = rest
-        with below():
-            y, kept = call(op[family], options, x, ids, lora_A, lora_B, scaling, None, weight, bias, None, None)
-        ctx.save_for_backward(x, ids, lora_A, lora_B, scaling, weight, kept, *trained)
-        ctx.family, ctx.options, ctx.places = family, options, places
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, ids, lora_A, lora_B, scaling, weight, kept, *trained = ctx.saved_tensors
-        X, _, *asks = ctx.needs_input_grad
-        needs = [X, False, any(asks[::2]), any(asks[1::2]), *[False] * 6]
-        again = _is_differentiated_again(grad)
-        with without_autocast(grad.device.type) if again else below():
-            if again:
-                lora_A, lora_B = _with_trained(lora_A, lora_B, ctx.places, trained)
-            flat, of_rows = (x, grad) if x.dim() == 2 else (rows(x), rows_of_grad(grad, x))
-            dx, _, dA, dB, *_ = _gradients(
-                ctx.family, ctx.options, needs, again, of_rows, flat, ids, lora_A, lora_B, scaling, weight, None, None,
-                kept,
-            )  # fmt: skip
-            of_A = _one_by_one(dA, ctx.places, trained[::2], asks[::2], 0)
-            of_B = _one_by_one(dB, ctx.places, trained[1::2], asks[1::2], 1)
-        return (dx if dx is None or flat is x else unflat(dx, x), None, *chain.from_iterable(zip(of_A, of_B)))
-
-
-def _one_by_one(
-    grad: Tensor | None, places: Sequence[int], factors: Sequence[Tensor], asks: Sequence[bool], rank: int
-) -> Sequence[Tensor | None]:
-    """The gradients of factors, whose dimension `rank` is their own, from that of the stacked ones."""
-    if grad is None:
-        return [None] * len(places)
-    r, all_train = grad.shape[1 + rank], len(places) == len(grad)
-    # one cast for all; of some, torch casts each
-    parts = grad.to(factors[0].dtype).unbind() if all_train else [grad.select(0, t) for t in places]
-    return [
-        (part if own.shape[rank] == r else part.narrow(rank, 0, own.shape[rank])) if wanted else None
-        for part, own, wanted in zip(parts, factors, asks, strict=True)
-    ]
-
-
-def _with_trained(
-    lora_A: Tensor, lora_B: Tensor, places: Sequence[int], trained: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The stacked factors once more, as functions of those that train."""
-    (_, r, _), As, Bs = lora_A.shape, list(lora_A), list(lora_B)
-    for t, A, B in zip(places, trained[::2], trained[1::2], strict=True):
-        As[t] = F.pad(narrow(A, lora_A.dtype), (0, 0, 0, r - len(A)))
-        Bs[t] = F.pad(narrow(B, lora_B.dtype), (0, r - B.shape[1]))
-    return torch.stack(As), torch.stack(Bs)
 
 
 def _register_lora(family: str) -> None:

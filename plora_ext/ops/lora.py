@@ -7,7 +7,7 @@ al., NeurIPS 2022), which EASE, MOS and ACMap use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -18,14 +18,13 @@ from plora_ext import libraries
 from plora_ext.ops import compiled, rules
 from plora_ext.ops.adapter_batch import AdapterBatch
 from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
-from plora_ext.ops.autograd import LowRank, OneAdapter, SeveralAdapters, call, call_one, narrow, rows
+from plora_ext.ops.autograd import LowRank, OneAdapter, call, call_one, narrow, rows
 from plora_ext.ops.checks import check, check_integers, shape, wide
 from plora_ext.ops.twins import run, run_twin
 from plora_ext.torch_private import PLAIN, any_requires_grad, below, forward_mode, is_eager, is_plain, needs_twin
 
 _ACTIVATIONS = ("none", "relu")
 _OPERANDS = ("lora_A", "lora_B", "base", "weight", "bias", "bias_A", "bias_B")
-_STACKS = libraries.has_kernel("lora_stack", device_type="cuda")
 _SERVES_CPU, _SERVES_CUDA = (libraries.has_kernel("lora_sum", device_type) for device_type in ("cpu", "cuda"))
 _Optional = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -135,12 +134,11 @@ def _run(
 def run_beside(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any, ranks: Tensor | None = None,
     slices: Sequence[tuple[int, int]] | None = None, ids: Tensor | None = None,
-    trained: Mapping[int, Sequence[Tensor]] | None = None,
+    trainable: Sequence[int] | None = None,
 ) -> Tensor | None:  # fmt: skip
     """`lora_sum`, or with ids `lora_indexed`, beside a frozen layer, with few looks at its arguments.
 
-    Of one adapter the factors are [r, in] and [out, r]. Of several they are stacked past autograd; `trained` has the A
-    and the B, as they were before, of those that get gradients, by t.
+    Of one adapter the factors are [r, in] and [out, r], of several they are stacked (`ops.stack`), in the dtype of x.
 
     None where this is not eager code on plain tensors of one dtype (but for float32 factors beside an x of 16 bits,
     which are narrowed) and device without autocast, or the widths do not fit, or the layer trains: that is for
@@ -167,40 +165,20 @@ def run_beside(
             y: Tensor = OneAdapter.apply(x, lora_A, lora_B, (scaling, weight, bias, keep))
             return y
         family = "lora_sum" if ids is None else "lora_indexed"
-        flat = None if slices is None else list(chain(*slices))
+        flat, args = (
+            None if slices is None else list(chain(*slices)),
+            (ids, lora_A, lora_B, scaling, None, weight, bias),
+        )
+        if records and (asks or up or lora_A.requires_grad):
+            keep = rules.keeps(family, asks, lora_A, lora_B, scaling, weight, None, None, False)
+            y = LowRank.apply(family, (ranks, False, trainable, flat, keep), x, *args, None, None)
+            return y
         with below():
-            factors = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)
-            if not (records and (asks or trained)):
-                run, options = compiled.op[family], (ranks, False, None, flat, False)
-                return call(run, options, x, ids, *factors, scaling, None, weight, bias, None, None)[0]
-        T, trained = lora_A.size(0), trained or {}
-        up = any(B.requires_grad for _, B in trained.values())
-        keep = asks if rules.dense(family, T, lora_A.size(1), True) else up
-        some = None if len(trained) in (0, T) else list(trained)
-        rest = family, (ranks, False, some, flat, keep), ids, *factors, scaling, weight, bias, list(trained)
-        y = SeveralAdapters.apply(x, rest, *chain.from_iterable(trained.values()))
-        return y
+            return call(compiled.op[family], (ranks, False, None, flat, False), x, *args, None, None)[0]
     except RuntimeError:  # of the kernel, which sees more than could be asked here for the same price
         dtypes = {x.dtype, narrow(lora_A, x.dtype).dtype, narrow(lora_B, x.dtype).dtype, weight.dtype}
         if len(dtypes) == 1 and x.shape[-1:] == lora_A.shape[-1:]:
             raise
-        return None
-
-
-def stacked(
-    x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Factors [r_t, in], [out, r_t] and scales of T adapters as the operators take them, in the dtype of x.
-
-    One kernel, which fills up to the largest rank with zeros; None where there is none for these. For eager code that
-    records no gradients.
-    """
-    if not _STACKS or x.dtype == torch.float64 or not PLAIN.issuperset(map(type, chain(lora_A, lora_B))):
-        return None
-    try:
-        made: tuple[Tensor, Tensor, Tensor] = compiled.op["lora_stack"](x, lora_A, lora_B, scaling)
-        return made
-    except RuntimeError:  # factors of several dtypes or devices, which torch may join
         return None
 
 
