@@ -19,7 +19,7 @@ from plora_ext.nn.state import Active, State, check_known, mark, require_layer
 from plora_ext.ops.autograd import narrow
 from plora_ext.ops.lora import run_beside
 from plora_ext.ops.stack import filled_up, stacked
-from plora_ext.torch_private import below, has_global_module_hooks, has_saved_tensor_hooks, is_eager
+from plora_ext.torch_private import PLAIN, below, has_global_module_hooks, has_saved_tensor_hooks, is_eager
 
 __all__ = ["MultiLoRALinear"]
 
@@ -403,8 +403,10 @@ class MultiLoRALinear(nn.Module):
     def beside(self, x: Tensor, names: tuple[str, ...], trained: Sequence[int] = ()) -> Operands:
         """`operands` in the dtype of x, for eager code, in which autograd sees no more than what trains."""
         factors = self._factors_of(names)
-        if self.slices is not None or (len(names) == 1 and not trained and x.dtype == factors[0][0].dtype):
-            with below():
+        plain = PLAIN.issuperset(map(type, chain.from_iterable(factors)))
+        one = len(names) == 1 and not trained and x.dtype == factors[0][0].dtype
+        if one or not plain or self.slices is not None:
+            with below() if plain else nullcontext():
                 lora_A, lora_B, scaling, ranks, slices = self.operands(names)
                 return narrow(lora_A, x.dtype), narrow(lora_B, x.dtype), scaling, ranks, slices
         scales = [self._alpha[name] / self._r[name] for name in names]

@@ -13,7 +13,7 @@ from torch import Tensor
 from plora_ext import libraries
 from plora_ext.ops.autograd import narrow
 from plora_ext.ops.compiled import op
-from plora_ext.torch_private import PLAIN, below
+from plora_ext.torch_private import below
 
 _SERVES_CUDA = libraries.has_kernel("lora_stack", device_type="cuda")
 _Made = tuple[Tensor, Tensor, Tensor | None]
@@ -22,7 +22,9 @@ _Made = tuple[Tensor, Tensor, Tensor | None]
 def stacked(
     x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float], trained: Sequence[int] = ()
 ) -> _Made:
-    """The factors [r_t, in] and [out, r_t] of T adapters in one, with zeros up to the largest rank; in eager code.
+    """The factors [r_t, in] and [out, r_t] of T adapters in one, with zeros up to the largest rank.
+
+    For eager code, and plain tensors.
 
     trained: the t of those that get gradients.
 
@@ -44,7 +46,7 @@ def filled_up(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], r: int) -> tup
 
 
 def _stack(x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]) -> _Made:
-    if _SERVES_CUDA and x.is_cuda and x.dtype != torch.float64 and PLAIN.issuperset(map(type, chain(lora_A, lora_B))):
+    if _SERVES_CUDA and x.is_cuda and x.dtype != torch.float64:
         try:
             made: _Made = op["lora_stack"](x, lora_A, lora_B, scaling)
             return made
