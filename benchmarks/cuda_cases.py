@@ -382,6 +382,28 @@ def all_of(T: int, bandwidth: float) -> Case:
     )  # fmt: skip
 
 
+def stacking(T: int, layer: Layer, bandwidth: float) -> Case:
+    """float32 factors that lie one by one, as the operators take them beside an x of 16 bits."""
+
+    def make() -> SimpleNamespace:
+        A, B = (torch.randn(T, *shape, device=DEVICE) for shape in ((16, layer[0]), (layer[1], 16)))
+        return SimpleNamespace(x=torch.empty(0, device=DEVICE, dtype=DTYPE), A=A, B=B, As=list(A), Bs=list(B))
+
+    def joined(p: Any, of: Callable[[list[Tensor]], Tensor]) -> tuple[Tensor, ...]:
+        return tuple(of(own).to(DTYPE).view(T, *own[0].shape) for own in (p.As, p.Bs))
+
+    forms: dict[str, Form] = {
+        OURS: lambda p: torch.ops.plora_ext.lora_stack(p.x, p.As, p.Bs, [SCALE] * T)[:2],
+        "cat, cast": lambda p: joined(p, torch.cat),
+        "stack, cast": lambda p: joined(p, torch.stack),
+    }
+    us = (4 + DTYPE.itemsize) * T * 16 * sum(layer) / bandwidth * 1e6
+    return Case(
+        12, f"factors stacked, T={T}, r=16, {layer[0]}→{layer[1]}", make, forms, lambda p: (p.A.double(), p.B.double()),
+        "stack", gains={BEST: 1.0}, floors={"its bytes at copy bandwidth": us},
+    )  # fmt: skip
+
+
 def segments(T: int, rows: int = M) -> Tensor:
     """The adapters of rows in T segments of almost equal length, whose borders no tile shares."""
     return torch.arange(rows, device=DEVICE) * T // rows
@@ -415,6 +437,7 @@ def cases(rows: Sequence[int], quick: bool, compiled: bool, bandwidth: float) ->
         in_place(10, IN_PLACE, MASKED, segments(10), bandwidth),
     ]
     found += [sum_of(T, train) for T in (10, 50) for train in (False, True)] + [all_of(10, bandwidth)]
+    found += [stacking(T, layer, bandwidth) for layer in layers for T in (1, 10)]
     for n in (197, 788, 1576, 3152):
         found.append(training(10, TRAINED_MODULES, square, n, gains={"PEFT": 3.0}, judged="wall_us"))
     for layer in list(SERVED)[:1] if quick else SERVED:

@@ -60,7 +60,7 @@ def load_rivals(file: Path | None) -> Callable[[Case], dict[str, Form]]:
 
 
 def main() -> None:
-    parser = gpu_options(__doc__, "cuda_lora", 11)
+    parser = gpu_options(__doc__, "cuda_lora", 12)
     parser.add_argument("--quick", action="store_true", help="few rounds, and of the four layers only 768→768")
     parser.add_argument("--rivals", type=Path, help="Python file that adds forms")
     args = parser.parse_args()
