@@ -21,6 +21,7 @@ from plora_ext import ops
 from plora_ext.integrations import _patch
 from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_device, stack
 from plora_ext.integrations._patch import Original, Patch, Report, instead
+from plora_ext.ops.autocast import cast
 from plora_ext.ops.lora import run_beside
 from plora_ext.ops.stack import stacked
 from plora_ext.torch_private import is_plain
@@ -302,7 +303,7 @@ def _run(
     # The frozen layer belongs to the product if nobody looks at it, and all is of one dtype.
     fused = dropped is x and _is_plain_layer(base)
     autocast = torch.is_autocast_enabled(x.device.type)
-    if fused and biases is None and x.dtype == dtype and not autocast:
+    if fused and biases is None and (autocast or x.dtype == dtype):
         y = _soon(layer, x, ids, names, factors, scaling)
         if y is not None:
             return y
@@ -331,10 +332,12 @@ def _run(
 def _soon(
     layer: Any, x: Tensor, ids: Sequence[ops.AdapterBatch], names: Sequence[str], factors: list[Tensor], scaling: Tensor
 ) -> Tensor | None:
-    """The short way, which costs the host least, of all in one dtype."""
+    """The short way, which costs the host least, of all in one dtype or under autocast."""
     base, ranks = layer._modules["base_layer"], None
     if len(names) == 1 and not ids:
         return run_beside(x, factors[0], factors[1], scaling, base.weight, base.bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x = cast(x, torch.get_autocast_dtype(x.device.type))
     own, T, trained = [A.shape[0] for A in factors[::2]], len(names), list[int]()
     if torch.is_grad_enabled():
         trained = [t for t in range(T) if factors[2 * t].requires_grad or factors[2 * t + 1].requires_grad]

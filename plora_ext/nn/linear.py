@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from plora_ext import ops
 from plora_ext.nn.state import Active, State, check_known, mark, require_layer
+from plora_ext.ops.autocast import cast
 from plora_ext.ops.autograd import narrow
 from plora_ext.ops.lora import run_beside
 from plora_ext.ops.stack import filled_up, stacked
@@ -380,7 +381,7 @@ class MultiLoRALinear(nn.Module):
         """The same of several adapters, or of slices: in eager code on a device with kernels, with ids that are x's."""
         kind, ids, coefficients = x.device.type, None, active.coefficients
         names, trained = tuple(self._r) if active.picks else active.names, list[int]()
-        if kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind) or not is_eager(False) or not names:
+        if kind not in ("cpu", "cuda") or not is_eager(False) or not names:
             return None
         if active.batch is not None:
             ids, coefficients = active.batch.ids, None
@@ -393,6 +394,8 @@ class MultiLoRALinear(nn.Module):
             if (trained or x.requires_grad) and (self.slices is not None or has_saved_tensor_hooks()):
                 return None
         self._state.check_recomputation(active)
+        if torch.is_autocast_enabled(kind):
+            x = cast(x, torch.get_autocast_dtype(x.device.type))
         lora_A, lora_B, scaling, ranks, slices = self.beside(x, names, trained)
         if coefficients is not None:
             with below():

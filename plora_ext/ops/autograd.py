@@ -143,11 +143,12 @@ def call_one(
         y, what it keeps, and the factors where they were narrowed.
     """
     dtype = x.dtype
-    if lora_A.dtype == dtype and lora_B.dtype == dtype:
-        made: tuple[Tensor, Tensor] = op["lora_one"](x, lora_A, lora_B, scaling, weight, bias, keep)
-        return made
-    narrowed = narrow(lora_A, dtype), narrow(lora_B, dtype)
-    return (*op["lora_one"](x, *narrowed, scaling, weight, bias, keep), *narrowed)
+    with below():
+        if lora_A.dtype == dtype and lora_B.dtype == dtype:
+            made: tuple[Tensor, Tensor] = op["lora_one"](x, lora_A, lora_B, scaling, weight, bias, keep)
+            return made
+        narrowed = narrow(lora_A, dtype), narrow(lora_B, dtype)
+        return (*op["lora_one"](x, *narrowed, scaling, weight, bias, keep), *narrowed)
 
 
 def _gradients_of_one_again(
@@ -185,7 +186,8 @@ class OneAdapter(torch.autograd.Function):
         else:
             factors = narrowed or (lora_A, lora_B)
             needs = X | A << 1 | B << 2
-            dx, dA, dB = op["lora_one_backward"](grad, x, *factors, scaling, weight, kept, needs)
+            with below():
+                dx, dA, dB = op["lora_one_backward"](grad, x, *factors, scaling, weight, kept, needs)
         # where factors were narrowed, torch widens their gradients
         return dx if X else None, dA if A else None, dB if B else None, None
 

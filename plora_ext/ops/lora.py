@@ -140,16 +140,15 @@ def run_beside(
 
     Of one adapter the factors are [r, in] and [out, r], of several they are stacked (`ops.stack`), in the dtype of x.
 
-    None where this is not eager code on plain tensors of one dtype (but for float32 factors beside an x of 16 bits,
-    which are narrowed) and device without autocast, or the widths do not fit, or the layer trains: that is for
-    `lora_sum` to serve or to refuse. Whatever else is wrong the kernel refuses. Not for code that is being compiled.
+    None where this is not eager code on plain tensors of one device and, autocast's casts made, one dtype (but for
+    float32 factors beside an x of 16 bits, which are narrowed), or the widths do not fit, or the layer trains: that is
+    for the operator to serve or to refuse. Whatever else is wrong the kernel refuses. Not for code that is compiled.
     """
     cuda, device = x.is_cuda, x.device
     if (
         not (_SERVES_CUDA and x.dtype != torch.float64 if cuda else _SERVES_CPU and x.is_cpu)
         or not is_eager(compiling=False)
         or not (type(x) in PLAIN and type(lora_A) in PLAIN and type(lora_B) in PLAIN)
-        or torch.is_autocast_enabled("cuda" if cuda else "cpu")
         or not device == lora_A.device == lora_B.device == scaling.device == weight.device  # which may be "meta"
         or (bias is not None and bias.device != device)
     ):
@@ -157,6 +156,9 @@ def run_beside(
     asks, up, records = x.requires_grad, lora_B.requires_grad, torch.is_grad_enabled()
     if records and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return None
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        x, weight, bias = cast(x, dtype), cast(weight, dtype), cast(bias, dtype)
     try:
         if lora_A.dim() == 2:
             if not (records and (asks or up or lora_A.requires_grad)):
