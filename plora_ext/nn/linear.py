@@ -395,7 +395,7 @@ class MultiLoRALinear(nn.Module):
                 return None
         self._state.check_recomputation(active)
         if torch.is_autocast_enabled(kind):
-            x = cast(x, torch.get_autocast_dtype(x.device.type))
+            x = cast(x, torch.get_autocast_dtype(kind))
         lora_A, lora_B, scaling, ranks, slices = self.beside(x, names, trained)
         if coefficients is not None:
             with below():

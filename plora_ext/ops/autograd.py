@@ -147,7 +147,11 @@ def call_one(
         if lora_A.dtype == dtype and lora_B.dtype == dtype:
             made: tuple[Tensor, Tensor] = op["lora_one"](x, lora_A, lora_B, scaling, weight, bias, keep)
             return made
-        narrowed = narrow(lora_A, dtype), narrow(lora_B, dtype)
+        if x.is_cuda and lora_A.dtype == lora_B.dtype == torch.float32:  # both casts in one launch
+            A, B, _ = op["lora_stack"](x, [lora_A], [lora_B], [1.0])
+            narrowed = A[0], B[0]
+        else:
+            narrowed = narrow(lora_A, dtype), narrow(lora_B, dtype)
         return (*op["lora_one"](x, *narrowed, scaling, weight, bias, keep), *narrowed)
 
 
