@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> stacked(const Tensor& x, const Tensors& A, co
     r = std::max(r, rank);
     adapters.push_back({pointer(A[t]), pointer(B[t]), static_cast<float>(scaling[t]), static_cast<int>(rank)});
   }
-  PLORA_CHECK(std::max(in, out) * r <= std::numeric_limits<int>::max() / 2, op, ": an adapter is too large");
+  PLORA_CHECK((in + out) * r <= std::numeric_limits<int>::max() / 2, op, ": an adapter is too large");
   LoraStack p{dtype_of(op, dtype), dtype_of(op, x.scalar_type())};
   p.r = static_cast<int>(r), p.in = static_cast<int>(in), p.out = static_cast<int>(out);
   const Tensor stack_A = allocate(x, {T, r, in}), stack_B = allocate(x, {T, out, r});

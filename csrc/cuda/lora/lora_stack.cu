@@ -39,10 +39,13 @@ __global__ void __launch_bounds__(kThreads)
   const auto *from_A = static_cast<const from_t*>(one.A), *from_B = static_cast<const from_t*>(one.B);
   if (first == 0) scaling[t] = one.scaling;
   A += static_cast<int64_t>(t) * r * in, B += static_cast<int64_t>(t) * out * r;
-  for (int i = first; i < r * in; i += step) copy<kVec>(from_A + i, A + i, i < one.r * in);
-  for (int i = first; i < out * r; i += step) {
-    const int rank = one.r == r ? 0 : i % r, from = one.r == r ? i : i / r * one.r + rank;
-    copy<kVec>(from_B + from, B + i, rank < one.r);
+  for (int i = first; i < (in + out) * r; i += step) {
+    if (i < r * in) {
+      copy<kVec>(from_A + i, A + i, i < one.r * in);
+    } else {
+      const int j = i - r * in, rank = one.r == r ? 0 : j % r;
+      copy<kVec>(from_B + (one.r == r ? j : j / r * one.r + rank), B + j, rank < one.r);
+    }
   }
 }
 
@@ -61,8 +64,7 @@ void lora_stack(const LoraStack& p, const std::vector<OneOfStack>& adapters, cud
     using from_t = decltype(from);
     using to_t = decltype(to);
     constexpr int kVec = decltype(vec)::value;
-    const int most = std::max(p.in, p.out) * p.r;
-    const int blocks = std::clamp<int>(ceil_div(most, kThreads * kVec), 1, 1024);
+    const int blocks = std::clamp<int>(ceil_div((p.in + p.out) * p.r, kThreads * kVec), 1, 1024);
     for (int t = 0; t < T; t += kAtOnce) {
       const int here = std::min(kAtOnce, T - t);
       Adapters some{};
