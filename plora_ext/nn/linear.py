@@ -412,7 +412,7 @@ class MultiLoRALinear(nn.Module):
             with below() if plain else nullcontext():
                 lora_A, lora_B, scaling, ranks, slices = self.operands(names)
                 return narrow(lora_A, x.dtype), narrow(lora_B, x.dtype), scaling, ranks, slices
-        scales = [self._alpha[name] / self._r[name] for name in names]
+        scales = [self._alpha[name] / self._r[name] for name in names] if x.is_cuda else ()
         lora_A, lora_B, made = stacked(x, factors[0], factors[1], scales, trained)
         if made is not None:
             return lora_A, lora_B, made, None, None

@@ -26,6 +26,7 @@ def stacked(
 
     For eager code, and plain tensors.
 
+    scaling: T numbers, of use on a GPU.
     trained: the t of those that get gradients.
 
     Returns:
