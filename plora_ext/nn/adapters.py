@@ -466,7 +466,7 @@ class Adapters:
         if not self._state.unchecked or (cuda and torch.cuda.is_current_stream_capturing()):
             return
         for name in [name for name in self.names if name in self._state.unchecked]:
-            factors = [p.detach() for p in self.parameters(name) if not p.is_meta]
+            factors = [p.detach() for p in self.parameters(name) if p.numel() and not p.is_meta]
             trains = any(p.requires_grad for p in self.parameters(name))
             if trains and torch.is_grad_enabled():
                 continue  # the loss will show it
