@@ -167,10 +167,8 @@ def run_beside(
             y: Tensor = OneAdapter.apply(x, lora_A, lora_B, (scaling, weight, bias, keep))
             return y
         family = "lora_sum" if ids is None else "lora_indexed"
-        flat, args = (
-            None if slices is None else list(chain(*slices)),
-            (ids, lora_A, lora_B, scaling, None, weight, bias),
-        )
+        flat = None if slices is None else list(chain(*slices))
+        args = ids, lora_A, lora_B, scaling, None, weight, bias
         if records and (asks or up or lora_A.requires_grad):
             keep = rules.keeps(family, asks, lora_A, lora_B, scaling, weight, None, None, False)
             y = LowRank.apply(family, (ranks, False, trainable, flat, keep), x, *args, None, None)
