@@ -1161,6 +1161,15 @@ def test_second_device(family: str) -> None:
     verify(family, *problem(family, 1027, 768, 768, device="cuda:1"))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_stack_on_a_gpu_that_is_not_the_current_one() -> None:
+    A, B, s = factors_one_by_one(FP32, 40, 24, [4, 8])
+    expected = torch.ops.plora_ext.lora_stack(torch.empty(0, dtype=BF16, device=DEVICE), A, B, s)
+    of = [[t.to("cuda:1") for t in own] for own in (A, B)]
+    made = torch.ops.plora_ext.lora_stack(torch.empty(0, dtype=BF16, device="cuda:1"), *of, s)
+    assert same([t.cpu() for t in made], [t.cpu() for t in expected])
+
+
 # ---------------------------------------------------------------------- torch's own machinery
 
 
