@@ -28,6 +28,8 @@ from test_cil_checkpoint import TINY, VARIANTS, Cut, arrays, backbone, settings
 from test_cil_frozen import Behind
 from test_cil_frozen import backbone as frozen_backbone
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import plora_ext.cil.build
 from plora_ext import ops
@@ -328,6 +330,22 @@ def as_ddp(world: World) -> None:
 
 def test_gradients_are_those_of_ddp() -> None:
     assert spawn(2, as_ddp) == [None, None]
+
+
+def batch_of_sharded(world: World) -> bool:
+    """A batch of adapters whose factors are sharded: of an A of one row, nothing is on the second process."""
+    adapters, mesh = inject(nn.Sequential(nn.Linear(4, 3)), ["0"], r=1), init_device_mesh("cpu", (world.size,))
+    adapters.add_adapter("a")
+    adapters.train_adapter(None)
+    layer = adapters.layers["0"]
+    for table in (layer.lora_A, layer.lora_B):
+        table["a"] = nn.Parameter(distribute_tensor(table["a"].detach(), mesh, [Shard(0)]), requires_grad=False)
+    with adapters.batch([0, -1]):
+        return not adapters._state.unchecked
+
+
+def test_a_share_of_a_sharded_adapter_may_be_empty() -> None:
+    assert spawn(2, batch_of_sharded) == [True, True]
 
 
 class Losses(Callback):

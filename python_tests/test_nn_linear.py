@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -896,3 +897,66 @@ def test_the_short_way_under_checkpointing_hooks_and_writes() -> None:
     by_hand = torch.autograd.grad(formula(adapters, x, ["t0"]).square().sum(), x, create_graph=True)[0]
     for got, wanted in zip(second, torch.autograd.grad(by_hand.square().sum(), leaves), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_frozen_adapter_that_is_written_to_before_the_backward_is_an_error() -> None:
+    adapters = make()
+    x = torch.randn(3, IN, requires_grad=True)
+    lora_A = adapters.parameters("t0")[0]
+    for choose in (lambda: adapters.set_adapter("t0", [0.5]), lambda: adapters.set_adapter("t0")):
+        choose()
+        y = adapters.model(x)
+        lora_A.mul_(5)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    adapters.set_adapter(["t0", "t1"])  # stacked: the gradient is that of the forward that ran
+    y, expected = adapters.model(x), formula(adapters, x, ["t0", "t1"])
+    expected = torch.autograd.grad(expected.sum(), x)[0]
+    lora_A.mul_(5)
+    close(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
+def test_gradients_of_adapters_of_several_dtypes_are_not_rounded() -> None:
+    adapters = make(ranks=(4, 3, 4), dtype=torch.float64)
+    for parameter in adapters.parameters("t0"):
+        parameter.data = parameter.data.float()
+    adapters.train_adapter(adapters.names)
+    adapters.set_adapter(adapters.names)
+    x = torch.randn(5, IN, dtype=torch.float64)
+    wide = Adapters(copy.deepcopy(adapters.model).double())
+    adapters.model(x).square().sum().backward()
+    formula(wide, x, wide.names).square().sum().backward()
+    for name, tolerance in (("t0", 1e-6), ("t1", 1e-12), ("t2", 1e-12)):
+        for got, wanted in zip(adapters.parameters(name), wide.parameters(name), strict=True):
+            expected = wanted.grad.to(got.dtype)
+            torch.testing.assert_close(got.grad, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("names", [["t0", "t1", "t2"], ["t0", "t2"]])
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (4, 3, 4)])
+def test_gradients_of_several_adapters_may_be_written_to(ranks, names) -> None:
+    adapters = make(ranks=ranks)
+    adapters.train_adapter(names)
+    adapters.set_adapter(adapters.names)
+    asks = [p for p in adapters.parameters() if p.requires_grad]
+    x, rate = torch.randn(5, IN), torch.tensor(0.1, requires_grad=True)
+    expected = torch.autograd.grad(formula(adapters, x, adapters.names).square().sum(), asks)
+    for again in (False, True):
+        found = torch.autograd.grad(adapters.model(x).square().sum(), asks, create_graph=again)
+        for a, b in zip([g.mul_(rate) for g in found], expected, strict=True):
+            torch.testing.assert_close(a, 0.1 * b, rtol=1e-4, atol=1e-4)
+    adapters.model(x).square().sum().backward()
+    loss = (asks[0] * asks[0].grad).sum()
+    for parameter in asks[1:]:
+        parameter.grad.zero_()  # which is not to the first's
+    torch.testing.assert_close(torch.autograd.grad(loss, asks[0])[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("names", [["t0"], ["t0", "t1"]])
+def test_factors_narrower_than_the_layer_was(names) -> None:
+    adapters = make(dtype=torch.float64)
+    adapters.set_adapter(names)
+    x = torch.randn(3, IN)
+    narrow = {name: p.float() for name, p in adapters.model.named_parameters()}
+    y = functional_call(adapters.model, narrow, (x,))
+    torch.testing.assert_close(y, formula(adapters, x.double(), names).float(), rtol=1e-4, atol=1e-4)

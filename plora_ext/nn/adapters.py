@@ -17,6 +17,7 @@ from plora_ext import ops
 from plora_ext.nn.linear import MultiLoRALinear
 from plora_ext.nn.state import State, as_coefficients, as_names, check_known, require_layer
 from plora_ext.nn.targets import replace_module
+from plora_ext.torch_private import PLAIN
 
 __all__ = ["BASE", "Adapters"]
 
@@ -470,7 +471,7 @@ class Adapters:
             trains = any(p.requires_grad for p in self.parameters(name))
             if trains and torch.is_grad_enabled():
                 continue  # the loss will show it
-            if factors and not bool(nn.utils.get_total_norm(factors, torch.inf).isfinite()):
+            if factors and not _are_finite(factors):
                 raise ValueError(
                     f"adapter {name!r} holds inf or NaN and would spoil samples of other adapters in the same batch: "
                     "delete_adapter, or train it anew with a smaller learning rate"
@@ -528,3 +529,10 @@ def check_alpha(lora_alpha: float | None) -> None:
     known = lora_alpha is None or (isinstance(lora_alpha, int | float) and 0 < lora_alpha < float("inf"))
     if not known:  # other kinds of numbers could not be written to a file
         raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
+
+
+def _are_finite(factors: list[Tensor]) -> bool:
+    """Whether no inf or NaN is among them: of plain tensors in two launches, a sharded one may be empty here."""
+    if PLAIN.issuperset(map(type, factors)):
+        return bool(nn.utils.get_total_norm(factors, torch.inf).isfinite())
+    return bool(torch.stack([p.isfinite().all().to(factors[0].device) for p in factors]).all())

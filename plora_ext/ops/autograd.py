@@ -19,7 +19,7 @@ from plora_ext.ops.formulas import through_unit, unit
 from plora_ext.torch_private import below, forward_mode
 
 
-def _is_differentiated_again(grad: Tensor) -> bool:
+def is_differentiated_again(grad: Tensor) -> bool:
     """Whether a backward is itself differentiated: under create_graph, or in forward mode."""
     return torch.is_grad_enabled() or forward_mode(grad)
 
@@ -113,7 +113,7 @@ class LowRank(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # hooks may compute them anew, with autograd
         x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept = saved
-        again = _is_differentiated_again(grad)
+        again = is_differentiated_again(grad)
         with without_autocast(grad.device.type) if again else below():
             flat, of_rows = (x, grad) if x.dim() == 2 else (rows(x), rows_of_grad(grad, x))
             found = _gradients(
@@ -185,7 +185,7 @@ class OneAdapter(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, lora_A, lora_B, scaling, weight, kept, *narrowed = ctx.saved_tensors
         X, A, B, _ = ctx.needs_input_grad
-        if _is_differentiated_again(grad):
+        if is_differentiated_again(grad):
             dx, dA, dB = _gradients_of_one_again((X, A, B), grad, x, lora_A, lora_B, scaling, weight)
         else:
             factors = narrowed or (lora_A, lora_B)
@@ -212,7 +212,7 @@ def _register_lora(family: str) -> None:
             needs.insert(1, False)
         with without_autocast(grad.device.type):
             found = _gradients(
-                family, options, needs, _is_differentiated_again(grad), grad, x, ids[0] if ids else None, lora_A,
+                family, options, needs, is_differentiated_again(grad), grad, x, ids[0] if ids else None, lora_A,
                 lora_B, scaling, weight, bias_A, bias_B, kept,
             )  # fmt: skip
         if not indexed:
@@ -243,7 +243,7 @@ def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _subspace_logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if _is_differentiated_again(grad):
+    if is_differentiated_again(grad):
         return tuple(twins.gradients("subspace_logits", [*ctx.saved_tensors, False], ctx.needs_input_grad, grad))
     features, prototypes, weights = ctx.saved_tensors
     kept = weights.dtype
@@ -284,7 +284,7 @@ def _backward(name: str, grad: Tensor) -> Callable[..., Any]:
 
 
 def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if _is_differentiated_again(grad):
+    if is_differentiated_again(grad):
         args = [*ctx.saved_tensors, ctx.tau, ctx.add_old, ctx.tf32]
         return tuple(twins.gradients("reconstruct_prototypes", args, ctx.needs_input_grad, grad))
     d_old, d_new, d_values = _backward("reconstruct_prototypes", grad)(grad, *ctx.saved_tensors, ctx.tau)
@@ -292,7 +292,7 @@ def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _complete_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if _is_differentiated_again(grad):
+    if is_differentiated_again(grad):
         args = [*ctx.saved_tensors, ctx.tau, ctx.last]
         return tuple(twins.gradients("complete_prototypes", args, ctx.needs_input_grad, grad))
     return _backward("complete_prototypes", grad)(grad, *ctx.saved_tensors, ctx.tau, ctx.last), None, None, None

@@ -177,7 +177,7 @@ def run_beside(
             return call(compiled.op[family], (ranks, False, None, flat, False), x, *args, None, None)[0]
     except RuntimeError:  # of the kernel, which sees more than could be asked here for the same price
         dtypes = {x.dtype, narrow(lora_A, x.dtype).dtype, narrow(lora_B, x.dtype).dtype, weight.dtype}
-        if len(dtypes) == 1 and x.shape[-1:] == lora_A.shape[-1:]:
+        if len(dtypes) == 1 and scaling.dtype == wide(x.dtype) and x.shape[-1:] == lora_A.shape[-1:]:
             raise
         return None
 

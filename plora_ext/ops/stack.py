@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plora_ext import libraries
-from plora_ext.ops.autograd import narrow
+from plora_ext.ops.autograd import is_differentiated_again, narrow
 from plora_ext.ops.compiled import op
 from plora_ext.torch_private import below
 
@@ -88,6 +89,11 @@ def _parts(grad: Tensor | None, rank: int, ctx: Any) -> Sequence[Tensor | None]:
     trained, r = ctx.trained, ctx.ranks
     if grad is None:
         return [None] * len(trained)
-    # one cast for all; of some, torch casts each
-    parts = grad.to(ctx.dtype).unbind() if len(trained) == len(grad) else [grad.select(0, t) for t in trained]
-    return [part if part.shape[rank] == n else part.narrow(rank, 0, n) for part, n in zip(parts, r, strict=True)]
+    again = is_differentiated_again(grad)
+    with nullcontext() if again else below():  # parts made here count as no views: what follows may write to each
+        if len(trained) == len(grad) and not again:
+            # one cast for all, and none that rounds; what is left of it, torch casts for each
+            parts = grad.to(torch.promote_types(grad.dtype, ctx.dtype)).unbind()
+        else:
+            parts = tuple(grad.select(0, t) for t in trained)
+        return [part if part.shape[rank] == n else part.narrow(rank, 0, n) for part, n in zip(parts, r, strict=True)]
