@@ -524,6 +524,13 @@ def test_an_adapter_that_is_not_finite_does_not_share_a_batch(bad: float) -> Non
         pass
 
 
+def test_adapters_of_another_16_bit_dtype_than_autocasts_are_found_finite() -> None:
+    adapters = make("ab", dtype=torch.float16, autocast_adapter_dtype=False)
+    adapters.train_adapter(None)
+    with torch.autocast("cpu", torch.bfloat16), adapters.batch([0, 1]):
+        assert not adapters._state.unchecked
+
+
 # ---------------------------------------------------------------------- merged for a while
 
 

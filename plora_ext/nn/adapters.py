@@ -17,6 +17,7 @@ from plora_ext import ops
 from plora_ext.nn.linear import MultiLoRALinear
 from plora_ext.nn.state import State, as_coefficients, as_names, check_known, require_layer
 from plora_ext.nn.targets import replace_module
+from plora_ext.ops.autocast import without_autocast
 from plora_ext.torch_private import PLAIN
 
 __all__ = ["BASE", "Adapters"]
@@ -534,5 +535,6 @@ def check_alpha(lora_alpha: float | None) -> None:
 def _are_finite(factors: list[Tensor]) -> bool:
     """Whether no inf or NaN is among them: of plain tensors in two launches, a sharded one may be empty here."""
     if PLAIN.issuperset(map(type, factors)):
-        return bool(nn.utils.get_total_norm(factors, torch.inf).isfinite())
+        with without_autocast(factors[0].device.type):  # which knows one 16-bit dtype, not two
+            return bool(nn.utils.get_total_norm(factors, torch.inf).isfinite())
     return bool(torch.stack([p.isfinite().all().to(factors[0].device) for p in factors]).all())
