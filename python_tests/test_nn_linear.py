@@ -960,3 +960,12 @@ def test_factors_narrower_than_the_layer_was(names) -> None:
     narrow = {name: p.float() for name, p in adapters.model.named_parameters()}
     y = functional_call(adapters.model, narrow, (x,))
     torch.testing.assert_close(y, formula(adapters, x.double(), names).float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ids", [[0, 2, 1], [0, 0, 1]])
+def test_a_batch_of_more_adapters_than_the_layer_has_is_refused(ids) -> None:
+    adapters = make()
+    with adapters.batch(ids):
+        adapters.layers["qkv"].delete_adapter("t2")
+        with pytest.raises(IndexError, match="ids were checked for 3 adapters, lora_A holds 2"):
+            adapters.model(torch.randn(3, IN))

@@ -385,6 +385,8 @@ class MultiLoRALinear(nn.Module):
             return None
         if active.batch is not None:
             ids, coefficients = active.batch.ids, None
+            if active.batch.num_adapters > len(names):  # a GPU's kernels would read beyond the factors
+                return None
             if x.dim() < 2 or ids.shape != x.shape[:1] or ids.device != x.device:
                 return None
         if torch.is_grad_enabled():
