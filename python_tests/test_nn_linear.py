@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -969,3 +970,22 @@ def test_a_batch_of_more_adapters_than_the_layer_has_is_refused(ids) -> None:
         adapters.layers["qkv"].delete_adapter("t2")
         with pytest.raises(IndexError, match="ids were checked for 3 adapters, lora_A holds 2"):
             adapters.model(torch.randn(3, IN))
+
+
+@pytest.mark.parametrize("targets", [("qkv",), ("q", "v")], ids="-".join)
+def test_a_parametrization_may_differentiate_without_gradients(targets) -> None:
+    class Slope(nn.Module):
+        def forward(self, factor: Tensor) -> Tensor:  # of its squares: twice the factor
+            with torch.enable_grad():
+                leaf = factor.detach().requires_grad_()
+                return torch.autograd.grad(leaf.square().sum(), leaf)[0]
+
+    adapters, x = make(targets), torch.randn(3, IN)
+    doubled = Adapters(copy.deepcopy(adapters.model))
+    for handle in (adapters, doubled):
+        handle.set_adapter(["t0", "t1"])
+    lora_A = adapters.layers["qkv"].lora_A
+    parametrize.register_parametrization(lora_A if "qkv" in targets else lora_A["q"], "t1", Slope())
+    doubled.parameters("t1")[0].mul_(2)
+    with torch.no_grad():
+        close(adapters.model(x), doubled.model(x))

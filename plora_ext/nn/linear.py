@@ -413,7 +413,7 @@ class MultiLoRALinear(nn.Module):
         if one or not plain or self.slices is not None:
             # of one, views: where a gradient may need them, torch is to see what is written to the factors since
             with below() if plain and not torch.is_grad_enabled() else nullcontext():
-                lora_A, lora_B, scaling, ranks, slices = self.operands(names)
+                lora_A, lora_B, scaling, ranks, slices = self.operands(names, factors=factors)
                 return narrow(lora_A, x.dtype), narrow(lora_B, x.dtype), scaling, ranks, slices
         scales = [self._alpha[name] / self._r[name] for name in names] if x.is_cuda else ()
         lora_A, lora_B, made = stacked(x, factors[0], factors[1], scales, trained)
@@ -477,12 +477,15 @@ class MultiLoRALinear(nn.Module):
             return ()
         return tuple(names[i] for i in self._trained(names))
 
-    def operands(self, names: Sequence[str], active: Active | None = None) -> Operands:
+    def operands(
+        self, names: Sequence[str], active: Active | None = None, factors: list[list[Any]] | None = None
+    ) -> Operands:
         """The adapters `names` as operators take them: A and B stacked, filled up to one rank; scales, ranks, rows.
 
         active: what is active, where something is to see from the factors that it stays so (`mark`).
+        factors: theirs, from who has them.
         """
-        factors, out = self._factors_of(names), self.out_features
+        factors, out = self._factors_of(names) if factors is None else factors, self.out_features
         if not names:
             like: dict[str, Any] = {"dtype": self._dtype(), "device": self.device}
             empty = torch.zeros(0, out, 1, **like), torch.zeros(0, dtype=torch.float32, device=self.device)
