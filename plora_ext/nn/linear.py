@@ -412,7 +412,7 @@ class MultiLoRALinear(nn.Module):
         one = len(names) == 1 and not trained and x.dtype == factors[0][0].dtype
         if one or not plain or self.slices is not None:
             # of one, views: where a gradient may need them, torch is to see what is written to the factors since
-            with below() if plain and not torch.is_grad_enabled() else nullcontext():
+            with below() if plain and not (one and torch.is_grad_enabled()) else nullcontext():
                 lora_A, lora_B, scaling, ranks, slices = self.operands(names, factors=factors)
                 return narrow(lora_A, x.dtype), narrow(lora_B, x.dtype), scaling, ranks, slices
         scales = [self._alpha[name] / self._r[name] for name in names] if x.is_cuda else ()
