@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plora_ext.nn import linear
-from plora_ext.ops.stack import filled_up
+from plora_ext.ops.autograd import filled_up
 
 
 def is_called_plainly(module: nn.Module) -> bool:

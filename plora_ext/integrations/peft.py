@@ -22,8 +22,8 @@ from plora_ext.integrations import _patch
 from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_device, stack
 from plora_ext.integrations._patch import Original, Patch, Report, instead
 from plora_ext.ops.autocast import cast
+from plora_ext.ops.autograd import stacked
 from plora_ext.ops.lora import run_beside
-from plora_ext.ops.stack import stacked
 from plora_ext.torch_private import is_plain
 
 __all__ = ["patch", "report", "unpatch"]

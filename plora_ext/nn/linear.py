@@ -17,9 +17,8 @@ from torch.func import functional_call
 from plora_ext import ops
 from plora_ext.nn.state import Active, State, check_known, mark, require_layer
 from plora_ext.ops.autocast import cast
-from plora_ext.ops.autograd import narrow
+from plora_ext.ops.autograd import filled_up, narrow, stacked
 from plora_ext.ops.lora import run_beside
-from plora_ext.ops.stack import filled_up, stacked
 from plora_ext.torch_private import PLAIN, below, has_global_module_hooks, has_saved_tensor_hooks, is_eager
 
 __all__ = ["MultiLoRALinear"]

@@ -6,9 +6,12 @@ Backward formulas that are one or two large products are written here in torch; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from plora_ext import libraries
@@ -19,7 +22,7 @@ from plora_ext.ops.formulas import through_unit, unit
 from plora_ext.torch_private import below, forward_mode
 
 
-def is_differentiated_again(grad: Tensor) -> bool:
+def _is_differentiated_again(grad: Tensor) -> bool:
     """Whether a backward is itself differentiated: under create_graph, or in forward mode."""
     return torch.is_grad_enabled() or forward_mode(grad)
 
@@ -113,7 +116,7 @@ class LowRank(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # hooks may compute them anew, with autograd
         x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept = saved
-        again = is_differentiated_again(grad)
+        again = _is_differentiated_again(grad)
         with without_autocast(grad.device.type) if again else below():
             flat, of_rows = (x, grad) if x.dim() == 2 else (rows(x), rows_of_grad(grad, x))
             found = _gradients(
@@ -185,7 +188,7 @@ class OneAdapter(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, lora_A, lora_B, scaling, weight, kept, *narrowed = ctx.saved_tensors
         X, A, B, _ = ctx.needs_input_grad
-        if is_differentiated_again(grad):
+        if _is_differentiated_again(grad):
             dx, dA, dB = _gradients_of_one_again((X, A, B), grad, x, lora_A, lora_B, scaling, weight)
         else:
             factors = narrowed or (lora_A, lora_B)
@@ -212,7 +215,7 @@ def _register_lora(family: str) -> None:
             needs.insert(1, False)
         with without_autocast(grad.device.type):
             found = _gradients(
-                family, options, needs, is_differentiated_again(grad), grad, x, ids[0] if ids else None, lora_A,
+                family, options, needs, _is_differentiated_again(grad), grad, x, ids[0] if ids else None, lora_A,
                 lora_B, scaling, weight, bias_A, bias_B, kept,
             )  # fmt: skip
         if not indexed:
@@ -220,6 +223,91 @@ def _register_lora(family: str) -> None:
         return (*found, None, None, None, None, None)
 
     torch.library.register_autograd(f"plora_ext::{family}", backward, setup_context=setup_context)
+
+
+# --- lora_stack: factors that lie one by one, side by side as the operators take them ---------------------------------
+
+_STACKS = libraries.has_kernel("lora_stack", device_type="cuda")
+_Stacked = tuple[Tensor, Tensor, Tensor | None]
+
+
+def stacked(
+    x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float], trained: Sequence[int] = ()
+) -> _Stacked:
+    """The factors [r_t, in] and [out, r_t] of T adapters in one, with zeros up to the largest rank.
+
+    For eager code, and plain tensors.
+
+    scaling: T numbers, of use on a GPU.
+    trained: the t of those that get gradients.
+
+    Returns:
+        lora_A [T, r, in] and lora_B [T, out, r] in the dtype of x where they are of that or float32; scaling [T] where
+        the kernel made it, which takes one launch for all three.
+    """
+    if not trained:
+        with below():
+            return _stack(x, lora_A, lora_B, scaling)
+    factors = chain.from_iterable((lora_A[t], lora_B[t]) for t in trained)
+    made: _Stacked = _Stack.apply((x, lora_A, lora_B, scaling), trained, *factors)
+    return made
+
+
+def filled_up(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], r: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Factors [r_i, in] and [out, r_i] with zeros up to one rank r."""
+    return [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in lora_A], [F.pad(B, (0, r - B.shape[1])) for B in lora_B]
+
+
+def _stack(x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]) -> _Stacked:
+    if _STACKS and x.is_cuda and x.dtype != torch.float64:
+        try:
+            made: _Stacked = op["lora_stack"](x, lora_A, lora_B, scaling)
+            return made
+        except RuntimeError:  # of several dtypes or devices, which torch joins or refuses
+            pass
+    As, Bs, ranks = list(lora_A), list(lora_B), [A.shape[0] for A in lora_A]
+    T, r = len(ranks), max(ranks)
+    if min(ranks) < r:
+        As, Bs = filled_up(As, Bs, r)
+    A, B = torch.cat(As).view(T, r, -1), torch.cat(Bs).view(T, -1, r)
+    return narrow(A, x.dtype), narrow(B, x.dtype), None
+
+
+class _Stack(torch.autograd.Function):
+    """Autograd sees the factors that train, A and B of each, and not the stacking of all."""
+
+    @staticmethod
+    def forward(ctx: Any, args: Any, trained: Sequence[int], *factors: Tensor) -> _Stacked:
+        with below():
+            made = _stack(*args)
+        asks = ctx.needs_input_grad[2:]
+        others = (made[0] if not any(asks[::2]) else None, made[1] if not any(asks[1::2]) else None, made[2])
+        ctx.mark_non_differentiable(*(t for t in others if t is not None))
+        ctx.set_materialize_grads(False)
+        ctx.trained, ctx.dtype = trained, factors[0].dtype
+        ctx.ranks = [A.shape[0] for A in factors[::2]]
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, dA: Tensor | None, dB: Tensor | None, _: Any) -> tuple[Any, ...]:
+        own = _parts(dA, 0, ctx), _parts(dB, 1, ctx)
+        found = chain.from_iterable(zip(*own, strict=True))
+        return None, None, *(d if asks else None for d, asks in zip(found, ctx.needs_input_grad[2:], strict=True))
+
+
+def _parts(grad: Tensor | None, rank: int, ctx: Any) -> Sequence[Tensor | None]:
+    """What of a stacked gradient, whose dimension 1 + rank is the ranks, belongs to the factors that train."""
+    trained, r = ctx.trained, ctx.ranks
+    if grad is None:
+        return [None] * len(trained)
+    again = _is_differentiated_again(grad)
+    with nullcontext() if again else below():  # parts made here count as no views: what follows may write to each
+        if len(trained) == len(grad) and not again:
+            # one cast for all, and none that rounds; what is left of it, torch casts for each
+            parts = grad.to(torch.promote_types(grad.dtype, ctx.dtype)).unbind()
+        else:
+            parts = tuple(grad.select(0, t) for t in trained)
+        return [part if part.shape[rank] == n else part.narrow(rank, 0, n) for part, n in zip(parts, r, strict=True)]
 
 
 # --- the others -------------------------------------------------------------------------------------------------------
@@ -243,7 +331,7 @@ def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _subspace_logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if is_differentiated_again(grad):
+    if _is_differentiated_again(grad):
         return tuple(twins.gradients("subspace_logits", [*ctx.saved_tensors, False], ctx.needs_input_grad, grad))
     features, prototypes, weights = ctx.saved_tensors
     kept = weights.dtype
@@ -284,7 +372,7 @@ def _backward(name: str, grad: Tensor) -> Callable[..., Any]:
 
 
 def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if is_differentiated_again(grad):
+    if _is_differentiated_again(grad):
         args = [*ctx.saved_tensors, ctx.tau, ctx.add_old, ctx.tf32]
         return tuple(twins.gradients("reconstruct_prototypes", args, ctx.needs_input_grad, grad))
     d_old, d_new, d_values = _backward("reconstruct_prototypes", grad)(grad, *ctx.saved_tensors, ctx.tau)
@@ -292,7 +380,7 @@ def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _complete_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if is_differentiated_again(grad):
+    if _is_differentiated_again(grad):
         args = [*ctx.saved_tensors, ctx.tau, ctx.last]
         return tuple(twins.gradients("complete_prototypes", args, ctx.needs_input_grad, grad))
     return _backward("complete_prototypes", grad)(grad, *ctx.saved_tensors, ctx.tau, ctx.last), None, None, None

@@ -138,7 +138,7 @@ def run_beside(
 ) -> Tensor | None:  # fmt: skip
     """`lora_sum`, or with ids `lora_indexed`, beside a frozen layer, with few looks at its arguments.
 
-    Of one adapter the factors are [r, in] and [out, r], of several they are stacked (`ops.stack`), in the dtype of x.
+    Of one adapter the factors are [r, in] and [out, r], of several they are `stacked`, in the dtype of x.
 
     None where this is not eager code on plain tensors of one device and, autocast's casts made, one dtype (but for
     float32 factors beside an x of 16 bits, which are narrowed), or the widths do not fit, or the layer trains: that is
