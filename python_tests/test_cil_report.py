@@ -362,7 +362,8 @@ def test_sixty_runs(sixty: Path) -> None:
     assert float(row["last_accuracy_std"]) == pytest.approx(np.std(last, ddof=1))
     assert f"{np.mean(last):.1f} ± {np.std(last, ddof=1):.1f}" in text
     with (sixty / "runs.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 60
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 60 and Counter(row["num_tasks"] for row in rows) == {"6": 30, "3": 30}
     assert load_results(sixty) == many()  # a report is a run's folder again
 
 

@@ -179,7 +179,7 @@ def _run_rows(protocols: Sequence[Protocol]) -> Iterable[dict[str, Any]]:
             "label": g.label,
             "finished": is_finished(r),
             "tasks_learned": len(r.curve),
-            "tasks": len(r.classes_seen),
+            "num_tasks": len(r.classes_seen),  # `tasks` is a setting
             **r.summary(),
             "passes": r.passes,
             **r.parameters,
