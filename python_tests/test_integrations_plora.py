@@ -83,6 +83,20 @@ def test_evaluation_in_the_midst_of_a_task() -> None:
     assert torch.equal(nets[0](images()), nets[1](images()))
 
 
+def test_a_state_in_the_midst_of_a_task_is_loaded_after_that_task() -> None:
+    net, ended = network(), network()
+    learn(net, 0)
+    net.add_task([2, 3])
+    net.start([(images(), 2 + torch.arange(7) % 2)])
+    for task in range(2):
+        learn(ended, task)
+    ended.load_state_dict(net.state_dict())
+    for one in (net, ended):
+        assert one.adapters.active == ["task1"] and all(p.requires_grad for p in one.parameters_to_train())
+        assert not any(p.requires_grad for p in one.adapters.parameters("task0"))
+    assert torch.equal(ended.train()(images()), net.train()(images()))
+
+
 def images() -> Tensor:
     return torch.randn(7, 6, generator=torch.Generator().manual_seed(5))
 

@@ -273,7 +273,10 @@ class PLoRA(nn.Module):
         if isinstance(counts, Tensor):
             classes = [len(counts), *(int(c) + 1 for c in self.task_classes.tolist())]
             self.num_classes = max(self.num_classes, *classes)
-        if saved and not len(self.task_classes):
+        if saved and len(self.task_classes):
+            self.adapters.set_adapter(self.adapters.names[-1])
+            self.adapters.train_adapter(self.adapters.names[-1])
+        elif saved:
             self.fuse()
             self.adapters.train_adapter(None)
         super()._load_from_state_dict(state_dict, prefix, *args)
