@@ -25,6 +25,7 @@ from plora_ext.cil import Settings
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.files import exclusive
 from plora_ext.cil.result import Result
+from plora_ext.cil.trained import write_predictions
 from plora_ext.cli import main
 from plora_ext.report import figures
 from plora_ext.report.console import ConsoleProgress
@@ -543,6 +544,23 @@ def test_what_figures_are_of_is_said_wherever_they_stand(tmp_path: Path, capsys:
     assert [p.name.partition("embedded")[2] for p in protocols] == [
         ", on 20 % of the training images", ", order seed null", ", order seed 3"
     ]  # fmt: skip
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """Folders of a Latin-1 archive, as Python reads their names."""
+    runs = [result(seed=seed, data="data/l\udce4t") for seed in (1, 2)]
+    for run in runs:
+        run.class_names = ["b\udce4r", *map(str, range(1, 8))]
+    runs[0].save(tmp_path / "run")
+    assert load_results(tmp_path / "run") == runs[:1]
+    write_report(tmp_path, runs)
+    assert load_results(tmp_path / "metrics.json") == runs
+    assert "l\\udce4t, B0 Inc2" in (tmp_path / "report.html").read_text("utf-8")
+    rows = [{"class": 0, "name": "b\udce4r"}]
+    for name in ("out.json", "out.csv"):
+        write_predictions(tmp_path / name, [Path("b\udce4r.png")], rows)
+    assert json.loads((tmp_path / "out.json").read_text("utf-8")) == [{"image": "b\udce4r.png", **rows[0]}]
+    assert (tmp_path / "out.csv").read_bytes().splitlines()[1] == b"b\xe4r.png,0,b\xe4r"
 
 
 def test_what_is_trained_and_stored_stands_beside_passes(tmp_path: Path) -> None:

@@ -730,3 +730,13 @@ def test_digests_tell_images_and_preparations_apart(tmp_path: Path) -> None:
     (tmp_path / "test" / "ant" / "1.png").write_bytes((tmp_path / "test" / "bee" / "0.png").read_bytes())
     after = prepared(load_images(str(tmp_path)).test_images).digests()
     assert (before != after).any(1).tolist() == [False, True, False, False, False, False]
+
+
+def test_names_of_files_need_not_be_utf8(tmp_path: Path) -> None:
+    try:
+        write_folders(tmp_path, ("ant", os.fsdecode(b"b\xe4r")))
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    data = load_images(str(tmp_path))
+    digests = View(data.train_images, Preparation(12, [0.5] * 3, [0.5] * 3)).digests()
+    assert len(data.digest()) == 16 and len(digests.unique(dim=0)) == len(data.train_images) == 4

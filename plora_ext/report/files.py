@@ -116,7 +116,8 @@ def _write(folder: Path, texts: Mapping[str, str], pictures: Mapping[str, Figure
     work = Path(tempfile.mkdtemp(prefix=".plora-", dir=folder))
     try:
         for name, text in texts.items():
-            (work / name).write_text(text, encoding="utf-8")
+            # A name that is not UTF-8 is escaped, as JSON reads it back.
+            (work / name).write_text(text, encoding="utf-8", errors="backslashreplace")
         for name, picture in pictures.items():
             if picture is not None:
                 picture.savefig(work / name, dpi=160)
