@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import csv
+import errno
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -544,6 +546,19 @@ def test_what_figures_are_of_is_said_wherever_they_stand(tmp_path: Path, capsys:
     assert [p.name.partition("embedded")[2] for p in protocols] == [
         ", on 20 % of the training images", ", order seed null", ", order seed 3"
     ]  # fmt: skip
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.json'"):
+        result().save(tmp_path)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+        write_report(tmp_path, [result()])
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
