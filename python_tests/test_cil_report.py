@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import csv
+import errno
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -25,6 +27,7 @@ from plora_ext.cil import Settings
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.files import exclusive
 from plora_ext.cil.result import Result
+from plora_ext.cil.trained import write_predictions
 from plora_ext.cli import main
 from plora_ext.report import figures
 from plora_ext.report.console import ConsoleProgress
@@ -362,7 +365,8 @@ def test_sixty_runs(sixty: Path) -> None:
     assert float(row["last_accuracy_std"]) == pytest.approx(np.std(last, ddof=1))
     assert f"{np.mean(last):.1f} ± {np.std(last, ddof=1):.1f}" in text
     with (sixty / "runs.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 60
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 60 and Counter(row["num_tasks"] for row in rows) == {"6": 30, "3": 30}
     assert load_results(sixty) == many()  # a report is a run's folder again
 
 
@@ -542,6 +546,36 @@ def test_what_figures_are_of_is_said_wherever_they_stand(tmp_path: Path, capsys:
     assert [p.name.partition("embedded")[2] for p in protocols] == [
         ", on 20 % of the training images", ", order seed null", ", order seed 3"
     ]  # fmt: skip
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.json'"):
+        result().save(tmp_path)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+        write_report(tmp_path, [result()])
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """Folders of a Latin-1 archive, as Python reads their names."""
+    runs = [result(seed=seed, data="data/l\udce4t") for seed in (1, 2)]
+    for run in runs:
+        run.class_names = ["b\udce4r", *map(str, range(1, 8))]
+    runs[0].save(tmp_path / "run")
+    assert load_results(tmp_path / "run") == runs[:1]
+    write_report(tmp_path, runs)
+    assert load_results(tmp_path / "metrics.json") == runs
+    assert "l\\udce4t, B0 Inc2" in (tmp_path / "report.html").read_text("utf-8")
+    rows = [{"class": 0, "name": "b\udce4r"}]
+    for name in ("out.json", "out.csv"):
+        write_predictions(tmp_path / name, [Path("b\udce4r.png")], rows)
+    assert json.loads((tmp_path / "out.json").read_text("utf-8")) == [{"image": "b\udce4r.png", **rows[0]}]
+    assert (tmp_path / "out.csv").read_bytes().splitlines()[1] == b"b\xe4r.png,0,b\xe4r"
 
 
 def test_what_is_trained_and_stored_stands_beside_passes(tmp_path: Path) -> None:

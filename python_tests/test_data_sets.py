@@ -24,7 +24,7 @@ from plora_ext.cil.loop import run
 from plora_ext.data import Backbone, ImageFiles, Preparation, View, hold_out, load_images
 from plora_ext.data import view as views
 from plora_ext.data.images import Images, checked, doubles
-from plora_ext.data.inputs import image_paths, read_labelled, to_pixels
+from plora_ext.data.inputs import image_paths, read_images, read_labelled, to_pixels
 from plora_ext.data.sets import FOLDERS
 
 SPLITS = ("train", "test")
@@ -730,3 +730,22 @@ def test_digests_tell_images_and_preparations_apart(tmp_path: Path) -> None:
     (tmp_path / "test" / "ant" / "1.png").write_bytes((tmp_path / "test" / "bee" / "0.png").read_bytes())
     after = prepared(load_images(str(tmp_path)).test_images).digests()
     assert (before != after).any(1).tolist() == [False, True, False, False, False, False]
+
+
+def test_names_of_files_need_not_be_utf8(tmp_path: Path) -> None:
+    try:
+        write_folders(tmp_path, ("ant", os.fsdecode(b"b\xe4r")))
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    data = load_images(str(tmp_path))
+    digests = View(data.train_images, Preparation(12, [0.5] * 3, [0.5] * 3)).digests()
+    assert len(data.digest()) == 16 and len(digests.unique(dim=0)) == len(data.train_images) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_tensors_of_every_float_are_images(dtype: torch.dtype) -> None:
+    values = torch.linspace(0, 1, 192).view(3, 8, 8).to(dtype)
+    wanted = (values.double() * 255).round().byte().permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(to_pixels(values), wanted)
+    with pytest.raises(ValueError, match=rf"images must be uint8 \[N, H, W, 3\], got {dtype} \[1, 3, 8, 8\]"):
+        read_images(values[None])

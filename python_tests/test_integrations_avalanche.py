@@ -13,6 +13,8 @@ from torch.utils.data import TensorDataset
 pytest.importorskip("avalanche", reason="needs Avalanche: pip install 'plora_ext[integrations]'")
 
 from avalanche.benchmarks import nc_benchmark
+from avalanche.evaluation.metrics import accuracy_metrics
+from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.templates import SupervisedTemplate
 
 from plora_ext.integrations import avalanche as integration
@@ -76,6 +78,20 @@ def test_it_learns_one_experience_after_another() -> None:
     assert seen == list(range(10))
     assert accuracy(model, scenario.test_stream) > 0.6
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())  # frozen stays frozen
+
+
+def test_evaluation_within_an_experience() -> None:
+    """Avalanche's `eval_every` looks before the plugin has the experience's prototypes."""
+    scenario, model = benchmark(), plora()
+    metric = EvaluationPlugin(accuracy_metrics(experience=True))
+    run = SupervisedTemplate(
+        model=model, optimizer=torch.optim.Adam(model.parameters(), 3e-3), criterion=nn.CrossEntropyLoss(),
+        train_mb_size=16, train_epochs=3, plugins=[integration.PLoRAPlugin()], evaluator=metric, eval_every=1,
+    )  # fmt: skip
+    for i, experience in enumerate(scenario.train_stream[:2]):
+        run.train(experience, eval_streams=[scenario.test_stream[: i + 1]])
+        found = metric.get_last_metrics()
+        assert len(found) == i + 1 and min(found.values()) > 0.6
 
 
 def test_logits_of_classes_not_seen() -> None:

@@ -26,6 +26,7 @@ SETTINGS = {
     "diagonal": {"use_diagonal": True},
     "plain_cosine": {"use_reweight": False},
     "base_session": {"init_cls": 4},  # and a ragged last task
+    "large_base_session": {"init_cls": 6, "increment": 2},  # whose "Task acc" PILOT counts in slices of two classes
     "exemplars": {"use_old_data": True},  # PILOT's own replace_fc
 }
 

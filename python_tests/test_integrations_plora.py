@@ -51,6 +51,52 @@ def learn(net: PLoRA, task: int, steps: int = 3) -> None:
     net.end_task([(images, labels)])
 
 
+def test_evaluation_in_the_midst_of_a_task() -> None:
+    """Old classes by the model before, those of the task by what trains; and training goes on as without."""
+    nets = network(), network()
+    logits = {}
+    for net, looks in zip(nets, (True, False)):
+        for task in range(2):
+            learn(net, task)
+        before = net.eval()(images())
+        torch.manual_seed(9)
+        data = 3 * torch.randn(24, 6), 4 + torch.arange(24) % 2
+        net.add_task([4, 5])
+        net.start([data])
+        optimizer = torch.optim.SGD(net.parameters_to_train(), 0.1)
+        for _ in range(3):
+            if looks:
+                logits["eval"] = net.eval()(images())
+                net.train()
+            logits["train"] = net(images())
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(data[0]), data[1]).backward()
+            optimizer.step()
+        if looks:
+            torch.testing.assert_close(logits["eval"][:, :4], before)
+            torch.testing.assert_close(logits["eval"][:, 4:], logits["train"][:, 4:])
+            again = network()
+            again.load_state_dict(net.state_dict())
+            torch.testing.assert_close(again.eval()(images()), net.eval()(images()))
+            net.train()
+        net.end_task([data])
+    assert torch.equal(nets[0](images()), nets[1](images()))
+
+
+def test_a_state_in_the_midst_of_a_task_is_loaded_after_that_task() -> None:
+    net, ended = network(), network()
+    learn(net, 0)
+    net.add_task([2, 3])
+    net.start([(images(), 2 + torch.arange(7) % 2)])
+    for task in range(2):
+        learn(ended, task)
+    ended.load_state_dict(net.state_dict())
+    for one in (net, ended):
+        assert one.adapters.active == ["task1"] and all(p.requires_grad for p in one.parameters_to_train())
+        assert not any(p.requires_grad for p in one.adapters.parameters("task0"))
+    assert torch.equal(ended.train()(images()), net.train()(images()))
+
+
 def images() -> Tensor:
     return torch.randn(7, 6, generator=torch.Generator().manual_seed(5))
 

@@ -14,6 +14,17 @@ from pathlib import Path
 from typing import Any
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An OSError inside says which file or folder it is about: one of writing, as on a full disk, does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file so that it appears whole or not at all, and stays thereafter, also when the machine stops.
 
@@ -22,7 +33,7 @@ def write_whole(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
-        with part.open("wb") as file:
+        with named(path), part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

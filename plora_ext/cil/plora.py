@@ -209,14 +209,32 @@ class PLoRA(nn.Module):
         return Drift(rule, old, num_classes, tau=self.tau, ridge=self.ridge, covariances=covariances)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] among all classes seen; in training mode among those of the task that is trained."""
-        features = self.backbone(images).float()
-        if self.training and len(self.task_classes):
-            cosines = self.head.scale * F.linear(F.normalize(features), F.normalize(self.directions.float()))
+        """Logits [B, num_classes] among all classes seen; in training mode among those of the task that is trained.
+
+        In evaluation mode in the midst of a task, its classes are those that are trained, under the newest adapter, and
+        the old ones their prototypes, under the fused model of before.
+        """
+        features, task = self.backbone(images).float(), self.task_classes
+        if not len(task):
+            return self._among_old(features)
+        cosines = self.head.scale * F.linear(F.normalize(features), F.normalize(self.directions.float()))
+        if self.training or not self.bank.classes:
             logits = cosines.new_full((len(images), self.num_classes), UNSEEN)
-            return logits.index_copy(1, self.task_classes, cosines)
+        else:
+            logits = self._among_old(self._before(images)).to(cosines.dtype)
+        return logits.index_copy(1, task, cosines)
+
+    def _among_old(self, features: Tensor) -> Tensor:
         logits = self.head(features, self.bank.prototypes).clamp(min=UNSEEN)
         return F.pad(logits, (0, max(0, self.num_classes - logits.shape[1])), value=UNSEEN)
+
+    def _before(self, images: Tensor) -> Tensor:
+        """Features of the model that the newest adapter is not yet part of, whose prototypes the bank holds."""
+        names = self.adapters.names[:-1]
+        mean = fusion.coefficients("mean", len(names)).to(self.directions.device)
+        with self.adapters._state.within(names=tuple(names), coefficients=mean, written=None, batch=None):
+            features: Tensor = self.backbone(images)
+        return features.float()
 
     def train(self, mode: bool = True) -> PLoRA:
         super().train(mode)
@@ -255,7 +273,10 @@ class PLoRA(nn.Module):
         if isinstance(counts, Tensor):
             classes = [len(counts), *(int(c) + 1 for c in self.task_classes.tolist())]
             self.num_classes = max(self.num_classes, *classes)
-        if saved and not len(self.task_classes):
+        if saved and len(self.task_classes):
+            self.adapters.set_adapter(self.adapters.names[-1])
+            self.adapters.train_adapter(self.adapters.names[-1])
+        elif saved:
             self.fuse()
             self.adapters.train_adapter(None)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -80,7 +80,7 @@ class Result:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes FOLDER/metrics.json, which `plora-ext report` reads, and returns its path; it appears whole or not."""
         file = Path(folder) / "metrics.json"
-        write_whole(file, to_json([self]).encode())
+        write_whole(file, to_json([self]).encode("utf-8", "backslashreplace"))
         return file
 
     def summary(self) -> dict[str, float | None]:

@@ -119,4 +119,5 @@ def write_predictions(out: Path, paths: Sequence[Path], predictions: Sequence[di
     each = len(predictions) // len(paths)
     rows = [{"image": str(paths[i // each]), **prediction} for i, prediction in enumerate(predictions)]
     text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n" if out.suffix == ".json" else to_csv(rows)
-    write_whole(out, text.encode("utf-8"))
+    # A path that is not UTF-8: in JSON as json.loads gives it back, in CSV its bytes.
+    write_whole(out, text.encode("utf-8", "backslashreplace" if out.suffix == ".json" else "surrogateescape"))

@@ -74,7 +74,8 @@ class Images:
         for images in (self.train_images, self.test_images):
             if isinstance(images, ImageFiles):
                 for path in images.paths:
-                    seen.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+                    name = f"{path.parent.name}/{path.name} {path.stat().st_size}\n"
+                    seen.update(name.encode("utf-8", "surrogateescape"))  # which need not be UTF-8
             else:
                 seen.update(np.ascontiguousarray(images).data)
         return seen.hexdigest()[:16]

@@ -59,9 +59,9 @@ def read_images(data: Any) -> np.ndarray | ImageFiles:
         column = _column(data, lambda value: isinstance(value, Image), "images")
         return Items(len(data), lambda row: data[row][column])
     if isinstance(data, np.ndarray | Tensor):
-        pixels = np.asarray(data)
+        pixels = _on_host(data) if isinstance(data, Tensor) else data
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape[1:]:
-            raise ValueError(f"images must be uint8 [N, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
+            raise ValueError(f"images must be uint8 [N, H, W, 3], got {data.dtype} {list(pixels.shape)}")
         return pixels
     if isinstance(data, Sequence):
         return Items(len(data), data.__getitem__)
@@ -105,13 +105,19 @@ def to_pixels(image: Any) -> np.ndarray:
     """
     if isinstance(image, Image):
         return to_rgb(image)
-    pixels = np.moveaxis(image.cpu().numpy(), 0, -1) if isinstance(image, Tensor) else np.asarray(image)
+    pixels = np.moveaxis(_on_host(image), 0, -1) if isinstance(image, Tensor) else np.asarray(image)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or not pixels.size:
         what = f"{type(image).__name__} {list(np.shape(image))}"
         raise ValueError(f"an image must be a PIL image, an array [H, W, 3] or a tensor [3, H, W], got {what}")
     return to_8_bits(pixels, "an image").repeat(3 // pixels.shape[2], 2)
+
+
+def _on_host(tensor: Tensor) -> np.ndarray:
+    """As an array; numpy has no bfloat16, and nothing smaller."""
+    small = tensor.is_floating_point() and tensor.element_size() < 4
+    return np.asarray((tensor.float() if small else tensor).detach().cpu())
 
 
 def image_paths(given: Sequence[str | Path]) -> list[Path]:

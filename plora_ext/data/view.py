@@ -126,7 +126,8 @@ class View:
             about += b" on the device" if p.on_device and self._ready is None else b""
             if isinstance(self.images, ImageFiles):
                 files = ((path.absolute(), path.stat()) for path in self.images.paths)
-                contents = (f"{path} {facts.st_size} {facts.st_mtime_ns}".encode() for path, facts in files)
+                texts = (f"{path} {facts.st_size} {facts.st_mtime_ns}" for path, facts in files)
+                contents = (text.encode("utf-8", "surrogateescape") for text in texts)  # paths need not be UTF-8
             else:
                 contents = (repr(image.shape).encode() + image.tobytes() for image in self.images)
             parts = [hashlib.blake2b(about + content, digest_size=16).digest() for content in contents]

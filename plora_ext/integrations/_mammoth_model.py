@@ -81,10 +81,12 @@ def make_model() -> type:
             self.net.end_task(self._batches(dataset))
 
         def _batches(self, dataset: Any) -> Iterator[tuple[Tensor, Tensor]]:
-            """The task's training images with the test transform, if the data set has one."""
-            images = dataset.train_loader.dataset
+            """The task's training images with the transform of its test images; some data sets name it nowhere else."""
+            images, tests = dataset.train_loader.dataset, dataset.test_loaders[-1].dataset
             transform = images.transform
-            images.transform = getattr(self.dataset, "TEST_TRANSFORM", None) or transform
+            images.transform = (
+                getattr(tests, "transform", None) or getattr(self.dataset, "TEST_TRANSFORM", None) or transform
+            )
             try:
                 for batch in DataLoader(images, self.args.batch_size):
                     yield batch[0].to(self.device), torch.as_tensor(batch[1]).to(self.device)

@@ -201,10 +201,9 @@ def eval_cnn(original: Original, self: Any, loader: Any, *, cache: bool) -> tupl
         predicted, targets, own_task, given_task = [], [], [], []
         for features, labels in features_of(self, loader, cache, subspaces_of(network.backbone, self.use_init_ptm)):
             outputs = _logits(network, features)
-            tasks = _task_of_class(outputs.shape[1], self.init_cls, self.inc, outputs.device)
             labels = labels.to(outputs.device)
             task_ids = (labels - self.init_cls).div(self.inc, rounding_mode="floor") + 1
-            inside = torch.where(tasks == task_ids[:, None], outputs, 0)  # zeros elsewhere, as PILOT has it
+            inside = torch.where(_window(task_ids, outputs.shape[1], self.init_cls, self.inc), outputs, 0)
             best = outputs.max(dim=1)[1]
             own_task.append(((best - self.init_cls).div(self.inc, rounding_mode="floor") + 1) == task_ids)
             given_task.append(inside.max(dim=1)[1] == labels)
@@ -213,6 +212,19 @@ def eval_cnn(original: Original, self: Any, loader: Any, *, cache: bool) -> tupl
         for text, right in (("Task correct: {}", own_task), ("Task acc: {}", given_task)):
             logging.info(text.format(torch.cat(right).sum().cpu().numpy() * 100 / len(torch.cat(right))))
         return torch.cat(predicted).cpu().numpy(), torch.cat(targets).cpu().numpy()
+
+
+def _window(task_ids: Tensor, num_classes: int, init_cls: int, inc: int) -> Tensor:
+    """The logits [B, num_classes] that PILOT's "Task acc" leaves, others are 0: those of each image's task.
+
+    A first task of more classes than the later ones has ids below 0 too, and PILOT slices by these as by any: `inc`
+    classes about the image's own, from the end where that begins below 0.
+    """
+    stops = init_cls + task_ids[:, None] * inc
+    starts = torch.where(task_ids[:, None] == 0, 0, stops - inc)
+    starts = torch.where(starts < 0, (starts + num_classes).clamp(min=0), starts)
+    classes = torch.arange(num_classes, device=task_ids.device)
+    return (starts <= classes) & (classes < stops)
 
 
 def _logits(network: Any, features: Tensor) -> Tensor:

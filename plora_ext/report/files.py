@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from plora_ext.cil.files import to_csv
+from plora_ext.cil.files import named, to_csv
 from plora_ext.cil.result import Result, to_json
 from plora_ext.report.console import COMPACT, fits
 from plora_ext.report.runs import COLUMNS, Group, Protocol, best_cells, group, is_finished, load_results, rows
@@ -115,11 +115,13 @@ def _write(folder: Path, texts: Mapping[str, str], pictures: Mapping[str, Figure
     """Writes all of it into a hidden folder first, then moves it, so an interrupt leaves the files of before."""
     work = Path(tempfile.mkdtemp(prefix=".plora-", dir=folder))
     try:
-        for name, text in texts.items():
-            (work / name).write_text(text, encoding="utf-8")
-        for name, picture in pictures.items():
-            if picture is not None:
-                picture.savefig(work / name, dpi=160)
+        with named(folder):
+            for name, text in texts.items():
+                # A name that is not UTF-8 is escaped, as JSON reads it back.
+                (work / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+            for name, picture in pictures.items():
+                if picture is not None:
+                    picture.savefig(work / name, dpi=160)
         names = sorted(file.name for file in work.iterdir())
         for name in names:
             os.replace(work / name, folder / name)
@@ -179,7 +181,7 @@ def _run_rows(protocols: Sequence[Protocol]) -> Iterable[dict[str, Any]]:
             "label": g.label,
             "finished": is_finished(r),
             "tasks_learned": len(r.curve),
-            "tasks": len(r.classes_seen),
+            "num_tasks": len(r.classes_seen),  # `tasks` is a setting
             **r.summary(),
             "passes": r.passes,
             **r.parameters,

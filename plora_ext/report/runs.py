@@ -293,7 +293,7 @@ def _names(firsts: Sequence[Result]) -> list[str]:
     for same in alike():
         for number, i in enumerate(same if len(same) > 1 else (), 1):
             titles[i] += f", protocol {number} of that name"
-    return titles
+    return [title.encode("utf-8", "backslashreplace").decode() for title in titles]  # a folder's need not be UTF-8
 
 
 def _said(name: str, value: Any) -> str:

@@ -46,13 +46,15 @@ def main():
     args.num_classes = 10
     torch.manual_seed(0)
     centres = torch.randn(10, 1, 8, 8)
-    data = SimpleNamespace(TEST_TRANSFORM=lambda image: image)
+    data = SimpleNamespace(test_loaders=[])
     model = host(Backbone(), nn.CrossEntropyLoss(), args, None, dataset=data)
     statistics = model.net.backbone.backbone.norm.running_mean.clone()
     for task in range(5):
         model.n_past_classes, model.n_seen_classes = 2 * task, 2 * task + 2
         images = Blobs(centres, range(2 * task, 2 * task + 2), 30, lambda image: image + 0.1 * torch.randn(1, 8, 8))
         data.train_loader = DataLoader(images, args.batch_size, shuffle=True)
+        own = Blobs(centres, range(2 * task, 2 * task + 2), 8, lambda image: image)
+        data.test_loaders.append(DataLoader(own, args.batch_size))
         model.begin_task(data)
         for epoch in range(args.n_epochs):
             model.net.train()
@@ -64,3 +66,6 @@ def main():
         right = sum(int(model(image[None]).argmax() == label) for image, label, _ in test)
         print(f"Accuracy for {task + 1} task(s): [Class-IL]: {100 * right / len(test):.2f}%")
     assert torch.equal(model.net.backbone.backbone.norm.running_mean, statistics)
+    for c in images.labels:  # prototypes are of images as the tests have them
+        clean = images.images[torch.tensor(images.labels) == c]
+        torch.testing.assert_close(model.net.bank.prototypes[c], model.net.backbone(clean).mean(0))
