@@ -203,7 +203,10 @@ def _read_config(path: Path) -> dict[str, Any]:
             "changes nothing"
         )
     for pattern in ("rank_pattern", "alpha_pattern"):
-        for expression in config.get(pattern) or {}:
+        given = config.get(pattern) or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"{path}: {pattern} must be an object of expressions and numbers, got {given!r}")
+        for expression in given:
             try:
                 re.compile(_as_peft_reads(expression))
             except re.error as error:

@@ -350,6 +350,8 @@ def test_plora_learns_in_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
         learner = host.learn(settings, tasks=2)
     assert learner._network.plora.adapters.names == ["task0", "task1"]
     assert learner.predictions[-1].max() < 6 and learner.curve[-1] > 100 / 6
+    with pilot.patch(), pytest.raises(ValueError, match="epochs must be a positive integer, got 0"):
+        host.learn({**settings, "epochs": 0}, tasks=1)
     from utils import factory
 
     with pytest.raises(AssertionError):

@@ -263,6 +263,8 @@ def test_an_expression_that_is_none(saved: Path) -> None:
     config = json.loads((saved / CONFIG).read_text())
     (saved / CONFIG).write_text(json.dumps({**config, "alpha_pattern": {"(fc": 2}}))
     refused(saved, r"adapter_config\.json: alpha_pattern has '\(fc', no regular expression")
+    (saved / CONFIG).write_text(json.dumps({**config, "rank_pattern": ["fc"]}))
+    refused(saved, r"rank_pattern must be an object of expressions and numbers, got \['fc'\]")
 
 
 def test_a_model_whose_own_names_begin_like_peft_s(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def make_learner() -> type:
             super().__init__(args)
             self._known_classes = 0
             s = {name: args.get(name, default) for name, default in DEFAULTS.items()}
+            if not isinstance(s["epochs"], int) or s["epochs"] < 1:
+                raise ValueError(f"epochs must be a positive integer, got {s['epochs']!r}")
             self.settings, self.batch_size = s, args["batch_size"]
             backbone = timm.create_model(args["backbone_type"], pretrained=args.get("pretrained", True), num_classes=0)
             names = ("target_modules", "r", "lora_alpha", "alignment", "tau", "ridge", "scale")
