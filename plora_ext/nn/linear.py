@@ -409,7 +409,7 @@ class MultiLoRALinear(nn.Module):
         factors = self._factors_of(names)
         plain = PLAIN.issuperset(map(type, chain.from_iterable(factors)))
         one = len(names) == 1 and not trained and x.dtype == factors[0][0].dtype
-        if one or not plain or self.slices is not None:
+        if one or not plain or self.slices is not None or not (trained or x.is_cuda):
             # of one, views: where a gradient may need them, torch is to see what is written to the factors since
             with below() if plain and not (one and torch.is_grad_enabled()) else nullcontext():
                 lora_A, lora_B, scaling, ranks, slices = self.operands(names, factors=factors)
