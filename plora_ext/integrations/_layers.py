@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plora_ext.nn import linear
-from plora_ext.ops.autograd import filled_up
+from plora_ext.ops.autograd import side_by_side
 
 
 def is_called_plainly(module: nn.Module) -> bool:
@@ -65,10 +65,6 @@ def stack(factors_A: Sequence[Tensor], factors_B: Sequence[Tensor]) -> tuple[Ten
     """lora_A [T, r, in] and lora_B [T, out, r] of T pairs; where their ranks differ, padded, with the ranks [T]."""
     if len(factors_A) == 1:
         return factors_A[0][None], factors_B[0][None], None
-    own, ranks = tuple(A.shape[0] for A in factors_A), None
-    if min(own) < max(own):
-        factors_A, factors_B = filled_up(factors_A, factors_B, max(own))
-        ranks = constant(own, torch.int64, factors_A[0].device)
-    T = len(own)  # for many small tensors `cat` is far quicker than `stack`
-    A, B = torch.cat(list(factors_A)), torch.cat(list(factors_B))
-    return A.view(T, max(own), -1), B.view(T, -1, max(own)), ranks
+    own = tuple(A.shape[0] for A in factors_A)
+    ranks = constant(own, torch.int64, factors_A[0].device) if min(own) < max(own) else None
+    return *side_by_side(factors_A, factors_B), ranks

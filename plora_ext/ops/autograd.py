@@ -258,6 +258,15 @@ def filled_up(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], r: int) -> tup
     return [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in lora_A], [F.pad(B, (0, r - B.shape[1])) for B in lora_B]
 
 
+def side_by_side(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """lora_A [T, r, in] and lora_B [T, out, r] of T pairs, filled up where their ranks differ; by torch's operators."""
+    As, Bs, ranks = list(lora_A), list(lora_B), [A.shape[0] for A in lora_A]
+    T, r = len(ranks), max(ranks)
+    if min(ranks) < r:
+        As, Bs = filled_up(As, Bs, r)
+    return torch.cat(As).view(T, r, -1), torch.cat(Bs).view(T, -1, r)  # for many small tensors quicker than `stack`
+
+
 def _stack(x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]) -> _Stacked:
     if _STACKS and x.is_cuda and x.dtype != torch.float64:
         try:
@@ -265,11 +274,7 @@ def _stack(x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scalin
             return made
         except RuntimeError:  # of several dtypes or devices, which torch joins or refuses
             pass
-    As, Bs, ranks = list(lora_A), list(lora_B), [A.shape[0] for A in lora_A]
-    T, r = len(ranks), max(ranks)
-    if min(ranks) < r:
-        As, Bs = filled_up(As, Bs, r)
-    A, B = torch.cat(As).view(T, r, -1), torch.cat(Bs).view(T, -1, r)
+    A, B = side_by_side(lora_A, lora_B)
     return narrow(A, x.dtype), narrow(B, x.dtype), None
 
 
