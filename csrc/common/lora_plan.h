@@ -2,9 +2,9 @@
 // that it can be asked and tested without a GPU (plora_ext._C.lora_plan). The host code follows it, and what it calls
 // refuses what the plan should not have sent there.
 //
-// The fused product (cuda/fused_sm90.cu) makes tiles of 128 x 192. A `slot` is 16 ranks of one adapter: 16 more columns
-// in the main loop, which takes one, or two with the tile beside it, or 16 more of the depth where h was computed
-// before.
+// The fused product (cuda/fused_sm90.cu) makes tiles of 128 x 192, those of a last wave of few in thirds. A `slot` is
+// 16 ranks of one adapter: 16 more columns in the main loop, which takes one, or two with the tile beside it, or 16
+// more of the depth where h was computed before.
 #pragma once
 
 #include <algorithm>
@@ -62,8 +62,9 @@ enum class LoraRanks {
 struct LoraPlan {
   LoraAlgorithm algorithm = LoraAlgorithm::low_rank;
   LoraRanks ranks = LoraRanks::within;
-  int64_t ctas = 0, waves = 0;  // of the fused product
-  int slots = 0;                // that it makes in its loop, or two that pairs of blocks make
+  int64_t ctas = 0;  // of the fused product
+  double waves = 0;  // likewise; one in thirds counts less
+  int slots = 0;     // that it makes in its loop, or two that pairs of blocks make
   const char* reason = "";
 
   bool fused() const { return algorithm == LoraAlgorithm::in_loop || algorithm == LoraAlgorithm::precomputed; }
@@ -94,8 +95,9 @@ namespace lora_plan {
 constexpr int64_t kDenseRank = 64, kDenseAlone = 192;
 constexpr int64_t kMergeRank = 64;   // above: merging pays where nothing is kept ...
 constexpr int64_t kMergeRows = 256;  // ... from this many rows on
-// Fewer rows are few tiles for the fused product; of a deep product each takes long, and torch's shares out the depth.
-constexpr int64_t kHopperRows = 128, kDeepRows = 1024, kDeep = 1024;
+// Fewer rows are few tiles for the fused product. Of a deep product each takes long, and torch's shares out the depth,
+// but from kDeepAtOnce rows on one wave of them is as fast, up to a depth.
+constexpr int64_t kHopperRows = 128, kDeepRows = 1024, kDeepAtOnce = 256, kDeep = 1024, kDeepest = 4096;
 // What cuda/few_rows.cu takes: rows; adapters; ranks that act on a row.
 constexpr int64_t kFewRows = 512, kFewAdapters = 1 << 15, kFewRanks = 512;
 // What cuda/few_rows_sm90.cu takes: rows; of all of them, the ranks that act on them. It reads a row's adapter for that
@@ -116,11 +118,14 @@ constexpr int64_t kFactorRow = 16;
 // they start with 4 us more than low_rank.cu, which then takes twice as long for the bytes, and goes through x once for
 // each adapter that its rows meet.
 constexpr int64_t kTwoKernels = int64_t{6} << 20;
-// As measured on an H200: operations per second and multiprocessor, bytes per second, seconds. Of a slot in the main
-// loop: its share of the product, and seconds per wave, either direction; of a given slot: seconds per wave.
-constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kLaunch = 2.5e-6;
+// As measured on an H200: operations per second and multiprocessor, bytes per second, and of one multiprocessor,
+// seconds. A pass over x whose blocks find multiprocessors beside those of the product costs its launch alone. Of a
+// slot in the main loop: its share of the product, and seconds per wave, either direction; of a given slot: seconds per
+// wave.
+constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kBlockBytes = 0.1e12, kLaunch = 2.5e-6, kBeside = 1e-6;
+constexpr double kThirds = 0.45;  // of a wave, one in thirds
 constexpr double kInLoopShare = 0.1, kInLoopWave = 0.9e-6, kGivenWave = 0.2e-6;
-constexpr double kInLoopShareBackward = 0.03, kInLoopWaveBackward = 2e-6;
+constexpr double kInLoopShareBackward = 0.19, kInLoopWaveBackward = 0.5e-6;
 
 // How many adapters a tile's rows meet at most.
 inline int64_t adapters_of_tile(const LoraShape& s) {
@@ -147,6 +152,12 @@ inline int64_t slots_of_tile(const LoraShape& s, int64_t slots, int64_t column_t
     most = std::max(most, met);
   }
   return most;
+}
+
+// How many tiles of the fused product are in thirds, made by three blocks each: those beyond full waves, if few.
+inline int64_t in_thirds(int64_t tiles, int64_t at_once) {
+  const int64_t last = tiles % at_once;
+  return 3 * last <= at_once ? last : 0;
 }
 
 }  // namespace lora_plan
@@ -217,6 +228,14 @@ inline bool all_on_hopper(const LoraShape& s) {
          s.M * s.out < int64_t{1} << 39;
 }
 
+// Whether there are rows enough for the fused product.
+inline bool rows_for_fused(const LoraShape& s) {
+  using namespace lora_plan;
+  const int64_t K = s.backward ? s.out : s.in, N = s.backward ? s.in : s.out;
+  if (K <= kDeep || s.M >= kDeepRows) return s.M >= kHopperRows;
+  return s.M >= kDeepAtOnce && K <= kDeepest && ceil_div(s.M, kTileRows) * ceil_div(N, kTileColumns) <= s.sms;
+}
+
 // The ranks that act on a row, those of each adapter in whole chunks.
 inline int64_t ranks_of_row(const LoraShape& s) {
   return (s.family == Family::sum ? s.T : 1) * ceil_div(s.r, lora_plan::kSlot) * lora_plan::kSlot;
@@ -226,8 +245,8 @@ inline int64_t ranks_of_row(const LoraShape& s) {
 // it takes the shape, has h for next to nothing.
 inline bool few_rows(const LoraShape& s) {
   using namespace lora_plan;
-  const bool fused = s.weight && s.half && s.capability == 90 && !s.mma_only && s.M >= kHopperRows &&
-                     (s.backward ? s.out : s.in) <= kDeep && adapters_of_tile(s) == 1;
+  const bool fused =
+      s.weight && s.half && s.capability == 90 && !s.mma_only && rows_for_fused(s) && adapters_of_tile(s) == 1;
   return s.family != Family::all && s.M <= kFewRows && s.T <= kFewAdapters && s.r > 0 && ranks_of_row(s) <= kFewRanks &&
          std::min(s.in, s.out) > 0 && std::max(s.in, s.out) < int64_t{1} << 25 && !fused;
 }
@@ -299,27 +318,32 @@ inline LoraPlan plan_lora(const LoraShape& s) {
 
   // From K columns to N.
   const int64_t K = s.backward ? s.out : s.in, N = s.backward ? s.in : s.out;
-  if (s.M < (K > kDeep ? kDeepRows : kHopperRows)) return apart("too few rows for the fused product");
+  if (!rows_for_fused(s)) return apart("too few rows for the fused product");
+  if (s.backward && K >= kDeepest && s.M >= kDeepRows)
+    return apart("torch's own product of so many columns is faster by more than a pass");
   const int64_t column_tiles = ceil_div(N, kTileColumns), tiles = ceil_div(s.M, kTileRows) * column_tiles;
-  const int64_t at_once = std::max<int64_t>(1, s.sms), waves = ceil_div(tiles, at_once);
+  const int64_t at_once = std::max<int64_t>(1, s.sms), thirds = in_thirds(tiles, at_once);
+  const auto whole = static_cast<double>(ceil_div(tiles, at_once)), waves = thirds > 0 ? whole - 1 + kThirds : whole;
+  const int64_t ctas = std::min(tiles + 2 * thirds, at_once);
 
   // A slot lengthens every wave of the product, in its main loop more than given; but a given one needs a pass over x
   // of its own, which then serves as well where only some tiles meet several adapters.
   const int64_t each = ceil_div(padded_rank(s.r), kSlot), most = adapters_of_tile(s);
   if (s.family == Family::indexed && most * padded_rank(s.r) > kGivenRanks)
     return apart("a tile may meet more ranks than there is space for");
-  const double product = waves * (2.0 * kTileRows * kTileColumns * K / kFlops);
+  const double wave = 2.0 * kTileRows * kTileColumns * K / kFlops;
   const int copies = s.backward && !reads_lora_B(s);
-  const double pass = 2.0 * s.M * K / kBytes + kLaunch * (1 + copies);
-  const double loop = s.backward ? product * kInLoopShareBackward + waves * kInLoopWaveBackward
-                                 : product * kInLoopShare + waves * kInLoopWave;
-  const double given = waves * kGivenWave;
-  const bool few = s.backward && s.M < kDeepRows;  // whose pass hides behind the launch
-  // A slot for each tile's loop, or two for those of a pair, forward alone.
+  const double read = std::max(2.0 * s.M * K / kBytes, 2.0 * kTileRows * K / kBlockBytes), given = waves * kGivenWave;
+  const bool beside = ctas + ceil_div(s.M, kTileRows) <= at_once;
+  const double pass = (beside ? std::max(kBeside, read - waves * wave) : read + kLaunch) + kLaunch * copies;
+  // A slot for each tile's loop, or two for those of a pair, which have no thirds.
   const bool one = most <= 1 && slots_of_tile(s, each, column_tiles) <= 1;
-  const bool two = most * each <= 2 && !s.backward && column_tiles % 2 == 0 && at_once > 1;
-  const bool fits = (one || two) && !few && loop < pass + given * most * each;
-  const double alone = 2.0 * s.M * (K + 2 * N) / kBytes + kLaunch * (2 + copies);
+  const bool two = most * each <= 2 && column_tiles % 2 == 0 && at_once > 1;
+  const double in_loop =
+      s.backward ? wave * kInLoopShareBackward + kInLoopWaveBackward : wave * kInLoopShare + kInLoopWave;
+  const double loop = one ? waves * in_loop : (whole - waves) * wave + whole * in_loop;
+  const bool fits = (one || two) && loop < pass + given * most * each;
+  const double alone = read + 4.0 * s.M * N / kBytes + kLaunch * (2 + copies);
   // Ids of single rows may be anything; what is met in practice are segments.
   const double mean =
       s.family != Family::indexed
@@ -329,8 +353,8 @@ inline LoraPlan plan_lora(const LoraShape& s) {
     return apart("a tile may meet more ranks than a second pass over y costs");
   if (!fits && !h_by_product(s) && !rows_on_hopper(s)) return apart("more rows than the fused product can number");
 
-  plan.ctas = std::min(tiles, at_once), plan.waves = waves;
-  plan.slots = !fits ? 0 : one ? 1 : 2;
+  plan.ctas = ctas, plan.slots = !fits ? 0 : one ? 1 : 2;
+  plan.waves = plan.slots == 2 ? whole : waves;
   if (fits) return choose(LoraAlgorithm::in_loop, LoraRanks::within, "the ranks of every tile fit beside it");
   return choose(LoraAlgorithm::precomputed, h_by_product(s) ? LoraRanks::product : rows,
                 "a pass over the rows costs less than the ranks beside every tile");

@@ -65,7 +65,7 @@ bool holds(const LoraShape& s, const LoraPlan& p) {
              s.M * (ids ? 1 : s.T) * ((s.r + 15) / 16 * 16) <= 4096 && s.family != Family::all;
     case A::in_loop: {  // a slot a tile, or two in a pair, and h is left to the loop
       const bool one = met <= 1 && (rank <= 16 || (!s.backward && !s.slices.empty()));
-      const bool two = met * ((rank + 15) / 16) <= 2 && !s.backward && (N + 191) / 192 % 2 == 0 && s.sms > 1;
+      const bool two = met * ((rank + 15) / 16) <= 2 && (N + 191) / 192 % 2 == 0 && s.sms > 1;
       return hopper && s.weight && s.outputs && K % 8 == 0 && N % 8 == 0 && p.ranks == R::within &&
              (p.slots == 1 ? one : p.slots == 2 && two);
     }
@@ -133,8 +133,16 @@ int main() {
   expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.out = 764; }).fused(), "of either side");
   expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 128; }).fused(), "128 rows are enough");
   expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 127; }).fused(), "127 are not");
-  expect(plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 1024, s.in = 3072; }).fused(), "a deep product wants 1024");
-  expect(!plan(Family::sum, 1, 16, [](LoraShape& s) { s.M = 1023, s.in = 3072; }).fused(), "and not 1023");
+  const auto deep = [](int64_t M, int64_t in, int64_t out) {
+    return plan(Family::sum, 1, 16, [=](LoraShape& s) { s.M = M, s.in = in, s.out = out; }).fused();
+  };
+  expect(deep(1024, 8192, 768) && !deep(1023, 8192, 768), "a deep product wants 1024");
+  expect(deep(256, 3072, 768) && deep(512, 4096, 4096), "or one wave of 256 and more");
+  expect(!deep(255, 3072, 768) && !deep(768, 4096, 4608), "not of fewer, nor two waves");
+  const auto deep_backward = [](int64_t out) {
+    return plan(Family::sum, 1, 16, [=](LoraShape& s) { s.M = 1024, s.out = out, s.backward = true; }).fused();
+  };
+  expect(deep_backward(4088) && !deep_backward(4096), "transposed a very deep one is torch's");
   expect(!plan(Family::all, 4, 16).fused(), "`all` shares one frozen product");
 
   const auto all_takes = [](A algorithm, const auto& change) {
@@ -180,8 +188,25 @@ int main() {
   expect(takes(plan(Family::indexed, 100, 16, rows(1)), A::precomputed), "single rows are taken for segments");
 
   const auto backward = [](LoraShape& s) { s.backward = true; };
-  expect(takes(plan(Family::indexed, 20, 16, backward), A::precomputed), "transposed too");
-  expect(takes(plan(Family::sum, 1, 16, backward), A::in_loop), "likewise one adapter");
+  expect(slots(Family::indexed, 20, 16, backward) == 2, "transposed too");
+  expect(slots(Family::sum, 1, 16, backward) == 1, "likewise one adapter");
+  const auto widens = [](LoraShape& s) { s.backward = true, s.in = 3072; };
+  expect(takes(plan(Family::sum, 1, 16, widens), A::precomputed), "unless its tiles are many and short");
+
+  const auto images = [](int64_t M, int64_t out, bool backward) {
+    return [=](LoraShape& s) { s.M = M, s.out = out, s.backward = backward; };
+  };
+  const auto waves = [&](int64_t M, int64_t out) { return plan(Family::sum, 1, 16, images(M, out, false)).waves; };
+  expect(waves(11 * 128, 768) == 0.45 && waves(12 * 128, 768) == 1,
+         "a wave of 44 tiles is one in thirds, one of 48 not");
+  expect(waves(44 * 128, 768) == 1.45 && waves(33 * 128, 768) == 1, "or what lies beyond a full one");
+  expect(plan(Family::sum, 1, 16, images(11 * 128, 768, false)).ctas == 132, "of three blocks a tile");
+  expect(slots(Family::sum, 1, 16, images(788, 768, false)) == 1, "the loop serves few tiles");
+  expect(slots(Family::sum, 1, 16, images(788, 2304, false)) == 0,
+         "where more leave room beside them, a pass is hidden");
+  expect(slots(Family::indexed, 8, 16, images(16 * 197, 768, false)) == 0 &&
+             slots(Family::indexed, 8, 16, images(64 * 197, 768, false)) == 2,
+         "pairs make several waves");
 
   const auto qv = [](LoraShape& s) { s.M = 2048, s.out = 2304, s.slices = {0, 768, 1536, 2304}; };
   expect(slots(Family::sum, 1, 32, qv) == 1, "slices leave one slot to a tile");
@@ -218,7 +243,8 @@ int main() {
   expect(!serves(Family::all, 4, 64, 4096, same), "nor all adapters' outputs");
   expect(serves(Family::indexed, 64, 512, 768, same) && serves(Family::sum, 1, 127, 768, same), "of a short product");
   expect(!serves(Family::sum, 1, 128, 768, same) && serves(Family::sum, 2, 128, 768, same), "unless one slot serves");
-  expect(serves(Family::sum, 1, 512, 4096, same), "and the product is not deep");
+  expect(serves(Family::sum, 1, 255, 4096, same) && !serves(Family::sum, 1, 256, 4096, same),
+         "of a deep one in fewer rows");
   expect(serves(Family::indexed, 64, 64, 4096, [](LoraShape& s) { s.half = s.weight = false, s.capability = 80; }),
          "in float32, without a frozen layer, and on every GPU");
   const auto few_fused = [&](int64_t M, int64_t r, const auto& change) {

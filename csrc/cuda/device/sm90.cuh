@@ -188,12 +188,15 @@ __device__ inline void hold(uint32_t (&a)[kCount]) {  // or that factors are sti
 #define PLORA_OPS8(i) PLORA_OPS4(i), PLORA_OPS4(i + 4)
 #define PLORA_OPS16(i) PLORA_OPS8(i), PLORA_OPS8(i + 8)
 #define PLORA_OPS32(i) PLORA_OPS16(i), PLORA_OPS16(i + 16)
+#define PLORA_OPS40 PLORA_OPS32(0), PLORA_OPS8(32)
 #define PLORA_OPS64 PLORA_OPS32(0), PLORA_OPS32(32)
 #define PLORA_OPS96 PLORA_OPS64, PLORA_OPS32(64)
 #define PLORA_OPS104 PLORA_OPS96, PLORA_OPS8(96)
 #define PLORA_REGS4 "%0,%1,%2,%3"
+#define PLORA_REGS8 PLORA_REGS4 ",%4,%5,%6,%7"
 #define PLORA_REGS16 PLORA_REGS4 ",%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define PLORA_REGS32 PLORA_REGS16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define PLORA_REGS40 PLORA_REGS32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define PLORA_REGS64                                                                                               \
   PLORA_REGS32                                                                                                     \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%" \
@@ -213,8 +216,10 @@ template <int kN, typename scalar, int kTransB, int kTransA = 0, int kCount>
 __device__ inline void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool add = true) {
 #define PLORA_WGMMA_TYPED(type)                                                                    \
   if constexpr (kN == 8) PLORA_WGMMA(8, type, PLORA_REGS4, PLORA_OPS4(0), 4, 5, 6, 7, 8);          \
+  if constexpr (kN == 16) PLORA_WGMMA(16, type, PLORA_REGS8, PLORA_OPS8(0), 8, 9, 10, 11, 12);     \
   if constexpr (kN == 32) PLORA_WGMMA(32, type, PLORA_REGS16, PLORA_OPS16(0), 16, 17, 18, 19, 20); \
   if constexpr (kN == 64) PLORA_WGMMA(64, type, PLORA_REGS32, PLORA_OPS32(0), 32, 33, 34, 35, 36); \
+  if constexpr (kN == 80) PLORA_WGMMA(80, type, PLORA_REGS40, PLORA_OPS40, 40, 41, 42, 43, 44);    \
   if constexpr (kN == 128) PLORA_WGMMA(128, type, PLORA_REGS64, PLORA_OPS64, 64, 65, 66, 67, 68);  \
   if constexpr (kN == 192) PLORA_WGMMA(192, type, PLORA_REGS96, PLORA_OPS96, 96, 97, 98, 99, 100); \
   if constexpr (kN == 208) PLORA_WGMMA(208, type, PLORA_REGS104, PLORA_OPS104, 104, 105, 106, 107, 108)

@@ -1,7 +1,8 @@
 // The frozen layer and its adapters in one product, for Hopper: y = x W^T + bias + base + s h B^T, and transposed for
 // the gradient, dx = dy W + s g A.
 //
-// A persistent block makes tiles of 128 x 192: three full waves of 132 blocks at 12,608 rows and 768 columns. One
+// A persistent block makes tiles of 128 x 192: three full waves of 132 blocks at 12,608 rows and 768 columns. Tiles of
+// a last wave that would leave two thirds of the blocks idle are made by three blocks each, 64 columns by one. One
 // warpgroup feeds a ring of shared-memory stages; two multiply, a tile each in turn, so that one's way out is hidden
 // behind the other's products. Low-rank work rides along in units of 16 ranks of one adapter ("slots"):
 // - in the loop, one slot: the rows of A join those of W as 16 more columns of the same product, so that h costs no
@@ -29,15 +30,15 @@
 namespace plora::cuda {
 namespace {
 
-constexpr int kRows = 128, kColumns = 192, kDepth = 64;
+constexpr int kRows = 128, kColumns = 192, kNarrow = 64, kDepth = 64;
 // Ranks of a slot; given slots of a stage; of the feeding warps two are at work.
 constexpr int kSlot = 16, kMaxGiven = 4, kThreads = 384;
 
-// Sizes in bytes. A stage: x [128, 64], W [192, 64], A [16, 64], each row 128 bytes, swizzled; transposed, W is
-// [64, 192] in three boxes of 64 columns, and B [64, r] a fourth, zero beyond r. At a tile's end the same memory holds
-// given slots of h [128, 16] and B [192, 16]. A warp's way out: 16 rows of 32 columns of y, padded so that neither
-// writing nor reading has bank conflicts; h of a warpgroup passes through the same place.
-constexpr uint32_t kBytesX = kRows * kDepth * 2, kBytesW = kColumns * kDepth * 2;
+// Sizes in bytes. A stage: x [128, 64], W [192, 64], A [16, 64], each row 128 bytes, swizzled; transposed, W is [64,
+// 192] in three boxes of 64 columns, and B [64, 16], zero beyond r, has rows of 32 bytes, swizzled. At a tile's end the
+// same memory holds given slots of h [128, 16] and B [192, 16]. A warp's way out: 16 rows of 32 columns of y, padded so
+// that neither writing nor reading has bank conflicts; h of a warpgroup passes through the same place.
+constexpr uint32_t kBytesX = kRows * kDepth * 2, kBytesW = kColumns * kDepth * 2, kBox = kNarrow * kDepth * 2;
 constexpr uint32_t kSlotH = kRows * kSlot * 2, kSlotB = kColumns * kSlot * 2;
 constexpr int kOutColumns = 32;
 constexpr uint32_t kPitch = kOutColumns * 2 + 16, kOutWarp = 16 * kPitch;
@@ -54,17 +55,18 @@ struct Tile {
   int16_t of_row[kRows];  // -1: none
   alignas(16) uint16_t bias[kColumns];
 };
-constexpr int kTiles = tile_ring::kTiles;
+constexpr int kTiles = tile_ring::kTiles, kMaxStages = 7;
 
-// kSlots: how many of a tile may be made in the loop (2: by a pair); none: they are given.
-template <bool kTransposed, int kSlots>
+// kSlots: how many of a tile may be made in the loop (2: by a pair); none: they are given. kThirds: a block makes a
+// third of a tile and no more, so that there is space for more stages.
+template <bool kTransposed, int kSlots, bool kThirds>
 struct Shape {
   static constexpr bool kInLoop = kSlots > 0, kPair = kSlots == 2;
-  static constexpr uint32_t kBytesDown = !kInLoop ? 0 : kTransposed ? kBytesW / 3 : kSlot * kDepth * 2;
-  static constexpr uint32_t kStage = kBytesX + kBytesW + kBytesDown;
-  static constexpr int kStages = kInLoop ? tile_ring::kStagesInLoop : tile_ring::kStagesGiven;
+  static constexpr uint32_t kBytesDown = kInLoop ? kSlot * kDepth * 2 : 0, kBytesUp = kThirds ? kSlotB / 3 : kSlotB;
+  static constexpr uint32_t kStage = kBytesX + (kThirds ? kBox : kBytesW) + kBytesDown;
+  static constexpr int kStages = kThirds ? kMaxStages : kInLoop ? tile_ring::kStagesInLoop : tile_ring::kStagesGiven;
   // Of each warpgroup: B of the slots made in the loop; the h that the pair's other block makes.
-  static constexpr uint32_t kUp = kSlots * kSlotB, kOther = kPair ? kSlotH : 0;
+  static constexpr uint32_t kUp = kSlots * kBytesUp, kOther = kPair ? kSlotH : 0;
 };
 
 // Barriers, of 8 bytes. A stage is full when its bytes have come: those of the frozen layer, and the rest. `passed`
@@ -73,16 +75,18 @@ struct Shape {
 // the last one was read there.
 struct Barriers {
   uint32_t first;
-  static constexpr int kCount = 2 * 5 + kTiles + 10;
-  __device__ uint32_t full(uint32_t stage) const { return first + 8 * stage; }
-  __device__ uint32_t empty(uint32_t stage) const { return first + 8 * (5 + stage); }
-  __device__ uint32_t described(int tile) const { return first + 8 * (10 + tile % kTiles); }
-  __device__ uint32_t up_full(int group) const { return first + 8 * (10 + kTiles + group); }
-  __device__ uint32_t up_empty(int group) const { return first + 8 * (12 + kTiles + group); }
-  __device__ uint32_t passed() const { return first + 8 * (14 + kTiles); }
-  __device__ uint32_t started() const { return first + 8 * (15 + kTiles); }
-  __device__ uint32_t other_full(int group) const { return first + 8 * (16 + kTiles + group); }
-  __device__ uint32_t other_free(int group) const { return first + 8 * (18 + kTiles + group); }
+  static constexpr int kCount = 2 * kMaxStages + kTiles + 10;
+  __device__ uint32_t at(int i) const { return first + 8 * i; }
+  __device__ uint32_t full(uint32_t stage) const { return at(stage); }
+  __device__ uint32_t empty(uint32_t stage) const { return at(kMaxStages + stage); }
+  __device__ uint32_t described(int tile) const { return at(2 * kMaxStages + tile % kTiles); }
+  __device__ uint32_t other(int i) const { return at(2 * kMaxStages + kTiles + i); }
+  __device__ uint32_t up_full(int group) const { return other(group); }
+  __device__ uint32_t up_empty(int group) const { return other(2 + group); }
+  __device__ uint32_t other_full(int group) const { return other(4 + group); }
+  __device__ uint32_t other_free(int group) const { return other(6 + group); }
+  __device__ uint32_t passed() const { return other(8); }
+  __device__ uint32_t started() const { return other(9); }
 };
 
 // All shared memory: the stages, B of the slots made in the loop, the other block's h, the ways out, barriers, tiles.
@@ -95,7 +99,7 @@ struct Layout {
 };
 
 struct Maps {
-  CUtensorMap x, weight, down, up, h;
+  CUtensorMap x, weight, third, down, up, h;
 };
 
 constexpr int kMaxSlices = lora_plan::kMaxSlices;
@@ -108,6 +112,8 @@ struct Arguments {
   const void *bias, *bias_down, *gate;
   void *y, *kept;
   int64_t ldy;
+  int column_tiles, whole;  // the first so many tiles are whole; then three of 64 columns each follow for one
+  int tiles;
   int slots;  // of a tile that are made in the loop, at most
   bool relu;
   int slices, slice_start[kMaxSlices], slice_stop[kMaxSlices];
@@ -118,25 +124,37 @@ __device__ inline int blocks_of(const Arguments& p) { return (p.r + kSlot - 1) /
 // The adapter of a row, or -1.
 __device__ int adapter_of(const Arguments& p, int row) { return adapter_of_row(p.ids, p.rows_per_id, p.M, p.T, row); }
 
+// Where the tile of an index lies.
+struct Place {
+  int row, column, columns;
+};
+
+__device__ inline Place place_of(const Arguments& p, int index) {
+  const int beyond = index - p.whole, tile = beyond < 0 ? index : p.whole + beyond / 3;
+  return {tile / p.column_tiles * kRows, tile % p.column_tiles * kColumns + (beyond < 0 ? 0 : beyond % 3 * kNarrow),
+          beyond < 0 ? kColumns : kNarrow};
+}
+
 // Whether ranks [16 block, 16 block + 16) of an adapter can be other than zero in `up` for these columns.
-__device__ bool meets(const Arguments& p, int block, int column) {
+__device__ bool meets(const Arguments& p, int block, int column, int columns) {
   if (p.slices == 0) return true;
   const int width = p.r / p.slices;
   for (int s = block * kSlot / width; s < p.slices && s * width < (block + 1) * kSlot; ++s)
-    if (p.slice_start[s] < column + kColumns && p.slice_stop[s] > column) return true;
+    if (p.slice_start[s] < column + columns && p.slice_stop[s] > column) return true;
   return false;
 }
 
-// The first column tile that makes this block of ranks: it is the one to keep h. In a pair, either makes one of two.
+// The first tile of its rows that makes this block of ranks is the one to keep h. In a pair, either makes one of two.
 __device__ bool keeps(const Arguments& p, const Tile& tile, int block, int column) {
-  for (int c = 0; c < column; c += kColumns * tile.slots)
-    if (c + kColumns * tile.slots <= column && meets(p, block, c)) return false;
+  const int width = tile.slots == 2 ? 2 * kColumns : kNarrow;
+  for (int c = 0; c + width <= column; c += width)
+    if (meets(p, block, c, width)) return false;
   return true;
 }
 
 // By one warp: the distinct adapters of a tile's rows in ascending order, and how their slots are made.
-__device__ void describe(const Arguments& p, int row, int column, Tile& tile) {
-  const int lane = threadIdx.x % 32, blocks = blocks_of(p);
+__device__ void describe(const Arguments& p, const Place& place, Tile& tile) {
+  const int lane = threadIdx.x % 32, blocks = blocks_of(p), column = place.column;
   if (lane < kColumns / 8) {
     uint4 bias{0, 0, 0, 0};
     if (p.bias != nullptr && column + 8 * lane < p.N)
@@ -148,7 +166,7 @@ __device__ void describe(const Arguments& p, int row, int column, Tile& tile) {
     int adapter[kRows / 32];
 #pragma unroll
     for (int i = 0; i < kRows / 32; ++i) {
-      adapter[i] = adapter_of(p, row + lane + 32 * i);
+      adapter[i] = adapter_of(p, place.row + lane + 32 * i);
       tile.of_row[lane + 32 * i] = static_cast<int16_t>(adapter[i]);
     }
     count = list_adapters(adapter, tile.all);
@@ -158,9 +176,9 @@ __device__ void describe(const Arguments& p, int row, int column, Tile& tile) {
   tile.slots = tile.given = 0;
   if (p.slots == 0) tile.given = count * blocks;
   for (int i = 0; i < count * blocks && tile.slots < p.slots; ++i) {
-    const int place = i / blocks, block = i % blocks;
-    if (!meets(p, block, column)) continue;  // with slices, one of several blocks is what these columns need
-    tile.adapter[tile.slots] = p.ids != nullptr ? tile.all[place] : place;
+    const int at = i / blocks, block = i % blocks;
+    if (!meets(p, block, column, place.columns)) continue;  // with slices, these columns need one of several blocks
+    tile.adapter[tile.slots] = p.ids != nullptr ? tile.all[at] : at;
     tile.block[tile.slots++] = block;
   }
 }
@@ -180,25 +198,25 @@ constexpr uint64_t kLayoutX = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024
 
 // --- feeding --------------------------------------------------------------------------------------------------------
 
-template <bool kTransposed>
+template <bool kTransposed, uint32_t kBytes>
 __device__ void load_up(const Maps& maps, uint32_t barrier, uint32_t to, int t, int block, int column) {
   if constexpr (kTransposed) {
 #pragma unroll
-    for (int i = 0; i < 3; ++i)
-      sm90::load_3d(&maps.up, barrier, to + i * (kSlotB / 3), column + 64 * i, block * kSlot, t);
+    for (uint32_t i = 0; i < kBytes / (kSlotB / 3); ++i)
+      sm90::load_3d(&maps.up, barrier, to + i * (kSlotB / 3), column + kNarrow * i, block * kSlot, t);
   } else {
     sm90::load_3d(&maps.up, barrier, to, block * kSlot, column, t);
   }
 }
 
 // One warp: descriptions, a tile ahead of the copies, which then need not wait for the ids.
-__device__ void describe_all(const Arguments& p, Tile* all, const Barriers& barriers, int column_tiles) {
-  const int tiles = (p.M + kRows - 1) / kRows * column_tiles, k_steps = (p.K + kDepth - 1) / kDepth;
+__device__ void describe_all(const Arguments& p, Tile* all, const Barriers& barriers) {
+  const int k_steps = (p.K + kDepth - 1) / kDepth;
   uint32_t step = 0;
-  for (int index = blockIdx.x, n = 0; index < tiles; index += gridDim.x, ++n) {
+  for (int index = blockIdx.x, n = 0; index < p.tiles; index += gridDim.x, ++n) {
     if (n > 0) sm90::barrier_wait(barriers.started(), (n - 1) & 1);
     Tile& tile = all[n % kTiles];
-    describe(p, index / column_tiles * kRows, index % column_tiles * kColumns, tile);
+    describe(p, place_of(p, index), tile);
     if (threadIdx.x % 32 == 0) tile.step = step;
     __syncwarp();
     step += k_steps + (tile.given + kMaxGiven - 1) / kMaxGiven;
@@ -207,32 +225,31 @@ __device__ void describe_all(const Arguments& p, Tile* all, const Barriers& barr
 }
 
 // One warp: copies.
-template <bool kTransposed, int kSlots>
-__device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint32_t stages, const Barriers& barriers,
-                     int column_tiles) {
-  using S = Shape<kTransposed, kSlots>;
+template <bool kTransposed, int kSlots, bool kThirds>
+__device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint32_t stages, const Barriers& barriers) {
+  using S = Shape<kTransposed, kSlots, kThirds>;
   constexpr bool kInLoop = S::kInLoop;
-  const int lane = threadIdx.x, tiles = (p.M + kRows - 1) / kRows * column_tiles;
-  const int k_steps = (p.K + kDepth - 1) / kDepth;
+  const int lane = threadIdx.x, k_steps = (p.K + kDepth - 1) / kDepth;
   uint32_t step = 0;
-  const auto load_frozen = [&](int k, int row, int column) {
+  const auto load_frozen = [&](int k, const Place& place) {
     const uint32_t s = (step + k) % S::kStages, at = stages + s * S::kStage, full = barriers.full(s);
-    sm90::barrier_arrive_expect(full, kBytesX + kBytesW);
-    sm90::load_2d(&maps.x, full, at, k * kDepth, row);
+    const int boxes = place.columns / kNarrow;
+    sm90::barrier_arrive_expect(full, kBytesX + boxes * kBox);
+    sm90::load_2d(&maps.x, full, at, k * kDepth, place.row);
     if constexpr (kTransposed) {
 #pragma unroll
-      for (int i = 0; i < 3; ++i)
-        sm90::load_2d(&maps.weight, full, at + kBytesX + i * (kBytesW / 3), column + 64 * i, k * kDepth);
+      for (int i = 0; i < kColumns / kNarrow; ++i)
+        if (i < boxes)
+          sm90::load_2d(&maps.weight, full, at + kBytesX + i * kBox, place.column + i * kNarrow, k * kDepth);
     } else {
-      sm90::load_2d(&maps.weight, full, at + kBytesX, k * kDepth, column);
+      sm90::load_2d(boxes == 1 ? &maps.third : &maps.weight, full, at + kBytesX, k * kDepth, place.column);
     }
   };
   if (lane == 0)  // before the first tile's adapters are known
 #pragma unroll 1
-    for (int k = 0; k < min(k_steps, S::kStages); ++k)
-      load_frozen(k, blockIdx.x / column_tiles * kRows, blockIdx.x % column_tiles * kColumns);
-  for (int index = blockIdx.x, n = 0; index < tiles; index += gridDim.x, ++n) {
-    const int row = index / column_tiles * kRows, column = index % column_tiles * kColumns;
+    for (int k = 0; k < min(k_steps, S::kStages); ++k) load_frozen(k, place_of(p, blockIdx.x));
+  for (int index = blockIdx.x, n = 0; index < p.tiles; index += gridDim.x, ++n) {
+    const Place place = place_of(p, index);
     const Tile& tile = all[n % kTiles];
     sm90::barrier_wait(barriers.described(n), n / kTiles & 1);
     const int slots = kInLoop ? tile.slots : 0, given = kInLoop ? 0 : tile.given;
@@ -244,20 +261,21 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
         const uint32_t s = (step + k) % S::kStages, at = stages + s * S::kStage, full = barriers.full(s);
         if (n > 0 || k >= S::kStages) {
           sm90::barrier_wait(barriers.empty(s), ((step + k) / S::kStages & 1) ^ 1);
-          load_frozen(k, row, column);
+          load_frozen(k, place);
         }
         sm90::barrier_arrive_expect(full, slots ? S::kBytesDown : 0);
         if (slots)
-          sm90::load_3d(&maps.down, full, at + kBytesX + kBytesW, kTransposed ? rank : k * kDepth,
-                        kTransposed ? k * kDepth : rank, adapter);
+          sm90::load_3d(&maps.down, full, at + kBytesX + place.columns / kNarrow * kBox,
+                        kTransposed ? rank : k * kDepth, kTransposed ? k * kDepth : rank, adapter);
       }
       if (kInLoop) {
         sm90::barrier_wait(barriers.up_empty(n % 2), (n / 2 & 1) ^ 1);
-        sm90::barrier_arrive_expect(barriers.up_full(n % 2), slots * kSlotB);
+        sm90::barrier_arrive_expect(barriers.up_full(n % 2), slots * S::kBytesUp);
 #pragma unroll 1
         for (int i = 0; i < slots; ++i)
-          load_up<kTransposed>(maps, barriers.up_full(n % 2), stages + Layout<S>::kUp + n % 2 * S::kUp + i * kSlotB,
-                               tile.adapter[i], tile.block[i], column);
+          load_up<kTransposed, S::kBytesUp>(maps, barriers.up_full(n % 2),
+                                            stages + Layout<S>::kUp + n % 2 * S::kUp + i * S::kBytesUp, tile.adapter[i],
+                                            tile.block[i], place.column);
       }
 #pragma unroll 1
       for (int entry = 0, k = k_steps; entry < given; entry += kMaxGiven, ++k) {
@@ -267,13 +285,13 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
         wait_for_predecessor();  // it makes h
         sm90::barrier_wait(barriers.empty(s), ((step + k) / S::kStages & 1) ^ 1);
         sm90::barrier_arrive(full);
-        sm90::barrier_arrive_expect(full, count * (kSlotH + kSlotB));
+        sm90::barrier_arrive_expect(full, count * (kSlotH + S::kBytesUp));
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
-          const int place = (entry + i) / blocks_of(p), block = (entry + i) % blocks_of(p);
-          sm90::load_3d(&maps.h, full, to + i * kSlotH, block * kSlot, place, row);
-          load_up<kTransposed>(maps, full, to + kBytesX + i * kSlotB, p.ids != nullptr ? tile.all[place] : place, block,
-                               column);
+          const int at = (entry + i) / blocks_of(p), block = (entry + i) % blocks_of(p);
+          sm90::load_3d(&maps.h, full, to + i * kSlotH, block * kSlot, at, place.row);
+          load_up<kTransposed, S::kBytesUp>(maps, full, to + kBytesX + i * S::kBytesUp,
+                                            p.ids != nullptr ? tile.all[at] : at, block, place.column);
         }
       }
     }
@@ -285,13 +303,14 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
 
 // --- multiplying ---------------------------------------------------------------------------------------------------
 
-// Accumulators of 64 rows: 192 columns of y, then 16 of h. Of 8 columns i, [4 i + {0, 1}] are row lane / 4, columns
+// Accumulators of 64 rows: kWide columns of y, then 16 of h. Of 8 columns i, [4 i + {0, 1}] are row lane / 4, columns
 // 2 (lane % 4) + {0, 1}, and [4 i + {2, 3}] eight rows further down; warp w of the warpgroup has the rows 16 w.
-using Half = float[104];
+template <int kWide>
+using Half = float[kWide / 2 + 8];
 
-template <typename scalar, bool kTransposed, int kSlots>
+template <typename scalar, bool kTransposed, int kSlots, bool kThirds>
 struct Multiplier {
-  using S = Shape<kTransposed, kSlots>;
+  using S = Shape<kTransposed, kSlots, kThirds>;
   static constexpr bool kInLoop = S::kInLoop, kPair = S::kPair;
   const Arguments& p;
   const Tile* all;
@@ -301,9 +320,10 @@ struct Multiplier {
   uint32_t step = 0, exchanges = 0;
 
   // In K-major order a k step of 16 is 32 bytes along a row; in N-major order it is 16 rows.
-  static constexpr uint64_t kLayoutW = kTransposed ? sm90::operand_layout(sm90::Swizzle::b128, kBytesW / 3, 1024)
+  static constexpr uint64_t kLayoutW = kTransposed ? sm90::operand_layout(sm90::Swizzle::b128, kBox, 1024)
                                                    : sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
   static constexpr uint64_t kStepW = (kTransposed ? 16 * 128 : 32) >> 4;
+  static constexpr uint64_t kLayoutDown = sm90::operand_layout(sm90::Swizzle::b32, 16, 256);  // transposed
   static constexpr uint64_t kLayoutUp = kTransposed ? sm90::operand_layout(sm90::Swizzle::b128, kSlotB / 3, 1024)
                                                     : sm90::operand_layout(sm90::Swizzle::b32, 16, 256);
 
@@ -319,9 +339,15 @@ struct Multiplier {
   // This warp is done with the stage that belongs to `which`.
   __device__ void release(uint32_t which) { sm90::release(barriers.empty(which % S::kStages)); }
 
-  __device__ void main_loop(Half& upper, Half& lower, int k_steps) {
+  template <int kCount>
+  __device__ static float (&ranks(float (&d)[kCount]))[8] {
+    return *reinterpret_cast<float (*)[8]>(&d[kCount - 8]);
+  }
+
+  template <int kWide>
+  __device__ void main_loop(Half<kWide>& upper, Half<kWide>& lower, int k_steps) {
 #pragma unroll
-    for (int i = 0; i < 96 + 8 * kInLoop; ++i) upper[i] = lower[i] = 0;
+    for (int i = 0; i < kWide / 2 + 8 * kInLoop; ++i) upper[i] = lower[i] = 0;
 #pragma unroll 1
     for (int k = 0; k < k_steps; ++k, ++step) {
       wait();
@@ -330,9 +356,15 @@ struct Multiplier {
       sm90::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kDepth / 16; ++i) {
-        sm90::wgmma<kColumns + kSlot * kInLoop, scalar, kTransposed>(upper, a + i * 2, b + i * kStepW);
-        sm90::wgmma<kColumns + kSlot * kInLoop, scalar, kTransposed>(lower, a + (kBytesX / 2 >> 4) + i * 2,
-                                                                     b + i * kStepW);
+        const uint64_t above = a + i * 2, below = above + (kBytesX / 2 >> 4);
+        constexpr int kColumnsAtOnce = kWide + (kTransposed ? 0 : kSlot * kInLoop);
+        sm90::wgmma<kColumnsAtOnce, scalar, kTransposed>(upper, above, b + i * kStepW);
+        sm90::wgmma<kColumnsAtOnce, scalar, kTransposed>(lower, below, b + i * kStepW);
+        if constexpr (kTransposed && kInLoop) {  // a product of its own reads 32 bytes a row, 16 more columns 128
+          const uint64_t down = sm90::operand(kLayoutDown, stage() + kBytesX + kWide / kNarrow * kBox) + i * 32;
+          sm90::wgmma<kSlot, scalar, 1>(ranks(upper), above, down);
+          sm90::wgmma<kSlot, scalar, 1>(ranks(lower), below, down);
+        }
       }
       sm90::wgmma_commit();
       sm90::hold(upper), sm90::hold(lower);
@@ -345,14 +377,16 @@ struct Multiplier {
   }
 
   // Adds `count` slots, whose h lies at `h` and whose B lies at `up`.
-  __device__ void add_slots(Half& upper, Half& lower, uint64_t layout, uint32_t h, uint32_t up, int count) {
+  template <int kWide>
+  __device__ void add_slots(Half<kWide>& upper, Half<kWide>& lower, uint64_t layout, uint32_t h, uint32_t up,
+                            int count) {
     sm90::hold(upper), sm90::hold(lower);
     sm90::wgmma_fence();
     for (int i = 0; i < count; ++i) {
       const uint64_t a = sm90::operand(layout, h + i * kSlotH);
-      const uint64_t b = sm90::operand(kLayoutUp, up + i * kSlotB);
-      sm90::wgmma<kColumns, scalar, kTransposed>(upper, a, b);
-      sm90::wgmma<kColumns, scalar, kTransposed>(lower, a + (kSlotH / 2 >> 4), b);
+      const uint64_t b = sm90::operand(kLayoutUp, up + i * S::kBytesUp);
+      sm90::wgmma<kWide, scalar, kTransposed>(upper, a, b);
+      sm90::wgmma<kWide, scalar, kTransposed>(lower, a + (kSlotH / 2 >> 4), b);
     }
     sm90::wgmma_commit();
     sm90::wgmma_wait<0>();
@@ -361,8 +395,9 @@ struct Multiplier {
 
   // h of this warp's rows: activation, mask, and its two destinations. The rows take turns in h[0], to keep the code
   // short: a tile's straight code should fit the instruction cache.
-  __device__ void finish_h(const Half& upper, const Half& lower, const Tile& tile, int own, float s, int first_row,
-                           bool keep) {
+  template <int kWide>
+  __device__ void finish_h(const Half<kWide>& upper, const Half<kWide>& lower, const Tile& tile, int own, float s,
+                           int first_row, bool keep) {
     const int t = tile.adapter[own], first = tile.block[own] * kSlot;
     uint32_t other = 0, other_full = 0;
     if (kPair && tile.slots == 2) {
@@ -370,11 +405,12 @@ struct Multiplier {
       other_full = sm90::place_in_block(barriers.other_full(group), own ^ 1);
       sm90::barrier_wait(barriers.other_free(group), (exchanges & 1) ^ 1);
     }
+    constexpr int kH = kWide / 2;
     float h[4][4];  // above and below in the upper half, then in the lower
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      h[0][i] = upper[96 + i + i / 2 * 2], h[1][i] = upper[98 + i + i / 2 * 2];
-      h[2][i] = lower[96 + i + i / 2 * 2], h[3][i] = lower[98 + i + i / 2 * 2];
+      h[0][i] = upper[kH + i + i / 2 * 2], h[1][i] = upper[kH + 2 + i + i / 2 * 2];
+      h[2][i] = lower[kH + i + i / 2 * 2], h[3][i] = lower[kH + 2 + i + i / 2 * 2];
     }
 #pragma unroll 1
     for (int q = 0; q < 4; ++q) {
@@ -431,17 +467,19 @@ struct Multiplier {
   }
 
   // By powers of two, which is exact.
-  __device__ static void divide(Half& d, const float (&power)[2]) {
+  template <int kWide>
+  __device__ static void divide(Half<kWide>& d, const float (&power)[2]) {
     if constexpr (kSplits) {
       if (power[0] == 1.f && power[1] == 1.f) return;
       const float above = __frcp_rn(power[0]), below = __frcp_rn(power[1]);
 #pragma unroll
-      for (int i = 0; i < 96; ++i) d[i] *= i % 4 < 2 ? above : below;
+      for (int i = 0; i < kWide / 2; ++i) d[i] *= i % 4 < 2 ? above : below;
     }
   }
 
   // y of this warp's 16 rows, by way of shared memory so that whole sectors are written.
-  __device__ void write(const Half& d, const Tile& tile, int row, int column, const float (&power)[2]) const {
+  template <int kWide>
+  __device__ void write(const Half<kWide>& d, const Tile& tile, int row, int column, const float (&power)[2]) const {
     const auto sum = [&](float v, float bias, int below) { return kSplits ? fmaf(v, power[below], bias) : v + bias; };
     const uint32_t own = out + warp * kOutWarp;
     const uint32_t to = own + (lane / 8 % 2 * 8 + lane % 8) * kPitch + lane / 16 * 16;
@@ -449,7 +487,7 @@ struct Multiplier {
     const int m = row + lane / 4, n = column + lane % 4 * 8;
     scalar* y = static_cast<scalar*>(p.y) + m * p.ldy + n;
 #pragma unroll
-    for (int part = 0; part < kColumns / kOutColumns; ++part) {
+    for (int part = 0; part < kWide / kOutColumns; ++part) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float* v = &d[16 * part + 8 * i];  // 16 columns: left above, left below, right above, right below
@@ -475,71 +513,79 @@ struct Multiplier {
     }
   }
 
-  __device__ void run(int column_tiles) {
-    const int k_steps = (p.K + kDepth - 1) / kDepth, tiles = (p.M + kRows - 1) / kRows * column_tiles;
-    const int barrier = 2 + group;
-    Half upper, lower;
-    for (int n = group, index; index = blockIdx.x + n * gridDim.x, index < tiles; n += 2) {
-      const int row = index / column_tiles * kRows, column = index % column_tiles * kColumns;
+  __device__ void run() {
+    for (int n = group, index; index = blockIdx.x + n * gridDim.x, index < p.tiles; n += 2) {
+      const Place place = place_of(p, index);
       sm90::barrier_wait(barriers.described(n), n / kTiles & 1);
-      const Tile& tile = all[n % kTiles];
-      step = uniform(tile.step);
-      const int slots = kInLoop ? uniform(tile.slots) : 0, given = kInLoop ? 0 : uniform(tile.given);
-      const int own = uniform(own_slot<kPair>(tile));
-      float s = slots != 0 ? p.scaling[tile.adapter[own]] : 0.f;
-      if (slots == 1 || p.ids != nullptr) s = split<scalar>(s).factor;
-      Powers power = powers(tile, slots, given);
-      if (n > 0) sm90::barrier_wait(barriers.passed(), (n - 1) & 1);
-      main_loop(upper, lower, k_steps);
-      if (given == 0) pass();
-      divide(upper, power.upper), divide(lower, power.lower);
-      if (kInLoop) {  // every tile waits, to keep count of the uses
-        if (slots != 0) {
-          const uint32_t up = stages + Layout<S>::kUp + group * S::kUp;
-          const bool keep = p.kept != nullptr && keeps(p, tile, tile.block[own], column);
-          finish_h(upper, lower, tile, own, s, row, keep);
+      if (kPair || (!kThirds && place.columns == kColumns))
+        make<kThirds ? kNarrow : kColumns>(n, place.row, place.column);
+      else
+        make<kNarrow>(n, place.row, place.column);
+    }
+  }
+
+  template <int kWide>
+  __device__ void make(int n, int row, int column) {
+    const int k_steps = (p.K + kDepth - 1) / kDepth, barrier = 2 + group;
+    const Tile& tile = all[n % kTiles];
+    Half<kWide> upper, lower;
+    step = uniform(tile.step);
+    const int slots = kInLoop ? uniform(tile.slots) : 0, given = kInLoop ? 0 : uniform(tile.given);
+    const int own = uniform(own_slot<kPair>(tile));
+    float s = slots != 0 ? p.scaling[tile.adapter[own]] : 0.f;
+    if (slots == 1 || p.ids != nullptr) s = split<scalar>(s).factor;
+    Powers power = powers(tile, slots, given);
+    if (n > 0) sm90::barrier_wait(barriers.passed(), (n - 1) & 1);
+    main_loop<kWide>(upper, lower, k_steps);
+    if (given == 0) pass();
+    divide<kWide>(upper, power.upper), divide<kWide>(lower, power.lower);
+    if (kInLoop) {  // every tile waits, to keep count of the uses
+      if (slots != 0) {
+        const uint32_t up = stages + Layout<S>::kUp + group * S::kUp;
+        const bool keep = p.kept != nullptr && keeps(p, tile, tile.block[own], column);
+        finish_h<kWide>(upper, lower, tile, own, s, row, keep);
+        sm90::fence_async();
+        sm90::named_barrier(barrier, 128);
+        sm90::barrier_wait(barriers.up_full(group), n / 2 & 1);
+        add_slots<kWide>(upper, lower, kLayoutH, out, up + own * S::kBytesUp, 1);
+        if (kPair && slots == 2) {
+          if (warp == 0 && lane == 0) sm90::barrier_arrive_expect(barriers.other_full(group), kSlotH);
+          sm90::barrier_wait(barriers.other_full(group), exchanges++ & 1);
           sm90::fence_async();
           sm90::named_barrier(barrier, 128);
-          sm90::barrier_wait(barriers.up_full(group), n / 2 & 1);
-          add_slots(upper, lower, kLayoutH, out, up + own * kSlotB, 1);
-          if (kPair && slots == 2) {
-            if (warp == 0 && lane == 0) sm90::barrier_arrive_expect(barriers.other_full(group), kSlotH);
-            sm90::barrier_wait(barriers.other_full(group), exchanges++ & 1);
-            sm90::fence_async();
-            sm90::named_barrier(barrier, 128);
-            add_slots(upper, lower, kLayoutH, stages + Layout<S>::kOther + group * kSlotH, up + (own ^ 1) * kSlotB, 1);
-            if (lane == 0) sm90::barrier_arrive_in_block(sm90::place_in_block(barriers.other_free(group), own ^ 1));
-          }
-        } else {
-          sm90::barrier_wait(barriers.up_full(group), n / 2 & 1);
+          add_slots<kWide>(upper, lower, kLayoutH, stages + Layout<S>::kOther + group * kSlotH,
+                           up + (own ^ 1) * S::kBytesUp, 1);
+          if (lane == 0) sm90::barrier_arrive_in_block(sm90::place_in_block(barriers.other_free(group), own ^ 1));
         }
-        sm90::release(barriers.up_empty(group));
+      } else {
+        sm90::barrier_wait(barriers.up_full(group), n / 2 & 1);
       }
-#pragma unroll 1
-      for (int entry = 0; entry < given; entry += kMaxGiven) {
-        wait();
-        if (entry + kMaxGiven >= given) pass();
-        add_slots(upper, lower, kLayoutGiven, stage(), stage() + kBytesX, min(given - entry, kMaxGiven));
-        release(step++);
-      }
-      sm90::named_barrier(barrier, 128);  // h is read
-#pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        write(upper, tile, row + warp * 16 + half * 64, column, power.upper);
-#pragma unroll
-        for (int i = 0; i < 96; ++i) upper[i] = lower[i];
-        power.upper[0] = power.lower[0], power.upper[1] = power.lower[1];
-      }
-      sm90::named_barrier(barrier, 128);  // y is read: h of the next tile may come
+      sm90::release(barriers.up_empty(group));
     }
+#pragma unroll 1
+    for (int entry = 0; entry < given; entry += kMaxGiven) {
+      wait();
+      if (entry + kMaxGiven >= given) pass();
+      add_slots<kWide>(upper, lower, kLayoutGiven, stage(), stage() + kBytesX, min(given - entry, kMaxGiven));
+      release(step++);
+    }
+    sm90::named_barrier(barrier, 128);  // h is read
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      write<kWide>(upper, tile, row + warp * 16 + half * 64, column, power.upper);
+#pragma unroll
+      for (int i = 0; i < kWide / 2; ++i) upper[i] = lower[i];
+      power.upper[0] = power.lower[0], power.upper[1] = power.lower[1];
+    }
+    sm90::named_barrier(barrier, 128);  // y is read: h of the next tile may come
   }
 };
 
-template <typename scalar, bool kTransposed, int kSlots>
+template <typename scalar, bool kTransposed, int kSlots, bool kThirds>
 __global__ void __launch_bounds__(kThreads, 1)
     fused_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using S = Shape<kTransposed, kSlots>;
+  using S = Shape<kTransposed, kSlots, kThirds>;
   extern __shared__ __align__(1024) uint8_t dynamic[];
   const uint32_t stages = sm90::smem_address(dynamic);
   Tile* const tiles = reinterpret_cast<Tile*>(dynamic + Layout<S>::kTile);
@@ -564,24 +610,24 @@ __global__ void __launch_bounds__(kThreads, 1)
     sm90::cluster_sync();  // neither block writes to one that has not begun,
   else
     __syncthreads();
-  const int column_tiles = (p.N + kColumns - 1) / kColumns, group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
   if (group < 0) {
-    if constexpr (S::kInLoop)
+    if constexpr (S::kInLoop && !kThirds)
       asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     else
       asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x < 32)
-      feed<kTransposed, kSlots>(maps, p, tiles, stages, barriers, column_tiles);
+      feed<kTransposed, kSlots, kThirds>(maps, p, tiles, stages, barriers);
     else if (threadIdx.x < 64)
-      describe_all(p, tiles, barriers, column_tiles);
+      describe_all(p, tiles, barriers);
   } else {
-    if constexpr (S::kInLoop)  // 208 of them accumulators
+    if constexpr (S::kInLoop && !kThirds)  // 208 of them accumulators
       asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     else
       asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const uint32_t out = stages + Layout<S>::kOut + group * 4 * kOutWarp;
-    Multiplier<scalar, kTransposed, kSlots>{p, tiles, stages, out, group, warp, lane, barriers}.run(column_tiles);
+    Multiplier<scalar, kTransposed, kSlots, kThirds>{p, tiles, stages, out, group, warp, lane, barriers}.run();
   }
   if constexpr (S::kPair) {  // or has ended
     __syncwarp();
@@ -613,15 +659,21 @@ __global__ void __launch_bounds__(256)
 
 // --- host -----------------------------------------------------------------------------------------------------------
 
-Maps describe(const Fused& p) {
+template <int kNumber>
+using number = std::integral_constant<int, kNumber>;
+
+Maps describe(const Fused& p, bool some_thirds, bool thirds) {
   constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, k32 = CU_TENSOR_MAP_SWIZZLE_32B;
   const int64_t T = p.rows.T, r = p.rows.r;
   Maps maps;
   describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, kRows}, k128);
   if (p.transposed)
-    describe_tensor<2>(maps.weight, p.dtype, p.weight, {p.N, p.K}, {p.N}, {64, kDepth}, k128);
+    describe_tensor<2>(maps.weight, p.dtype, p.weight, {p.N, p.K}, {p.N}, {kNarrow, kDepth}, k128);
   else
     describe_tensor<2>(maps.weight, p.dtype, p.weight, {p.K, p.N}, {p.K}, {kDepth, kColumns}, k128);
+  maps.third = maps.weight;
+  if (some_thirds && !p.transposed)
+    describe_tensor<2>(maps.third, p.dtype, p.weight, {p.K, p.N}, {p.K}, {kDepth, kNarrow}, k128);
   maps.h = maps.x;  // where no h is given, never read
   if (p.h != nullptr && T * r != 0)
     describe_tensor<3>(maps.h, p.dtype, p.h, {r, p.places, p.rows.M}, {r, p.places * r}, {kSlot, 1, kRows}, k32);
@@ -629,19 +681,19 @@ Maps describe(const Fused& p) {
     maps.down = maps.up = maps.x;  // never read
   } else if (p.transposed) {
     maps.down = maps.x;  // where h is given, never read
-    if (p.slots) describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, r * p.K}, {64, kDepth, 1}, k128);
+    if (p.slots) describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, r * p.K}, {kSlot, kDepth, 1}, k32);
     describe_tensor<3>(maps.up, p.dtype, p.up, {p.N, r, T}, {p.N, r * p.N}, {64, kSlot, 1}, k128);
   } else {
     describe_tensor<3>(maps.down, p.dtype, p.down, {p.K, r, T}, {p.K, r * p.K}, {kDepth, kSlot, 1}, k128);
-    describe_tensor<3>(maps.up, p.dtype, p.up, {r, p.N, T}, {r, p.N * r}, {kSlot, kColumns, 1}, k32);
+    describe_tensor<3>(maps.up, p.dtype, p.up, {r, p.N, T}, {r, p.N * r}, {kSlot, thirds ? kNarrow : kColumns, 1}, k32);
   }
   return maps;
 }
 
-template <typename scalar, bool kTransposed, int kSlots>
+template <typename scalar, bool kTransposed, int kSlots, bool kThirds>
 void launch(const Maps& maps, const Arguments& p, int blocks, bool overlap, cudaStream_t stream) {
-  launch_clusters("the fused LoRA product", &fused_kernel<scalar, kTransposed, kSlots>, kSlots == 2 ? 2 : 1, blocks,
-                  kThreads, Layout<Shape<kTransposed, kSlots>>::kBytes, stream, overlap, maps, p);
+  launch_clusters("the fused LoRA product", &fused_kernel<scalar, kTransposed, kSlots, kThirds>, kSlots == 2 ? 2 : 1,
+                  blocks, kThreads, Layout<Shape<kTransposed, kSlots, kThirds>>::kBytes, stream, overlap, maps, p);
 }
 
 }  // namespace
@@ -651,7 +703,7 @@ void fused(const Fused& p, cudaStream_t stream) {
   const int column_tiles = (static_cast<int>(p.N) + kColumns - 1) / kColumns;
   PLORA_CHECK(p.slots == 0   ? p.gate == nullptr
               : p.slots == 1 ? p.rows.r <= kSlot || !p.slices.empty()
-                             : !p.transposed && column_tiles % 2 == 0 && p.slices.empty() && multiprocessors() > 1,
+                             : column_tiles % 2 == 0 && p.slices.empty() && multiprocessors() > 1,
               "the fused LoRA product: not what it was planned for");
   Arguments a{};
   a.M = static_cast<int>(p.rows.M), a.N = static_cast<int>(p.N), a.K = static_cast<int>(p.K);
@@ -668,19 +720,26 @@ void fused(const Fused& p, cudaStream_t stream) {
       a.slice_stop[s] = static_cast<int>(p.slices[2 * s + 1]);
     }
   }
-  const Maps maps = describe(p);
-  const int tiles = (a.M + kRows - 1) / kRows * column_tiles, at_once = std::min(tiles, multiprocessors());
-  const int blocks = p.slots == 2 ? at_once / 2 * 2 : at_once;
+  const int tiles = (a.M + kRows - 1) / kRows * column_tiles, most = multiprocessors(), last = tiles % most;
+  a.column_tiles = column_tiles, a.whole = p.slots < 2 && 3 * last <= most ? tiles - last : tiles;
+  a.tiles = a.whole + 3 * (tiles - a.whole);
+  const Maps maps = describe(p, a.whole < tiles, a.whole == 0);
+  const int at_once = std::min(a.tiles, most), blocks = p.slots == 2 ? at_once / 2 * 2 : at_once;
   dispatch<2>("the fused LoRA product", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    if (p.transposed)
-      p.slots ? launch<scalar, true, 1>(maps, a, blocks, p.overlap, stream)
-              : launch<scalar, true, 0>(maps, a, blocks, p.overlap, stream);
-    else if (p.slots == 2)
-      launch<scalar, false, 2>(maps, a, blocks, p.overlap, stream);
-    else
-      p.slots ? launch<scalar, false, 1>(maps, a, blocks, p.overlap, stream)
-              : launch<scalar, false, 0>(maps, a, blocks, p.overlap, stream);
+    const auto with = [&](auto transposed, auto slots, auto thirds) {
+      launch<scalar, transposed.value, slots.value, thirds.value>(maps, a, blocks, p.overlap, stream);
+    };
+    const auto with_slots = [&](auto transposed, auto slots) {
+      a.whole == 0 ? with(transposed, slots, std::true_type{}) : with(transposed, slots, std::false_type{});
+    };
+    const auto either = [&](auto transposed) {
+      if (p.slots == 2)
+        with(transposed, number<2>{}, std::false_type{});
+      else
+        p.slots ? with_slots(transposed, number<1>{}) : with_slots(transposed, number<0>{});
+    };
+    p.transposed ? either(std::true_type{}) : either(std::false_type{});
     if (p.base == nullptr && p.bias_up == nullptr) return;
     const int64_t threads = p.rows.M * (p.N / 8);
     add_rest_kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(

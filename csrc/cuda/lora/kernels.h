@@ -217,7 +217,7 @@ struct Fused {
   bool relu = false;
   // Of a tile at most so many slots are made in the main loop from `down`, and written to `kept`: none, and h is given;
   // one, as no tile needs two (`slices` may leave one of several); or two, without slices, where tiles lie in pairs
-  // beside each other, forward alone.
+  // beside each other.
   int slots = 0;
   const void* gate = nullptr;  // in the loop: as of LowRank
   // s h, [M, T r], or with ids [M, places, r] as low_rank_sm90 writes it; or h where the caller has scaled `up`.

@@ -266,7 +266,7 @@ void fused(const Fused& p, cudaStream_t) {
               "fused refuses");
   PLORA_CHECK(p.slots ? p.down != nullptr : p.h != nullptr, "fused: no h");
   PLORA_CHECK(!p.gate || p.slots, "fused: only the loop knows a gate");
-  PLORA_CHECK(p.slots != 2 || (!p.transposed && p.slices.empty() && (p.N + 191) / 192 % 2 == 0), "fused: no pair");
+  PLORA_CHECK(p.slots != 2 || (p.slices.empty() && (p.N + 191) / 192 % 2 == 0), "fused: no pair");
   g_calls += p.slots == 2 ? " in_loop_of_two" : p.slots ? " in_loop" : " fused";
   if (p.transposed) g_calls += "_transposed";
   if (p.overlap) g_calls += "*";
