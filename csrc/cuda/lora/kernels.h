@@ -12,6 +12,7 @@
 //   padded rank  r filled up with zeros to a multiple of 8, as the products take it
 //   tile         128 rows by 192 columns of y, the work of a block at a time; column tiles lie side by side
 //                (few_rows.cu: up to 32 rows of an adapter; few_rows_sm90.cu: all rows by 128 columns)
+//   third        64 of a tile's columns, a block's work where tiles would leave most blocks idle
 //   slot         16 ranks of one adapter, a step of a product
 //   chunk        likewise of few rows, where the last one of an adapter is filled up with zeros (few_rows.cuh)
 //   place        the number of an adapter among those that a tile's rows met, ascending
