@@ -749,3 +749,20 @@ def test_tensors_of_every_float_are_images(dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(to_pixels(values), wanted)
     with pytest.raises(ValueError, match=rf"images must be uint8 \[N, H, W, 3\], got {dtype} \[1, 3, 8, 8\]"):
         read_images(values[None])
+
+
+def test_small_batches_are_prepared_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four batches of 16 in one go, with the pixels of each by itself."""
+    images = np.random.default_rng(0).integers(0, 256, (203, 40, 52, 3), dtype=np.uint8)
+    calls, resample = [], views.resample
+    monkeypatch.setattr(views, "resample", lambda images, *a: calls.append(len(images)) or resample(images, *a))
+    seen = []
+    for together in (1, 64):
+        monkeypatch.setattr(views, "TOGETHER", together)
+        torch.manual_seed(3)
+        made = prepared(images, image_size=32, transform="pilot", on_device=True)
+        seen.append([*(batch for _, batch in made.epoch(torch.randperm(203), 16)), *made.split(50)])
+        assert calls == [[16] * 12 + [11] + [50] * 4 + [3], [64, 64, 64, 11] + [50] * 4 + [3]][together > 1]
+        calls.clear()
+    assert [len(batch) for batch in seen[1]] == [16] * 12 + [11] + [50] * 4 + [3]
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))

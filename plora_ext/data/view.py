@@ -33,6 +33,7 @@ from .resample import center, random_crop, random_numbers, resample, to_device, 
 from .transforms import random_affine, to_tensor
 
 READY_BYTES = 2 << 30  # arrays whose float images take no more than this are resized once and kept
+TOGETHER = 64  # images on the device that are prepared at once, in several batches: the host launches as much for one
 SHARE = 1 / 4  # of the free memory of the device or the host, that images may take
 CROP = {"scale": (0.05, 1.0), "ratio": (3 / 4, 4 / 3)}  # of transform pilot
 Own = Callable[[int], slice]
@@ -172,8 +173,12 @@ class View:
         if self._ready is not None:
             yield from (self._ready[rows] for rows in _split_on(self._ready.device, batches))
         elif p.on_device:
-            for (images, sizes), own in zip(self._pixels(batches), numbers):
-                yield (self._resampled(images, sizes, own) / 255 - mean) / std
+            groups = _groups(batches, 1 if self._stored is None else TOGETHER)
+            joined = self._pixels([torch.cat(tuple(batches[group])) for group in groups])
+            for (images, sizes), group in zip(joined, groups):
+                own = [part for part in numbers[group] if part is not None]
+                prepared = (self._resampled(images, sizes, torch.cat(own) if own else None) / 255 - mean) / std
+                yield from prepared.split([len(rows) for rows in batches[group]])
         elif self._loader:
             seeds = [[None] * len(rows) if own is None else own.tolist() for rows, own in zip(batches, numbers)]
             for loaded in self._loader([list(zip(rows.tolist(), own)) for rows, own in zip(batches, seeds)]):
@@ -204,6 +209,12 @@ class View:
         if pilot:
             return resample(images, center(sizes, int(256 / 224 * size), size), size, "bicubic")
         return resample(images, whole(sizes, size), size)
+
+
+def _groups(batches: Sequence[Tensor], images: int) -> list[slice]:
+    """Of consecutive batches, as many as make about so many images."""
+    each = max(1, images // max(len(batches[0]), 1)) if batches else 1
+    return [slice(i, i + each) for i in range(0, len(batches), each)]
 
 
 def _own(batches: Sequence[Tensor], own: Own) -> list[Tensor]:
