@@ -339,6 +339,7 @@ struct Multiplier {
   // This warp is done with the stage that belongs to `which`.
   __device__ void release(uint32_t which) { sm90::release(barriers.empty(which % S::kStages)); }
 
+  // The accumulators of h.
   template <int kCount>
   __device__ static float (&ranks(float (&d)[kCount]))[8] {
     return *reinterpret_cast<float (*)[8]>(&d[kCount - 8]);
@@ -720,10 +721,10 @@ void fused(const Fused& p, cudaStream_t stream) {
       a.slice_stop[s] = static_cast<int>(p.slices[2 * s + 1]);
     }
   }
-  const int tiles = (a.M + kRows - 1) / kRows * column_tiles, most = multiprocessors(), last = tiles % most;
-  a.column_tiles = column_tiles, a.whole = p.slots < 2 && 3 * last <= most ? tiles - last : tiles;
-  a.tiles = a.whole + 3 * (tiles - a.whole);
-  const Maps maps = describe(p, a.whole < tiles, a.whole == 0);
+  const int tiles = (a.M + kRows - 1) / kRows * column_tiles, most = multiprocessors();
+  const int thirds = p.slots < 2 ? static_cast<int>(lora_plan::in_thirds(tiles, most)) : 0;
+  a.column_tiles = column_tiles, a.whole = tiles - thirds, a.tiles = tiles + 2 * thirds;
+  const Maps maps = describe(p, thirds > 0, a.whole == 0);
   const int at_once = std::min(a.tiles, most), blocks = p.slots == 2 ? at_once / 2 * 2 : at_once;
   dispatch<2>("the fused LoRA product", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
