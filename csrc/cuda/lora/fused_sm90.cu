@@ -195,6 +195,7 @@ __device__ uint32_t place_in_h(int row, int column) {
 }
 constexpr uint64_t kLayoutH = sm90::operand_layout(sm90::Swizzle::none, 128, 256);
 constexpr uint64_t kLayoutX = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
+constexpr uint64_t kLayoutDown = sm90::operand_layout(sm90::Swizzle::b32, 16, 256);  // transposed
 
 // --- feeding --------------------------------------------------------------------------------------------------------
 
@@ -323,7 +324,6 @@ struct Multiplier {
   static constexpr uint64_t kLayoutW = kTransposed ? sm90::operand_layout(sm90::Swizzle::b128, kBox, 1024)
                                                    : sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
   static constexpr uint64_t kStepW = (kTransposed ? 16 * 128 : 32) >> 4;
-  static constexpr uint64_t kLayoutDown = sm90::operand_layout(sm90::Swizzle::b32, 16, 256);  // transposed
   static constexpr uint64_t kLayoutUp = kTransposed ? sm90::operand_layout(sm90::Swizzle::b128, kSlotB / 3, 1024)
                                                     : sm90::operand_layout(sm90::Swizzle::b32, 16, 256);
 
