@@ -304,15 +304,15 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
 
 // --- multiplying ---------------------------------------------------------------------------------------------------
 
-// Accumulators of 64 rows: kWide columns of y, then 16 of h. Of 8 columns i, [4 i + {0, 1}] are row lane / 4, columns
-// 2 (lane % 4) + {0, 1}, and [4 i + {2, 3}] eight rows further down; warp w of the warpgroup has the rows 16 w.
-template <int kWide>
-using Half = float[kWide / 2 + 8];
-
 template <typename scalar, bool kTransposed, int kSlots, bool kThirds>
 struct Multiplier {
   using S = Shape<kTransposed, kSlots, kThirds>;
   static constexpr bool kInLoop = S::kInLoop, kPair = S::kPair;
+  // Accumulators of 64 rows: kWide columns of y, then 16 of h. Of 8 columns i, [4 i + {0, 1}] are row lane / 4, columns
+  // 2 (lane % 4) + {0, 1}, and [4 i + {2, 3}] eight rows further down; warp w of the warpgroup has the rows 16 w.
+  template <int kWide>
+  using Half = float[kWide / 2 + 8 * kInLoop];
+
   const Arguments& p;
   const Tile* all;
   const uint32_t stages, out;   // `out`: this warpgroup's part
@@ -348,7 +348,9 @@ struct Multiplier {
   template <int kWide>
   __device__ void main_loop(Half<kWide>& upper, Half<kWide>& lower, int k_steps) {
 #pragma unroll
-    for (int i = 0; i < kWide / 2 + 8 * kInLoop; ++i) upper[i] = lower[i] = 0;
+    for (float& value : upper) value = 0;
+#pragma unroll
+    for (float& value : lower) value = 0;
 #pragma unroll 1
     for (int k = 0; k < k_steps; ++k, ++step) {
       wait();
@@ -540,7 +542,7 @@ struct Multiplier {
     main_loop<kWide>(upper, lower, k_steps);
     if (given == 0) pass();
     divide<kWide>(upper, power.upper), divide<kWide>(lower, power.lower);
-    if (kInLoop) {  // every tile waits, to keep count of the uses
+    if constexpr (kInLoop) {  // every tile waits, to keep count of the uses
       if (slots != 0) {
         const uint32_t up = stages + Layout<S>::kUp + group * S::kUp;
         const bool keep = p.kept != nullptr && keeps(p, tile, tile.block[own], column);
