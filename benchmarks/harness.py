@@ -23,14 +23,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import plora_ext
 from plora_ext import libraries
-from plora_ext.bench import OURS, fault, in_turn
+from plora_ext.bench import OURS, fault, in_turn, synchronize, timed
 from plora_ext.cil.files import write_whole
 
 Form = Callable[[Any], Any]
@@ -113,7 +113,38 @@ def write(
         write_whole(out.with_name(out.name + suffix), content.encode())
 
 
-# ---------------------------------------------------------------------- GPU time
+# ---------------------------------------------------------------------- a call, to its end on the device
+
+
+def now(device: torch.device) -> float:
+    """Seconds on the wall clock, once the device has done what it was given."""
+    synchronize(device)
+    return time.perf_counter()
+
+
+class Costs(NamedTuple):
+    """Of a call; NaN where there is no GPU. Its peak of allocated memory is above what was there before."""
+
+    gpu_ms: float
+    wall_ms: float
+    peak_mb: float
+
+
+def costs(call: Callable[[], Any], device: torch.device) -> Costs:
+    if device.type != "cuda":
+        return Costs(math.nan, timed(call, device), math.nan)
+    there = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start = now(device)
+    before.record()
+    call()
+    after.record()
+    wall = 1e3 * (now(device) - start)
+    return Costs(before.elapsed_time(after), wall, (torch.cuda.max_memory_allocated() - there) / 2**20)
+
+
+# ---------------------------------------------------------------------- GPU time under CUDA graphs
 # Calls captured into one CUDA graph, which walk through sets of inputs and outputs that are together larger than the
 # L2 cache, so that each call reads and writes DRAM; CUDA events around a replay.
 
