@@ -20,8 +20,9 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from cuda_cases import MERGE, Case, cases
+from cuda_cases import Case, cases
 from harness import BASE, Form, Line, ceilings, cells, gpu_facts, gpu_options, measure, need_cuda, report, table
+from lora_forms import MERGE
 
 from plora_ext.bench import OURS
 

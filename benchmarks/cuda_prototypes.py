@@ -23,15 +23,15 @@ import ease
 import harness
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, Form, GPUCase, Line, Step, ceilings, error_of, extra_megabytes
+from harness import DEVICE, Form, GPUCase, Line, Step, ceilings, error_of, extra_megabytes, verdict
 from torch import Tensor
 
 from plora_ext import ops, reference
 from plora_ext.bench import OURS
 
 D, ALPHA = 768, 0.1
-EASE = "EASE"
-FAST = ", TF32"
+EASE, FAST = "EASE", ", TF32"
+Goal = Callable[[dict[str, Line]], str]
 FIELDS = {
     "row": "", "case": "", "form": "", "gpu_us": ".1f", "gpu_iqr_us": ".2f", "wall_us": ".1f", "error": ".1e",
     "over_ours": ".2f", "extra_MB": ".1f", "goals": "", "note": "",
@@ -107,7 +107,7 @@ def einsum(p: Any) -> Tensor:
 class Case(GPUCase):
     """Forms of one computation, and what is asked of ours."""
 
-    goals: list[Callable[[dict[str, Line]], str]] = field(default_factory=list)
+    goals: list[Goal] = field(default_factory=list)
     compile: bool = True
     eager_sets = 3
     memory = True
@@ -119,56 +119,39 @@ class Case(GPUCase):
         return [goal(lines) for goal in self.goals]
 
 
-def verdict(text: str, figure: float, met: bool) -> str:
-    return f"{text}: {figure:.2f} {'met' if met else 'NOT MET'}"
-
-
 def is_torch(name: str) -> bool:
     return not name.startswith((OURS, EASE))
 
 
-def at_most(bound: float, form: str = OURS, rival: str = "") -> Callable[[dict[str, Line]], str]:
+def at_most(bound: float, form: str = OURS, rival: str = "") -> Goal:
     """The time of a form is at most `bound` times that of a rival; "": of the best torch form in the same precision."""
 
     def goal(lines: dict[str, Line]) -> str:
-        fast = form.endswith(FAST)
-        names = [rival] if rival else [n for n in lines if is_torch(n) and n.endswith(FAST) == fast]
-        times = [lines[n]["gpu_us"] for n in names if n in lines and "gpu_us" in lines[n]]
-        if not times or "gpu_us" not in lines.get(form, {}):
-            return f"{form} ≤ {bound} × {rival or 'best torch'}: not measured"
-        ratio = lines[form]["gpu_us"] / min(times)
-        return verdict(f"{form} ≤ {bound} × {rival or 'best torch'}", ratio, ratio <= bound)
+        alike = [n for n in lines if is_torch(n) and n.endswith(FAST) == form.endswith(FAST)]
+        us = {n: line["gpu_us"] for n, line in lines.items() if "gpu_us" in line}
+        times = [us[n] for n in ([rival] if rival else alike) if n in us]
+        ratio = us[form] / min(times) if form in us and times else None
+        return verdict(f"{form} ≤ {bound} × {rival or 'best torch'}", ratio, at_most=bound)
 
     return goal
 
 
-def at_least(gain: float, rival: str) -> Callable[[dict[str, Line]], str]:
+def at_least(gain: float, rival: str) -> Goal:
     """Wall time of a rival over ours."""
 
     def goal(lines: dict[str, Line]) -> str:
-        if "wall_us" not in lines.get(rival, {}):
-            return f"{rival} ≥ {gain:.0f} ×: not measured"
-        ratio = lines[rival]["wall_us"] / lines[OURS]["wall_us"]
-        return verdict(f"{rival} ≥ {gain:.0f} × (wall)", ratio, ratio >= gain)
+        its = lines.get(rival, {}).get("wall_us")
+        return verdict(f"{rival} ≥ {gain:.0f} × (wall)", its and its / lines[OURS]["wall_us"], at_least=gain)
 
     return goal
 
 
-def within(microseconds: float) -> Callable[[dict[str, Line]], str]:
-    def goal(lines: dict[str, Line]) -> str:
-        return verdict(f"≤ {microseconds:.0f} µs", lines[OURS]["gpu_us"], lines[OURS]["gpu_us"] <= microseconds)
-
-    return goal
+def within(us: float) -> Goal:
+    return lambda lines: verdict(f"≤ {us:.0f} µs", lines[OURS]["gpu_us"], at_most=us)
 
 
-def memory(form: str, megabytes: float) -> Callable[[dict[str, Line]], str]:
-    def goal(lines: dict[str, Line]) -> str:
-        extra = lines.get(form, {}).get("extra_MB")
-        if extra is None:
-            return f"{form} ≤ {megabytes:.0f} MB extra: not measured"
-        return verdict(f"{form} ≤ {megabytes:.0f} MB extra", extra, extra <= megabytes)
-
-    return goal
+def memory(form: str, mb: float) -> Goal:
+    return lambda lines: verdict(f"{form} ≤ {mb:.0f} MB extra", lines.get(form, {}).get("extra_MB"), at_most=mb)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
@@ -184,7 +167,7 @@ def class_sums(C: int, dtype: torch.dtype, bandwidth: float, goal: bool) -> Case
 
     def share(lines: dict[str, Line]) -> str:
         achieved = N * D * dtype.itemsize / (lines[OURS]["gpu_us"] * 1e-6) / bandwidth
-        return verdict("≥ 0.85 of copy bandwidth", achieved, achieved >= 0.85) if goal else f"{achieved:.2f} of copy"
+        return verdict("≥ 0.85 of copy bandwidth", achieved, at_least=0.85) if goal else f"{achieved:.2f} of copy"
 
     forms: dict[str, Form] = {
         OURS: lambda p: ops.class_sums(p.features, p.labels, C)[0],
@@ -322,7 +305,7 @@ def hundred_thousand() -> list[Line]:
         torch.cuda.synchronize()
         line: Line = {"row": 2, "case": f"reconstruct_prototypes, {n:,} x {n:,}", "form": name, "error": error}
         line |= {"wall_us": 1e6 * (time.perf_counter() - start), "extra_MB": extra, "note": "called once"}
-        line["goals"] = verdict("≤ 1000 MB extra", extra, extra <= 1000)
+        line["goals"] = verdict("≤ 1000 MB extra", extra, at_most=1000)
         lines.append(line)
     return lines
 

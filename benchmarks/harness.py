@@ -381,6 +381,13 @@ def need_cuda() -> None:
         raise SystemExit(f"the CUDA kernels are not loaded: {libraries.missing}")
 
 
+def verdict(text: str, figure: float | None, at_most: float = math.inf, at_least: float = -math.inf) -> str:
+    """A goal, its figure, and whether it is met."""
+    if figure is None:
+        return f"{text}: not measured"
+    return f"{text}: {figure:.2f} {'met' if at_least <= figure <= at_most else 'NOT MET'}"
+
+
 def cells(fields: Mapping[str, str], line: Line, *names: str) -> list[str]:
     return [number(line.get(name), fields[name]) for name in names]
 

@@ -27,7 +27,7 @@ from typing import Any
 import harness
 import torch
 import torch.nn.functional as F
-from cuda_cases import SCALE, peft_model
+from lora_forms import SCALE, peft_model
 from torch import Tensor, nn
 
 from plora_ext.bench import OURS, fault, in_turn
