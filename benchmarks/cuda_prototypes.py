@@ -12,10 +12,10 @@ and NAME.md.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +23,7 @@ import ease
 import harness
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, Form, GPUCase, Line, Step, ceilings, error_of, extra_megabytes, verdict
+from harness import DEVICE, Form, GPUCase, Line, Step, ceilings, doubled, error_of, extra_megabytes, verdict
 from torch import Tensor
 
 from plora_ext import ops, reference
@@ -158,6 +158,17 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -
     return torch.randn(shape, device=DEVICE, dtype=dtype).requires_grad_(grad)
 
 
+def case(
+    row: int, name: str, make: Callable[[], Any], forms: dict[str, Form], exact: Form, leaves: str = "", **more: Any
+) -> Case:
+    """Forms of a computation, of a training step where there are `leaves`; `exact` in float64 is the reference."""
+    train = bool(leaves)
+    if train:
+        name += ", forward and backward"
+        forms, exact = {n: Step(form, leaves) for n, form in forms.items()}, Step(exact, leaves)
+    return Case(row, name, make, forms, lambda p: exact(doubled(p)), train=train, **more)
+
+
 def class_sums(C: int, dtype: torch.dtype, bandwidth: float, goal: bool) -> Case:
     N = 50_000
 
@@ -175,9 +186,8 @@ def class_sums(C: int, dtype: torch.dtype, bandwidth: float, goal: bool) -> Case
         "one-hot product": one_hot_product,
         "sort, segment_reduce": sorted_segments,
     }
-    name = f"class_sums, {N:,} x {D}, {C} classes, {str(dtype).removeprefix('torch.')}"
-    reference_form = lambda p: one_hot_product(SimpleNamespace(**{**vars(p), "features": p.features.double()}))  # noqa: E731
-    return Case(1, name, make, forms, reference_form, [share], tolerance=1e-5 if dtype.itemsize == 4 else 1e-2)
+    name, tolerance = f"class_sums, {N:,} x {D}, {C} classes, {str(dtype)[6:]}", 1e-5 if dtype.itemsize == 4 else 1e-2
+    return case(1, name, make, forms, one_hot_product, goals=[share], tolerance=tolerance)
 
 
 def reconstruct(
@@ -187,22 +197,19 @@ def reconstruct(
         old, new, values = (randn(n, D, grad=train) for n in (Co, Cn, Cn))
         return SimpleNamespace(old=old, new=new, values=values, grad=randn(Co, D))
 
-    def form(module: Any) -> Form:
-        forward = lambda p: module.reconstruct_prototypes(p.old, p.new, p.values, mode=mode)  # noqa: E731
-        return Step(forward, "old new values") if train else forward
+    def plain(p: Any) -> Tensor:
+        return reference.reconstruct_prototypes(p.old, p.new, p.values, mode=mode)
 
-    forms: dict[str, Form] = {OURS: form(ops), "plain torch": form(reference)}
+    forms: dict[str, Form] = {
+        OURS: lambda p: ops.reconstruct_prototypes(p.old, p.new, p.values, mode=mode),
+        "plain torch": plain,
+    }
     if mode == "complement":
-        forms["attention"] = Step(attention, "old new values") if train else attention
+        forms["attention"] = attention
     if fast:
-        forms |= {name + FAST: with_tf32(f) for name, f in forms.items()}
-
-    def exact(p: Any) -> Any:
-        leaves = {n: t.detach().double().requires_grad_(train) for n, t in vars(p).items()}
-        return form(reference)(SimpleNamespace(**leaves))
-
-    name = f"reconstruct_prototypes, {mode}, {Co:,} x {Cn:,}{', forward and backward' if train else ''}"
-    return Case(2, name, make, forms, exact, train=train, tolerance=5e-3 if fast else 1e-5, **more)
+        forms |= {name + FAST: with_tf32(form) for name, form in forms.items()}
+    name, leaves = f"reconstruct_prototypes, {mode}, {Co:,} x {Cn:,}", "old new values" if train else ""
+    return case(2, name, make, forms, plain, leaves, tolerance=5e-3 if fast else 1e-5, **more)
 
 
 def complete(C: int, T: int, quick: bool, train: bool = False, **more: Any) -> Case:
@@ -210,23 +217,15 @@ def complete(C: int, T: int, quick: bool, train: bool = False, **more: Any) -> C
         tasks = torch.arange(C, device=DEVICE) * T // C
         return SimpleNamespace(bank=randn(C, T, D, grad=train), tasks=tasks, grad=randn(C, T, D))
 
-    def form(forward: Form) -> Form:
-        return Step(forward, "bank") if train else forward
-
     forms: dict[str, Form] = {
-        OURS: form(lambda p: ops.complete_prototypes(p.bank, p.tasks)),
-        "torch, all pairs at once": form(all_pairs),
-        "torch, pair by pair": form(pair_by_pair),
+        OURS: lambda p: ops.complete_prototypes(p.bank, p.tasks),
+        "torch, all pairs at once": all_pairs,
+        "torch, pair by pair": pair_by_pair,
     }
     if not train and not quick:
         forms[f"{EASE}, loops"] = lambda p: ease.complete(p.bank, p.tasks)
-
-    def exact(p: Any) -> Any:
-        wide = SimpleNamespace(bank=p.bank.detach().double().requires_grad_(train), tasks=p.tasks, grad=p.grad.double())
-        return form(pair_by_pair)(wide)
-
-    name = f"complete_prototypes, C={C}, T={T}{', forward and backward' if train else ''}"
-    return Case(3, name, make, forms, exact, train=train, once=(EASE,), **more)
+    name, leaves = f"complete_prototypes, C={C}, T={T}", "bank" if train else ""
+    return case(3, name, make, forms, pair_by_pair, leaves, once=(EASE,), **more)
 
 
 def head(B: int, C: int, T: int, train: bool = False, **more: Any) -> Case:
@@ -235,57 +234,55 @@ def head(B: int, C: int, T: int, train: bool = False, **more: Any) -> Case:
         features, prototypes = randn(B, T, D, grad=train), randn(C, T, D, grad=train)
         return SimpleNamespace(features=features, prototypes=prototypes, weights=weights, grad=randn(B, C))
 
-    def form(forward: Form) -> Form:
-        return Step(forward, "features prototypes") if train else forward
-
     forms: dict[str, Form] = {
-        OURS: form(lambda p: ops.subspace_logits(p.features, p.prototypes, p.weights)),
-        "einsum": form(einsum),
-        "plain torch": form(lambda p: reference.subspace_logits(p.features, p.prototypes, p.weights)),
+        OURS: lambda p: ops.subspace_logits(p.features, p.prototypes, p.weights),
+        "einsum": einsum,
+        "plain torch": lambda p: reference.subspace_logits(p.features, p.prototypes, p.weights),
     }
     if not train:
         forms[f"{EASE}, forward_reweight"] = lambda p: ease.logits(p.features, p.prototypes, [C // T] * T, ALPHA)
-
-    def exact(p: Any) -> Any:
-        leaves = {n: t.detach().double().requires_grad_(train and n != "weights") for n, t in vars(p).items()}
-        return form(einsum)(SimpleNamespace(**leaves))
-
-    name = f"subspace_logits, T={T}, B={B}, C={C}{', forward and backward' if train else ''}"
-    return Case(4, name, make, forms, exact, train=train, eager=(EASE,), **more)
+    name, leaves = f"subspace_logits, T={T}, B={B}, C={C}", "features prototypes" if train else ""
+    return case(4, name, make, forms, einsum, leaves, eager=(EASE,), **more)
 
 
 def cases(rows: list[int], quick: bool, bandwidth: float) -> list[Callable[[], Case]]:
     b16, f32 = torch.bfloat16, torch.float32
     score = 20_000 * 1_000 * 4 / 1e6  # megabytes
-    found: list[tuple[int, Callable[[], Case]]] = [
-        (1, lambda: class_sums(100, f32, bandwidth, True)),
-        (1, lambda: class_sums(100, b16, bandwidth, False)),
-        (1, lambda: class_sums(10, f32, bandwidth, False)),
-        (2, lambda: reconstruct(95, 5)),
-        (2, lambda: reconstruct(500, 50)),
-        (2, lambda: reconstruct(900, 100, goals=[within(25)])),
-        (2, lambda: reconstruct(900, 100, "shift")),
-        (2, lambda: reconstruct(900, 100, train=True, goals=[at_most(1)])),
-        (2, lambda: reconstruct(500, 5000)),
-        (
-            2,
-            lambda: reconstruct(
-                20_000, 1_000, fast=True,
-                goals=[at_most(0.85), at_most(0.35, OURS + FAST, "plain torch"), at_most(0.35, OURS + FAST),
-                       memory(OURS, 0.05 * score), memory(OURS + FAST, 0.05 * score)],
-            ),
-        ),
-        (2, lambda: reconstruct(20_000, 1_000, "shift")),
-        (2, lambda: reconstruct(20_000, 1_000, train=True, goals=[at_most(1)])),
-        (3, lambda: complete(100, 20, quick, goals=[at_most(0.2), at_least(1000, f"{EASE}, loops")])),
-        (3, lambda: complete(200, 40, quick, goals=[at_most(0.2), at_least(1000, f"{EASE}, loops")])),
-        (3, lambda: complete(100, 20, quick, train=True, goals=[at_most(1)])),
-        (4, lambda: head(128, 100, 20, goals=[at_most(1), at_least(100, f"{EASE}, forward_reweight")])),
-        (4, lambda: head(16, 100, 20)),
-        (4, lambda: head(1024, 1000, 20)),
-        (4, lambda: head(128, 100, 20, train=True, goals=[at_most(1)])),
+    ease_loops, quickly = at_least(1000, f"{EASE}, loops"), partial(complete, quick=quick)
+    large = [
+        at_most(0.85), at_most(0.35, OURS + FAST, "plain torch"), at_most(0.35, OURS + FAST),
+        memory(OURS, 0.05 * score), memory(OURS + FAST, 0.05 * score),
     ]  # fmt: skip
-    return [make for row, make in found if row in rows]
+    found: dict[int, list[Callable[[], Case]]] = {
+        1: [
+            partial(class_sums, 100, f32, bandwidth, True),
+            partial(class_sums, 100, b16, bandwidth, False),
+            partial(class_sums, 10, f32, bandwidth, False),
+        ],
+        2: [
+            partial(reconstruct, 95, 5),
+            partial(reconstruct, 500, 50),
+            partial(reconstruct, 900, 100, goals=[within(25)]),
+            partial(reconstruct, 900, 100, "shift"),
+            partial(reconstruct, 900, 100, train=True, goals=[at_most(1)]),
+            partial(reconstruct, 500, 5000),
+            partial(reconstruct, 20_000, 1_000, fast=True, goals=large),
+            partial(reconstruct, 20_000, 1_000, "shift"),
+            partial(reconstruct, 20_000, 1_000, train=True, goals=[at_most(1)]),
+        ],
+        3: [
+            partial(quickly, 100, 20, goals=[at_most(0.2), ease_loops]),
+            partial(quickly, 200, 40, goals=[at_most(0.2), ease_loops]),
+            partial(quickly, 100, 20, train=True, goals=[at_most(1)]),
+        ],
+        4: [
+            partial(head, 128, 100, 20, goals=[at_most(1), at_least(100, f"{EASE}, forward_reweight")]),
+            partial(head, 16, 100, 20),
+            partial(head, 1024, 1000, 20),
+            partial(head, 128, 100, 20, train=True, goals=[at_most(1)]),
+        ],
+    }
+    return [make for row, those in found.items() if row in rows for make in those]
 
 
 def hundred_thousand() -> list[Line]:
@@ -314,7 +311,7 @@ def hundred_thousand() -> list[Line]:
 
 
 def summary(lines: list[Line]) -> str:
-    rows, show = [], functools.partial(harness.cells, FIELDS)
+    rows, show = [], partial(harness.cells, FIELDS)
     for case in dict.fromkeys(line["case"] for line in lines):
         own = {line["form"]: line for line in lines if line["case"] == case}
         rivals = [r for n, r in own.items() if is_torch(n) and "over_ours" in r and not n.endswith(FAST)]
@@ -338,7 +335,7 @@ def main() -> None:
     bandwidth, _ = ceilings()
     rounds, compiled = 5 if args.quick else 21, not args.no_compile
     found = (make() for make in cases(args.rows, args.quick, bandwidth))
-    runs = [functools.partial(harness.measure, case, rounds, compiled) for case in found]
+    runs = [partial(harness.measure, case, rounds, compiled) for case in found]
     runs += [hundred_thousand] if 2 in args.rows else []
     where = harness.gpu_facts(args.commit, **{"copy TB/s": f"{bandwidth / 1e12:.2f}"})
     harness.report(args.out, FIELDS, summary, where, (run() for run in runs))

@@ -165,6 +165,15 @@ class Step:
         return torch.autograd.grad(self.forward(p), leaves, p.grad)
 
 
+def doubled(p: Any) -> Any:
+    """The same inputs in float64."""
+    twin = copy.copy(p)
+    for name, t in vars(p).items():
+        if isinstance(t, Tensor) and t.is_floating_point():
+            setattr(twin, name, t.detach().double().requires_grad_(t.requires_grad))
+    return twin
+
+
 @dataclass
 class GPUCase(ABC):
     """Forms of one computation on a GPU, ours among them; what a kind of case asks of them, its class says."""

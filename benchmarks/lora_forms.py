@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -61,13 +60,6 @@ class Problem:
     def by_image(self, t: Tensor) -> Tensor:
         """Rows [M, D], as [images, rows, D] where ids are those of images."""
         return t if self.image_ids is None else t.view(len(self.image_ids), -1, t.shape[1])
-
-    def double(self) -> Problem:
-        twin = copy.copy(self)
-        for name, t in vars(self).items():
-            if isinstance(t, Tensor) and t.is_floating_point():
-                setattr(twin, name, t.detach().double().requires_grad_(t.requires_grad))
-        return twin
 
     @functools.cached_property
     def outputs(self) -> Tensor:
