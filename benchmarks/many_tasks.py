@@ -40,16 +40,10 @@ from plora_ext.info import environment
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}
 FIGURES = {  # column: title of the table, digits
-    "train": ("train s", 3),
-    "prototypes": ("prototypes s", 3),
-    "align": ("align s", 4),
-    "checkpoint": ("checkpoint s", 4),
-    "eval_us_per_image": ("evaluation µs an image", 1),
-    "peak_mb": ("peak MiB", 0),
-    "rss_mb": ("resident MiB", 0),
-    "live_mb": ("tensors MiB", 1),
-    "checkpoint_kib": ("checkpoint KiB a task", 1),
-}
+    "train": ("train s", 3), "prototypes": ("prototypes s", 3), "align": ("align s", 4),
+    "checkpoint": ("checkpoint s", 4), "eval_us_per_image": ("evaluation µs an image", 1), "peak_mb": ("peak MiB", 0),
+    "rss_mb": ("resident MiB", 0), "live_mb": ("tensors MiB", 1), "checkpoint_kib": ("checkpoint KiB a task", 1),
+}  # fmt: skip
 
 
 def create(model: str) -> Backbone:
@@ -125,41 +119,27 @@ def measure(method: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         method=method, increment=args.increment, epochs=args.epochs, batch_size=args.batch_size, r=args.r,
         amp=args.amp, device=args.device, class_order="sorted", feature_cache=args.feature_cache,
     )  # fmt: skip
-    width, depth = backbone.model.num_features, len(backbone.model.blocks)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Clock(Path(folder))
         checkpoint.clock = clock
         ear = Ear(checkpoint, device)
         result = run(settings, data=data, backbone=backbone, callbacks=[ear], checkpoint=checkpoint)
+    facts = {name: environment(device)[name] for name in ("device", "torch")}
     rows = []
     for t, (cost, own) in enumerate(zip(result.costs, ear.rows)):
         if args.tasks > 200 and t % 10 and 10 < t < args.tasks - 10:  # enough to fit
             continue
         seconds, seen = cost["seconds"], result.classes_seen[t]
         tested = len(range(0, seen, args.every)) * args.test
-        rows.append(
-            {
-                "method": method,
-                "task": t + 1,
-                "classes_seen": seen,
-                **{phase: seconds.get(phase, 0.0) for phase in ("train", "prototypes", "align", "eval")},
-                "eval_us_per_image": 1e6 * seconds["eval"] / tested,
-                "peak_mb": max(cost["peak_mb"].values()),
-                **own,
-                "accuracy": result.curve[t],
-                "train_images": args.increment * args.train,
-                "test_images": tested,
-                "epochs": args.epochs,
-                "batch_size": args.batch_size,
-                "model": args.model,
-                "width": width,
-                "depth": depth,
-                "r": args.r,
-                "amp": args.amp,
-                "clock": args.clock,
-                **{name: environment(device)[name] for name in ("device", "torch")},
-            }
-        )
+        phases = {phase: seconds.get(phase, 0.0) for phase in ("train", "prototypes", "align", "eval")}
+        rows.append({
+            "method": method, "task": t + 1, "classes_seen": seen, **phases,
+            "eval_us_per_image": 1e6 * seconds["eval"] / tested, "peak_mb": max(cost["peak_mb"].values()), **own,
+            "accuracy": result.curve[t],
+            "train_images": args.increment * args.train, "test_images": tested, "epochs": args.epochs,
+            "batch_size": args.batch_size, "model": args.model, "width": backbone.model.num_features,
+            "depth": len(backbone.model.blocks), "r": args.r, "amp": args.amp, "clock": args.clock, **facts,
+        })  # fmt: skip
     return rows
 
 
