@@ -23,14 +23,14 @@ from typing import Any
 import harness
 import numpy as np
 import torch
-from pilot_ease import ease_learner, ease_vit, import_pilot
+from pilot_ease import PilotData, ease_learner, ease_vit, import_pilot
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from plora_ext.arguments import add_settings, settings_from
 from plora_ext.cil.build import load_backbone, load_data, pick_device
-from plora_ext.data import Images
+from plora_ext.data import Backbone, Images
 from plora_ext.data.transforms import random_affine, to_tensor
 from plora_ext.integrations import pilot
 
@@ -64,27 +64,22 @@ def pilots_vit(vit: VisionTransformer, device: torch.device) -> nn.Module:
     return net
 
 
-class Data:
-    """PILOT's idea of a data set: images that are resized already."""
+def pilots_data(images: Images, backbone: Backbone, crops: bool) -> PilotData:
+    """The images resized already, and moved or cropped for training."""
+    size = backbone.image_size
 
-    use_path = False
+    def resized(stored: Any) -> np.ndarray:
+        pixels = to_tensor(np.asarray(stored), size, (0, 0, 0), (1, 1, 1)).mul_(255).round_().byte()
+        return pixels.permute(0, 2, 3, 1).numpy()
 
-    def __init__(self, images: Images, size: int, mean: Any, std: Any, crops: bool):
-        def resized(stored: Any) -> np.ndarray:
-            pixels = to_tensor(np.asarray(stored), size, (0, 0, 0), (1, 1, 1)).mul_(255).round_().byte()
-            return pixels.permute(0, 2, 3, 1).numpy()
-
-        self.train_data, self.train_targets = resized(images.train_images), images.train_labels
-        self.test_data, self.test_targets = resized(images.test_images), images.test_labels
-        self.class_order = np.unique(images.train_labels).tolist()
-        tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-        window = v2.RandomResizedCrop(size, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3), antialias=True)
-        moved = v2.Lambda(lambda image: random_affine(image[None])[0])
-        self.train_trsf = [window, v2.RandomHorizontalFlip(), *tensor] if crops else [*tensor, moved]
-        self.test_trsf, self.common_trsf = tensor, [v2.Normalize(mean, std), v2.ToPureTensor()]
-
-    def download_data(self) -> None:
-        """There is nothing to download."""
+    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    window = v2.RandomResizedCrop(size, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3), antialias=True)
+    moved = v2.Lambda(lambda image: random_affine(image[None])[0])
+    return PilotData(
+        (resized(images.train_images), images.train_labels), (resized(images.test_images), images.test_labels),
+        [window, v2.RandomHorizontalFlip(), *tensor] if crops else [*tensor, moved], tensor,
+        [v2.Normalize(backbone.mean, backbone.std), v2.ToPureTensor()],
+    )  # fmt: skip
 
 
 def ease(settings: Any, images: Images, crops: bool) -> list[float]:
@@ -95,7 +90,7 @@ def ease(settings: Any, images: Images, crops: bool) -> list[float]:
     backbone = load_backbone(settings)
     learner, manager = ease_learner(
         lambda: pilots_vit(backbone.model, device),
-        lambda _: Data(images, backbone.image_size, backbone.mean, backbone.std, crops),
+        lambda _: pilots_data(images, backbone, crops),
         seed=settings.seed, init_cls=settings.init_cls or settings.increment, increment=settings.increment,
         epochs=settings.epochs, workers=settings.workers or 0, device=device,
     )  # fmt: skip

@@ -25,10 +25,9 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,9 @@ from typing import Any
 import harness
 import numpy as np
 import torch
+from harness import now
 from PIL import Image
-from pilot_ease import ease_learner, ease_vit, import_pilot
+from pilot_ease import PilotData, ease_learner, ease_vit, import_pilot
 
 from plora_ext.cil import Images, Settings, run
 from plora_ext.cil.build import load_backbone, pick_device
@@ -67,15 +67,12 @@ def jpegs(folder: Path, number: int) -> list[Path]:
     coarse = rng.integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
     folder.mkdir(exist_ok=True)
     paths = [folder / f"{i}.jpg" for i in range(number)]
-    for i, path in enumerate(paths):
-        if i < 64:
-            picture = np.asarray(
-                Image.fromarray(coarse[i]).resize((256, 256), Image.Resampling.BICUBIC), dtype=np.int16
-            )
-            noisy = (picture + rng.integers(-12, 13, picture.shape)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(noisy).save(path, quality=90)
-        else:
-            path.hardlink_to(paths[i % 64])
+    for picture, path in zip(coarse, paths):
+        smooth = np.asarray(Image.fromarray(picture).resize((256, 256), Image.Resampling.BICUBIC), dtype=np.int16)
+        noisy = (smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(path, quality=90)
+    for i, path in enumerate(paths[64:]):
+        path.hardlink_to(paths[i % 64])
     return paths
 
 
@@ -121,12 +118,11 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
         return clock.seconds
 
     def evaluate(images: Any) -> list[float]:
-        seconds = []
+        ends = [now(device)]
         for _ in range(args.passes):
-            start = time.perf_counter()
-            trainer.features(images)[0, 0].item()
-            seconds.append(time.perf_counter() - start)
-        return seconds
+            trainer.features(images)
+            ends.append(now(device))
+        return np.diff(ends).tolist()
 
     rows: list[dict[str, Any]] = []
     own: dict[str, float] = {}  # the rate on the device's batch
@@ -185,30 +181,18 @@ def ours(form: str, amp: str, args: argparse.Namespace, data: Images) -> tuple[d
     return {**result.seconds, "other": other}, result.peak_mb
 
 
-class Pilots:
-    """PILOT's idea of a data set: ours, with its own transforms of CIFAR at 224 pixels."""
-
-    use_path = False
-
-    def __init__(self, data: Images, arguments: dict[str, Any]):
-        from utils.data import build_transform
-
-        self.train_data, self.train_targets = data.train_images, data.train_labels
-        self.test_data, self.test_targets = data.test_images, data.test_labels
-        self.train_trsf, self.test_trsf = (build_transform(train, arguments) for train in (True, False))
-        self.common_trsf: list[Any] = []
-        self.class_order = np.arange(100).tolist()
-
-    def download_data(self) -> None:
-        """There is nothing to download."""
-
-
 def ease(form: str, amp: str, args: argparse.Namespace, data: Images) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds and peak memory by phase of LAMDA-PILOT's EASE, with the settings of its exps/ease.json."""
     import_pilot()
+    from utils.data import build_transform
+
     device = pick_device(args.device)
     size = {"depth": 12, "mlp_ratio": 4} if "base" in args.model else {"depth": 1, "mlp_ratio": 0.25}
     phases = Phases(device)
+
+    def make_data(arguments: dict[str, Any]) -> PilotData:  # with PILOT's transforms of CIFAR at 224 pixels
+        train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
+        return PilotData(train, test, *(build_transform(training, arguments) for training in (True, False)))
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def inner(*given: Any) -> Any:
@@ -217,38 +201,31 @@ def ease(form: str, amp: str, args: argparse.Namespace, data: Images) -> tuple[d
 
         return inner
 
-    with ExitStack() as stack:
-        stack.enter_context(pilot.patch() if "patched" in form else nullcontext())
-        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=amp == "bfloat16"))
+    patched = pilot.patch() if "patched" in form else nullcontext()
+    with patched, torch.autocast(device.type, torch.bfloat16, enabled=amp == "bfloat16"):
         learner, manager = ease_learner(
-            lambda: ease_vit(device, **size), lambda arguments: Pilots(data, arguments), seed=1993, init_cls=10,
-            increment=10, epochs=args.epochs, workers=8 if args.workers is None else args.workers, device=device,
+            lambda: ease_vit(device, **size), make_data, seed=1993, init_cls=10, increment=10, epochs=args.epochs,
+            workers=8 if args.workers is None else args.workers, device=device,
         )  # fmt: skip
         learner._train = timed("train", learner._train)
-        replace, solve = learner.replace_fc, learner.solve_sim_reset
+        prototypes, align = timed("prototypes", learner.replace_fc), timed("align", learner.solve_sim_reset)
         learner.solve_sim_reset = lambda: None  # a phase of its own, after the prototypes
 
         def replace_fc(loader: Any) -> None:
-            with phases("prototypes"):
-                replace(loader)
-            with phases("align"):
-                solve()
+            prototypes(loader)
+            align()
 
         learner.replace_fc = replace_fc
         for _ in range(manager.nb_tasks):
             learner.incremental_train(manager)
-            with phases("eval"):
-                learner.eval_task()
+            timed("eval", learner.eval_task)()
             learner.after_task()
     return phases.seconds, phases.peak_mb
 
 
 FORMS: dict[str, Callable[..., tuple[dict[str, float], dict[str, float]]]] = {
-    "plora": ours,
-    "plora, workers crop": ours,
-    "plora-ensemble": ours,
-    "ease": ease,
-    "ease, patched": ease,
+    **dict.fromkeys(("plora", "plora, workers crop", "plora-ensemble"), ours),
+    **dict.fromkeys(("ease", "ease, patched"), ease),
     **dict.fromkeys(PROTOCOLS, ours),
 }
 
@@ -276,9 +253,7 @@ def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    figures = (
-        harness.number(v, ".3g" if v and v < 100 else ".0f", "") if isinstance(v, float) else v for v in row.values()
-    )
+    figures = (harness.number(v, ".3g" if v < 100 else ".0f", "") if isinstance(v, float) else v for v in row.values())
     return ["" if v is None else str(v) for v in figures]
 
 
