@@ -114,18 +114,14 @@ def main() -> None:
     parser.add_argument("--model", help="a timm ViT, or small (default: vit_base_patch16_224 on a GPU, small on a CPU)")
     parser.add_argument("--adapters", type=int, default=20, help="T (default: 20)")
     parser.add_argument("--images", type=int, help="test images of a task (default: 100 on a GPU, 20 on a CPU)")
-    parser.add_argument("--part", choices=("batches", "evaluations"), help="only this")
     args = parser.parse_args()
     device = pick_device(args.device)
     cuda, T = device.type == "cuda", args.adapters
     name = args.model or ("vit_base_patch16_224" if cuda else "small")
     lines: list[Line] = []
-    if args.part != "evaluations":
-        for case in bench.ensemble_cases(device, args.quick, name, T, partial(ease.rivals, T=T)):
-            lines += bench.measure(case, device, 3 if args.quick else 11)
-    if args.part != "batches":
-        per_task = args.images or (5 if args.quick else 100 if cuda else 20)
-        lines += run_lines(name, T, per_task, device)
+    for case in bench.ensemble_cases(device, args.quick, name, T, partial(ease.rivals, T=T)):
+        lines += bench.measure(case, device, 3 if args.quick else 11)
+    lines += run_lines(name, T, args.images or (5 if args.quick else 100 if cuda else 20), device)
     if cuda and name == "vit_base_patch16_224" and T == 20:
         judge(lines)
     rows = [asdict(line) for line in lines]

@@ -32,6 +32,7 @@ import plora_ext
 from plora_ext import libraries
 from plora_ext.bench import OURS, fault, in_turn, synchronize, timed
 from plora_ext.cil.files import write_whole
+from plora_ext.info import environment
 
 Form = Callable[[Any], Any]
 Line = dict[str, Any]
@@ -48,12 +49,6 @@ def options(doc: str | None, name: str = "") -> argparse.ArgumentParser:
         parser.add_argument("--out", type=Path, default=default, help="path of the results without its suffix")
         parser.add_argument("--commit", help="what to call the version measured, where this is no git checkout")
     return parser
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
 def commit() -> str:
@@ -77,7 +72,7 @@ def origin(given: str | None = None) -> dict[str, str]:
 
 def facts(device: torch.device, given: str | None = None, **more: Any) -> dict[str, Any]:
     """Where figures are from: the device, `more`, torch and `origin`."""
-    return {"device": device_name(device), **more, "torch": torch.__version__, **origin(given)}
+    return {"device": environment(device)["device"], **more, "torch": torch.__version__, **origin(given)}
 
 
 def said(where: Mapping[str, Any]) -> str:
@@ -97,14 +92,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], texts: int = 1,
 
 
 def write(
-    out: Path,
-    fields: Sequence[str],
-    rows: Iterable[Mapping[str, Any]],
-    text: str,
-    where: Mapping[str, Any] | None = None,
+    out: Path, fields: Iterable[str], rows: Iterable[Mapping[str, Any]], text: str, where: Mapping[str, Any] = {}
 ) -> None:
     """OUT.csv, every row with `where`, and OUT.md, headed by it; each whole or not at all."""
-    where = where or {}
+    out.parent.mkdir(parents=True, exist_ok=True)
     sheet = io.StringIO()
     writer = csv.DictWriter(sheet, dict.fromkeys([*fields, *where]), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -149,8 +140,10 @@ def costs(call: Callable[[], Any], device: torch.device) -> Costs:
 # L2 cache, so that each call reads and writes DRAM; CUDA events around a replay.
 
 DEVICE, BASE = "cuda", "base layer alone"
+GPU = torch.device(DEVICE)
 FOOTPRINT = 160e6  # bytes that the sets of a case take together; the L2 cache of an H200 holds about 50 MB
 CALLS, SECONDS = 24, 0.03  # captured into one graph: so many calls, fewer where they take longer than this
+SIDE_STREAM = functools.cache(torch.cuda.Stream)
 
 
 class Step:
@@ -217,41 +210,31 @@ class Run:
     graph: torch.cuda.CUDAGraph | None = None
 
     def go(self) -> None:
-        if self.graph:
-            self.graph.replay()
-        else:
-            self.launch()
+        (self.graph.replay if self.graph else self.launch)()
 
     def launch(self) -> None:
         outputs = deque[Any](maxlen=len({id(p) for p in self.order}))  # an output lives until its set is used again
         for p in self.order:
             outputs.append(self.call(p))
 
-    def wall(self) -> float:
-        """Microseconds a call, launched one by one, to the end of the last."""
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+    def seconds(self) -> float:
+        """Of calls launched one by one, to the end of the last."""
+        start = now(GPU)
         self.launch()
-        torch.cuda.synchronize()
-        return 1e6 * (time.perf_counter() - start) / len(self.order)
+        return now(GPU) - start
 
-
-@functools.cache
-def side_stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()
+    def wall(self) -> float:
+        """Microseconds a call, launched one by one."""
+        return 1e6 * self.seconds() / len(self.order)
 
 
 def prepare(call: Form, sets: list[Any], captured: bool = True) -> Run:
     """Warm up and capture."""
-    stream = side_stream()  # the one captured, so that autograd and cuBLAS get ready for it
+    stream = SIDE_STREAM()  # the one captured, so that autograd and cuBLAS get ready for it
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            Run(call, sets).launch()
-            torch.cuda.synchronize()
-    passes = min(math.ceil(CALLS / len(sets)), int(SECONDS / (time.perf_counter() - start)))
+        seconds = [Run(call, sets).seconds() for _ in range(2)][-1]
+    passes = min(math.ceil(CALLS / len(sets)), int(SECONDS / seconds))
     run = Run(call, sets * max(1, passes))
     if captured:
         graph = torch.cuda.CUDAGraph()
@@ -292,12 +275,9 @@ def error_of(outputs: Any, expected: Any) -> float:
 def extra_megabytes(form: Form, p: Any) -> float:
     """Peak of allocated memory over what is there before, less the outputs."""
     gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    outputs = as_tuple(form(p))
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before - sum(o.nbytes for o in outputs)) / 1e6
+    outputs: list[Any] = []
+    peak = costs(lambda: outputs.append(as_tuple(form(p))), GPU).peak_mb * 2**20
+    return (peak - sum(o.nbytes for o in outputs[0])) / 1e6
 
 
 def measure(
@@ -402,12 +382,9 @@ def cells(fields: Mapping[str, str], line: Line, *names: str) -> list[str]:
 
 
 def report(
-    out: Path,
-    fields: Mapping[str, str],
-    summary: Callable[[list[Line]], str],
-    where: Mapping[str, str],
+    out: Path, fields: Mapping[str, str], summary: Callable[[list[Line]], str], where: Mapping[str, str],
     found: Iterator[list[Line]],
-) -> None:
+) -> None:  # fmt: skip
     """Writes what is found after every case, a line for each form; `fields` with their formats."""
     lines: list[Line] = []
     start = time.monotonic()

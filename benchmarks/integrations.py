@@ -561,7 +561,6 @@ def main() -> None:
     cases: list[Case] = []
     skipped: list[str] = []
     start = time.perf_counter()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
 
     def keep() -> None:
         lines = [line for case in cases for line in case.lines]

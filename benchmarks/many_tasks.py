@@ -52,7 +52,7 @@ def create(model: str) -> Backbone:
     return Backbone(vit.eval(), vit.patch_embed.img_size[0], [0.5] * 3, [0.5] * 3)
 
 
-def synthetic(classes: int, train: int, test: int, size: int, every: int = 1) -> Images:
+def synthetic(classes: int, train: int, test: int, every: int, size: int = 32) -> Images:
     """Random images [n, size, size, 3], half the picture of their class and half noise; tests of every n-th class."""
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (classes, size, size, 3), dtype=np.uint8)
@@ -113,11 +113,10 @@ def measure(method: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         clock = time.process_time
         training.time = SimpleNamespace(perf_counter=clock)
     backbone = create(args.model)
-    size = min(args.image_size, backbone.image_size)
-    data = synthetic(args.tasks * args.increment, args.train, args.test, size, args.every)
+    data = synthetic(args.tasks * args.increment, args.train, args.test, args.every)
     settings = Settings(
         method=method, increment=args.increment, epochs=args.epochs, batch_size=args.batch_size, r=args.r,
-        amp=args.amp, device=args.device, class_order="sorted", feature_cache=args.feature_cache,
+        amp=args.amp, device=args.device, class_order="sorted",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Clock(Path(folder))
@@ -169,9 +168,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--model", default="tiny", help="tiny, or a timm ViT with random weights")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels of the stored images")
     parser.add_argument("--amp", default="none", choices=("none", "bfloat16"))
-    parser.add_argument("--feature-cache", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: on a shared machine")

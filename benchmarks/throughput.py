@@ -1,6 +1,6 @@
 """Images a second with the loaders, beside the same step on a batch that is on the device; and whole runs by phase.
 
-    python benchmarks/throughput.py [--model NAME] [--images N] [--amp bfloat16] [--compile] [--out FOLDER/NAME]
+    python benchmarks/throughput.py [--model NAME] [--images N] [--amp bfloat16] [--out FOLDER/NAME]
     python benchmarks/throughput.py --phases [--epochs N] [--images N] [--amp none bfloat16] [--forms plora ease ...]
     python benchmarks/throughput.py --phases --forms cifar100_b0_inc10 imagenet-r_b0_inc20 cub_b0_inc10
 
@@ -101,8 +101,7 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
     device = pick_device(args.device)
     settings = Settings(
         backbone=args.model, weights="random", epochs=args.passes, batch_size=args.batch,
-        eval_batch_size=args.eval_batch, amp=args.amp[0], tf32=args.tf32, channels_last=args.channels_last,
-        compile=args.compile,
+        eval_batch_size=args.eval_batch, amp=args.amp[0],
     )  # fmt: skip
     torch.manual_seed(0)
     backbone = load_backbone(settings)
@@ -165,9 +164,8 @@ def noise(train: int, test: int, classes: int = 100, pixels: int = 32) -> Images
 def ours(form: str, amp: str, args: argparse.Namespace, data: Images) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds and peak memory by phase of this package's loop."""
     common: dict[str, Any] = dict(
-        weights="random", epochs=args.epochs, eval_batch_size=args.eval_batch, amp=amp, tf32=args.tf32,
-        compile=args.compile, channels_last=args.channels_last, workers=args.workers, device=args.device,
-        transform_on="cpu" if "workers" in form else "device",
+        weights="random", epochs=args.epochs, eval_batch_size=args.eval_batch, amp=amp, workers=args.workers,
+        device=args.device, transform_on="cpu" if "workers" in form else "device",
     )  # fmt: skip
     if form in PROTOCOLS:
         settings = replace(Settings.load(CONFIGS / f"{form}.yaml"), **common)
@@ -272,8 +270,6 @@ def main() -> None:
     parser.add_argument("--eval-batch", type=int, default=256)
     parser.add_argument("--passes", type=int, default=4, help="over the images, 2 or more")
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
-    for name in ("compile", "tf32", "channels-last"):
-        parser.add_argument(f"--{name}", action="store_true", help="as the setting")
     parser.add_argument("--phases", action="store_true", help="whole runs by phase")
     parser.add_argument("--epochs", type=int, default=20, help="of --phases")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["plora", "plora-ensemble", "ease"])
@@ -281,7 +277,6 @@ def main() -> None:
     args = parser.parse_args()
     args.images = args.images or (50_000 if args.phases else 12_800)
     args.out = args.out or Path(__file__).parent / "results" / ("phases" if args.phases else "throughput")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore", FutureWarning)
     if args.phases:
         rows: list[dict[str, Any]] = []
