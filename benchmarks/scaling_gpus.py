@@ -2,15 +2,12 @@
 
     python benchmarks/scaling_gpus.py [--processes 1 2] [--batch 128] [--steps 50] [--out FOLDER/NAME]
 
-Starts itself for each number of processes, several by torchrun: NCCL on GPUs, gloo on a CPU with a small model. The
-work of a process stays the same (`--batch` images a step), so the ideal is N times the images a second. The model is a
-ViT-B/16 with random weights under bfloat16 autocast, with the adapters that `plora` trains by default; images are
-random and on the device already. Training is `Trainer.fit`, evaluation is `Evaluator`: the loop's own code, after a
-round to warm up. Steps are timed from the fifth of a task on, when a GPU has its CUDA graph. `collectives` are what the
-processes send each other in a task, each with a barrier before it.
-
-First every number of processes learns two small tasks in float32, to say how far prototypes are from those of one
-process. Writes NAME.csv and NAME.md.
+Starts itself for each number of processes, several by torchrun: NCCL on GPUs, gloo on a CPU with a small model. Every
+process has `--batch` images a step, so the ideal is N times the images a second. `Trainer.fit` and `Evaluator`, after a
+round to warm up, on a ViT-B/16 with random weights under bfloat16 autocast, as `plora` trains it, and random images on
+the device. `collectives` are what the processes send each other in a task, each with a barrier before it. First, every
+number of processes learns two small tasks in float32: how far their prototypes are from those of one process.
+Writes NAME.csv and NAME.md.
 """
 
 from __future__ import annotations

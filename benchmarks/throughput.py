@@ -2,20 +2,16 @@
 
     python benchmarks/throughput.py [--model NAME] [--images N] [--amp bfloat16] [--out FOLDER/NAME]
     python benchmarks/throughput.py --phases [--epochs N] [--images N] [--amp none bfloat16] [--forms plora ease ...]
-    python benchmarks/throughput.py --phases --forms cifar100_b0_inc10 imagenet-r_b0_inc20 cub_b0_inc10
 
-Without --phases: evaluation and training (r = 16 on qkv and proj) of one backbone with random weights: on a batch that
-is on the device, on uint8 arrays, and on JPEG files of 256 pixels that the device or the workers crop to the input's
-size. `first` is the first pass, which starts workers and decodes (training comes after evaluation, so its files are
-decoded already), `later` the median of the others, `share` its part of the rate on the batch on the device.
+Without --phases: evaluation and training (r = 16 on qkv and proj) of a backbone with random weights: on a batch that is
+on the device, on uint8 arrays, and on JPEG files of 256 pixels that the device or the workers crop. `first` is the first
+pass, which starts workers and decodes (of evaluation, which comes first), `later` the median of the others, `share` its
+part of the rate on the batch on the device.
 
-With --phases: B0 Inc10 on random images of CIFAR-100's shape, with random weights, batches of 48 and PILOT's
-transforms: seconds and peak memory by phase. The last column carries a run of fewer epochs and images on to 20 epochs
-and 50,000 images, as if all but the alignment were linear in them. `ease` is LAMDA-PILOT's own loop with the settings
-that it ships, `ease, patched` the same with this package's patch; both need PLORA_PILOT, a checkout. PILOT's own
-precision is none (float32). A form that is a file of configs/ is this package's loop with that file's settings, on
-random images of its data set's number and classes (the last column: all of them, 20 epochs).
-
+With --phases: B0 Inc10 on random images of CIFAR-100's shape, random weights, batches of 48, PILOT's transforms:
+seconds and peak memory by phase; the last column carries them on to 20 epochs and all images, as if all but the
+alignment were linear. `ease` is LAMDA-PILOT's own loop and settings, `ease, patched` the same with this package's patch
+(PLORA_PILOT: a checkout). A form that is a file of configs/ has that file's settings and its data set's numbers.
 Writes NAME.csv and NAME.md.
 """
 
