@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import harness
 import lora_forms
@@ -27,17 +27,11 @@ from torch import Tensor, nn
 
 from plora_ext import data, ops, reference
 from plora_ext import nn as plora_nn
-from plora_ext.bench import OPERATORS, OURS, in_turn, timed
+from plora_ext.bench import OPERATORS, OURS, Case, in_turn, timed
 from plora_ext.info import environment
 
 FROZEN = "frozen backbone, gradient to its input"
 D, R, ROWS = 768, 16, 197
-Form = Callable[[], Any]
-
-
-class Case(NamedTuple):
-    name: str
-    forms: dict[str, Form]
 
 
 # ---------------------------------------------------------------------- the low-rank operators
@@ -213,7 +207,7 @@ class PlainLoRA(nn.Module):
         return self.layer(x) + (x @ self.A.T) @ self.B.T
 
 
-def embedded_step(form: str) -> Form:
+def embedded_step(form: str) -> Callable[[], None]:
     """A training step of the embedded backbone: 48 images, LoRA r = 8 on qkv and proj, cross-entropy, SGD.
 
     Frozen: without LoRA, but with the gradient that reaches the first block.

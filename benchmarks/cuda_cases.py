@@ -129,11 +129,6 @@ def sum_of(T: int, train: bool) -> Case:
     return problem_case(7, name, forms, "concatenated", "sum", M, LAYERS[0], 16, T, train=leaves, **goals)
 
 
-def all_of(T: int, bandwidth: float) -> Case:
-    goals = floor("its output at copy bandwidth", 1.25, bandwidth, 2 * T * M * 768)
-    return problem_case(8, f"all, T={T}, r=16, 768→768", lora_forms.ALL, PLAIN, "all", M, LAYERS[0], 16, T, **goals)
-
-
 def stacking(T: int, layer: Layer) -> Case:
     """float32 factors that lie one by one, as the operators take them beside an x of 16 bits."""
 
@@ -187,7 +182,10 @@ def cases(rows: Sequence[int], quick: bool, compiled: bool, bandwidth: float) ->
         in_place(1, lora_forms.IN_PLACE_ONE, "addmm_", None, bandwidth),
         in_place(10, lora_forms.IN_PLACE, MASKED, segments(10), bandwidth),
     ]
-    found += [sum_of(T, train) for T in (10, 50) for train in (False, True)] + [all_of(10, bandwidth)]
+    found += [sum_of(T, train) for T in (10, 50) for train in (False, True)]
+    written = floor("its output at copy bandwidth", 1.25, bandwidth, 2 * 10 * M * 768)
+    name, sizes = "all, T=10, r=16, 768→768", (M, LAYERS[0], 16, 10)
+    found.append(problem_case(8, name, lora_forms.ALL, PLAIN, "all", *sizes, **written))
     found += [stacking(T, layer) for layer in layers for T in (1, 10)]
     for n in (197, 788, 1576, 3152):
         found.append(training(10, lora_forms.TRAINED_MODULES, square, n, gains={"PEFT": 3.0}, judged="wall_us"))
@@ -231,12 +229,12 @@ def vit(T: int, train: bool, compiled: bool, r: int = 16, batch: int = 128, **go
 
     frozen: Any = timm.create_model("vit_base_patch16_224").to(DEVICE, DTYPE).eval().requires_grad_(False)
     sizes: dict[str, Any] = {n: m.weight.shape for n, m in frozen.named_modules() if re.fullmatch(VIT_LAYERS, n)}
+
+    def draw(*shape: int, std: float = 1.0, grad: bool = False) -> Tensor:
+        return (torch.randn(shape, device=DEVICE, dtype=DTYPE) * std).requires_grad_(grad)
+
     factors = {
-        name: (
-            torch.randn(T, r, n_in, device=DEVICE, dtype=DTYPE) * n_in**-0.5,
-            torch.randn(T, out, r, device=DEVICE, dtype=DTYPE) * 0.05,
-        )
-        for name, (out, n_in) in sizes.items()
+        name: (draw(T, r, n_in, std=n_in**-0.5), draw(T, out, r, std=0.05)) for name, (out, n_in) in sizes.items()
     }
     ids = torch.arange(batch, device=DEVICE) % T
 
@@ -265,9 +263,8 @@ def vit(T: int, train: bool, compiled: bool, r: int = 16, batch: int = 128, **go
         with adapters.batch(chosen):
             return ours(p.x)
 
-    def draw() -> SimpleNamespace:
-        x = torch.randn(batch, 3, 224, 224, device=DEVICE, dtype=DTYPE, requires_grad=train)
-        grad = torch.randn(batch, frozen.num_classes, device=DEVICE, dtype=DTYPE)
+    def make() -> SimpleNamespace:
+        x, grad = draw(batch, 3, 224, 224, grad=train), draw(batch, frozen.num_classes)
         return SimpleNamespace(x=x, y=grad, grad=grad)
 
     def form(model: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> Form:
@@ -278,8 +275,7 @@ def vit(T: int, train: bool, compiled: bool, r: int = 16, batch: int = 128, **go
         return Step(lambda p: forward(p.x), lambda p: [p.x, *(w for w in model.parameters() if w.requires_grad)])
 
     def reference(p: Any) -> Any:
-        wide = SimpleNamespace(x=p.x.detach().double().requires_grad_(train), grad=p.grad.double())
-        return form(plain(torch.float64))(wide)
+        return form(plain(torch.float64))(doubled(p))
 
     peft = peft_model(copy.deepcopy(frozen), VIT_LAYERS, factors)
     eager = peft.get_base_model()
@@ -293,7 +289,7 @@ def vit(T: int, train: bool, compiled: bool, r: int = 16, batch: int = 128, **go
         forms["PEFT eager"] = torch.no_grad()(lambda p: peft(p.x, adapter_names=names))
     what = "a training step" if train else f"forward, unmerged, T={T}"
     return Case(
-        9, f"ViT-B/16, r={r} on all linears, B={batch}, {what}", draw, forms, reference, "vit",
+        9, f"ViT-B/16, r={r} on all linears, B={batch}, {what}", make, forms, reference, "vit",
         eager=("",) if train else ("PEFT",),  # which moves indices from the host
         train=train, tolerance=0.1, **goals,
     )  # fmt: skip

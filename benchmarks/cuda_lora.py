@@ -14,12 +14,11 @@ best torch form joins in once more under torch.compile. A whole ViT is launched 
 from __future__ import annotations
 
 import functools
-import importlib.util
-from collections.abc import Callable
+import runpy
 from pathlib import Path
 
-from cuda_cases import Case, cases
-from harness import BASE, Form, Line, ceilings, cells, gpu_facts, gpu_options, measure, need_cuda, report, table
+from cuda_cases import cases
+from harness import BASE, Line, ceilings, cells, gpu_facts, gpu_options, measure, need_cuda, report
 from lora_forms import MERGE
 
 from plora_ext.bench import OURS
@@ -30,32 +29,19 @@ FIELDS = {
 }  # fmt: skip
 
 
-def summary(lines: list[Line]) -> str:
-    """The printed table: for each case the frozen layer, ours, the fastest right rival, and the goals."""
-    rows, show = [], functools.partial(cells, FIELDS)
-    for case in dict.fromkeys(line["case"] for line in lines):
-        own = {line["form"]: line for line in lines if line["case"] == case}
-        rivals = [r for n, r in own.items() if "over_ours" in r and not n.startswith((OURS, BASE, MERGE))]
-        best = min(rivals, key=lambda r: r["over_ours"], default={})
-        ours = own[OURS]
-        time_ = ours["ratios_of"]
-        rows.append([
-            *show(ours, "row", "case"), *show(own.get(BASE, {}), time_), *show(ours, time_, "over_base"),
-            *show(best, "form", time_, "over_ours"), *show(ours, "wall_us", "error", "goals"),
-        ])  # fmt: skip
-    columns = "row | case | base µs | ours µs | / base | best unmerged rival | its µs | / ours | ours wall µs | error"
-    columns = f"{columns} | goals".split(" | ")
-    return table(columns, rows, len(columns))
+HEADS = "row | case | base µs | ours µs | / base | best unmerged rival | its µs | / ours | ours wall µs | error | goals"
 
 
-def load_rivals(file: Path | None) -> Callable[[Case], dict[str, Form]]:
-    if file is None:
-        return lambda case: {}
-    spec = importlib.util.spec_from_file_location("rivals", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.rivals
+def shown(own: dict[str, Line]) -> list[str]:
+    """Of a case: the frozen layer, ours, the fastest right rival, and the goals."""
+    rivals = [r for n, r in own.items() if "over_ours" in r and not n.startswith((OURS, BASE, MERGE))]
+    best = min(rivals, key=lambda r: r["over_ours"], default={})
+    ours, show = own[OURS], functools.partial(cells, FIELDS)
+    time_ = ours["ratios_of"]
+    return [
+        *show(ours, "row", "case"), *show(own.get(BASE, {}), time_), *show(ours, time_, "over_base"),
+        *show(best, "form", time_, "over_ours"), *show(ours, "wall_us", "error", "goals"),
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -64,11 +50,12 @@ def main() -> None:
     parser.add_argument("--rivals", type=Path, help="Python file that adds forms")
     args = parser.parse_args()
     need_cuda()
-    more, compiled, rounds = load_rivals(args.rivals), not args.no_compile, 5 if args.quick else 21
+    more = runpy.run_path(str(args.rivals))["rivals"] if args.rivals else lambda case: {}
+    compiled, rounds = not args.no_compile, 5 if args.quick else 21
     bandwidth, rate = ceilings()
     where = gpu_facts(args.commit, **{"copy TB/s": f"{bandwidth / 1e12:.2f}", "bf16 TFLOP/s": f"{rate / 1e12:.0f}"})
     found = cases(args.rows, args.quick, compiled, bandwidth)
-    report(args.out, FIELDS, summary, where, (measure(case, rounds, compiled, more) for case in found))
+    report(args.out, FIELDS, HEADS, shown, where, (measure(case, rounds, compiled, more) for case in found))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 
 import torch
@@ -62,15 +61,11 @@ class EasePass(nn.Module):
         return attn.proj(y)
 
 
-def under_autocast(model: nn.Module, images: Tensor) -> Tensor:
-    """Under bfloat16 autocast on a GPU; on a CPU the model as it is."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-        return model(images)
-
-
 def rivals(vit: Any, T: int) -> dict[str, Any]:
-    """The form that `plora_ext.bench.ensemble_cases` lists beside its own; it keeps float32 weights."""
-    return {EASE: partial(under_autocast, EasePass(vit, T).eval())}
+    """The form that `plora_ext.bench.ensemble_cases` lists beside its own: float32 weights, on a GPU under autocast."""
+    device = vit.pos_embed.device.type
+    autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    return {EASE: autocast(EasePass(vit, T).eval().forward)}
 
 
 def complete(prototypes: Tensor, task_of_class: Tensor) -> Tensor:

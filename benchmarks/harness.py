@@ -20,7 +20,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -382,21 +382,27 @@ def cells(fields: Mapping[str, str], line: Line, *names: str) -> list[str]:
 
 
 def report(
-    out: Path, fields: Mapping[str, str], summary: Callable[[list[Line]], str], where: Mapping[str, str],
-    found: Iterator[list[Line]],
+    out: Path, fields: Mapping[str, str], heads: str, shown: Callable[[dict[str, Line]], list[str]],
+    where: Mapping[str, str], found: Iterable[list[Line]],
 ) -> None:  # fmt: skip
-    """Writes what is found after every case, a line for each form; `fields` with their formats."""
+    """Writes what is found after every case, a line for each form; `fields` with their formats.
+
+    Before it stands a table with one row a case: what `shown` makes of its lines by form, under `heads`.
+    """
     lines: list[Line] = []
+    rows: list[list[str]] = []
     start = time.monotonic()
     columns = [name for name in fields if name not in ("ratios_of", "goals")]
     for new in found:
         lines += new
+        rows.append(shown({line["form"]: line for line in new}))
+        summary = table(heads.split(" | "), rows, len(rows[0]))
         forms = table(columns, (cells(fields, line, *columns) for line in lines), len(columns))
-        write(out, list(fields), lines, f"{summary(lines)}\n## All forms\n\n{forms}", where)
+        write(out, fields, lines, f"{summary}\n## All forms\n\n{forms}", where)
         print(f"[{time.monotonic() - start:.0f} s] row {new[0]['row']}: {new[0]['case']}", file=sys.stderr)
         for line in new:
             print("   ", " | ".join(cells(fields, line, *list(fields)[2:])), file=sys.stderr, flush=True)
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    print(summary(lines))
+    print(summary)

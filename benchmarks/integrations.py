@@ -7,7 +7,7 @@ random: only time is measured, and that results agree.
 
 Rounds visit every form in turn; figures are medians over rounds. `error` is the largest difference of the result from
 the host's own (for EASE from the host's own in fp32), relative to its largest entry; `equal` the share of equal
-predictions. Writes NAME.csv, a line for each form, and NAME.md after every case: a run that is stopped keeps what it has.
+predictions. Writes NAME.csv, a line for each form, and NAME.md, after every case.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ def flat(result: Any) -> list[Tensor]:
 
 def compare(theirs: Any, ours: Any) -> tuple[float, float]:
     """Largest relative difference of floating-point results, and share of equal integer ones."""
-    error, equal = float("nan"), float("nan")
+    error = equal = float("nan")
     for a, b in zip(flat(theirs), flat(ours)):
         if a.is_floating_point():
-            a, b = a.double(), b.double()
-            error = max(0.0 if error != error else error, float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)))
+            worst = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30))
+            error = max(worst, error) if error == error else worst
         else:
             equal = float((a == b).double().mean())
     return error, equal
@@ -516,12 +516,11 @@ def figures(line: dict[str, Any]) -> list[str]:
 
 def report(cases: list[Case], skipped: list[str], device: torch.device, commit: str | None) -> str:
     where = harness.facts(device, commit)
-    command, columns = where.pop("command"), ["form", *(title for title, _ in FIGURES.values())]
-    text = f"`{command}`\n{harness.said(where)}, {libraries.backend()}\n"
+    text = f"`{where.pop('command')}`\n{harness.said(where)}, {libraries.backend()}\n"
     for case in cases:
         failed = {line["form"]: [line["note"], *[""] * 6] for line in case.lines if "wall_ms" not in line}
         rows = ([line["form"], *failed.get(line["form"], figures(line))] for line in case.lines)
-        note = f" ({case.note})" if case.note else ""
+        note, columns = f" ({case.note})" if case.note else "", ("form", *(title for title, _ in FIGURES.values()))
         text += f"\n\n**{case.row}: {case.name}**{note}\n\n{harness.table(columns, rows)}"
     return "\n".join([text, *skipped]) + "\n"
 
@@ -584,12 +583,11 @@ def main() -> None:
                     case.forms, case.truth = [], None  # and with them models and data
                     cases.append(case)
                     keep()
+                    print(f"{time.perf_counter() - start:5.0f} s", case.row, case.name, sep=" | ")
                     for line in case.lines:
-                        seconds, found = f"{time.perf_counter() - start:5.0f} s", zip(FIGURES, figures(line))
-                        said = " ".join(f"{name} {figure}" for name, figure in found if figure)
-                        print(seconds, case.row, case.name, line["form"], said, line["note"], sep=" | ", flush=True)
+                        print("   ", line["form"], *figures(line), line["note"], sep=" | ", flush=True)
         except Exception as error:  # the other rows are worth having
-            skip(f"{row}: failed: {type(error).__name__}: {str(error)[:300]}")
+            skip(f"{row}: failed: {fault(error, 300)}")
             traceback.print_exc()
 
 

@@ -188,10 +188,6 @@ def loop_of_sum(p: Problem) -> Tensor:
     return y
 
 
-def all_plain(p: Problem) -> Tensor:
-    return base(p) + SCALE * (p.x @ p.A.transpose(1, 2)) @ p.B.transpose(1, 2)
-
-
 def all_baddbmm(p: Problem) -> Tensor:
     h = F.linear(p.x, p.A_cat).view(len(p.x), *p.A.shape[:2]).transpose(0, 1)
     return torch.baddbmm(base(p).expand(len(p.A), -1, -1), h, p.B.transpose(1, 2), alpha=SCALE)
@@ -253,7 +249,7 @@ ALL: dict[str, Form] = {
     OURS: lambda p: ops.lora_all(p.x, *p.factors, **p.layer),
     "baddbmm": all_baddbmm,
     "loop, addmm": all_loop,
-    PLAIN: all_plain,
+    PLAIN: lambda p: base(p) + SCALE * (p.x @ p.A.transpose(1, 2)) @ p.B.transpose(1, 2),
 }
 TRAINED: dict[str, Form] = {
     BASE: Step(base, "x"),

@@ -71,9 +71,7 @@ def ease_learner(
 ) -> tuple[Any, Any]:  # fmt: skip
     """PILOT's learner and its manager of the tasks: `learner.incremental_train(manager)` learns the next one.
 
-    Args:
-        make_vit: () → the ViT, of `ease_vit`.
-        make_data: (PILOT's arguments) → what PILOT takes for a data set.
+    `make_vit` gives the ViT, of `ease_vit`; `make_data`, from PILOT's arguments, what PILOT takes for a data set.
     """
     import models.ease
     import utils.data_manager

@@ -4,9 +4,9 @@
     python benchmarks/throughput.py --phases [--epochs N] [--images N] [--amp none bfloat16] [--forms plora ease ...]
 
 Without --phases: evaluation and training (r = 16 on qkv and proj) of a backbone with random weights: on a batch that is
-on the device, on uint8 arrays, and on JPEG files of 256 pixels that the device or the workers crop. `first` is the first
-pass, which starts workers and decodes (of evaluation, which comes first), `later` the median of the others, `share` its
-part of the rate on the batch on the device.
+on the device, on uint8 arrays, and on JPEG files of 256 pixels that the device or the workers crop. `first` is the
+first pass, which starts workers and decodes (of evaluation, which comes first), `later` the median of the others,
+`share` its part of the rate on the batch on the device.
 
 With --phases: B0 Inc10 on random images of CIFAR-100's shape, random weights, batches of 48, PILOT's transforms:
 seconds and peak memory by phase; the last column carries them on to 20 epochs and all images, as if all but the
@@ -92,7 +92,7 @@ def sources(args: argparse.Namespace, size: int, device: torch.device, folder: P
     }
 
 
-def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
+def rates(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Images a second of evaluation and of training, from every source."""
     device = pick_device(args.device)
     settings = Settings(
@@ -119,12 +119,11 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
             ends.append(now(device))
         return np.diff(ends).tolist()
 
-    rows: list[dict[str, Any]] = []
     own: dict[str, float] = {}  # the rate on the device's batch
     with tempfile.TemporaryDirectory(prefix="plora-throughput-") as folder:
         for name, make in sources(args, backbone.image_size, device, Path(folder)).items():
             images = make()
-            if not rows:  # kernels are chosen, graphs compiled
+            if not own:  # kernels are chosen, graphs compiled
                 evaluate(images)
                 train(images)
             for part, call in (("evaluation", evaluate), ("training", train)):
@@ -133,10 +132,8 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
                     first, *others = (args.images / seconds for seconds in call(images))
                 later = statistics.median(others)
                 share = later / own.setdefault(part, later)
-                rows.append(dict(zip(RATES, (part, name, first, later, share, phases.peak_mb[part]))))
-                print(*cells(rows[-1]), sep=" | ", flush=True)
+                yield dict(zip(RATES, (part, name, first, later, share, phases.peak_mb[part])))
             del images
-    return rows
 
 
 # ---------------------------------------------------------------------- whole runs
@@ -234,26 +231,17 @@ def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         train, test, *look = PROTOCOLS.get(form, CIFAR)
         images = round(train * share)
         seconds, peak = FORMS[form](form, amp, args, noise(images, round(test * share), *look))
-        whole = {
-            phase: value * (1 if phase == "align" else 1 / share) * (20 / args.epochs if phase == "train" else 1)
-            for phase, value in seconds.items()
-        }
+        whole = {phase: s * (1 if phase == "align" else 1 / share) for phase, s in seconds.items()}
+        whole["train"] *= 20 / args.epochs
         whole["total"] = sum(whole.values())
         for phase, value in {**seconds, "total": sum(seconds.values())}.items():
             rate = images * args.epochs / value if phase == "train" else None
-            row = dict(zip(PHASES, (form, amp, phase, value, peak.get(phase, max(peak.values())), rate, whole[phase])))
-            print(*cells(row), sep=" | ", flush=True)
-            yield row
+            yield dict(zip(PHASES, (form, amp, phase, value, peak.get(phase, max(peak.values())), rate, whole[phase])))
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     figures = (harness.number(v, ".3g" if v < 100 else ".0f", "") if isinstance(v, float) else v for v in row.values())
     return ["" if v is None else str(v) for v in figures]
-
-
-def write(args: argparse.Namespace, fields: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    text = harness.table(fields, map(cells, rows), texts=2)
-    harness.write(args.out, fields, rows, text, harness.facts(pick_device(args.device), args.commit))
 
 
 def main() -> None:
@@ -274,13 +262,13 @@ def main() -> None:
     args.images = args.images or (50_000 if args.phases else 12_800)
     args.out = args.out or Path(__file__).parent / "results" / ("phases" if args.phases else "throughput")
     warnings.simplefilter("ignore", FutureWarning)
-    if args.phases:
-        rows: list[dict[str, Any]] = []
-        for row in runs(args):  # after every line: a run that is stopped leaves what it measured
-            rows.append(row)
-            write(args, PHASES, rows)
-    else:
-        write(args, RATES, rates(args))
+    fields, make = (PHASES, runs) if args.phases else (RATES, rates)
+    rows: list[dict[str, Any]] = []
+    for row in make(args):
+        rows.append(row)
+        print(*cells(row), sep=" | ", flush=True)
+        text = harness.table(fields, map(cells, rows), texts=2)
+        harness.write(args.out, fields, rows, text, harness.facts(pick_device(args.device), args.commit))
 
 
 if __name__ == "__main__":
