@@ -29,50 +29,38 @@ import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
-from throughput import CLASSES, jpegs
+from throughput import CLASSES, Loop, jpegs
 from torch import Tensor
 
 from plora_ext.bench import timed
 from plora_ext.cil import Settings
-from plora_ext.cil.build import load_backbone, pick_device
+from plora_ext.cil.build import pick_device
 from plora_ext.cil.evaluate import classify
 from plora_ext.cil.methods import METHODS
-from plora_ext.cil.timing import Clock, Resident
-from plora_ext.cil.training import Trainer
+from plora_ext.cil.timing import Resident
 from plora_ext.data import ImageFiles, Preparation, View
 from plora_ext.data.view import SHARE
 from plora_ext.graphs import Captured
-from plora_ext.nn import Adapters, inject
+from plora_ext.nn import Adapters
 
 FIELDS = ("part", "case", "images_per_s", "against", "its_images_per_s", "ratio", "goal", "note")
 EPOCHS = 4
 Row = dict[str, Any]
 
 
-class Bench:
-    """A model with one adapter that trains, and how images are looked at."""
+class Bench(Loop):
+    """The loop with bfloat16 and some linear layers adapted, and how images are looked at."""
 
     def __init__(
         self, args: argparse.Namespace, batch: int, model: str = "", modules: str = "qkv proj", **changes: Any
     ):
         name, _, size = (model or args.model).partition(":")
-        self.args, self.batch, self.device = args, batch, pick_device(args.device)
-        self.settings = s = Settings(
+        settings = Settings(
             backbone=name, image_size=int(size) if size else None, weights="random", epochs=EPOCHS, batch_size=batch,
             eval_batch_size=args.eval_batch, amp="bfloat16", target_modules=modules.split(), **changes,
         )  # fmt: skip
-        torch.manual_seed(0)
-        backbone = load_backbone(s)
-        self.clock, self.size = Clock(), backbone.image_size
-        model = backbone.model.to(self.device).requires_grad_(False)
-        self.plain = copy.deepcopy(model)  # as timm has it
-        self.trainer = Trainer(model, s, self.device, [self.clock])
-
-    def adapted(self) -> Adapters:
-        """The adapters, of which one trains."""
-        adapters = inject(self.trainer.model, self.settings.target_modules, r=16)
-        adapters.add_adapter("task0")
-        return adapters
+        super().__init__(settings, pick_device(args.device))
+        self.batch, self.plain = batch, copy.deepcopy(self.trainer.model)  # as timm has it
 
     def view(self, images: np.ndarray | ImageFiles, **look: Any) -> View:
         """Images of transform pilot, cropped on the device."""
@@ -84,10 +72,7 @@ class Bench:
 
     def loop(self, adapters: Adapters, images: Any) -> float:
         """Images a second of the epochs after the first."""
-        labels = torch.arange(len(images), device=self.device) % CLASSES
-        with self.trainer.speed.passes():
-            self.trainer.fit(0, adapters.parameters("task0"), images, labels, CLASSES)
-        return len(images) / statistics.median(self.clock.seconds[1:])
+        return len(images) / statistics.median(self.seconds(adapters, images)[1:])
 
     def step(self, adapters: Adapters) -> float:
         """Images a second of the captured step on a batch that does not change."""

@@ -119,8 +119,8 @@ def measure(case: Case, device: torch.device, seconds: float, until: float) -> N
     forms, start = [form for form in case.forms if form.name in times], time.perf_counter()
     for count in range(200 if forms else 0):
         now = time.perf_counter()
-        enough = 1 if now > until else 3 if now - start > 2 * seconds else 5 if now - start > seconds else 200
-        if count >= enough:
+        spent = now - start
+        if (count and now > until) or (count >= 3 and spent > 2 * seconds) or (count >= 5 and spent > seconds):
             break
         for form in forms:
             with form.inside():

@@ -257,11 +257,10 @@ def main() -> None:
     where = {"device": device, "batch": args.batch, "torch": torch.__version__, **harness.origin(args.commit)}
     lines = []
     for row in rows:
-        goal = ""
-        if row["over_one"] and row["processes"] == 2 and gpus:
-            goal = f" (goal {GOAL}: {'met' if row['over_one'] >= GOAL else 'missed'})"
-        value = f"{row['value']} {row['unit']}"
-        lines.append((row["part"], row["processes"], value, f"{row['over_one']}{goal}", row["peak_mb"]))
+        over = f"{row['over_one']}"
+        if over and row["processes"] == 2 and gpus:
+            over += f" (goal {GOAL}: {'met' if row['over_one'] >= GOAL else 'missed'})"
+        lines.append((row["part"], row["processes"], f"{row['value']} {row['unit']}", over, row["peak_mb"]))
     text = harness.table(("", "processes", "", "over one process", "peak MB of a process"), lines)
     harness.write(args.out, FIELDS, rows, text, where)
     print(harness.said(where), text, sep="\n\n", end="")

@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from plora_ext.cil.training import Trainer
 from plora_ext.data import ImageFiles, Preparation, View
 from plora_ext.data.view import SHARE
 from plora_ext.integrations import pilot
-from plora_ext.nn import inject
+from plora_ext.nn import Adapters, inject
 
 RATES = ("part", "source", "first", "later", "share", "peak_mb")
 PHASES = ("form", "amp", "phase", "seconds", "peak_mb", "images_per_s", "seconds_whole")
@@ -92,36 +93,50 @@ def sources(args: argparse.Namespace, size: int, device: torch.device, folder: P
     }
 
 
+class Loop:
+    """A backbone with random weights on a device, and the trainer that teaches it adapters."""
+
+    def __init__(self, settings: Settings, device: torch.device):
+        torch.manual_seed(0)
+        backbone = load_backbone(settings)
+        self.settings, self.clock, self.size, self.device = settings, Clock(), backbone.image_size, device
+        self.trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, [self.clock])
+
+    def adapted(self) -> Adapters:
+        """The adapters, of which one trains."""
+        adapters = inject(self.trainer.model, self.settings.target_modules, r=16)
+        adapters.add_adapter("task0")
+        return adapters
+
+    def seconds(self, adapters: Adapters, images: Any) -> list[float]:
+        """Of each epoch of training."""
+        labels = torch.arange(len(images), device=self.device) % CLASSES
+        with self.trainer.speed.passes():
+            self.trainer.fit(0, adapters.parameters("task0"), images, labels, CLASSES)
+        return self.clock.seconds
+
+
 def rates(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Images a second of evaluation and of training, from every source."""
     device = pick_device(args.device)
     settings = Settings(
         backbone=args.model, weights="random", epochs=args.passes, batch_size=args.batch,
-        eval_batch_size=args.eval_batch, amp=args.amp[0],
+        eval_batch_size=args.eval_batch, amp=args.amp[0], target_modules=["qkv", "proj"],
     )  # fmt: skip
-    torch.manual_seed(0)
-    backbone = load_backbone(settings)
-    clock = Clock()
-    trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, [clock])
-    adapters = inject(trainer.model, ["qkv", "proj"], r=16)
-    adapters.add_adapter("task0")
-    labels = torch.arange(args.images, device=device) % CLASSES
-
-    def train(images: Any) -> list[float]:
-        with trainer.speed.passes():
-            trainer.fit(0, adapters.parameters("task0"), images, labels, CLASSES)
-        return clock.seconds
+    loop = Loop(settings, device)
+    adapters = loop.adapted()
 
     def evaluate(images: Any) -> list[float]:
         ends = [now(device)]
         for _ in range(args.passes):
-            trainer.features(images)
+            loop.trainer.features(images)
             ends.append(now(device))
         return np.diff(ends).tolist()
 
+    train = partial(loop.seconds, adapters)
     own: dict[str, float] = {}  # the rate on the device's batch
     with tempfile.TemporaryDirectory(prefix="plora-throughput-") as folder:
-        for name, make in sources(args, backbone.image_size, device, Path(folder)).items():
+        for name, make in sources(args, loop.size, device, Path(folder)).items():
             images = make()
             if not own:  # kernels are chosen, graphs compiled
                 evaluate(images)
