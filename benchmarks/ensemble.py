@@ -123,10 +123,10 @@ def main() -> None:
     lines += run_lines(name, T, args.images or (5 if args.quick else 100 if cuda else 20), device)
     if cuda and name == "vit_base_patch16_224" and T == 20:
         judge(lines)
-    rows = [asdict(line) for line in lines]
+    rows, text = [asdict(line) for line in lines], bench.table(lines)
     fields = [name for name in rows[0] if name != "times"]
-    harness.write(args.out, fields, rows, f"{bench.table(lines)}\n", harness.facts(device, args.commit))
-    print(bench.table(lines))
+    harness.write(args.out, fields, rows, f"{text}\n", harness.facts(device, args.commit))
+    print(text)
 
 
 if __name__ == "__main__":

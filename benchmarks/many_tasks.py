@@ -150,10 +150,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         count = min(10, len(own) // 2)
         for name, (title, digits) in FIGURES.items():
             first, last = (np.median([float(r[name]) for r in part]) for part in (own[1 : 1 + count], own[-count:]))
-            ratio = f"{last / first:.2f}" if first else "–"
-            lines.append([f"{method}, {title}", f"{first:.{digits}f}", f"{last:.{digits}f}", ratio])
-    each = f"{count} tasks"
-    return harness.table(("median", f"tasks 2 … {count + 1}", f"last {each}", "ratio"), lines)
+            figures = (f"{first:.{digits}f}", f"{last:.{digits}f}", f"{last / first:.2f}" if first else "–")
+            lines.append([f"{method}, {title}", *figures])
+    return harness.table(("median", f"tasks 2 … {count + 1}", f"last {count} tasks", "ratio"), lines)
 
 
 def main() -> None:

@@ -100,11 +100,9 @@ def measure(case: str, device: torch.device, seconds: float) -> list[dict[str, A
     with torch.set_grad_enabled(case == TRAINED):
         in_turn(calls, 2 * SETS)  # compile, fill the allocator
         times = in_turn(calls, 5, seconds)
-    lines = []
-    for rival, own in times.items():
-        low, middle, high = statistics.quantiles(own, n=4)
-        lines.append(dict(zip(FIELDS, (case, rival, round(middle, 3), round(high - low, 3), len(own)))))
-    return lines
+    quartiles = {rival: statistics.quantiles(own, n=4) for rival, own in times.items()}
+    figures = ((rival, round(q[1], 3), round(q[2] - q[0], 3), len(times[rival])) for rival, q in quartiles.items())
+    return [dict(zip(FIELDS, (case, *line))) for line in figures]
 
 
 def table(lines: list[dict[str, Any]]) -> str:

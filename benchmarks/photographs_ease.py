@@ -114,9 +114,8 @@ def main() -> None:
         for seed in args.seeds:
             start = time.perf_counter()
             curve = ease(replace(settings, seed=seed), images, args.crops)
-            seconds = time.perf_counter() - start
-            figures = (seed, statistics.mean(curve), curve[-1], len(curve), seconds, args.crops, curve)
-            rows.append(dict(zip(FIELDS, figures)))
+            figures = (statistics.mean(curve), curve[-1], len(curve), time.perf_counter() - start, args.crops, curve)
+            rows.append(dict(zip(FIELDS, (seed, *figures))))
             cells = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
             text = harness.table(FIELDS, cells)
             harness.write(name, FIELDS, rows, text, harness.facts(pick_device(settings.device), commit))

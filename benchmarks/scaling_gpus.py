@@ -153,11 +153,9 @@ def throughput(world: World, device: torch.device, args: argparse.Namespace) -> 
     rows = []
     timed = {"training": total * (args.steps - BEFORE), "evaluation": total * args.steps}
     for part, times in seconds.items():
-        peaks: list[Any] = [None] * world.size
+        peaks: list[Any] = [trainer.phases.peak_mb[part]] * world.size
         if world.size > 1:
             dist.all_gather_object(peaks, trainer.phases.peak_mb[part])
-        else:
-            peaks = [trainer.phases.peak_mb[part]]
         rate = timed[part] / statistics.median(times)
         rows.append({"part": part, "value": round(rate, 1), "unit": "images/s", "peak_mb": round(max(peaks))})
     return rows
@@ -170,8 +168,8 @@ def collectives(world: World, device: torch.device, args: argparse.Namespace) ->
     sums, counts = torch.zeros(classes, width, device=device), torch.zeros(classes, device=device)
     own, gradients = torch.zeros(len(world.rows(task)), width, device=device), torch.zeros(adapter, device=device)
     parts: dict[str, Callable[[], object]] = {
-        f"all-reduce of class_sums, {classes} classes ({4 * classes * (width + 1) / 1e6:.1f} MB)": lambda: world.sum_(
-            sums, counts
+        f"all-reduce of class_sums, {classes} classes ({(sums.nbytes + counts.nbytes) / 1e6:.1f} MB)": (
+            lambda: world.sum_(sums, counts)
         ),
         f"gather of features, {task} images ({4 * task * width / 1e6:.1f} MB)": lambda: world.gather(own, task),
         f"all-reduce of an adapter's gradients ({4 * adapter / 1e6:.1f} MB)": lambda: world.sum_(gradients),
