@@ -13,6 +13,7 @@ from the head, once more for the other heads.
 from __future__ import annotations
 
 import csv
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -110,9 +111,8 @@ class Ablation(PLoRAFused):
                 drift = Drift(name, old, len(new), tau=s.tau, ridge=s.ridge, covariances=own)
                 drift.add(before, after, labels)
                 if drift.kind.rows and s.sought:
-                    drift.add(
-                        *self._seek(old_model, self._frozen(), images, before, labels, old).unbind(1), labels=None
-                    )
+                    sought = self._seek(old_model, self._frozen(), images, before, labels, old)
+                    drift.add(*sought.unbind(1), labels=None)
                 old = drift.align()
                 if name == s.alignment:
                     self.head.follow(drift)
@@ -132,12 +132,9 @@ class Ablation(PLoRAFused):
 
 
 def results_by_head(
-    settings: Settings,
-    data: Images,
-    progress: ConsoleProgress,
-    heads: Iterable[str] = HEADS,
+    settings: Settings, data: Images, progress: ConsoleProgress, heads: Iterable[str],
     kind: Callable[[Trainer, Settings], Method] | None = None,
-) -> dict[str, Result]:
+) -> dict[str, Result]:  # fmt: skip
     """The settings' method, or `kind`, with each of `heads` from one training; an ensemble has a head of its own."""
     made: list[Method] = []
     stream = make_stream(settings, data)
@@ -186,10 +183,9 @@ def row(name: str, result: Result) -> dict[str, object]:
     """One line of the CSV."""
     s = result.settings
     device = pick_device(s["device"])
-    name_of_device = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    where = {"passes": result.passes, "device": name_of_device, "torch": torch.__version__}
+    where = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
     kept = {key: s[key] for key in FIELDS if key in s and key != "method"}
-    return {"method": name, **result.summary(), **kept, **where}
+    return {"method": name, **result.summary(), **kept, "passes": result.passes, **where, "torch": torch.__version__}
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:
@@ -221,8 +217,8 @@ def main() -> None:
     args = parser.parse_args()
     out = Path(args.out)
     prepare_folder(out.parent)
+    rows: list[dict[str, object]] = []
     if args.merge:
-        rows: list[dict[str, object]] = []
         for file in map(Path, args.merge):
             rows += csv.DictReader(file.read_text(encoding="utf-8").splitlines())
         rows.sort(key=lambda r: int(str(r["seed"])))
@@ -231,13 +227,11 @@ def main() -> None:
         return
     del args.out
     settings = settings_from(args)
-    data, rows = load_data(settings), []
+    data = load_data(settings)
     with ConsoleProgress() as progress:
-        for seed in args.seeds:
-            for method in args.methods:
-                job = replace(settings, method=method, seed=seed)
-                rows += measure(job, data, progress)
-                harness.write(out, FIELDS, rows, table(rows))
+        for seed, method in itertools.product(args.seeds, args.methods):
+            rows += measure(replace(settings, method=method, seed=seed), data, progress)
+            harness.write(out, FIELDS, rows, table(rows))
     print(table(rows))
 
 

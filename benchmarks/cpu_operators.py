@@ -14,202 +14,146 @@ import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import harness
+import lora_forms
 import torch
 import torch.nn.functional as F
+from harness import BASE, Step
+from lora_forms import MERGE, SCALE, Problem, base, ours_summed
 from operators import CASES, one_hot
 from torch import Tensor, nn
 
 from plora_ext import data, ops, reference
 from plora_ext import nn as plora_nn
-from plora_ext.bench import OPERATORS, OURS, in_turn, timed
+from plora_ext.bench import OPERATORS, OURS, Case, in_turn, timed
 from plora_ext.info import environment
 
 FROZEN = "frozen backbone, gradient to its input"
-D, R, S, ROWS = 768, 16, 0.5, 197
-Form = Callable[[], Any]
+D, R, ROWS = 768, 16, 197
 
 
-class Case(NamedTuple):
-    name: str
-    forms: dict[str, Form]
+# ---------------------------------------------------------------------- the low-rank operators
 
 
-class Problem:
-    """A frozen layer, T adapters, `images` images in segments of one adapter each, and a y to add to."""
+def merge_all(p: Problem) -> Tensor:
+    """All adapters merged, from factors that are concatenated each time."""
+    return torch.addmm(p.weight, p.B.transpose(0, 1).flatten(1), p.A.flatten(0, 1), alpha=SCALE)
 
-    def __init__(self, images: int, T: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> None:
+
+def all_outputs(p: Problem, out: Tensor | None = None) -> Tensor:
+    return torch.baddbmm(base(p), p.x @ p.A.transpose(1, 2), p.B.transpose(1, 2), alpha=SCALE, out=out)
+
+
+def addmm(p: Problem, y: Tensor) -> Tensor:
+    return torch.addmm(y, p.x @ p.A[0].T, p.B[0].T, alpha=SCALE)
+
+
+def plain(p: Problem, y: Tensor) -> Tensor:
+    return y + SCALE * (p.x @ p.A[0].T) @ p.B[0].T
+
+
+def by_segment(p: Problem, y: Tensor) -> Tensor:
+    parts = [(x @ A.T) @ B.T for x, A, B in zip(p.x.split(p.counts), p.A, p.B)]
+    return torch.add(y, torch.cat(parts), alpha=SCALE)
+
+
+def by_image(p: Problem, y: Tensor) -> Tensor:
+    h = torch.bmm(p.by_image(p.x), p.A[p.given_ids].transpose(1, 2))
+    return torch.baddbmm(p.by_image(y), h, p.B[p.given_ids].transpose(1, 2), alpha=SCALE).view_as(y)
+
+
+def indexed(p: Problem, **given: Tensor) -> Tensor:
+    return ops.lora_indexed(p.by_image(p.x), p.given_ids, *p.factors, **given)
+
+
+def step(forward: Callable[[Problem], Tensor]) -> Step:
+    return Step(forward, "x A B")
+
+
+Group = dict[str, tuple[int, dict[str, Callable[[Problem], Any]]]]  # of cases: how many adapters, the forms
+ADDED: Group = {
+    "one adapter, y +=": (1, {
+        OURS: lora_forms.IN_PLACE_ONE[OURS],
+        "mm, addmm_": lora_forms.IN_PLACE_ONE["addmm_"],
+        "y.add_(x): its bytes alone": lambda p: p.y.add_(p.x, alpha=1e-9),
+    }),
+    "10 segments, y +=": (10, {
+        OURS: lora_forms.IN_PLACE[OURS],
+        "mm, addmm_ by segment": lora_forms.IN_PLACE["loop, addmm_"],
+        "bmm, baddbmm_ by image": lambda p: lora_forms.bmm(p, p.y),
+    }),
+}  # fmt: skip
+WITH_BASE: Group = {
+    "one adapter, base layer included": (1, {
+        OURS: ours_summed,
+        "linear, mm, addmm_": lora_forms.ONE["addmm_"],
+        "merge, linear": lora_forms.ONE[MERGE + ", then linear"],
+        BASE: base,
+    }),
+    "10 segments, base layer included": (10, {
+        OURS: lora_forms.INDEXED[OURS],
+        "linear, mm, addmm_ by segment": lora_forms.INDEXED["loop, addmm_"],
+        "linear, bmm, baddbmm_ by image": lora_forms.INDEXED["bmm"],
+        BASE: base,
+    }),
+    "sum of 10, base layer included": (10, {
+        OURS: ours_summed,
+        "merge, linear": lambda p: F.linear(p.x, merge_all(p), p.bias),
+        BASE: base,
+    }),
+    "all 10 outputs, base layer included, preallocated": (10, {
+        OURS: lambda p: ops.lora_all(p.x, *p.factors, **p.layer, out=p.outputs),
+        "linear, matmul, baddbmm": lambda p: all_outputs(p, p.outputs),
+    }),
+    "all 10 outputs, base layer included, new memory": (10, {
+        OURS: lambda p: ops.lora_all(p.x, *p.factors, **p.layer),
+        "linear, matmul, baddbmm": all_outputs,
+    }),
+}  # fmt: skip
+STEPS: Group = {
+    "one adapter, y + low rank, forward and backward": (1, {
+        OURS: step(lambda p: ops.lora_sum(p.x, *p.factors, base=p.y)),
+        "mm, addmm": step(lambda p: addmm(p, p.y)),
+        "y + s (x A') B'": step(lambda p: plain(p, p.y)),
+    }),
+    "10 segments, y + low rank, forward and backward": (10, {
+        OURS: step(lambda p: indexed(p, base=p.by_image(p.y)).flatten(0, 1)),
+        "mm, mm by segment": step(lambda p: by_segment(p, p.y)),
+        "bmm, baddbmm by image": step(lambda p: by_image(p, p.y)),
+    }),
+    "one adapter, base layer included, forward and backward": (1, {
+        OURS: lora_forms.TRAINED[OURS],
+        "linear, mm, addmm": step(lambda p: addmm(p, base(p))),
+        "linear + s (x A') B'": step(lambda p: plain(p, base(p))),
+        "merge, linear": step(lora_forms.ONE[MERGE + ", then linear"]),
+        BASE: lora_forms.TRAINED[BASE],
+    }),
+    "10 segments, base layer included, forward and backward": (10, {
+        OURS: step(lambda p: indexed(p, **p.layer).flatten(0, 1)),
+        "linear, mm, mm by segment": step(lambda p: by_segment(p, base(p))),
+        "linear, bmm, baddbmm by image": step(lambda p: by_image(p, base(p))),
+        BASE: lora_forms.TRAINED[BASE],
+    }),
+}  # fmt: skip
+
+
+def low_rank(group: Group, images: int, dtype: torch.dtype, suffix: str) -> Iterator[Case]:
+    """Images of 197 rows, in segments of one adapter each."""
+    for name, (T, forms) in group.items():
         torch.manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, dtype=dtype)
-
-        self.x, self.y = draw(images, ROWS, D), draw(images, ROWS, D)
-        self.weight, self.bias = draw(D, D) / D**0.5, draw(D)
-        self.A, self.B = draw(T, R, D) / D**0.5, draw(T, D, R) / R**0.5
-        self.s = torch.full((T,), S)
-        self.ids = torch.arange(images) * T // images
-        self.layer = {"weight": self.weight, "bias": self.bias}
-        self.factors = self.A, self.B, self.s
-        if grad:
-            for t in (self.x, self.A, self.B):
-                t.requires_grad_()
-        starts = [int((self.ids < t).sum()) for t in range(T + 1)]
-        self.segments = [(t, slice(starts[t], starts[t + 1])) for t in range(T)]
-        self.grad = draw(images, ROWS, D)
-
-    def base(self) -> Tensor:
-        return F.linear(self.x, self.weight, self.bias)
-
-    def add_one(self, y: Tensor) -> Tensor:
-        h = self.x.view(-1, D) @ self.A[0].T
-        y.view(-1, D).addmm_(h, self.B[0].T, alpha=S)
-        return y
-
-    def add_segments(self, y: Tensor) -> Tensor:
-        for t, rows in self.segments:
-            h = self.x[rows].view(-1, D) @ self.A[t].T
-            y[rows].view(-1, D).addmm_(h, self.B[t].T, alpha=S)
-        return y
-
-    def add_images(self, y: Tensor) -> Tensor:
-        h = torch.bmm(self.x, self.A[self.ids].transpose(1, 2))
-        return y.baddbmm_(h, self.B[self.ids].transpose(1, 2), alpha=S)
-
-    def concatenated(self) -> tuple[Tensor, Tensor]:
-        return self.A.view(-1, D), self.B.transpose(0, 1).reshape(D, -1)
-
-    def merged(self) -> Tensor:
-        A, B = self.concatenated()
-        return torch.addmm(self.weight, B, A, alpha=S)
-
-    def step(self, y: Tensor) -> None:
-        torch.autograd.grad(y, (self.x, self.A, self.B), self.grad)
-
-
-def added(images: int, dtype: torch.dtype) -> Iterator[Case]:
-    p, q = Problem(images, 1, dtype), Problem(images, 10, dtype)
-    yield Case(
-        "one adapter, y +=",
-        {
-            OURS: lambda: ops.lora_sum_(p.y, p.x, *p.factors),
-            "mm, addmm_": lambda: p.add_one(p.y),
-            "y.add_(x): its bytes alone": lambda: p.y.add_(p.x, alpha=1e-9),
-        },
-    )
-    yield Case(
-        "10 segments, y +=",
-        {
-            OURS: lambda: ops.lora_indexed_(q.y, q.x, q.ids, *q.factors),
-            "mm, addmm_ by segment": lambda: q.add_segments(q.y),
-            "bmm, baddbmm_ by image": lambda: q.add_images(q.y),
-        },
-    )
-
-
-def with_base(images: int, dtype: torch.dtype) -> Iterator[Case]:
-    p, q = Problem(images, 1, dtype), Problem(images, 10, dtype)
-    yield Case(
-        "one adapter, base layer included",
-        {
-            OURS: lambda: ops.lora_sum(p.x, *p.factors, **p.layer),
-            "linear, mm, addmm_": lambda: p.add_one(p.base()),
-            "merge, linear": lambda: F.linear(p.x, p.merged(), p.bias),
-            "base layer alone": p.base,
-        },
-    )
-    yield Case(
-        "10 segments, base layer included",
-        {
-            OURS: lambda: ops.lora_indexed(q.x, q.ids, *q.factors, **q.layer),
-            "linear, mm, addmm_ by segment": lambda: q.add_segments(q.base()),
-            "linear, bmm, baddbmm_ by image": lambda: q.add_images(q.base()),
-            "base layer alone": q.base,
-        },
-    )
-    yield Case(
-        "sum of 10, base layer included",
-        {
-            OURS: lambda: ops.lora_sum(q.x, *q.factors, **q.layer),
-            "merge, linear": lambda: F.linear(q.x, q.merged(), q.bias),
-            "base layer alone": q.base,
-        },
-    )
-    A, B = q.A.transpose(1, 2), q.B.transpose(1, 2)
-    rows, out = q.x.view(-1, D), torch.empty(10, images * ROWS, D, dtype=dtype)
-    yield Case(
-        "all 10 outputs, base layer included, preallocated",
-        {
-            OURS: lambda: ops.lora_all(rows, *q.factors, **q.layer, out=out),
-            "linear, matmul, baddbmm": lambda: torch.baddbmm(
-                F.linear(rows, q.weight, q.bias), rows @ A, B, alpha=S, out=out
-            ),
-        },
-    )
-    yield Case(
-        "all 10 outputs, base layer included, new memory",
-        {
-            OURS: lambda: ops.lora_all(rows, *q.factors, **q.layer),
-            "linear, matmul, baddbmm": lambda: torch.baddbmm(F.linear(rows, q.weight, q.bias), rows @ A, B, alpha=S),
-        },
-    )
-
-
-def trained(images: int, dtype: torch.dtype) -> Iterator[Case]:
-    p, q = Problem(images, 1, dtype, grad=True), Problem(images, 10, dtype, grad=True)
-
-    def addmm(y: Tensor) -> Tensor:
-        return torch.addmm(y.view(-1, D), p.x.view(-1, D) @ p.A[0].T, p.B[0].T, alpha=S).view_as(y)
-
-    def segments(y: Tensor) -> Tensor:
-        parts = [(q.x[rows] @ q.A[t].T) @ q.B[t].T for t, rows in q.segments]
-        return torch.add(y, torch.cat(parts), alpha=S)
-
-    def by_image(y: Tensor) -> Tensor:
-        return torch.baddbmm(y, torch.bmm(q.x, q.A[q.ids].transpose(1, 2)), q.B[q.ids].transpose(1, 2), alpha=S)
-
-    yield Case(
-        "one adapter, y + low rank, forward and backward",
-        {
-            OURS: lambda: p.step(ops.lora_sum(p.x, *p.factors, base=p.y)),
-            "mm, addmm": lambda: p.step(addmm(p.y)),
-            "y + s (x A') B'": lambda: p.step(p.y + S * (p.x @ p.A[0].T) @ p.B[0].T),
-        },
-    )
-    yield Case(
-        "10 segments, y + low rank, forward and backward",
-        {
-            OURS: lambda: q.step(ops.lora_indexed(q.x, q.ids, *q.factors, base=q.y)),
-            "mm, mm by segment": lambda: q.step(segments(q.y)),
-            "bmm, baddbmm by image": lambda: q.step(by_image(q.y)),
-        },
-    )
-    yield Case(
-        "one adapter, base layer included, forward and backward",
-        {
-            OURS: lambda: p.step(ops.lora_sum(p.x, *p.factors, **p.layer)),
-            "linear, mm, addmm": lambda: p.step(addmm(p.base())),
-            "linear + s (x A') B'": lambda: p.step(p.base() + S * (p.x @ p.A[0].T) @ p.B[0].T),
-            "merge, linear": lambda: p.step(F.linear(p.x, torch.addmm(p.weight, p.B[0], p.A[0], alpha=S), p.bias)),
-            "base layer alone": lambda: torch.autograd.grad(p.base(), p.x, p.grad),
-        },
-    )
-    yield Case(
-        "10 segments, base layer included, forward and backward",
-        {
-            OURS: lambda: q.step(ops.lora_indexed(q.x, q.ids, *q.factors, **q.layer)),
-            "linear, mm, mm by segment": lambda: q.step(segments(q.base())),
-            "linear, bmm, baddbmm by image": lambda: q.step(by_image(q.base())),
-            "base layer alone": lambda: torch.autograd.grad(q.base(), q.x, q.grad),
-        },
-    )
+        ids, train = torch.arange(images) * T // images, "x A B" if group is STEPS else ""
+        p = Problem(images * ROWS, (D, D), R, T, ids, train, "cpu", dtype)
+        yield Case(f"{name}, {images * ROWS:,} rows{suffix}", {form: partial(call, p) for form, call in forms.items()})
 
 
 def merge() -> Iterator[Case]:
-    q = Problem(1, 10)
-    yield Case("lora_merge of 10", {OURS: lambda: ops.lora_merge(q.weight, *q.factors), "addmm": q.merged})
+    p = Problem(ROWS, (D, D), R, 10, device="cpu", dtype=torch.float32)
+    yield Case("lora_merge of 10", {OURS: lambda: ops.lora_merge(p.weight, *p.factors), "addmm": lambda: merge_all(p)})
+
+
+# ---------------------------------------------------------------------- the prototype operators
 
 
 def completed(prototypes: Tensor, task_of_class: Tensor) -> Tensor:
@@ -247,8 +191,11 @@ def prototypes() -> Iterator[Case]:
             yield Case(case, {name: partial(form, **given) for name, form in forms.items()})
 
 
+# ---------------------------------------------------------------------- a training step
+
+
 class PlainLoRA(nn.Module):
-    """What people write: the frozen layer, then the two thin ones beside it; optionally for rows of y alone."""
+    """What people write: the frozen layer, then the two thin ones beside it."""
 
     def __init__(self, layer: nn.Linear, r: int) -> None:
         super().__init__()
@@ -260,7 +207,7 @@ class PlainLoRA(nn.Module):
         return self.layer(x) + (x @ self.A.T) @ self.B.T
 
 
-def embedded_step(form: str) -> Form:
+def embedded_step(form: str) -> Callable[[], None]:
     """A training step of the embedded backbone: 48 images, LoRA r = 8 on qkv and proj, cross-entropy, SGD.
 
     Frozen: without LoRA, but with the gradient that reaches the first block.
@@ -295,13 +242,13 @@ def training() -> Iterator[Case]:
     yield Case("training step of the embedded benchmark", forms)
 
 
-GROUPS: dict[str, Callable[[], Iterator[Case]]] = {"merge": merge, "prototypes": prototypes, "training": training}
-for dtype_, suffix in ((torch.float32, ""), (torch.bfloat16, ", bfloat16")):
-    for images_ in (16, 64):
-        for name, group in (("added", added), ("base", with_base), ("trained", trained)):
-            GROUPS[f"{name} {images_ * ROWS:,}{suffix}"] = lambda group=group, n=images_, dtype=dtype_, suffix=suffix: (
-                Case(f"{c.name}, {n * ROWS:,} rows{suffix}", c.forms) for c in group(n, dtype)
-            )
+def every_case() -> Iterator[Case]:
+    for make in (merge, prototypes, training):
+        yield from make()
+    for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, ", bfloat16")):
+        for images in (16, 64):
+            for group in (ADDED, WITH_BASE, STEPS):
+                yield from low_rank(group, images, dtype, suffix)
 
 
 def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
@@ -335,15 +282,12 @@ def main() -> None:
     columns = ("case", "form", "median ms", "its time / ours (quartiles)")
     print(harness.said(where), harness.table(columns, []), sep="\n\n", end="", flush=True)
     rows, lines = [], []
-    for group in GROUPS.values():
-        for case in group():
-            if not re.search(args.only, case.name):
-                continue
-            for row in measure(case, args.seconds):
-                rows.append(row)
-                ratio = f"{row['ratio']} ({row['ratio_q1']}–{row['ratio_q3']})"
-                lines.append((row["case"], row["form"], row["median_ms"], ratio))
-                print(f"| {' | '.join(lines[-1])} |", flush=True)
+    for case in every_case():
+        for row in measure(case, args.seconds) if re.search(args.only, case.name) else ():
+            rows.append(row)
+            ratio = f"{row['ratio']} ({row['ratio_q1']}–{row['ratio_q3']})"
+            lines.append((row["case"], row["form"], row["median_ms"], ratio))
+            print(f"| {' | '.join(lines[-1])} |", flush=True)
     if args.out:
         harness.write(args.out, list(rows[0]), rows, harness.table(columns, lines, texts=2), where)
 

@@ -2,12 +2,10 @@
 
     python benchmarks/cuda_lora.py [--rows 1 2] [--quick] [--no-compile] [--rivals FILE.py] [--out FOLDER/NAME]
 
-GPU time: calls captured into one CUDA graph, which walk through sets of weights, inputs and outputs that are together
-larger than the L2 cache, so that each call reads and writes DRAM; CUDA events around a replay. Wall time: the same
-calls launched one by one, to the end of the last. Rounds visit every form in turn (A B C A B C ...), so that all see
-the same clocks; figures are medians over rounds. Before it is timed, a form is compared with float64: one that is
-wrong is marked and not ranked, one that fails is listed with its error. The best torch form of a case joins in once
-more under torch.compile. A whole ViT is too long for a graph: its calls are launched one by one in both timings.
+GPU time: calls in one CUDA graph that walk through sets of inputs and outputs larger than the L2 cache; CUDA events
+around a replay. Wall time: the same calls launched one by one, to the end of the last. Rounds visit every form in turn,
+figures are medians over rounds. A form is first compared with float64: one that is wrong is marked and not ranked. The
+best torch form joins in once more under torch.compile. A whole ViT is launched call by call in both timings.
 
 --rivals FILE.py adds forms: its function `rivals(case)` returns {name: callable}, and each callable takes one of
 `case.sets` and returns what the case's other forms return. Writes NAME.csv, a line for each form, and NAME.md.
@@ -16,12 +14,12 @@ more under torch.compile. A whole ViT is too long for a graph: its calls are lau
 from __future__ import annotations
 
 import functools
-import importlib.util
-from collections.abc import Callable
+import runpy
 from pathlib import Path
 
-from cuda_cases import MERGE, Case, cases
-from harness import BASE, Form, Line, ceilings, cells, gpu_facts, gpu_options, measure, need_cuda, report, table
+from cuda_cases import cases
+from harness import BASE, Line, ceilings, cells, gpu_facts, gpu_options, measure, need_cuda, report
+from lora_forms import MERGE
 
 from plora_ext.bench import OURS
 
@@ -31,32 +29,19 @@ FIELDS = {
 }  # fmt: skip
 
 
-def summary(lines: list[Line]) -> str:
-    """The printed table: for each case the frozen layer, ours, the fastest right rival, and the goals."""
-    rows, show = [], functools.partial(cells, FIELDS)
-    for case in dict.fromkeys(line["case"] for line in lines):
-        own = {line["form"]: line for line in lines if line["case"] == case}
-        rivals = [r for n, r in own.items() if "over_ours" in r and not n.startswith((OURS, BASE, MERGE))]
-        best = min(rivals, key=lambda r: r["over_ours"], default={})
-        ours = own[OURS]
-        time_ = ours["ratios_of"]
-        rows.append([
-            *show(ours, "row", "case"), *show(own.get(BASE, {}), time_), *show(ours, time_, "over_base"),
-            *show(best, "form", time_, "over_ours"), *show(ours, "wall_us", "error", "goals"),
-        ])  # fmt: skip
-    columns = "row | case | base µs | ours µs | / base | best unmerged rival | its µs | / ours | ours wall µs | error"
-    columns = f"{columns} | goals".split(" | ")
-    return table(columns, rows, len(columns))
+HEADS = "row | case | base µs | ours µs | / base | best unmerged rival | its µs | / ours | ours wall µs | error | goals"
 
 
-def load_rivals(file: Path | None) -> Callable[[Case], dict[str, Form]]:
-    if file is None:
-        return lambda case: {}
-    spec = importlib.util.spec_from_file_location("rivals", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.rivals
+def shown(own: dict[str, Line]) -> list[str]:
+    """Of a case: the frozen layer, ours, the fastest right rival, and the goals."""
+    rivals = [r for n, r in own.items() if "over_ours" in r and not n.startswith((OURS, BASE, MERGE))]
+    best = min(rivals, key=lambda r: r["over_ours"], default={})
+    ours, show = own[OURS], functools.partial(cells, FIELDS)
+    time_ = ours["ratios_of"]
+    return [
+        *show(ours, "row", "case"), *show(own.get(BASE, {}), time_), *show(ours, time_, "over_base"),
+        *show(best, "form", time_, "over_ours"), *show(ours, "wall_us", "error", "goals"),
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -65,11 +50,12 @@ def main() -> None:
     parser.add_argument("--rivals", type=Path, help="Python file that adds forms")
     args = parser.parse_args()
     need_cuda()
-    more, compiled, rounds = load_rivals(args.rivals), not args.no_compile, 5 if args.quick else 21
+    more = runpy.run_path(str(args.rivals))["rivals"] if args.rivals else lambda case: {}
+    compiled, rounds = not args.no_compile, 5 if args.quick else 21
     bandwidth, rate = ceilings()
     where = gpu_facts(args.commit, **{"copy TB/s": f"{bandwidth / 1e12:.2f}", "bf16 TFLOP/s": f"{rate / 1e12:.0f}"})
     found = cases(args.rows, args.quick, compiled, bandwidth)
-    report(args.out, FIELDS, summary, where, (measure(case, rounds, compiled, more) for case in found))
+    report(args.out, FIELDS, HEADS, shown, where, (measure(case, rounds, compiled, more) for case in found))
 
 
 if __name__ == "__main__":

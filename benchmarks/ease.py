@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +13,12 @@ EASE = "EASE's pass as in LAMDA-PILOT"
 
 
 class EasePass(nn.Module):
-    """The test pass of EASE as LAMDA-PILOT has it (`backbone/vit_ease.py: forward_test`), on the weights of a timm ViT.
+    """The test pass of EASE as LAMDA-PILOT has it (`backbone/vit_ease.py: forward_test`), on the weights of a timm ViT,
+    which it takes over, with T random adapters.
 
     Patches once; then for each adapter a copy of them through all blocks. q, k and v are three products, the attention
     matrix is made, softmaxed and multiplied; each block's adapter, W_u relu(W_d x + b_d) + b_u times 0.1, r = 64,
     stands beside the MLP and reads its input before the norm.
-
-    Args:
-        vit: the backbone, which it takes over; the three parts of qkv are copied.
-        T: number of adapters, random ones.
-        r: their rank.
     """
 
     def __init__(self, vit: Any, T: int, r: int = 64) -> None:
@@ -66,15 +61,11 @@ class EasePass(nn.Module):
         return attn.proj(y)
 
 
-def under_autocast(model: nn.Module, images: Tensor) -> Tensor:
-    """Under bfloat16 autocast on a GPU; on a CPU the model as it is."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-        return model(images)
-
-
 def rivals(vit: Any, T: int) -> dict[str, Any]:
-    """The form that `plora_ext.bench.ensemble_cases` lists beside its own; it keeps float32 weights."""
-    return {EASE: partial(under_autocast, EasePass(vit, T).eval())}
+    """The form that `plora_ext.bench.ensemble_cases` lists beside its own: float32 weights, on a GPU under autocast."""
+    device = vit.pos_embed.device.type
+    autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    return {EASE: autocast(EasePass(vit, T).eval().forward)}
 
 
 def complete(prototypes: Tensor, task_of_class: Tensor) -> Tensor:

@@ -92,9 +92,8 @@ def run_lines(name: str, T: int, per_task: int, device: torch.device) -> list[Li
     for form in (OURS, LOOP, EASE):
         seconds, forwards = evaluations(form, name, T, per_task, device)
         line = Line(f"evaluations of {T} tasks, {per_task} test images each, {name}", form, 1e3 * seconds)
-        line.over_ours = line.median_ms / (lines[0] if lines else line).median_ms
-        line.note = f"{forwards:,} image-forwards"
         lines.append(line)
+        line.over_ours, line.note = line.median_ms / lines[0].median_ms, f"{forwards:,} image-forwards"
     return lines
 
 
@@ -114,24 +113,20 @@ def main() -> None:
     parser.add_argument("--model", help="a timm ViT, or small (default: vit_base_patch16_224 on a GPU, small on a CPU)")
     parser.add_argument("--adapters", type=int, default=20, help="T (default: 20)")
     parser.add_argument("--images", type=int, help="test images of a task (default: 100 on a GPU, 20 on a CPU)")
-    parser.add_argument("--part", choices=("batches", "evaluations"), help="only this")
     args = parser.parse_args()
     device = pick_device(args.device)
     cuda, T = device.type == "cuda", args.adapters
     name = args.model or ("vit_base_patch16_224" if cuda else "small")
     lines: list[Line] = []
-    if args.part != "evaluations":
-        for case in bench.ensemble_cases(device, args.quick, name, T, partial(ease.rivals, T=T)):
-            lines += bench.measure(case, device, 3 if args.quick else 11)
-    if args.part != "batches":
-        per_task = args.images or (5 if args.quick else 100 if cuda else 20)
-        lines += run_lines(name, T, per_task, device)
+    for case in bench.ensemble_cases(device, args.quick, name, T, partial(ease.rivals, T=T)):
+        lines += bench.measure(case, device, 3 if args.quick else 11)
+    lines += run_lines(name, T, args.images or (5 if args.quick else 100 if cuda else 20), device)
     if cuda and name == "vit_base_patch16_224" and T == 20:
         judge(lines)
-    rows = [asdict(line) for line in lines]
+    rows, text = [asdict(line) for line in lines], bench.table(lines)
     fields = [name for name in rows[0] if name != "times"]
-    harness.write(args.out, fields, rows, f"{bench.table(lines)}\n", harness.facts(device, args.commit))
-    print(bench.table(lines))
+    harness.write(args.out, fields, rows, f"{text}\n", harness.facts(device, args.commit))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ A ViT-B/16 with random weights, r = 16 on qkv and proj, bfloat16, transform pilo
     arrays      the loop over uint8 arrays on the device, against its step captured on one batch again and again
     files       the same over JPEG files of 256 pixels, which workers decode once or in every epoch
     evaluation  features and evaluation, against timm's plain forward, captured
-    step        the captured step with qkv and proj, or all four linear layers adapted, against the frozen backbone's
-                captured forward and gradient to its input; 128 images
-    small       the loop of a small model (ViT-S/14, 84 pixels, 64 images), against itself without graphs
+    step        the captured step with two or all four linear layers of a block adapted, against the frozen backbone's
+                captured forward and gradient to its input
+    small       the loop of a small model, against itself without graphs
 
 A loop's rate is that of the epochs after the first, which captures and decodes. `ratio` is the rate over that of what
-it is measured against; of `step` the time over its. A whole run is measured by `throughput.py --phases`.
+it is measured against; of `step` the time over its.
 """
 
 from __future__ import annotations
@@ -29,50 +29,38 @@ import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
-from throughput import CLASSES, jpegs
+from throughput import CLASSES, Loop, jpegs
 from torch import Tensor
 
 from plora_ext.bench import timed
 from plora_ext.cil import Settings
-from plora_ext.cil.build import load_backbone, pick_device
+from plora_ext.cil.build import pick_device
 from plora_ext.cil.evaluate import classify
 from plora_ext.cil.methods import METHODS
-from plora_ext.cil.timing import Clock, Resident
-from plora_ext.cil.training import Trainer
+from plora_ext.cil.timing import Resident
 from plora_ext.data import ImageFiles, Preparation, View
 from plora_ext.data.view import SHARE
 from plora_ext.graphs import Captured
-from plora_ext.nn import Adapters, inject
+from plora_ext.nn import Adapters
 
 FIELDS = ("part", "case", "images_per_s", "against", "its_images_per_s", "ratio", "goal", "note")
 EPOCHS = 4
 Row = dict[str, Any]
 
 
-class Bench:
-    """A model with one adapter that trains, and how images are looked at."""
+class Bench(Loop):
+    """The loop with bfloat16 and some linear layers adapted, and how images are looked at."""
 
     def __init__(
         self, args: argparse.Namespace, batch: int, model: str = "", modules: str = "qkv proj", **changes: Any
     ):
         name, _, size = (model or args.model).partition(":")
-        self.args, self.batch, self.device = args, batch, pick_device(args.device)
-        self.settings = s = Settings(
+        settings = Settings(
             backbone=name, image_size=int(size) if size else None, weights="random", epochs=EPOCHS, batch_size=batch,
             eval_batch_size=args.eval_batch, amp="bfloat16", target_modules=modules.split(), **changes,
         )  # fmt: skip
-        torch.manual_seed(0)
-        backbone = load_backbone(s)
-        self.clock, self.size = Clock(), backbone.image_size
-        model = backbone.model.to(self.device).requires_grad_(False)
-        self.plain = copy.deepcopy(model)  # as timm has it
-        self.trainer = Trainer(model, s, self.device, [self.clock])
-
-    def adapted(self) -> Adapters:
-        """The adapters, of which one trains."""
-        adapters = inject(self.trainer.model, self.settings.target_modules, r=16)
-        adapters.add_adapter("task0")
-        return adapters
+        super().__init__(settings, pick_device(args.device))
+        self.batch, self.plain = batch, copy.deepcopy(self.trainer.model)  # as timm has it
 
     def view(self, images: np.ndarray | ImageFiles, **look: Any) -> View:
         """Images of transform pilot, cropped on the device."""
@@ -84,10 +72,7 @@ class Bench:
 
     def loop(self, adapters: Adapters, images: Any) -> float:
         """Images a second of the epochs after the first."""
-        labels = torch.arange(len(images), device=self.device) % CLASSES
-        with self.trainer.speed.passes():
-            self.trainer.fit(0, adapters.parameters("task0"), images, labels, CLASSES)
-        return len(images) / statistics.median(self.clock.seconds[1:])
+        return len(images) / statistics.median(self.seconds(adapters, images)[1:])
 
     def step(self, adapters: Adapters) -> float:
         """Images a second of the captured step on a batch that does not change."""
@@ -129,12 +114,14 @@ def images_of(args: argparse.Namespace, batch: int) -> int:
     return batch * args.steps * (1 if batch >= 128 else 2)
 
 
-def row(case: str, rate: float, against: str, its: float, goal: str, note: str = "", times: bool = False) -> Row:
+STEP = "its captured step on one batch"
+
+
+def compared(
+    case: str, rate: float, its: float, goal: str, against: str = STEP, note: str = "", times: bool = False
+) -> Row:
     ratio = its / rate if times else rate / its
     return dict(zip(FIELDS[1:], (case, rate, against, its, ratio, goal, note)))
-
-
-STEP = "its captured step on one batch"
 
 
 def arrays(args: argparse.Namespace) -> Iterator[Row]:
@@ -142,7 +129,7 @@ def arrays(args: argparse.Namespace) -> Iterator[Row]:
         bench = Bench(args, batch)
         adapters = bench.adapted()
         rate = bench.loop(adapters, bench.arrays(images_of(args, batch)))
-        yield row(f"loop over arrays, B={batch}", rate, STEP, bench.step(adapters), ">= 0.95", bench.said())
+        yield compared(f"loop over arrays, B={batch}", rate, bench.step(adapters), ">= 0.95", note=bench.said())
 
 
 def files(args: argparse.Namespace) -> Iterator[Row]:
@@ -154,7 +141,7 @@ def files(args: argparse.Namespace) -> Iterator[Row]:
                 adapters = bench.adapted()
                 rate = bench.loop(adapters, bench.view(images, workers=args.workers, cache=cache))
                 case = f"loop over JPEG files decoded {what}, B={batch}, {args.workers} workers"
-                yield row(case, rate, STEP, bench.step(adapters), goal)
+                yield compared(case, rate, bench.step(adapters), goal)
 
 
 def evaluation(args: argparse.Namespace) -> Iterator[Row]:
@@ -180,7 +167,7 @@ def evaluation(args: argparse.Namespace) -> Iterator[Row]:
     for case, call in calls.items():
         _, *later = (timed(call, bench.device) for _ in range(4))
         rate = 1e3 * n / statistics.median(later)
-        yield row(f"{case}, B={batch}", rate, "timm's forward, captured", its, ">= 0.95", bench.said())
+        yield compared(f"{case}, B={batch}", rate, its, ">= 0.95", "timm's forward, captured", bench.said())
 
 
 def step(args: argparse.Namespace) -> Iterator[Row]:
@@ -196,7 +183,7 @@ def step(args: argparse.Namespace) -> Iterator[Row]:
         its = bench.rate(Captured(to_input), torch.randn(batch, 3, bench.size, bench.size, device=bench.device))
         rate = bench.step(bench.adapted())
         against = "the frozen backbone's captured forward and gradient to its input"
-        yield row(f"captured step, {modules.replace(' ', ', ')}, B={batch}", rate, against, its, goal, times=True)
+        yield compared(f"captured step, {modules.replace(' ', ', ')}, B={batch}", rate, its, goal, against, times=True)
 
 
 def small(args: argparse.Namespace) -> Iterator[Row]:
@@ -205,12 +192,11 @@ def small(args: argparse.Namespace) -> Iterator[Row]:
         bench = Bench(args, args.small_batch, model=args.small, graphs=graphs)
         rates[graphs] = bench.loop(bench.adapted(), bench.arrays(images_of(args, args.small_batch)))
     case = f"loop, {args.small}, B={args.small_batch}"
-    yield row(case, rates["auto"], "without graphs", rates["off"], ">= 6 x the loop before graphs", bench.said())
+    goal = ">= 6 x the loop before graphs"
+    yield compared(case, rates["auto"], rates["off"], goal, "without graphs", bench.said())
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
-    "arrays": arrays, "files": files, "evaluation": evaluation, "step": step, "small": small,
-}  # fmt: skip
+PARTS = {part.__name__: part for part in (arrays, files, evaluation, step, small)}
 
 
 def main() -> None:
@@ -229,23 +215,15 @@ def main() -> None:
     if device.type == "cuda":
         harness.need_cuda()
     rows: list[Row] = []
-    for part in args.parts:
-        for found in PARTS[part](args):
-            rows.append({"part": part, **found})
-            cells = [
-                [harness.number(v, ".2f" if v < 9 else ".0f") if isinstance(v, float) else v for v in r.values()]
-                for r in rows
-            ]
-            print(*cells[-1], sep=" | ", flush=True)
-            harness.write(
-                args.out,
-                FIELDS,
-                rows,
-                harness.table(FIELDS, cells, texts=2, notes=2),
-                harness.facts(device, args.commit),
-            )
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    cells: list[list[Any]] = []
+    for row in ({"part": part, **found} for part in args.parts for found in PARTS[part](args)):
+        rows.append(row)
+        cells.append([f"{v:{'.2f' if v < 9 else '.0f'}}" if isinstance(v, float) else v for v in row.values()])
+        print(*cells[-1], sep=" | ", flush=True)
+        text = harness.table(FIELDS, cells, texts=2, notes=2)
+        harness.write(args.out, FIELDS, rows, text, harness.facts(device, args.commit))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

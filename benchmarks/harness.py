@@ -20,18 +20,19 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import plora_ext
 from plora_ext import libraries
-from plora_ext.bench import OURS, fault, in_turn
+from plora_ext.bench import OURS, fault, in_turn, synchronize, timed
 from plora_ext.cil.files import write_whole
+from plora_ext.info import environment
 
 Form = Callable[[Any], Any]
 Line = dict[str, Any]
@@ -48,12 +49,6 @@ def options(doc: str | None, name: str = "") -> argparse.ArgumentParser:
         parser.add_argument("--out", type=Path, default=default, help="path of the results without its suffix")
         parser.add_argument("--commit", help="what to call the version measured, where this is no git checkout")
     return parser
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
 def commit() -> str:
@@ -77,7 +72,7 @@ def origin(given: str | None = None) -> dict[str, str]:
 
 def facts(device: torch.device, given: str | None = None, **more: Any) -> dict[str, Any]:
     """Where figures are from: the device, `more`, torch and `origin`."""
-    return {"device": device_name(device), **more, "torch": torch.__version__, **origin(given)}
+    return {"device": environment(device)["device"], **more, "torch": torch.__version__, **origin(given)}
 
 
 def said(where: Mapping[str, Any]) -> str:
@@ -97,14 +92,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], texts: int = 1,
 
 
 def write(
-    out: Path,
-    fields: Sequence[str],
-    rows: Iterable[Mapping[str, Any]],
-    text: str,
-    where: Mapping[str, Any] | None = None,
+    out: Path, fields: Iterable[str], rows: Iterable[Mapping[str, Any]], text: str, where: Mapping[str, Any] = {}
 ) -> None:
     """OUT.csv, every row with `where`, and OUT.md, headed by it; each whole or not at all."""
-    where = where or {}
+    out.parent.mkdir(parents=True, exist_ok=True)
     sheet = io.StringIO()
     writer = csv.DictWriter(sheet, dict.fromkeys([*fields, *where]), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -113,13 +104,46 @@ def write(
         write_whole(out.with_name(out.name + suffix), content.encode())
 
 
-# ---------------------------------------------------------------------- GPU time
+# ---------------------------------------------------------------------- a call, to its end on the device
+
+
+def now(device: torch.device) -> float:
+    """Seconds on the wall clock, once the device has done what it was given."""
+    synchronize(device)
+    return time.perf_counter()
+
+
+class Costs(NamedTuple):
+    """Of a call; NaN where there is no GPU. Its peak of allocated memory is above what was there before."""
+
+    gpu_ms: float
+    wall_ms: float
+    peak_mb: float
+
+
+def costs(call: Callable[[], Any], device: torch.device) -> Costs:
+    if device.type != "cuda":
+        return Costs(math.nan, timed(call, device), math.nan)
+    there = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start = now(device)
+    before.record()
+    call()
+    after.record()
+    wall = 1e3 * (now(device) - start)
+    return Costs(before.elapsed_time(after), wall, (torch.cuda.max_memory_allocated() - there) / 2**20)
+
+
+# ---------------------------------------------------------------------- GPU time under CUDA graphs
 # Calls captured into one CUDA graph, which walk through sets of inputs and outputs that are together larger than the
 # L2 cache, so that each call reads and writes DRAM; CUDA events around a replay.
 
 DEVICE, BASE = "cuda", "base layer alone"
+GPU = torch.device(DEVICE)
 FOOTPRINT = 160e6  # bytes that the sets of a case take together; the L2 cache of an H200 holds about 50 MB
 CALLS, SECONDS = 24, 0.03  # captured into one graph: so many calls, fewer where they take longer than this
+SIDE_STREAM = functools.cache(torch.cuda.Stream)
 
 
 class Step:
@@ -132,6 +156,15 @@ class Step:
         chosen = self.leaves
         leaves = [getattr(p, name) for name in chosen.split()] if isinstance(chosen, str) else chosen(p)
         return torch.autograd.grad(self.forward(p), leaves, p.grad)
+
+
+def doubled(p: Any) -> Any:
+    """The same inputs in float64."""
+    twin = copy.copy(p)
+    for name, t in vars(p).items():
+        if isinstance(t, Tensor) and t.is_floating_point():
+            setattr(twin, name, t.detach().double().requires_grad_(t.requires_grad))
+    return twin
 
 
 @dataclass
@@ -177,41 +210,31 @@ class Run:
     graph: torch.cuda.CUDAGraph | None = None
 
     def go(self) -> None:
-        if self.graph:
-            self.graph.replay()
-        else:
-            self.launch()
+        (self.graph.replay if self.graph else self.launch)()
 
     def launch(self) -> None:
         outputs = deque[Any](maxlen=len({id(p) for p in self.order}))  # an output lives until its set is used again
         for p in self.order:
             outputs.append(self.call(p))
 
-    def wall(self) -> float:
-        """Microseconds a call, launched one by one, to the end of the last."""
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+    def seconds(self) -> float:
+        """Of calls launched one by one, to the end of the last."""
+        start = now(GPU)
         self.launch()
-        torch.cuda.synchronize()
-        return 1e6 * (time.perf_counter() - start) / len(self.order)
+        return now(GPU) - start
 
-
-@functools.cache
-def side_stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()
+    def wall(self) -> float:
+        """Microseconds a call, launched one by one."""
+        return 1e6 * self.seconds() / len(self.order)
 
 
 def prepare(call: Form, sets: list[Any], captured: bool = True) -> Run:
     """Warm up and capture."""
-    stream = side_stream()  # the one captured, so that autograd and cuBLAS get ready for it
+    stream = SIDE_STREAM()  # the one captured, so that autograd and cuBLAS get ready for it
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            Run(call, sets).launch()
-            torch.cuda.synchronize()
-    passes = min(math.ceil(CALLS / len(sets)), int(SECONDS / (time.perf_counter() - start)))
+        seconds = [Run(call, sets).seconds() for _ in range(2)][-1]
+    passes = min(math.ceil(CALLS / len(sets)), int(SECONDS / seconds))
     run = Run(call, sets * max(1, passes))
     if captured:
         graph = torch.cuda.CUDAGraph()
@@ -252,12 +275,9 @@ def error_of(outputs: Any, expected: Any) -> float:
 def extra_megabytes(form: Form, p: Any) -> float:
     """Peak of allocated memory over what is there before, less the outputs."""
     gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    outputs = as_tuple(form(p))
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before - sum(o.nbytes for o in outputs)) / 1e6
+    outputs: list[Any] = []
+    peak = costs(lambda: outputs.append(as_tuple(form(p))), GPU).peak_mb * 2**20
+    return (peak - sum(o.nbytes for o in outputs[0])) / 1e6
 
 
 def measure(
@@ -350,29 +370,39 @@ def need_cuda() -> None:
         raise SystemExit(f"the CUDA kernels are not loaded: {libraries.missing}")
 
 
+def verdict(text: str, figure: float | None, at_most: float = math.inf, at_least: float = -math.inf) -> str:
+    """A goal, its figure, and whether it is met."""
+    if figure is None:
+        return f"{text}: not measured"
+    return f"{text}: {figure:.2f} {'met' if at_least <= figure <= at_most else 'NOT MET'}"
+
+
 def cells(fields: Mapping[str, str], line: Line, *names: str) -> list[str]:
     return [number(line.get(name), fields[name]) for name in names]
 
 
 def report(
-    out: Path,
-    fields: Mapping[str, str],
-    summary: Callable[[list[Line]], str],
-    where: Mapping[str, str],
-    found: Iterator[list[Line]],
-) -> None:
-    """Writes what is found after every case, a line for each form; `fields` with their formats."""
+    out: Path, fields: Mapping[str, str], heads: str, shown: Callable[[dict[str, Line]], list[str]],
+    where: Mapping[str, str], found: Iterable[list[Line]],
+) -> None:  # fmt: skip
+    """Writes what is found after every case, a line for each form; `fields` with their formats.
+
+    Before it stands a table with one row a case: what `shown` makes of its lines by form, under `heads`.
+    """
     lines: list[Line] = []
+    rows: list[list[str]] = []
     start = time.monotonic()
     columns = [name for name in fields if name not in ("ratios_of", "goals")]
     for new in found:
         lines += new
+        rows.append(shown({line["form"]: line for line in new}))
+        summary = table(heads.split(" | "), rows, len(rows[0]))
         forms = table(columns, (cells(fields, line, *columns) for line in lines), len(columns))
-        write(out, list(fields), lines, f"{summary(lines)}\n## All forms\n\n{forms}", where)
+        write(out, fields, lines, f"{summary}\n## All forms\n\n{forms}", where)
         print(f"[{time.monotonic() - start:.0f} s] row {new[0]['row']}: {new[0]['case']}", file=sys.stderr)
         for line in new:
             print("   ", " | ".join(cells(fields, line, *list(fields)[2:])), file=sys.stderr, flush=True)
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    print(summary(lines))
+    print(summary)

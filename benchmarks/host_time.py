@@ -3,15 +3,13 @@
     python benchmarks/host_time.py [--device cuda] [--rows M ...] [--adapters T ...] [--seconds S] [--no-compile]
                                    [--out FOLDER/NAME]
 
-Wall time of a forward and of a step (forward, then `torch.autograd.grad` of x, A and B), of calls in a row up to the
-end of the last. On a CPU with one thread and sizes of which the arithmetic takes next to nothing, which stands for the
-host time of a GPU; on a GPU at 768→768, bfloat16, r = 16. Short bursts of every form take turns, so that all meet the
-same machine; ratios are medians over turns, p10 is the tenth percentile, which others on the machine disturb least.
-`empty autograd.Function` computes nothing: what autograd itself costs Python code that brings a backward of its own.
+Wall time of a forward and of a step (forward, then the gradients of x, A and B), of calls in a row up to the end of the
+last: on a CPU with one thread and next to no arithmetic, on a GPU at 768→768, bfloat16, r = 16. Short bursts of every
+form take turns; ratios are medians over turns, p10 is the tenth percentile, which others on the machine disturb least.
+`empty autograd.Function` computes nothing: what autograd itself costs a backward in Python.
 
 Then, on a CPU, the forward of 24 layers 8→8 on one row without gradients, with T adapters of r = 4 active in each, by
-the process's own clock: as ever, and inside of `Adapters.merged`.
-Writes NAME.csv and NAME.md.
+the process's own clock: as ever, and inside of `Adapters.merged`. Writes NAME.csv and NAME.md.
 """
 
 from __future__ import annotations
@@ -27,14 +25,15 @@ from typing import Any
 import harness
 import torch
 import torch.nn.functional as F
-from cuda_cases import SCALE, peft_model
+from harness import now
+from lora_forms import SCALE, peft_model
 from torch import Tensor, nn
 
 from plora_ext.bench import OURS, fault, in_turn
 from plora_ext.nn import MultiLoRALinear, inject
 
 BURST = 0.002  # seconds
-FROZEN, PEFT = "frozen layer", "PEFT"
+FROZEN, EMPTY, PEFT = "frozen layer", "empty autograd.Function", "PEFT"
 COLUMNS = ("case", "form", "forward_us", "step_us", "forward_p10_us", "backward_p10_us", "step_p10_us", "over_frozen",
            "over_ours", "note")  # fmt: skip
 Form = tuple[Callable[[Tensor], Tensor], list[Tensor]]  # a forward, and what gets gradients beside x
@@ -51,20 +50,6 @@ class Empty(torch.autograd.Function):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
 
 
-def ours(linear: nn.Linear, A: Tensor, B: Tensor) -> tuple[MultiLoRALinear, list[Tensor]]:
-    layer = MultiLoRALinear(copy.deepcopy(linear), autocast_adapter_dtype=False)  # as `peft_model` has them
-    layer.add_adapter("t0", [(A, B)], lora_alpha=SCALE * len(A))
-    layer.set_adapter(["t0"])
-    factors: list[Tensor] = [p.requires_grad_() for p in layer.pairs("t0")[0]]
-    return layer, factors
-
-
-def peft_layer(linear: nn.Linear, A: Tensor, B: Tensor) -> tuple[nn.Module, list[Tensor]]:
-    model = peft_model(nn.Sequential(copy.deepcopy(linear)), "0", {"0": (A[None], B[None])})
-    layer: Any = model.get_base_model()[0]
-    return layer, [layer.lora_A["t0"].weight, layer.lora_B["t0"].weight]
-
-
 def forms(x: Tensor, width: int, r: int, compiled: bool) -> tuple[dict[str, Form], dict[str, str]]:
     """What is measured, and why the rest is not."""
     like = {"device": x.device, "dtype": x.dtype}
@@ -75,34 +60,40 @@ def forms(x: Tensor, width: int, r: int, compiled: bool) -> tuple[dict[str, Form
     def plain(x: Tensor) -> Tensor:
         return F.linear(x, linear.weight, linear.bias) + SCALE * F.linear(F.linear(x, plain_A), plain_B)
 
-    def compile_ours() -> Form:
-        layer, factors = ours(linear, A, B)
-        return torch.compile(layer, fullgraph=True, dynamic=False), factors
+    def peft() -> Form:
+        model = peft_model(nn.Sequential(copy.deepcopy(linear)), "0", {"0": (A[None], B[None])})
+        layer: Any = model.get_base_model()[0]
+        return layer, [layer.lora_A["t0"].weight, layer.lora_B["t0"].weight]
 
-    def graph_ours() -> Form:
-        layer, factors = ours(linear, A, B)
-        graphed: Any = torch.cuda.make_graphed_callables(layer, (x.detach().clone().requires_grad_(),))
-        return graphed, factors
+    def ours(wrap: Callable[[nn.Module], Any] = lambda layer: layer) -> Form:
+        layer = MultiLoRALinear(copy.deepcopy(linear), autocast_adapter_dtype=False)  # as `peft_model` has them
+        layer.add_adapter("t0", [(A, B)], lora_alpha=SCALE * r)
+        layer.set_adapter(["t0"])
+        factors: list[Tensor] = [p.requires_grad_() for p in layer.pairs("t0")[0]]
+        return wrap(layer), factors
+
+    def graphed(layer: nn.Module) -> Any:
+        return torch.cuda.make_graphed_callables(layer, (x.detach().clone().requires_grad_(),))
 
     makers: dict[str, Callable[[], Form]] = {
         FROZEN: lambda: (linear, []),
-        "empty autograd.Function": lambda: (lambda x: Empty.apply(x, plain_A, plain_B), [plain_A, plain_B]),
+        EMPTY: lambda: (lambda x: Empty.apply(x, plain_A, plain_B), [plain_A, plain_B]),
         "plain torch": lambda: (plain, [plain_A, plain_B]),
-        PEFT: lambda: peft_layer(linear, A, B),
-        OURS: lambda: ours(linear, A, B),
+        PEFT: peft,
+        OURS: ours,
     }
     if compiled:
-        makers[f"{OURS}, torch.compile"] = compile_ours
+        makers[f"{OURS}, torch.compile"] = lambda: ours(partial(torch.compile, fullgraph=True, dynamic=False))
     if x.is_cuda:
-        makers[f"{OURS}, make_graphed_callables"] = graph_ours
+        makers[f"{OURS}, make_graphed_callables"] = lambda: ours(graphed)
     found: dict[str, Form] = {}
     missing: dict[str, str] = {}
     for name, make in makers.items():
         try:
             forward, leaves = make()
-            expected, actual = plain(x), forward(x)
-            if name not in (FROZEN, "empty autograd.Function"):
-                torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+            actual = forward(x)
+            if name not in (FROZEN, EMPTY):
+                torch.testing.assert_close(actual, plain(x), rtol=0.05, atol=0.05)
             found[name] = forward, leaves
         except Exception as error:
             missing[name] = fault(error)
@@ -112,7 +103,6 @@ def forms(x: Tensor, width: int, r: int, compiled: bool) -> tuple[dict[str, Form
 def measure(case: str, x: Tensor, width: int, r: int, compiled: bool, seconds: float) -> list[dict[str, Any]]:
     grad = torch.randn_like(x)
     chosen, missing = forms(x, width, r, compiled)
-    synchronize = torch.cuda.synchronize if x.is_cuda else lambda: None
 
     def step(form: Form) -> None:
         torch.autograd.grad(form[0](x), [x, *form[1]], grad)
@@ -121,12 +111,10 @@ def measure(case: str, x: Tensor, width: int, r: int, compiled: bool, seconds: f
         form[0](x)
 
     def burst(call: Callable[[Form], None], form: Form, count: int) -> float:
-        synchronize()
-        start = time.perf_counter()
+        start = now(x.device)
         for _ in range(count):
             call(form)
-        synchronize()
-        return 1e6 * (time.perf_counter() - start) / count
+        return 1e6 * (now(x.device) - start) / count
 
     runs = [(call, name) for name in chosen for call in (forward, step)]
     counts = {}
@@ -185,7 +173,7 @@ def measure_sets(T: int, seconds: float) -> list[dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    formats = {name: "" if name in ("case", "form", "note") else ".2f" for name in COLUMNS}
+    formats = {name: ".2f" if "_" in name else "" for name in COLUMNS}
     return harness.table(COLUMNS, (harness.cells(formats, line, *COLUMNS) for line in lines), texts=2, notes=1)
 
 

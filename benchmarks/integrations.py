@@ -2,21 +2,18 @@
 
     python benchmarks/integrations.py [--quick] [--rows peft-train ease-eval ...] [--device cuda] [--limit SECONDS]
 
-PEFT rows need timm and peft. The others need a checkout each: PLORA_PILOT of LAMDA-PILOT, PLORA_MAMMOTH of Mammoth;
-without it a row says so and is left out. Weights are random: only time is measured, and that results agree.
+PEFT rows need peft; the others a checkout each: PLORA_PILOT of LAMDA-PILOT, PLORA_MAMMOTH of Mammoth. Weights are
+random: only time is measured, and that results agree.
 
-Rounds visit every form in turn (A B C A B C ...), so that all see the same clocks; figures are medians over rounds.
-GPU time is CUDA events around the call, wall time the same call to the end of its last kernel. `error` is the largest
-difference of the result from the host's own (for EASE from the host's own in fp32), relative to its largest entry;
-`equal` the share of equal predictions. The best torch form is the fastest one of those that are plain torch.
-Writes NAME.csv, a line for each form, and NAME.md after every case, so that a run that is stopped keeps what it has.
+Rounds visit every form in turn; figures are medians over rounds. `error` is the largest difference of the result from
+the host's own (for EASE from the host's own in fp32), relative to its largest entry; `equal` the share of equal
+predictions. Writes NAME.csv, a line for each form, and NAME.md, after every case.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-import io
 import logging
 import os
 import statistics
@@ -25,22 +22,25 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pilot_ease import ease_vit
+from harness import Costs, costs
+from pilot_ease import PilotData, ease_learner, ease_vit
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from plora_ext import libraries, reference
-from plora_ext.bench import fault, synchronize
-from plora_ext.integrations import _patch, _pilot_ease, _pilot_vit
+from plora_ext.bench import fault
+from plora_ext.integrations import _patch, _pilot_ease, _pilot_vit, pilot
 
 FIELDS = (
     "row", "case", "form", "gpu_ms", "wall_ms", "peak_mb", "over_host", "over_torch", "error", "equal", "rounds",
@@ -56,6 +56,7 @@ class Form:
     call: Callable[[], Any]
     inside: Callable[[], Any] = nullcontext
     before: Callable[[], None] = lambda: None
+    plain: bool = False  # whether it is plain torch
 
 
 @dataclass
@@ -65,33 +66,12 @@ class Case:
     row: str
     name: str
     forms: list[Form]
-    torch_forms: tuple[str, ...] = ()  # those that are plain torch
     truth: Callable[[], Any] | None = None  # what results are compared with, if not those of the host in this dtype
     note: str = ""
     lines: list[dict[str, Any]] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------------- measuring
-
-
-def timed(form: Form, device: torch.device) -> tuple[float, float, float]:
-    """GPU and wall milliseconds, and the peak of allocated memory in MB above what was there before."""
-    form.before()
-    synchronize(device)
-    start = time.perf_counter()
-    if device.type != "cuda":
-        form.call()
-        wall = 1e3 * (time.perf_counter() - start)
-        return float("nan"), wall, float("nan")
-    there = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    form.call()
-    end.record()
-    synchronize(device)
-    wall = 1e3 * (time.perf_counter() - start)
-    return begin.elapsed_time(end), wall, (torch.cuda.max_memory_allocated() - there) / 2**20
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -104,19 +84,24 @@ def flat(result: Any) -> list[Tensor]:
 
 def compare(theirs: Any, ours: Any) -> tuple[float, float]:
     """Largest relative difference of floating-point results, and share of equal integer ones."""
-    error, equal = float("nan"), float("nan")
+    error = equal = float("nan")
     for a, b in zip(flat(theirs), flat(ours)):
         if a.is_floating_point():
-            a, b = a.double(), b.double()
-            error = max(0.0 if error != error else error, float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)))
+            worst = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30))
+            error = max(worst, error) if error == error else worst
         else:
             equal = float((a == b).double().mean())
     return error, equal
 
 
+def timed(form: Form, device: torch.device) -> Costs:
+    form.before()
+    return costs(form.call, device)
+
+
 def measure(case: Case, device: torch.device, seconds: float, until: float) -> None:
     """Fills the lines of a case, in about `seconds`; a third round and later ones only before the time `until`."""
-    times: dict[str, list[tuple[float, float, float]]] = {}
+    times: dict[str, list[Costs]] = {}
     results: dict[str, tuple[float, float]] = {}
     first = [t.cpu() for t in flat(case.truth())] if case.truth else None
     for form in case.forms:
@@ -134,25 +119,19 @@ def measure(case: Case, device: torch.device, seconds: float, until: float) -> N
     forms, start = [form for form in case.forms if form.name in times], time.perf_counter()
     for count in range(200 if forms else 0):
         now = time.perf_counter()
-        if (
-            (count >= 5 and now - start > seconds)
-            or (count >= 3 and now - start > 2 * seconds)
-            or (count and now > until)
-        ):
+        spent = now - start
+        if (count and now > until) or (count >= 3 and spent > 2 * seconds) or (count >= 5 and spent > seconds):
             break
         for form in forms:
             with form.inside():
                 times[form.name].append(timed(form, device))
     for form in forms:
-        gpu, wall, peak = (statistics.median(part) for part in zip(*times[form.name]))
-        error, equal = results[form.name]
-        case.lines.append(
-            {"form": form.name, "gpu_ms": gpu, "wall_ms": wall, "peak_mb": peak, "error": error, "equal": equal,
-             "rounds": len(times[form.name])}
-        )  # fmt: skip
-    known = {line["form"]: line["gpu_ms"] if device.type == "cuda" else line["wall_ms"]
-             for line in case.lines if "wall_ms" in line}  # fmt: skip
-    best = min((known[name] for name in case.torch_forms if name in known), default=None)
+        measured = (statistics.median(part) for part in zip(*times[form.name]))
+        line = dict(zip(("gpu_ms", "wall_ms", "peak_mb", "error", "equal"), (*measured, *results[form.name])))
+        case.lines.append({"form": form.name, **line, "rounds": len(times[form.name])})
+    clock = "gpu_ms" if device.type == "cuda" else "wall_ms"
+    known = {line["form"]: line[clock] for line in case.lines if clock in line}
+    best = min((known[form.name] for form in forms if form.plain), default=None)
     for line in case.lines:
         line.update(row=case.row, case=case.name, note=line.get("note") or case.note)
         for key, other in (("over_host", known.get(case.forms[0].name)), ("over_torch", best)):
@@ -164,38 +143,28 @@ def measure(case: Case, device: torch.device, seconds: float, until: float) -> N
 # ---------------------------------------------------------------------- PEFT
 
 
-def vit(quick: bool, device: torch.device, **settings: Any) -> nn.Module:
+def peft_model(quick: bool, adapters: int, dtype: torch.dtype, device: torch.device) -> Any:
+    import peft
     import timm
 
     sizes = {"img_size": 64, "embed_dim": 96, "depth": 2, "num_heads": 3} if quick else {}
-    return timm.create_model("vit_base_patch16_224", num_classes=0, **sizes, **settings).to(device)
-
-
-def peft_model(quick: bool, adapters: int, dtype: torch.dtype, device: torch.device) -> Any:
-    import peft
-
+    vit = timm.create_model("vit_base_patch16_224", num_classes=0, **sizes).to(device, dtype)
     config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=["qkv", "proj", "fc1", "fc2"],
                              exclude_modules=["patch_embed.proj"], init_lora_weights=False)  # fmt: skip
-    model = peft.get_peft_model(vit(quick, device).to(dtype), config, adapter_name="a0", autocast_adapter_dtype=False)
+    model = peft.get_peft_model(vit, config, adapter_name="a0", autocast_adapter_dtype=False)
     for i in range(1, adapters):
         model.add_adapter(f"a{i}", config)
     return model.to(dtype).to(device)
 
 
-@contextmanager
-def peft_forward(make: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Iterator[None]:
-    """Another forward in the place of PEFT's LoRA layer's."""
+def peft_forward(make: Callable[[], Callable[..., Tensor]]) -> Any:
+    """Another forward in the place of PEFT's LoRA layer's, while this is entered."""
     import peft.tuners.lora as lora
 
-    original = lora.Linear.forward
-    lora.Linear.forward = make(original)
-    try:
-        yield
-    finally:
-        lora.Linear.forward = original
+    return mock.patch.object(lora.Linear, "forward", make())
 
 
-def lean(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def lean() -> Callable[..., Tensor]:
     """One adapter with nothing around it: three products, the last one added in place of a sum of its own."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -208,7 +177,7 @@ def lean(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return forward
 
 
-def mixed(masked: bool, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def mixed(masked: bool) -> Callable[..., Tensor]:
     """Mixed batches without PEFT's loop: each sample's own factors in two batched products, or, masked, all adapters'
     factors side by side in two plain ones, with zeros where a sample has another adapter."""
     indices: dict[tuple[str, ...], Tensor] = {}
@@ -229,44 +198,35 @@ def mixed(masked: bool, original: Callable[..., Tensor]) -> Callable[..., Tensor
     return forward
 
 
+def training_step(net: Any, images: Tensor, labels: Tensor, optimizer: Any, autocast: bool) -> Tensor:
+    """The gradient of the first parameter that trains."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+        loss = F.cross_entropy(net(images).float(), labels)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return optimizer.param_groups[0]["params"][0].grad.clone()
+
+
 def peft_training(quick: bool, device: torch.device, compiled: bool) -> Iterator[Case]:
     from plora_ext.integrations import peft as integration
 
     size, B = (64, 4) if quick else (224, 128)
     for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True), *(((torch.float32, False),) * quick)):
         model = peft_model(quick, 1, dtype, device).train()
-        parameters = [p for p in model.parameters() if p.requires_grad]
         images = torch.randn(B, 3, size, size, device=device, dtype=dtype)
         labels = torch.randint(model.num_features, (B,), device=device)
-        optimizer = torch.optim.SGD(parameters, 0.0)
-
-        def step(
-            net: Any, images: Tensor = images, labels: Tensor = labels, optimizer: Any = optimizer,
-            autocast: bool = autocast, parameters: list[Any] = parameters,
-        ) -> list[Tensor]:  # fmt: skip
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                loss = F.cross_entropy(net(images).float(), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            return [parameters[0].grad.clone()]
-
-        forms = [
-            Form("PEFT", partial(step, model)),
-            Form("PEFT, patched", partial(step, model), integration.patch),
-        ]
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0)
+        step = partial(training_step, images=images, labels=labels, optimizer=optimizer, autocast=autocast)
+        forms = [Form("PEFT", partial(step, model)), Form("PEFT, patched", partial(step, model), integration.patch)]
         if compiled:
             torch._dynamo.reset()
-            forms.append(Form("PEFT, torch.compile", partial(step, torch.compile(model))))
+            forms.append(Form("PEFT, torch.compile", partial(step, torch.compile(model)), plain=True))
         else:
-            forms.append(Form("PEFT, three plain products", partial(step, model), partial(peft_forward, lean)))
+            inside = partial(peft_forward, lean)
+            forms.append(Form("PEFT, three plain products", partial(step, model), inside, plain=True))
         what = "autocast to bf16" if autocast else str(dtype).removeprefix("torch.")
-        yield Case(
-            "peft",
-            f"training step, ViT-B/16, r=16 on all linears, B={B}, {what}",
-            forms,
-            tuple(f.name for f in forms[2:]),
-        )
+        yield Case("peft", f"training step, ViT-B/16, r=16 on all linears, B={B}, {what}", forms)
 
 
 def peft_mixed(quick: bool, device: torch.device) -> Iterator[Case]:
@@ -276,29 +236,15 @@ def peft_mixed(quick: bool, device: torch.device) -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         model = peft_model(quick, adapters, dtype, device).eval()
         images = torch.randn(B, 3, size, size, device=device, dtype=dtype)
-        for order in ("in segments", "shuffled"):
-            names = [f"a{i * adapters // B}" for i in range(B)]
-            if order == "shuffled":
-                names = [names[i] for i in np.random.default_rng(0).permutation(B)]
-
-            def infer(model: Any = model, images: Tensor = images, names: list[str] = names) -> Tensor:
-                with torch.no_grad():
-                    y: Tensor = model(images, adapter_names=names)
-                return y
-
-            rows = B * (size // 16) ** 2 + B
-            batched, masked = "PEFT, two batched products", "PEFT, all adapters masked"
-            yield Case(
-                "peft",
-                f"mixed batch of {adapters} adapters {order}, ViT-B/16, M={rows}, {str(dtype).removeprefix('torch.')}",
-                [
-                    Form("PEFT", infer),
-                    Form("PEFT, patched", infer, integration.patch),
-                    Form(batched, infer, partial(peft_forward, partial(mixed, False))),
-                    Form(masked, infer, partial(peft_forward, partial(mixed, True))),
-                ],
-                (batched, masked),
-            )
+        segments = [f"a{i * adapters // B}" for i in range(B)]
+        shuffled = [segments[i] for i in np.random.default_rng(0).permutation(B)]
+        for order, names in (("in segments", segments), ("shuffled", shuffled)):
+            infer = torch.no_grad()(partial(model, images, adapter_names=names))
+            rows, what = B * (size // 16) ** 2 + B, str(dtype).removeprefix("torch.")
+            forms = [Form("PEFT", infer), Form("PEFT, patched", infer, integration.patch)]
+            for name, masked in (("PEFT, two batched products", False), ("PEFT, all adapters masked", True)):
+                forms.append(Form(name, infer, partial(peft_forward, partial(mixed, masked)), plain=True))
+            yield Case("peft", f"mixed batch of {adapters} adapters {order}, ViT-B/16, M={rows}, {what}", forms)
 
 
 # ---------------------------------------------------------------------- LAMDA-PILOT
@@ -332,25 +278,15 @@ class Images:
 
 def learner(T: int, quick: bool, inc: int, device: torch.device) -> Any:
     """An EASE learner that has seen T tasks, with random adapters and prototypes."""
-    import models.ease as ease
-    import utils.inc_net as inc_net
-
-    net = ease_vit(
-        device, **({"img_size": 32, "depth": 2, "mlp_ratio": 0.25} if quick else {"depth": 12, "mlp_ratio": 4})
-    )
-    args = {
-        "increment": inc, "init_cls": inc, "use_init_ptm": False, "alpha": 0.1, "beta": 0.0, "backbone_type": "vit",
-        "device": [device], "moni_adam": False, "use_reweight": True,
-    }  # fmt: skip
-    get_backbone, inc_net.get_backbone = inc_net.get_backbone, lambda *_: net
-    try:
-        with redirect_stdout(io.StringIO()):
-            network = inc_net.EaseNet(args)
-    finally:
-        inc_net.get_backbone = get_backbone
-    for p in network.parameters():
-        p.requires_grad_(False)
-    network.to(device)
+    pilot._old_timm_names()
+    logging.disable(logging.INFO)
+    size = {"img_size": 32, "depth": 2, "mlp_ratio": 0.25} if quick else {"depth": 12, "mlp_ratio": 4}
+    labels = np.arange(T * inc)
+    ease, _ = ease_learner(
+        lambda: ease_vit(device, **size), lambda _: PilotData((labels, labels), (labels, labels)), seed=0,
+        init_cls=inc, increment=inc, epochs=1, workers=0, device=device,
+    )  # fmt: skip
+    network = ease._network.requires_grad_(False).to(device)
     for task in range(T):
         for parameter in network.backbone.cur_adapter.parameters():
             nn.init.normal_(parameter, std=0.05)
@@ -358,13 +294,9 @@ def learner(T: int, quick: bool, inc: int, device: torch.device) -> Any:
         network.eval()  # before adapters join the list, where PILOT does not reach them
         if task < T - 1:
             network.backbone.add_adapter_to_list()
-    self = object.__new__(ease.Learner)
-    self.__dict__.update(
-        _network=network.to(device).eval(), _device=device, _cur_task=T - 1, _total_classes=T * inc, args=args,
-        _known_classes=(T - 1) * inc, init_cls=inc, inc=inc, use_init_ptm=False, use_diagonal=False, topk=5,
-        use_exemplars=False, recalc_sim=True, moni_adam=False, alpha=0.1, beta=0.0, adapter_num=-1,
-    )  # fmt: skip
-    return self
+    network.to(device).eval()
+    ease._cur_task, ease._known_classes, ease._total_classes = T - 1, (T - 1) * inc, T * inc
+    return ease
 
 
 @torch.no_grad()
@@ -390,12 +322,6 @@ def sdpa_only() -> Iterator[None]:
 
 def ease_in_memory(quick: bool, device: torch.device) -> Iterator[tuple[int, Any, Images, Any, int]]:
     """T, an EASE learner after T tasks, test images of all classes with their loader, and classes a task."""
-    from torch.utils.data import DataLoader
-
-    from plora_ext.integrations import pilot
-
-    pilot._old_timm_names()
-    logging.disable(logging.INFO)
     for T, inc, images in ((3, 5, 30),) if quick else ((10, 10, 200), (20, 5, 200)):
         ease = learner(T, quick, inc, device)
         data = Images(images, images // (T * inc), 32 if quick else 224, device)
@@ -404,7 +330,6 @@ def ease_in_memory(quick: bool, device: torch.device) -> Iterator[tuple[int, Any
         yield T, ease, data, loader, inc
         del ease, data, loader
         gc.collect()
-    logging.disable(logging.NOTSET)
 
 
 def within(call: Callable[[], Any], device: torch.device, autocast: bool) -> Callable[[], Any]:
@@ -417,68 +342,63 @@ def within(call: Callable[[], Any], device: torch.device, autocast: bool) -> Cal
     return run
 
 
-DTYPES = ((False, "fp32"), (True, "bf16 autocast"))
+DTYPES = {False: "fp32", True: "bf16 autocast"}
 SDPA = "PILOT, torch's attention"
+PATCHED: dict[str, dict[str, Any]] = {"PILOT, patched": {"inside": pilot.patch}}
 
 
-def ease_cases(name: str, call: Callable[[], Any], device: torch.device) -> Iterator[Case]:
-    """A computation without gradients, by EASE itself, patched, and with torch's attention, in both precisions."""
-    from plora_ext.integrations import pilot
+def ease_case(
+    name: str, call: Callable[[], Any], device: torch.device, autocast: bool, patched: Any = PATCHED, note: str = ""
+) -> Case:
+    """A computation without gradients by EASE itself, patched, and with torch's attention."""
+    run = within(call, device, autocast)
+    ours = [Form(form, run, **how) for form, how in patched.items()]
+    forms = [Form("PILOT", run), *ours, Form(SDPA, run, sdpa_only, plain=True)]
+    truth = within(call, device, False) if autocast else None
+    return Case("pilot", f"{name}, {DTYPES[autocast]}", forms, truth, note)
 
-    forms = {"PILOT": nullcontext, "PILOT, patched": pilot.patch, SDPA: sdpa_only}
-    for autocast, what in DTYPES:
-        every = [Form(form, within(call, device, autocast), inside) for form, inside in forms.items()]
-        yield Case("pilot", f"{name}, {what}", every, (SDPA,), truth=within(call, device, False) if autocast else None)
+
+def kept_before(ease: Any, loader: Any, autocast: bool) -> Any:
+    """What the patch keeps of these images where there is no newest adapter yet."""
+    vit, device = ease._network.backbone, ease._device
+    newest, vit.cur_adapter = vit.cur_adapter, vit.adapter_list[-1]
+    with torch.no_grad(), pilot.patch(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        list(_pilot_vit.features_of(ease, loader, True, _pilot_ease.subspaces_of(vit, False)))
+        kept = _pilot_vit.kept.get(ease)
+    vit.cur_adapter = newest
+    return kept
 
 
 def ease_evaluation(quick: bool, device: torch.device) -> Iterator[Case]:
-    from torch.utils.data import DataLoader
-
-    from plora_ext.integrations import pilot
-
     for T, ease, data, loader, inc in ease_in_memory(quick, device):
-        network, per_task = ease._network, len(data) // T
         images = data.pixels[torch.randperm(len(data))[: loader.batch_size].to(device)]
+        earlier = DataLoader(data.first((T - 1) * (len(data) // T)), loader.batch_size)
 
-        def batch(network: Any = network, images: Tensor = images) -> list[Tensor]:
+        def batch(network: Any = ease._network, images: Tensor = images) -> list[Tensor]:
             logits = network(images, test=True)["logits"]
             return [logits, logits.argmax(1)]
 
         def evaluate(ease: Any = ease, loader: Any = loader) -> Any:
             return ease._eval_cnn(loader)[0][:, 0]  # the best of the top 5
 
-        yield from ease_cases(f"EASE, one test batch, T={T}, B={len(images)}", batch, device)
-        for autocast, what in DTYPES:
-            with torch.no_grad(), pilot.patch():
-                earlier = DataLoader(data.first((T - 1) * per_task), loader.batch_size)
-                last = network.backbone.cur_adapter  # as if the newest adapter had not been there
-                network.backbone.cur_adapter = network.backbone.adapter_list[-1]
-                with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                    list(_pilot_vit.features_of(ease, earlier, True, _pilot_ease.subspaces_of(network.backbone, False)))
-                kept = _pilot_vit.kept.get(ease)
-                network.backbone.cur_adapter = last
+        for autocast in DTYPES:
+            yield ease_case(f"EASE, one test batch, T={T}, B={len(images)}", batch, device, autocast)
+        name = f"EASE, _eval_cnn after task {T}, {len(data)} images of {T * inc} classes"
+        note = "the loader and the per-sample loop of the host are part of it"
+        for autocast in DTYPES:
+            kept = kept_before(ease, earlier, autocast)
 
             def remember(ease: Any = ease, kept: Any = kept) -> None:
                 _pilot_vit.kept[ease] = copy.deepcopy(kept)
 
-            call = within(evaluate, device, autocast)
-            yield Case(
-                "pilot", f"EASE, _eval_cnn after task {T}, {len(data)} images of {T * inc} classes, {what}",
-                [
-                    Form("PILOT", call), Form("PILOT, patched, cache", call, pilot.patch, remember),
-                    Form("PILOT, patched, no cache", call, partial(pilot.patch, cache=False)),
-                    Form(SDPA, call, sdpa_only),
-                ],
-                (SDPA,), truth=within(evaluate, device, False) if autocast else None,
-                note="the loader and the per-sample loop of the host are part of it",
-            )  # fmt: skip
+            patched = {
+                "PILOT, patched, cache": {"inside": pilot.patch, "before": remember},
+                "PILOT, patched, no cache": {"inside": partial(pilot.patch, cache=False)},
+            }
+            yield ease_case(name, evaluate, device, autocast, patched, note)
 
 
 def ease_prototypes(quick: bool, device: torch.device) -> Iterator[Case]:
-    from torch.utils.data import DataLoader
-
-    from plora_ext.integrations import pilot
-
     for T, ease, data, loader, inc in ease_in_memory(quick, device):
         weights = ease._network.fc.weight.data.clone()
         new = Images(2 * loader.batch_size, -(-2 * loader.batch_size // inc), data.pixels.shape[-1], device)
@@ -487,14 +407,12 @@ def ease_prototypes(quick: bool, device: torch.device) -> Iterator[Case]:
         new_loader = DataLoader(new, loader.batch_size)
 
         def prototypes(ease: Any = ease, loader: Any = new_loader) -> Tensor:
-            ease.solve_sim_reset = lambda: None  # a case of its own
-            try:
+            with mock.patch.object(ease, "solve_sim_reset"):  # a case of its own
                 ease.replace_fc(loader)
-            finally:
-                del ease.solve_sim_reset
             return ease._network.fc.weight.data[-ease.inc :].clone()
 
-        yield from ease_cases(f"EASE, prototypes of a task, T={T}, {len(new)} images", prototypes, device)
+        for autocast in DTYPES:
+            yield ease_case(f"EASE, prototypes of a task, T={T}, {len(new)} images", prototypes, device, autocast)
 
         def restore(ease: Any = ease, weights: Tensor = weights) -> None:
             ease._network.fc.weight.data.copy_(weights)
@@ -510,42 +428,30 @@ def ease_prototypes(quick: bool, device: torch.device) -> Iterator[Case]:
             blocks.copy_(reference.complete_prototypes(blocks, tasks))
             return weight.clone()
 
-        yield Case(
-            "pilot", f"EASE, solve_sim_reset, T={T}, {T * inc} classes",
-            [
-                Form("PILOT", solve, before=restore), Form("PILOT, patched", solve, pilot.patch, restore),
-                Form("vectorised torch", vectorised, before=restore),
-            ],
-            ("vectorised torch",),
-        )  # fmt: skip
+        forms = [Form("PILOT", solve, before=restore), Form("PILOT, patched", solve, pilot.patch, restore)]
+        forms += [Form("vectorised torch", vectorised, before=restore, plain=True)]
+        yield Case("pilot", f"EASE, solve_sim_reset, T={T}, {T * inc} classes", forms)
 
 
 def ease_training(quick: bool, device: torch.device) -> Iterator[Case]:
-    from plora_ext.integrations import pilot
-
-    pilot._old_timm_names()
-    logging.disable(logging.INFO)
     B, size, inc = (6, 32, 5) if quick else (48, 224, 10)
     ease = learner(1, quick, inc, device)
-    ease.args["init_epochs"] = 1
     network = ease._network
     network.backbone.cur_adapter.requires_grad_(True)
     network.proxy_fc.requires_grad_(True)
     images, labels = torch.rand(B, 3, size, size, device=device), torch.randint(inc, (B,), device=device)
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.0)
-    for autocast, what in DTYPES:
+    for autocast, what in DTYPES.items():
         steps = 5 if quick else 100 if autocast else 30
 
         def train(autocast: bool = autocast, steps: int = steps) -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 ease._init_train([(None, images, labels)] * steps, None, optimizer, None)
 
-        forms = [Form("PILOT", train), Form("PILOT, patched", train, pilot.patch), Form(SDPA, train, sdpa_only)]
-        yield Case(
-            "pilot", f"EASE, {steps} training steps, B={B}, {what}", forms, (SDPA,),
-            note="PILOT's loop over a batch on the device; with the patch four steps come before the graph",
-        )  # fmt: skip
-    logging.disable(logging.NOTSET)
+        forms = [Form("PILOT", train), Form("PILOT, patched", train, pilot.patch)]
+        forms.append(Form(SDPA, train, sdpa_only, plain=True))
+        note = "PILOT's loop over a batch on the device; with the patch four steps come before the graph"
+        yield Case("pilot", f"EASE, {steps} training steps, B={B}, {what}", forms, note=note)
 
 
 # ---------------------------------------------------------------------- Mammoth
@@ -562,44 +468,26 @@ def mammoth_cases(quick: bool, device: torch.device) -> Iterator[Case]:
     A = (torch.randn(T, r, d, device=device) * 0.02).requires_grad_()
     Bs = (torch.randn(T, out, r, device=device) * 0.02).requires_grad_()
 
-    @contextmanager
-    def concatenated() -> Iterator[None]:
-        original = LoRALinear.forward
+    def concatenated(self: Any, x: Tensor, AB: Any = None) -> Tensor:
+        wide = AB["B"].transpose(0, 1).reshape(self.out_features, -1)
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, AB["A"].flatten(0, 1)), wide)
 
-        def forward(self: Any, x: Tensor, AB: Any = None) -> Tensor:
-            wide = AB["B"].transpose(0, 1).reshape(self.out_features, -1)
-            return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, AB["A"].flatten(0, 1)), wide)
+    def layer_of(autocast: bool, train: bool) -> list[Tensor]:
+        with torch.set_grad_enabled(train), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            y = layer(x, {"A": A, "B": Bs})
+        return [y.detach(), *(torch.autograd.grad(y.float().sum(), [A, Bs]) if train else ())]
 
-        LoRALinear.forward = forward
-        try:
-            yield
-        finally:
-            LoRALinear.forward = original
-
-    for autocast in (False, True):
+    instead = partial(mock.patch.object, LoRALinear, "forward", concatenated)
+    for autocast, what in DTYPES.items():
         for train in (False, True):
-
-            def call(autocast: bool = autocast, train: bool = train) -> list[Tensor]:
-                with (
-                    torch.set_grad_enabled(train),
-                    torch.autocast(device.type, torch.bfloat16, enabled=autocast),
-                ):
-                    y = layer(x, {"A": A, "B": Bs})
-                if train:
-                    return [y.detach(), *torch.autograd.grad(y.float().sum(), [A, Bs])]
-                return [y]
-
+            call, passes = partial(layer_of, autocast, train), "forward and backward" if train else "forward"
             yield Case(
-                "mammoth",
-                f"LoRALinear {d}→{out}, T={T}, r={r}, M={B * N}, {'forward and backward' if train else 'forward'}, "
-                f"{'bf16 autocast' if autocast else 'fp32'}",
+                "mammoth", f"LoRALinear {d}→{out}, T={T}, r={r}, M={B * N}, {passes}, {what}",
                 [
-                    Form("Mammoth", call),
-                    Form("Mammoth, patched", call, partial(mammoth.patch, model=False)),
-                    Form("two products of concatenated factors", call, concatenated),
+                    Form("Mammoth", call), Form("Mammoth, patched", call, partial(mammoth.patch, model=False)),
+                    Form("two products of concatenated factors", call, instead, plain=True),
                 ],
-                ("two products of concatenated factors",),
-            )
+            )  # fmt: skip
 
 
 # ---------------------------------------------------------------------- the table
@@ -628,14 +516,11 @@ def figures(line: dict[str, Any]) -> list[str]:
 
 def report(cases: list[Case], skipped: list[str], device: torch.device, commit: str | None) -> str:
     where = harness.facts(device, commit)
-    command, columns = where.pop("command"), ["form", *(title for title, _ in FIGURES.values())]
-    text = f"`{command}`\n{harness.said(where)}, {libraries.backend()}\n"
+    text = f"`{where.pop('command')}`\n{harness.said(where)}, {libraries.backend()}\n"
     for case in cases:
-        rows = (
-            [line["form"], *figures(line)] if "wall_ms" in line else [line["form"], line["note"], *[""] * 6]
-            for line in case.lines
-        )
-        note = f" ({case.note})" if case.note else ""
+        failed = {line["form"]: [line["note"], *[""] * 6] for line in case.lines if "wall_ms" not in line}
+        rows = ([line["form"], *failed.get(line["form"], figures(line))] for line in case.lines)
+        note, columns = f" ({case.note})" if case.note else "", ("form", *(title for title, _ in FIGURES.values()))
         text += f"\n\n**{case.row}: {case.name}**{note}\n\n{harness.table(columns, rows)}"
     return "\n".join([text, *skipped]) + "\n"
 
@@ -673,7 +558,6 @@ def main() -> None:
     cases: list[Case] = []
     skipped: list[str] = []
     start = time.perf_counter()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
 
     def keep() -> None:
         lines = [line for case in cases for line in case.lines]
@@ -699,12 +583,11 @@ def main() -> None:
                     case.forms, case.truth = [], None  # and with them models and data
                     cases.append(case)
                     keep()
+                    print(f"{time.perf_counter() - start:5.0f} s", case.row, case.name, sep=" | ")
                     for line in case.lines:
-                        seconds, found = f"{time.perf_counter() - start:5.0f} s", zip(FIGURES, figures(line))
-                        said = " ".join(f"{name} {figure}" for name, figure in found if figure)
-                        print(seconds, case.row, case.name, line["form"], said, line["note"], sep=" | ", flush=True)
+                        print("   ", line["form"], *figures(line), line["note"], sep=" | ", flush=True)
         except Exception as error:  # the other rows are worth having
-            skip(f"{row}: failed: {type(error).__name__}: {str(error)[:300]}")
+            skip(f"{row}: failed: {fault(error, 300)}")
             traceback.print_exc()
 
 

@@ -40,16 +40,10 @@ from plora_ext.info import environment
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}
 FIGURES = {  # column: title of the table, digits
-    "train": ("train s", 3),
-    "prototypes": ("prototypes s", 3),
-    "align": ("align s", 4),
-    "checkpoint": ("checkpoint s", 4),
-    "eval_us_per_image": ("evaluation µs an image", 1),
-    "peak_mb": ("peak MiB", 0),
-    "rss_mb": ("resident MiB", 0),
-    "live_mb": ("tensors MiB", 1),
-    "checkpoint_kib": ("checkpoint KiB a task", 1),
-}
+    "train": ("train s", 3), "prototypes": ("prototypes s", 3), "align": ("align s", 4),
+    "checkpoint": ("checkpoint s", 4), "eval_us_per_image": ("evaluation µs an image", 1), "peak_mb": ("peak MiB", 0),
+    "rss_mb": ("resident MiB", 0), "live_mb": ("tensors MiB", 1), "checkpoint_kib": ("checkpoint KiB a task", 1),
+}  # fmt: skip
 
 
 def create(model: str) -> Backbone:
@@ -58,7 +52,7 @@ def create(model: str) -> Backbone:
     return Backbone(vit.eval(), vit.patch_embed.img_size[0], [0.5] * 3, [0.5] * 3)
 
 
-def synthetic(classes: int, train: int, test: int, size: int, every: int = 1) -> Images:
+def synthetic(classes: int, train: int, test: int, every: int, size: int = 32) -> Images:
     """Random images [n, size, size, 3], half the picture of their class and half noise; tests of every n-th class."""
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (classes, size, size, 3), dtype=np.uint8)
@@ -119,47 +113,32 @@ def measure(method: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         clock = time.process_time
         training.time = SimpleNamespace(perf_counter=clock)
     backbone = create(args.model)
-    size = min(args.image_size, backbone.image_size)
-    data = synthetic(args.tasks * args.increment, args.train, args.test, size, args.every)
+    data = synthetic(args.tasks * args.increment, args.train, args.test, args.every)
     settings = Settings(
         method=method, increment=args.increment, epochs=args.epochs, batch_size=args.batch_size, r=args.r,
-        amp=args.amp, device=args.device, class_order="sorted", feature_cache=args.feature_cache,
+        amp=args.amp, device=args.device, class_order="sorted",
     )  # fmt: skip
-    width, depth = backbone.model.num_features, len(backbone.model.blocks)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Clock(Path(folder))
         checkpoint.clock = clock
         ear = Ear(checkpoint, device)
         result = run(settings, data=data, backbone=backbone, callbacks=[ear], checkpoint=checkpoint)
+    facts = {name: environment(device)[name] for name in ("device", "torch")}
     rows = []
     for t, (cost, own) in enumerate(zip(result.costs, ear.rows)):
         if args.tasks > 200 and t % 10 and 10 < t < args.tasks - 10:  # enough to fit
             continue
         seconds, seen = cost["seconds"], result.classes_seen[t]
         tested = len(range(0, seen, args.every)) * args.test
-        rows.append(
-            {
-                "method": method,
-                "task": t + 1,
-                "classes_seen": seen,
-                **{phase: seconds.get(phase, 0.0) for phase in ("train", "prototypes", "align", "eval")},
-                "eval_us_per_image": 1e6 * seconds["eval"] / tested,
-                "peak_mb": max(cost["peak_mb"].values()),
-                **own,
-                "accuracy": result.curve[t],
-                "train_images": args.increment * args.train,
-                "test_images": tested,
-                "epochs": args.epochs,
-                "batch_size": args.batch_size,
-                "model": args.model,
-                "width": width,
-                "depth": depth,
-                "r": args.r,
-                "amp": args.amp,
-                "clock": args.clock,
-                **{name: environment(device)[name] for name in ("device", "torch")},
-            }
-        )
+        phases = {phase: seconds.get(phase, 0.0) for phase in ("train", "prototypes", "align", "eval")}
+        rows.append({
+            "method": method, "task": t + 1, "classes_seen": seen, **phases,
+            "eval_us_per_image": 1e6 * seconds["eval"] / tested, "peak_mb": max(cost["peak_mb"].values()), **own,
+            "accuracy": result.curve[t],
+            "train_images": args.increment * args.train, "test_images": tested, "epochs": args.epochs,
+            "batch_size": args.batch_size, "model": args.model, "width": backbone.model.num_features,
+            "depth": len(backbone.model.blocks), "r": args.r, "amp": args.amp, "clock": args.clock, **facts,
+        })  # fmt: skip
     return rows
 
 
@@ -171,10 +150,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         count = min(10, len(own) // 2)
         for name, (title, digits) in FIGURES.items():
             first, last = (np.median([float(r[name]) for r in part]) for part in (own[1 : 1 + count], own[-count:]))
-            ratio = f"{last / first:.2f}" if first else "–"
-            lines.append([f"{method}, {title}", f"{first:.{digits}f}", f"{last:.{digits}f}", ratio])
-    each = f"{count} tasks"
-    return harness.table(("median", f"tasks 2 … {count + 1}", f"last {each}", "ratio"), lines)
+            figures = (f"{first:.{digits}f}", f"{last:.{digits}f}", f"{last / first:.2f}" if first else "–")
+            lines.append([f"{method}, {title}", *figures])
+    return harness.table(("median", f"tasks 2 … {count + 1}", f"last {count} tasks", "ratio"), lines)
 
 
 def main() -> None:
@@ -189,9 +167,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--model", default="tiny", help="tiny, or a timm ViT with random weights")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels of the stored images")
     parser.add_argument("--amp", default="none", choices=("none", "bfloat16"))
-    parser.add_argument("--feature-cache", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: on a shared machine")

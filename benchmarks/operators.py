@@ -64,12 +64,8 @@ RIVALS: dict[str, dict[str, Form]] = {
 }
 TRAINED = "lora_sum, one adapter trained: forward and backward"
 CASES: dict[str, tuple[str, dict[str, int]]] = {  # the operator, and sizes other than usual
-    "lora_indexed, T=10": ("lora_indexed", {}),
-    "lora_sum, T=1": ("lora_sum", {"T": 1}),
-    "lora_sum, T=10": ("lora_sum", {}),
-    "lora_all, T=10": ("lora_all", {}),
-    "lora_merge, T=10": ("lora_merge", {}),
-    TRAINED: ("lora_sum", {"T": 1}),
+    **{f"{name}, T=10": (name, {}) for name in ("lora_indexed", "lora_sum", "lora_all", "lora_merge")},
+    **{name: ("lora_sum", {"T": 1}) for name in ("lora_sum, T=1", TRAINED)},
     "class_sums, 50,000 rows, 100 classes": ("class_sums", {}),
     "reconstruct_prototypes, 95 x 5": ("reconstruct_prototypes", {"old": 95, "new": 5}),
     "reconstruct_prototypes, 900 x 100": ("reconstruct_prototypes", {}),
@@ -104,11 +100,9 @@ def measure(case: str, device: torch.device, seconds: float) -> list[dict[str, A
     with torch.set_grad_enabled(case == TRAINED):
         in_turn(calls, 2 * SETS)  # compile, fill the allocator
         times = in_turn(calls, 5, seconds)
-    lines = []
-    for rival, own in times.items():
-        low, middle, high = statistics.quantiles(own, n=4)
-        lines.append(dict(zip(FIELDS, (case, rival, round(middle, 3), round(high - low, 3), len(own)))))
-    return lines
+    quartiles = {rival: statistics.quantiles(own, n=4) for rival, own in times.items()}
+    figures = ((rival, round(q[1], 3), round(q[2] - q[0], 3), len(times[rival])) for rival, q in quartiles.items())
+    return [dict(zip(FIELDS, (case, *line))) for line in figures]
 
 
 def table(lines: list[dict[str, Any]]) -> str:

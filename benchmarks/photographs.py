@@ -5,13 +5,13 @@
         --rows plora+distill=1 plora+distill=0 aper slca+lr_later=2e-4
     python benchmarks/photographs.py --collect --out runs/cifar100
 
-A row is a file of configs/methods, any other YAML file, or a method of plora-ext; after each "+" comes a setting of
-this row alone. Settings are those of -c, then the row's file, then the options, then the row's own; data, tasks and
-backbone are those of -c and the options for every row. A row is trained once for a seed, and several heads learn from
-it: its own, those of --heads, and with `simplecil` all. Its seconds are of all of them together.
+A row is a file of configs/methods, another YAML file, or a method; after each "+" comes a setting of this row alone.
+Settings are those of -c, then the row's file, then the options, then the row's own; data, tasks and backbone are those
+of -c and the options. A row is trained once for a seed, and several heads learn from it: its own, those of --heads, and
+with `simplecil` all. Its seconds are of all of them together.
 
-A run writes OUT/ROW-SEED/metrics.json, a result for each head; calls side by side share OUT. Every call, and --collect
-alone, ends with the tables of all that is there: OUT/table.md, mean ± standard deviation over seeds, and OUT/table.csv.
+Writes OUT/ROW-SEED/metrics.json, a result for each head; calls side by side share OUT. Every call ends with the tables
+of all that is there: OUT/table.md, mean ± standard deviation over seeds, and OUT/table.csv.
 """
 
 from __future__ import annotations

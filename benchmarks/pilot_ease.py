@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -50,15 +51,27 @@ def ease_vit(device: torch.device, width: int = 768, **size: Any) -> nn.Module:
     return net
 
 
+class PilotData:
+    """PILOT's idea of a data set: (images, labels) for training and for tests, and what each goes through."""
+
+    use_path = False
+
+    def __init__(self, train: Any, test: Any, train_trsf: Any = (), test_trsf: Any = (), common_trsf: Any = ()) -> None:
+        (self.train_data, self.train_targets), (self.test_data, self.test_targets) = train, test
+        self.train_trsf, self.test_trsf, self.common_trsf = map(list, (train_trsf, test_trsf, common_trsf))
+        self.class_order = np.unique(self.train_targets).tolist()
+
+    def download_data(self) -> None:
+        """There is nothing to download."""
+
+
 def ease_learner(
     make_vit: Callable[[], nn.Module], make_data: Callable[[dict[str, Any]], Any], *, seed: int, init_cls: int,
     increment: int, epochs: int, workers: int, device: torch.device,
 ) -> tuple[Any, Any]:  # fmt: skip
     """PILOT's learner and its manager of the tasks: `learner.incremental_train(manager)` learns the next one.
 
-    Args:
-        make_vit: () → the ViT, of `ease_vit`.
-        make_data: (PILOT's arguments) → what PILOT takes for a data set.
+    `make_vit` gives the ViT, of `ease_vit`; `make_data`, from PILOT's arguments, what PILOT takes for a data set.
     """
     import models.ease
     import utils.data_manager
@@ -72,4 +85,5 @@ def ease_learner(
     models.ease.num_workers = workers
     manager = utils.data_manager.DataManager("ours", True, seed, init_cls, increment, arguments)
     arguments.update(nb_classes=manager.nb_classes, nb_tasks=manager.nb_tasks)
-    return models.ease.Learner(arguments), manager
+    with redirect_stdout(io.StringIO()):
+        return models.ease.Learner(arguments), manager

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,8 +22,12 @@ SAME = ("curve", "matrix", "passes", "classes_seen", "class_order", "num_train",
 
 
 def start(out: Path, options: list[str]) -> subprocess.Popen[str]:
+    """A run that has begun: its data and settings are read."""
     command = [sys.executable, "-m", "plora_ext", "train", *options, "--resume", "--out", str(out)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
 
 
 def wait(process: subprocess.Popen[str]) -> None:
@@ -62,45 +64,34 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="of plora-ext train, after --")
     args = parser.parse_args()
     moments = random.Random(args.seed)
-    work = Path(tempfile.mkdtemp(prefix="plora-resume-"))
-    try:
-        whole = start(work / "whole", args.options)
-        assert whole.stdout is not None
-        whole.stdout.readline()  # data and settings are read: the run begins
-        begun = time.perf_counter()
-        wait(whole)
+    with tempfile.TemporaryDirectory(prefix="plora-resume-", ignore_cleanup_errors=True) as work:
+        whole, cut = Path(work, "whole"), Path(work, "cut")
+        process, begun = start(whole, args.options), time.perf_counter()
+        wait(process)
         seconds = time.perf_counter() - begun
         print(f"undisturbed: {seconds:.1f} s")
 
         landed = 0
         while landed < args.kills:
-            process = start(work / "cut", args.options)
-            assert process.stdout is not None
-            process.stdout.readline()
-            remaining = (1 - progress(work / "cut")[0]) * seconds
-            try:  # the even share of what remains, on average
-                span = min(2 / (args.kills - landed), 0.8) * remaining
+            process = start(cut, args.options)
+            # The even share of what remains, on average.
+            span = min(2 / (args.kills - landed), 0.8) * (1 - progress(cut)[0]) * seconds
+            try:
                 process.communicate(timeout=moments.uniform(0, span))
                 print(f"the run was over after {landed} kills: choose a longer one")
                 break
             except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 process.communicate()
-                landed += 1
-                left = [name for name in files(work / "cut") if Path(name).name.startswith(".")]
-                print(
-                    f"kill {landed}: {progress(work / 'cut')[1]}"
-                    + (f"; half-written: {', '.join(left)}" if left else "")
-                )
-        wait(start(work / "cut", args.options))
-        same = metrics(work / "whole") == metrics(work / "cut"), files(work / "whole") == files(work / "cut")
-        print(
-            f"metrics are {'the same' if same[0] else 'DIFFERENT'}; files are {'the same' if same[1] else 'DIFFERENT'}"
-        )
-        print(f"({len(files(work / 'cut'))} of them, those of the checkpoint named by the hash of their content)")
+            landed += 1
+            left = ", ".join(name for name in files(cut) if Path(name).name.startswith("."))
+            print(f"kill {landed}: {progress(cut)[1]}" + (f"; half-written: {left}" if left else ""))
+        wait(start(cut, args.options))
+        same = metrics(whole) == metrics(cut), files(whole) == files(cut)
+        said = ["the same" if alike else "DIFFERENT" for alike in same]
+        print(f"metrics are {said[0]}; files are {said[1]}")
+        print(f"({len(files(cut))} of them, those of the checkpoint named by the hash of their content)")
         sys.exit(not (all(same) and landed == args.kills))
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -12,25 +12,25 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import harness
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "scaling.md"
-# Phase of a task: what it is fitted against, unit of a, what one more is.
-PHASES = {
-    "train": ("task", "task"),
-    "prototypes": ("task", "task"),
-    "align": ("classes_seen", "class"),
-    "checkpoint": ("task", "task"),
-    "eval": ("test_images", "test image"),
-    "live_mb": ("task", "task"),
-    "checkpoint_kib": ("task", "task"),
+PHASES = {  # of a task: its name, what it is fitted against, unit of a, the smaller one of b, what one more is
+    "train": ("train", "task", "ms", "µs", "task"),
+    "prototypes": ("prototypes", "task", "ms", "µs", "task"),
+    "align": ("align", "classes_seen", "ms", "µs", "class"),
+    "checkpoint": ("checkpoint, time", "task", "ms", "µs", "task"),
+    "eval": ("eval", "test_images", "ms", "µs", "test image"),
+    "live_mb": ("memory of tensors", "task", "MiB", "KiB", "task"),
+    "checkpoint_kib": ("checkpoint, size a task", "task", "KiB", "B", "task"),
 }
+SMALLER = {"ms": 1e3, "MiB": 2**10, "KiB": 2**10}  # of the smaller unit in one
 # ViT-B/16 with the default adapters: r = 16 on qkv and proj of 12 blocks, float32.
 WIDTH, BLOCKS, RANK, BATCH = 768, 12, 16, 128
 PARAMETERS = 85_798_656
@@ -40,8 +40,7 @@ FEATURES, LOGITS = 2**18, 2**22  # plora_ext.cil.evaluate
 BANDWIDTH = {1: math.inf, 8: 300e9, 64: 25e9}  # bytes/s of an all-reduce, assumed: inside a host, between hosts
 
 
-@dataclass
-class Scenario:
+class Scenario(NamedTuple):
     """T tasks of c classes, n training and m test images a class, E epochs."""
 
     name: str
@@ -67,31 +66,27 @@ def read(name: str) -> list[dict[str, str]]:
 # ---------------------------------------------------------------------- what was measured
 
 
-@dataclass
-class Fit:
+class Fit(NamedTuple):
     """y = a + b x over tasks of one file; `growth` is the median of the last ten over that of the first ten."""
 
-    file: str
     method: str
     phase: str
     a: float
     b: float
     growth: float
-    rows: list[dict[str, str]]
+    last: dict[str, str]  # row of the file
 
 
-def fits() -> list[Fit]:
-    found = []
+def fits() -> Iterator[Fit]:
     for path in sorted(RESULTS.glob("many_tasks*.csv")):
         rows = read(path.name)
         for method in dict.fromkeys(r["method"] for r in rows):
             own = [r for r in rows if r["method"] == method][1:]
-            for phase, (against, _) in PHASES.items():
+            for phase, (_, against, *_) in PHASES.items():
                 x, y = (np.array([float(r[name]) for r in own]) for name in (against, phase))
                 b, a = np.polyfit(x, y, 1)
-                growth = float(np.median(y[-10:]) / np.median(y[:10])) if np.median(y[:10]) else math.nan
-                found.append(Fit(path.name, method, phase, a, b, growth, own))
-    return found
+                first, last = np.median(y[:10]), np.median(y[-10:])
+                yield Fit(method, phase, a, b, float(last / first) if first else math.nan, own[-1])
 
 
 def step_and_forward() -> tuple[float, float]:
@@ -119,9 +114,9 @@ def seconds_per_merge() -> float:
 
 
 def project(s: Scenario, gpus: int) -> dict[str, float]:
-    """Hours, bytes and memory of a whole run of `plora` on ViT-B/16."""
+    """Hours and bytes of a whole run of `plora` on ViT-B/16."""
     step, forward = step_and_forward()
-    classes, images = s.T * s.c, s.c * s.n
+    images = s.c * s.n
     steps = math.ceil(images / (BATCH * gpus)) * s.E * s.T  # a step that is not full costs a whole one
     reduced = 2 * (gpus - 1) / gpus * (ADAPTER + 4 * s.c * WIDTH)
     tested = s.c * s.m * s.T * (s.T + 1) / 2
@@ -136,67 +131,43 @@ def project(s: Scenario, gpus: int) -> dict[str, float]:
         "eval": tested * forward / gpus / 3600,
         "full": images / (BATCH * gpus) / math.ceil(images / (BATCH * gpus)),
         "bytes": steps * reduced,
-        "weights": 4 * PARAMETERS + 2 * MERGED,
         "adapters": s.T * ADAPTER,
-        "prototypes": 4 * classes * WIDTH,
-        "evaluation": 4 * (min(FEATURES, classes * s.m) * WIDTH + min(LOGITS, classes * classes * s.m)),
-        "written": s.T * ADAPTER + 4 * WIDTH * s.c * s.T * (s.T + 1) / 2 + 3 * ADAPTER * s.E * s.T,
     }
 
 
 def blocks() -> dict[str, str]:
     """The generated parts of the page."""
-    return {"fits": _fits(fits()), "inputs": _inputs(), "projection": _projection(), "memory": _memory()}
+    made = {"fits": _fits(), "inputs": _inputs(), "projection": _projection(), "memory": _memory()}
+    return {name: block.rstrip() for name, block in made.items()}
 
 
 def _inputs() -> str:
     step, forward = step_and_forward()
     merge, pair = seconds_per_merge(), seconds_per_pair()
-    row9 = "`cuda_lora_vit.csv`: one H200, bfloat16, B = 128, r = 16 on all linear layers"
-    rows = [
-        ["a_s, ViT-B/16", f"{1e6 * step:.0f} µs", row9],
-        ["a_f", f"{1e6 * forward:.0f} µs", "the same; adapters not merged"],
-        [
-            "reconstruction, a pair of classes",
-            f"{1e12 * pair:.0f} ps",
-            "`cuda_prototypes.csv`, 20,000 x 1,000, float32",
-        ],
-        ["merging an adapter into 768 x 768", f"{1e6 * merge:.2f} µs", "`cuda_lora.csv`, row 7: T = 50 less T = 10"],
-        ["P", f"{ADAPTER / 1e6:.2f} MB", "r = 16 on qkv and proj of 12 blocks, float32"],
-        ["4 D", f"{4 * WIDTH / 1e3:.1f} kB", "D = 768"],
-    ]
-    return harness.table(("quantity", "value", "from"), rows).rstrip()
+    rows = (
+        ("a_s, ViT-B/16", f"{1e6 * step:.0f} µs",
+         "`cuda_lora_vit.csv`: one H200, bfloat16, B = 128, r = 16 on all linear layers"),
+        ("a_f", f"{1e6 * forward:.0f} µs", "the same; adapters not merged"),
+        ("reconstruction, a pair of classes", f"{1e12 * pair:.0f} ps",
+         "`cuda_prototypes.csv`, 20,000 x 1,000, float32"),
+        ("merging an adapter into 768 x 768", f"{1e6 * merge:.2f} µs", "`cuda_lora.csv`, row 7: T = 50 less T = 10"),
+        ("P", f"{ADAPTER / 1e6:.2f} MB", "r = 16 on qkv and proj of 12 blocks, float32"),
+        ("4 D", f"{4 * WIDTH / 1e3:.1f} kB", "D = 768"),
+    )  # fmt: skip
+    return harness.table(("quantity", "value", "from"), rows)
 
 
-def _fits(found: Sequence[Fit]) -> str:
-    scale: Mapping[str, tuple[float, str, str]] = {"live_mb": (1, "MiB", "KiB"), "checkpoint_kib": (1, "KiB", "B")}
+def _fits() -> str:
     rows = []
-    for f in found:
-        first = f.rows[0]
-        unit, small = scale.get(f.phase, (1e3, "ms", "µs"))[1:]
-        factor = 1e3 if unit == "ms" else 1.0
-        more = {"ms": 1e6, "MiB": 2**10, "KiB": 2**10}[unit]
-        name = {"live_mb": "memory of tensors", "checkpoint_kib": "checkpoint"}.get(f.phase, f.phase)
-        name = (
-            "checkpoint, time"
-            if f.phase == "checkpoint"
-            else "checkpoint, size a task"
-            if name == "checkpoint"
-            else name
-        )
-        per = f"{factor * f.b:+.3g} {unit}" if abs(more * f.b) >= 1000 else f"{more * f.b:+.3g} {small}"
-        per += f" a {PHASES[f.phase][1]}"
-        where = f"{f.rows[-1]['task']} tasks, {first['model']}, {first['device'].split(',')[0]}"
-        rows.append(
-            [
-                f"{f.method}, {name}",
-                f"{factor * f.a:.4g} {unit}",
-                per,
-                "–" if f.phase == "eval" else f"{f.growth:.2f}",
-                where,
-            ]
-        )
-    return harness.table(("a task's", "a", "b", "last ten / first ten", "measured"), rows).rstrip()
+    for f in fits():
+        name, _, unit, small, one = PHASES[f.phase]
+        a, b = (1e3 * f.a, 1e3 * f.b) if unit == "ms" else (f.a, f.b)
+        tiny = SMALLER[unit] * b
+        slope = f"{b:+.3g} {unit}" if abs(tiny) >= 1000 else f"{tiny:+.3g} {small}"
+        growth = "–" if f.phase == "eval" else f"{f.growth:.2f}"
+        where = f"{f.last['task']} tasks, {f.last['model']}, {f.last['device'].split(',')[0]}"
+        rows.append((f"{f.method}, {name}", f"{a:.4g} {unit}", f"{slope} a {one}", growth, where))
+    return harness.table(("a task's", "a", "b", "last ten / first ten", "measured"), rows)
 
 
 def _projection() -> str:
@@ -205,38 +176,33 @@ def _projection() -> str:
         for gpus in BANDWIDTH:
             p = project(s, gpus)
             hours = [p[k] for k in ("train", "features", "align", "eval", "network")]
-            rows.append(
-                [
-                    f"{s.name}, {gpus} GPU{'s' * (gpus > 1)}",
-                    *(_hours(h) for h in hours),
-                    _hours(sum(hours)),
-                    f"{100 * p['full']:.0f} %",
-                    _bytes(p["bytes"]),
-                ]
-            )
+            times = (_hours(h) for h in (*hours, sum(hours)))
+            name = f"{s.name}, {gpus} GPU{'s' * (gpus > 1)}"
+            rows.append((name, *times, f"{100 * p['full']:.0f} %", _bytes(p["bytes"])))
     head = ("", "training", "features", "alignment", "evaluation", "all-reduce", "sum", "steps filled", "bytes a GPU")
-    return harness.table(head, rows).rstrip()
+    return harness.table(head, rows)
 
 
 def _memory() -> str:
-    names: dict[str, Callable[[dict[str, float]], float]] = {
-        "weights, merged layers before and after": lambda p: p["weights"],
-        "adapters": lambda p: p["adapters"],
-        "prototypes": lambda p: p["prototypes"],
-        "sums of the linear drift": lambda _: 16 * WIDTH**2,
-        "features and logits of an evaluation": lambda p: p["evaluation"],
-        "written to checkpoints in a run": lambda p: p["written"],
-    }
-    rows = [[name, *(_bytes(of(project(s, 1))) for s in SCENARIOS)] for name, of in names.items()]
-    heads = {
+    sizes: dict[str, Callable[[Scenario], float]] = {
+        "weights, merged layers before and after": lambda s: 4 * PARAMETERS + 2 * MERGED,
+        "adapters": lambda s: project(s, 1)["adapters"],
+        "prototypes": lambda s: 4 * s.T * s.c * WIDTH,
+        "sums of the linear drift": lambda s: 16 * WIDTH**2,
+        "features and logits of an evaluation": lambda s: (
+            4 * (min(FEATURES, s.T * s.c * s.m) * WIDTH + min(LOGITS, (s.T * s.c) ** 2 * s.m))
+        ),
+        "written to checkpoints in a run": lambda s: (
+            s.T * ADAPTER + 4 * WIDTH * s.c * s.T * (s.T + 1) / 2 + 3 * ADAPTER * s.E * s.T
+        ),
         "head `gaussian`: covariances": lambda s: 4 * WIDTH**2 * s.T * s.c,
         "the same, `covariance_rank: 16`": lambda s: 4 * WIDTH * (WIDTH + 16 * s.T * s.c),
         "head `ranpac`, M = 10,000: G and Q": lambda s: 4 * (10_000**2 + 10_000 * s.T * s.c),
         "`plora-ensemble`: prototypes": lambda s: 4 * WIDTH * s.T * s.T * s.c,
         "all logits at once (not done)": lambda s: 4 * s.m * (s.T * s.c) ** 2,
     }
-    rows += [[name, *(_bytes(of(s)) for s in SCENARIOS)] for name, of in heads.items()]
-    return harness.table(("", *(s.name.split(" (")[0] for s in SCENARIOS)), rows).rstrip()
+    rows = ((name, *(_bytes(size(s)) for s in SCENARIOS)) for name, size in sizes.items())
+    return harness.table(("", *(s.name.split(" (")[0] for s in SCENARIOS)), rows)
 
 
 def _hours(hours: float) -> str:

@@ -2,15 +2,12 @@
 
     python benchmarks/scaling_gpus.py [--processes 1 2] [--batch 128] [--steps 50] [--out FOLDER/NAME]
 
-Starts itself for each number of processes, several by torchrun: NCCL on GPUs, gloo on a CPU with a small model. The
-work of a process stays the same (`--batch` images a step), so the ideal is N times the images a second. The model is a
-ViT-B/16 with random weights under bfloat16 autocast, with the adapters that `plora` trains by default; images are
-random and on the device already. Training is `Trainer.fit`, evaluation is `Evaluator`: the loop's own code, after a
-round to warm up. Steps are timed from the fifth of a task on, when a GPU has its CUDA graph. `collectives` are what the
-processes send each other in a task, each with a barrier before it.
-
-First every number of processes learns two small tasks in float32, to say how far prototypes are from those of one
-process. Writes NAME.csv and NAME.md.
+Starts itself for each number of processes, several by torchrun: NCCL on GPUs, gloo on a CPU with a small model. Every
+process has `--batch` images a step, so the ideal is N times the images a second. `Trainer.fit` and `Evaluator`, after a
+round to warm up, on a ViT-B/16 with random weights under bfloat16 autocast, as `plora` trains it, and random images on
+the device. `collectives` are what the processes send each other in a task, each with a barrier before it. First, every
+number of processes learns two small tasks in float32: how far their prototypes are from those of one process.
+Writes NAME.csv and NAME.md.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +28,7 @@ import numpy as np
 import timm
 import torch
 import torch.distributed as dist
+from harness import now
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -86,12 +83,6 @@ class Clock(Callback):
         self.done += 1
         if self.done == BEFORE:
             self.begun = now(self.device)
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def backbone(device: torch.device) -> tuple[nn.Module, int]:
@@ -162,11 +153,9 @@ def throughput(world: World, device: torch.device, args: argparse.Namespace) -> 
     rows = []
     timed = {"training": total * (args.steps - BEFORE), "evaluation": total * args.steps}
     for part, times in seconds.items():
-        peaks = [trainer.phases.peak_mb[part]]
+        peaks: list[Any] = [trainer.phases.peak_mb[part]] * world.size
         if world.size > 1:
-            gathered: list[Any] = [None] * world.size
-            dist.all_gather_object(gathered, peaks[0])
-            peaks = gathered
+            dist.all_gather_object(peaks, trainer.phases.peak_mb[part])
         rate = timed[part] / statistics.median(times)
         rows.append({"part": part, "value": round(rate, 1), "unit": "images/s", "peak_mb": round(max(peaks))})
     return rows
@@ -177,24 +166,24 @@ def collectives(world: World, device: torch.device, args: argparse.Namespace) ->
     adapter = 12 * 16 * ((width + 3 * width) + (width + width))  # of r = 16, on qkv and proj of twelve blocks
     classes, task = 1000, 5000
     sums, counts = torch.zeros(classes, width, device=device), torch.zeros(classes, device=device)
-    own = torch.zeros(len(world.rows(task)), width, device=device)
-    parts: dict[str, tuple[int, Callable[[], object]]] = {
-        f"all-reduce of class_sums, {classes} classes": (sums.nbytes + counts.nbytes, lambda: world.sum_(sums, counts)),
-        f"gather of features, {task} images": (task * width * 4, lambda: world.gather(own, task)),
-        "all-reduce of an adapter's gradients": (4 * adapter, lambda: world.sum_(gradients)),
-        "one object from rank 0": (0, lambda: world.from_first(lambda: {"epochs": 1})),
+    own, gradients = torch.zeros(len(world.rows(task)), width, device=device), torch.zeros(adapter, device=device)
+    parts: dict[str, Callable[[], object]] = {
+        f"all-reduce of class_sums, {classes} classes ({(sums.nbytes + counts.nbytes) / 1e6:.1f} MB)": (
+            lambda: world.sum_(sums, counts)
+        ),
+        f"gather of features, {task} images ({4 * task * width / 1e6:.1f} MB)": lambda: world.gather(own, task),
+        f"all-reduce of an adapter's gradients ({4 * adapter / 1e6:.1f} MB)": lambda: world.sum_(gradients),
+        "one object from rank 0": lambda: world.from_first(lambda: {"epochs": 1}),
     }
-    gradients = torch.zeros(adapter, device=device)
     rows = []
-    for part, (size, call) in parts.items():
+    for part, call in parts.items():
         times = []
         for _ in range(args.rounds * 10):
             meet(world)
             begun = now(device)
             call()
             times.append(now(device) - begun)
-        named = f"{part} ({size / 1e6:.1f} MB)" if size else part
-        rows.append({"part": named, "value": round(1e3 * statistics.median(times[5:]), 3), "unit": "ms", "peak_mb": ""})
+        rows.append({"part": part, "value": round(1e3 * statistics.median(times[5:]), 3), "unit": "ms", "peak_mb": ""})
     return rows
 
 
@@ -219,13 +208,12 @@ def worker(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, processes: int, folder: Path) -> tuple[str, list[dict[str, Any]], Tensor]:
     """Starts `processes` workers; the device's name, what they measured, the prototypes."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        command += ["--nproc-per-node", str(processes), "--"]
+    several = f"-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node {processes} --".split()
+    command = [sys.executable, *(several if processes > 1 else ())]
     folder.mkdir()
-    options = ["--worker", str(folder), "--device", args.device, "--batch", str(args.batch)]
-    options += ["--steps", str(args.steps), "--rounds", str(args.rounds), "--threads", str(args.threads)]
+    options = ["--worker", str(folder)]
+    for name in ("device", "batch", "steps", "rounds", "threads"):
+        options += [f"--{name}", str(getattr(args, name))]
     script = Path(__file__).resolve()
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     subprocess.run([*command, str(script), *options], check=True, cwd=script.parent, env=environment)
@@ -267,11 +255,10 @@ def main() -> None:
     where = {"device": device, "batch": args.batch, "torch": torch.__version__, **harness.origin(args.commit)}
     lines = []
     for row in rows:
-        goal = ""
-        if row["over_one"] and row["processes"] == 2 and gpus:
-            goal = f" (goal {GOAL}: {'met' if row['over_one'] >= GOAL else 'missed'})"
-        value = f"{row['value']} {row['unit']}"
-        lines.append((row["part"], row["processes"], value, f"{row['over_one']}{goal}", row["peak_mb"]))
+        over = f"{row['over_one']}"
+        if over and row["processes"] == 2 and gpus:
+            over += f" (goal {GOAL}: {'met' if row['over_one'] >= GOAL else 'missed'})"
+        lines.append((row["part"], row["processes"], f"{row['value']} {row['unit']}", over, row["peak_mb"]))
     text = harness.table(("", "processes", "", "over one process", "peak MB of a process"), lines)
     harness.write(args.out, FIELDS, rows, text, where)
     print(harness.said(where), text, sep="\n\n", end="")

@@ -10,7 +10,6 @@ error as a share of what is allowed, and stops at the first failure with the com
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import sys
@@ -22,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import need_cuda, options
 from torch import Tensor
 
-from plora_ext import libraries, ops, reference
+from plora_ext import ops, reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests"))
 
@@ -112,14 +112,13 @@ def worst_error(case: Case) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--launches", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first launch")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
     args = parser.parse_args()
-    if "cuda" not in libraries.loaded or not torch.cuda.is_available():
-        sys.exit("needs a CUDA device and the compiled CUDA operators")
+    need_cuda()
     warnings.filterwarnings("ignore", message=".*deterministic.*")
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     streams, started, counts, worst = [torch.cuda.Stream() for _ in range(6)], time.monotonic(), Counter[str](), 0.0

@@ -1,21 +1,17 @@
 """Images a second with the loaders, beside the same step on a batch that is on the device; and whole runs by phase.
 
-    python benchmarks/throughput.py [--model NAME] [--images N] [--amp bfloat16] [--compile] [--out FOLDER/NAME]
+    python benchmarks/throughput.py [--model NAME] [--images N] [--amp bfloat16] [--out FOLDER/NAME]
     python benchmarks/throughput.py --phases [--epochs N] [--images N] [--amp none bfloat16] [--forms plora ease ...]
-    python benchmarks/throughput.py --phases --forms cifar100_b0_inc10 imagenet-r_b0_inc20 cub_b0_inc10
 
-Without --phases: evaluation and training (r = 16 on qkv and proj) of one backbone with random weights: on a batch that
-is on the device, on uint8 arrays, and on JPEG files of 256 pixels that the device or the workers crop to the input's
-size. `first` is the first pass, which starts workers and decodes (training comes after evaluation, so its files are
-decoded already), `later` the median of the others, `share` its part of the rate on the batch on the device.
+Without --phases: evaluation and training (r = 16 on qkv and proj) of a backbone with random weights: on a batch that is
+on the device, on uint8 arrays, and on JPEG files of 256 pixels that the device or the workers crop. `first` is the
+first pass, which starts workers and decodes (of evaluation, which comes first), `later` the median of the others,
+`share` its part of the rate on the batch on the device.
 
-With --phases: B0 Inc10 on random images of CIFAR-100's shape, with random weights, batches of 48 and PILOT's
-transforms: seconds and peak memory by phase. The last column carries a run of fewer epochs and images on to 20 epochs
-and 50,000 images, as if all but the alignment were linear in them. `ease` is LAMDA-PILOT's own loop with the settings
-that it ships, `ease, patched` the same with this package's patch; both need PLORA_PILOT, a checkout. PILOT's own
-precision is none (float32). A form that is a file of configs/ is this package's loop with that file's settings, on
-random images of its data set's number and classes (the last column: all of them, 20 epochs).
-
+With --phases: B0 Inc10 on random images of CIFAR-100's shape, random weights, batches of 48, PILOT's transforms:
+seconds and peak memory by phase; the last column carries them on to 20 epochs and all images, as if all but the
+alignment were linear. `ease` is LAMDA-PILOT's own loop and settings, `ease, patched` the same with this package's patch
+(PLORA_PILOT: a checkout). A form that is a file of configs/ has that file's settings and its data set's numbers.
 Writes NAME.csv and NAME.md.
 """
 
@@ -25,19 +21,20 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import harness
 import numpy as np
 import torch
+from harness import now
 from PIL import Image
-from pilot_ease import ease_learner, ease_vit, import_pilot
+from pilot_ease import PilotData, ease_learner, ease_vit, import_pilot
 
 from plora_ext.cil import Images, Settings, run
 from plora_ext.cil.build import load_backbone, pick_device
@@ -47,7 +44,7 @@ from plora_ext.cil.training import Trainer
 from plora_ext.data import ImageFiles, Preparation, View
 from plora_ext.data.view import SHARE
 from plora_ext.integrations import pilot
-from plora_ext.nn import inject
+from plora_ext.nn import Adapters, inject
 
 RATES = ("part", "source", "first", "later", "share", "peak_mb")
 PHASES = ("form", "amp", "phase", "seconds", "peak_mb", "images_per_s", "seconds_whole")
@@ -67,15 +64,12 @@ def jpegs(folder: Path, number: int) -> list[Path]:
     coarse = rng.integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
     folder.mkdir(exist_ok=True)
     paths = [folder / f"{i}.jpg" for i in range(number)]
-    for i, path in enumerate(paths):
-        if i < 64:
-            picture = np.asarray(
-                Image.fromarray(coarse[i]).resize((256, 256), Image.Resampling.BICUBIC), dtype=np.int16
-            )
-            noisy = (picture + rng.integers(-12, 13, picture.shape)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(noisy).save(path, quality=90)
-        else:
-            path.hardlink_to(paths[i % 64])
+    for picture, path in zip(coarse, paths):
+        smooth = np.asarray(Image.fromarray(picture).resize((256, 256), Image.Resampling.BICUBIC), dtype=np.int16)
+        noisy = (smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(path, quality=90)
+    for i, path in enumerate(paths[64:]):
+        path.hardlink_to(paths[i % 64])
     return paths
 
 
@@ -99,41 +93,52 @@ def sources(args: argparse.Namespace, size: int, device: torch.device, folder: P
     }
 
 
-def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
+class Loop:
+    """A backbone with random weights on a device, and the trainer that teaches it adapters."""
+
+    def __init__(self, settings: Settings, device: torch.device):
+        torch.manual_seed(0)
+        backbone = load_backbone(settings)
+        self.settings, self.clock, self.size, self.device = settings, Clock(), backbone.image_size, device
+        self.trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, [self.clock])
+
+    def adapted(self) -> Adapters:
+        """The adapters, of which one trains."""
+        adapters = inject(self.trainer.model, self.settings.target_modules, r=16)
+        adapters.add_adapter("task0")
+        return adapters
+
+    def seconds(self, adapters: Adapters, images: Any) -> list[float]:
+        """Of each epoch of training."""
+        labels = torch.arange(len(images), device=self.device) % CLASSES
+        with self.trainer.speed.passes():
+            self.trainer.fit(0, adapters.parameters("task0"), images, labels, CLASSES)
+        return self.clock.seconds
+
+
+def rates(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Images a second of evaluation and of training, from every source."""
     device = pick_device(args.device)
     settings = Settings(
         backbone=args.model, weights="random", epochs=args.passes, batch_size=args.batch,
-        eval_batch_size=args.eval_batch, amp=args.amp[0], tf32=args.tf32, channels_last=args.channels_last,
-        compile=args.compile,
+        eval_batch_size=args.eval_batch, amp=args.amp[0], target_modules=["qkv", "proj"],
     )  # fmt: skip
-    torch.manual_seed(0)
-    backbone = load_backbone(settings)
-    clock = Clock()
-    trainer = Trainer(backbone.model.to(device).requires_grad_(False), settings, device, [clock])
-    adapters = inject(trainer.model, ["qkv", "proj"], r=16)
-    adapters.add_adapter("task0")
-    labels = torch.arange(args.images, device=device) % CLASSES
-
-    def train(images: Any) -> list[float]:
-        with trainer.speed.passes():
-            trainer.fit(0, adapters.parameters("task0"), images, labels, CLASSES)
-        return clock.seconds
+    loop = Loop(settings, device)
+    adapters = loop.adapted()
 
     def evaluate(images: Any) -> list[float]:
-        seconds = []
+        ends = [now(device)]
         for _ in range(args.passes):
-            start = time.perf_counter()
-            trainer.features(images)[0, 0].item()
-            seconds.append(time.perf_counter() - start)
-        return seconds
+            loop.trainer.features(images)
+            ends.append(now(device))
+        return np.diff(ends).tolist()
 
-    rows: list[dict[str, Any]] = []
+    train = partial(loop.seconds, adapters)
     own: dict[str, float] = {}  # the rate on the device's batch
     with tempfile.TemporaryDirectory(prefix="plora-throughput-") as folder:
-        for name, make in sources(args, backbone.image_size, device, Path(folder)).items():
+        for name, make in sources(args, loop.size, device, Path(folder)).items():
             images = make()
-            if not rows:  # kernels are chosen, graphs compiled
+            if not own:  # kernels are chosen, graphs compiled
                 evaluate(images)
                 train(images)
             for part, call in (("evaluation", evaluate), ("training", train)):
@@ -142,10 +147,8 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
                     first, *others = (args.images / seconds for seconds in call(images))
                 later = statistics.median(others)
                 share = later / own.setdefault(part, later)
-                rows.append(dict(zip(RATES, (part, name, first, later, share, phases.peak_mb[part]))))
-                print(*cells(rows[-1]), sep=" | ", flush=True)
+                yield dict(zip(RATES, (part, name, first, later, share, phases.peak_mb[part])))
             del images
-    return rows
 
 
 # ---------------------------------------------------------------------- whole runs
@@ -169,9 +172,8 @@ def noise(train: int, test: int, classes: int = 100, pixels: int = 32) -> Images
 def ours(form: str, amp: str, args: argparse.Namespace, data: Images) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds and peak memory by phase of this package's loop."""
     common: dict[str, Any] = dict(
-        weights="random", epochs=args.epochs, eval_batch_size=args.eval_batch, amp=amp, tf32=args.tf32,
-        compile=args.compile, channels_last=args.channels_last, workers=args.workers, device=args.device,
-        transform_on="cpu" if "workers" in form else "device",
+        weights="random", epochs=args.epochs, eval_batch_size=args.eval_batch, amp=amp, workers=args.workers,
+        device=args.device, transform_on="cpu" if "workers" in form else "device",
     )  # fmt: skip
     if form in PROTOCOLS:
         settings = replace(Settings.load(CONFIGS / f"{form}.yaml"), **common)
@@ -185,30 +187,18 @@ def ours(form: str, amp: str, args: argparse.Namespace, data: Images) -> tuple[d
     return {**result.seconds, "other": other}, result.peak_mb
 
 
-class Pilots:
-    """PILOT's idea of a data set: ours, with its own transforms of CIFAR at 224 pixels."""
-
-    use_path = False
-
-    def __init__(self, data: Images, arguments: dict[str, Any]):
-        from utils.data import build_transform
-
-        self.train_data, self.train_targets = data.train_images, data.train_labels
-        self.test_data, self.test_targets = data.test_images, data.test_labels
-        self.train_trsf, self.test_trsf = (build_transform(train, arguments) for train in (True, False))
-        self.common_trsf: list[Any] = []
-        self.class_order = np.arange(100).tolist()
-
-    def download_data(self) -> None:
-        """There is nothing to download."""
-
-
 def ease(form: str, amp: str, args: argparse.Namespace, data: Images) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds and peak memory by phase of LAMDA-PILOT's EASE, with the settings of its exps/ease.json."""
     import_pilot()
+    from utils.data import build_transform
+
     device = pick_device(args.device)
     size = {"depth": 12, "mlp_ratio": 4} if "base" in args.model else {"depth": 1, "mlp_ratio": 0.25}
     phases = Phases(device)
+
+    def make_data(arguments: dict[str, Any]) -> PilotData:  # with PILOT's transforms of CIFAR at 224 pixels
+        train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
+        return PilotData(train, test, *(build_transform(training, arguments) for training in (True, False)))
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def inner(*given: Any) -> Any:
@@ -217,38 +207,31 @@ def ease(form: str, amp: str, args: argparse.Namespace, data: Images) -> tuple[d
 
         return inner
 
-    with ExitStack() as stack:
-        stack.enter_context(pilot.patch() if "patched" in form else nullcontext())
-        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=amp == "bfloat16"))
+    patched = pilot.patch() if "patched" in form else nullcontext()
+    with patched, torch.autocast(device.type, torch.bfloat16, enabled=amp == "bfloat16"):
         learner, manager = ease_learner(
-            lambda: ease_vit(device, **size), lambda arguments: Pilots(data, arguments), seed=1993, init_cls=10,
-            increment=10, epochs=args.epochs, workers=8 if args.workers is None else args.workers, device=device,
+            lambda: ease_vit(device, **size), make_data, seed=1993, init_cls=10, increment=10, epochs=args.epochs,
+            workers=8 if args.workers is None else args.workers, device=device,
         )  # fmt: skip
         learner._train = timed("train", learner._train)
-        replace, solve = learner.replace_fc, learner.solve_sim_reset
+        prototypes, align = timed("prototypes", learner.replace_fc), timed("align", learner.solve_sim_reset)
         learner.solve_sim_reset = lambda: None  # a phase of its own, after the prototypes
 
         def replace_fc(loader: Any) -> None:
-            with phases("prototypes"):
-                replace(loader)
-            with phases("align"):
-                solve()
+            prototypes(loader)
+            align()
 
         learner.replace_fc = replace_fc
         for _ in range(manager.nb_tasks):
             learner.incremental_train(manager)
-            with phases("eval"):
-                learner.eval_task()
+            timed("eval", learner.eval_task)()
             learner.after_task()
     return phases.seconds, phases.peak_mb
 
 
 FORMS: dict[str, Callable[..., tuple[dict[str, float], dict[str, float]]]] = {
-    "plora": ours,
-    "plora, workers crop": ours,
-    "plora-ensemble": ours,
-    "ease": ease,
-    "ease, patched": ease,
+    **dict.fromkeys(("plora", "plora, workers crop", "plora-ensemble"), ours),
+    **dict.fromkeys(("ease", "ease, patched"), ease),
     **dict.fromkeys(PROTOCOLS, ours),
 }
 
@@ -263,28 +246,17 @@ def runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         train, test, *look = PROTOCOLS.get(form, CIFAR)
         images = round(train * share)
         seconds, peak = FORMS[form](form, amp, args, noise(images, round(test * share), *look))
-        whole = {
-            phase: value * (1 if phase == "align" else 1 / share) * (20 / args.epochs if phase == "train" else 1)
-            for phase, value in seconds.items()
-        }
+        whole = {phase: s * (1 if phase == "align" else 1 / share) for phase, s in seconds.items()}
+        whole["train"] *= 20 / args.epochs
         whole["total"] = sum(whole.values())
         for phase, value in {**seconds, "total": sum(seconds.values())}.items():
             rate = images * args.epochs / value if phase == "train" else None
-            row = dict(zip(PHASES, (form, amp, phase, value, peak.get(phase, max(peak.values())), rate, whole[phase])))
-            print(*cells(row), sep=" | ", flush=True)
-            yield row
+            yield dict(zip(PHASES, (form, amp, phase, value, peak.get(phase, max(peak.values())), rate, whole[phase])))
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    figures = (
-        harness.number(v, ".3g" if v and v < 100 else ".0f", "") if isinstance(v, float) else v for v in row.values()
-    )
+    figures = (harness.number(v, ".3g" if v < 100 else ".0f", "") if isinstance(v, float) else v for v in row.values())
     return ["" if v is None else str(v) for v in figures]
-
-
-def write(args: argparse.Namespace, fields: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    text = harness.table(fields, map(cells, rows), texts=2)
-    harness.write(args.out, fields, rows, text, harness.facts(pick_device(args.device), args.commit))
 
 
 def main() -> None:
@@ -297,8 +269,6 @@ def main() -> None:
     parser.add_argument("--eval-batch", type=int, default=256)
     parser.add_argument("--passes", type=int, default=4, help="over the images, 2 or more")
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
-    for name in ("compile", "tf32", "channels-last"):
-        parser.add_argument(f"--{name}", action="store_true", help="as the setting")
     parser.add_argument("--phases", action="store_true", help="whole runs by phase")
     parser.add_argument("--epochs", type=int, default=20, help="of --phases")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["plora", "plora-ensemble", "ease"])
@@ -306,15 +276,14 @@ def main() -> None:
     args = parser.parse_args()
     args.images = args.images or (50_000 if args.phases else 12_800)
     args.out = args.out or Path(__file__).parent / "results" / ("phases" if args.phases else "throughput")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore", FutureWarning)
-    if args.phases:
-        rows: list[dict[str, Any]] = []
-        for row in runs(args):  # after every line: a run that is stopped leaves what it measured
-            rows.append(row)
-            write(args, PHASES, rows)
-    else:
-        write(args, RATES, rates(args))
+    fields, make = (PHASES, runs) if args.phases else (RATES, rates)
+    rows: list[dict[str, Any]] = []
+    for row in make(args):
+        rows.append(row)
+        print(*cells(row), sep=" | ", flush=True)
+        text = harness.table(fields, map(cells, rows), texts=2)
+        harness.write(args.out, fields, rows, text, harness.facts(pick_device(args.device), args.commit))
 
 
 if __name__ == "__main__":
