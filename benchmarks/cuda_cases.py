@@ -198,6 +198,11 @@ def cases(rows: Sequence[int], quick: bool, compiled: bool, bandwidth: float) ->
             )
             if T > 8:
                 found.append(mixed(11, layer, T, ids, n, gains={BEST: 1.5}))
+    for n in (1, 4, 16):  # images
+        for layer in layers:
+            own = torch.arange(n, device=DEVICE)
+            found += [one(13, layer, 16, n * TOKENS), training(13, lora_forms.TRAINED, layer, n * TOKENS)]
+            found.append(indexed(13, "an adapter an image", layer, 16, n, own, n * TOKENS))
     yield from sorted((case for case in found if case.row in rows), key=lambda case: case.row)
     if 9 in rows:
         yield vit(1, True, compiled, limits={BASE: 1.15}, gains={"PEFT eager": 1.25, "PEFT, torch.compile": 1.0})
