@@ -214,7 +214,7 @@ def _projection() -> str:
                     _bytes(p["bytes"]),
                 ]
             )
-    head = ("", "training", "features", "alignment", "evaluation", "all-reduce", "sum", "steps filled", "bytes a GPU")
+    head = ("", "training", "features", "alignment `semantic`", "evaluation", "all-reduce", "sum", "steps filled", "bytes a GPU")
     return harness.table(head, rows).rstrip()
 
 
