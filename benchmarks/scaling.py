@@ -214,8 +214,8 @@ def _projection() -> str:
                     _bytes(p["bytes"]),
                 ]
             )
-    head = ("", "training", "features", "alignment `semantic`", "evaluation", "all-reduce", "sum", "steps filled", "bytes a GPU")
-    return harness.table(head, rows).rstrip()
+    head = "training, features, alignment `semantic`, evaluation, all-reduce, sum, steps filled, bytes a GPU"
+    return harness.table(("", *head.split(", ")), rows).rstrip()
 
 
 def _memory() -> str:
