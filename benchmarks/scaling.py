@@ -179,7 +179,17 @@ def _projection() -> str:
             times = (_hours(h) for h in (*hours, sum(hours)))
             name = f"{s.name}, {gpus} GPU{'s' * (gpus > 1)}"
             rows.append((name, *times, f"{100 * p['full']:.0f} %", _bytes(p["bytes"])))
-    head = ("", "training", "features", "alignment", "evaluation", "all-reduce", "sum", "steps filled", "bytes a GPU")
+    head = (
+        "",
+        "training",
+        "features",
+        "alignment `semantic`",
+        "evaluation",
+        "all-reduce",
+        "sum",
+        "steps filled",
+        "bytes a GPU",
+    )
     return harness.table(head, rows)
 
 

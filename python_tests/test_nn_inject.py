@@ -471,6 +471,11 @@ def test_targets_that_match_nothing_name_the_closest() -> None:
         inject(vit(), ".*query")
     with pytest.raises(ValueError, match=r"'patch_embed\.proj' \(only Conv2d\) matches none"):
         inject(vit(), ["patch_embed.proj"])
+    with pytest.raises(ValueError, match=r"target_modules '\(' is no regular expression: missing \)"):
+        inject(vit(), "(")
+    for bad in ([1], 5):
+        with pytest.raises(ValueError, match="target_modules must be names of modules or one regular expression, got "):
+            inject(vit(), bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one module"):
         inject(vit(), [])
     with pytest.raises(ValueError, match="either qkv or its slices"):

@@ -599,6 +599,8 @@ def test_what_ranks_and_batches_must_be() -> None:
     for bad in (-1, 5):
         with pytest.raises(RuntimeError, match=rf"lora_merge: ranks(\[1\])? must be between 0 and 4, got {bad}"):
             ops.lora_merge(weight, A, B, s, ranks=torch.tensor([1, bad, 1]))
+    with pytest.raises(TypeError, match="lora_merge: weight must be floating point, got torch.int64"):
+        ops.lora_merge(weight.long(), A, B, s)
     with pytest.raises(IndexError, match="ids were checked for 5 adapters, lora_A holds 3"):
         ops.lora_indexed(x, AdapterBatch(ids, 5), A, B, s)
     two = AdapterBatch(ids.clamp(max=1), 2)  # more adapters may come
@@ -615,3 +617,5 @@ def test_adapter_batch() -> None:
         AdapterBatch([-2], 3)
     with pytest.raises(TypeError, match="ids must be integers, got torch.float32"):
         AdapterBatch([0.5], 3)
+    with pytest.raises(TypeError, match=r"ids must be integers, got \['a'\]"):
+        AdapterBatch(["a"], 3)  # type: ignore[list-item]

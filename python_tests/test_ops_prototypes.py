@@ -397,6 +397,17 @@ def test_same_bits_for_any_number_of_threads(name: str) -> None:
 
 def test_bad_input() -> None:
     old, new = torch.randn(4, 5), torch.randn(3, 5)
+    slabs, tasks = torch.ones(4, 2, 5, dtype=torch.int64), torch.tensor([0, 1, 1, 1])
+    for said, call in (
+        ("class_sums: features", lambda: ops.class_sums(old.long(), tasks, 2)),
+        ("reconstruct_prototypes: old", lambda: ops.reconstruct_prototypes(old.long(), new, new)),
+        ("complete_prototypes: prototypes", lambda: ops.complete_prototypes(slabs, tasks)),
+        ("subspace_logits: features", lambda: ops.subspace_logits(slabs, torch.randn(4, 2, 5), torch.ones(4, 2))),
+    ):
+        with pytest.raises(TypeError, match=f"{said} must be floating point, got torch.int64"):
+            call()
+    with pytest.raises(ValueError, match=r"features must be \[N, D\], got \[4, 2, 5\]"):
+        ops.class_sums(slabs.float(), tasks, 2)
     with pytest.raises(ValueError, match=r"new must have the shape \[Cn, 5\], got \[3, 6\]"):
         ops.reconstruct_prototypes(old, torch.randn(3, 6), new)
     with pytest.raises(ValueError, match=r"values must have the shape \[3, Dv\], got \[4, 5\]"):

@@ -60,7 +60,8 @@ class Learner:
         task_sizes: Classes of each task learned.
 
     Raises:
-        ValueError: Settings or layers that do not fit.
+        ValueError: Settings or layers that do not fit, or there is no setting of that name.
+        TypeError: `settings` or `backbone` is something else.
     """
 
     def __init__(

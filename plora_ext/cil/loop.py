@@ -51,6 +51,7 @@ def run(
 
     Raises:
         ValueError: Settings, labels or layers that do not fit, or a checkpoint of another run.
+        TypeError: `data`, `backbone`, `checkpoint` or a callback is something else.
         OSError: The checkpoint cannot be written.
         FloatingPointError: A loss, a weight or a feature that is not finite.
         torch.OutOfMemoryError: Memory is exhausted, the device's or the host's; names the setting to lower.

@@ -57,6 +57,10 @@ class PLoRA(nn.Module):
         adapters: one for each task, "task0" first.
         coefficients: of the adapters in the fused model, float32 [T].
         bank: the prototypes of all classes seen, in the space of the fused model.
+
+    Raises:
+        ValueError: a setting that does not fit, or num_features is not known.
+        TypeError: there is no setting of that name; the closest is named.
     """
 
     task_classes: Tensor

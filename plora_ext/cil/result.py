@@ -29,7 +29,7 @@ class Result:
         matrix: Row t: accuracy on the classes of tasks 0 ... t after task t (for joint, one row over all tasks).
         passes: Forward passes per prediction after the last task.
         parameters: After the last task (`plora_ext.cil.methods.Method.parameters`).
-        seconds, peak_mb: Per phase: train, prototypes, align, eval.
+        seconds, peak_mb: Per phase that there is: train, prototypes, align, head, subspace, eval, drift.
         total_seconds: The whole run, without loading data and backbone.
         num_train, num_test: Images to train and to evaluate on.
         costs: `seconds` and `peak_mb` of each phase, task by task.

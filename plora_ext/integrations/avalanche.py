@@ -39,8 +39,8 @@ class PLoRAModule(_models.DynamicModule):
 
     Args:
         backbone: maps images to features [B, D]; changed in place.
-        settings: those of `plora_ext.cil.plora.PLoRA`: target_modules, r, lora_alpha, alignment, tau,
-            ridge, scale, num_features.
+        settings: those of `plora_ext.cil.PLoRA`: target_modules, r, lora_alpha, lora_dropout, alignment, tau, ridge,
+            sought, init, scale, num_features.
     """
 
     def __init__(self, backbone: nn.Module, **settings: Any) -> None:

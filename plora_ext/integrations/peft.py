@@ -148,7 +148,7 @@ def _pays(x: Tensor, factors: list[Tensor], autocast: bool) -> bool:
     CPU, measured on one core with 64 to 768 features and r = 16, forward and backward: in float32 from about 1024 rows
     times adapters on; in 16 bits, where torch's products have instructions of their own, from four adapters on. CUDA:
     one launch saves passes over y, worth having once the GPU, not the host, is what one waits for; training steps of
-    one layer cross between 197 and 788 rows of 768 features (benchmarks/results/cuda_lora.md, row 10).
+    one layer cross between 197 and 788 rows of 768 features (`benchmarks/host_time.py` measures such steps).
     """
     A, T = factors[0], len(factors) // 2
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else A.dtype

@@ -68,8 +68,9 @@ def patch(mos: str = "as shipped", cache: bool = True, tuna: str = "as shipped",
         mos: PILOT's MOS changes its adapters whenever it looks at them: every block of every forward pass, also while
             testing, moves all of them towards the mean of their predecessors. "as shipped" keeps that, to the same
             numbers; "fixed" moves them where training asks for it (once after every step) and nowhere else.
-        cache: keep the features of EASE's and TUNA's frozen adapters between evaluations, N T D float32 on the
-            network's device (614 MB for CIFAR-100 in 20 tasks). Checked against the weights and the images every time.
+        cache: keep the features of EASE's and TUNA's frozen adapters between evaluations, N T D float32 (614 MB for
+            CIFAR-100 in 20 tasks) on the device, the host or in files, as there is room. Checked against the weights
+            and the images every time.
         tuna: TUNA's general prediction comes from its newest adapter, as no id that it asks for reaches the merged one.
             "as shipped" keeps that; "fixed" takes the merged adapter.
         acmap: ACMap drops activations of its adapters also in prototypes and tests, as its merged adapters stay in

@@ -43,6 +43,9 @@ class Adapters:
     Attributes:
         model: the model.
         layers: the adapted layers by module name.
+
+    Raises:
+        ValueError: the model carries no adapters, or its layers carry different ones.
     """
 
     def __init__(self, model: nn.Module, r: int | None = None, lora_alpha: float | None = None) -> None:
@@ -217,7 +220,9 @@ class Adapters:
             KeyError: a name is unknown.
             TypeError: an id is no integer.
             ValueError: an adapter that does not train here holds inf or NaN. (Samples of several adapters share
-                products, in which what a sample does not choose is multiplied by zero.)
+                products, in which what a sample does not choose is multiplied by zero.) The forward pass raises it
+                where it sees another number of samples.
+            RuntimeError: the adapters are merged.
         """
         self._require_unmerged()
         self._check_finite()

@@ -41,8 +41,8 @@ def inject(
         A handle on the adapters. No adapter exists yet: add one with `Adapters.add_adapter`.
 
     Raises:
-        ValueError: a target matches no linear layer, a layer cannot be adapted, r does not fit it, or alpha or the
-            dropout is out of range.
+        ValueError: the model carries adapters already, a target is no name and no regular expression or matches no
+            linear layer, a layer cannot be adapted, r does not fit it, or alpha or the dropout is out of range.
     """
     if any(isinstance(module, MultiLoRALinear) for module in model.modules()):
         raise ValueError("model already carries adapters: take hold of them with Adapters(model)")

@@ -73,7 +73,8 @@ class PrototypeBank(nn.Module):
             labels: `[N]` integer class ids from 0; new ones make the bank grow.
 
         Raises:
-            ValueError: shapes or devices do not fit, a label is negative, or a feature is not finite.
+            ValueError: shapes or devices do not fit, a label is negative or no integer, or a feature is not finite.
+            TypeError: features are not floating point.
         """
         if features.dim() != 2 or features.shape[1] != self.num_features or labels.shape != features.shape[:1]:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 from torch import nn
@@ -25,7 +25,7 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[
         if target_modules == "all-linear":
             found = [name for name in linear if _unsupported(model, name) is None]
         else:
-            found = [name for name in linear if re.fullmatch(target_modules, name)]
+            found = _matched(target_modules, linear)
         if not found:
             if whole := [name for name in linear if _ends_with(name, target_modules)]:
                 raise ValueError(
@@ -37,6 +37,8 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[
 
     targets: dict[str, Rows | None] = {}
     sliced: dict[str, list[str]] = {}
+    if not isinstance(target_modules, Iterable) or any(not isinstance(target, str) for target in target_modules):
+        raise ValueError(f"target_modules must be names of modules or one regular expression, got {target_modules!r}")
     if not target_modules:
         raise ValueError("target_modules must name at least one module, got none")
     for target in target_modules:
@@ -56,6 +58,13 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[
             raise ValueError(f"target_modules must choose either qkv or its slices {slices}, got both for {name!r}")
         targets[name] = _qkv_slices(model, name, sorted(set(slices), key="qkv".index))
     return {name: targets[name] for name in linear if name in targets}  # in the order of the model
+
+
+def _matched(expression: str, linear: list[str]) -> list[str]:
+    try:
+        return [name for name in linear if re.fullmatch(expression, name)]
+    except re.error as error:
+        raise ValueError(f"target_modules {expression!r} is no regular expression: {error}") from None
 
 
 def _ends_with(name: str, target: str) -> bool:

@@ -24,7 +24,7 @@ class AdapterBatch:
     def __init__(
         self, ids: Tensor | Sequence[int], num_adapters: int, device: torch.device | str | None = None
     ) -> None:
-        if not isinstance(ids, Tensor) and any(isinstance(i, bool) for i in ids):
+        if not isinstance(ids, Tensor) and any(isinstance(i, bool | str) for i in ids):
             raise TypeError(f"ids must be integers, got {list(ids)}")
         ids = torch.as_tensor(ids)
         if ids.numel() == 0:

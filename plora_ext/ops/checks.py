@@ -30,6 +30,14 @@ def check(
         raise TypeError(f"{op}: {name} must be {dtype}, as the first argument, got {t.dtype}")
 
 
+def check_floating(op: str, name: str, t: Tensor, dims: str) -> None:
+    """One clear error where `t` is not of floats, or has not as many dimensions as `dims` names."""
+    if not t.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}")
+    if t.dim() != dims.count(",") + 1:
+        raise ValueError(f"{op}: {name} must be [{dims}], got {shape(t)}")
+
+
 def check_integers(op: str, name: str, t: Tensor) -> None:
     """One clear error where `t` is not of integers."""
     if t.dtype.is_floating_point or t.dtype.is_complex or t.dtype == torch.bool:

@@ -19,7 +19,7 @@ from plora_ext.ops import compiled, rules
 from plora_ext.ops.adapter_batch import AdapterBatch
 from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
 from plora_ext.ops.autograd import LowRank, OneAdapter, call, call_one, narrow, rows
-from plora_ext.ops.checks import check, check_integers, shape, wide
+from plora_ext.ops.checks import check, check_floating, check_integers, shape, wide
 from plora_ext.ops.twins import run, run_twin
 from plora_ext.torch_private import PLAIN, any_requires_grad, below, forward_mode, is_eager, is_plain, needs_twin
 
@@ -263,8 +263,10 @@ def lora_indexed(
         y [..., out]. Differentiable in everything but ids and ranks.
 
     Raises:
-        ValueError: shapes or devices do not fit. TypeError: dtypes do not fit. IndexError: an `AdapterBatch` is of more
-            adapters. RuntimeError: an id or a rank is out of range (on the CPU; a GPU's kernels do not look).
+        ValueError: shapes, devices, activation or slices do not fit, or there is a bias and no weight.
+        TypeError: dtypes do not fit.
+        IndexError: an `AdapterBatch` is of more adapters, or trainable is out of range.
+        RuntimeError: an id or a rank is out of range (on the CPU; a GPU's kernels do not look).
 
     Source: Punica's SGMV (Chen et al., MLSys 2024; punica/ops), PEFT's mixed batches (`_mixed_batch_forward`).
     """
@@ -304,7 +306,7 @@ def lora_sum(
         y [..., out].
 
     Raises:
-        ValueError: shapes or devices do not fit. TypeError: dtypes do not fit. IndexError: trainable is out of range.
+        The errors of `lora_indexed`.
 
     Source: the exact fusion of InfLoRA (Liang and Li, CVPR 2024; `models/vit_inflora.py`) and SD-LoRA (Wu et al., ICLR
     2025; `backbone/lora.py`), as one product of the concatenated factors.
@@ -347,8 +349,7 @@ def lora_all(
         y [T, ..., out], or `out`.
 
     Raises:
-        ValueError: shapes or devices do not fit, or out= where gradients are recorded. TypeError: dtypes do not fit.
-        IndexError: trainable is out of range.
+        The errors of `lora_indexed`. ValueError: out= where gradients are recorded.
 
     Source: the T forward passes of EASE (Zhou et al., CVPR 2024; `backbone/vit_ease.py:forward_test`).
     """
@@ -473,8 +474,7 @@ def lora_merge(
     Source: `merge` of Hu et al., LoRA (ICLR 2022; loralib `Linear.train`), for a weighted sum of adapters.
     """
     op = "lora_merge"
-    if weight.dim() != 2:
-        raise ValueError(f"{op}: weight must be [out, in], got {shape(weight)}")
+    check_floating(op, "weight", weight, "out, in")
     if lora_B.dim() == 3 and lora_B.shape[1] != weight.shape[0]:
         raise ValueError(f"{op}: lora_B must be [T, {weight.shape[0]}, r] for this weight, got {shape(lora_B)}")
     with without_autocast(weight.device.type):  # weights are merged in their own dtype

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plora_ext import libraries, reference
 from plora_ext.ops.autocast import autocasts
-from plora_ext.ops.checks import check, check_integers, check_range, shape, wide
+from plora_ext.ops.checks import check, check_floating, check_integers, check_range, shape, wide
 from plora_ext.ops.compiled import run_in_place
 from plora_ext.ops.twins import run
 
@@ -52,14 +52,14 @@ def class_sums(
         sums [C, D], counts [C]. The sums are differentiable in features unless running totals are given.
 
     Raises:
-        ValueError: shapes, devices or num_classes do not fit. TypeError: dtypes do not fit. On the CPU a label outside
-            [-1, C) raises; on a GPU it stops the kernel with an assertion, as torch's own indexing does.
+        ValueError: shapes, devices or num_classes do not fit, or one of sums and counts is missing. TypeError: dtypes
+            do not fit, or a running total is not contiguous. RuntimeError: on the CPU, a label outside [-1, C); on a
+            GPU it stops the kernel, as torch's own indexing does.
 
     Source: the class means of SimpleCIL (Zhou et al., IJCV 2024; LAMDA-PILOT `models/simplecil.py:replace_fc`).
     """
     op = "class_sums"
-    if features.dim() != 2 or not features.is_floating_point():
-        raise ValueError(f"{op}: features must be floating point [N, D], got {features.dtype} {shape(features)}")
+    check_floating(op, "features", features, "N, D")
     check_integers(op, "labels", labels)
     check(op, "labels", labels, (features.shape[0],), features, None)
     if num_classes < 0:
@@ -118,8 +118,7 @@ def reconstruct_prototypes(
     op = "reconstruct_prototypes"
     if mode not in ("complement", "shift"):
         raise ValueError(f"{op}: mode must be 'complement' or 'shift', got {mode!r}")
-    if old.dim() != 2 or not old.is_floating_point():
-        raise ValueError(f"{op}: old must be floating point [Co, D], got {old.dtype} {shape(old)}")
+    check_floating(op, "old", old, "Co, D")
     if not tau > 0:
         raise ValueError(f"{op}: tau must be positive, got {tau}")
     D = old.shape[1]
@@ -151,18 +150,15 @@ def complete_prototypes(prototypes: Tensor, task_of_class: Tensor, *, tau: float
         [C, T, D], a new tensor. Differentiable in prototypes.
 
     Raises:
-        ValueError: shapes, devices, tau or mode do not fit. TypeError: task_of_class is not of integers. On the CPU a
-            task outside [0, T) raises; on a GPU it stops the kernel with an assertion, as torch's own indexing does.
+        ValueError: shapes, devices, tau or mode do not fit. TypeError: dtypes do not fit. RuntimeError: on the CPU, a
+            task outside [0, T); on a GPU it stops the kernel, as torch's own indexing does.
 
     Source: EASE (Zhou et al., CVPR 2024; LAMDA-PILOT `models/ease.py`).
     """
     op = "complete_prototypes"
     if mode not in ("reset", "last"):
         raise ValueError(f"{op}: mode must be 'reset' or 'last', got {mode!r}")
-    if prototypes.dim() != 3 or not prototypes.is_floating_point():
-        raise ValueError(
-            f"{op}: prototypes must be floating point [C, T, D], got {prototypes.dtype} {shape(prototypes)}"
-        )
+    check_floating(op, "prototypes", prototypes, "C, T, D")
     check_integers(op, "task_of_class", task_of_class)
     check(op, "task_of_class", task_of_class, (prototypes.shape[0],), prototypes, None)
     if not tau > 0:
@@ -213,8 +209,7 @@ def subspace_logits(features: Tensor, prototypes: Tensor, weights: Tensor) -> Te
     Source: EASE (`backbone/linears.py:EaseCosineLinear.forward_reweight`).
     """
     op = "subspace_logits"
-    if features.dim() != 3 or not features.is_floating_point():
-        raise ValueError(f"{op}: features must be floating point [B, T, D], got {features.dtype} {shape(features)}")
+    check_floating(op, "features", features, "B, T, D")
     dtype = None if autocasts(features.device.type) else features.dtype
     check(op, "prototypes", prototypes, ("C", *features.shape[1:]), features, dtype)
     check(op, "weights", weights, (prototypes.shape[0], features.shape[1]), features, None)
