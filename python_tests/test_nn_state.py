@@ -228,13 +228,15 @@ def choose(*args: Any) -> Change:
         [choose(["a", "b"]), choose(["a", "b"], [0.2, 0.2])],
         [choose(["a", "b"], [1.0, 0.1]), choose(["b", "a"], [1.0, 0.1])],
         [choose(["a", "b"], torch.tensor([1.0, 0.1])), choose(["a", "b"], torch.tensor([0.1, 1.0]))],
+        [choose("a"), choose(None)],
+        [choose(None), choose("a")],
     ],
-    ids=["names", "coefficients", "order", "tensors"],
+    ids=["names", "coefficients", "order", "tensors", "to none", "from none"],
 )
 def test_other_adapters_at_recomputation_are_an_error(reentrant, changes) -> None:
     adapters = make()
     adapters.train_adapter(["a", "b"])
-    error = "use_reentrant=False" if reentrant else "Recomputed values"
+    error = "use_reentrant=False" if reentrant else "Recomputed values|different number of tensors"
     with pytest.raises(RuntimeError, match=error):
         gradients(adapters, changes, use_reentrant=reentrant)
 
@@ -247,6 +249,41 @@ def test_the_same_adapters_at_recomputation_are_right(reentrant) -> None:
         expected = gradients(adapters, changes)
         for a, b in zip(gradients(adapters, changes, use_reentrant=reentrant), expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_was_frozen_is_not_computed_again_from_the_base_alone(reentrant) -> None:
+    adapters, x = make(), torch.randn(4, 6, requires_grad=True)
+    model = nn.Sequential(adapters.model)
+    model.forward = lambda x: checkpoint(model[0], x, use_reentrant=reentrant)
+    frozen = Adapters(model).frozen()
+    adapters.set_adapter(None)
+    y = frozen(x)
+    with pytest.raises(RuntimeError, match="use_reentrant=False" if reentrant else "different number of tensors"):
+        y.sum().backward()
+
+
+def test_a_checkpointed_pass_without_gradients_may_have_other_adapters() -> None:
+    adapters, x = make(), torch.randn(4, 6, requires_grad=True)
+    for change in (choose(None), choose("a")):
+        change(adapters)
+        with torch.no_grad():
+            checkpoint(adapters.model, x, use_reentrant=True)
+    expected = gradients(adapters, [choose("b")])
+    for got, wanted in zip(gradients(adapters, [choose("b")], use_reentrant=True), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_nested_checkpoints_compare_with_the_outermost_forward() -> None:
+    adapters, x = make(), torch.randn(4, 6, requires_grad=True)
+    inner = lambda x: checkpoint(adapters.model, x, use_reentrant=True)  # noqa: E731
+    expected = torch.autograd.grad(adapters.model(x).sum(), x)[0]
+    checkpoint(inner, x, use_reentrant=True).sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+    y = checkpoint(inner, x, use_reentrant=True)
+    adapters.set_adapter("a")
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        y.sum().backward()
 
 
 def test_adapters_switched_off_at_recomputation_are_an_error() -> None:

@@ -335,17 +335,17 @@ class MultiLoRALinear(nn.Module):
             raise RuntimeError(
                 "torch.nn.DataParallel cannot run layers with adapters: use DistributedDataParallel, a process a GPU"
             )
-        if active.weights is not None:
-            return self._with_weight(active.weights[self._number], x)
-        if active.batch is None and not active.names:
-            y: Tensor = self.base_layer(x)
-            return y
         watched = False
         if not torch.compiler.is_compiling():
             self._state.check_recomputation(active)
             watched = torch.is_grad_enabled() and has_saved_tensor_hooks()
-            if watched:
-                x = mark(x, active)
+        if active.batch is None and active.weights is None and not active.names:
+            y: Tensor = self.base_layer(x)
+            return y
+        if watched:
+            x = mark(x, active)
+        if active.weights is not None:
+            return self._with_weight(active.weights[self._number], x)
         return self._of_any(x, active, watched)
 
     def _soon(self, x: Tensor) -> Tensor | None:
@@ -366,7 +366,7 @@ class MultiLoRALinear(nn.Module):
         if name is None or own["slices"] is not None:
             return self._several_soon(x, active, weight, bias)
         records = torch.is_grad_enabled()
-        if not records or state._pending:
+        if not records or state.checkpointed:
             state.check_recomputation(active)
         table_A, table_B = modules["lora_A"]._parameters, modules["lora_B"]._parameters
         if name not in table_A or name not in table_B:
