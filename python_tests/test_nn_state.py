@@ -196,6 +196,63 @@ def test_data_parallel_is_refused() -> None:
         replica(torch.randn(3, 6))
 
 
+def test_parts_that_were_injected_apart_keep_what_they_compute() -> None:
+    torch.manual_seed(0)
+    parts = [nn.Sequential(nn.Linear(6, 6)) for _ in range(2)]
+    model, x = nn.Sequential(*parts), torch.randn(3, 6)
+    first, second = (inject(part, ["0"], r=2) for part in parts)
+    for part in (first, second):
+        part.add_adapter("a")
+        for parameter in part.parameters():
+            nn.init.normal_(parameter)
+    second.set_adapter("a", [0.5])
+    y = model(x)
+    with pytest.raises(ValueError, match=r"the same active set, got \['a'\] and \['a'\]"):
+        Adapters(model)
+    first.set_adapter("a", [0.5])
+    y = model(x)
+    for part in (first, second):
+        part.merge()
+        with pytest.raises(RuntimeError, match=r"injected apart are merged: unmerge\(\) each"):
+            Adapters(model)
+        part.unmerge()
+    with torch.no_grad():
+        second.parameters()[0].fill_(torch.nan)
+    first._state.unchecked.clear()
+    adapters = Adapters(model)
+    with pytest.raises(ValueError, match="holds inf or NaN"), torch.no_grad(), adapters.batch([0, -1, 0]):
+        pass
+    with torch.no_grad():
+        second.parameters()[0].normal_()
+    assert adapters.active == ["a"] and second._state is first._state and y.shape == model(x).shape
+
+
+def test_coefficients_that_train_may_be_on_another_device() -> None:
+    model = nn.Sequential(nn.Linear(6, 6)).to("meta")
+    adapters, c = inject(model, ["0"], r=2), nn.Parameter(torch.ones(1))
+    adapters.add_adapter("a")
+    adapters.set_adapter("a", c)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    with torch.no_grad():
+        c.fill_(3.0)  # as an optimizer does
+    x, (A, B), base = torch.randn(4, 6), model[0].pairs("a")[0], model[0].base_layer
+    torch.testing.assert_close(model(x), base(x) + 3 * (x @ A.T) @ B.T)
+    assert torch.autograd.grad(model(x).sum(), c)[0] != 0
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_adapters_narrower_than_the_weight_do_not_round_it(narrow: torch.dtype) -> None:
+    adapters = make("a")
+    for parameter in adapters.parameters():
+        parameter.data = parameter.data.to(narrow)
+    for layer in adapters.layers.values():
+        ((A, B),) = layer.pairs("a")
+        expected = layer.base_layer.weight.double() + B.double() @ A.double()
+        torch.testing.assert_close(layer.weight, expected.float())
+
+
 # ---------------------------------------------------------------------- activation checkpointing
 
 Change = Callable[[Adapters], Any]

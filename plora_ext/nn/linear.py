@@ -141,6 +141,7 @@ class MultiLoRALinear(nn.Module):
         """From now on what is active is said by `state`."""
         if "_state" in self.__dict__:
             self._state.layers.discard(self)
+            state.unchecked |= self._state.unchecked
         self._state, self._number = state, state.join(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -545,8 +546,9 @@ class MultiLoRALinear(nn.Module):
         watched = not torch.compiler.is_compiling() and torch.is_grad_enabled() and has_saved_tensor_hooks()
         lora_A, lora_B, scaling, ranks, _ = self.operands(active.names, active if watched else None)
         coeff = None if active.coefficients is None else active.coefficients.to(weight.device)
-        merged = ops.lora_merge(weight.to(lora_A.dtype), lora_A, lora_B, scaling, coeff=coeff, ranks=ranks)
-        return merged.to(weight.dtype)
+        # Adapters may be narrower than the weight, which they are not to round.
+        W, A, B = (t.to(torch.promote_types(weight.dtype, lora_A.dtype)) for t in (weight, lora_A, lora_B))
+        return ops.lora_merge(W, A, B, scaling, coeff=coeff, ranks=ranks).to(weight.dtype)
 
     def merged_weight(self, active: Active) -> Tensor:
         """The same, to be the layer's weight.

@@ -271,7 +271,7 @@ def as_coefficients(
             f"coefficients must be {len(names)} floats, one for each of {names}, "
             f"got {tuple(coeff.shape)} of {coeff.dtype}"
         )
-    return coeff.to(device)
+    return coeff if coeff.requires_grad else coeff.to(device)  # a copy would not follow what an optimizer does
 
 
 class _Mark(torch.autograd.Function):
