@@ -207,19 +207,17 @@ class State:
         """
         if torch.is_grad_enabled() and not self.checkpointed:
             return
-        frame = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code is _CHECKPOINT:
+        for ctx, again in reentrant_checkpoints():
+            keys: set[int] = ctx.__dict__.setdefault("plora_ext_keys", set())
+            if not again:
                 self.checkpointed = True
-                ctx = frame.f_locals["ctx"]
-                ctx.plora_ext_keys = {*getattr(ctx, "plora_ext_keys", ()), active.key}
-            elif frame.f_code is _RECOMPUTE and active.key not in getattr(frame.f_locals["ctx"], "plora_ext_keys", ()):
+                keys.add(active.key)
+            elif active.key not in keys:
                 raise RuntimeError(
                     "the active adapters are not those of the forward pass that activation checkpointing computes "
                     "again: call backward() before set_adapter and within the block of Adapters.batch, or "
                     "checkpoint(..., use_reentrant=False)"
                 )
-            frame = frame.f_back  # type: ignore[assignment]
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles carry no block and no graph: coefficients that are a result of other tensors are detached.
@@ -272,6 +270,15 @@ def as_coefficients(
             f"got {tuple(coeff.shape)} of {coeff.dtype}"
         )
     return coeff if coeff.requires_grad else coeff.to(device)  # a copy would not follow what an optimizer does
+
+
+def reentrant_checkpoints() -> Iterator[tuple[Any, bool]]:
+    """Those around the caller, from the inside: torch's own object for each, and whether it computes again."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CHECKPOINT or frame.f_code is _RECOMPUTE:
+            yield frame.f_locals["ctx"], frame.f_code is _RECOMPUTE
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 class _Mark(torch.autograd.Function):
