@@ -105,9 +105,11 @@ def test_bad_labels_and_shapes() -> None:
         bank.set([0], torch.ones(2, D))
     with pytest.raises(ValueError, match="must not repeat"):
         bank.set([0, 0], torch.ones(2, D))
-    for counts in (torch.tensor([3]), torch.tensor([3, -1]), [3]):  # one number was that of both classes
+    for counts in (torch.tensor([3]), torch.tensor([3, -1]), [3], [3, 2.5]):  # one number was that of both classes
         with pytest.raises(ValueError, match=r"counts must be \[2\] numbers of samples"):
-            bank.set([0, 1], torch.ones(2, D), counts)
+            bank.set([0, 99], torch.ones(2, D), counts)
+    with pytest.raises(ValueError, match=r"prototypes must be \[1, 8\]"):
+        bank.set([99], torch.ones(2, D))
     with pytest.raises(ValueError, match="num_features must be at least 1"):
         PrototypeBank(0)
     assert all(torch.equal(v, before[k]) for k, v in bank.state_dict().items())
