@@ -132,6 +132,15 @@ def test_cosine_head() -> None:
         head(torch.randn(4, 9), bank.prototypes)
 
 
+def test_heads_keep_their_factors_in_a_narrower_model() -> None:
+    cosine, subspace = CosineHead(scale=0.3), SubspaceHead(alpha=0.7)
+    subspace.assign([0, 1, 2, 3])
+    weights, heads = subspace.weights.clone(), nn.ModuleList([cosine, subspace])
+    heads.bfloat16()
+    assert torch.equal(cosine.scale, torch.tensor(0.3)) and torch.equal(subspace.weights, weights)
+    assert heads.to("meta")[0].scale.is_meta
+
+
 def test_subspace_head_is_the_weighted_sum_of_cosines() -> None:
     head, tasks = SubspaceHead(alpha=0.3), [0, 0, 1, 2, 2]
     head.assign(tasks)

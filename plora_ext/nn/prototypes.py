@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from plora_ext import ops
 
-__all__ = ["PrototypeBank", "resize_buffers"]
+__all__ = ["PrototypeBank", "keep_exact", "resize_buffers"]
 
 
 def resize_buffers(module: nn.Module, state_dict: dict[str, Any], prefix: str, names: Sequence[str]) -> None:
@@ -21,6 +21,16 @@ def resize_buffers(module: nn.Module, state_dict: dict[str, Any], prefix: str, n
         # Only the number of classes may differ; anything else is left for load_state_dict to report.
         if isinstance(saved, Tensor) and saved.dim() == here.dim() and saved.shape[1:] == here.shape[1:]:
             setattr(module, name, here.new_zeros(saved.shape))
+
+
+def keep_exact(module: nn.Module, names: Sequence[str], apply: Callable[[], object]) -> None:
+    """Move a module by `apply`, but leave buffers in the dtype that they have: a narrower one would round them."""
+    before = [module.get_buffer(name) for name in names]
+    apply()
+    for name, exact in zip(names, before, strict=True):
+        moved = module.get_buffer(name)
+        if not moved.is_meta and not exact.is_meta:  # else there is nothing to keep
+            setattr(module, name, exact.to(moved.device))
 
 
 def _require_finite(name: str, values: Tensor) -> None:
@@ -172,10 +182,7 @@ class PrototypeBank(nn.Module):
             setattr(self, name, new)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrototypeBank:
-        exact = self.prototypes, self.sums
-        super()._apply(fn, recurse)
-        if not self.counts.is_meta and not exact[0].is_meta:  # else there is nothing to keep
-            self.prototypes, self.sums = (t.to(self.counts.device) for t in exact)
+        keep_exact(self, ("prototypes", "sums"), lambda: super(PrototypeBank, self)._apply(fn, recurse))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
