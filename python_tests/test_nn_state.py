@@ -253,6 +253,20 @@ def test_adapters_narrower_than_the_weight_do_not_round_it(narrow: torch.dtype) 
         torch.testing.assert_close(layer.weight, expected.float())
 
 
+def test_a_state_that_was_saved_merged_is_loaded_with_a_warning() -> None:
+    adapters, x = make(), torch.randn(3, 6)
+    other, y = make(), adapters.model(x)
+    adapters.merge()
+    state = copy.deepcopy(adapters.model.state_dict())
+    adapters.unmerge()
+    with pytest.warns(UserWarning, match="would count twice"):
+        other.model.load_state_dict(state)
+    assert not torch.allclose(other.model(x), y, atol=1e-3)
+    other.set_adapter(None)
+    torch.testing.assert_close(other.model(x), y)
+    other.model.load_state_dict(adapters.model.state_dict())  # without one
+
+
 # ---------------------------------------------------------------------- activation checkpointing
 
 Change = Callable[[Adapters], Any]

@@ -391,7 +391,8 @@ class Adapters:
     def merge(self) -> None:
         """Write the active set into the base weights, in place, for the fastest inference (also when compiled).
 
-        Until `unmerge`, `state_dict()` holds the merged weights and the active set cannot be changed.
+        Until `unmerge`, `state_dict()` holds the merged weights (loading it warns of them), and the active set cannot
+        be changed.
 
         Raises:
             RuntimeError: already merged, nothing is active, a weight also belongs to a module without adapters, or the

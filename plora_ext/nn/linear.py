@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain, compress
@@ -606,6 +607,8 @@ class MultiLoRALinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, alpha in self._alpha.items():
             destination[f"{prefix}lora_alpha.{name}"] = torch.tensor(alpha, dtype=torch.float64)
+        if self.merged:
+            destination[f"{prefix}lora_merged"] = torch.tensor(True)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.merged and any(key.startswith(prefix) for key in state_dict):
@@ -619,7 +622,14 @@ class MultiLoRALinear(nn.Module):
             if isinstance(alpha, Tensor) and not alpha.is_meta:
                 self._alpha[name] = float(alpha)
         unexpected: list[str] = args[3]
-        unexpected[:] = [key for key in unexpected if key not in {f"{prefix}lora_alpha.{name}" for name in self._r}]
+        ours = {f"{prefix}lora_alpha.{name}" for name in self._r} | {f"{prefix}lora_merged"}
+        unexpected[:] = [key for key in unexpected if key not in ours]
+        if f"{prefix}lora_merged" in state_dict:
+            warnings.warn(
+                "this state was saved while adapters were merged into its weights, where they would count twice if "
+                "active: set_adapter(None), or unmerge() before state_dict()",
+                stacklevel=2,
+            )
 
 
 def _renew_constants(layer: MultiLoRALinear, _: Any) -> None:
