@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +56,12 @@ def save_adapter(adapters: Adapters, folder: str | os.PathLike[str], name: str) 
     Raises:
         KeyError: the name is unknown.
         OSError: the folder cannot be written.
+
+    Warns:
+        UserWarning: a layer is in several places of the model, of which PEFT adapts the first alone.
     """
     adapters.parameters(name)  # raises for an unknown name
+    _warn_of_shared(adapters)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -105,6 +111,9 @@ def load_adapter(adapters: Adapters, folder: str | os.PathLike[str], name: str) 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the name is taken, the configuration is not that of a plain LoRA, or a key or a shape is wrong.
+
+    Warns:
+        UserWarning: as `save_adapter`.
     """
     adapters.check_new(name)
     config_path, weights_path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
@@ -131,11 +140,25 @@ def load_adapter(adapters: Adapters, folder: str | os.PathLike[str], name: str) 
                 )
         ready[key] = _into_slices(layer, key, lora_A, lora_B, alpha, weights_path)
     adapters._add(name, ready.values())
+    _warn_of_shared(adapters)
 
 
 def _layers(adapters: Adapters) -> dict[str, MultiLoRALinear]:
     """The layers by the names that they have in the model that is not compiled."""
     return {_plain(key): layer for key, layer in adapters.layers.items()}
+
+
+def _warn_of_shared(adapters: Adapters) -> None:
+    """Of a module in several places, PEFT wraps the first place alone; `inject` all of them."""
+    children = [child for module in adapters.model.modules() for child in module._modules.values()]
+    number = Counter(id(child) for child in children)
+    shared = [key for key, layer in _layers(adapters).items() if number[id(layer)] > 1]
+    if shared:
+        warnings.warn(
+            f"the layers {shared} are in several places of the model: PEFT adapts the first place alone, so that its "
+            "model computes something else with the same file",
+            stacklevel=3,
+        )
 
 
 def _plain(name: str) -> str:

@@ -81,14 +81,17 @@ def lora_indexed(
 ) -> Tensor:
     """Twin of `plora_ext.ops.lora_indexed`: every row through the adapter of its id; -1 leaves the base alone."""
     y = _base(x, lora_B.shape[1], base, weight, bias)
-    if lora_A.shape[0] == 0 or ids.numel() == 0:
+    if ids.numel() == 0:
         return y.clone() if y is base else y
-    A, B, a, b = _low_rank(lora_A, lora_B, bias_A, bias_B, ranks, trainable)
-    picked = ids.reshape(-1).clamp(min=0).long()
-    rows = x.reshape(picked.numel(), x.shape[:-1].numel() // picked.numel(), x.shape[-1])
-    s = _scale(scaling, None, lora_A).to(x.dtype)[picked] * (ids.reshape(-1) >= 0)
-    h = _activate(rows @ A[picked].transpose(1, 2) + a[picked][:, None], activation)
-    delta = s[:, None, None] * (h @ B[picked].transpose(1, 2) + b[picked][:, None])
+    s = _scale(scaling, None, lora_A).to(x.dtype)
+    # -1 picks the last one, of zeros: what the others hold, inf and NaN too, is nothing to the base alone.
+    A, B, a, b, s = (
+        F.pad(f, (0, 0) * (f.dim() - 1) + (0, 1))[ids.reshape(-1).long()]
+        for f in (*_low_rank(lora_A, lora_B, bias_A, bias_B, ranks, trainable), s)
+    )
+    rows = x.reshape(len(s), x.shape[:-1].numel() // len(s), x.shape[-1])
+    h = _activate(rows @ A.transpose(1, 2) + a[:, None], activation)
+    delta = s[:, None, None] * (h @ B.transpose(1, 2) + b[:, None])
     return y + delta.reshape(y.shape)
 
 

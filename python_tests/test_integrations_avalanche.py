@@ -170,7 +170,8 @@ def test_frozen_extractors_keep_their_running_statistics() -> None:
         model.register_parameter("scale", nn.Parameter(torch.ones(())))  # something for the optimizer
         run = strategy(model, [integration.PrototypePlugin(backbone, classifier)])
         run._criterion = lambda logits, labels, model=model: logits.sum() * model.scale
-        run.train(scenario.train_stream[0])
+        run.train(scenario.train_stream[:2])  # as one
+        assert norm.num_batches_tracked == (2 * 3 * 3 if train else 0)
         assert bool(norm.running_mean.abs().sum()) is train  # type: ignore[union-attr]
     norm = nn.BatchNorm2d(1)
     module = integration.PLoRAModule(

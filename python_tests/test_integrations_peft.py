@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from plora_ext import ops
 from plora_ext.integrations import _layers
@@ -297,6 +298,20 @@ def test_forward_mode(rows: int, train: bool, names: list[str]) -> None:
     with integration.patch():
         same([theirs], [derivative()], 1e-9)
         same([theirs], [torch.func.jvp(lambda x: model(x), (x.detach(),), (direction,))[1].detach()], 1e-9)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("names", [MIXED, ["two"] * 6])
+def test_a_checkpointed_mixed_batch_is_not_computed_again_as_another(names: list[str], reentrant: bool) -> None:
+    model, x = net().train(), images(6, 5, 24).requires_grad_()
+    inner = model.base_model.model
+    inner.forward = lambda x: checkpoint(lambda x: nn.Sequential.forward(inner, x), x, use_reentrant=reentrant)
+    error = "train a mixed batch without it" if reentrant else "number of tensors|Recomputed"
+    with integration.patch():
+        y = model(x, adapter_names=names)
+        with pytest.raises(RuntimeError, match=error):
+            y.sum().backward()
+        model(x).sum().backward()
 
 
 @pytest.mark.parametrize("train", [False, True])

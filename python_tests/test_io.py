@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -465,3 +466,17 @@ def test_an_adapter_of_the_whole_qkv_does_not_fit_slices(saved: Path) -> None:
 def test_a_name_that_is_taken(saved: Path) -> None:
     with pytest.raises(ValueError, match="adapter 'a' exists already"):
         load_adapter(make(), saved, "a")
+
+
+def test_a_layer_in_several_places_is_said_to_be_another_one_to_peft(tmp_path: Path) -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": nn.Sequential(layer), "b": nn.Sequential(layer)})
+    whole = nn.Sequential(block := nn.Sequential(nn.Linear(4, 4)), block)  # which PEFT adapts wherever it is
+    for shared, target, warns in ((model, ["0"], 1), (whole, ["0.0"], 0)):
+        adapters = inject(shared, target, r=2)
+        adapters.add_adapter("a")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            save_adapter(adapters, tmp_path, "a")
+            load_adapter(adapters, tmp_path, "b")
+        assert ["in several places" in str(warning.message) for warning in caught] == [True] * 2 * warns

@@ -105,9 +105,11 @@ def test_bad_labels_and_shapes() -> None:
         bank.set([0], torch.ones(2, D))
     with pytest.raises(ValueError, match="must not repeat"):
         bank.set([0, 0], torch.ones(2, D))
-    for counts in (torch.tensor([3]), torch.tensor([3, -1]), [3]):  # one number was that of both classes
+    for counts in (torch.tensor([3]), torch.tensor([3, -1]), [3], [3, 2.5]):  # one number was that of both classes
         with pytest.raises(ValueError, match=r"counts must be \[2\] numbers of samples"):
-            bank.set([0, 1], torch.ones(2, D), counts)
+            bank.set([0, 99], torch.ones(2, D), counts)
+    with pytest.raises(ValueError, match=r"prototypes must be \[1, 8\]"):
+        bank.set([99], torch.ones(2, D))
     with pytest.raises(ValueError, match="num_features must be at least 1"):
         PrototypeBank(0)
     assert all(torch.equal(v, before[k]) for k, v in bank.state_dict().items())
@@ -128,6 +130,15 @@ def test_cosine_head() -> None:
     assert head.state_dict()["scale"] == 20
     with pytest.raises(ValueError, match=r"must share D, got \[4, 9\] and \[5, 8\]"):
         head(torch.randn(4, 9), bank.prototypes)
+
+
+def test_heads_keep_their_factors_in_a_narrower_model() -> None:
+    cosine, subspace = CosineHead(scale=0.3), SubspaceHead(alpha=0.7)
+    subspace.assign([0, 1, 2, 3])
+    weights, heads = subspace.weights.clone(), nn.ModuleList([cosine, subspace])
+    heads.bfloat16()
+    assert torch.equal(cosine.scale, torch.tensor(0.3)) and torch.equal(subspace.weights, weights)
+    assert heads.to("meta")[0].scale.is_meta
 
 
 def test_subspace_head_is_the_weighted_sum_of_cosines() -> None:

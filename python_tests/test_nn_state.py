@@ -196,6 +196,77 @@ def test_data_parallel_is_refused() -> None:
         replica(torch.randn(3, 6))
 
 
+def test_parts_that_were_injected_apart_keep_what_they_compute() -> None:
+    torch.manual_seed(0)
+    parts = [nn.Sequential(nn.Linear(6, 6)) for _ in range(2)]
+    model, x = nn.Sequential(*parts), torch.randn(3, 6)
+    first, second = (inject(part, ["0"], r=2) for part in parts)
+    for part in (first, second):
+        part.add_adapter("a")
+        for parameter in part.parameters():
+            nn.init.normal_(parameter)
+    second.set_adapter("a", [0.5])
+    y = model(x)
+    with pytest.raises(ValueError, match=r"the same active set, got \['a'\] and \['a'\]"):
+        Adapters(model)
+    first.set_adapter("a", [0.5])
+    y = model(x)
+    for part in (first, second):
+        part.merge()
+        with pytest.raises(RuntimeError, match=r"injected apart are merged: unmerge\(\) each"):
+            Adapters(model)
+        part.unmerge()
+    with torch.no_grad():
+        second.parameters()[0].fill_(torch.nan)
+    first._state.unchecked.clear()
+    adapters = Adapters(model)
+    with pytest.raises(ValueError, match="holds inf or NaN"), torch.no_grad(), adapters.batch([0, -1, 0]):
+        pass
+    with torch.no_grad():
+        second.parameters()[0].normal_()
+    assert adapters.active == ["a"] and second._state is first._state and y.shape == model(x).shape
+
+
+def test_coefficients_that_train_may_be_on_another_device() -> None:
+    model = nn.Sequential(nn.Linear(6, 6)).to("meta")
+    adapters, c = inject(model, ["0"], r=2), nn.Parameter(torch.ones(1))
+    adapters.add_adapter("a")
+    adapters.set_adapter("a", c)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    with torch.no_grad():
+        c.fill_(3.0)  # as an optimizer does
+    x, (A, B), base = torch.randn(4, 6), model[0].pairs("a")[0], model[0].base_layer
+    torch.testing.assert_close(model(x), base(x) + 3 * (x @ A.T) @ B.T)
+    assert torch.autograd.grad(model(x).sum(), c)[0] != 0
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_adapters_narrower_than_the_weight_do_not_round_it(narrow: torch.dtype) -> None:
+    adapters = make("a")
+    for parameter in adapters.parameters():
+        parameter.data = parameter.data.to(narrow)
+    for layer in adapters.layers.values():
+        ((A, B),) = layer.pairs("a")
+        expected = layer.base_layer.weight.double() + B.double() @ A.double()
+        torch.testing.assert_close(layer.weight, expected.float())
+
+
+def test_a_state_that_was_saved_merged_is_loaded_with_a_warning() -> None:
+    adapters, x = make(), torch.randn(3, 6)
+    other, y = make(), adapters.model(x)
+    adapters.merge()
+    state = copy.deepcopy(adapters.model.state_dict())
+    adapters.unmerge()
+    with pytest.warns(UserWarning, match="would count twice"):
+        other.model.load_state_dict(state)
+    assert not torch.allclose(other.model(x), y, atol=1e-3)
+    other.set_adapter(None)
+    torch.testing.assert_close(other.model(x), y)
+    other.model.load_state_dict(adapters.model.state_dict())  # without one
+
+
 # ---------------------------------------------------------------------- activation checkpointing
 
 Change = Callable[[Adapters], Any]
@@ -228,13 +299,15 @@ def choose(*args: Any) -> Change:
         [choose(["a", "b"]), choose(["a", "b"], [0.2, 0.2])],
         [choose(["a", "b"], [1.0, 0.1]), choose(["b", "a"], [1.0, 0.1])],
         [choose(["a", "b"], torch.tensor([1.0, 0.1])), choose(["a", "b"], torch.tensor([0.1, 1.0]))],
+        [choose("a"), choose(None)],
+        [choose(None), choose("a")],
     ],
-    ids=["names", "coefficients", "order", "tensors"],
+    ids=["names", "coefficients", "order", "tensors", "to none", "from none"],
 )
 def test_other_adapters_at_recomputation_are_an_error(reentrant, changes) -> None:
     adapters = make()
     adapters.train_adapter(["a", "b"])
-    error = "use_reentrant=False" if reentrant else "Recomputed values"
+    error = "use_reentrant=False" if reentrant else "Recomputed values|different number of tensors"
     with pytest.raises(RuntimeError, match=error):
         gradients(adapters, changes, use_reentrant=reentrant)
 
@@ -247,6 +320,41 @@ def test_the_same_adapters_at_recomputation_are_right(reentrant) -> None:
         expected = gradients(adapters, changes)
         for a, b in zip(gradients(adapters, changes, use_reentrant=reentrant), expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_was_frozen_is_not_computed_again_from_the_base_alone(reentrant) -> None:
+    adapters, x = make(), torch.randn(4, 6, requires_grad=True)
+    model = nn.Sequential(adapters.model)
+    model.forward = lambda x: checkpoint(model[0], x, use_reentrant=reentrant)
+    frozen = Adapters(model).frozen()
+    adapters.set_adapter(None)
+    y = frozen(x)
+    with pytest.raises(RuntimeError, match="use_reentrant=False" if reentrant else "different number of tensors"):
+        y.sum().backward()
+
+
+def test_a_checkpointed_pass_without_gradients_may_have_other_adapters() -> None:
+    adapters, x = make(), torch.randn(4, 6, requires_grad=True)
+    for change in (choose(None), choose("a")):
+        change(adapters)
+        with torch.no_grad():
+            checkpoint(adapters.model, x, use_reentrant=True)
+    expected = gradients(adapters, [choose("b")])
+    for got, wanted in zip(gradients(adapters, [choose("b")], use_reentrant=True), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_nested_checkpoints_compare_with_the_outermost_forward() -> None:
+    adapters, x = make(), torch.randn(4, 6, requires_grad=True)
+    inner = lambda x: checkpoint(adapters.model, x, use_reentrant=True)  # noqa: E731
+    expected = torch.autograd.grad(adapters.model(x).sum(), x)[0]
+    checkpoint(inner, x, use_reentrant=True).sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+    y = checkpoint(inner, x, use_reentrant=True)
+    adapters.set_adapter("a")
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        y.sum().backward()
 
 
 def test_adapters_switched_off_at_recomputation_are_an_error() -> None:

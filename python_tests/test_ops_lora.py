@@ -133,6 +133,17 @@ def test_leading_dimensions_and_ids_by_sample(family: str, device: torch.device)
         verify(family, args, kwargs, cotangent)
 
 
+def test_what_no_row_picks_does_not_count() -> None:  # on a CPU; a GPU's kernels multiply it by zero
+    x, A, B = torch.randn(4, 6), torch.randn(3, 2, 6), torch.randn(3, 5, 2)
+    A[0], B[2] = torch.nan, torch.inf
+    ids = torch.tensor([1, -1, 1, -1])
+    for function in (ops.lora_indexed, reference.lora_indexed):
+        asked = x.clone().requires_grad_()
+        y = function(asked, ids, A, B)
+        torch.testing.assert_close(y, (asked @ A[1].T @ B[1].T) * (ids >= 0)[:, None])
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), asked)[0], (B[1].sum(0) @ A[1]) * (ids >= 0)[:, None])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_segments(family: str, device: torch.device) -> None:
     """Ids all -1, all the same, in sorted segments with some of them empty, and one row each."""

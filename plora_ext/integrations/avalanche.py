@@ -129,9 +129,11 @@ class PrototypePlugin(_core.SupervisedPlugin):
 
     @torch.no_grad()
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        trains = strategy.model.training  # also after this: a stream may have been given as one, with more to come
         strategy.model.eval()
         for images, labels in _batches(strategy, self.batch_size):
             self.classifier.update(self.extractor(images), labels)
+        strategy.model.train(trains)
 
 
 def _batches(strategy: Any, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor]]:

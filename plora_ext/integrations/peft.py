@@ -21,10 +21,11 @@ from plora_ext import ops
 from plora_ext.integrations import _patch
 from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_device, stack
 from plora_ext.integrations._patch import Original, Patch, Report, instead
+from plora_ext.nn.state import reentrant_checkpoints
 from plora_ext.ops.autocast import cast
 from plora_ext.ops.autograd import stacked
 from plora_ext.ops.lora import run_beside
-from plora_ext.torch_private import is_plain
+from plora_ext.torch_private import has_saved_tensor_hooks, is_plain
 
 __all__ = ["patch", "report", "unpatch"]
 
@@ -109,6 +110,8 @@ def _why_left(layer: Any, adapter: str) -> str:
 def _make_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")
+        if (names is not None or _checkpointed) and not torch.compiler.is_compiling():
+            _check_recomputation(names)
         if not args and not self.disable_adapters and (not kwargs or (names is not None and len(kwargs) == 1)):
             if names is None:
                 known = self._modules["lora_A"]._modules
@@ -121,6 +124,22 @@ def _make_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return original(self, x, *args, **kwargs)
 
     return forward
+
+
+_checkpointed: list[bool] = []  # not empty once a mixed batch has been within a reentrant checkpoint
+
+
+def _check_recomputation(names: Sequence[str] | None) -> None:
+    """Raise RuntimeError where a reentrant checkpoint computes a mixed batch again, which PEFT does without names."""
+    for ctx, again in reentrant_checkpoints():
+        if names is not None and not again:
+            _checkpointed[:] = [True]
+            ctx.plora_ext_names = names
+        elif again and names != getattr(ctx, "plora_ext_names", None):
+            raise RuntimeError(
+                "activation checkpointing computes a layer again without the adapter_names of the forward pass: train "
+                "a mixed batch without it"
+            )
 
 
 def _sum(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
@@ -208,7 +227,8 @@ def _indexed(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor | No
     """Every sample through the adapter of its name, or None where PEFT has to."""
     asked = set(adapter_names)
     names = [name for name in layer._modules["lora_A"]._modules if name in asked]
-    if len(asked) == len(names) == 1:
+    # (A checkpoint compares what is saved: a mixed batch must not look like an active adapter.)
+    if len(asked) == len(names) == 1 and not (torch.is_grad_enabled() and has_saved_tensor_hooks()):
         return _sum(layer, x, names)
     factors = _factors(layer, x, names)
     if factors is None or x.dim() < 2 or _is_wider(x, factors[0], torch.is_autocast_enabled(x.device.type)):

@@ -45,7 +45,9 @@ class Adapters:
         layers: the adapted layers by module name.
 
     Raises:
-        ValueError: the model carries no adapters, or its layers carry different ones.
+        ValueError: the model carries no adapters, or parts of it that were injected apart differ in them or in
+            the active set.
+        RuntimeError: such a part is merged.
     """
 
     def __init__(self, model: nn.Module, r: int | None = None, lora_alpha: float | None = None) -> None:
@@ -61,9 +63,17 @@ class Adapters:
                     f"all layers of model must have the same adapters in the same order, got {self.names} in "
                     f"{next(iter(self.layers))!r} and {layer.adapter_names} in {key!r}"
                 )
-        for layer in self.layers.values():
-            if layer._state is not self._state:  # of a part that was injected apart
-                layer._join(self._state)
+        apart = [layer for layer in self.layers.values() if layer._state is not self._state]  # parts injected apart
+        for state in {layer._state for layer in apart}:
+            if state.merged is not None or self._state.merged is not None:
+                raise RuntimeError("parts of model that were injected apart are merged: unmerge() each by its handle")
+            if state.common.key != self._state.common.key:
+                raise ValueError(
+                    "parts of model that were injected apart must have the same active set, got "
+                    f"{list(self._state.common.names)} and {list(state.common.names)}: set_adapter each by its handle"
+                )
+        for layer in apart:
+            layer._join(self._state)
         usual = self._state.defaults
         self.r = usual[0] if r is None else r
         self.lora_alpha = usual[1] if r is None and lora_alpha is None else lora_alpha
@@ -383,7 +393,8 @@ class Adapters:
     def merge(self) -> None:
         """Write the active set into the base weights, in place, for the fastest inference (also when compiled).
 
-        Until `unmerge`, `state_dict()` holds the merged weights and the active set cannot be changed.
+        Until `unmerge`, `state_dict()` holds the merged weights (loading it warns of them), and the active set cannot
+        be changed.
 
         Raises:
             RuntimeError: already merged, nothing is active, a weight also belongs to a module without adapters, or the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plora_ext import ops
-from plora_ext.nn.prototypes import resize_buffers
+from plora_ext.nn.prototypes import keep_exact, resize_buffers
 
 __all__ = ["CosineHead", "SubspaceHead"]
 
@@ -19,7 +19,7 @@ class CosineHead(nn.Module):
     """logits[..., c] = scale * cos(features[...], prototypes[c]), in float32 or wider, under autocast too.
 
     Args:
-        scale: factor of the cosines, a buffer.
+        scale: factor of the cosines, a buffer that stays in float32.
     """
 
     scale: Tensor
@@ -46,6 +46,10 @@ class CosineHead(nn.Module):
             directions = F.normalize(prototypes.to(wide), dim=-1)
             logits = self.scale * (F.normalize(features.to(wide), dim=-1) @ directions.T)
         return logits.masked_fill(~prototypes.any(dim=-1), -torch.inf)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CosineHead:
+        keep_exact(self, ("scale",), lambda: super(CosineHead, self)._apply(fn, recurse))
+        return self
 
 
 class SubspaceHead(nn.Module):
@@ -90,6 +94,10 @@ class SubspaceHead(nn.Module):
     def forward(self, features: Tensor, prototypes: Tensor) -> Tensor:
         """Logits `[B, C]` of features `[B, T, D]` for prototypes `[C, T, D]`, one product for all of them."""
         return ops.subspace_logits(features, prototypes, self.weights)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubspaceHead:
+        keep_exact(self, ("weights",), lambda: super(SubspaceHead, self)._apply(fn, recurse))
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain, compress
@@ -141,6 +142,7 @@ class MultiLoRALinear(nn.Module):
         """From now on what is active is said by `state`."""
         if "_state" in self.__dict__:
             self._state.layers.discard(self)
+            state.unchecked |= self._state.unchecked
         self._state, self._number = state, state.join(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -335,17 +337,17 @@ class MultiLoRALinear(nn.Module):
             raise RuntimeError(
                 "torch.nn.DataParallel cannot run layers with adapters: use DistributedDataParallel, a process a GPU"
             )
-        if active.weights is not None:
-            return self._with_weight(active.weights[self._number], x)
-        if active.batch is None and not active.names:
-            y: Tensor = self.base_layer(x)
-            return y
         watched = False
         if not torch.compiler.is_compiling():
             self._state.check_recomputation(active)
             watched = torch.is_grad_enabled() and has_saved_tensor_hooks()
-            if watched:
-                x = mark(x, active)
+        if active.batch is None and active.weights is None and not active.names:
+            y: Tensor = self.base_layer(x)
+            return y
+        if watched:
+            x = mark(x, active)
+        if active.weights is not None:
+            return self._with_weight(active.weights[self._number], x)
         return self._of_any(x, active, watched)
 
     def _soon(self, x: Tensor) -> Tensor | None:
@@ -366,7 +368,7 @@ class MultiLoRALinear(nn.Module):
         if name is None or own["slices"] is not None:
             return self._several_soon(x, active, weight, bias)
         records = torch.is_grad_enabled()
-        if not records or state._pending:
+        if not records or state.checkpointed:
             state.check_recomputation(active)
         table_A, table_B = modules["lora_A"]._parameters, modules["lora_B"]._parameters
         if name not in table_A or name not in table_B:
@@ -545,8 +547,9 @@ class MultiLoRALinear(nn.Module):
         watched = not torch.compiler.is_compiling() and torch.is_grad_enabled() and has_saved_tensor_hooks()
         lora_A, lora_B, scaling, ranks, _ = self.operands(active.names, active if watched else None)
         coeff = None if active.coefficients is None else active.coefficients.to(weight.device)
-        merged = ops.lora_merge(weight.to(lora_A.dtype), lora_A, lora_B, scaling, coeff=coeff, ranks=ranks)
-        return merged.to(weight.dtype)
+        # Adapters may be narrower than the weight, which they are not to round.
+        W, A, B = (t.to(torch.promote_types(weight.dtype, lora_A.dtype)) for t in (weight, lora_A, lora_B))
+        return ops.lora_merge(W, A, B, scaling, coeff=coeff, ranks=ranks).to(weight.dtype)
 
     def merged_weight(self, active: Active) -> Tensor:
         """The same, to be the layer's weight.
@@ -604,6 +607,8 @@ class MultiLoRALinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, alpha in self._alpha.items():
             destination[f"{prefix}lora_alpha.{name}"] = torch.tensor(alpha, dtype=torch.float64)
+        if self.merged:
+            destination[f"{prefix}lora_merged"] = torch.tensor(True)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.merged and any(key.startswith(prefix) for key in state_dict):
@@ -617,7 +622,14 @@ class MultiLoRALinear(nn.Module):
             if isinstance(alpha, Tensor) and not alpha.is_meta:
                 self._alpha[name] = float(alpha)
         unexpected: list[str] = args[3]
-        unexpected[:] = [key for key in unexpected if key not in {f"{prefix}lora_alpha.{name}" for name in self._r}]
+        ours = {f"{prefix}lora_alpha.{name}" for name in self._r} | {f"{prefix}lora_merged"}
+        unexpected[:] = [key for key in unexpected if key not in ours]
+        if f"{prefix}lora_merged" in state_dict:
+            warnings.warn(
+                "this state was saved while adapters were merged into its weights, where they would count twice if "
+                "active: set_adapter(None), or unmerge() before state_dict()",
+                stacklevel=2,
+            )
 
 
 def _renew_constants(layer: MultiLoRALinear, _: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from plora_ext import ops
 
-__all__ = ["PrototypeBank", "resize_buffers"]
+__all__ = ["PrototypeBank", "keep_exact", "resize_buffers"]
 
 
 def resize_buffers(module: nn.Module, state_dict: dict[str, Any], prefix: str, names: Sequence[str]) -> None:
@@ -21,6 +21,16 @@ def resize_buffers(module: nn.Module, state_dict: dict[str, Any], prefix: str, n
         # Only the number of classes may differ; anything else is left for load_state_dict to report.
         if isinstance(saved, Tensor) and saved.dim() == here.dim() and saved.shape[1:] == here.shape[1:]:
             setattr(module, name, here.new_zeros(saved.shape))
+
+
+def keep_exact(module: nn.Module, names: Sequence[str], apply: Callable[[], object]) -> None:
+    """Move a module by `apply`, but leave buffers in the dtype that they have: a narrower one would round them."""
+    before = [module.get_buffer(name) for name in names]
+    apply()
+    for name, exact in zip(names, before, strict=True):
+        moved = module.get_buffer(name)
+        if not moved.is_meta and not exact.is_meta:  # else there is nothing to keep
+            setattr(module, name, exact.to(moved.device))
 
 
 def _require_finite(name: str, values: Tensor) -> None:
@@ -86,7 +96,8 @@ class PrototypeBank(nn.Module):
         if features.dtype == torch.float64:
             features = features.to(self.sums)
         _require_finite("features", features)
-        labels = self._checked(labels)
+        labels, rows = self._checked(labels)
+        self._resize(rows)
         before = self.counts.clone()
         sums, counts = ops.class_sums(features, labels, len(self.counts), sums=self.sums, counts=self.counts)
         self._take(sums, counts, counts > before)
@@ -118,7 +129,7 @@ class PrototypeBank(nn.Module):
         """
         value = prototypes.to(self.prototypes)
         _require_finite("prototypes", value)
-        index = self._checked(torch.as_tensor(classes))
+        index, rows = self._checked(torch.as_tensor(classes))
         if prototypes.shape != (len(index), self.num_features):
             raise ValueError(
                 f"prototypes must be [{len(index)}, {self.num_features}], one row for each class, "
@@ -126,9 +137,14 @@ class PrototypeBank(nn.Module):
             )
         if len(index.unique()) < len(index):
             raise ValueError(f"classes must not repeat, got {index.tolist()}")
-        number = self.counts[index].clamp(min=1) if counts is None else torch.as_tensor(counts).to(self.counts)
-        if number.shape != index.shape or bool((number < 0).any()):
-            raise ValueError(f"counts must be [{len(index)}] numbers of samples, one for each class, got {counts}")
+        if counts is not None:
+            given = torch.as_tensor(counts, device=self.counts.device)
+            number = given.to(torch.int64)
+            if number.shape != index.shape or bool((number < 0).any()) or bool((number != given).any()):
+                raise ValueError(f"counts must be [{len(index)}] numbers of samples, one for each class, got {counts}")
+        self._resize(rows)
+        if counts is None:
+            number = self.counts[index].clamp(min=1)
         self.counts[index], self.prototypes[index], self.sums[index] = number, value, value * number[:, None]
 
     def select(self, classes: Tensor | Sequence[int]) -> Tensor:
@@ -147,18 +163,16 @@ class PrototypeBank(nn.Module):
         """Forget all classes."""
         self._resize(0)
 
-    def _checked(self, labels: Tensor) -> Tensor:
-        """Labels as int64 on the bank's device, with rows for all of them. Looks at the values: one wait on a GPU."""
+    def _checked(self, labels: Tensor) -> tuple[Tensor, int]:
+        """Labels as int64 on the bank's device, and rows for all of them. Looks at the values: one wait on a GPU."""
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or labels.dim() != 1:
             raise ValueError(
                 f"class labels must be a one-dimensional integer tensor, got {labels.dtype} {list(labels.shape)}"
             )
-        if labels.numel():
-            low, high = (int(value) for value in labels.aminmax())
-            if low < 0:
-                raise ValueError(f"class labels must not be negative, got {low}")
-            self._resize(max(high + 1, len(self.counts)))
-        return labels.to(self.counts)
+        low, high = (int(value) for value in labels.aminmax()) if labels.numel() else (0, -1)
+        if low < 0:
+            raise ValueError(f"class labels must not be negative, got {low}")
+        return labels.to(self.counts), max(high + 1, len(self.counts))
 
     def _resize(self, num_classes: int) -> None:
         for name in ("prototypes", "counts", "sums"):
@@ -169,10 +183,7 @@ class PrototypeBank(nn.Module):
             setattr(self, name, new)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrototypeBank:
-        exact = self.prototypes, self.sums
-        super()._apply(fn, recurse)
-        if not self.counts.is_meta and not exact[0].is_meta:  # else there is nothing to keep
-            self.prototypes, self.sums = (t.to(self.counts.device) for t in exact)
+        keep_exact(self, ("prototypes", "sums"), lambda: super(PrototypeBank, self)._apply(fn, recurse))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -25,6 +25,8 @@ from plora_ext.torch_private import in_backward
 
 __all__ = ["Active", "State"]
 
+_CHECKPOINT, _RECOMPUTE = CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__
+
 
 @dataclass(frozen=True, eq=False)
 class Active:
@@ -77,7 +79,8 @@ class Active:
     def key(self) -> int:
         """The same number for the same adapters with the same coefficients."""
         coefficients = None if self.coefficients is None else self.serial if self.written is None else self.written
-        return hash((self.names, coefficients, None if self.batch is None else self.serial)) & 0x7FFFFFFF
+        others = None if self.batch is None and self.weights is None else self.serial
+        return hash((self.names, coefficients, others)) & 0x7FFFFFFF
 
 
 class _Block:
@@ -118,8 +121,7 @@ class State:
         self._members = 0
         self._open: list[tuple[_Block, ...]] = []  # of every thread that is in a block
         self._latest = self.common  # for compiled graphs, which cannot ask who runs them
-        self._pending: set[int] = set()  # keys of forwards within a reentrant checkpoint ...
-        self._recomputed = False  # ... and whether one of them has been computed again
+        self.checkpointed = False  # whether a layer has been within a reentrant checkpoint
 
     def join(self, layer: nn.Module) -> int:
         """Takes in one more layer; returns a number that is its own for good."""
@@ -203,14 +205,14 @@ class State:
 
         (A checkpoint that is not reentrant compares what is saved, see `mark`.)
         """
-        if not torch.is_grad_enabled():
-            if _inside(CheckpointFunction.forward):
-                if self._recomputed:
-                    self._pending, self._recomputed = set(), False
-                self._pending.add(active.key)
-        elif self._pending and _inside(CheckpointFunction.backward):
-            self._recomputed = True
-            if self._pending != {active.key}:
+        if torch.is_grad_enabled() and not self.checkpointed:
+            return
+        for ctx, again in reentrant_checkpoints():
+            keys: set[int] = ctx.__dict__.setdefault("plora_ext_keys", set())
+            if not again:
+                self.checkpointed = True
+                keys.add(active.key)
+            elif active.key not in keys:
                 raise RuntimeError(
                     "the active adapters are not those of the forward pass that activation checkpointing computes "
                     "again: call backward() before set_adapter and within the block of Adapters.batch, or "
@@ -267,17 +269,16 @@ def as_coefficients(
             f"coefficients must be {len(names)} floats, one for each of {names}, "
             f"got {tuple(coeff.shape)} of {coeff.dtype}"
         )
-    return coeff.to(device)
+    return coeff if coeff.requires_grad else coeff.to(device)  # a copy would not follow what an optimizer does
 
 
-def _inside(function: Any) -> bool:
-    """Whether `function` is running, further up in this thread."""
-    frame, code = sys._getframe(1), function.__code__
+def reentrant_checkpoints() -> Iterator[tuple[Any, bool]]:
+    """Those around the caller, from the inside: torch's own object for each, and whether it computes again."""
+    frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is code:
-            return True
+        if frame.f_code is _CHECKPOINT or frame.f_code is _RECOMPUTE:
+            yield frame.f_locals["ctx"], frame.f_code is _RECOMPUTE
         frame = frame.f_back  # type: ignore[assignment]
-    return False
 
 
 class _Mark(torch.autograd.Function):
