@@ -179,6 +179,16 @@ def test_what_cannot_be_brought_back_is_said(images: Images, tmp_path: Path) -> 
 
 
 @contextlib.contextmanager
+def default_device(kind: str) -> Iterator[None]:
+    torch.set_default_device(kind)
+    try:
+        yield
+        assert torch.get_default_device().type == kind
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     torch.set_default_dtype(dtype)
     try:
@@ -188,12 +198,14 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("head", ["cosine", "gaussian"])
-def test_it_learns_the_same_whatever_its_caller_has_switched(head: str, images: Images) -> None:
+@pytest.mark.parametrize("head", ["cosine", "gaussian", "ranpac"])
+def test_it_learns_the_same_whatever_its_caller_has_switched(head: str, images: Images, tmp_path: Path) -> None:
     settings = Settings(**{**QUICK, "head": head, "increment": 2, "class_order": "sorted"})
     expected = run(settings, data=images, backbone=backbone())
-    for switched in (torch.no_grad(), torch.inference_mode(), default_dtype(torch.float64)):
-        models = backbone(), backbone()
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    dtype, device = default_dtype(torch.float64), default_device("meta")
+    for switched in (torch.no_grad(), torch.inference_mode(), dtype, device, autocast):
+        models = backbone(), backbone(), backbone()
         with switched:
             before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
             curve = run(settings, data=images, backbone=models[0]).curve
@@ -201,6 +213,9 @@ def test_it_learns_the_same_whatever_its_caller_has_switched(head: str, images: 
             for task in tasks(images, True):
                 ours.fit(task)
             figures = ours.evaluate((images.test_images, images.test_labels))
+            ours.save_pretrained(tmp_path / "it")
+            again = Learner.from_pretrained(tmp_path / "it", backbone=models[2], device="cpu")
+            assert np.array_equal(again.scores(images.test_images)[1], ours.scores(images.test_images)[1])
             assert before == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         assert curve == expected.curve and figures["accuracy"] == curve[-1]
         assert torch.equal(ours.method.prototypes, expected.learner.method.prototypes)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -107,7 +107,8 @@ class Generators:
     """The global random generators as one run has them: inside its blocks they are seeded, and go on where one ended.
 
     Outside they are as if there had been no block; likewise torch's switch of deterministic algorithms. Inside,
-    whatever the caller has chosen, gradients can be recorded, and numbers are float32 where nothing else is said.
+    whatever the caller has chosen, gradients can be recorded, numbers are float32 and on the CPU where nothing else is
+    said, and there is no autocast but that of the settings.
     """
 
     def __init__(self, settings: Settings, device: torch.device):
@@ -125,7 +126,10 @@ class Generators:
             if self.state is not None:
                 set_rng_state(self.state)
             torch.set_default_dtype(torch.float32)
-            with torch.inference_mode(False), torch.enable_grad():
+            # A mode that every call of torch goes through: not where it would change nothing.
+            place = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+            autocast = torch.autocast(self.device.type, enabled=False)
+            with torch.inference_mode(False), torch.enable_grad(), place, autocast:
                 yield
         finally:
             torch.set_default_dtype(dtype)

@@ -210,10 +210,11 @@ class Learner:
         self._refuse_half()
         if not self.classes:
             raise RuntimeError("this learner has learned no task yet: call fit first")
-        view = self._view(read_images(images), cache=0.0)  # each is read once
-        if not len(view):
+        read = read_images(images)
+        if not len(read):
             raise ValueError("images must hold at least one image, got none")
         with self.random():
+            view = self._view(read, cache=0.0)  # each is read once
             number, rows = len(self.classes), torch.arange(len(view))
             best = np.asarray(classify(self.method, view, rows, number, top=min(top, number)).cpu())
         if len(bad := np.flatnonzero(np.isnan(best[:, 0, 1]))):
@@ -383,10 +384,12 @@ class Learner:
             raise ValueError(
                 f"the backbone's input (size, mean, std) must be {given['input']}, as in {folder}, got {here}"
             )
-        for name in names:
-            load_adapter(learner._adapters, folder / ADAPTERS / name, name)
-        learner.random.state = state.pop("rng")
-        learner.method.restore(state)
+        rng = state.pop("rng")
+        with learner.random():
+            for name in names:
+                load_adapter(learner._adapters, folder / ADAPTERS / name, name)
+            learner.method.restore(state)
+        learner.random.state = rng
         learner.classes, learner.task_sizes = classes, sizes
         return learner
 
