@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_cil_methods import CLASSES, backbone
+from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import Dataset, TensorDataset
 
 from plora_ext.cil import (
@@ -229,6 +233,28 @@ def test_a_backbone_of_another_dtype_is_named(method: str, dtype: torch.dtype, i
     one = Learner(backbone=given, **QUICK, method=method)
     with pytest.raises(ValueError, match=f"takes no images of float32, its parameters are {dtype}: call its float"):
         one.fit(tasks(images, True)[0])
+
+
+@pytest.mark.parametrize("method", ["simplecil", "plora"])
+def test_a_backbone_that_carries_adapters_is_refused(method: str, images: Images) -> None:
+    """What an earlier run has trained into it would count as the frozen model."""
+    given = backbone()
+    run(Settings(**QUICK, increment=2), data=images, backbone=given)
+    with pytest.raises(ValueError, match="the backbone carries adapters already"):
+        run(Settings(**QUICK, increment=2, method=method), data=images, backbone=given)
+
+
+def test_a_backbone_is_evaluated_in_all_its_parts(images: Images) -> None:
+    vit = VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0, proj_drop_rate=0.5
+    )
+    scores = []
+    for mode in (False, True):
+        given = backbone()._replace(model=copy.deepcopy(vit).eval())
+        given.model.blocks.train(mode)
+        one = Learner(backbone=given, **QUICK, method="simplecil").fit(tasks(images, True)[0])
+        scores.append(one.scores(images.test_images)[1])
+    assert np.array_equal(*scores)
 
 
 def test_a_backbone_made_where_nothing_trains_is_refused() -> None:

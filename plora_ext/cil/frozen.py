@@ -29,9 +29,15 @@ def check_backbone(model: nn.Module) -> None:
     """Refuses what cannot be frozen.
 
     Raises:
-        ValueError: A lazily initialised tensor, which has no value yet; or batch normalisation without running
-            statistics, under which the features of an image depend on the other images of its batch.
+        ValueError: A lazily initialised tensor, which has no value yet; batch normalisation without running
+            statistics, under which the features of an image depend on the other images of its batch; or adapters, as a
+            method has left them that was given the same model before.
     """
+    if any(isinstance(module, MultiLoRALinear) for module in model.modules()):
+        raise ValueError(
+            "the backbone carries adapters already, so that its features are not those of the frozen model: make it "
+            "anew for every run and learner, which change its model in place"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise ValueError(f"the backbone's {name} is not initialised: call the backbone on an image first")

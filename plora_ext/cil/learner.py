@@ -106,7 +106,8 @@ class Learner:
             check_backbone(backbone.model)
             world.broadcast_([tensor.data for tensor in backbone.model.state_dict().values()])
             self.backbone_digest = weights_digest(backbone.model)
-            self.trainer = Trainer(backbone.model.to(device).requires_grad_(False), s, device, callbacks, world)
+            model = backbone.model.to(device).requires_grad_(False).eval()  # all parts of it, whatever each was in
+            self.trainer = Trainer(model, s, device, callbacks, world)
             self.trainer.num_tasks = num_tasks
             self.method: Method = (make or METHODS[s.method])(self.trainer, s)
             self.preparation = prepare(s, backbone, device, world)
