@@ -140,6 +140,25 @@ def test_a_folder_is_replaced_whole_or_not_at_all(
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(FileExistsError, match="mine holds something else than a learner"):
         one.save_pretrained(tmp_path / "mine")
+    one.save_pretrained(folder / "second")  # a learner within: it would go with the folder
+    with pytest.raises(FileExistsError, match="it holds something else than a learner"):
+        one.save_pretrained(folder)
+    assert Learner.from_pretrained(folder / "second", backbone=backbone()).classes == [0, 1, 2, 3, 4, 5]
+    shutil.rmtree(folder / "second")
+    replace, stops = os.replace, [tmp_path / "it"]
+
+    def cut(source: Path, target: Path) -> None:
+        if target in stops:  # between the earlier one's going and the new one's coming
+            stops.clear()
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", cut)
+    with pytest.raises(KeyboardInterrupt):
+        one.save_pretrained(folder)
+    monkeypatch.undo()
+    assert Learner.from_pretrained(folder, backbone=backbone()).classes == [0, 1, 2, 3]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["it", "mine"]
     monkeypatch.chdir(folder)
     with pytest.raises(FileExistsError, match="it is the working directory, which cannot be replaced"):
         one.save_pretrained(".")

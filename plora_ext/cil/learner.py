@@ -311,7 +311,8 @@ class Learner:
 
         from plora_ext.io import save_adapter
 
-        if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        held = {path.name for path in folder.iterdir()} if folder.is_dir() else {""} if folder.exists() else set()
+        if held and not {CONFIG} <= held <= {CONFIG, TENSORS, ADAPTERS}:
             raise FileExistsError(f"{folder} holds something else than a learner: choose another folder")
         work, before = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("part", "old"))
         try:
@@ -324,6 +325,8 @@ class Learner:
                 os.replace(folder, before)
             os.replace(work, folder)
         finally:
+            if before.exists() and not folder.exists():  # stopped between the two
+                os.replace(before, folder)
             shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(before, ignore_errors=True)
 
