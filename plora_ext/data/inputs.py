@@ -98,14 +98,16 @@ def read_labelled(data: Any, corrupt: str = "error") -> tuple[np.ndarray | Image
 
 
 def to_pixels(image: Any) -> np.ndarray:
-    """One image as uint8 [H, W, 3]: a PIL image, an array [H, W, 3] or [H, W], or a tensor [3, H, W] or [1, H, W].
+    """One image as uint8 [H, W, 3]: PIL's, an array [H, W, 3] or [H, W], or a tensor [3, H, W], [1, H, W] or [H, W].
 
     Raises:
         ValueError: It is nothing of these, or its values lie outside of what `plora_ext.data.decode` takes.
     """
     if isinstance(image, Image):
         return to_rgb(image)
-    pixels = np.moveaxis(_on_host(image), 0, -1) if isinstance(image, Tensor) else np.asarray(image)
+    pixels = _on_host(image) if isinstance(image, Tensor) else np.asarray(image)
+    if isinstance(image, Tensor) and pixels.ndim == 3:
+        pixels = np.moveaxis(pixels, 0, -1)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or not pixels.size:
