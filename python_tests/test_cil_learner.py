@@ -6,11 +6,14 @@ import contextlib
 import copy
 import json
 import os
+import pickle
 import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -328,6 +331,23 @@ def test_a_fit_that_failed_leaves_nothing_to_predict_by(images: Images) -> None:
             ask()
 
 
+def test_threads_take_turns(images: Images) -> None:
+    """Adapters are merged into the model for a pass: those of another thread would be of half of it."""
+    one, (first, second, _) = learner(head="gaussian"), tasks(images, True)
+    one.fit(first)
+    expected = one.scores(images.test_images)[1]
+    with ThreadPoolExecutor(4) as pool:
+        for scores in pool.map(lambda _: one.scores(images.test_images)[1], range(12)):
+            assert np.array_equal(scores, expected)
+        learned = pool.submit(one.fit, second)
+        while not one._cut_short and not learned.done():
+            time.sleep(1e-4)
+        found = pool.submit(one.predict, second[0]).result()
+        assert learned.result() is one and set(found) & {2, 3}
+    for again in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+        assert np.array_equal(again.scores(images.test_images)[1], one.scores(images.test_images)[1])
+
+
 def test_a_run_s_learner_goes_on(images: Images, tmp_path: Path) -> None:
     """Its checkpoint and its figures stay those of the run."""
     few = Images(*(part[labels < 4] for part, labels in (
@@ -514,6 +534,7 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
         (([np.zeros((0, 5, 3), np.uint8)], [0]), r"an image must be .*, got ndarray \[0, 5, 3\]"),
         ({"image": pixels, "label": labels}, "data must be a pair .*, got dict"),
         ((pixels, [1.0, float("nan")] * 20), "labels must be numbers or texts, got nan"),
+        ((pixels, [1.0, float("inf")] * 20), "labels must be numbers or texts, got inf"),
         ((pixels, [None] * 40), "labels must be numbers or texts, got None"),
         ((pixels, [(0, "cat")] * 40), r"labels must be numbers or texts, got \(0, 'cat'\)"),  # no JSON gives them back
         ([(pixels[0], 0), (pixels[20], 1)], r"labels must be numbers or texts, got array\("),

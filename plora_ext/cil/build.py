@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -108,15 +109,27 @@ class Generators:
 
     Outside they are as if there had been no block; likewise torch's switch of deterministic algorithms. Inside,
     whatever the caller has chosen, gradients can be recorded, numbers are float32 and on the CPU where nothing else is
-    said, and there is no autocast but that of the settings.
+    said, and there is no autocast but that of the settings. One thread at a time is inside.
     """
 
     def __init__(self, settings: Settings, device: torch.device):
         self.settings, self.device = settings, device
         self.state: dict[str, Any] | None = None  # as the last block left it
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
+        with self._lock, self._seeded():
+            yield
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
         if self.device.type == "cuda":
             torch.cuda.init()  # else its generators have no state yet
         before, deterministic = rng_state(), torch.are_deterministic_algorithms_enabled()

@@ -43,6 +43,7 @@ class Learner:
     """A frozen backbone, a method that learns tasks on it, and the labels of the classes seen.
 
     The process's random generators are as they were after every call: those of the learner are its own, by `seed`.
+    Threads may ask one learner: they take turns.
     Settings of the protocol (tasks, class order, `validation`) are for `run`: what `fit` is given is learned whole.
 
     Args:
@@ -208,13 +209,13 @@ class Learner:
         from plora_ext.cil.evaluate import classify
         from plora_ext.data.inputs import read_images
 
-        self._refuse_half()
-        if not self.classes:
-            raise RuntimeError("this learner has learned no task yet: call fit first")
         read = read_images(images)
         if not len(read):
             raise ValueError("images must hold at least one image, got none")
-        with self.random():
+        with self.random():  # another thread that learns is waited for
+            self._refuse_half()
+            if not self.classes:
+                raise RuntimeError("this learner has learned no task yet: call fit first")
             view = self._view(read, cache=0.0)  # each is read once
             number, rows = len(self.classes), torch.arange(len(view))
             best = np.asarray(classify(self.method, view, rows, number, top=min(top, number)).cpu())

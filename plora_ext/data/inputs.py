@@ -179,7 +179,7 @@ def _labels(given: Any) -> list[Any]:
         raise ValueError(f"labels must be one an image, got {given!r}") from None
     values = [value.item() if hasattr(value, "item") and math.prod(value.shape) == 1 else value for value in values]
     for value in values:
-        if not isinstance(value, int | float | str) or value != value:
+        if not isinstance(value, int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"labels must be numbers or texts, got {value!r:.60}")
     return values
 
