@@ -266,6 +266,16 @@ def test_a_backbone_that_carries_adapters_is_refused(method: str, images: Images
         run(Settings(**QUICK, increment=2, method=method), data=images, backbone=given)
 
 
+def test_a_backbone_with_a_classifier_is_refused() -> None:
+    """Its logits would be taken as features."""
+    given = backbone()
+    given.model.reset_classifier(7)
+    with pytest.raises(ValueError, match="the backbone has a classifier of 7 classes"):
+        Learner(backbone=given, **QUICK)
+    given.model.reset_classifier(0)
+    Learner(backbone=given, **QUICK)
+
+
 def test_a_backbone_is_evaluated_in_all_its_parts(images: Images) -> None:
     vit = VisionTransformer(
         img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0, proj_drop_rate=0.5
@@ -560,11 +570,19 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
     (tmp_path / "both" / "train").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds train and not classes"):
         one.fit(tmp_path / "both")
+    for split in ("train", "valid"):
+        (tmp_path / "both" / split / "ant").mkdir(parents=True)
+        Image.fromarray(pixels[0]).save(tmp_path / "both" / split / "ant" / "0.png")
+    with pytest.raises(ValueError, match="holds train, valid and not classes"):
+        one.fit(tmp_path / "both")
     with pytest.raises(TypeError, match="settings must be Settings, .*got str"):
         Learner("run.yaml")  # type: ignore[arg-type]
     for number in (None, 0):
         with pytest.raises(ValueError, match=f"give num_tasks, got {number}"):
             learner(fusion="sum", onto="fused", init="inflora", num_tasks=number)
+    told = learner(fusion="sum", onto="fused", init="inflora", num_tasks=1).fit((pixels, labels))
+    with pytest.raises(ValueError, match="room for num_tasks 1, and all are learned"):
+        told.fit((pixels, [label + 2 for label in labels]))
     one.trainer.model.norm.bias.data[0] = float("nan")
     with pytest.raises(FloatingPointError, match="got nan for image 0: its features are not finite"):
         one.predict(pixels)  # all were of the first class

@@ -136,6 +136,8 @@ class Learner:
         new, first = sorted(set(labels)), len(self.classes)
         if again := [label for label in new if label in self.classes]:
             raise ValueError(f"a task brings new classes, but {again[0]!r} was learned before: leave its images out")
+        if self.settings.init == "inflora" and len(self.task_sizes) == self.trainer.num_tasks:
+            raise ValueError(f"init inflora has made room for num_tasks {self.trainer.num_tasks}, and all are learned")
         if self.settings.method == "joint" and self.classes:
             raise ValueError("method joint learns all classes as one task: fit it once")
         position = {label: first + i for i, label in enumerate(new)}

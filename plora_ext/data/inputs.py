@@ -148,7 +148,7 @@ def _class_folders(root: Path, corrupt: str) -> tuple[ImageFiles, list[str]]:
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not names:
         raise FileNotFoundError(f"{root} must hold a folder of images for each class, it holds none")
-    if set(names) <= {"train", "test", "val"}:
+    if set(names) <= {"train", "test", "val", "valid", "validation"}:
         raise ValueError(f"{root} holds {', '.join(names)} and not classes: give one of these folders")
     files = decodable(class_files(root, names), corrupt)
     paths = [path for of in files for path in of]
