@@ -272,6 +272,11 @@ def test_a_backbone_with_a_classifier_is_refused() -> None:
     given.model.reset_classifier(7)
     with pytest.raises(ValueError, match="the backbone has a classifier of 7 classes"):
         Learner(backbone=given, **QUICK)
+    vit = given.model
+    vit.forward = lambda x: vit.forward_head(vit.forward_features(x), pre_logits=True)  # gives features all the same
+    Learner(backbone=given, **QUICK)
+    given = backbone()
+    given.model.reset_classifier(7)
     given.model.reset_classifier(0)
     Learner(backbone=given, **QUICK)
 

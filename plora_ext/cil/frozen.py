@@ -38,7 +38,8 @@ def check_backbone(model: nn.Module) -> None:
             "the backbone carries adapters already, so that its features are not those of the frozen model: make it "
             "anew for every run and learner, which change its model in place"
         )
-    classifier = getattr(model, "get_classifier", lambda: None)()
+    timms = type(model).__module__.startswith("timm.") and "forward" not in vars(model)  # others may leave it out
+    classifier = getattr(model, "get_classifier", lambda: None)() if timms else None
     if isinstance(classifier, nn.Linear):
         raise ValueError(
             f"the backbone has a classifier of {classifier.out_features} classes, and features would be its logits: "
