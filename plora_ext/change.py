@@ -65,7 +65,7 @@ def row_digests(rows: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _keys(number: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(1993)
-    keys = torch.randint(-(2**63), 2**63 - 1, (2, number), generator=generator)
+    keys = torch.randint(-(2**63), 2**63 - 1, (2, number), generator=generator, device="cpu")
     return (keys | 1).to(device)
 
 

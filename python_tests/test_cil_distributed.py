@@ -440,6 +440,19 @@ def test_a_learner_of_many_processes(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+def seeking_once(world: World) -> Tensor:
+    made = run(settings(increment=1, sought=1, cutmix=0.0, epochs=1), data=Images(**arrays()), backbone=backbone(),
+               world=world)  # fmt: skip
+    prototypes: Tensor = made.learner.method.prototypes
+    return prototypes
+
+
+def test_fewer_images_are_sought_than_there_are_processes() -> None:
+    one, (first, second) = seeking_once(SINGLE), spawn(2, seeking_once)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, one, rtol=1e-2, atol=1e-2)
+
+
 def batch_norm(world: World) -> None:
     world.start_(nn.Sequential(nn.BatchNorm1d(3)), [])
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import os
+import pickle
 import random
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +25,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_cil_methods import CLASSES, backbone
+from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import Dataset, TensorDataset
 
 from plora_ext.cil import (
@@ -136,6 +143,25 @@ def test_a_folder_is_replaced_whole_or_not_at_all(
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(FileExistsError, match="mine holds something else than a learner"):
         one.save_pretrained(tmp_path / "mine")
+    one.save_pretrained(folder / "second")  # a learner within: it would go with the folder
+    with pytest.raises(FileExistsError, match="it holds something else than a learner"):
+        one.save_pretrained(folder)
+    assert Learner.from_pretrained(folder / "second", backbone=backbone()).classes == [0, 1, 2, 3, 4, 5]
+    shutil.rmtree(folder / "second")
+    replace, stops = os.replace, [tmp_path / "it"]
+
+    def cut(source: Path, target: Path) -> None:
+        if target in stops:  # between the earlier one's going and the new one's coming
+            stops.clear()
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", cut)
+    with pytest.raises(KeyboardInterrupt):
+        one.save_pretrained(folder)
+    monkeypatch.undo()
+    assert Learner.from_pretrained(folder, backbone=backbone()).classes == [0, 1, 2, 3]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["it", "mine"]
     monkeypatch.chdir(folder)
     with pytest.raises(FileExistsError, match="it is the working directory, which cannot be replaced"):
         one.save_pretrained(".")
@@ -179,6 +205,16 @@ def test_what_cannot_be_brought_back_is_said(images: Images, tmp_path: Path) -> 
 
 
 @contextlib.contextmanager
+def default_device(kind: str) -> Iterator[None]:
+    torch.set_default_device(kind)
+    try:
+        yield
+        assert torch.get_default_device().type == kind
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     torch.set_default_dtype(dtype)
     try:
@@ -188,12 +224,14 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("head", ["cosine", "gaussian"])
-def test_it_learns_the_same_whatever_its_caller_has_switched(head: str, images: Images) -> None:
+@pytest.mark.parametrize("head", ["cosine", "gaussian", "ranpac"])
+def test_it_learns_the_same_whatever_its_caller_has_switched(head: str, images: Images, tmp_path: Path) -> None:
     settings = Settings(**{**QUICK, "head": head, "increment": 2, "class_order": "sorted"})
     expected = run(settings, data=images, backbone=backbone())
-    for switched in (torch.no_grad(), torch.inference_mode(), default_dtype(torch.float64)):
-        models = backbone(), backbone()
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    dtype, device = default_dtype(torch.float64), default_device("meta")
+    for switched in (torch.no_grad(), torch.inference_mode(), dtype, device, autocast):
+        models = backbone(), backbone(), backbone()
         with switched:
             before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
             curve = run(settings, data=images, backbone=models[0]).curve
@@ -201,6 +239,9 @@ def test_it_learns_the_same_whatever_its_caller_has_switched(head: str, images: 
             for task in tasks(images, True):
                 ours.fit(task)
             figures = ours.evaluate((images.test_images, images.test_labels))
+            ours.save_pretrained(tmp_path / "it")
+            again = Learner.from_pretrained(tmp_path / "it", backbone=models[2], device="cpu")
+            assert np.array_equal(again.scores(images.test_images)[1], ours.scores(images.test_images)[1])
             assert before == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         assert curve == expected.curve and figures["accuracy"] == curve[-1]
         assert torch.equal(ours.method.prototypes, expected.learner.method.prototypes)  # type: ignore[arg-type]
@@ -214,6 +255,43 @@ def test_a_backbone_of_another_dtype_is_named(method: str, dtype: torch.dtype, i
     one = Learner(backbone=given, **QUICK, method=method)
     with pytest.raises(ValueError, match=f"takes no images of float32, its parameters are {dtype}: call its float"):
         one.fit(tasks(images, True)[0])
+
+
+@pytest.mark.parametrize("method", ["simplecil", "plora"])
+def test_a_backbone_that_carries_adapters_is_refused(method: str, images: Images) -> None:
+    """What an earlier run has trained into it would count as the frozen model."""
+    given = backbone()
+    run(Settings(**QUICK, increment=2), data=images, backbone=given)
+    with pytest.raises(ValueError, match="the backbone carries adapters already"):
+        run(Settings(**QUICK, increment=2, method=method), data=images, backbone=given)
+
+
+def test_a_backbone_with_a_classifier_is_refused() -> None:
+    """Its logits would be taken as features."""
+    given = backbone()
+    given.model.reset_classifier(7)
+    with pytest.raises(ValueError, match="the backbone has a classifier of 7 classes"):
+        Learner(backbone=given, **QUICK)
+    vit = given.model
+    vit.forward = lambda x: vit.forward_head(vit.forward_features(x), pre_logits=True)  # gives features all the same
+    Learner(backbone=given, **QUICK)
+    given = backbone()
+    given.model.reset_classifier(7)
+    given.model.reset_classifier(0)
+    Learner(backbone=given, **QUICK)
+
+
+def test_a_backbone_is_evaluated_in_all_its_parts(images: Images) -> None:
+    vit = VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0, proj_drop_rate=0.5
+    )
+    scores = []
+    for mode in (False, True):
+        given = backbone()._replace(model=copy.deepcopy(vit).eval())
+        given.model.blocks.train(mode)
+        one = Learner(backbone=given, **QUICK, method="simplecil").fit(tasks(images, True)[0])
+        scores.append(one.scores(images.test_images)[1])
+    assert np.array_equal(*scores)
 
 
 def test_a_backbone_made_where_nothing_trains_is_refused() -> None:
@@ -266,6 +344,23 @@ def test_a_fit_that_failed_leaves_nothing_to_predict_by(images: Images) -> None:
     for ask in (lambda: one.predict(first[0]), lambda: one.evaluate(first), lambda: one.best(first[0], 2)):
         with pytest.raises(RuntimeError, match="an earlier fit was cut short within its task"):
             ask()
+
+
+def test_threads_take_turns(images: Images) -> None:
+    """Adapters are merged into the model for a pass: those of another thread would be of half of it."""
+    one, (first, second, _) = learner(head="gaussian"), tasks(images, True)
+    one.fit(first)
+    expected = one.scores(images.test_images)[1]
+    with ThreadPoolExecutor(4) as pool:
+        for scores in pool.map(lambda _: one.scores(images.test_images)[1], range(12)):
+            assert np.array_equal(scores, expected)
+        learned = pool.submit(one.fit, second)
+        while not one._cut_short and not learned.done():
+            time.sleep(1e-4)
+        found = pool.submit(one.predict, second[0]).result()
+        assert learned.result() is one and set(found) & {2, 3}
+    for again in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+        assert np.array_equal(again.scores(images.test_images)[1], one.scores(images.test_images)[1])
 
 
 def test_a_run_s_learner_goes_on(images: Images, tmp_path: Path) -> None:
@@ -454,6 +549,7 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
         (([np.zeros((0, 5, 3), np.uint8)], [0]), r"an image must be .*, got ndarray \[0, 5, 3\]"),
         ({"image": pixels, "label": labels}, "data must be a pair .*, got dict"),
         ((pixels, [1.0, float("nan")] * 20), "labels must be numbers or texts, got nan"),
+        ((pixels, [1.0, float("inf")] * 20), "labels must be numbers or texts, got inf"),
         ((pixels, [None] * 40), "labels must be numbers or texts, got None"),
         ((pixels, [(0, "cat")] * 40), r"labels must be numbers or texts, got \(0, 'cat'\)"),  # no JSON gives them back
         ([(pixels[0], 0), (pixels[20], 1)], r"labels must be numbers or texts, got array\("),
@@ -479,11 +575,19 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
     (tmp_path / "both" / "train").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds train and not classes"):
         one.fit(tmp_path / "both")
+    for split in ("train", "valid"):
+        (tmp_path / "both" / split / "ant").mkdir(parents=True)
+        Image.fromarray(pixels[0]).save(tmp_path / "both" / split / "ant" / "0.png")
+    with pytest.raises(ValueError, match="holds train, valid and not classes"):
+        one.fit(tmp_path / "both")
     with pytest.raises(TypeError, match="settings must be Settings, .*got str"):
         Learner("run.yaml")  # type: ignore[arg-type]
     for number in (None, 0):
         with pytest.raises(ValueError, match=f"give num_tasks, got {number}"):
             learner(fusion="sum", onto="fused", init="inflora", num_tasks=number)
+    told = learner(fusion="sum", onto="fused", init="inflora", num_tasks=1).fit((pixels, labels))
+    with pytest.raises(ValueError, match="room for num_tasks 1, and all are learned"):
+        told.fit((pixels, [label + 2 for label in labels]))
     one.trainer.model.norm.bias.data[0] = float("nan")
     with pytest.raises(FloatingPointError, match="got nan for image 0: its features are not finite"):
         one.predict(pixels)  # all were of the first class

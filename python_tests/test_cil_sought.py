@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from plora_ext import change
 from plora_ext.cil import sought
 
 
@@ -63,3 +64,19 @@ def test_images_come_nearer_by_steps_of_one_size(generator: torch.Generator) -> 
     change = (moved - images).flatten(1).norm(dim=1) / 48**0.5
     assert bool((change <= sought.STEPS * sought.STEP + 1e-5).all()) and bool((change > sought.STEP).all())
     assert torch.equal(sought.move(images, model(images).float(), model), images)  # where they are there, none moves
+
+
+def test_numbers_are_the_same_under_another_default_device() -> None:
+    """Draws of a CPU's generator are a CPU's: with a GPU as the default, they ended in an error."""
+
+    def drawn() -> list[torch.Tensor]:
+        sample, x = sought.Sample(), torch.linspace(0, 1, 60, device="cpu").view(12, 5).sin()
+        for _ in range(30):
+            sample.add(x)
+        change._keys.cache_clear()
+        labels = torch.arange(12, device="cpu") % 3
+        return [*sample.rows, *sought.targets(x[:4], x, labels, 3), change.row_digests(x)]
+
+    expected = drawn()
+    with torch.device("meta"):
+        assert all(map(torch.equal, drawn(), expected))

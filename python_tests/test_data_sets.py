@@ -742,6 +742,13 @@ def test_names_of_files_need_not_be_utf8(tmp_path: Path) -> None:
     assert len(data.digest()) == 16 and len(digests.unique(dim=0)) == len(data.train_images) == 4
 
 
+def test_a_gray_tensor_is_not_turned() -> None:
+    gray = torch.arange(6, dtype=torch.uint8).view(2, 3)  # as torchvision's MNIST has in `data`
+    wanted = gray.numpy()[..., None].repeat(3, 2)
+    for image in (gray, gray[None], gray.numpy()):
+        np.testing.assert_array_equal(to_pixels(image), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_tensors_of_every_float_are_images(dtype: torch.dtype) -> None:
     values = torch.linspace(0, 1, 192).view(3, 8, 8).to(dtype)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -107,15 +108,28 @@ class Generators:
     """The global random generators as one run has them: inside its blocks they are seeded, and go on where one ended.
 
     Outside they are as if there had been no block; likewise torch's switch of deterministic algorithms. Inside,
-    whatever the caller has chosen, gradients can be recorded, and numbers are float32 where nothing else is said.
+    whatever the caller has chosen, gradients can be recorded, numbers are float32 and on the CPU where nothing else is
+    said, and there is no autocast but that of the settings. One thread at a time is inside.
     """
 
     def __init__(self, settings: Settings, device: torch.device):
         self.settings, self.device = settings, device
         self.state: dict[str, Any] | None = None  # as the last block left it
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
+        with self._lock, self._seeded():
+            yield
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
         if self.device.type == "cuda":
             torch.cuda.init()  # else its generators have no state yet
         before, deterministic = rng_state(), torch.are_deterministic_algorithms_enabled()
@@ -125,7 +139,10 @@ class Generators:
             if self.state is not None:
                 set_rng_state(self.state)
             torch.set_default_dtype(torch.float32)
-            with torch.inference_mode(False), torch.enable_grad():
+            # A mode that every call of torch goes through: not where it would change nothing.
+            place = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+            autocast = torch.autocast(self.device.type, enabled=False)
+            with torch.inference_mode(False), torch.enable_grad(), place, autocast:
                 yield
         finally:
             torch.set_default_dtype(dtype)

@@ -10,10 +10,10 @@ of anything, the process of rank r among R has r, r + R, r + 2R, ...
     features     where a head learns from them: all rows on every process, n D numbers
     evaluation   every process predicts its own test images; the classes are put together, none twice
     random       order and augmentation are drawn by every process for all images, so that they are those of a single
-                 process and a checkpoint does not depend on R; inside the model each rank draws its own (dropout)
+                 process and a checkpoint does not depend on R; dropout and CutMix are drawn by each for its own images
     files        the process of rank 0 reads and writes the checkpoint, the reports and the console
 
-So results are those of one process up to the order of floating-point sums, except for dropout's draws.
+So results are those of one process up to the order of floating-point sums, except for the draws of dropout and CutMix.
 """
 
 from __future__ import annotations

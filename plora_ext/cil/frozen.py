@@ -29,9 +29,22 @@ def check_backbone(model: nn.Module) -> None:
     """Refuses what cannot be frozen.
 
     Raises:
-        ValueError: A lazily initialised tensor, which has no value yet; or batch normalisation without running
-            statistics, under which the features of an image depend on the other images of its batch.
+        ValueError: A lazily initialised tensor, which has no value yet; batch normalisation without running
+            statistics, under which the features of an image depend on the other images of its batch; adapters, as a
+            method has left them that was given the same model before; or a classifier (of timm's models).
     """
+    if any(isinstance(module, MultiLoRALinear) for module in model.modules()):
+        raise ValueError(
+            "the backbone carries adapters already, so that its features are not those of the frozen model: make it "
+            "anew for every run and learner, which change its model in place"
+        )
+    timms = type(model).__module__.startswith("timm.") and "forward" not in vars(model)  # others may leave it out
+    classifier = getattr(model, "get_classifier", lambda: None)() if timms else None
+    if isinstance(classifier, nn.Linear):
+        raise ValueError(
+            f"the backbone has a classifier of {classifier.out_features} classes, and features would be its logits: "
+            "create it with num_classes=0, or call its reset_classifier(0)"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise ValueError(f"the backbone's {name} is not initialised: call the backbone on an image first")

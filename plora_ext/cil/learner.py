@@ -43,6 +43,7 @@ class Learner:
     """A frozen backbone, a method that learns tasks on it, and the labels of the classes seen.
 
     The process's random generators are as they were after every call: those of the learner are its own, by `seed`.
+    Threads may ask one learner: they take turns.
     Settings of the protocol (tasks, class order, `validation`) are for `run`: what `fit` is given is learned whole.
 
     Args:
@@ -107,7 +108,8 @@ class Learner:
             check_backbone(backbone.model)
             world.broadcast_([tensor.data for tensor in backbone.model.state_dict().values()])
             self.backbone_digest = weights_digest(backbone.model)
-            self.trainer = Trainer(backbone.model.to(device).requires_grad_(False), s, device, callbacks, world)
+            model = backbone.model.to(device).requires_grad_(False).eval()  # all parts of it, whatever each was in
+            self.trainer = Trainer(model, s, device, callbacks, world)
             self.trainer.num_tasks = num_tasks
             self.method: Method = (make or METHODS[s.method])(self.trainer, s)
             self.preparation = prepare(s, backbone, device, world)
@@ -135,6 +137,8 @@ class Learner:
         new, first = sorted(set(labels)), len(self.classes)
         if again := [label for label in new if label in self.classes]:
             raise ValueError(f"a task brings new classes, but {again[0]!r} was learned before: leave its images out")
+        if self.settings.init == "inflora" and len(self.task_sizes) == self.trainer.num_tasks:
+            raise ValueError(f"init inflora has made room for num_tasks {self.trainer.num_tasks}, and all are learned")
         if self.settings.method == "joint" and self.classes:
             raise ValueError("method joint learns all classes as one task: fit it once")
         position = {label: first + i for i, label in enumerate(new)}
@@ -208,13 +212,14 @@ class Learner:
         from plora_ext.cil.evaluate import classify
         from plora_ext.data.inputs import read_images
 
-        self._refuse_half()
-        if not self.classes:
-            raise RuntimeError("this learner has learned no task yet: call fit first")
-        view = self._view(read_images(images), cache=0.0)  # each is read once
-        if not len(view):
+        read = read_images(images)
+        if not len(read):
             raise ValueError("images must hold at least one image, got none")
-        with self.random():
+        with self.random():  # another thread that learns is waited for
+            self._refuse_half()
+            if not self.classes:
+                raise RuntimeError("this learner has learned no task yet: call fit first")
+            view = self._view(read, cache=0.0)  # each is read once
             number, rows = len(self.classes), torch.arange(len(view))
             best = np.asarray(classify(self.method, view, rows, number, top=min(top, number)).cpu())
         if len(bad := np.flatnonzero(np.isnan(best[:, 0, 1]))):
@@ -310,7 +315,8 @@ class Learner:
 
         from plora_ext.io import save_adapter
 
-        if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        held = {path.name for path in folder.iterdir()} if folder.is_dir() else {""} if folder.exists() else set()
+        if held and not {CONFIG} <= held <= {CONFIG, TENSORS, ADAPTERS}:
             raise FileExistsError(f"{folder} holds something else than a learner: choose another folder")
         work, before = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("part", "old"))
         try:
@@ -323,6 +329,8 @@ class Learner:
                 os.replace(folder, before)
             os.replace(work, folder)
         finally:
+            if before.exists() and not folder.exists():  # stopped between the two
+                os.replace(before, folder)
             shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(before, ignore_errors=True)
 
@@ -384,10 +392,12 @@ class Learner:
             raise ValueError(
                 f"the backbone's input (size, mean, std) must be {given['input']}, as in {folder}, got {here}"
             )
-        for name in names:
-            load_adapter(learner._adapters, folder / ADAPTERS / name, name)
-        learner.random.state = state.pop("rng")
-        learner.method.restore(state)
+        rng = state.pop("rng")
+        with learner.random():
+            for name in names:
+                load_adapter(learner._adapters, folder / ADAPTERS / name, name)
+            learner.method.restore(state)
+        learner.random.state = rng
         learner.classes, learner.task_sizes = classes, sizes
         return learner
 

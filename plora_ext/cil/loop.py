@@ -63,7 +63,8 @@ def run(
     tasks = tasks_of(settings, stream)
     learner = Learner(settings, backbone=backbone, callbacks=callbacks, make=make, num_tasks=len(tasks), world=world)
     method, trainer = learner.method, learner.trainer
-    train, test = View(data.train_images, learner.preparation), View(data.test_images, learner.preparation)
+    with learner.random():
+        train, test = View(data.train_images, learner.preparation), View(data.test_images, learner.preparation)
     known = fingerprint_of(settings, data, tasks, learner.backbone_digest, train.preparation)
     result = Result(
         settings=settings.as_dict(),

@@ -31,12 +31,12 @@ class Sample:
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
-        self.keys = torch.empty(0)
+        self.keys = torch.empty(0, device="cpu")
         self.rows: tuple[Tensor, ...] = ()
 
     def add(self, *rows: Tensor) -> None:
         """Takes in rows, tensors of one length."""
-        keys = torch.cat([self.keys, torch.rand(len(rows[0]), generator=self.generator)])
+        keys = torch.cat([self.keys, torch.rand(len(rows[0]), generator=self.generator, device="cpu")])
         kept = keys.topk(min(SAMPLE, len(keys))).indices
         both = [torch.cat(pair) for pair in zip(self.rows, rows)] or rows
         self.keys, self.rows = keys[kept], tuple(part[kept.to(part.device)] for part in both)
@@ -64,8 +64,8 @@ def targets(prototypes: Tensor, features: Tensor, labels: Tensor, number: int) -
     within.diagonal().add_((1e-4 * within.diagonal().mean()).clamp_min(1e-12))
     factor = torch.linalg.cholesky(within).float()
     nearest = (F.normalize(prototypes.float()) @ F.normalize(features.float()).T).topk(min(NEAREST, n)).indices.cpu()
-    starts = nearest.gather(1, torch.randint(nearest.shape[1], (C, number), generator=generator))
-    noise = torch.randn(C, number, D, generator=generator).to(factor.device)
+    starts = nearest.gather(1, torch.randint(nearest.shape[1], (C, number), generator=generator, device="cpu"))
+    noise = torch.randn(C, number, D, generator=generator, device="cpu").to(factor.device)
     return starts.flatten(), (prototypes.float()[:, None] + noise @ factor.T).flatten(0, 1)
 
 

@@ -53,7 +53,8 @@ class Trained:
         saved = checkpoint.load()
         self.run: dict[str, Any] = saved["run"]
         self.method = self.learner.method
-        self.method.restore(saved["state"])
+        with self.learner.random():
+            self.method.restore(saved["state"])
         self.learner.random.state = saved["state"]["rng"]
         seen = self.run["classes_seen"][: len(self.run["curve"])]
         for start, stop in pairwise([0, *(seen[-1:] if self.settings.method == "joint" else seen)]):
@@ -76,10 +77,10 @@ class Trained:
         tasks = tasks_of(self.settings, stream)
         here = {**self.fingerprint, **data_digests(data, tasks), "training": None}  # test images have to be the same
         refuse_other(self.fingerprint, here, f"{self.settings.data} is the data", learned)
-        images = View(data.test_images, self.learner.preparation)
-        evaluator, last = Evaluator(self.method, tasks, images, stream.task_of_class()), learned - 1
+        last = learned - 1
         with self.learner.random():
-            curve, row = evaluator.after(last)
+            images = View(data.test_images, self.learner.preparation)
+            curve, row = Evaluator(self.method, tasks, images, stream.task_of_class()).after(last)
         return {
             "tasks_learned": last + 1,
             "tasks": len(tasks),

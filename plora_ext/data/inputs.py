@@ -98,14 +98,16 @@ def read_labelled(data: Any, corrupt: str = "error") -> tuple[np.ndarray | Image
 
 
 def to_pixels(image: Any) -> np.ndarray:
-    """One image as uint8 [H, W, 3]: a PIL image, an array [H, W, 3] or [H, W], or a tensor [3, H, W] or [1, H, W].
+    """One image as uint8 [H, W, 3]: PIL's, an array [H, W, 3] or [H, W], or a tensor [3, H, W], [1, H, W] or [H, W].
 
     Raises:
         ValueError: It is nothing of these, or its values lie outside of what `plora_ext.data.decode` takes.
     """
     if isinstance(image, Image):
         return to_rgb(image)
-    pixels = np.moveaxis(_on_host(image), 0, -1) if isinstance(image, Tensor) else np.asarray(image)
+    pixels = _on_host(image) if isinstance(image, Tensor) else np.asarray(image)
+    if isinstance(image, Tensor) and pixels.ndim == 3:
+        pixels = np.moveaxis(pixels, 0, -1)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or not pixels.size:
@@ -146,7 +148,7 @@ def _class_folders(root: Path, corrupt: str) -> tuple[ImageFiles, list[str]]:
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not names:
         raise FileNotFoundError(f"{root} must hold a folder of images for each class, it holds none")
-    if set(names) <= {"train", "test", "val"}:
+    if set(names) <= {"train", "test", "val", "valid", "validation"}:
         raise ValueError(f"{root} holds {', '.join(names)} and not classes: give one of these folders")
     files = decodable(class_files(root, names), corrupt)
     paths = [path for of in files for path in of]
@@ -177,7 +179,7 @@ def _labels(given: Any) -> list[Any]:
         raise ValueError(f"labels must be one an image, got {given!r}") from None
     values = [value.item() if hasattr(value, "item") and math.prod(value.shape) == 1 else value for value in values]
     for value in values:
-        if not isinstance(value, int | float | str) or value != value:
+        if not isinstance(value, int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"labels must be numbers or texts, got {value!r:.60}")
     return values
 

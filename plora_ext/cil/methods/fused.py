@@ -125,7 +125,8 @@ class PLoRAFused(_Adapted):
         own = self.world.rows(len(starts))
         pairs, parts = [torch.stack([features[:0]] * 2, 1)], wanted[own.to(wanted.device)].split(size)
         with self.trainer.speed.passes(alone=False), lower_on_exhaustion("eval_batch_size"), torch.no_grad():
-            for batch, aims in zip(images[starts[own]].split(size), parts, strict=True):
+            # Of several processes one may have none.
+            for batch, aims in zip(images[starts[own]].split(size), parts, strict=True) if len(own) else ():
                 moved = sought.move(batch, aims, before)
                 pairs.append(torch.stack([before(moved), after(moved)], 1).float())
         return self.world.gather(torch.cat(pairs), len(starts))
