@@ -750,7 +750,7 @@ def test_added_to_many_rows(family: str, ids: str, T: int, r: int, options: str)
         assert torch.equal(ours(y0, *args, **added), ours(y0, *args, **added))
 
 
-# ---------------------------------------------------------------------- two slots, in pairs of tiles
+# ---------------------------------------------------------------------- tiles in thirds, two slots in pairs of tiles
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
@@ -768,9 +768,16 @@ def test_added_to_many_rows(family: str, ids: str, T: int, r: int, options: str)
         ("lora_sum", (12_608,), 768, 384, 9, 2),
         ("lora_sum", (1300,), 328, 1096, 32, 1),  # two slots of one adapter
         ("lora_sum", (2500,), 768, 768, 24, 1),
+        # Thirds: alone, after whole tiles, of ranks that are given, of a deep product, beyond the last column.
+        ("lora_sum", (700,), 136, 712, 16, 1),
+        ("lora_sum", (4352,), 64, 768, 16, 1),
+        ("lora_sum", (4500,), 768, 712, 64, 1),
+        ("lora_sum", (300,), 3072, 136, 8, 1),
+        ("lora_indexed", (23, 197), 72, 768, 16, 1),
+        ("lora_indexed", (40, 110), 200, 776, 24, 2),
     ],
 )
-def test_pairs_of_tiles(
+def test_pairs_and_thirds_of_tiles(
     family: str, rows: tuple[int, ...], n_in: int, out: int, r: int, T: int, options: str, dtype: torch.dtype
 ) -> None:
     args, kwargs, cotangent = problem(family, rows, n_in, out, r, T, options=options, dtype=dtype)
