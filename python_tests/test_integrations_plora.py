@@ -195,6 +195,9 @@ def test_what_would_teach_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match=r"of ids from 0, got \[-1, 2\]"):
         net.add_task([2, -1])
     net.add_task([2, 3])
+    with pytest.raises(RuntimeError, match=r"of classes \[2, 3\] has not ended"):
+        net.add_task([4, 5])
+    assert net.adapters.names == ["task0", "task1"]
     x = images()
     for labels in ([0, 2, 2, 2, 3, 3, 3], [2, 2, 2, 3, 3, 3, 4]):  # replayed images, say
         for call in (net.start, net.end_task):

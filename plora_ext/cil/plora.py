@@ -107,10 +107,13 @@ class PLoRA(nn.Module):
 
         Raises:
             ValueError: no class is given, or a negative one.
+            RuntimeError: the task before has not ended, whose adapter would stay in the mean half trained.
         """
         chosen = sorted({int(c) for c in classes})
         if not chosen or chosen[0] < 0:
             raise ValueError(f"classes must hold at least one class to learn, of ids from 0, got {chosen}")
+        if begun := self.task_classes.tolist():
+            raise RuntimeError(f"the task of classes {begun} has not ended: call end_task before the next add_task")
         self.add_adapter()
         self.task_classes = torch.tensor(chosen, device=self.directions.device)
         self.directions = nn.Parameter(self.directions.new_zeros(len(chosen), self.directions.shape[1]).normal_())
