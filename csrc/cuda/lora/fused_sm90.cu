@@ -7,7 +7,8 @@
 // behind the other's products. Low-rank work rides along in units of 16 ranks of one adapter ("slots"):
 // - in the loop, one slot: the rows of A join those of W as 16 more columns of the same product, so that h costs no
 //   pass over x; h is then masked to the rows of its adapter, scaled, written to shared memory, and multiplied with B
-//   as one more k step of the tile's sum. Transposed, B joins W likewise, and h, which is then g, is cut where act was.
+//   as one more k step of the tile's sum. Transposed, B is multiplied beside W, and h, which is then g, is cut where
+//   act was.
 // - in the loops of a pair, two slots: blocks of a cluster make two tiles of the same rows at the same time, one slot
 //   each, and write their h to the other's shared memory as well.
 // - given, any number: s h was computed before, zero where a row belongs to another adapter (low_rank_sm90.cu), and is
@@ -520,8 +521,10 @@ struct Multiplier {
     for (int n = group, index; index = blockIdx.x + n * gridDim.x, index < p.tiles; n += 2) {
       const Place place = place_of(p, index);
       sm90::barrier_wait(barriers.described(n), n / kTiles & 1);
-      if (kPair || (!kThirds && place.columns == kColumns))
-        make<kThirds ? kNarrow : kColumns>(n, place.row, place.column);
+      if constexpr (kThirds)
+        make<kNarrow>(n, place.row, place.column);
+      else if (kPair || place.columns == kColumns)
+        make<kColumns>(n, place.row, place.column);
       else
         make<kNarrow>(n, place.row, place.column);
     }
