@@ -333,7 +333,9 @@ inline LoraPlan plan_lora(const LoraShape& s) {
     return apart("a tile may meet more ranks than there is space for");
   const double wave = 2.0 * kTileRows * kTileColumns * K / kFlops;
   const int copies = s.backward && !reads_lora_B(s);
-  const double read = std::max(2.0 * s.M * K / kBytes, 2.0 * kTileRows * K / kBlockBytes), given = waves * kGivenWave;
+  // Few blocks draw less than the memory's speed, which shows where their rows are long.
+  const double bytes = 2.0 * s.M * K / kBytes, block = K > kDeep ? 2.0 * kTileRows * K / kBlockBytes : 0;
+  const double read = std::max(bytes, block), given = waves * kGivenWave;
   const bool beside = ctas + ceil_div(s.M, kTileRows) <= at_once;
   const double pass = (beside ? std::max(kBeside, read - waves * wave) : read + kLaunch) + kLaunch * copies;
   // A slot for each tile's loop, or two for those of a pair, which have no thirds.

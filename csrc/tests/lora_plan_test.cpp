@@ -192,6 +192,8 @@ int main() {
   expect(slots(Family::sum, 1, 16, backward) == 1, "likewise one adapter");
   const auto widens = [](LoraShape& s) { s.backward = true, s.in = 3072; };
   expect(takes(plan(Family::sum, 1, 16, widens), A::precomputed), "unless its tiles are many and short");
+  const auto eight = [&](LoraShape& s) { widens(s), s.M = 8 * 197; };
+  expect(takes(plan(Family::sum, 1, 16, eight), A::precomputed), "of few rows as well");
 
   const auto images = [](int64_t M, int64_t out, bool backward) {
     return [=](LoraShape& s) { s.M = M, s.out = out, s.backward = backward; };
