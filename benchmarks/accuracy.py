@@ -86,8 +86,8 @@ class Heads(Head):
 
 
 class Ablation(PLoRAFused):
-    """PLoRA under every alignment, the oracle (true means of old classes) and every head on the alignment of the
-    settings, all from the same adapters."""
+    """PLoRA under every alignment, the oracle (true means of old classes; with `gaussian` true covariances as well) and
+    every head on the alignment of the settings, all from the same adapters."""
 
     head: Heads
 
@@ -95,6 +95,7 @@ class Ablation(PLoRAFused):
         super().__init__(trainer, settings)
         self.variants: dict[str, Tensor] = {}
         self.seen: list[tuple[View, Tensor]] = []
+        self.oracle: Head | None = None
 
     def learn(self, task: Task, images: View, labels: Tensor) -> None:
         s, old_model, before = self.settings, None, None
@@ -121,13 +122,20 @@ class Ablation(PLoRAFused):
         self._teach(before, after, labels)
         self.seen.append((images, labels + task.classes.start))
         true, of = torch.cat([self.trainer.features(seen) for seen, _ in self.seen]), [label for _, label in self.seen]
-        self.variants["oracle"] = class_means(true, torch.cat(of), task.classes.stop)
+        means = self.variants["oracle"] = class_means(true, torch.cat(of), task.classes.stop)
+        if "gaussian" in self.head.heads:
+            self.oracle = HEADS["gaussian"](self.settings, self.trainer.device)
+            self.oracle.learn(means, None, true, torch.cat(of))
 
     def logits(self, features: Tensor) -> Tensor:
         heads = dict(self.head.heads)
         cosine = heads.pop("cosine", None)
         logits = {f"plora, {name}": cosine(features, means) for name, means in self.variants.items()} if cosine else {}
-        first = self.head.record(logits | {name: head(features, self.prototypes) for name, head in heads.items()})
+        if self.oracle:
+            logits["plora, oracle means + gaussian"] = heads["gaussian"](features, self.variants["oracle"])
+            logits["plora, oracle + gaussian"] = self.oracle(features, self.variants["oracle"])
+        logits |= {name: head(features, self.prototypes) for name, head in heads.items()}
+        first = self.head.record(logits)
         return logits.get(f"plora, {self.settings.alignment}", first)
 
 

@@ -137,6 +137,7 @@ class Captured:
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._outputs = self.function(*self._inputs)
+            torch.cuda.synchronize(device)  # torch has reset the graph's random state on another stream than a replay's
         except RuntimeError as error:
             first: BaseException = error  # those after it say that the capture has ended
             while first.__context__ is not None:

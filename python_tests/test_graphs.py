@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -124,6 +125,24 @@ def test_a_captured_step_is_the_step(optimizer: str) -> None:
     torch.use_deterministic_algorithms(False)
     assert captured.reason is None and captured.seconds > 0 and captured.bytes >= 0
     assert replayed == eager and all(torch.equal(a, b) for a, b in zip(weights, others))
+
+
+@pytest.mark.cuda
+@cuda
+def test_the_first_replay_draws_the_numbers_that_are_next() -> None:
+    """However late the capture's stream is, on which torch sets the random state of the graph to its beginning."""
+    begin, x = torch.cuda.CUDAGraph.capture_begin, torch.ones(64, device="cuda")
+
+    def late(self: Any, *args: Any, **options: Any) -> None:
+        torch.cuda._sleep(200_000_000)
+        begin(self, *args, **options)
+
+    with mock.patch.object(torch.cuda.CUDAGraph, "capture_begin", late):
+        found = []
+        for called in (F.dropout, Captured(F.dropout, warmup=1)):
+            torch.manual_seed(1)
+            found.append([called(x).tolist() for _ in range(4)])
+    assert called._graph is not None and found[0] == found[1]
 
 
 @pytest.mark.cuda
