@@ -750,7 +750,7 @@ def test_added_to_many_rows(family: str, ids: str, T: int, r: int, options: str)
         assert torch.equal(ours(y0, *args, **added), ours(y0, *args, **added))
 
 
-# ---------------------------------------------------------------------- tiles in thirds, two slots in pairs of tiles
+# ---------------------------------------------------------------------- tiles in thirds, strips and pairs
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
@@ -775,9 +775,16 @@ def test_added_to_many_rows(family: str, ids: str, T: int, r: int, options: str)
         ("lora_sum", (300,), 3072, 136, 8, 1),
         ("lora_indexed", (23, 197), 72, 768, 16, 1),
         ("lora_indexed", (40, 110), 200, 776, 24, 2),
+        # Strips: after whole tiles, either way; beside thirds; alone; of given ranks; of pairs, which have none.
+        ("lora_sum", (12_608,), 200, 1024, 16, 1),
+        ("lora_sum", (4500,), 1024, 256, 16, 1),
+        ("lora_indexed", (5, 197), 1024, 832, 16, 1),
+        ("lora_sum", (20_000,), 24, 64, 16, 1),
+        ("lora_indexed", (3000,), 448, 1000, 16, 5),
+        ("lora_indexed", (64, 197), 832, 1216, 16, 10),
     ],
 )
-def test_pairs_and_thirds_of_tiles(
+def test_pairs_thirds_and_strips_of_tiles(
     family: str, rows: tuple[int, ...], n_in: int, out: int, r: int, T: int, options: str, dtype: torch.dtype
 ) -> None:
     args, kwargs, cotangent = problem(family, rows, n_in, out, r, T, options=options, dtype=dtype)

@@ -2,7 +2,7 @@
 // that it can be asked and tested without a GPU (plora_ext._C.lora_plan). The host code follows it, and what it calls
 // refuses what the plan should not have sent there.
 //
-// The fused product (cuda/fused_sm90.cu) makes tiles of 128 x 192, those of a last wave of few in thirds. A `slot` is
+// The fused product (cuda/fused_sm90.cu) makes tiles of 128 x 192, some in thirds (fused_tiles). A `slot` is
 // 16 ranks of one adapter: 16 more columns in the main loop, which takes one, or two with the tile beside it, or 16
 // more of the depth where h was computed before.
 #pragma once
@@ -120,12 +120,12 @@ constexpr int64_t kFactorRow = 16;
 constexpr int64_t kTwoKernels = int64_t{6} << 20;
 // As measured on an H200: operations per second and multiprocessor, bytes per second, and of one multiprocessor,
 // seconds. A pass over x whose blocks find multiprocessors beside those of the product costs its launch alone. Of a
-// slot in the main loop: its share of the product, and seconds per wave, either direction; of a given slot: seconds per
-// wave.
+// slot in the main loop: its share of the product, and seconds per wave, either direction, where a pair's is a product
+// of its own; of a given slot: seconds per wave.
 constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kBlockBytes = 0.1e12, kLaunch = 2.5e-6, kBeside = 1e-6;
 constexpr double kThirds = 0.45;  // of a wave, one in thirds
 constexpr double kInLoopShare = 0.1, kInLoopWave = 0.9e-6, kGivenWave = 0.2e-6;
-constexpr double kInLoopShareBackward = 0.19, kInLoopWaveBackward = 0.5e-6;
+constexpr double kInLoopShareBackward = 0.17, kInLoopSharePairs = 0.19, kInLoopWaveBackward = 0.5e-6;
 
 // How many adapters a tile's rows meet at most.
 inline int64_t adapters_of_tile(const LoraShape& s) {
@@ -154,10 +154,32 @@ inline int64_t slots_of_tile(const LoraShape& s, int64_t slots, int64_t column_t
   return most;
 }
 
-// How many tiles of the fused product are in thirds, made by three blocks each: those beyond full waves, if few.
-inline int64_t in_thirds(int64_t tiles, int64_t at_once) {
-  const int64_t last = tiles % at_once;
-  return 3 * last <= at_once ? last : 0;
+// How the fused product divides y: whole tiles, one row of them after the other; those beyond full waves, if few, in
+// thirds, made by three blocks each; and for a last tile of few columns a strip of thirds. Pairs make whole tiles.
+struct FusedTiles {
+  int64_t columns, whole;  // tiles of a row, and of all rows
+  int64_t thirds, strip;   // of 128 x 64: of tiles, three each, then of the strip
+  double waves;
+  int64_t count() const { return whole + thirds + strip; }
+};
+
+inline FusedTiles fused_tiles(int64_t M, int64_t N, int64_t at_once, bool pairs) {
+  const int64_t rows = ceil_div(M, kTileRows), beyond = N % kTileColumns;
+  const bool strip = !pairs && beyond > 0 && 3 * beyond <= kTileColumns;
+  FusedTiles t{strip ? N / kTileColumns : ceil_div(N, kTileColumns), 0, 0, strip ? rows : 0, 0};
+  t.whole = rows * t.columns;
+  const int64_t last = pairs ? 0 : t.whole % at_once;
+  const auto waves_of = [&](int64_t whole, int64_t narrow) {  // less than a wave of whole tiles, and what comes after
+    const int64_t beside = whole > 0 ? at_once - whole : 0;
+    return (whole > 0 ? 1 : 0) +
+           kThirds * static_cast<double>(ceil_div(std::max<int64_t>(0, narrow - beside), at_once));
+  };
+  const double as_they_are = waves_of(last, t.strip), as_thirds = waves_of(0, 3 * last + t.strip);
+  const bool divides = last > 0 && as_thirds < 0.8 * as_they_are;
+  t.waves = static_cast<double>(pairs ? ceil_div(t.whole, at_once) : t.whole / at_once);
+  if (!pairs) t.waves += divides ? as_thirds : as_they_are;
+  if (divides) t.whole -= last, t.thirds = 3 * last;
+  return t;
 }
 
 }  // namespace lora_plan
@@ -321,10 +343,10 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   if (!rows_for_fused(s)) return apart("too few rows for the fused product");
   if (s.backward && K >= kDeepest && s.M >= kDeepRows)
     return apart("torch's own product of so many columns is faster by more than a pass");
-  const int64_t column_tiles = ceil_div(N, kTileColumns), tiles = ceil_div(s.M, kTileRows) * column_tiles;
-  const int64_t at_once = std::max<int64_t>(1, s.sms), thirds = in_thirds(tiles, at_once);
-  const auto whole = static_cast<double>(ceil_div(tiles, at_once)), waves = thirds > 0 ? whole - 1 + kThirds : whole;
-  const int64_t ctas = std::min(tiles + 2 * thirds, at_once);
+  const int64_t column_tiles = ceil_div(N, kTileColumns), at_once = std::max<int64_t>(1, s.sms);
+  const FusedTiles tiles = fused_tiles(s.M, N, at_once, false), paired = fused_tiles(s.M, N, at_once, true);
+  const double waves = tiles.waves;
+  const int64_t ctas = std::min(tiles.count(), at_once);
 
   // A slot lengthens every wave of the product, in its main loop more than given; but a given one needs a pass over x
   // of its own, which then serves as well where only some tiles meet several adapters.
@@ -341,9 +363,9 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   // A slot for each tile's loop, or two for those of a pair, which have no thirds.
   const bool one = most <= 1 && slots_of_tile(s, each, column_tiles) <= 1;
   const bool two = most * each <= 2 && column_tiles % 2 == 0 && at_once > 1;
-  const double in_loop =
-      s.backward ? wave * kInLoopShareBackward + kInLoopWaveBackward : wave * kInLoopShare + kInLoopWave;
-  const double loop = one ? waves * in_loop : (whole - waves) * wave + whole * in_loop;
+  const double share = !s.backward ? kInLoopShare : one ? kInLoopShareBackward : kInLoopSharePairs;
+  const double in_loop = wave * share + (s.backward ? kInLoopWaveBackward : kInLoopWave);
+  const double loop = one ? waves * in_loop : (paired.waves - waves) * wave + paired.waves * in_loop;
   const bool fits = (one || two) && loop < pass + given * most * each;
   const double alone = read + 4.0 * s.M * N / kBytes + kLaunch * (2 + copies);
   // Ids of single rows may be anything; what is met in practice are segments.
@@ -356,7 +378,7 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   if (!fits && !h_by_product(s) && !rows_on_hopper(s)) return apart("more rows than the fused product can number");
 
   plan.ctas = ctas, plan.slots = !fits ? 0 : one ? 1 : 2;
-  plan.waves = plan.slots == 2 ? whole : waves;
+  plan.waves = plan.slots == 2 ? paired.waves : waves;
   if (fits) return choose(LoraAlgorithm::in_loop, LoraRanks::within, "the ranks of every tile fit beside it");
   return choose(LoraAlgorithm::precomputed, h_by_product(s) ? LoraRanks::product : rows,
                 "a pass over the rows costs less than the ranks beside every tile");

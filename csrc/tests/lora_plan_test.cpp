@@ -204,11 +204,18 @@ int main() {
   expect(waves(44 * 128, 768) == 1.45 && waves(33 * 128, 768) == 1, "or what lies beyond a full one");
   expect(plan(Family::sum, 1, 16, images(11 * 128, 768, false)).ctas == 132, "of three blocks a tile");
   expect(slots(Family::sum, 1, 16, images(788, 768, false)) == 1, "the loop serves few tiles");
-  expect(slots(Family::sum, 1, 16, images(788, 2304, false)) == 0,
-         "where more leave room beside them, a pass is hidden");
-  expect(slots(Family::indexed, 8, 16, images(16 * 197, 768, false)) == 0 &&
-             slots(Family::indexed, 8, 16, images(64 * 197, 768, false)) == 2,
-         "pairs make several waves");
+  const auto tiles = [](int64_t M, int64_t N, bool pairs = false) {
+    return plora::lora_plan::fused_tiles(M, N, 132, pairs);
+  };
+  const auto strips = tiles(12608, 1024), small = tiles(1000, 1024), thin = tiles(12608, 64);
+  expect(strips.columns == 5 && strips.whole == 495 && strips.strip == 99 && strips.thirds == 0 && strips.waves == 4.45,
+         "64 columns beyond whole tiles are a strip of thirds");
+  expect(small.whole == 0 && small.thirds == 120 && small.strip == 8 && small.waves == 0.45, "after thirds");
+  expect(thin.columns == 0 && thin.count() == 99 && thin.waves == 0.45, "or alone");
+  expect(tiles(12608, 1032).strip == 0 && tiles(12608, 1032).waves == 5, "more of them are a whole tile");
+  expect(tiles(165 * 128, 256).thirds == 99 && tiles(165 * 128, 256).waves == 1.9 && tiles(43 * 128, 832).thirds == 0,
+         "with a strip, thirds may take two rounds");
+  expect(tiles(12608, 1024, true).count() == 594 && tiles(12608, 1024, true).waves == 5, "pairs make whole ones");
 
   const auto qv = [](LoraShape& s) { s.M = 2048, s.out = 2304, s.slices = {0, 768, 1536, 2304}; };
   expect(slots(Family::sum, 1, 32, qv) == 1, "slices leave one slot to a tile");

@@ -2,9 +2,10 @@
 // the gradient, dx = dy W + s g A.
 //
 // A persistent block makes tiles of 128 x 192: three full waves of 132 blocks at 12,608 rows and 768 columns. Tiles of
-// a last wave that would leave two thirds of the blocks idle are made by three blocks each, 64 columns by one. One
-// warpgroup feeds a ring of shared-memory stages; two multiply, a tile each in turn, so that one's way out is hidden
-// behind the other's products. Low-rank work rides along in units of 16 ranks of one adapter ("slots"):
+// a last wave that would leave two thirds of the blocks idle are made by three blocks each, 64 columns by one, and so
+// is what 192 leave of the columns, if it is no more. One warpgroup feeds a ring of shared-memory stages; two multiply,
+// a tile each in turn, so that one's way out is hidden behind the other's products. Low-rank work rides along in units
+// of 16 ranks of one adapter ("slots"):
 // - in the loop, one slot: the rows of A join those of W as 16 more columns of the same product, so that h costs no
 //   pass over x; h is then masked to the rows of its adapter, scaled, written to shared memory, and multiplied with B
 //   as one more k step of the tile's sum. Transposed, B is multiplied beside W, and h, which is then g, is cut where
@@ -36,8 +37,9 @@ constexpr int kRows = 128, kColumns = 192, kNarrow = 64, kDepth = 64;
 constexpr int kSlot = 16, kMaxGiven = 4, kThreads = 384;
 
 // Sizes in bytes. A stage: x [128, 64], W [192, 64], A [16, 64], each row 128 bytes, swizzled; transposed, W is [64,
-// 192] in three boxes of 64 columns, and B [64, 16], zero beyond r, has rows of 32 bytes, swizzled. At a tile's end the
-// same memory holds given slots of h [128, 16] and B [192, 16]. A warp's way out: 16 rows of 32 columns of y, padded so
+// 192] in three boxes of 64 columns, and B [64, 16], zero beyond r, follows as the first columns of a fourth, of which
+// no more is fetched, or, where there is no space for that, with rows of 32 bytes. At a tile's end the same memory
+// holds given slots of h [128, 16] and B [192, 16]. A warp's way out: 16 rows of 32 columns of y, padded so
 // that neither writing nor reading has bank conflicts; h of a warpgroup passes through the same place.
 constexpr uint32_t kBytesX = kRows * kDepth * 2, kBytesW = kColumns * kDepth * 2, kBox = kNarrow * kDepth * 2;
 constexpr uint32_t kSlotH = kRows * kSlot * 2, kSlotB = kColumns * kSlot * 2;
@@ -58,13 +60,16 @@ struct Tile {
 };
 constexpr int kTiles = tile_ring::kTiles, kMaxStages = 7;
 
-// kSlots: how many of a tile may be made in the loop (2: by a pair); none: they are given. kThirds: a block makes a
-// third of a tile and no more, so that there is space for more stages.
+// kSlots: how many of a tile may be made in the loop (2: by a pair); none: they are given. kThirds: all tiles
+// have 64 columns, so that there is space for more stages.
 template <bool kTransposed, int kSlots, bool kThirds>
 struct Shape {
   static constexpr bool kInLoop = kSlots > 0, kPair = kSlots == 2;
+  // Whether h, or g, comes of the same product as y, of 16 more columns.
+  static constexpr bool kJoined = kInLoop && (!kTransposed || (kSlots == 1 && !kThirds));
   static constexpr uint32_t kBytesDown = kInLoop ? kSlot * kDepth * 2 : 0, kBytesUp = kThirds ? kSlotB / 3 : kSlotB;
-  static constexpr uint32_t kStage = kBytesX + (kThirds ? kBox : kBytesW) + kBytesDown;
+  static constexpr uint32_t kStage =
+      kBytesX + (kThirds ? kBox : kBytesW) + (kTransposed && kJoined ? kBox : kBytesDown);
   static constexpr int kStages = kThirds ? kMaxStages : kInLoop ? tile_ring::kStagesInLoop : tile_ring::kStagesGiven;
   // Of each warpgroup: B of the slots made in the loop; the h that the pair's other block makes.
   static constexpr uint32_t kUp = kSlots * kBytesUp, kOther = kPair ? kSlotH : 0;
@@ -100,7 +105,7 @@ struct Layout {
 };
 
 struct Maps {
-  CUtensorMap x, weight, third, down, up, h;
+  CUtensorMap x, weight, narrow, down, up, h;
 };
 
 constexpr int kMaxSlices = lora_plan::kMaxSlices;
@@ -113,9 +118,8 @@ struct Arguments {
   const void *bias, *bias_down, *gate;
   void *y, *kept;
   int64_t ldy;
-  int column_tiles, whole;  // the first so many tiles are whole; then three of 64 columns each follow for one
-  int tiles;
-  int slots;  // of a tile that are made in the loop, at most
+  int column_tiles, whole, thirds, tiles;  // as in FusedTiles (lora_plan.h); of all kinds together
+  int slots;                               // of a tile that are made in the loop, at most
   bool relu;
   int slices, slice_start[kMaxSlices], slice_stop[kMaxSlices];
 };
@@ -132,6 +136,7 @@ struct Place {
 
 __device__ inline Place place_of(const Arguments& p, int index) {
   const int beyond = index - p.whole, tile = beyond < 0 ? index : p.whole + beyond / 3;
+  if (beyond >= p.thirds) return {(beyond - p.thirds) * kRows, p.column_tiles * kColumns, kNarrow};
   return {tile / p.column_tiles * kRows, tile % p.column_tiles * kColumns + (beyond < 0 ? 0 : beyond % 3 * kNarrow),
           beyond < 0 ? kColumns : kNarrow};
 }
@@ -244,7 +249,7 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
         if (i < boxes)
           sm90::load_2d(&maps.weight, full, at + kBytesX + i * kBox, place.column + i * kNarrow, k * kDepth);
     } else {
-      sm90::load_2d(boxes == 1 ? &maps.third : &maps.weight, full, at + kBytesX, k * kDepth, place.column);
+      sm90::load_2d(boxes == 1 ? &maps.narrow : &maps.weight, full, at + kBytesX, k * kDepth, place.column);
     }
   };
   if (lane == 0)  // before the first tile's adapters are known
@@ -361,10 +366,10 @@ struct Multiplier {
 #pragma unroll
       for (int i = 0; i < kDepth / 16; ++i) {
         const uint64_t above = a + i * 2, below = above + (kBytesX / 2 >> 4);
-        constexpr int kColumnsAtOnce = kWide + (kTransposed ? 0 : kSlot * kInLoop);
+        constexpr int kColumnsAtOnce = kWide + kSlot * S::kJoined;
         sm90::wgmma<kColumnsAtOnce, scalar, kTransposed>(upper, above, b + i * kStepW);
         sm90::wgmma<kColumnsAtOnce, scalar, kTransposed>(lower, below, b + i * kStepW);
-        if constexpr (kTransposed && kInLoop) {  // a product of its own reads 32 bytes a row, 16 more columns 128
+        if constexpr (kInLoop && !S::kJoined) {
           const uint64_t down = sm90::operand(kLayoutDown, stage() + kBytesX + kWide / kNarrow * kBox) + i * 32;
           sm90::wgmma<kSlot, scalar, 1>(ranks(upper), above, down);
           sm90::wgmma<kSlot, scalar, 1>(ranks(lower), below, down);
@@ -668,7 +673,7 @@ __global__ void __launch_bounds__(256)
 template <int kNumber>
 using number = std::integral_constant<int, kNumber>;
 
-Maps describe(const Fused& p, bool some_thirds, bool thirds) {
+Maps describe(const Fused& p, bool some_narrow, bool all_narrow) {
   constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, k32 = CU_TENSOR_MAP_SWIZZLE_32B;
   const int64_t T = p.rows.T, r = p.rows.r;
   Maps maps;
@@ -677,21 +682,25 @@ Maps describe(const Fused& p, bool some_thirds, bool thirds) {
     describe_tensor<2>(maps.weight, p.dtype, p.weight, {p.N, p.K}, {p.N}, {kNarrow, kDepth}, k128);
   else
     describe_tensor<2>(maps.weight, p.dtype, p.weight, {p.K, p.N}, {p.K}, {kDepth, kColumns}, k128);
-  maps.third = maps.weight;
-  if (some_thirds && !p.transposed)
-    describe_tensor<2>(maps.third, p.dtype, p.weight, {p.K, p.N}, {p.K}, {kDepth, kNarrow}, k128);
+  maps.narrow = maps.weight;
+  if (some_narrow && !p.transposed)
+    describe_tensor<2>(maps.narrow, p.dtype, p.weight, {p.K, p.N}, {p.K}, {kDepth, kNarrow}, k128);
   maps.h = maps.x;  // where no h is given, never read
   if (p.h != nullptr && T * r != 0)
     describe_tensor<3>(maps.h, p.dtype, p.h, {r, p.places, p.rows.M}, {r, p.places * r}, {kSlot, 1, kRows}, k32);
   if (T * r == 0) {
     maps.down = maps.up = maps.x;  // never read
   } else if (p.transposed) {
-    maps.down = maps.x;  // where h is given, never read
-    if (p.slots) describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, r * p.K}, {kSlot, kDepth, 1}, k32);
+    maps.down = maps.x;                               // where h is given, never read
+    const bool joined = p.slots == 1 && !all_narrow;  // rows of 128 bytes in shared memory, whatever is fetched of them
+    if (p.slots)
+      describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, r * p.K}, {kSlot, kDepth, 1},
+                         joined ? k128 : k32);
     describe_tensor<3>(maps.up, p.dtype, p.up, {p.N, r, T}, {p.N, r * p.N}, {64, kSlot, 1}, k128);
   } else {
     describe_tensor<3>(maps.down, p.dtype, p.down, {p.K, r, T}, {p.K, r * p.K}, {kDepth, kSlot, 1}, k128);
-    describe_tensor<3>(maps.up, p.dtype, p.up, {r, p.N, T}, {r, p.N * r}, {kSlot, thirds ? kNarrow : kColumns, 1}, k32);
+    describe_tensor<3>(maps.up, p.dtype, p.up, {r, p.N, T}, {r, p.N * r}, {kSlot, all_narrow ? kNarrow : kColumns, 1},
+                       k32);
   }
   return maps;
 }
@@ -706,10 +715,9 @@ void launch(const Maps& maps, const Arguments& p, int blocks, bool overlap, cuda
 
 void fused(const Fused& p, cudaStream_t stream) {
   if (p.rows.M == 0 || p.N == 0) return;
-  const int column_tiles = (static_cast<int>(p.N) + kColumns - 1) / kColumns;
   PLORA_CHECK(p.slots == 0   ? p.gate == nullptr
               : p.slots == 1 ? p.rows.r <= kSlot || !p.slices.empty()
-                             : column_tiles % 2 == 0 && p.slices.empty() && multiprocessors() > 1,
+                             : ceil_div(p.N, kColumns) % 2 == 0 && p.slices.empty() && multiprocessors() > 1,
               "the fused LoRA product: not what it was planned for");
   Arguments a{};
   a.M = static_cast<int>(p.rows.M), a.N = static_cast<int>(p.N), a.K = static_cast<int>(p.K);
@@ -726,10 +734,11 @@ void fused(const Fused& p, cudaStream_t stream) {
       a.slice_stop[s] = static_cast<int>(p.slices[2 * s + 1]);
     }
   }
-  const int tiles = (a.M + kRows - 1) / kRows * column_tiles, most = multiprocessors();
-  const int thirds = p.slots < 2 ? static_cast<int>(lora_plan::in_thirds(tiles, most)) : 0;
-  a.column_tiles = column_tiles, a.whole = tiles - thirds, a.tiles = tiles + 2 * thirds;
-  const Maps maps = describe(p, thirds > 0, a.whole == 0);
+  const int most = multiprocessors();
+  const auto tiles = lora_plan::fused_tiles(a.M, a.N, most, p.slots == 2);
+  a.column_tiles = static_cast<int>(tiles.columns), a.whole = static_cast<int>(tiles.whole);
+  a.thirds = static_cast<int>(tiles.thirds), a.tiles = static_cast<int>(tiles.count());
+  const Maps maps = describe(p, a.tiles > a.whole, a.whole == 0);
   const int at_once = std::min(a.tiles, most), blocks = p.slots == 2 ? at_once / 2 * 2 : at_once;
   dispatch<2>("the fused LoRA product", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
