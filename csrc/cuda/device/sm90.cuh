@@ -38,8 +38,22 @@ __device__ inline void release(uint32_t barrier) {
   if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
-__device__ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+// One lane of a warp, all of whose lanes are here. Where the whole warp goes through a loop of copies and this lane
+// alone asks for them, what they need stays in uniform registers; within a branch of one lane, the compiler moves all
+// of it there for each copy anew, in a loop over the lanes, which takes longer than a stage is multiplied.
+__device__ inline bool elect() {
+  uint32_t chosen;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(chosen));
+  return chosen != 0;
+}
+
+// Here and below `chosen`: whether this lane is to do it.
+__device__ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes, bool chosen = true) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n}" ::"r"(
+          barrier),
+      "r"(bytes), "r"(static_cast<int>(chosen))
+      : "memory");
 }
 
 __device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
@@ -104,11 +118,13 @@ __device__ inline void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-__device__ inline void load_2d(const CUtensorMap* map, uint32_t barrier, uint32_t to, int c0, int c1) {
+__device__ inline void load_2d(const CUtensorMap* map, uint32_t barrier, uint32_t to, int c0, int c1,
+                               bool chosen = true) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          to),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1)
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+      "@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n}" ::
+          "r"(to),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(static_cast<int>(chosen))
       : "memory");
 }
 
@@ -142,11 +158,13 @@ __device__ inline void prefetch_2d(const CUtensorMap* map, int c0, int c1) {
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(c0), "r"(c1) : "memory");
 }
 
-__device__ inline void load_3d(const CUtensorMap* map, uint32_t barrier, uint32_t to, int c0, int c1, int c2) {
+__device__ inline void load_3d(const CUtensorMap* map, uint32_t barrier, uint32_t to, int c0, int c1, int c2,
+                               bool chosen = true) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
-      "[%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+      "@p cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+      "[%2];\n}" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(static_cast<int>(chosen))
       : "memory");
 }
 

@@ -47,8 +47,13 @@ constexpr int kOutColumns = 32;
 constexpr uint32_t kPitch = kOutColumns * 2 + 16, kOutWarp = 16 * kPitch;
 static_assert(4 * kOutWarp >= kSlotH, "h of a warpgroup");
 
+struct Place {
+  int row, column, columns;
+};
+
 // What the feeding warpgroup tells the others about a tile.
 struct Tile {
+  Place place;
   uint32_t step;          // its first stage, counted from the block's first
   int slots;              // made in the loop, or in those of a pair, of
   int adapter[2];         // these adapters, ranks
@@ -129,16 +134,14 @@ __device__ inline int blocks_of(const Arguments& p) { return (p.r + kSlot - 1) /
 // The adapter of a row, or -1.
 __device__ int adapter_of(const Arguments& p, int row) { return adapter_of_row(p.ids, p.rows_per_id, p.M, p.T, row); }
 
-// Where the tile of an index lies.
-struct Place {
-  int row, column, columns;
-};
-
+// Where the tile of an index lies. Without branches, or the compiler divides again for every stage of the first tile.
 __device__ inline Place place_of(const Arguments& p, int index) {
-  const int beyond = index - p.whole, tile = beyond < 0 ? index : p.whole + beyond / 3;
-  if (beyond >= p.thirds) return {(beyond - p.thirds) * kRows, p.column_tiles * kColumns, kNarrow};
-  return {tile / p.column_tiles * kRows, tile % p.column_tiles * kColumns + (beyond < 0 ? 0 : beyond % 3 * kNarrow),
-          beyond < 0 ? kColumns : kNarrow};
+  const int beyond = index - p.whole, third = max(beyond, 0);
+  const bool whole = beyond < 0, strip = beyond >= p.thirds;
+  const int tile = min(index, p.whole) + third / 3, row = tile / p.column_tiles;
+  const int column = (tile - row * p.column_tiles) * kColumns + third % 3 * kNarrow;
+  return {(strip ? beyond - p.thirds : row) * kRows, strip ? p.column_tiles * kColumns : column,
+          whole ? kColumns : kNarrow};
 }
 
 // Whether ranks [16 block, 16 block + 16) of an adapter can be other than zero in `up` for these columns.
@@ -161,6 +164,7 @@ __device__ bool keeps(const Arguments& p, const Tile& tile, int block, int colum
 // By one warp: the distinct adapters of a tile's rows in ascending order, and how their slots are made.
 __device__ void describe(const Arguments& p, const Place& place, Tile& tile) {
   const int lane = threadIdx.x % 32, blocks = blocks_of(p), column = place.column;
+  if (lane == 0) tile.place = place;
   if (lane < kColumns / 8) {
     uint4 bias{0, 0, 0, 0};
     if (p.bias != nullptr && column + 8 * lane < p.N)
@@ -206,13 +210,13 @@ constexpr uint64_t kLayoutDown = sm90::operand_layout(sm90::Swizzle::b32, 16, 25
 // --- feeding --------------------------------------------------------------------------------------------------------
 
 template <bool kTransposed, uint32_t kBytes>
-__device__ void load_up(const Maps& maps, uint32_t barrier, uint32_t to, int t, int block, int column) {
+__device__ void load_up(const Maps& maps, uint32_t barrier, uint32_t to, int t, int block, int column, bool chosen) {
   if constexpr (kTransposed) {
 #pragma unroll
     for (uint32_t i = 0; i < kBytes / (kSlotB / 3); ++i)
-      sm90::load_3d(&maps.up, barrier, to + i * (kSlotB / 3), column + kNarrow * i, block * kSlot, t);
+      sm90::load_3d(&maps.up, barrier, to + i * (kSlotB / 3), column + kNarrow * i, block * kSlot, t, chosen);
   } else {
-    sm90::load_3d(&maps.up, barrier, to, block * kSlot, column, t);
+    sm90::load_3d(&maps.up, barrier, to, block * kSlot, column, t, chosen);
   }
 }
 
@@ -231,78 +235,79 @@ __device__ void describe_all(const Arguments& p, Tile* all, const Barriers& barr
   }
 }
 
-// One warp: copies.
+// One warp: copies. All of its lanes go through the loops, and one asks (sm90::elect).
 template <bool kTransposed, int kSlots, bool kThirds>
 __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint32_t stages, const Barriers& barriers) {
   using S = Shape<kTransposed, kSlots, kThirds>;
   constexpr bool kInLoop = S::kInLoop;
-  const int lane = threadIdx.x, k_steps = (p.K + kDepth - 1) / kDepth;
+  const bool chosen = sm90::elect();
+  const auto uniform = [](int value) { return __shfl_sync(0xffffffffu, value, 0); };
+  const int k_steps = (p.K + kDepth - 1) / kDepth;
   uint32_t step = 0;
   const auto load_frozen = [&](int k, const Place& place) {
     const uint32_t s = (step + k) % S::kStages, at = stages + s * S::kStage, full = barriers.full(s);
-    const int boxes = place.columns / kNarrow;
-    sm90::barrier_arrive_expect(full, kBytesX + boxes * kBox);
-    sm90::load_2d(&maps.x, full, at, k * kDepth, place.row);
+    const bool narrow = kThirds || place.columns == kNarrow;
+    sm90::barrier_arrive_expect(full, kBytesX + (narrow ? kBox : kBytesW), chosen);
+    sm90::load_2d(&maps.x, full, at, k * kDepth, place.row, chosen);
     if constexpr (kTransposed) {
+      sm90::load_2d(&maps.weight, full, at + kBytesX, place.column, k * kDepth, chosen);
+      if (!narrow)
 #pragma unroll
-      for (int i = 0; i < kColumns / kNarrow; ++i)
-        if (i < boxes)
-          sm90::load_2d(&maps.weight, full, at + kBytesX + i * kBox, place.column + i * kNarrow, k * kDepth);
+        for (int i = 1; i < kColumns / kNarrow; ++i)
+          sm90::load_2d(&maps.weight, full, at + kBytesX + i * kBox, place.column + i * kNarrow, k * kDepth, chosen);
     } else {
-      sm90::load_2d(boxes == 1 ? &maps.narrow : &maps.weight, full, at + kBytesX, k * kDepth, place.column);
+      sm90::load_2d(narrow ? &maps.narrow : &maps.weight, full, at + kBytesX, k * kDepth, place.column, chosen);
     }
   };
-  if (lane == 0)  // before the first tile's adapters are known
+  const Place first = place_of(p, blockIdx.x);
 #pragma unroll 1
-    for (int k = 0; k < min(k_steps, S::kStages); ++k) load_frozen(k, place_of(p, blockIdx.x));
+  for (int k = 0; k < min(k_steps, S::kStages); ++k) load_frozen(k, first);  // before its adapters are known
   for (int index = blockIdx.x, n = 0; index < p.tiles; index += gridDim.x, ++n) {
-    const Place place = place_of(p, index);
     const Tile& tile = all[n % kTiles];
     sm90::barrier_wait(barriers.described(n), n / kTiles & 1);
-    const int slots = kInLoop ? tile.slots : 0, given = kInLoop ? 0 : tile.given;
-    if (lane == 0) {
-      sm90::barrier_arrive(barriers.started());
-      const int own = own_slot<S::kPair>(tile), adapter = tile.adapter[own], rank = tile.block[own] * kSlot;
+    const Place place{uniform(tile.place.row), uniform(tile.place.column), uniform(tile.place.columns)};
+    const int slots = kInLoop ? uniform(tile.slots) : 0, given = kInLoop ? 0 : uniform(tile.given);
+    const int own = own_slot<S::kPair>(tile), adapter = uniform(tile.adapter[own]);
+    const int rank = uniform(tile.block[own] * kSlot);
+    if (chosen) sm90::barrier_arrive(barriers.started());
 #pragma unroll 1
-      for (int k = 0; k < k_steps; ++k) {
-        const uint32_t s = (step + k) % S::kStages, at = stages + s * S::kStage, full = barriers.full(s);
-        if (n > 0 || k >= S::kStages) {
-          sm90::barrier_wait(barriers.empty(s), ((step + k) / S::kStages & 1) ^ 1);
-          load_frozen(k, place);
-        }
-        sm90::barrier_arrive_expect(full, slots ? S::kBytesDown : 0);
-        if (slots)
-          sm90::load_3d(&maps.down, full, at + kBytesX + place.columns / kNarrow * kBox,
-                        kTransposed ? rank : k * kDepth, kTransposed ? k * kDepth : rank, adapter);
-      }
-      if (kInLoop) {
-        sm90::barrier_wait(barriers.up_empty(n % 2), (n / 2 & 1) ^ 1);
-        sm90::barrier_arrive_expect(barriers.up_full(n % 2), slots * S::kBytesUp);
-#pragma unroll 1
-        for (int i = 0; i < slots; ++i)
-          load_up<kTransposed, S::kBytesUp>(maps, barriers.up_full(n % 2),
-                                            stages + Layout<S>::kUp + n % 2 * S::kUp + i * S::kBytesUp, tile.adapter[i],
-                                            tile.block[i], place.column);
-      }
-#pragma unroll 1
-      for (int entry = 0, k = k_steps; entry < given; entry += kMaxGiven, ++k) {
-        const uint32_t s = (step + k) % S::kStages, to = stages + s * S::kStage;
-        const uint32_t full = barriers.full(s);
-        const int count = min(given - entry, kMaxGiven);
-        wait_for_predecessor();  // it makes h
+    for (int k = 0; k < k_steps; ++k) {
+      const uint32_t s = (step + k) % S::kStages, at = stages + s * S::kStage, full = barriers.full(s);
+      if (n > 0 || k >= S::kStages) {
         sm90::barrier_wait(barriers.empty(s), ((step + k) / S::kStages & 1) ^ 1);
-        sm90::barrier_arrive(full);
-        sm90::barrier_arrive_expect(full, count * (kSlotH + S::kBytesUp));
+        load_frozen(k, place);
+      }
+      sm90::barrier_arrive_expect(full, slots ? kSlot * kDepth * 2 : 0, chosen);
+      if (slots)
+        sm90::load_3d(&maps.down, full, at + kBytesX + (place.columns == kNarrow ? kBox : kBytesW),
+                      kTransposed ? rank : k * kDepth, kTransposed ? k * kDepth : rank, adapter, chosen);
+    }
+    if (kInLoop) {
+      sm90::barrier_wait(barriers.up_empty(n % 2), (n / 2 & 1) ^ 1);
+      sm90::barrier_arrive_expect(barriers.up_full(n % 2), slots * S::kBytesUp, chosen);
 #pragma unroll 1
-        for (int i = 0; i < count; ++i) {
-          const int at = (entry + i) / blocks_of(p), block = (entry + i) % blocks_of(p);
-          sm90::load_3d(&maps.h, full, to + i * kSlotH, block * kSlot, at, place.row);
-          load_up<kTransposed, S::kBytesUp>(maps, full, to + kBytesX + i * S::kBytesUp,
-                                            p.ids != nullptr ? tile.all[at] : at, block, place.column);
-        }
+      for (int i = 0; i < slots; ++i)
+        load_up<kTransposed, S::kBytesUp>(maps, barriers.up_full(n % 2),
+                                          stages + Layout<S>::kUp + n % 2 * S::kUp + i * S::kBytesUp,
+                                          uniform(tile.adapter[i]), uniform(tile.block[i]), place.column, chosen);
+    }
+#pragma unroll 1
+    for (int entry = 0, k = k_steps; entry < given; entry += kMaxGiven, ++k) {
+      const uint32_t s = (step + k) % S::kStages, to = stages + s * S::kStage;
+      const uint32_t full = barriers.full(s);
+      const int count = min(given - entry, kMaxGiven);
+      wait_for_predecessor();  // it makes h
+      sm90::barrier_wait(barriers.empty(s), ((step + k) / S::kStages & 1) ^ 1);
+      if (chosen) sm90::barrier_arrive(full);
+      sm90::barrier_arrive_expect(full, count * (kSlotH + S::kBytesUp), chosen);
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        const int at = (entry + i) / blocks_of(p), block = (entry + i) % blocks_of(p);
+        sm90::load_3d(&maps.h, full, to + i * kSlotH, block * kSlot, at, place.row, chosen);
+        load_up<kTransposed, S::kBytesUp>(maps, full, to + kBytesX + i * S::kBytesUp,
+                                          p.ids != nullptr ? uniform(tile.all[at]) : at, block, place.column, chosen);
       }
     }
-    __syncwarp();
     step += k_steps + (given + kMaxGiven - 1) / kMaxGiven;
   }
   wait_for_predecessor();  // what follows this kernel follows both
@@ -524,8 +529,8 @@ struct Multiplier {
 
   __device__ void run() {
     for (int n = group, index; index = blockIdx.x + n * gridDim.x, index < p.tiles; n += 2) {
-      const Place place = place_of(p, index);
       sm90::barrier_wait(barriers.described(n), n / kTiles & 1);
+      const Place place = all[n % kTiles].place;
       if constexpr (kThirds)
         make<kNarrow>(n, place.row, place.column);
       else if (kPair || place.columns == kColumns)
