@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../../common/arithmetic.h"
 #include "../../common/check.h"
@@ -23,6 +24,17 @@ void dispatch(const char* op, Dtype dtype, const F& f) {
     else
       fail(op, ": no kernel has this dtype");
   });
+}
+
+// f with each of the flags as a type whose `value` it is.
+template <typename F>
+void with_flags(const F& f) {
+  f();
+}
+template <typename F, typename... Flags>
+void with_flags(const F& f, bool flag, Flags... flags) {
+  const auto bind = [&](auto value) { with_flags([&](auto... others) { f(value, others...); }, flags...); };
+  flag ? bind(std::true_type{}) : bind(std::false_type{});
 }
 
 inline void check_launch(const char* op) {

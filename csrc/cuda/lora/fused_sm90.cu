@@ -665,27 +665,24 @@ __global__ void __launch_bounds__(256)
 
 // --- host -----------------------------------------------------------------------------------------------------------
 
-template <int kNumber>
-using number = std::integral_constant<int, kNumber>;
-
 Maps describe(const Fused& p, bool some_thirds, bool thirds) {
   constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, k32 = CU_TENSOR_MAP_SWIZZLE_32B;
   const int64_t T = p.rows.T, r = p.rows.r;
   Maps maps;
   describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, kRows}, k128);
-  if (p.transposed)
+  if (p.up_transposed)
     describe_tensor<2>(maps.weight, p.dtype, p.weight, {p.N, p.K}, {p.N}, {kNarrow, kDepth}, k128);
   else
     describe_tensor<2>(maps.weight, p.dtype, p.weight, {p.K, p.N}, {p.K}, {kDepth, kColumns}, k128);
   maps.third = maps.weight;
-  if (some_thirds && !p.transposed)
+  if (some_thirds && !p.up_transposed)
     describe_tensor<2>(maps.third, p.dtype, p.weight, {p.K, p.N}, {p.K}, {kDepth, kNarrow}, k128);
   maps.h = maps.x;  // where no h is given, never read
-  if (p.h != nullptr && T * r != 0)
-    describe_tensor<3>(maps.h, p.dtype, p.h, {r, p.places, p.rows.M}, {r, p.places * r}, {kSlot, 1, kRows}, k32);
+  if (p.scaled_h != nullptr && T * r != 0)
+    describe_tensor<3>(maps.h, p.dtype, p.scaled_h, {r, p.places, p.rows.M}, {r, p.places * r}, {kSlot, 1, kRows}, k32);
   if (T * r == 0) {
     maps.down = maps.up = maps.x;  // never read
-  } else if (p.transposed) {
+  } else if (p.up_transposed) {
     maps.down = maps.x;  // where h is given, never read
     if (p.slots) describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, r * p.K}, {kSlot, kDepth, 1}, k32);
     describe_tensor<3>(maps.up, p.dtype, p.up, {p.N, r, T}, {p.N, r * p.N}, {64, kSlot, 1}, k128);
@@ -717,7 +714,7 @@ void fused(const Fused& p, cudaStream_t stream) {
   a.R = static_cast<int>(p.rows.R());
   a.ids = p.rows.ids, a.rows_per_id = static_cast<int>(p.rows.rows_per_id);
   a.scaling = p.scaling, a.bias = p.bias, a.bias_down = p.bias_down;
-  a.y = p.y, a.kept = p.kept, a.ldy = p.ldy;
+  a.y = p.y, a.kept = p.h, a.ldy = p.ldy;
   a.gate = p.gate, a.slots = p.slots, a.relu = p.relu;
   if (p.slices.size() <= 2 * kMaxSlices && !p.slices.empty() && p.rows.r % (p.slices.size() / 2) == 0) {
     a.slices = static_cast<int>(p.slices.size() / 2);
@@ -733,23 +730,16 @@ void fused(const Fused& p, cudaStream_t stream) {
   const int at_once = std::min(a.tiles, most), blocks = p.slots == 2 ? at_once / 2 * 2 : at_once;
   dispatch<2>("the fused LoRA product", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    const auto with = [&](auto transposed, auto slots, auto thirds) {
-      launch<scalar, transposed.value, slots.value, thirds.value>(maps, a, blocks, p.overlap, stream);
-    };
-    const auto with_slots = [&](auto transposed, auto slots) {
-      a.whole == 0 ? with(transposed, slots, std::true_type{}) : with(transposed, slots, std::false_type{});
-    };
-    const auto either = [&](auto transposed) {
-      if (p.slots == 2)
-        with(transposed, number<2>{}, std::false_type{});
-      else
-        p.slots ? with_slots(transposed, number<1>{}) : with_slots(transposed, number<0>{});
-    };
-    p.transposed ? either(std::true_type{}) : either(std::false_type{});
-    if (p.base == nullptr && p.bias_up == nullptr) return;
+    with_flags(
+        [&](auto transposed, auto loop, auto pair, auto thirds) {
+          if constexpr (pair ? loop && !thirds : true)
+            launch<scalar, transposed, loop + pair, thirds>(maps, a, blocks, p.overlap, stream);
+        },
+        p.up_transposed, p.slots > 0, p.slots == 2, a.whole == 0);
+    if (p.y0 == nullptr && p.bias_up == nullptr) return;
     const int64_t threads = p.rows.M * (p.N / 8);
     add_rest_kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(
-        a, static_cast<const scalar*>(p.base), p.ld_base, static_cast<const scalar*>(p.bias_up));
+        a, static_cast<const scalar*>(p.y0), p.ldy0, static_cast<const scalar*>(p.bias_up));
     check_launch("the fused LoRA product");
   });
 }
