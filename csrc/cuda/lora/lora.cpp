@@ -244,30 +244,6 @@ Tensor make_h(const Inputs& p, LoraRanks by, const Factors& factors) {
   return h;
 }
 
-Tensor fused_forward(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const OptTensor& base,
-                     OptTensor& h) {
-  const Factors factors = factors_of(p);
-  const bool product = plan.ranks == LoraRanks::product;
-  if (product) h = x_times(p, factors.A);
-  // the loop writes no h of rows without an adapter, and nobody reads it, but it leaves this operator
-  if (plan.slots > 0 && h && p.ids) torch::stable::zero_(*h);
-  const Tensor up = product ? scaled_B(p) : factors.B, y = allocate(p.x, {p.M, p.out});
-  Fused f{down_of(p, factors, h), pointer(p.weight), pointer(p.bias), plan.slots, plan.by_rows()};
-  OptTensor given;
-  if (product) f.scaled_h = f.h, f.places = p.T;
-  if (plan.by_rows()) {
-    given = new_given(p, shape, f);
-    f.followed = plan.ctas;
-    low_rank_sm90(f, stream_of(p.x));
-  }
-  f.N = f.ldy = f.ldy0 = p.out;
-  f.y = y.mutable_data_ptr(), f.y0 = pointer(base);
-  f.up = pointer(up), f.bias_up = pointer(p.bias_B);
-  if (plan.slots == 1) f.slices = shape.slices;
-  fused(f, stream_of(p.x));
-  return y;
-}
-
 // What the low-rank part is added to where there is a frozen layer or a base.
 OptTensor frozen(const Inputs& p, const OptTensor& base) {
   return p.weight ? OptTensor(plus(linear(p.x, *p.weight, p.bias), base)) : base;
@@ -281,21 +257,44 @@ LowRank written(const Inputs& p, const OptTensor& y0, const Tensor& y) {
   return l;
 }
 
-// All of y of few rows: in one product, or with the first half of the low-rank part beside the frozen layer's product.
-Tensor few_forward(const Inputs& p, const LoraPlan& plan, const OptTensor& base, const OptTensor& h) {
-  LowRank l = down_of(p, {p.lora_A, p.lora_B, p.bias_A}, h);
-  l.N = l.ldy = l.ldy0 = p.out;
-  l.up = pointer(p.lora_B), l.bias_up = pointer(p.bias_B);
-  OptTensor y;
-  if (plan.whole()) {
-    y = allocate(p.x, {p.M, p.out});
-    l.y = y->mutable_data_ptr(), l.y0 = pointer(base);
-    add_few_fused(p, l, p.bias);
-    return *y;
+// Both halves, from the factors as a plan takes them.
+LowRank halves_of(const Inputs& p, const Factors& f, const OptTensor& h) {
+  LowRank l = down_of(p, f, h);
+  l.N = p.out, l.up = pointer(f.B), l.bias_up = pointer(p.bias_B);
+  return l;
+}
+
+Tensor fused_forward(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const OptTensor& base,
+                     OptTensor& h) {
+  const Factors factors = factors_of(p);
+  const bool product = plan.ranks == LoraRanks::product;
+  if (product) h = x_times(p, factors.A);
+  // the loop writes no h of rows without an adapter, and nobody reads it, but it leaves this operator
+  if (plan.slots > 0 && h && p.ids) torch::stable::zero_(*h);
+  const Tensor up = product ? scaled_B(p) : factors.B, y = allocate(p.x, {p.M, p.out});
+  Fused f{halves_of(p, factors, h), pointer(p.weight), pointer(p.bias), plan.slots, plan.by_rows()};
+  OptTensor given;
+  if (product) f.scaled_h = f.h, f.places = p.T;
+  if (plan.by_rows()) {
+    given = new_given(p, shape, f);
+    f.followed = plan.ctas;
+    low_rank_sm90(f, stream_of(p.x));
   }
+  f.ldy = f.ldy0 = p.out;
+  f.y = y.mutable_data_ptr(), f.y0 = pointer(base);
+  f.up = pointer(up);
+  if (plan.slots == 1) f.slices = shape.slices;
+  fused(f, stream_of(p.x));
+  return y;
+}
+
+// All of y of few rows, the first half of the low-rank part beside the frozen layer's product.
+Tensor few_forward(const Inputs& p, const OptTensor& base, const OptTensor& h) {
+  LowRank l = halves_of(p, {p.lora_A, p.lora_B, p.bias_A}, h);
+  OptTensor y;
   add_few_beside(p, l, [&] {
     y = frozen(p, base);
-    l.y = y->mutable_data_ptr(), l.y0 = l.y;
+    l.y = y->mutable_data_ptr(), l.y0 = l.y, l.ldy = l.ldy0 = p.out;
   });
   return *y;
 }
@@ -304,19 +303,18 @@ Tensor few_forward(const Inputs& p, const LoraPlan& plan, const OptTensor& base,
 // it is given.
 void add_low_rank(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const LowRank& y, OptTensor& h,
                   bool keep) {
-  const bool few = plan.algorithm == LoraAlgorithm::few_rows;
-  const Factors factors = few ? Factors{p.lora_A, p.lora_B, p.bias_A} : factors_of(p);
+  const Factors factors = plan.few() ? Factors{p.lora_A, p.lora_B, p.bias_A} : factors_of(p);
   if (plan.algorithm == LoraAlgorithm::expand || plan.algorithm == LoraAlgorithm::all)
     h = make_h(p, plan.ranks, factors);
   if (!h && plan.algorithm == LoraAlgorithm::low_rank && crowded(p)) h = new_ranks(p);
-  LowRank l = down_of(p, factors, h);
-  l.N = p.out;
-  l.up = pointer(factors.B), l.bias_up = pointer(p.bias_B);
+  LowRank l = halves_of(p, factors, h);
   l.y = y.y, l.ldy = y.ldy, l.y_slab = y.y_slab;
   l.y0 = y.y0, l.ldy0 = y.ldy0, l.y0_slab = y.y0_slab;
   switch (plan.algorithm) {
     case LoraAlgorithm::few_rows:
       return add_few(p, l);
+    case LoraAlgorithm::few_fused:
+      return add_few_fused(p, l, p.bias);
     case LoraAlgorithm::add:
       return add_on_hopper(p, shape, l, keep);
     case LoraAlgorithm::expand:
@@ -560,11 +558,11 @@ struct Cuda {
     Tensor y;
     if (plan.fused()) {
       y = fused_forward(p, plan, shape, base, h);
+    } else if (runs_beside(p, plan)) {
+      y = few_forward(p, base, h);
     } else {
-      if (plan.few() && (plan.whole() || runs_beside(p, plan)))
-        return {few_forward(p, plan, base, h), keep ? *h : none_like(p.x)};
       const OptTensor y0 = plan.whole() ? base : frozen(p, base);
-      y = slabs ? allocate(p.x, {p.T, p.M, p.out}) : p.weight ? *y0 : allocate(p.x, {p.M, p.out});
+      y = slabs ? allocate(p.x, {p.T, p.M, p.out}) : p.weight && !plan.whole() ? *y0 : allocate(p.x, {p.M, p.out});
       add_low_rank(p, plan, shape, written(p, y0, y), h, keep);
     }
     return {y, keep ? *h : none_like(p.x)};
