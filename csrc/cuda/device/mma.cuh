@@ -113,6 +113,29 @@ __device__ inline void store(scalar* to, const Vector<scalar>& v, int left) {
   }
 }
 
+// The sum over a warp, for all its lanes.
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
+  return x;
+}
+
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+  return x;
+}
+
+// The sum over the lanes of a warp up to this one.
+__device__ inline int sum_up_to(int lane, int x) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int before = __shfl_up_sync(0xffffffffu, x, d);
+    if (lane >= d) x += before;
+  }
+  return x;
+}
+
 // How far apart the rows of h lie in shared memory, so that the fragments of a warp miss each other's banks.
 constexpr int padded(int ranks) { return (ranks + 47) / 64 * 64 + 16; }
 

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "device.h"
 #include "launch.cuh"
 
 namespace plora::cuda {
@@ -71,9 +70,9 @@ inline bool overlaps(cudaStream_t stream) {
 
 // Launches a kernel that calls wait_for_predecessor(), after one that calls launch_successor() or without overlap, in
 // clusters of so many blocks.
-template <typename... Params>
+template <typename... Params, typename... Arguments>
 void launch_clusters(const char* op, void (*kernel)(Params...), unsigned cluster, int64_t blocks, int threads,
-                     size_t shared, cudaStream_t stream, bool overlap, const Params&... arguments) {
+                     size_t shared, cudaStream_t stream, bool overlap, const Arguments&... arguments) {
   if (shared > 0) allow_shared_memory(kernel, shared);
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -91,9 +90,9 @@ void launch_clusters(const char* op, void (*kernel)(Params...), unsigned cluster
   check_launch(op);
 }
 
-template <typename... Params>
+template <typename... Params, typename... Arguments>
 void launch_overlapped(const char* op, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
-                       cudaStream_t stream, bool overlap, const Params&... arguments) {
+                       cudaStream_t stream, bool overlap, const Arguments&... arguments) {
   launch_clusters(op, kernel, 1, blocks, threads, shared, stream, overlap, arguments...);
 }
 

@@ -51,6 +51,16 @@ __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// By all warps of a warpgroup: gives up registers, or asks for them, to have so many a thread.
+template <int kCount>
+__device__ inline void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ inline void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
 // --- clusters: blocks that run at the same time and see each other's shared memory ---
 
 __device__ inline uint32_t cluster_rank() {

@@ -11,11 +11,8 @@
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/overlap.cuh"
 #include "../device/ring.cuh"
-#include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "adapters.cuh"
 #include "given.cuh"
@@ -306,7 +303,6 @@ void low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
   a.ids = p.rows.ids, a.rows_per_id = static_cast<int>(p.rows.rows_per_id);
   a.scaling = p.scaling, a.bias = p.bias_up;
   a.reads = p.y0 != nullptr, a.in_place = p.y0 == p.y && p.ldy0 == p.ldy;
-  constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, k32 = CU_TENSOR_MAP_SWIZZLE_32B;
   Maps maps;
   describe_tensor<2>(maps.to, p.dtype, p.y, {N, M}, {p.ldy}, {kPart, 16}, k128);
   maps.from = maps.to;  // where there is no y0, never read

@@ -11,11 +11,8 @@
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/overlap.cuh"
 #include "../device/ring.cuh"
-#include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "given.cuh"
 #include "kernels.h"
@@ -217,12 +214,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
   if (warp >= kWarps) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    sm90::shrink_registers<40>();
     if (lane != 0) return;
     if (warp == kWarps) feed_stages(maps, a, stages);
     if (warp == kWarps + 1) feed_slots(maps, a, slots);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    sm90::grow_registers<232>();
     Multiplier<scalar>{maps, a, memory, warp, lane, stages, slots}.run();
   }
 #endif
@@ -243,7 +240,6 @@ void all_sm90(const LowRank& p, const void* weight, const void* bias, bool overl
   a.M = static_cast<int>(M), a.N = static_cast<int>(N), a.K = static_cast<int>(p.K);
   a.T = static_cast<int>(T), a.r = static_cast<int>(r);
   a.scaling = p.scaling, a.bias = bias, a.bias_up = p.bias_up, a.y0 = p.y0, a.ldy0 = p.ldy0;
-  constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, k32 = CU_TENSOR_MAP_SWIZZLE_32B;
   Maps maps;
   describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, M}, {p.ldx}, {kDepth, kRows}, k128);
   describe_tensor<2>(maps.weight, p.dtype, weight, {p.K, N}, {p.K}, {kDepth, kColumns}, k128);

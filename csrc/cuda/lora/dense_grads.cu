@@ -56,8 +56,7 @@ __device__ void sum_part(const Params<scalar>& p, int64_t t, int part) {
     for (; i < end; i += kThreads)
       for (int64_t e = i * kVec; e < (i + 1) * kVec; ++e) sum += to_float(U[e]) * to_float(A[e]);
   }
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+  sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
   __syncthreads();
   if (threadIdx.x > 0) return;
@@ -146,8 +145,7 @@ void run(const DenseGrads& p, cudaStream_t stream) {
     for (q.first = q.last = next < size ? p.adapters[next] : p.T; next < size && p.adapters[next] == q.last; ++next)
       ++q.last;
     const int64_t end = next < size ? q.last : p.T;
-    dense_grads_kernel<scalar><<<static_cast<unsigned>((end - q.begin) * q.tasks), kThreads, 0, stream>>>(q);
-    check_launch("dense_grads");
+    launch_kernel("dense_grads", &dense_grads_kernel<scalar>, (end - q.begin) * q.tasks, kThreads, 0, stream, q);
     q.begin = end;
   }
 }

@@ -106,15 +106,11 @@ void expand(const LowRank& p, cudaStream_t stream) {
                   p.rows.r % 8 == 0 && p.N % 8 == 0 && p.ldy % 8 == 0 && p.ldy0 % 8 == 0 &&
                   aligned(p.up, p.y, p.y0, p.bias_up),
               "expand: not what it was planned for");
-  const auto grid = static_cast<unsigned>(ceil_div(p.rows.M, kRows) * ceil_div(p.N, kColumns));
   dispatch<2>("expand", p.dtype, [&](auto like) {
     using scalar = decltype(like);
-    if (p.bias_up)
-      expand_kernel<scalar, true><<<grid, kThreads, 0, stream>>>(p);
-    else
-      expand_kernel<scalar, false><<<grid, kThreads, 0, stream>>>(p);
+    const auto kernel = p.bias_up ? &expand_kernel<scalar, true> : &expand_kernel<scalar, false>;
+    launch_kernel("expand", kernel, ceil_div(p.rows.M, kRows) * ceil_div(p.N, kColumns), kThreads, 0, stream, p);
   });
-  check_launch("expand");
 }
 
 }  // namespace plora::cuda

@@ -20,8 +20,6 @@
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/mma.cuh"
 #include "../device/overlap.cuh"
 #include "adapters.cuh"
@@ -112,13 +110,7 @@ __device__ inline void find(const Rows& rows, int index, bool idle, Choices& cho
     const int each = (places + 31) / 32;
     int own = 0;
     for (int p = lane * each; p < (lane + 1) * each; ++p) own += tiles(p);
-    int before = own;  // first up to this lane, then before it
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(~0u, before, step);
-      if (lane >= step) before += other;
-    }
-    before -= own;
+    const int before = sum_up_to(lane, own) - own;
     const unsigned holder = __ballot_sync(~0u, before <= index && index < before + own);
     int found = lane * each, part = index - before;
     if (holder >> lane & 1)
@@ -421,12 +413,10 @@ FewSums launch_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t 
   const Arguments a = arguments<scalar>(p, beside, memory);
   const bool x_vectors =
       aligned(p.x) && aligned(p.down) && p.K % V == 0 && p.ldx % V == 0 && (!TRANSPOSED || p.rows.r % 2 == 0);
-  const dim3 grid(static_cast<unsigned>(most_tiles(p, p.rows.T + (a.tiles != nullptr))),
-                  static_cast<unsigned>(a.sums.parts), static_cast<unsigned>(a.sums.width / kChunk));
+  const dim3 grid(most_tiles(p, p.rows.T + (a.tiles != nullptr)), a.sums.parts, a.sums.width / kChunk);
   const auto shrink = x_vectors ? &shrink_kernel<scalar, TRANSPOSED, true> : &shrink_kernel<scalar, TRANSPOSED, false>;
   share_all_memory(shrink);
-  shrink<<<grid, kThreads, 0, stream>>>(a);
-  check_launch("few_rows");
+  launch_kernel("few_rows", shrink, grid, kThreads, 0, stream, a);
   return a.sums;
 }
 

@@ -14,8 +14,6 @@
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/mma.cuh"
 #include "../device/overlap.cuh"
 #include "adapters.cuh"

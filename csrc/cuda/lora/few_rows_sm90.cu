@@ -14,12 +14,9 @@
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/mma_smem.cuh"
 #include "../device/overlap.cuh"
 #include "../device/ring.cuh"
-#include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "adapters.cuh"
 #include "few_rows.cuh"
@@ -263,16 +260,16 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <typename scalar, int kN, bool kTransposed>
 void launch(Maps& maps, const Arguments& a, const void* weight, cudaStream_t stream) {
-  constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, kNone = CU_TENSOR_MAP_SWIZZLE_NONE;
+  constexpr auto kPlain = CU_TENSOR_MAP_SWIZZLE_NONE;
   const LowRank& p = a.p;
   const int64_t K = p.K, N = p.N, T = p.rows.T, r = p.rows.r;
   describe_tensor<2>(maps.x, p.dtype, p.x, {K, p.rows.M}, {p.ldx}, {kDepth, kN}, k128);
   if constexpr (kTransposed) {
     describe_tensor<2>(maps.weight, p.dtype, weight, {N, K}, {N}, {64, kDepth}, k128);
-    describe_tensor<3>(maps.up, p.dtype, p.up, {N, r, T}, {N, r * N}, {kColumns, kChunk, 1}, kNone);
+    describe_tensor<3>(maps.up, p.dtype, p.up, {N, r, T}, {N, r * N}, {kColumns, kChunk, 1}, kPlain);
   } else {
     describe_tensor<2>(maps.weight, p.dtype, weight, {K, N}, {K}, {kDepth, kColumns}, k128);
-    describe_tensor<3>(maps.up, p.dtype, p.up, {r, N, T}, {r, N * r}, {kChunk, kColumns, 1}, kNone);
+    describe_tensor<3>(maps.up, p.dtype, p.up, {r, N, T}, {r, N * r}, {kChunk, kColumns, 1}, kPlain);
   }
   const int64_t tiles = ceil_div(N, kColumns), room = 2 * multiprocessors() / 16 * 15;
   int64_t blocks = kMaxBlocks;  // of a cluster; all at once: clusters leave some multiprocessors out

@@ -18,8 +18,6 @@
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/overlap.cuh"
 #include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
@@ -618,19 +616,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
   if (group < 0) {
-    if constexpr (S::kInLoop && !kThirds)
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    else
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    sm90::shrink_registers<S::kInLoop && !kThirds ? 24 : 40>();
     if (threadIdx.x < 32)
       feed<kTransposed, kSlots, kThirds>(maps, p, tiles, stages, barriers);
     else if (threadIdx.x < 64)
       describe_all(p, tiles, barriers);
   } else {
-    if constexpr (S::kInLoop && !kThirds)  // 208 of them accumulators
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-    else
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    sm90::grow_registers<S::kInLoop && !kThirds ? 240 : 232>();  // of 240, 208 are accumulators
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const uint32_t out = stages + Layout<S>::kOut + group * 4 * kOutWarp;
     Multiplier<scalar, kTransposed, kSlots, kThirds>{p, tiles, stages, out, group, warp, lane, barriers}.run();
@@ -666,7 +658,6 @@ __global__ void __launch_bounds__(256)
 // --- host -----------------------------------------------------------------------------------------------------------
 
 Maps describe(const Fused& p, bool some_thirds, bool thirds) {
-  constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, k32 = CU_TENSOR_MAP_SWIZZLE_32B;
   const int64_t T = p.rows.T, r = p.rows.r;
   Maps maps;
   describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, kRows}, k128);
@@ -738,9 +729,8 @@ void fused(const Fused& p, cudaStream_t stream) {
         p.up_transposed, p.slots > 0, p.slots == 2, a.whole == 0);
     if (p.y0 == nullptr && p.bias_up == nullptr) return;
     const int64_t threads = p.rows.M * (p.N / 8);
-    add_rest_kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(
-        a, static_cast<const scalar*>(p.y0), p.ldy0, static_cast<const scalar*>(p.bias_up));
-    check_launch("the fused LoRA product");
+    launch_kernel("the fused LoRA product", &add_rest_kernel<scalar>, ceil_div(threads, 256), 256, 0, stream, a,
+                  static_cast<const scalar*>(p.y0), p.ldy0, static_cast<const scalar*>(p.bias_up));
   });
 }
 

@@ -12,8 +12,6 @@
 #include <utility>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/mma_smem.cuh"
 #include "../device/overlap.cuh"
 #include "asks.cuh"
@@ -299,8 +297,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const __grid_const
 // The sum over a block's threads, for thread 0.
 __device__ float block_sum(float x) {
   __shared__ float warps[kSmall / 32];
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
+  x = warp_sum(x);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
   float sum = 0;

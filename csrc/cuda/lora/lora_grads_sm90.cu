@@ -10,12 +10,9 @@
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/mma.cuh"
 #include "../device/overlap.cuh"
 #include "../device/ring.cuh"
-#include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "kernels.h"
 
@@ -175,14 +172,12 @@ void lora_grads_sm90(const LoraGrads& p, bool overlap, cudaStream_t stream) {
   // Fewer than 64 ranks are found again where the others would be.
   const int row = ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64;
   const auto swizzle = row == 16 ? sm90::Swizzle::b32 : row == 32 ? sm90::Swizzle::b64 : sm90::Swizzle::b128;
-  const auto swizzle_P = row == 16   ? CU_TENSOR_MAP_SWIZZLE_32B
-                         : row == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                     : CU_TENSOR_MAP_SWIZZLE_128B;
+  const auto swizzle_P = row == 16 ? k32 : row == 32 ? k64 : k128;
   Arguments a{};
   const auto describe = [&](Job& job, const void* P, const void* Q, int64_t ldq, int64_t width, void* out) {
     if (!out) return;
     describe_tensor<2>(job.P, p.dtype, P, {ranks, M}, {ranks}, {row, kRows}, swizzle_P);
-    describe_tensor<2>(job.Q, p.dtype, Q, {width, M}, {ldq}, {64, kRows}, CU_TENSOR_MAP_SWIZZLE_128B);
+    describe_tensor<2>(job.Q, p.dtype, Q, {width, M}, {ldq}, {64, kRows}, k128);
     job.out = out, job.width = static_cast<int>(width);
   };
   describe(a.jobs[0], p.h, p.dy, p.lddy, p.out, p.dB);

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "../device/device.h"
 #include "../device/launch.cuh"
 #include "../device/mma_smem.cuh"
 #include "../device/pair.cuh"
@@ -182,7 +181,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void lora_merge(const LoraMerge& p, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(ceil_div(p.out, kTile) * ceil_div(p.in, kTile));
+  const int64_t grid = ceil_div(p.out, kTile) * ceil_div(p.in, kTile);
   dispatch<8>("lora_merge", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
     const auto typed = [](const void* t) { return static_cast<const scalar*>(t); };
@@ -190,18 +189,16 @@ void lora_merge(const LoraMerge& p, cudaStream_t stream) {
     if constexpr (sizeof(scalar) == 2) {
       const int64_t slices = T * ceil_div(r, kRanks), stages = std::min<int64_t>(ceil_div(slices, kSlices), kStages);
       const size_t shared = stages * kSlices * sizeof(Slice<scalar>);
-      allow_shared_memory(lora_merge_mma_kernel<scalar>, shared);
-      lora_merge_mma_kernel<<<grid, kThreads, shared, stream>>>(
-          typed(p.weight), typed(p.A), typed(p.B), static_cast<const float*>(p.scaling), p.ranks,
-          static_cast<scalar*>(p.merged), p.out, p.in, T, r,
-          p.in % 8 == 0 && p.r % 8 == 0 && aligned(p.A, p.B, p.weight, p.merged));
+      launch_kernel("lora_merge", &lora_merge_mma_kernel<scalar>, grid, kThreads, shared, stream, typed(p.weight),
+                    typed(p.A), typed(p.B), static_cast<const float*>(p.scaling), p.ranks,
+                    static_cast<scalar*>(p.merged), p.out, p.in, T, r,
+                    p.in % 8 == 0 && p.r % 8 == 0 && aligned(p.A, p.B, p.weight, p.merged));
     } else {
-      lora_merge_kernel<<<grid, kThreads, 0, stream>>>(typed(p.weight), typed(p.A), typed(p.B),
-                                                       static_cast<const acc_type<scalar>*>(p.scaling), p.ranks,
-                                                       static_cast<scalar*>(p.merged), p.out, p.in, T, r);
+      launch_kernel("lora_merge", &lora_merge_kernel<scalar, acc_type<scalar>>, grid, kThreads, 0, stream,
+                    typed(p.weight), typed(p.A), typed(p.B), static_cast<const acc_type<scalar>*>(p.scaling), p.ranks,
+                    static_cast<scalar*>(p.merged), p.out, p.in, T, r);
     }
   });
-  check_launch("lora_merge");
 }
 
 }  // namespace plora::cuda

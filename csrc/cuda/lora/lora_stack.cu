@@ -69,11 +69,10 @@ void lora_stack(const LoraStack& p, const std::vector<OneOfStack>& adapters, cud
       const int here = std::min(kAtOnce, T - t);
       Adapters some{};
       std::copy_n(adapters.begin() + t, here, some.begin());
-      stack_kernel<kVec, from_t, to_t><<<dim3(blocks, here), kThreads, 0, stream>>>(
-          some, p.r, p.in, p.out, static_cast<to_t*>(p.A) + static_cast<int64_t>(t) * p.r * p.in,
-          static_cast<to_t*>(p.B) + static_cast<int64_t>(t) * p.out * p.r, p.scaling + t);
+      launch_kernel("lora_stack", &stack_kernel<kVec, from_t, to_t>, dim3(blocks, here), kThreads, 0, stream, some, p.r,
+                    p.in, p.out, static_cast<to_t*>(p.A) + static_cast<int64_t>(t) * p.r * p.in,
+                    static_cast<to_t*>(p.B) + static_cast<int64_t>(t) * p.out * p.r, p.scaling + t);
     }
-    check_launch("lora_stack");
   };
   dispatch("lora_stack", p.to, [&](auto to) {
     const auto with = [&](auto from) {

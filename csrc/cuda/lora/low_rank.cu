@@ -7,8 +7,6 @@
 
 #include <algorithm>
 
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/mma.cuh"
 #include "../device/overlap.cuh"
 #include "adapters.cuh"
@@ -345,17 +343,13 @@ __global__ void __launch_bounds__(kThreads, W == 1 && sizeof(scalar) == 2 ? 3 : 
 
 template <typename scalar, int NT, int W, bool VECTORS>
 void enqueue(const LowRank& p, int stride, cudaStream_t stream) {
-  const auto kernel = low_rank_kernel<scalar, NT, W, VECTORS>;
   const int64_t blocks = ceil_div(p.rows.M, kRows);
   int64_t parts = p.y_slab ? p.rows.T : ceil_div(p.N, kShares<W> * kColumns<scalar>);
   if constexpr (NT > 0)
     if (!p.y) parts = p.x_slab ? p.rows.T * ceil_div(p.rows.r, 8 * NT) : ceil_div(p.rows.R(), 8 * NT);
-  const dim3 grid(static_cast<unsigned>(blocks),
-                  static_cast<unsigned>(std::max<int64_t>(std::min(kBlocks / blocks, parts), 1)));
+  const dim3 grid(blocks, std::max<int64_t>(std::min(kBlocks / blocks, parts), 1));
   const size_t bytes = kRows * stride * sizeof(scalar) + (NT ? kPartialBytes<NT> : 0);
-  allow_shared_memory(kernel, bytes);
-  kernel<<<grid, kThreads, bytes, stream>>>(p, stride);
-  check_launch("low_rank");
+  launch_kernel("low_rank", &low_rank_kernel<scalar, NT, W, VECTORS>, grid, kThreads, bytes, stream, p, stride);
 }
 
 // Ranks whose h fits into shared memory: as many as leave room for two blocks or more on an SM of the larger GPUs.

@@ -13,12 +13,9 @@
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/mma.cuh"
 #include "../device/overlap.cuh"
 #include "../device/ring.cuh"
-#include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "adapters.cuh"
 #include "given.cuh"
@@ -282,11 +279,9 @@ void launch(const LowRank& p, cudaStream_t stream) {
     a.ahead = static_cast<int>(std::max<int64_t>(0, p.rows.M - kAhead / (p.N * 2)));
   while (each % a.box != 0) a.box /= 2;
   Maps maps;
-  constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B;
   describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, S::kRows}, k128);
   if constexpr (kTransposed)
-    describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, p.K * r}, {kRow, kDepth, 1},
-                       CU_TENSOR_MAP_SWIZZLE_32B);
+    describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, p.K * r}, {kRow, kDepth, 1}, k32);
   else
     describe_tensor<3>(maps.down, p.dtype, p.down, {p.K, r, T}, {p.K, r * p.K}, {kDepth, a.box, 1}, k128);
   maps.run = maps.down;
@@ -294,12 +289,8 @@ void launch(const LowRank& p, cudaStream_t stream) {
     describe_tensor<2>(maps.run, p.dtype, p.down, {p.K, T * r}, {p.K}, {kDepth, kNarrow}, k128);
   const int64_t blocks = ceil_div(p.rows.M, S::kRows), spare = multiprocessors() - p.followed;
   const int64_t most = ceil_div((p.rows.ids ? std::min<int64_t>(T, kFusedRows) : T) * each, kWide);
-  const dim3 grid(static_cast<unsigned>(blocks),
-                  static_cast<unsigned>(std::max<int64_t>(1, std::min(spare / blocks, most))));
-  const auto kernel = &down_kernel<scalar, kGroups, kTransposed>;
-  allow_shared_memory(kernel, S::kBytes);
-  kernel<<<grid, S::kThreads, S::kBytes, stream>>>(maps, a);
-  check_launch("low_rank");
+  const dim3 grid(blocks, std::max<int64_t>(1, std::min(spare / blocks, most)));
+  launch_kernel("low_rank", &down_kernel<scalar, kGroups, kTransposed>, grid, S::kThreads, S::kBytes, stream, maps, a);
 }
 
 }  // namespace

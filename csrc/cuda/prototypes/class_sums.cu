@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "../device/device.h"
 #include "../device/mma_smem.cuh"
 #include "../device/overlap.cuh"
 #include "kernels.h"
@@ -112,13 +111,7 @@ __global__ void __launch_bounds__(32)
 #pragma unroll
     for (int g = 0; g < kChunks / 32; ++g) {
       const int count = static_cast<int>(bound[g] >> 16), start = static_cast<int>(bound[g] & 0xffff);
-      int end = count;
-#pragma unroll
-      for (int d = 1; d < 32; d *= 2) {
-        const int before = __shfl_up_sync(0xffffffffu, end, d);
-        if (lane >= d) end += before;
-      }
-      end += total;
+      const int end = sum_up_to(lane, count) + total;
       ends[32 * g + lane] = end;
       offsets[32 * g + lane] = (first + 32 * g + lane) * kChunk + start - (end - count);
       total = __shfl_sync(0xffffffffu, end, 31);
@@ -201,19 +194,16 @@ void sum_classes(Dtype dtype, const void* features, const int64_t* labels, void*
     using scalar = decltype(tag);
     const auto from = static_cast<const scalar*>(features);
     const bool vectors = aligned(features) && D * sizeof(scalar) % 16 == 0;
-    sort_kernel<<<static_cast<unsigned>(chunks), kChunk, 0, stream>>>(
-        labels, N, static_cast<int>(C), order, bounds, static_cast<const char*>(features),
-        vectors ? N * D * static_cast<int64_t>(sizeof(scalar)) : 0);
-    check_launch(op);
+    launch_kernel(op, &sort_kernel, chunks, kChunk, 0, stream, labels, N, C, order, bounds,
+                  static_cast<const char*>(features), vectors ? N * D * sizeof(scalar) : 0);
     if (C == 0) return;
     const auto slabs_of = [&](int bytes) {
       const int64_t width = bytes / static_cast<int64_t>(sizeof(scalar));
       return std::max<int64_t>((D + width - 1) / width, 1);
     };
     const auto sum = [&](auto kernel, int bytes) {
-      launch_overlapped(op, kernel, C * slabs_of(bytes), 32, 0, stream, true, from, static_cast<const int*>(order),
-                        static_cast<const uint32_t*>(bounds), static_cast<acc_type<scalar>*>(sums), counts, D,
-                        static_cast<int>(chunks), static_cast<int>(slabs_of(bytes)), vectors);
+      launch_overlapped(op, kernel, C * slabs_of(bytes), 32, 0, stream, true, from, order, bounds,
+                        static_cast<acc_type<scalar>*>(sums), counts, D, chunks, slabs_of(bytes), vectors);
     };
     // The wider the slabs the better for the memory, but some warps are needed to keep it busy. Rings of 24 to 32 KB:
     // seven warps of a multiprocessor run together.

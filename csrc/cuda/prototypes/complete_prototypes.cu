@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "../device/device.h"
 #include "../device/overlap.cuh"
 #include "cosine.cuh"
 #include "kernels.h"
@@ -101,12 +100,7 @@ __device__ Unit unit_at(int T, int n, const Count& count) {
   const int lane = threadIdx.x % 32;
   for (int first = 0; first < T; first += 32) {
     const int own = first + lane < T ? count(first + lane) : 0;
-    int end = own;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int before = __shfl_up_sync(0xffffffffu, end, d);
-      if (lane >= d) end += before;
-    }
+    const int end = sum_up_to(lane, own);
     const int at = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, end > n))) - 1;
     if (at >= 0) return {first + at, n - __shfl_sync(0xffffffffu, end - own, at)};
     n -= __shfl_sync(0xffffffffu, end, 31);
@@ -194,8 +188,7 @@ __device__ void fill(const Arguments& p, const Sorted& sorted, Step& step, int t
     for (int row = warp; row < rows; row += kWarps) {
       float bound = -1.f;
       for (int k = lane; k < keys; k += 32) bound = fmaxf(bound, __ldcg(&cosines[static_cast<int64_t>(row) * p.C + k]));
-#pragma unroll
-      for (int d = 16; d > 0; d /= 2) bound = fmaxf(bound, __shfl_xor_sync(0xffffffffu, bound, d));
+      bound = warp_max(bound);
       if (lane == 0) step.bounds[row] = bound;
     }
     __syncwarp();  // the warp has the same rows below
@@ -328,17 +321,10 @@ void complete(const float* prototypes, const int64_t* tasks, float* out, int64_t
   allow_shared_memory(&complete_kernel, bytes);
   int resident = 0;  // blocks of a multiprocessor: all must run together
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, &complete_kernel, kThreads, static_cast<size_t>(bytes));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(std::min<int64_t>(std::max(resident, 1) * multiprocessors(), C * T));
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, &complete_kernel, p);
+  const int64_t blocks = std::min<int64_t>(std::max(resident, 1) * multiprocessors(), C * T);
+  void* arguments[] = {&p};
+  cudaLaunchCooperativeKernel(&complete_kernel, dim3(static_cast<unsigned>(blocks)), kThreads, arguments, bytes,
+                              stream);
   check_launch(op);
 }
 

@@ -15,7 +15,6 @@
 #include <algorithm>
 
 #include "../../common/cuda_path.h"
-#include "../device/device.h"
 #include "../device/overlap.cuh"
 #include "cosine.cuh"
 #include "kernels.h"
@@ -214,9 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1) reconstruct_kernel(const __grid_c
       x = x > 1.f ? 1.f : x;
       const bool real = lane < end - at;
       if (p.cold) {
-        float largest = real ? fmaxf(bound[i], x) : bound[i];
-#pragma unroll
-        for (int d = 16; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, d));
+        const float largest = warp_max(real ? fmaxf(bound[i], x) : bound[i]);
         const float again = exp2f((bound[i] - largest) * p.scale);
         bound[i] = largest, total[i] *= again;
         if (lane == 0) shared.again[row] = again;
@@ -273,8 +270,7 @@ __global__ void __launch_bounds__(kThreads, 1) reconstruct_kernel(const __grid_c
 #pragma unroll
   for (int i = 0; i < 2 * T::MT; ++i) {
     const int row = warp + kWarps * i;
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) total[i] += __shfl_xor_sync(0xffffffffu, total[i], d);
+    total[i] = warp_sum(total[i]);
     if (lane > 0) continue;
     shared.total[row] = total[i];
     if (p.stats && pass == 0 && row < rows)
@@ -389,16 +385,14 @@ void launch(Arguments p, bool tf32, const Allocator& memory, cudaStream_t stream
   }
   const auto kernel = tf32 ? &reconstruct_kernel<T, true> : &reconstruct_kernel<T, false>;
   const int bytes = shared_bytes<T>(p, p.resident);
-  allow_shared_memory(kernel, bytes);
-  kernel<<<dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(used)), kThreads, bytes, stream>>>(p);
-  check_launch("reconstruct_prototypes");
+  const char* op = "reconstruct_prototypes";
+  launch_kernel(op, kernel, dim3(plan.blocks, used), kThreads, bytes, stream, p);
   if (used > 1)
-    launch_overlapped("reconstruct_prototypes",
+    launch_overlapped(op,
                       p.vector_out ? p.cold ? &combine_kernel<4, true> : &combine_kernel<4, false>
                       : p.cold     ? &combine_kernel<1, true>
                                    : &combine_kernel<1, false>,
-                      p.Co, kThreads, 0, stream, true, static_cast<const float*>(p.out),
-                      static_cast<const float2*>(p.stats), base, out, used, p.Co, p.Dv, p.scale);
+                      p.Co, kThreads, 0, stream, true, p.out, p.stats, base, out, used, p.Co, p.Dv, p.scale);
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "../device/device.h"
 #include "../device/overlap.cuh"
 #include "cosine.cuh"
 #include "kernels.h"
@@ -112,12 +111,9 @@ void launch(Arguments p, bool tf32, const Allocator& memory, cudaStream_t stream
   if (groups > 1) p.out = static_cast<float*>(memory(groups * count * sizeof(float)));
   const auto kernel = tf32 ? &logits_kernel<Tile, true> : &logits_kernel<Tile, false>;
   constexpr int kBytes = Tile::kStages * Tile::kStage * static_cast<int>(sizeof(float));
-  allow_shared_memory(kernel, kBytes);
-  kernel<<<dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(groups)), kThreads, kBytes, stream>>>(p);
-  check_launch(op);
+  launch_kernel(op, kernel, dim3(tiles, groups), kThreads, kBytes, stream, p);
   if (groups > 1)
-    launch_overlapped(op, &sum_kernel, (count + kThreads - 1) / kThreads, kThreads, 0, stream, true,
-                      static_cast<const float*>(p.out), out, count, groups);
+    launch_overlapped(op, &sum_kernel, ceil_div(count, kThreads), kThreads, 0, stream, true, p.out, out, count, groups);
 }
 
 }  // namespace
