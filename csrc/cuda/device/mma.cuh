@@ -81,6 +81,12 @@ struct alignas(16) Vector {
   __device__ const Four<scalar>& four(int i) const { return reinterpret_cast<const Four<scalar>*>(&raw)[i]; }
 };
 
+// Neighbouring elements, read and written at once.
+template <typename scalar, int kCount>
+struct alignas(sizeof(scalar) * kCount) Elements {
+  scalar values[kCount];
+};
+
 // One store of 16 bytes to global memory. (As an assignment the compiler takes it apart where the parts were computed.)
 __device__ inline void store_vector(void* to, const uint4& v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(v.x), "r"(v.y),
@@ -153,10 +159,11 @@ struct Operand<float> {
   Operand() = default;
   __device__ explicit Operand(const Four<float>& v) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      hi[i] = to_tf32(v[i]);
-      lo[i] = to_tf32(v[i] - __uint_as_float(hi[i]));
-    }
+    for (int i = 0; i < 4; ++i) set(i, v[i]);
+  }
+  __device__ void set(int i, float x) {
+    hi[i] = to_tf32(x);
+    lo[i] = to_tf32(x - __uint_as_float(hi[i]));
   }
 };
 

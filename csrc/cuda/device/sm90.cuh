@@ -268,12 +268,4 @@ __device__ inline void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint3
                : "memory");
 }
 
-// And from there.
-__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(from)
-               : "memory");
-}
-
 }  // namespace plora::cuda::sm90

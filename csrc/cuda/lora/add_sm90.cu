@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
+#include "../device/mma_smem.cuh"
 #include "../device/overlap.cuh"
 #include "../device/ring.cuh"
 #include "../device/tensor_map.cuh"
@@ -194,7 +195,7 @@ struct Adder {
     for (int i = 0; i < kPart / 16; ++i) {
       const uint32_t at = rows + ((2 * i + lane / 16) ^ lane % 8) * 16;
       uint32_t v[4] = {0, 0, 0, 0};
-      if (a.reads) sm90::load_matrices(v, at);
+      if (a.reads) smem::ldmatrix(v, at);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float2 y = unpair<scalar>(v[e]);
@@ -282,11 +283,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #endif
 }
 
-template <typename scalar, bool kTransposed>
-void launch(const Maps& maps, const Arguments& a, int64_t tiles, cudaStream_t stream) {
-  launch_overlapped("low_rank", &add_kernel<scalar, kTransposed>, tiles, kThreads, kBytes, stream, true, maps, a);
-}
-
 }  // namespace
 
 void low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
@@ -314,10 +310,8 @@ void low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
     describe_tensor<3>(maps.up, p.dtype, p.up, {r, N, T}, {r, N * r}, {kSlot, kPart, 1}, k32);
   dispatch<2>("low_rank", p.dtype, [&](auto like) {
     using scalar = decltype(like);
-    if (p.up_transposed)
-      launch<scalar, true>(maps, a, tiles, stream);
-    else
-      launch<scalar, false>(maps, a, tiles, stream);
+    const auto kernel = p.up_transposed ? &add_kernel<scalar, true> : &add_kernel<scalar, false>;
+    launch_overlapped("low_rank", kernel, tiles, kThreads, kBytes, stream, true, maps, a);
   });
 }
 

@@ -61,9 +61,9 @@ struct LowRank {
   bool relu = false;
   const void* gate = nullptr;  // [M, R]: h becomes 0 where the gate is <= 0 (not where it is NaN)
   void* h = nullptr;           // [M, R], written where x is given (if not null), else read
-  // [M, places, r], written with h: s h of the adapters that the row's aligned block of 128 met, ascending, zero but
-  // for the row's own; with ids by low_rank_sm90 alone, and in float16 without the power of two in s (given.cuh).
-  // Without ids it is [M, T r].
+  // [M, places, r], written with h by low_rank_sm90: s h of the adapters that the row's aligned block of 128 met,
+  // ascending, zero but for the row's own, and in float16 without the power of two in s (given.cuh). Without ids
+  // [M, T r].
   void* scaled_h = nullptr;
   int64_t places = 0;
   int64_t followed = 0;  // blocks of the kernel that follows low_rank_sm90, and may start beside it

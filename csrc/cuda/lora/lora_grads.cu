@@ -457,9 +457,7 @@ void run(const LoraGrads& p, const Allocator& workspace, cudaStream_t stream) {
   const Asks asks = asks_of("lora_grads", p.adapters, T);
 
   // what the product makes
-  const auto aligned = [](const void* pointer, int64_t ld) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && ld % kVec == 0;
-  };
+  const auto vectors = [](const void* pointer, int64_t ld) { return aligned(pointer) && ld % kVec == 0; };
   const int64_t all_ranks = (ids ? 1 : asks.count) * padded_r;
   const bool apart = p.dy_slab != 0;
   const bool thin = std::max(p.dA || !apart ? all_ranks : 0, padded_r) <= 16;
@@ -471,7 +469,7 @@ void run(const LoraGrads& p, const Allocator& workspace, cudaStream_t stream) {
     Job<scalar>& job = product.jobs[jobs++];
     job.P = static_cast<const scalar*>(P), job.Q = static_cast<const scalar*>(Q);
     job.ldq = static_cast<int>(ldq), job.q_slab = q_slab, job.width = width;
-    job.fast_p = aligned(P, padded_r), job.fast_q = aligned(Q, ldq) && q_slab % kVec == 0;
+    job.fast_p = vectors(P, padded_r), job.fast_q = vectors(Q, ldq) && q_slab % kVec == 0;
     job.groups = q_slab ? asks.count : 1;
     job.group = static_cast<int>(q_slab ? padded_r : all_ranks);
     job.tiles = static_cast<int>(ceil_div(job.group, thin ? 16 : 64));
@@ -551,7 +549,7 @@ void run(const LoraGrads& p, const Allocator& workspace, cudaStream_t stream) {
   if (p.dscaling)
     launch(dots_kernel<scalar>, (ids ? 1 : T) * small_items.count, kSmall, 0, static_cast<const scalar*>(p.g),
            static_cast<const scalar*>(p.h), small_items, static_cast<int>(T), static_cast<int>(r),
-           static_cast<int>(padded_r), p.ranks, aligned(p.g, padded_r) && aligned(p.h, padded_r), floats(at_dots));
+           static_cast<int>(padded_r), p.ranks, vectors(p.g, padded_r) && vectors(p.h, padded_r), floats(at_dots));
 
   if (!ids && items.count == 1 && asks.all && !p.dscaling && !p.dbias_A && !p.dbias_B) return;  // all is written
   const int64_t elements =

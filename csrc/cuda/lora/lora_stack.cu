@@ -16,18 +16,13 @@ constexpr int kThreads = 256, kAtOnce = 64;  // adapters of a launch: what fits 
 
 using Adapters = std::array<OneOfStack, kAtOnce>;
 
-template <typename scalar, int kVec>
-struct alignas(sizeof(scalar) * kVec) Vec {
-  scalar values[kVec];
-};
-
 template <int kVec, typename from_t, typename to_t>
 __device__ void copy(const from_t* from, to_t* to, bool real) {
-  Vec<from_t, kVec> read{};
-  if (real) read = *reinterpret_cast<const Vec<from_t, kVec>*>(from);
-  Vec<to_t, kVec> written;
+  Elements<from_t, kVec> read{};
+  if (real) read = *reinterpret_cast<const Elements<from_t, kVec>*>(from);
+  Elements<to_t, kVec> written;
   for (int i = 0; i < kVec; ++i) written.values[i] = from_float<to_t>(to_float(read.values[i]));
-  *reinterpret_cast<Vec<to_t, kVec>*>(to) = written;
+  *reinterpret_cast<Elements<to_t, kVec>*>(to) = written;
 }
 
 template <int kVec, typename from_t, typename to_t>

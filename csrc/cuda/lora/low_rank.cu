@@ -132,7 +132,7 @@ __device__ inline void make_h(const LowRank& p, const Group& group, const Block<
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, r = static_cast<int>(p.rows.r);
   scalar* kept = static_cast<scalar*>(p.h);
   if (group.adapter == kNone) {
-    for (int i = threadIdx.x; keep && kept && i < kRows * r; i += kThreads)
+    for (int i = threadIdx.x; keep && i < kRows * r; i += kThreads)
       if (block.owner[i / r] == kNone) kept[(block.first_row + i / r) * block.R + i % r] = from_float<scalar>(0);
     return;
   }
@@ -176,9 +176,7 @@ __device__ inline void make_h(const LowRank& p, const Group& group, const Block<
 #pragma unroll
       for (int w = 0; w < 4; ++w) sum += block.partial[(w * kRows + row) * kPartial<NT> + c];
       if (!open || (p.relu && sum < 0)) sum = 0;
-      if (keep && mine && kept) kept[at] = from_float<scalar>(sum);
-      if (keep && mine && p.scaled_h)
-        static_cast<scalar*>(p.scaled_h)[at] = from_float<scalar>(p.scaling[group.of(rank + c, r)] * sum);
+      if (keep && mine) kept[at] = from_float<scalar>(sum);
       if (p.y) block.h[row * block.stride + rank + c] = from_float<scalar>(group.before(p, rank + c, r) * sum);
     }
     __syncthreads();
@@ -333,8 +331,7 @@ __global__ void __launch_bounds__(kThreads, W == 1 && sizeof(scalar) == 2 ? 3 : 
     const int adapter = p.rows.ids ? chosen[i] : i;
     const int adapters = adapter == kNone ? 0 : p.rows.ids || each ? 1 : T;
     const Group group{adapter, adapters, adapters * r, p.rows.ids ? adapter : 0};
-    if constexpr (NT > 0)
-      make_h<scalar, NT, W, VECTORS>(p, group, block, (p.h || p.scaled_h) && (each || !p.y || blockIdx.y == 0));
+    if constexpr (NT > 0) make_h<scalar, NT, W, VECTORS>(p, group, block, p.h && (each || !p.y || blockIdx.y == 0));
     const bool unchanged = adapter == kNone && p.y == p.y0 && p.ldy == p.ldy0;
     if (p.y && !unchanged)
       make_y<scalar, NT, W, VECTORS>(p, group, block, each ? adapter : 0, each ? 0 : blockIdx.y, each ? 1 : gridDim.y);
@@ -366,7 +363,7 @@ void launch(const LowRank& p, cudaStream_t stream) {
   const int64_t r = p.rows.r, width = p.rows.ids || (p.y && p.y_slab) ? r : p.rows.T * r;
   PLORA_CHECK(std::max({p.x ? p.K : 0, p.y ? p.N : 0, width}) < int64_t(1) << 25,  // offsets of 32 bits
               "low_rank: K, N and the number of ranks must be less than 2^25");
-  PLORA_CHECK(!p.scaled_h || !p.rows.ids, "low_rank: s h of all the adapters of a tile is Hopper's kernel's alone");
+  PLORA_CHECK(!p.scaled_h, "low_rank: s h is made by Hopper's kernel alone");
   const int most = p.y ? most_ranks<scalar>() : 0;
   if (p.x && p.y && width > most) {
     PLORA_CHECK(p.h, "low_rank: more than ", most, " ranks need space for h");

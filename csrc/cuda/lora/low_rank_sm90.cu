@@ -309,10 +309,8 @@ void low_rank_sm90(const LowRank& p, cudaStream_t stream) {
     // may be so few that the kernel that follows starts beside all of them.
     const int64_t all = multiprocessors(), blocks = ceil_div(p.rows.M, 64), tall = ceil_div(p.rows.M, 128);
     const bool small = blocks <= all && (blocks + p.followed <= all || tall + p.followed > all);
-    if (p.down_transposed)
-      small ? launch<scalar, 1, true>(p, stream) : launch<scalar, 2, true>(p, stream);
-    else
-      small ? launch<scalar, 1, false>(p, stream) : launch<scalar, 2, false>(p, stream);
+    with_flags([&](auto tall, auto transposed) { launch<scalar, 1 + tall, transposed>(p, stream); }, !small,
+               p.down_transposed);
   });
 }
 

@@ -62,26 +62,13 @@ __global__ void __launch_bounds__(kChunk)
   }
 }
 
-template <typename scalar, int kWidth>
-struct alignas(sizeof(scalar) * kWidth) Piece {
-  scalar values[kWidth];
-};
-
-template <typename acc, typename scalar>
-__device__ inline acc widened(scalar x) {
-  if constexpr (std::is_same_v<scalar, double>)
-    return x;
-  else
-    return to_float(x);
-}
-
 // A lane has kWidth neighbouring columns; kRows rows make a batch, of which kStages - 1 are on their way.
 template <typename scalar, int kWidth, int kRows, int kStages>
 __global__ void __launch_bounds__(32)
     sum_kernel(const scalar* __restrict__ features, const int* order, const uint32_t* bounds, acc_type<scalar>* sums,
                int64_t* counts, int64_t D, int chunks, int slabs, bool vectors) {
   using acc = acc_type<scalar>;
-  using Vec = Piece<scalar, kWidth>;
+  using Vec = Elements<scalar, kWidth>;
   alignas(16) __shared__ Vec ring[kStages][kRows][32];
   __shared__ int ends[kChunks], offsets[kChunks];  // of the class's rows in each chunk
   const int64_t c = blockIdx.x / slabs, first_column = static_cast<int64_t>(blockIdx.x % slabs) * (32 * kWidth);
@@ -150,7 +137,7 @@ __global__ void __launch_bounds__(32)
     const auto add = [&](int batch, int r) {
       const Vec v = ring[batch % kStages][r][lane];
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) sum[k] += widened<acc>(v.values[k]);
+      for (int k = 0; k < kWidth; ++k) sum[k] += static_cast<acc>(v.values[k]);
     };
     if (total == 0) continue;
     for (int batch = 0; batch < kStages - 1; ++batch) {

@@ -39,12 +39,9 @@ using Narrow = Tile<1, 3, 3>;  // for little shared memory
 using Small = Tile<1, 4, 5>;
 using Large = Tile<2, 3, 5>;
 
-struct Arguments {
-  const float *old, *fresh, *values;
-  const float* base;  // [Co, Dv], added to the result, or null
-  float* out;         // [Co, Dv], or the numerators of each split [splits, Co, Dv]
-  float2* stats;      // [splits, Co]: bound and denominator; null where there is one split
-  int Co, Cn, D, Dv, per_split;
+struct Arguments : Reconstruction {  // `out` is [Co, Dv], or the numerators of each split [splits, Co, Dv]
+  float2* stats;                     // [splits, Co]: bound and denominator; null where there is one split
+  int per_split;
   int passes, width;  // blocks share out the columns: `width` of them each
   int slot;           // floats of a unit in the ring; with those of the old classes where these cannot stay
   float scale;        // log2(e) / tau
@@ -308,11 +305,6 @@ __global__ void __launch_bounds__(kThreads, 1) reconstruct_kernel(const __grid_c
   }
 }
 
-template <int kWidth>
-struct alignas(4 * kWidth) Piece {
-  float x[kWidth];
-};
-
 // A block per old class adds what its splits gave, kWidth columns a thread. kCold: the splits' bounds differ.
 template <int kWidth, bool kCold>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const float* parts, const float2* stats, const float* base,
@@ -329,7 +321,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const float* parts, c
     total += part.y * factor(part);
   }
   for (int c = threadIdx.x * kWidth; c < Dv; c += kThreads * kWidth) {
-    using Vec = Piece<kWidth>;
+    using Vec = Elements<float, kWidth>;
     Vec sum{};
 #pragma unroll 4
     for (int s = 0; s < splits; ++s) {
@@ -337,11 +329,11 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const float* parts, c
       const Vec part = *reinterpret_cast<const Vec*>(parts + at * Dv + c);
       const float times = kCold ? factor(stats[at]) : 1.f;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) sum.x[i] += part.x[i] * times;
+      for (int i = 0; i < kWidth; ++i) sum.values[i] += part.values[i] * times;
     }
     const Vec before = base ? *reinterpret_cast<const Vec*>(base + row * Dv + c) : Vec{};
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum.x[i] = before.x[i] + sum.x[i] / total;
+    for (int i = 0; i < kWidth; ++i) sum.values[i] = before.values[i] + sum.values[i] / total;
     *reinterpret_cast<Vec*>(out + row * Dv + c) = sum;
   }
 }
@@ -398,7 +390,7 @@ void launch(Arguments p, bool tf32, const Allocator& memory, cudaStream_t stream
 }  // namespace
 
 void reconstruct(const Reconstruction& p, double tau, bool tf32, const Allocator& memory, cudaStream_t stream) {
-  Arguments a{p.old, p.fresh, p.values, p.base, p.out, nullptr, p.Co, p.Cn, p.D, p.Dv};
+  Arguments a{p};
   a.scale = scale_of(tau), a.cold = tau < cosine::kCold;
   const auto vectors = [](const float* from, int width) { return width > 0 && width % 4 == 0 && aligned(from); };
   a.vector_rows = vectors(p.old, p.D) && vectors(p.fresh, p.D), a.vector_values = vectors(p.values, p.Dv);

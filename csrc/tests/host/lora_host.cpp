@@ -163,8 +163,7 @@ void check_rows(const LowRank& p) {
 void low_rank(const LowRank& p, cudaStream_t) {
   if (p.rows.M == 0 || (!p.x && !p.y)) return;
   const int64_t width = p.rows.ids || (p.y && p.y_slab) ? p.rows.r : p.rows.T * p.rows.r;
-  PLORA_CHECK(!(p.scaled_h && p.rows.ids) && !(p.x && p.down_transposed) && !(p.y && p.up_transposed),
-              "low_rank refuses");
+  PLORA_CHECK(!p.scaled_h && !(p.x && p.down_transposed) && !(p.y && p.up_transposed), "low_rank refuses");
   PLORA_CHECK(p.h || !p.x || !p.y || width <= 512, "low_rank: no space for h");
   g_calls += p.x && p.y ? " low_rank" : p.x ? " low_rank_down" : " low_rank_up";
   multiply(p, p.rows.r, nullptr);
