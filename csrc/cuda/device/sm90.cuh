@@ -193,7 +193,8 @@ __device__ inline void hold(uint32_t (&a)[kCount]) {  // or that factors are sti
 }
 
 // d[64, N] += a[64, 16] b[N, 16]^T, or in place of d; each in K-major (kTrans = 0) or in M- or N-major order; of d the
-// first N / 2 registers.
+// first N / 2 registers. Of 8 columns j, [4 j + {0, 1}] are row lane / 4, columns 2 (lane % 4) + {0, 1}, and
+// [4 j + {2, 3}] eight rows further down; warp w of the warpgroup has the rows from 16 w on.
 #define PLORA_OPS4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define PLORA_OPS8(i) PLORA_OPS4(i), PLORA_OPS4(i + 4)
 #define PLORA_OPS16(i) PLORA_OPS8(i), PLORA_OPS8(i + 8)

@@ -1,12 +1,11 @@
 // The low-rank families added to a given y, for Hopper and 16-bit dtypes: y = y0 + s h up^T + s bias_up. The first half
-// is low_rank_sm90.cu's, which leaves s h of the adapters that a tile of 128 rows met, zero but for a row's own; here
-// is the second, started while the first still runs.
+// is low_rank_sm90.cu's, which leaves s h of the adapters that a tile of 128 rows met; here is the second, started
+// while the first still runs.
 //
 // Floor: y passes once each way, 4 M N bytes, 9.2 us for [12608, 768] at 4.2 TB/s. So a block has one tile of 128 x 192
-// of y and little else, three blocks a multiprocessor, all tiles of that shape at once: y comes to shared memory as the
-// block starts, before s h is there, the sum is added where it lies, and it leaves from there, all by the copy engine.
-// The ranks come in units of 16 of one adapter ("slots"). Two, what a tile of few segments meets, stay for the whole
-// tile; more pass through a ring, once for each 64 columns.
+// of y, three blocks a multiprocessor: y comes to shared memory before s h is there, the sum is added where it lies,
+// and it leaves from there, all by the copy engine. Two slots of ranks, what a tile of few segments meets, stay for the
+// whole tile; more pass through a ring, once for each 64 columns.
 
 #include <algorithm>
 
@@ -172,9 +171,7 @@ struct Adder {
     return sum;
   }
 
-  // y += d, in shared memory, for this warp's 16 rows. Of 8 columns j of d, [4 j + {0, 1}] are row lane / 4, columns
-  // 2 (lane % 4) + {0, 1}, and [4 j + {2, 3}] eight rows further down: four such blocks are what the lanes fetch and
-  // leave at a time. `above` and `below`: the powers of two in s (given.cuh).
+  // y += d, in shared memory, for this warp's 16 rows. `above` and `below`: the powers of two in s (given.cuh).
   __device__ void add(float (&d)[kPart / 2], int part, int column, float above, float below) const {
     const uint32_t rows = memory.part(part) + (16 * warp + lane % 16) * (kPart * 2);
     if constexpr (std::is_same_v<scalar, __half>)

@@ -2,11 +2,9 @@
 // y_t = x W^T + bias + y0 + s_t (h_t up_t^T + bias_up_t), from h (low_rank_sm90.cu, or torch's own product).
 //
 // Floor: y is written, 2 T M N bytes, 45 us for ten of [12608, 768] at 4.3 TB/s. A persistent block makes tiles of
-// 128 x 192, half of the rows a warpgroup. A frozen tile stays in the registers, as it is, while its warpgroup goes
-// through the adapters: h_t up_t^T comes to accumulators of its own, so that no adapter's infinity or NaN reaches
-// another's output, and the sum of both leaves through shared memory, by the copy engine. A third warpgroup feeds both
-// halves of a tile from the same rings: x and W from one, which fills again while the tile is written, h_t and up_t in
-// units of 16 ranks ("slots") from the other.
+// 128 x 192, half of the rows a warpgroup, where the frozen tile stays in the registers while the adapters pass:
+// h_t up_t^T comes to accumulators of its own, so that no adapter's infinity or NaN reaches another's output. A third
+// warpgroup feeds both from two rings: x and W, which fills again while the tile is written, and slots of h_t and up_t.
 
 #include <algorithm>
 
@@ -25,8 +23,8 @@ constexpr int kDepth = 64, kPart = 64;             // columns of y that leave at
 constexpr int kStages = 4, kSlots = 3, kOuts = 2;  // of the rings; ways out of a warp, in turn
 constexpr int kWarps = kRows / 16, kThreads = 32 * kWarps + 128;
 
-// Bytes. A stage: x [128, 64] and W [192, 64], each row 128 bytes, swizzled. A slot: h [128, 16] and up [192, 16]. A
-// way out of a warp: [16, 64] of y, swizzled like a stage.
+// Bytes. A stage: x [128, 64] and W [192, 64], each row 128 bytes, swizzled; likewise a warp's way out, [16, 64] of y.
+// A slot: h [128, 16] and up [192, 16].
 constexpr uint32_t kBytesX = kRows * kDepth * 2, kStage = kBytesX + kColumns * kDepth * 2;
 constexpr uint32_t kSlotH = kRows * kSlot * 2, kBytesSlot = kSlotH + kColumns * kSlot * 2;
 constexpr uint32_t kOut = 16 * kPart * 2;
@@ -86,9 +84,7 @@ __device__ void feed_slots(const Maps& maps, const Arguments& a, sm90::Ring ring
 
 // --- multiplying and writing ----------------------------------------------------------------------------------------
 
-// Accumulators of 64 x 192. Of 8 columns j, [4 j + {0, 1}] are row lane / 4, columns 2 (lane % 4) + {0, 1}, and
-// [4 j + {2, 3}] eight rows further down; warp w of the warpgroup has the rows 16 w.
-using Sums = float[96];
+using Sums = float[96];  // of 64 x 192
 
 template <typename scalar>
 struct Multiplier {

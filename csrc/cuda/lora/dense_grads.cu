@@ -1,6 +1,5 @@
-// The gradients of a sum of adapters from products with the merged weight's gradient, dW: of U = B^T dW and V = A dW^T,
-//   dA[t] = s_t U[t]     dB[t] = s_t V[t]^T     dscaling[t] = the sum of the products of U[t] and A[t].
-// An adapter has blocks of each kind: parts of dscaling, which take longest, pieces of dA, tiles of dB.
+// The gradients of a sum of adapters from products with the merged weight's gradient (kernels.h). An adapter has blocks
+// of each kind: parts of dscaling, which take longest, pieces of dA, tiles of dB.
 
 #include "../../common/lora_plan.h"
 #include "../device/launch.cuh"

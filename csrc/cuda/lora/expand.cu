@@ -1,6 +1,5 @@
-// The outputs of all adapters from their h: y_t = y0 + s_t h_t up_t^T + s_t bias_up_t. Bound by the writing of y, so a
-// block keeps its part of y0 in registers while it goes through the adapters, and has the factors of the next product
-// on their way while it writes the last.
+// The outputs of all adapters from their h: y_t = y0 + s_t h_t up_t^T + s_t bias_up_t. Bound by the writing of y: a
+// block keeps its y0 in registers, and has the factors of the next product on their way while it writes the last.
 
 #include "../device/launch.cuh"
 #include "../device/mma.cuh"

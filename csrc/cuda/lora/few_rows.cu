@@ -1,20 +1,18 @@
 // y = y0 + s h up^T + s bias_up with h = act(x down^T + bias) for up to 512 rows in any order, as in serving: the rows
-// of an adapter are gathered, so that each factor met is read once and one that no row chose never.
+// of an adapter are gathered, so that each factor met is read once and one that no row chose never. Backward is the
+// same with the factors swapped and transposed: dy for x, dx for y, g for h.
 //
-// Floor: the factors met pass once. 64 rows of 40 adapters of rank 16, 4096 -> 4096: 5 MB of `down`, 5 of `up`, 2.5 us
-// at 4.2 TB/s, beside 8 for the frozen layer's own 34 MB. At that rate 3 MB must be on their way at any time, a third
-// of all there is, so what counts is that every byte is asked for at once, and that little else waits for its turn:
+// Floor: the factors met pass once. 64 rows of 40 adapters of rank 16, 4096 -> 4096: 10 MB, 2.5 us at 4.2 TB/s, beside
+// 8 for the frozen layer's own 34 MB. At that rate 3 MB must be on their way at any time, so every byte is asked for at
+// once, and little else waits for its turn:
 // - shrink: a block has a tile (up to 32 rows of an adapter), 16 ranks and a part of K, of which each warp loads 128
 //   elements a row in one go; the sums go to memory in float32, a slab for each part of K. Meanwhile L2 fetches `up`.
 // - expand: a block has a tile and 256 columns, or 8 or 16 rows of the tile where there are few blocks. It is launched
-//   while shrink runs, finds its tile and loads its first factors, waits, adds up the parts in their order, and
-//   multiplies.
-// Both find their tiles from the ids, by themselves: no host waits, and no launch is spent on it. Where shrink runs
-// beside the frozen layer's product, it leaves its tiles to expand, which then follows both.
+//   while shrink runs, loads its first factors, waits, adds up the parts in their order, and multiplies.
+// Both find their tiles from the ids: no host waits, and no launch is spent on it. Where shrink runs beside the frozen
+// layer's product, it leaves its tiles to expand, which then follows both.
 //
-// Backward is the same with the factors swapped and transposed: dy for x, dx for y, g for h.
-//
-// Ranks lie in chunks of 16 (of an adapter; the last is filled up in registers), rows are the narrow side of a product
+// Ranks lie in chunks of 16 (the last of an adapter is filled up in registers), rows are the narrow side of a product
 // (mma.cuh), so that 8 rows or fewer cost no more than one.
 
 #include <algorithm>

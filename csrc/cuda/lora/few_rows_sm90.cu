@@ -2,14 +2,13 @@
 // transposed factors dx = dy W + s g A.
 //
 // Floor: W and the factors met pass once. So W streams through a ring of shared memory from the moment the kernel
-// starts, which is while the kernel before it, the first half of the low-rank part (few_rows.cu), still runs; what that
-// one makes is asked for when W has passed. Two blocks a multiprocessor keep 144 KB on their way.
+// starts, while the first half of the low-rank part (few_rows.cu) still runs, which is waited for when W has passed.
+// Two blocks a multiprocessor keep 144 KB on their way.
 //
 // A block has 128 columns of y, of all rows, and a part of K; the blocks of a cluster have the parts of the same
-// columns. 128 rows of W are the tall side of a product, the rows of x the narrow one. Then each block has a share of
-// the rows to itself, to whose sums it adds the low-rank part: of `up` each of its warps has asked for 16 ranks of its
-// first row before it began. Last, it adds up what the blocks of the cluster have of its rows, in their order, and
-// writes y, which is rounded once. What a block runs through once is kept short: it comes from memory, too.
+// columns. 128 rows of W are the tall side of a product, the rows of x the narrow one. Then each block adds the
+// low-rank part to the sums of its share of the rows, and last what the blocks of the cluster have of them, in their
+// order. What a block runs through once is kept short: it comes from memory, too.
 
 #include <algorithm>
 
@@ -31,9 +30,8 @@ constexpr int kMaxRows = lora_plan::kFewRowsSm90;
 constexpr int kMaxRanks = lora_plan::kFewRanksSm90;
 
 // `kN`: rows, filled up with zeros. A stage: W [128, 64], or transposed two boxes [64, 64], and x [kN, 64], each row
-// 128 bytes, swizzled. The sums take the place of the stages, a row of 128 columns after the other, padded so that
-// neither writing nor reading has bank conflicts. `up`: a chunk of ranks for each warp, [128, 16] or transposed, and
-// another one behind the sums.
+// 128 bytes, swizzled. The sums take the place of the stages, rows of 128 columns, padded against bank conflicts. `up`:
+// a chunk of ranks for each warp, [128, 16] or transposed, and another one behind the sums.
 template <int kN>
 struct Layout {
   static constexpr uint32_t kBytesW = kColumns * kDepth * 2, kStage = kBytesW + kN * kDepth * 2;

@@ -1,19 +1,15 @@
-// The frozen layer and its adapters in one product, for Hopper: y = x W^T + bias + base + s h B^T, and transposed for
-// the gradient, dx = dy W + s g A.
+// The frozen layer and its adapters in one product, for Hopper: y = x W^T + bias + y0 + s h B^T, and transposed for the
+// gradient, dx = dy W + s g A.
 //
-// A persistent block makes tiles of 128 x 192: three full waves of 132 blocks at 12,608 rows and 768 columns. Tiles of
-// a last wave that would leave two thirds of the blocks idle are made by three blocks each, 64 columns by one. One
-// warpgroup feeds a ring of shared-memory stages; two multiply, a tile each in turn, so that one's way out is hidden
-// behind the other's products. Low-rank work rides along in units of 16 ranks of one adapter ("slots"):
-// - in the loop, one slot: the rows of A join those of W as 16 more columns of the same product, so that h costs no
-//   pass over x; h is then masked to the rows of its adapter, scaled, written to shared memory, and multiplied with B
-//   as one more k step of the tile's sum. Transposed, B is multiplied beside W, and h, which is then g, is cut where
-//   act was.
-// - in the loops of a pair, two slots: blocks of a cluster make two tiles of the same rows at the same time, one slot
-//   each, and write their h to the other's shared memory as well.
-// - given, any number: s h was computed before, zero where a row belongs to another adapter (low_rank_sm90.cu), and is
-//   fed like x, as more k steps.
-// A tile's adapters are found from the ids of its rows here, so rows come in any order, and no id can be out of range.
+// A persistent block makes tiles of 128 x 192. Tiles of a last wave that would leave two thirds of the blocks idle are
+// made by three blocks each. One warpgroup feeds a ring of stages; two multiply, a tile each in turn, so that one's way
+// out is hidden behind the other's products. Low-rank work rides along in slots of 16 ranks of one adapter:
+// - in the loop, one slot: rows of A beside those of W, so that h costs no pass over x. Masked to the rows of its
+//   adapter and scaled, it is multiplied with B as one more k step. Transposed, B is multiplied beside W.
+// - in the loops of a pair, two slots: the blocks of a cluster make two tiles of the same rows, one slot each, and
+//   write their h to the other's shared memory as well.
+// - given, any number: s h, zero where a row belongs to another adapter (low_rank_sm90.cu), is fed like x.
+// A tile's adapters are found from the ids of its rows, so rows come in any order, and no id can be out of range.
 
 #include <algorithm>
 
@@ -33,10 +29,10 @@ constexpr int kRows = 128, kColumns = 192, kNarrow = 64, kDepth = 64;
 // Ranks of a slot; given slots of a stage; of the feeding warps two are at work.
 constexpr int kSlot = 16, kMaxGiven = 4, kThreads = 384;
 
-// Sizes in bytes. A stage: x [128, 64], W [192, 64], A [16, 64], each row 128 bytes, swizzled; transposed, W is [64,
-// 192] in three boxes of 64 columns, and B [64, 16], zero beyond r, has rows of 32 bytes, swizzled. At a tile's end the
-// same memory holds given slots of h [128, 16] and B [192, 16]. A warp's way out: 16 rows of 32 columns of y, padded so
-// that neither writing nor reading has bank conflicts; h of a warpgroup passes through the same place.
+// Bytes. A stage: x [128, 64], W [192, 64], A [16, 64], each row 128 bytes, swizzled; transposed, W is [64, 192] in
+// three boxes of 64 columns, and B [64, 16] has rows of 32 bytes. At a tile's end the same memory holds given slots of
+// h [128, 16] and B [192, 16]. A warp's way out: 16 rows of 32 columns of y, padded against bank conflicts; h of a
+// warpgroup passes through the same place.
 constexpr uint32_t kBytesX = kRows * kDepth * 2, kBytesW = kColumns * kDepth * 2, kBox = kNarrow * kDepth * 2;
 constexpr uint32_t kSlotH = kRows * kSlot * 2, kSlotB = kColumns * kSlot * 2;
 constexpr int kOutColumns = 32;
@@ -68,10 +64,9 @@ struct Shape {
   static constexpr uint32_t kUp = kSlots * kBytesUp, kOther = kPair ? kSlotH : 0;
 };
 
-// Barriers, of 8 bytes. A stage is full when its bytes have come: those of the frozen layer, and the rest. `passed`
-// tells that a tile's multipliers have seen all its stages full: only then may those of the next tile look at the same
-// barriers, which tell only odd from even uses. In a pair a block may write the other's h once `other_free` tells that
-// the last one was read there.
+// A stage is full when its bytes have come: those of the frozen layer, and the rest. `passed` tells that a tile's
+// multipliers have seen all its stages full: only then may those of the next tile look at the same barriers, which tell
+// only odd from even uses. In a pair a block may write the other's h once `other_free` tells that it was read there.
 struct Barriers {
   uint32_t first;
   static constexpr int kCount = 2 * kMaxStages + kTiles + 10;
@@ -307,8 +302,7 @@ template <typename scalar, bool kTransposed, int kSlots, bool kThirds>
 struct Multiplier {
   using S = Shape<kTransposed, kSlots, kThirds>;
   static constexpr bool kInLoop = S::kInLoop, kPair = S::kPair;
-  // Accumulators of 64 rows: kWide columns of y, then 16 of h. Of 8 columns i, [4 i + {0, 1}] are row lane / 4, columns
-  // 2 (lane % 4) + {0, 1}, and [4 i + {2, 3}] eight rows further down; warp w of the warpgroup has the rows 16 w.
+  // Accumulators of 64 rows: kWide columns of y, then 16 of h.
   template <int kWide>
   using Half = float[kWide / 2 + 8 * kInLoop];
 
@@ -395,8 +389,8 @@ struct Multiplier {
     sm90::hold(upper), sm90::hold(lower);
   }
 
-  // h of this warp's rows: activation, mask, and its two destinations. The rows take turns in h[0], to keep the code
-  // short: a tile's straight code should fit the instruction cache.
+  // h of this warp's rows: activation, mask, and its two destinations. The rows take turns in h[0]: a tile's straight
+  // code should fit the instruction cache.
   template <int kWide>
   __device__ void finish_h(const Half<kWide>& upper, const Half<kWide>& lower, const Tile& tile, int own, float s,
                            int first_row, bool keep) {

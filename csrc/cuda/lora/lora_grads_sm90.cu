@@ -1,11 +1,10 @@
 // dA and dB of adapters that act on all rows, of up to 64 ranks together, for Hopper and 16-bit dtypes, in one launch.
 //
-// Floor: x and dy pass once; [12608, 768] each, 39 MB, 9.2 us at 4.2 TB/s. So a block does little but read: some
-// columns of x or dy stream through a ring of shared memory to the tensor cores, as the wide side of a product whose
-// tall side are the 64 ranks of g or h. The blocks of a cluster share out the rows of the same columns; they add up
-// through each other's shared memory, in their order, and each element is written once. A block takes a multiprocessor
-// for itself, or those that find one free first would crowd together there. x and dy are sent for while the kernel
-// before, which makes g, still runs.
+// Floor: x and dy pass once; [12608, 768] each, 39 MB, 9.2 us at 4.2 TB/s. So some columns of x or dy stream through a
+// ring of shared memory, as the wide side of a product whose tall side are the 64 ranks of g or h, sent for while the
+// kernel before, which makes g, still runs. The blocks of a cluster share out the rows of the same columns, and add up
+// through each other's shared memory, in their order. A block takes a multiprocessor for itself, or those that find one
+// free first would crowd together there.
 
 #include <algorithm>
 
@@ -23,8 +22,7 @@ constexpr int kThreads = 160;  // four warps multiply, one sends for all that th
 constexpr int kRanks = lora_plan::kGradRanks, kRows = 64, kMaxBlocks = 8, kMaxStages = 20;
 constexpr uint32_t kBytesBox = kRows * 128;  // of 64 columns, a row 128 bytes, swizzled
 
-// The sums take the place of the stages: a rank's columns side by side, padded so that neither writing nor reading has
-// bank conflicts.
+// The sums take the place of the stages: a rank's columns side by side, padded against bank conflicts.
 template <int kColumns>
 struct Layout {
   static constexpr uint32_t kRing = 200 * 1024, kBarriers = kRing, kBytes = kBarriers + 16 * kMaxStages;
@@ -110,8 +108,6 @@ __global__ void __launch_bounds__(kThreads, 1) lora_grads_sm90_kernel(const __gr
       });
   }
 
-  // Of 8 columns i of d, [4 i + {0, 1}] are rank lane / 4, columns 2 (lane % 4) + {0, 1}, and [4 i + {2, 3}] eight
-  // ranks on.
   __syncthreads();  // nobody reads the stages any more
   float* const sums = reinterpret_cast<float*>(dynamic);
   if (16 * warp < a.T * a.padded_r && warp < 4)

@@ -1,6 +1,6 @@
-// lora_stack on CUDA: the factors of T adapters, each where it lies, side by side in the dtype of x and filled up with
-// zeros to one rank. One launch in place of a concatenation and a cast for each of A, B and scaling; a block of the
-// grid's second dimension has one adapter, a thread kVec neighbours of its A or its B at a time.
+// lora_stack on CUDA: the factors of T adapters side by side in the dtype of x, filled up with zeros to one rank. One
+// launch in place of a concatenation and a cast for each of A, B and scaling; a block of the grid's second dimension
+// has one adapter, a thread kVec neighbours of its A or its B at a time.
 
 #include <algorithm>
 #include <array>

@@ -1,9 +1,9 @@
-// The low-rank half of the families on its own: h = act(x down^T + bias), y = y0 + s h up^T + s bias_up, x and y
-// passing through the chip once. Bound by memory, so nothing of x, y or the factors is staged: lanes load 16-byte
-// vectors and multiply them as they come (mma.cuh). A block owns 32 rows. Its warps share out K for h and add their
-// parts through shared memory in a fixed order; then they share out N. Rows go by groups of ranks: those of one adapter
-// (ids: of every adapter that the block's rows chose, which then writes its own rows only; `all`: of each, with a y of
-// its own), or the ranks of all adapters in one (sum). Rank c of a group is rank c % r of adapter first + c / r.
+// The low-rank half of the families on its own: h = act(x down^T + bias), y = y0 + s h up^T + s bias_up. Bound by
+// memory, so nothing of x, y or the factors is staged: lanes load 16-byte vectors and multiply them as they come
+// (mma.cuh). A block owns 32 rows. Its warps share out K for h and add their parts through shared memory in a fixed
+// order; then they share out N. Rows go by groups of ranks: those of one adapter (ids: of every adapter that the
+// block's rows chose, which then writes its own rows only; `all`: of each, with a y of its own), or the ranks of all
+// adapters in one (sum). Rank c of a group is rank c % r of adapter first + c / r.
 
 #include <algorithm>
 

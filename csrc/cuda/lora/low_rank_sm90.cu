@@ -1,14 +1,12 @@
 // The first half of the low-rank families alone, for Hopper and 16-bit dtypes: h = act(x down^T + bias) and s h.
 //
 // Floor: x passes once, 2 M K bytes, 4.6 us for [12608, 768] at 4.2 TB/s. Besides, each block reads from L2 the factors
-// that its rows chose, 2 K bytes a rank (K = 768: 25 KB for 16 ranks, 98 KB for 64, x of 128 rows being 197 KB), and
-// multiplies: 48 products of 64 rows, 0.9 us a multiprocessor for 64 columns, 2.6 us for 192.
+// that its rows chose, 2 K bytes a rank, and multiplies, 0.9 us a multiprocessor for 64 columns, 2.6 us for 192.
 //
-// A block owns 64 or 128 rows, a warpgroup for each 64; one more warp feeds a ring of stages. The ranks of the adapters
-// that the aligned 128 rows around them chose (without ids: of all) are its columns, side by side, ascending; it
-// multiplies them all, 192 at a time, or 64 where that is enough. What has not been loaded beside them is multiplied as
-// well and thrown away, as is what a row gets from adapters of its neighbours: h has the row's own ranks alone, s h
-// those of all these adapters, zero but for the own, as the fused product takes them.
+// A block owns 64 or 128 rows, a warpgroup for each 64; one more warp feeds a ring of stages. Its columns are the ranks
+// of the adapters that the aligned 128 rows around them chose (without ids: of all), side by side, ascending, 192 at a
+// time, or 64 where that is enough. What a row gets from adapters of its neighbours is thrown away: h has the row's own
+// ranks alone, s h those of all these adapters, zero but for the own, as the fused product takes them.
 
 #include <algorithm>
 
@@ -31,11 +29,10 @@ constexpr int kMaxBoxes = kWide / 8;  // copies that fetch a stage's factors
 constexpr int64_t kAhead = 24 << 20;  // bytes of y0 that L2 keeps for the second half
 
 // A stage: x [64 or 128, 64], then factors [64 or 192, 64], each row 128 bytes, swizzled. A warp's way out: its 16 rows
-// of 32 columns, in float32, padded so that reading has no bank conflicts.
+// of 32 columns, in float32, padded against bank conflicts.
 constexpr uint32_t kBytesRow = kDepth * 2;
 constexpr uint64_t kLayout = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
-// Where `down` is [T, K, r], a row of a stage is kRow ranks at one k; then come the next ranks. A k step of 16 is 16
-// rows.
+// Where `down` is [T, K, r], a row of a stage is kRow ranks at one k; then come the next ranks.
 constexpr int kRow = lora_plan::kFactorRow;
 constexpr uint32_t kBytesRanks = kRow * 2;
 constexpr uint64_t kLayoutTransposed = sm90::operand_layout(sm90::Swizzle::b32, kDepth* kBytesRanks, 8 * kBytesRanks);
@@ -119,9 +116,8 @@ __device__ inline void multiply(float (&d)[kN / 2], sm90::Ring& ring, uint32_t x
   });
 }
 
-// h of this warp's rows, `width` columns from `first` on, `each` an adapter. Of 8 columns j of d, [4 j + {0, 1}] are
-// row lane / 4, columns 2 (lane % 4) + {0, 1}, and [4 j + {2, 3}] eight rows further down; they pass through shared
-// memory, 32 columns at a time, to where a lane has eight in a row of row lane % 16.
+// h of this warp's rows, `width` columns from `first` on, `each` an adapter. They pass through shared memory, 32 at a
+// time, to where a lane has eight in a row of row lane % 16.
 template <typename scalar, int kN>
 __device__ inline void write(const LowRank& p, float (&d)[kN / 2], float* out, const Own& own, int first, int width,
                              int each) {

@@ -1,5 +1,5 @@
-// Copies the low-rank factors into the shape that the products want: ranks padded with zeros, rows and columns swapped
-// where asked. A block moves tiles of 32 x 32 through shared memory, so that it reads and writes along the rows.
+// Copies the low-rank factors into the shape that the products want: ranks padded with zeros, transposed where asked. A
+// block moves tiles of 32 x 32 through shared memory, so that it reads and writes along the rows.
 
 #include <algorithm>
 

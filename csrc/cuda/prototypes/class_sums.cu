@@ -2,8 +2,8 @@
 // neither on how the rows are cut into batches nor on the machine. Features are read once. Two launches:
 //
 //   sort_kernel  a block sorts a chunk of rows by class
-//   sum_kernel   a warp owns a class and a slab of columns. It finds its rows in the sorted chunks, sends for them well
-//                ahead, into a ring in shared memory, and adds one after another.
+//   sum_kernel   a warp owns a class and a slab of columns: it finds its rows in the sorted chunks, sends for them well
+//                ahead, into a ring in shared memory, and adds one after another
 
 #include <algorithm>
 #include <cstdio>

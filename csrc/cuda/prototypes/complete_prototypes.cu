@@ -1,6 +1,6 @@
 // complete_prototypes on CUDA: every block above the diagonal of [class, subspace] in one launch. Sorted by task, the
-// classes to fill in subspace j are the first ones, and those they are made of the others, whatever the pair of tasks:
-// so after the cosines of each class with those of later tasks, in its own subspace, one product per subspace is left.
+// classes to fill in subspace j are the first ones, and those they are made of the others. So after the cosines of each
+// class with those of later tasks, in its own subspace, one product per subspace is left.
 //
 //   1. every block sorts the classes by task; then cosines, 16 x 16 of them at a time, to memory [C, C]; what is not
 //      filled is copied; the values of the block's first tile are sent for

@@ -4,13 +4,12 @@
 //   1. each warp multiplies its own part of D; the parts meet in shared memory and become weights
 //   2. each warp multiplies these with its own columns of the values; sums stay in registers to the end
 //
-// So one warp alone reads, and takes apart, each number of the new classes and of the values. They come through a ring
-// of the warp's own, which no barrier drains: two barriers per 32 new classes are all.
+// So one warp alone reads each number of the new classes and of the values, through a ring of its own: two barriers per
+// 32 new classes are all.
 //
-// |cos| <= 1 bounds the exponent: exp((cos - 1) / tau) needs no running maximum, and numerators and denominators just
-// add up, in order. Only where tau is so small that all of a class's weights could vanish (exp(-2 / tau)) the bound is
-// the largest cosine so far. Few old classes leave blocks idle: then the new ones are split among blocks, whose parts
-// combine_kernel adds in order.
+// |cos| <= 1 bounds the exponent: exp((cos - 1) / tau) needs no running maximum. Only where tau is so small that all of
+// a class's weights could vanish (exp(-2 / tau)) the bound is the largest cosine so far. Few old classes leave blocks
+// idle: then the new ones are split among blocks, whose parts combine_kernel adds in order.
 
 #include <algorithm>
 

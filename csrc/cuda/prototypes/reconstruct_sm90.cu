@@ -6,15 +6,13 @@
 //
 // One thread feeds a ring of stages; two warpgroups multiply, 64 rows each, in turn.
 //
-// TF32: the matrix units cut operands to it. Norms are taken of what they see, and denominators of the weights that
-// they see.
+// TF32: the matrix units cut operands to it. Norms and denominators are taken of what they see.
 //
 // Float32: a factor is the sum of two TF32 numbers, and a product three products of these; the fourth, of both low
-// parts, is below the rounding. What lies in a stage is, cut by the matrix units, a tile's high part; three warps
-// beside the one that feeds the ring write the low one beside it. Rows come through registers, rounded to their high
-// part, so that what the fourth products leave out has no sign. The units also cut their sums short instead of rounding
-// them, which would add up: they only sum over a stage, and ordinary additions do the rest. That takes twice the
-// registers, so that tiles are half as wide.
+// parts, is below the rounding. What lies in a stage is, cut by the matrix units, a tile's high part; three warps write
+// the low one beside it. Rows come through registers, rounded to their high part, so that what the fourth products
+// leave out has no sign. The units also cut their sums short, which would add up: they only sum over a stage, and
+// ordinary additions do the rest. That takes twice the registers, so that tiles are half as wide.
 
 #include <algorithm>
 #include <type_traits>

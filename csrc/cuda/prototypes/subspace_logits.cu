@@ -1,6 +1,6 @@
 // subspace_logits on CUDA: the raw products of every subspace on the tensor cores, with the squares of both sides' rows
-// added up on the way, so that neither features nor prototypes are normalised in memory. Where classes and images give
-// few tiles, the subspaces are shared out among blocks, whose parts sum_kernel adds in order.
+// added up on the way, so that nothing is normalised in memory. Where classes and images give few tiles, the subspaces
+// are shared out among blocks, whose parts sum_kernel adds in order.
 
 #include <algorithm>
 
