@@ -17,14 +17,13 @@
 namespace plora::cuda {
 
 #ifdef PLORA_NO_SM90  // then the plan knows of no Hopper, and never asks for these
-void low_rank_sm90(const LowRank&, cudaStream_t) { fail("built without Hopper's kernels"); }
-void low_rank_add_sm90(const LowRank&, cudaStream_t) { fail("built without Hopper's kernels"); }
-void fused(const Fused&, cudaStream_t) { fail("built without Hopper's kernels"); }
-void few_rows_sm90(const LowRank&, const void*, const void*, const Allocator&, cudaStream_t) {
-  fail("built without Hopper's kernels");
-}
-void lora_grads_sm90(const LoraGrads&, bool, cudaStream_t) { fail("built without Hopper's kernels"); }
-void all_sm90(const LowRank&, const void*, const void*, bool, cudaStream_t) { fail("built without Hopper's kernels"); }
+[[noreturn]] static void missing() { fail("built without Hopper's kernels"); }
+void low_rank_sm90(const LowRank&, cudaStream_t) { missing(); }
+void low_rank_add_sm90(const LowRank&, cudaStream_t) { missing(); }
+void fused(const Fused&, cudaStream_t) { missing(); }
+void few_rows_sm90(const LowRank&, const void*, const void*, const Allocator&, cudaStream_t) { missing(); }
+void lora_grads_sm90(const LoraGrads&, bool, cudaStream_t) { missing(); }
+void all_sm90(const LowRank&, const void*, const void*, bool, cudaStream_t) { missing(); }
 #endif
 
 namespace {
@@ -142,8 +141,7 @@ bool dense(const Inputs& p) {
 
 bool empty(const Inputs& p) { return p.M == 0 || p.T == 0 || p.out == 0; }
 
-// Ranks in slices that the fused product can tell apart: where the rank is not padded, and none is empty, or nobody
-// would make its h.
+// Slices that the fused product can tell apart: of a rank that is not padded; of an empty one nobody would make h.
 Sizes usable(const Inputs& p, const OptInts& slices) {
   if (!slices || p.r != padded_rank(p.r)) return {};
   for (size_t i = 0; i < slices->size(); i += 2)
@@ -299,8 +297,7 @@ Tensor few_forward(const Inputs& p, const OptTensor& base, const OptTensor& h) {
   return *y;
 }
 
-// y = y0 + the low-rank part, or that of the frozen layer too; `y` has the pointers and strides of both. Keeps h where
-// it is given.
+// y = y0 + the low-rank part, or the frozen layer too; `y` has the pointers of both. Keeps h where it is given.
 void add_low_rank(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const LowRank& y, OptTensor& h,
                   bool keep) {
   const Factors factors = plan.few() ? Factors{p.lora_A, p.lora_B, p.bias_A} : factors_of(p);
@@ -405,16 +402,16 @@ void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape
 // `needs` holds no bit of the factors where nobody in `asks` would get a gradient.
 Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor& kept, const Sizes& asks,
                              int64_t needs) {
-  const auto fresh = [&](int64_t bit, const Tensor& like) {
-    return needs & bit ? OptTensor(allocate(like, like.sizes())) : std::nullopt;
+  const auto fresh = [&](int64_t bit, const OptTensor& like) {
+    return needs & bit ? OptTensor(allocate(*like, like->sizes())) : std::nullopt;
   };
   // first of all, as some kernels write them while others run whose workspace is already given back
   Gradients result{std::nullopt,
                    fresh(kNeedA, p.lora_A),
                    fresh(kNeedB, p.lora_B),
                    fresh(kNeedScaling, p.scaling),
-                   p.bias_A ? fresh(kNeedBiasA, *p.bias_A) : std::nullopt,
-                   p.bias_B ? fresh(kNeedBiasB, *p.bias_B) : std::nullopt};
+                   fresh(kNeedBiasA, p.bias_A),
+                   fresh(kNeedBiasB, p.bias_B)};
   const bool wants_g = needs & (kNeedA | kNeedBiasA | kNeedScaling), wants_rows = wants_g || (needs & kNeedX);
   OptTensor h, g;
   if ((needs & (kNeedB | kNeedScaling)) || (p.relu && wants_rows)) h = h_of(p, kept);
@@ -613,14 +610,14 @@ struct Cuda {
     } else {
       g = dense(p) ? dense_gradients(p, dy, kept, asks, compute) : low_rank_gradients(p, dy, kept, asks, compute);
     }
-    const auto zeros = [&](int64_t bit, OptTensor& t, const Tensor& like) {
-      if (needs & ~compute & bit) t = torch::stable::new_zeros(like, like.sizes());
+    const auto zeros = [&](int64_t bit, OptTensor& t, const OptTensor& like) {
+      if (needs & ~compute & bit) t = torch::stable::new_zeros(*like, like->sizes());
     };
     zeros(kNeedA, g.lora_A, p.lora_A);
     zeros(kNeedB, g.lora_B, p.lora_B);
     zeros(kNeedScaling, g.scaling, p.scaling);
-    if (p.bias_A) zeros(kNeedBiasA, g.bias_A, *p.bias_A);
-    if (p.bias_B) zeros(kNeedBiasB, g.bias_B, *p.bias_B);
+    zeros(kNeedBiasA, g.bias_A, p.bias_A);
+    zeros(kNeedBiasB, g.bias_B, p.bias_B);
     return g;
   }
 };

@@ -1,4 +1,4 @@
-// The host code of the CUDA operators (cuda/lora/lora.cpp, lora_stack.cpp) on CPU tensors: its kernels are loops here,
+// The host code of the CUDA operators (cuda/lora/lora.cpp, factors.cpp) on CPU tensors: its kernels are loops here,
 // written from what cuda/lora/kernels.h says of them, which refuse what the real ones could not take. So which kernels
 // are called, with what, and what becomes of their memory is tested where there is no GPU
 // (python_tests/test_cuda_host_code.py).
@@ -16,11 +16,11 @@
 // The operators' own registrations, by another name.
 static void define(torch::stable::detail::StableLibrary& m);
 static void implement(torch::stable::detail::StableLibrary& m);
-static void implement_stack(torch::stable::detail::StableLibrary& m);
+static void implement_factors(torch::stable::detail::StableLibrary& m);
 STABLE_TORCH_LIBRARY(plora_host, m) { define(m); }
 STABLE_TORCH_LIBRARY_IMPL(plora_host, CPU, m) {
   implement(m);
-  implement_stack(m);
+  implement_factors(m);
 }
 #undef STABLE_TORCH_LIBRARY
 #undef STABLE_TORCH_LIBRARY_IMPL
@@ -29,8 +29,8 @@ STABLE_TORCH_LIBRARY_IMPL(plora_host, CPU, m) {
 
 #include "../../cuda/lora/lora.cpp"
 #include "../../schema.cpp"
-#define implement implement_stack
-#include "../../cuda/lora/lora_stack.cpp"
+#define implement implement_factors
+#include "../../cuda/lora/factors.cpp"
 #undef implement
 
 namespace {
@@ -409,6 +409,8 @@ void dense_grads(const DenseGrads& p, cudaStream_t) {
       p.dscaling[t * parts] += static_cast<float>(U(i) * get(p.dtype, p.A, t * p.padded_r * p.in + i));
   }
 }
+
+void lora_merge(const LoraMerge&, cudaStream_t) { fail("lora_merge is the CPU's here"); }
 
 void lora_stack(const LoraStack& p, const std::vector<OneOfStack>& adapters, cudaStream_t) {
   g_calls += "stack ";
