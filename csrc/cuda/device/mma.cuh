@@ -94,8 +94,7 @@ __device__ inline void store_vector(void* to, const uint4& v) {
                : "memory");
 }
 
-// `left` elements are there to be read, then come zeros. VECTORS: aligned, and `left` is a whole number of vectors;
-// WHOLE: at least one.
+// `left` elements are there, then come zeros. VECTORS: aligned, and `left` is whole vectors; WHOLE: at least one.
 template <bool VECTORS, bool WHOLE = false, typename scalar>
 __device__ inline Vector<scalar> load(const scalar* from, int left) {
   Vector<scalar> v;

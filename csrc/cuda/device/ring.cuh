@@ -30,8 +30,8 @@ struct Ring {
   __device__ void wait() const { barrier_wait(full(), phase); }
 };
 
-// By a warpgroup: d += what product(at) starts with each of so many stages, one or more. A stage is released when the
-// products of the next have started.
+// By a warpgroup: d += product(at) of each of so many stages, one or more, released when those of the next have
+// started.
 template <int kCount, typename F>
 __device__ inline void multiply(float (&d)[kCount], Ring& ring, int steps, const F& product) {
   uint32_t before = 0;

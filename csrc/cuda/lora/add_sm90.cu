@@ -26,8 +26,7 @@ constexpr int kPart = 64, kParts = kColumns / kPart;  // columns that a warp has
 constexpr int kWarps = kRows / 16, kThreads = 32 * kWarps + 32, kBlocks = 3;
 constexpr int kResident = 2, kStages = 4;  // slots that stay; of the ring
 
-// Bytes. A part of y: [128, 64], each row 128 bytes, swizzled. Of a slot: s h [128, 16] and, for each part, `up`
-// [64, 16], or [16, 64] where it is transposed.
+// Bytes. A part of y: [128, 64], swizzled. A slot: s h [128, 16] and, for each part, `up` [64, 16], or transposed.
 constexpr uint32_t kBytesPart = kRows * kPart * 2, kSlotH = kRows * kSlot * 2, kSlotUp = kPart * kSlot * 2;
 constexpr uint32_t kStage = kSlotH + kSlotUp;
 constexpr uint32_t kBytesFactors = std::max(kResident * (kSlotH + kParts * kSlotUp), kStages* kStage);
@@ -291,11 +290,9 @@ void low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
   PLORA_CHECK(serves, "low_rank_add_sm90: not what it was planned for (adds_on_hopper)");
   low_rank_sm90(p, stream);
 
-  Arguments a{};
-  a.M = static_cast<int>(M), a.N = static_cast<int>(N), a.T = static_cast<int>(T), a.r = static_cast<int>(r);
-  a.ids = p.rows.ids, a.rows_per_id = static_cast<int>(p.rows.rows_per_id);
-  a.scaling = p.scaling, a.bias = p.bias_up;
-  a.reads = p.y0 != nullptr, a.in_place = p.y0 == p.y && p.ldy0 == p.ldy;
+  const bool in_place = p.y0 == p.y && p.ldy0 == p.ldy;
+  const Arguments a{narrow(M), narrow(N), narrow(T),       narrow(r), p.rows.ids, narrow(p.rows.rows_per_id),
+                    p.scaling, p.bias_up, p.y0 != nullptr, in_place};
   Maps maps;
   describe_tensor<2>(maps.to, p.dtype, p.y, {N, M}, {p.ldy}, {kPart, 16}, k128);
   maps.from = maps.to;  // where there is no y0, never read

@@ -232,10 +232,7 @@ void all_sm90(const LowRank& p, const void* weight, const void* bias, bool overl
                       aligned(p.x, weight, bias, p.up, p.bias_up, p.y0, p.h, p.y);
   PLORA_CHECK(serves, "all_sm90: not what it was planned for (all_on_hopper)");
 
-  Arguments a{};
-  a.M = static_cast<int>(M), a.N = static_cast<int>(N), a.K = static_cast<int>(p.K);
-  a.T = static_cast<int>(T), a.r = static_cast<int>(r);
-  a.scaling = p.scaling, a.bias = bias, a.bias_up = p.bias_up, a.y0 = p.y0, a.ldy0 = p.ldy0;
+  const Arguments a{narrow(M), narrow(N), narrow(p.K), narrow(T), narrow(r), p.scaling, bias, p.bias_up, p.y0, p.ldy0};
   Maps maps;
   describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, M}, {p.ldx}, {kDepth, kRows}, k128);
   describe_tensor<2>(maps.weight, p.dtype, weight, {p.K, N}, {p.K}, {kDepth, kColumns}, k128);

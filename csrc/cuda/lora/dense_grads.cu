@@ -134,11 +134,11 @@ void run(const DenseGrads& p, cudaStream_t stream) {
   q.dA = static_cast<scalar*>(p.dA), q.dB = static_cast<scalar*>(p.dB), q.dscaling = p.dscaling;
   q.fast_A = aligned(p.U) && aligned(p.dA) && p.r * p.in % kVec == 0;
   q.fast_dot = aligned(p.U) && aligned(p.A);  // padded_r is a multiple of 8
-  q.parts = p.dscaling ? static_cast<int>(dense_parts(p.padded_r, p.in)) : 0;
+  q.parts = p.dscaling ? narrow(dense_parts(p.padded_r, p.in)) : 0;
   q.share = q.parts ? ceil_div(p.padded_r * p.in / kVec, q.parts) : 0;
-  q.pieces = p.dA ? static_cast<int>(ceil_div(p.r * p.in, kThreads * kVec)) : 0;
-  q.column_tiles = static_cast<int>(ceil_div(p.out, kTile));
-  q.tasks = q.parts + q.pieces + (p.dB ? static_cast<int>(ceil_div(p.r, kTile)) * q.column_tiles : 0);
+  q.pieces = p.dA ? narrow(ceil_div(p.r * p.in, kThreads * kVec)) : 0;
+  q.column_tiles = narrow(ceil_div(p.out, kTile));
+  q.tasks = q.parts + q.pieces + (p.dB ? narrow(ceil_div(p.r, kTile)) * q.column_tiles : 0);
   if (q.tasks == 0) return;
   for (size_t next = 0, size = p.adapters.size(); q.begin < p.T;) {
     for (q.first = q.last = next < size ? p.adapters[next] : p.T; next < size && p.adapters[next] == q.last; ++next)

@@ -364,8 +364,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   }
 }
 
-// How many tiles there may be of so many places, each with a row: if all rows that are left join those whose tiles are
-// full.
+// How many tiles there may be of so many places, each with a row: if the other rows join those whose tiles are full.
 int64_t most_tiles(const LowRank& p, int64_t places) {
   const int64_t M = p.rows.M;
   if (!p.rows.ids) return ceil_div(M, kTile);
@@ -386,14 +385,14 @@ Arguments arguments(const LowRank& p, bool beside, void* memory = nullptr) {
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r;
   Arguments a{p};
   FewSums& sums = a.sums;
-  sums.adapters = static_cast<int>(p.rows.ids ? 1 : T), sums.chunks = static_cast<int>(ceil_div(r, kChunk));
-  sums.width = sums.adapters * sums.chunks * kChunk, sums.columns = static_cast<int>(padded_rank(r));
+  sums.adapters = narrow(p.rows.ids ? 1 : T), sums.chunks = narrow(ceil_div(r, kChunk));
+  sums.width = sums.adapters * sums.chunks * kChunk, sums.columns = narrow(padded_rank(r));
   a.idle = p.h || p.y != p.y0 || p.ldy != p.ldy0;
   // A part of K is a unit for each warp, or more where there are more blocks than run at once.
   const int64_t tiles = most_tiles(p, T), units = ceil_div(p.K, kWarps * kUnit<scalar>);
   const int64_t blocks = tiles * sums.width / kChunk, most = 4 * multiprocessors();
   const int64_t each = std::max({units * blocks / most, ceil_div(units, kMaxParts), int64_t{1}});
-  sums.parts = static_cast<int>(ceil_div(units, each));
+  sums.parts = narrow(ceil_div(units, each));
   sums.partial = static_cast<float*>(memory);
   if (memory && tiles_left(p, beside) > 0)
     a.tiles = reinterpret_cast<Tile*>(sums.partial + sums.parts * M * sums.width);
@@ -405,30 +404,11 @@ Arguments arguments(const LowRank& p, bool beside, void* memory = nullptr) {
   return a;
 }
 
-template <typename scalar, bool TRANSPOSED>
-FewSums launch_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
-  constexpr int V = kVector<scalar>;
-  const Arguments a = arguments<scalar>(p, beside, memory);
-  const bool x_vectors =
-      aligned(p.x) && aligned(p.down) && p.K % V == 0 && p.ldx % V == 0 && (!TRANSPOSED || p.rows.r % 2 == 0);
-  const dim3 grid(most_tiles(p, p.rows.T + (a.tiles != nullptr)), a.sums.parts, a.sums.width / kChunk);
-  const auto shrink = x_vectors ? &shrink_kernel<scalar, TRANSPOSED, true> : &shrink_kernel<scalar, TRANSPOSED, false>;
-  share_all_memory(shrink);
-  launch_kernel("few_rows", shrink, grid, kThreads, 0, stream, a);
-  return a.sums;
-}
-
-template <typename scalar, bool TRANSPOSED>
-void launch_expand(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
-  constexpr int V = kVector<scalar>;
-  PLORA_CHECK(!beside || (p.y == p.y0 && p.ldy == p.ldy0), "few_rows: not what shrink left its tiles for");
-  const Arguments a = arguments<scalar>(p, beside, memory);
-  const bool y_vectors = aligned(p.y, p.y0, p.up) && p.N % V == 0 && p.ldy % V == 0 && p.ldy0 % V == 0 &&
-                         (TRANSPOSED || p.rows.r % 4 == 0);
-  const auto expand = y_vectors ? &expand_kernel<scalar, TRANSPOSED, true> : &expand_kernel<scalar, TRANSPOSED, false>;
-  launch_overlapped("few_rows", expand,
-                    most_tiles(p, p.rows.T + 1) * std::max<int64_t>(ceil_div(p.N, kColumns), 1) * a.groups, kThreads,
-                    kTile * padded(a.sums.width) * sizeof(scalar), stream, !beside, a);
+// f with the types of the elements and of whether the factors are transposed.
+template <typename F>
+void dispatch_few(const LowRank& p, const F& f) {
+  dispatch("few_rows", p.dtype,
+           [&](auto tag) { with_flags([&](auto transposed) { f(tag, transposed); }, p.down_transposed); });
 }
 
 }  // namespace
@@ -441,19 +421,33 @@ size_t few_rows_bytes(const LowRank& p, bool beside) {
 
 FewSums few_rows_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
   FewSums sums{};
-  dispatch("few_rows", p.dtype, [&](auto tag) {
+  dispatch_few(p, [&](auto tag, auto transposed) {
     using scalar = decltype(tag);
-    sums = p.down_transposed ? launch_shrink<scalar, true>(p, memory, beside, stream)
-                             : launch_shrink<scalar, false>(p, memory, beside, stream);
+    constexpr int V = kVector<scalar>;
+    const Arguments a = arguments<scalar>(p, beside, memory);
+    const bool vectors =
+        aligned(p.x) && aligned(p.down) && p.K % V == 0 && p.ldx % V == 0 && (!transposed || p.rows.r % 2 == 0);
+    const auto shrink = vectors ? &shrink_kernel<scalar, transposed, true> : &shrink_kernel<scalar, transposed, false>;
+    const dim3 grid(most_tiles(p, p.rows.T + (a.tiles != nullptr)), a.sums.parts, a.sums.width / kChunk);
+    share_all_memory(shrink);
+    launch_kernel("few_rows", shrink, grid, kThreads, 0, stream, a);
+    sums = a.sums;
   });
   return sums;
 }
 
 void few_rows_expand(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
-  dispatch("few_rows", p.dtype, [&](auto tag) {
+  PLORA_CHECK(!beside || (p.y == p.y0 && p.ldy == p.ldy0), "few_rows: not what shrink left its tiles for");
+  dispatch_few(p, [&](auto tag, auto transposed) {
     using scalar = decltype(tag);
-    p.down_transposed ? launch_expand<scalar, true>(p, memory, beside, stream)
-                      : launch_expand<scalar, false>(p, memory, beside, stream);
+    constexpr int V = kVector<scalar>;
+    const Arguments a = arguments<scalar>(p, beside, memory);
+    const bool vectors = aligned(p.y, p.y0, p.up) && p.N % V == 0 && p.ldy % V == 0 && p.ldy0 % V == 0 &&
+                         (transposed || p.rows.r % 4 == 0);
+    const auto expand = vectors ? &expand_kernel<scalar, transposed, true> : &expand_kernel<scalar, transposed, false>;
+    const int64_t tiles = most_tiles(p, p.rows.T + 1) * std::max<int64_t>(ceil_div(p.N, kColumns), 1);
+    launch_overlapped("few_rows", expand, tiles * a.groups, kThreads, kTile * padded(a.sums.width) * sizeof(scalar),
+                      stream, !beside, a);
   });
 }
 

@@ -227,19 +227,18 @@ void run(const LoraGrads& p, bool overlap, cudaStream_t stream) {
   Arguments a{};
   // As many blocks as run at once; more and smaller ones of many rows, which may all be of one adapter.
   const int64_t most = std::min(std::max(tiles_A, tiles_B), kMaxRows / std::max<int64_t>(M, 1));
-  a.each = static_cast<int>(std::clamp<int64_t>(ceil_div(tiles, kBlocks<scalar> * multiprocessors()), 1, most));
+  a.each = narrow(std::clamp<int64_t>(ceil_div(tiles, kBlocks<scalar> * multiprocessors()), 1, most));
   const auto job = [&](void* out, const void* P, const void* Q, int64_t ldq, int64_t width, int64_t of_width) {
     Job job{P, Q, out};
-    job.ldq = static_cast<int>(ldq), job.width = static_cast<int>(width);
-    job.parts = static_cast<int>(ceil_div(of_width, a.each));
-    job.blocks = static_cast<int>(job.parts * ceil_div(r, kChunk));
+    job.ldq = narrow(ldq), job.width = narrow(width), job.parts = narrow(ceil_div(of_width, a.each));
+    job.blocks = narrow(job.parts * ceil_div(r, kChunk));
     return job;
   };
   a.of_A = job(p.dA, p.g, p.x, p.ldx, p.in, tiles_A), a.of_B = job(p.dB, p.h, p.dy, p.lddy, p.out, tiles_B);
   const int64_t blocks = T * (a.of_A.blocks + a.of_B.blocks);
   PLORA_CHECK(blocks <= INT32_MAX, "few_rows_grads: more blocks than can be counted");
   a.rows = p.rows, a.rows.rows_per_id = std::max<int64_t>(p.rows.rows_per_id, 1);
-  a.r = static_cast<int>(r), a.padded_r = static_cast<int>(padded_r);
+  a.r = narrow(r), a.padded_r = narrow(padded_r);
   a.scaling = p.scaling, a.ranks = p.ranks;
   a.asks = asks_of("few_rows_grads", p.adapters, T);
   bool vectors = padded_r % V == 0;

@@ -291,16 +291,13 @@ void few_rows_sm90(const LowRank& p, const void* weight, const void* bias, const
   const Arguments a{p, few_rows_shrink(first, workspace(few_rows_bytes(first, false)), false, stream), bias};
   dispatch<2>("few_rows", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    const auto with = [&](auto rows) {
-      p.up_transposed ? launch<scalar, rows.value, true>(maps, a, weight, stream)
-                      : launch<scalar, rows.value, false>(maps, a, weight, stream);
+    const auto with = [&](auto transposed) {
+      const auto of_rows = M <= 8    ? &launch<scalar, 8, transposed>
+                           : M <= 32 ? &launch<scalar, 32, transposed>
+                                     : &launch<scalar, 64, transposed>;
+      of_rows(maps, a, weight, stream);
     };
-    if (M <= 8)
-      with(std::integral_constant<int, 8>{});
-    else if (M <= 32)
-      with(std::integral_constant<int, 32>{});
-    else
-      with(std::integral_constant<int, 64>{});
+    with_flags(with, p.up_transposed);
   });
 }
 

@@ -52,9 +52,9 @@ struct Tile {
 };
 constexpr int kTiles = tile_ring::kTiles, kMaxStages = 7;
 
-// kSlots: how many of a tile may be made in the loop (2: by a pair); none: they are given. kThirds: a block makes a
-// third of a tile and no more, so that there is space for more stages.
-template <bool kTransposed, int kSlots, bool kThirds>
+// kSlots: how many of a tile may be made in the loop (2: by a pair; 0: they are given). kThirds: all tiles are in
+// thirds, which leaves space for more stages.
+template <int kSlots, bool kThirds>
 struct Shape {
   static constexpr bool kInLoop = kSlots > 0, kPair = kSlots == 2;
   static constexpr uint32_t kBytesDown = kInLoop ? kSlot * kDepth * 2 : 0, kBytesUp = kThirds ? kSlotB / 3 : kSlotB;
@@ -222,7 +222,7 @@ __device__ void describe_all(const Arguments& p, Tile* all, const Barriers& barr
 // One warp: copies.
 template <bool kTransposed, int kSlots, bool kThirds>
 __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint32_t stages, const Barriers& barriers) {
-  using S = Shape<kTransposed, kSlots, kThirds>;
+  using S = Shape<kSlots, kThirds>;
   constexpr bool kInLoop = S::kInLoop;
   const int lane = threadIdx.x, k_steps = (p.K + kDepth - 1) / kDepth;
   uint32_t step = 0;
@@ -300,7 +300,7 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
 
 template <typename scalar, bool kTransposed, int kSlots, bool kThirds>
 struct Multiplier {
-  using S = Shape<kTransposed, kSlots, kThirds>;
+  using S = Shape<kSlots, kThirds>;
   static constexpr bool kInLoop = S::kInLoop, kPair = S::kPair;
   // Accumulators of 64 rows: kWide columns of y, then 16 of h.
   template <int kWide>
@@ -440,8 +440,7 @@ struct Multiplier {
     }
   }
 
-  // The powers of two in s (given.cuh) of this lane's rows above and below of either half; in the meantime the sum is
-  // divided by them.
+  // The powers of two in s (given.cuh) of this lane's rows of either half; meanwhile the sum is divided by them.
   struct Powers {
     float upper[2] = {1.f, 1.f}, lower[2] = {1.f, 1.f};
   };
@@ -583,7 +582,7 @@ template <typename scalar, bool kTransposed, int kSlots, bool kThirds>
 __global__ void __launch_bounds__(kThreads, 1)
     fused_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using S = Shape<kTransposed, kSlots, kThirds>;
+  using S = Shape<kSlots, kThirds>;
   extern __shared__ __align__(1024) uint8_t dynamic[];
   const uint32_t stages = sm90::smem_address(dynamic);
   Tile* const tiles = reinterpret_cast<Tile*>(dynamic + Layout<S>::kTile);
@@ -681,35 +680,31 @@ Maps describe(const Fused& p, bool some_thirds, bool thirds) {
 template <typename scalar, bool kTransposed, int kSlots, bool kThirds>
 void launch(const Maps& maps, const Arguments& p, int blocks, bool overlap, cudaStream_t stream) {
   launch_clusters("the fused LoRA product", &fused_kernel<scalar, kTransposed, kSlots, kThirds>, kSlots == 2 ? 2 : 1,
-                  blocks, kThreads, Layout<Shape<kTransposed, kSlots, kThirds>>::kBytes, stream, overlap, maps, p);
+                  blocks, kThreads, Layout<Shape<kSlots, kThirds>>::kBytes, stream, overlap, maps, p);
 }
 
 }  // namespace
 
 void fused(const Fused& p, cudaStream_t stream) {
   if (p.rows.M == 0 || p.N == 0) return;
-  const int column_tiles = (static_cast<int>(p.N) + kColumns - 1) / kColumns;
+  const int column_tiles = (narrow(p.N) + kColumns - 1) / kColumns;
   PLORA_CHECK(p.slots == 0   ? p.gate == nullptr
               : p.slots == 1 ? p.rows.r <= kSlot || !p.slices.empty()
                              : column_tiles % 2 == 0 && p.slices.empty() && multiprocessors() > 1,
               "the fused LoRA product: not what it was planned for");
   Arguments a{};
-  a.M = static_cast<int>(p.rows.M), a.N = static_cast<int>(p.N), a.K = static_cast<int>(p.K);
-  a.T = p.rows.r == 0 ? 0 : static_cast<int>(p.rows.T), a.r = static_cast<int>(p.rows.r);
-  a.R = static_cast<int>(p.rows.R());
-  a.ids = p.rows.ids, a.rows_per_id = static_cast<int>(p.rows.rows_per_id);
-  a.scaling = p.scaling, a.bias = p.bias, a.bias_down = p.bias_down;
-  a.y = p.y, a.kept = p.h, a.ldy = p.ldy;
-  a.gate = p.gate, a.slots = p.slots, a.relu = p.relu;
+  a.M = narrow(p.rows.M), a.N = narrow(p.N), a.K = narrow(p.K);
+  a.T = p.rows.r == 0 ? 0 : narrow(p.rows.T), a.r = narrow(p.rows.r), a.R = narrow(p.rows.R());
+  a.ids = p.rows.ids, a.rows_per_id = narrow(p.rows.rows_per_id);
+  a.scaling = p.scaling, a.bias = p.bias, a.bias_down = p.bias_down, a.gate = p.gate;
+  a.y = p.y, a.kept = p.h, a.ldy = p.ldy, a.slots = p.slots, a.relu = p.relu;
   if (p.slices.size() <= 2 * kMaxSlices && !p.slices.empty() && p.rows.r % (p.slices.size() / 2) == 0) {
-    a.slices = static_cast<int>(p.slices.size() / 2);
-    for (int s = 0; s < a.slices; ++s) {
-      a.slice_start[s] = static_cast<int>(p.slices[2 * s]);
-      a.slice_stop[s] = static_cast<int>(p.slices[2 * s + 1]);
-    }
+    a.slices = narrow(p.slices.size() / 2);
+    for (int s = 0; s < a.slices; ++s)
+      a.slice_start[s] = narrow(p.slices[2 * s]), a.slice_stop[s] = narrow(p.slices[2 * s + 1]);
   }
   const int tiles = (a.M + kRows - 1) / kRows * column_tiles, most = multiprocessors();
-  const int thirds = p.slots < 2 ? static_cast<int>(lora_plan::in_thirds(tiles, most)) : 0;
+  const int thirds = p.slots < 2 ? narrow(lora_plan::in_thirds(tiles, most)) : 0;
   a.column_tiles = column_tiles, a.whole = tiles - thirds, a.tiles = tiles + 2 * thirds;
   const Maps maps = describe(p, thirds > 0, a.whole == 0);
   const int at_once = std::min(a.tiles, most), blocks = p.slots == 2 ? at_once / 2 * 2 : at_once;

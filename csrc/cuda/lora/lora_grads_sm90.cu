@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1) lora_grads_sm90_kernel(const __gr
 
 template <typename scalar, int kColumns>
 void launch(Arguments& a, int64_t most, cudaStream_t stream, bool overlap) {
-  a.first_slabs = static_cast<int>(ceil_div(a.jobs[0].width, kColumns));
+  a.first_slabs = narrow(ceil_div(a.jobs[0].width, kColumns));
   const int64_t slabs = a.first_slabs + ceil_div(a.jobs[1].width, kColumns);
   int64_t blocks = 1;  // of a cluster; all at once: the larger ones leave some multiprocessors out
   const int64_t room = multiprocessors();
@@ -174,12 +174,11 @@ void lora_grads_sm90(const LoraGrads& p, bool overlap, cudaStream_t stream) {
     if (!out) return;
     describe_tensor<2>(job.P, p.dtype, P, {ranks, M}, {ranks}, {row, kRows}, swizzle_P);
     describe_tensor<2>(job.Q, p.dtype, Q, {width, M}, {ldq}, {64, kRows}, k128);
-    job.out = out, job.width = static_cast<int>(width);
+    job.out = out, job.width = narrow(width);
   };
   describe(a.jobs[0], p.h, p.dy, p.lddy, p.out, p.dB);
   describe(a.jobs[1], p.g, p.x, p.ldx, p.in, p.dA);
-  a.M = static_cast<int>(M), a.T = static_cast<int>(T);
-  a.r = static_cast<int>(r), a.padded_r = static_cast<int>(p.padded_r);
+  a.M = narrow(M), a.T = narrow(T), a.r = narrow(r), a.padded_r = narrow(p.padded_r);
   a.row_P = row, a.layout_P = sm90::operand_layout(swizzle, 0, 8 * 2 * row);
   a.scaling = p.scaling, a.ranks = p.ranks;
   const int64_t most = std::clamp<int64_t>(ceil_div(M, kRows), 1, kMaxBlocks);

@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // 16 ranks of an adapter are a slice, of which half of the threads copy a vector of B, the others one of A. A stage
 // holds six, as with few ranks the time is that of one load after another. Loops stay loops: what a block runs through
-// once had better be short. The scale multiplies an adapter's finished product, so that neither it nor a factor is
-// rounded.
+// once had better be short. The scale multiplies an adapter's finished product, so that no factor is rounded.
 constexpr int kStages = 3, kSlices = 6, kLdB = kRanks + smem::kPad, kLdA = kTile + smem::kPad;
 
 template <typename scalar>
@@ -185,7 +184,7 @@ void lora_merge(const LoraMerge& p, cudaStream_t stream) {
   dispatch<8>("lora_merge", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
     const auto typed = [](const void* t) { return static_cast<const scalar*>(t); };
-    const auto T = static_cast<int>(p.r ? p.T : 0), r = static_cast<int>(p.r);
+    const auto T = narrow(p.r ? p.T : 0), r = narrow(p.r);
     if constexpr (sizeof(scalar) == 2) {
       const int64_t slices = T * ceil_div(r, kRanks), stages = std::min<int64_t>(ceil_div(slices, kSlices), kStages);
       const size_t shared = stages * kSlices * sizeof(Slice<scalar>);

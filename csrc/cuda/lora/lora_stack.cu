@@ -55,10 +55,10 @@ void lora_stack(const LoraStack& p, const std::vector<OneOfStack>& adapters, cud
     const bool columns = a.r == p.r ? p.out * p.r % kWide == 0 : a.r % kWide == 0 && p.r % kWide == 0;
     return p.in % kWide == 0 && columns && aligned(a.A) && aligned(a.B);
   });
-  const auto launch = [&](auto from, auto to, auto vec) {
+  const auto launch = [&](auto from, auto to, auto wide) {
     using from_t = decltype(from);
     using to_t = decltype(to);
-    constexpr int kVec = decltype(vec)::value;
+    constexpr int kVec = wide ? kWide : 1;
     const int blocks = std::clamp<int>(ceil_div((p.in + p.out) * p.r, kThreads * kVec), 1, 1024);
     for (int t = 0; t < T; t += kAtOnce) {
       const int here = std::min(kAtOnce, T - t);
@@ -70,11 +70,7 @@ void lora_stack(const LoraStack& p, const std::vector<OneOfStack>& adapters, cud
     }
   };
   dispatch("lora_stack", p.to, [&](auto to) {
-    const auto with = [&](auto from) {
-      vectors ? launch(from, to, std::integral_constant<int, kWide>{})
-              : launch(from, to, std::integral_constant<int, 1>{});
-    };
-    p.from == p.to ? with(to) : with(float{});
+    with_flags([&](auto wide) { p.from == p.to ? launch(to, to, wide) : launch(float{}, to, wide); }, vectors);
   });
 }
 

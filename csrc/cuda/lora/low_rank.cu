@@ -47,16 +47,14 @@ struct Group {
   int key;       // the rows whose `owner` this is
   __device__ int of(int rank, int r) const { return adapters == 1 ? adapter : adapter + rank / r; }
 
-  // What h of this rank is multiplied with before it is rounded, and the sum of its products afterwards: s would take
-  // float16 to its limits.
+  // What multiplies h of this rank before it is rounded, or the sum of its products: s h might not fit into float16.
   __device__ float before(const LowRank& p, int rank, int r) const {
     return adapters == 1 ? 1.f : p.scaling[of(rank, r)];
   }
   __device__ float after(const LowRank& p) const { return adapters == 1 ? p.scaling[adapter] : 1.f; }
 };
 
-// A block's memory. h is in the dtype of the operands, scaled where a group has several adapters, and zero between the
-// last rank and the next multiple of 16.
+// A block's memory. h is scaled where a group has several adapters, and zero from the last rank to a multiple of 16.
 template <typename scalar>
 struct Block {
   int64_t first_row;
@@ -200,8 +198,7 @@ __device__ inline void read_h(const LowRank& p, const Group& group, const Block<
 }
 
 // acc += h up^T for the h in shared memory, whose first rank is `first`, and the columns that this warp has from n on.
-// Column c of product i stands for column V (c / 2) + 2 i + c % 2 of y (V: kVector), so that a lane ends up with V
-// neighbouring ones.
+// Column c of product i stands for V (c / 2) + 2 i + c % 2 (V: kVector), so that a lane ends up with V neighbours.
 template <typename scalar, int W, bool VECTORS>
 __device__ inline void multiply_up(const LowRank& p, const Group& group, const Block<scalar>& block, int first, int n,
                                    float (&acc)[W][kVector<scalar> / 2][4]) {

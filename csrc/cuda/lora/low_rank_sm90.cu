@@ -28,8 +28,7 @@ constexpr int kMaxAdapters = 1 << 15;
 constexpr int kMaxBoxes = kWide / 8;  // copies that fetch a stage's factors
 constexpr int64_t kAhead = 24 << 20;  // bytes of y0 that L2 keeps for the second half
 
-// A stage: x [64 or 128, 64], then factors [64 or 192, 64], each row 128 bytes, swizzled. A warp's way out: its 16 rows
-// of 32 columns, in float32, padded against bank conflicts.
+// A stage: x [64 or 128, 64], then factors [64 or 192, 64], swizzled. A warp's way out: 16 rows of 32 floats, padded.
 constexpr uint32_t kBytesRow = kDepth * 2;
 constexpr uint64_t kLayout = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
 // Where `down` is [T, K, r], a row of a stage is kRow ranks at one k; then come the next ranks.
@@ -269,10 +268,10 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
 template <typename scalar, int kGroups, bool kTransposed>
 void launch(const LowRank& p, cudaStream_t stream) {
   using S = Shape<kGroups>;
-  const int64_t T = p.rows.T, r = p.rows.r, each = padded<kTransposed>(static_cast<int>(r));
-  Arguments a{p, kTransposed ? kRow : 64, static_cast<int>(p.rows.M)};
+  const int64_t T = p.rows.T, r = p.rows.r, each = padded<kTransposed>(narrow(r));
+  Arguments a{p, kTransposed ? kRow : 64, narrow(p.rows.M)};
   if (p.y0 && aligned(p.y0) && p.N > 0 && p.N % 8 == 0 && p.ldy0 % 8 == 0)
-    a.ahead = static_cast<int>(std::max<int64_t>(0, p.rows.M - kAhead / (p.N * 2)));
+    a.ahead = narrow(std::max<int64_t>(0, p.rows.M - kAhead / (p.N * 2)));
   while (each % a.box != 0) a.box /= 2;
   Maps maps;
   describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, S::kRows}, k128);

@@ -20,7 +20,7 @@ namespace {
 
 using cosine::kThreads;
 using cosine::kWarps;
-using Tile = cosine::Tile<2, 2, 32, 3>;
+using Tile = cosine::Tile<2, 2, 3>;
 
 constexpr int kSide = 16;                            // of a block of cosines
 constexpr int kKeys = Tile::kStages * Tile::kDepth;  // that a tile takes together
@@ -35,8 +35,7 @@ struct Arguments {
   bool last, cold, vectors, pairs, ahead;
 };
 
-// Partial products and squares of each warp, in the first part; values and weights of a tile, and bounds, in the
-// second.
+// Products and squares of each warp, in the first part; values and weights of a tile, and bounds, in the second.
 struct Partial {
   float products[kSide * kSide], squares[2 * kSide];
 };
@@ -178,8 +177,7 @@ __device__ void send_for(const Arguments& p, const Sorted& sorted, Step& step, i
   smem::commit();
 }
 
-// Classes [row0, row0 + rows) of the sorted ones in subspace t, 128 columns from `column` on. The first values are sent
-// for.
+// The sorted classes from row0 on in subspace t, 128 columns from `column` on. The first values are sent for.
 __device__ void fill(const Arguments& p, const Sorted& sorted, Step& step, int t, int row0, int column) {
   const int rows = min(Tile::kRows, sorted.start[t] - row0), first = sorted.start[t], keys = p.C - first;
   const float* const cosines = p.cosines + static_cast<int64_t>(row0) * p.C + first;
@@ -313,7 +311,7 @@ void complete(const float* prototypes, const int64_t* tasks, float* out, int64_t
               (shared_memory_limit() - static_cast<int64_t>(sizeof(Work)) - 4 * T) / 8 - 4, " classes, got ", C);
 
   Arguments p{prototypes, tasks, static_cast<float*>(memory(C * C * sizeof(float))), out};
-  p.C = static_cast<int>(C), p.T = static_cast<int>(T), p.D = static_cast<int>(D);
+  p.C = narrow(C), p.T = narrow(T), p.D = narrow(D);
   p.scale = scale_of(tau), p.last = last, p.cold = tau < cosine::kCold;
   p.vectors = D % 4 == 0 && aligned(prototypes) && aligned(out), p.pairs = D % 2 == 0 && aligned(out);
   p.ahead = p.vectors && C * T * D * 4 <= kAhead;

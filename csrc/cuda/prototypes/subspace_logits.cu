@@ -12,8 +12,8 @@ namespace plora::cuda {
 namespace {
 
 using cosine::kThreads;
-using Small = cosine::Tile<2, 2, 32, 4>;     // 32 x 128
-using Large = cosine::Tile<2, 4, 32, 4, 2>;  // 64 x 128
+using Small = cosine::Tile<2, 2, 4>;     // 32 x 128
+using Large = cosine::Tile<2, 4, 4, 2>;  // 64 x 128
 
 struct Arguments : SubspaceLogits {
   int per_group;  // subspaces; with more groups than one, out is that of each group, [groups, B, C]
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 1) logits_kernel(const __grid_consta
       smem::wait<Tile::kStages - 2>();
       __syncthreads();
       load();
-      products.template add_rows<true>(stages + stage * Tile::kStage, squares, row_squares);
+      products.add_rows(stages + stage * Tile::kStage, squares, row_squares);
       stage = (stage + 1) % Tile::kStages;
     }
 #pragma unroll
