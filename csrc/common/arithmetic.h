@@ -7,6 +7,9 @@ namespace plora {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Of a size that a check, or the plan, keeps below 2^31.
+constexpr int narrow(int64_t size) { return static_cast<int>(size); }
+
 // To the 16 bytes of a vector.
 template <typename... Types>
 bool aligned(const Types*... pointers) {

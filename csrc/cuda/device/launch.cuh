@@ -1,5 +1,5 @@
-// What every CUDA launcher shares: element types, checked launches. No torch here: what launchers want of it comes as
-// pointers, a stream and an Allocator.
+// What every CUDA launcher shares: element types, questions to the device (device.h), checked launches. No torch here:
+// what launchers want of it comes as pointers, a stream and an Allocator.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,10 +7,12 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../../common/arithmetic.h"
 #include "../../common/check.h"
 #include "../../common/dtype.h"
+#include "device.h"
 
 namespace plora::cuda {
 
@@ -25,9 +27,29 @@ void dispatch(const char* op, Dtype dtype, const F& f) {
   });
 }
 
+// f with each of the flags as a type whose `value` it is.
+template <typename F>
+void with_flags(const F& f) {
+  f();
+}
+template <typename F, typename... Flags>
+void with_flags(const F& f, bool flag, Flags... flags) {
+  const auto bind = [&](auto value) { with_flags([&](auto... others) { f(value, others...); }, flags...); };
+  flag ? bind(std::true_type{}) : bind(std::false_type{});
+}
+
 inline void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();
   PLORA_CHECK(error == cudaSuccess, op, ": the kernel could not be launched: ", cudaGetErrorString(error));
+}
+
+// The arguments may be whatever those of the kernel can be made of.
+template <typename... Params, typename... Arguments>
+void launch_kernel(const char* op, void (*kernel)(Params...), dim3 grid, dim3 threads, size_t shared,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  if (shared > 0) allow_shared_memory(kernel, shared);
+  kernel<<<grid, threads, shared, stream>>>(arguments...);
+  check_launch(op);
 }
 
 }  // namespace plora::cuda

@@ -81,6 +81,12 @@ struct alignas(16) Vector {
   __device__ const Four<scalar>& four(int i) const { return reinterpret_cast<const Four<scalar>*>(&raw)[i]; }
 };
 
+// Neighbouring elements, read and written at once.
+template <typename scalar, int kCount>
+struct alignas(sizeof(scalar) * kCount) Elements {
+  scalar values[kCount];
+};
+
 // One store of 16 bytes to global memory. (As an assignment the compiler takes it apart where the parts were computed.)
 __device__ inline void store_vector(void* to, const uint4& v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(v.x), "r"(v.y),
@@ -88,8 +94,7 @@ __device__ inline void store_vector(void* to, const uint4& v) {
                : "memory");
 }
 
-// `left` elements are there to be read, then come zeros. VECTORS: aligned, and `left` is a whole number of vectors;
-// WHOLE: at least one.
+// `left` elements are there, then come zeros. VECTORS: aligned, and `left` is whole vectors; WHOLE: at least one.
 template <bool VECTORS, bool WHOLE = false, typename scalar>
 __device__ inline Vector<scalar> load(const scalar* from, int left) {
   Vector<scalar> v;
@@ -113,6 +118,29 @@ __device__ inline void store(scalar* to, const Vector<scalar>& v, int left) {
   }
 }
 
+// The sum over a warp, for all its lanes.
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
+  return x;
+}
+
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+  return x;
+}
+
+// The sum over the lanes of a warp up to this one.
+__device__ inline int sum_up_to(int lane, int x) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int before = __shfl_up_sync(0xffffffffu, x, d);
+    if (lane >= d) x += before;
+  }
+  return x;
+}
+
 // How far apart the rows of h lie in shared memory, so that the fragments of a warp miss each other's banks.
 constexpr int padded(int ranks) { return (ranks + 47) / 64 * 64 + 16; }
 
@@ -130,10 +158,11 @@ struct Operand<float> {
   Operand() = default;
   __device__ explicit Operand(const Four<float>& v) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      hi[i] = to_tf32(v[i]);
-      lo[i] = to_tf32(v[i] - __uint_as_float(hi[i]));
-    }
+    for (int i = 0; i < 4; ++i) set(i, v[i]);
+  }
+  __device__ void set(int i, float x) {
+    hi[i] = to_tf32(x);
+    lo[i] = to_tf32(x - __uint_as_float(hi[i]));
   }
 };
 

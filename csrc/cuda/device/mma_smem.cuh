@@ -25,17 +25,17 @@ __device__ inline void wait() {
 }
 
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ inline void ldmatrix(uint32_t (&to)[4], const void* row) {
+__device__ inline void ldmatrix(uint32_t (&to)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(address(row))
+               : "r"(row)
                : "memory");
 }
 
-__device__ inline void ldmatrix_transposed(uint32_t (&to)[4], const void* row) {
+__device__ inline void ldmatrix_transposed(uint32_t (&to)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(address(row))
+               : "r"(row)
                : "memory");
 }
 
@@ -48,11 +48,11 @@ struct Step {
     uint32_t x[4];
     __device__ void load(const scalar* tile, int ld) {  // tile[m][k]
       const int lane = threadIdx.x % 32;
-      ldmatrix(x, tile + lane % 16 * ld + lane / 16 * 8);
+      ldmatrix(x, address(tile + lane % 16 * ld + lane / 16 * 8));
     }
     __device__ void load_transposed(const scalar* tile, int ld) {  // tile[k][m]
       const int lane = threadIdx.x % 32;
-      ldmatrix_transposed(x, tile + (lane / 16 * 8 + lane % 8) * ld + lane / 8 % 2 * 8);
+      ldmatrix_transposed(x, address(tile + (lane / 16 * 8 + lane % 8) * ld + lane / 8 % 2 * 8));
     }
   };
 
@@ -60,7 +60,7 @@ struct Step {
     uint32_t x[4];
     __device__ void load_transposed(const scalar* tile, int ld) {  // tile[k][n]
       const int lane = threadIdx.x % 32;
-      ldmatrix_transposed(x, tile + lane % 16 * ld + lane / 16 * 8);
+      ldmatrix_transposed(x, address(tile + lane % 16 * ld + lane / 16 * 8));
     }
   };
 
@@ -75,15 +75,7 @@ template <>
 struct Step<float> {
   static constexpr int kK = 8;
 
-  struct Split {
-    uint32_t hi[4], lo[4];
-    __device__ void set(int i, float x) {
-      hi[i] = to_tf32(x);
-      lo[i] = to_tf32(x - __uint_as_float(hi[i]));
-    }
-  };
-
-  struct Left : Split {
+  struct Left : Operand<float> {
     __device__ void load_transposed(const float* tile, int ld) {  // tile[k][m]
       const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
@@ -91,7 +83,7 @@ struct Step<float> {
     }
   };
 
-  struct Right : Split {
+  struct Right : Operand<float> {
     __device__ void load_transposed(const float* tile, int ld) {  // tile[k][n]
       const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll

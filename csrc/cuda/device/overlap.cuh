@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "device.h"
 #include "launch.cuh"
 
 namespace plora::cuda {
@@ -16,8 +15,7 @@ __device__ inline void launch_successor() {
 #endif
 }
 
-// By the successor, before it reads what the predecessor wrote: not through a pointer that is const __restrict__, whose
-// loads the compiler may move.
+// By the successor, before it reads what the predecessor wrote, not through const __restrict__: those loads may move.
 __device__ inline void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -69,11 +67,10 @@ inline bool overlaps(cudaStream_t stream) {
   return status == cudaStreamCaptureStatusNone;
 }
 
-// Launches a kernel that calls wait_for_predecessor(), after one that calls launch_successor() or without overlap, in
-// clusters of so many blocks.
-template <typename... Params>
+// A kernel that calls wait_for_predecessor(), after one that calls launch_successor(), in clusters of so many blocks.
+template <typename... Params, typename... Arguments>
 void launch_clusters(const char* op, void (*kernel)(Params...), unsigned cluster, int64_t blocks, int threads,
-                     size_t shared, cudaStream_t stream, bool overlap, const Params&... arguments) {
+                     size_t shared, cudaStream_t stream, bool overlap, const Arguments&... arguments) {
   if (shared > 0) allow_shared_memory(kernel, shared);
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -91,9 +88,9 @@ void launch_clusters(const char* op, void (*kernel)(Params...), unsigned cluster
   check_launch(op);
 }
 
-template <typename... Params>
+template <typename... Params, typename... Arguments>
 void launch_overlapped(const char* op, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
-                       cudaStream_t stream, bool overlap, const Params&... arguments) {
+                       cudaStream_t stream, bool overlap, const Arguments&... arguments) {
   launch_clusters(op, kernel, 1, blocks, threads, shared, stream, overlap, arguments...);
 }
 

@@ -21,17 +21,17 @@ struct Ring {
   __device__ void init(int warps) const {
     for (int i = 0; i < stages; ++i) barrier_init(barriers + 16 * i, 1), barrier_init(barriers + 16 * i + 8, warps);
   }
-  // By the feeding thread, before it copies so many bytes to at(); returns the barrier that they tell.
-  __device__ uint32_t fill(uint32_t expected) const {
+  // By the feeding warp, whose chosen lane then copies so many bytes to at(); returns the barrier that they tell.
+  __device__ uint32_t fill(uint32_t expected, bool chosen) const {
     barrier_wait(empty(), phase ^ 1);
-    barrier_arrive_expect(full(), expected);
+    barrier_arrive_expect(full(), expected, chosen);
     return full();
   }
   __device__ void wait() const { barrier_wait(full(), phase); }
 };
 
-// By a warpgroup: d += what product(at) starts with each of so many stages, one or more. A stage is released when the
-// products of the next have started.
+// By a warpgroup: d += product(at) of each of so many stages, one or more, released when those of the next have
+// started.
 template <int kCount, typename F>
 __device__ inline void multiply(float (&d)[kCount], Ring& ring, int steps, const F& product) {
   uint32_t before = 0;

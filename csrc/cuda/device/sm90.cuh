@@ -65,6 +65,16 @@ __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// By all warps of a warpgroup: gives up registers, or asks for them, to have so many a thread.
+template <int kCount>
+__device__ inline void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ inline void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
 // --- clusters: blocks that run at the same time and see each other's shared memory ---
 
 __device__ inline uint32_t cluster_rank() {
@@ -201,7 +211,8 @@ __device__ inline void hold(uint32_t (&a)[kCount]) {  // or that factors are sti
 }
 
 // d[64, N] += a[64, 16] b[N, 16]^T, or in place of d; each in K-major (kTrans = 0) or in M- or N-major order; of d the
-// first N / 2 registers.
+// first N / 2 registers. Of 8 columns j, [4 j + {0, 1}] are row lane / 4, columns 2 (lane % 4) + {0, 1}, and
+// [4 j + {2, 3}] eight rows further down; warp w of the warpgroup has the rows from 16 w on.
 #define PLORA_OPS4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define PLORA_OPS8(i) PLORA_OPS4(i), PLORA_OPS4(i + 4)
 #define PLORA_OPS16(i) PLORA_OPS8(i), PLORA_OPS8(i + 8)
@@ -273,14 +284,6 @@ __device__ inline void wgmma_tf32(float (&d)[64], const uint32_t (&a)[4], uint64
 __device__ inline void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c),
                "r"(d)
-               : "memory");
-}
-
-// And from there.
-__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(from)
                : "memory");
 }
 

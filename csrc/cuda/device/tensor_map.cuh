@@ -7,6 +7,8 @@
 
 namespace plora::cuda {
 
+constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, k64 = CU_TENSOR_MAP_SWIZZLE_64B, k32 = CU_TENSOR_MAP_SWIZZLE_32B;
+
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   static const auto encode = [] {
     void* f = nullptr;

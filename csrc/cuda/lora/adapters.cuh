@@ -42,8 +42,7 @@ __device__ inline int adapter_of_row(const int64_t* ids, int rows_per_id, int M,
   return id >= 0 && id < T ? static_cast<int>(id) : -1;
 }
 
-// By one warp, whose lanes have the adapters of a tile's rows: writes each once, ascending, and tells how many there
-// are.
+// By one warp, whose lanes have the adapters of a tile's rows: writes each once, ascending, and tells their number.
 template <int kEach>
 __device__ inline int list_adapters(const int (&adapter)[kEach], int16_t* all) {
   constexpr int kNone = 0x7fffffff;

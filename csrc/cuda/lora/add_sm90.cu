@@ -1,21 +1,18 @@
 // The low-rank families added to a given y, for Hopper and 16-bit dtypes: y = y0 + s h up^T + s bias_up. The first half
-// is low_rank_sm90.cu's, which leaves s h of the adapters that a tile of 128 rows met, zero but for a row's own; here
-// is the second, started while the first still runs.
+// is low_rank_sm90.cu's, which leaves s h of the adapters that a tile of 128 rows met; here is the second, started
+// while the first still runs.
 //
 // Floor: y passes once each way, 4 M N bytes, 9.2 us for [12608, 768] at 4.2 TB/s. So a block has one tile of 128 x 192
-// of y and little else, three blocks a multiprocessor, all tiles of that shape at once: y comes to shared memory as the
-// block starts, before s h is there, the sum is added where it lies, and it leaves from there, all by the copy engine.
-// The ranks come in units of 16 of one adapter ("slots"). Two, what a tile of few segments meets, stay for the whole
-// tile; more pass through a ring, once for each 64 columns.
+// of y, three blocks a multiprocessor: y comes to shared memory before s h is there, the sum is added where it lies,
+// and it leaves from there, all by the copy engine. Two slots of ranks, what a tile of few segments meets, stay for the
+// whole tile; more pass through a ring, once for each 64 columns.
 
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
+#include "../device/mma_smem.cuh"
 #include "../device/overlap.cuh"
 #include "../device/ring.cuh"
-#include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "adapters.cuh"
 #include "given.cuh"
@@ -29,8 +26,7 @@ constexpr int kPart = 64, kParts = kColumns / kPart;  // columns that a warp has
 constexpr int kWarps = kRows / 16, kThreads = 32 * kWarps + 32, kBlocks = 3;
 constexpr int kResident = 2, kStages = 4;  // slots that stay; of the ring
 
-// Bytes. A part of y: [128, 64], each row 128 bytes, swizzled. Of a slot: s h [128, 16] and, for each part, `up`
-// [64, 16], or [16, 64] where it is transposed.
+// Bytes. A part of y: [128, 64], swizzled. A slot: s h [128, 16] and, for each part, `up` [64, 16], or transposed.
 constexpr uint32_t kBytesPart = kRows * kPart * 2, kSlotH = kRows * kSlot * 2, kSlotUp = kPart * kSlot * 2;
 constexpr uint32_t kStage = kSlotH + kSlotUp;
 constexpr uint32_t kBytesFactors = std::max(kResident * (kSlotH + kParts * kSlotUp), kStages* kStage);
@@ -73,25 +69,25 @@ struct Memory {
   __device__ uint32_t up(int part, int i) const { return h(kResident) + (part * kResident + i) * kSlotUp; }
 };
 
-// One thread: copies of s h and `up`.
+// One warp: copies of s h and `up`.
 template <bool kTransposed>
 __device__ inline void feed(const Maps& maps, const Arguments& a, const Tile& tile, const Memory& memory, int slots,
-                            int parts, int row, int column) {
+                            int parts, int row, int column, bool chosen) {
   const int blocks = (a.r + kSlot - 1) / kSlot;
   const auto load_up = [&](uint32_t barrier, uint32_t to, int slot, int part) {
     const int place = slot / blocks, adapter = a.ids ? tile.all[place] : place;
     const int n = column + part * kPart, rank = slot % blocks * kSlot;
-    sm90::load_3d(&maps.up, barrier, to, kTransposed ? n : rank, kTransposed ? rank : n, adapter);
+    sm90::load_3d(&maps.up, barrier, to, kTransposed ? n : rank, kTransposed ? rank : n, adapter, chosen);
   };
   const auto load_h = [&](uint32_t barrier, uint32_t to, int slot) {
-    sm90::load_3d(&maps.h, barrier, to, slot % blocks * kSlot, slot / blocks, row);
+    sm90::load_3d(&maps.h, barrier, to, slot % blocks * kSlot, slot / blocks, row, chosen);
   };
   sm90::Ring ring = memory.ring();
   if (slots <= kResident) {
     const uint32_t first = ring.full();
 #pragma unroll 1
     for (int part = 0; part < parts; ++part, ring.next()) {
-      sm90::barrier_arrive_expect(ring.full(), slots * (kSlotUp + (part == 0 ? kSlotH : 0)));
+      sm90::barrier_arrive_expect(ring.full(), slots * (kSlotUp + (part == 0 ? kSlotH : 0)), chosen);
 #pragma unroll 1
       for (int i = 0; i < slots; ++i) load_up(ring.full(), memory.up(part, i), i, part);
     }
@@ -104,7 +100,7 @@ __device__ inline void feed(const Maps& maps, const Arguments& a, const Tile& ti
   for (int part = 0; part < parts; ++part)
 #pragma unroll 1
     for (int slot = 0; slot < slots; ++slot, ring.next()) {
-      const uint32_t full = ring.fill(kStage);
+      const uint32_t full = ring.fill(kStage, chosen);
       load_up(full, ring.at() + kSlotH, slot, part);
       wait_for_predecessor();
       load_h(full, ring.at(), slot);
@@ -174,9 +170,7 @@ struct Adder {
     return sum;
   }
 
-  // y += d, in shared memory, for this warp's 16 rows. Of 8 columns j of d, [4 j + {0, 1}] are row lane / 4, columns
-  // 2 (lane % 4) + {0, 1}, and [4 j + {2, 3}] eight rows further down: four such blocks are what the lanes fetch and
-  // leave at a time. `above` and `below`: the powers of two in s (given.cuh).
+  // y += d, in shared memory, for this warp's 16 rows. `above` and `below`: the powers of two in s (given.cuh).
   __device__ void add(float (&d)[kPart / 2], int part, int column, float above, float below) const {
     const uint32_t rows = memory.part(part) + (16 * warp + lane % 16) * (kPart * 2);
     if constexpr (std::is_same_v<scalar, __half>)
@@ -197,7 +191,7 @@ struct Adder {
     for (int i = 0; i < kPart / 16; ++i) {
       const uint32_t at = rows + ((2 * i + lane / 16) ^ lane % 8) * 16;
       uint32_t v[4] = {0, 0, 0, 0};
-      if (a.reads) sm90::load_matrices(v, at);
+      if (a.reads) smem::ldmatrix(v, at);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float2 y = unpair<scalar>(v[e]);
@@ -241,18 +235,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int row = index / column_tiles * kRows, column = index % column_tiles * kColumns;
   const int parts = min(kParts, (a.N - column + kPart - 1) / kPart);
 
+  const bool chosen = sm90::elect();
   if (warp == kWarps) {
-    if (lane == 0) {
+    if (chosen) {
       for (int i = 0; i < kParts; ++i) sm90::barrier_init(memory.y_full(i), 1);
       memory.ring().init(kWarps);
       sm90::fence_barrier_init();
       sm90::fence_async();
-      for (int i = 0; a.reads && i < parts; ++i) {
-        sm90::barrier_arrive_expect(memory.y_full(i), kBytesPart);
-        sm90::load_2d(&maps.from, memory.y_full(i), memory.part(i), column + i * kPart, row);
-      }
-      sm90::prefetch_map(&maps.h), sm90::prefetch_map(&maps.up), sm90::prefetch_map(&maps.to);
     }
+    for (int i = 0; a.reads && i < parts; ++i) {
+      sm90::barrier_arrive_expect(memory.y_full(i), kBytesPart, chosen);
+      sm90::load_2d(&maps.from, memory.y_full(i), memory.part(i), column + i * kPart, row, chosen);
+    }
+    if (chosen) sm90::prefetch_map(&maps.h), sm90::prefetch_map(&maps.up), sm90::prefetch_map(&maps.to);
     __syncwarp();
     int count = a.T;
     if (a.ids) {
@@ -271,10 +266,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const bool unchanged = slots == 0 && a.in_place;
 
   if (warp == kWarps) {
-    if (lane == 0) {
-      if (slots > 0) feed<kTransposed>(maps, a, tile, memory, slots, parts, row, column);
-      for (int i = 0; unchanged && i < parts; ++i) sm90::barrier_wait(memory.y_full(i), 0);  // they come nevertheless
-    }
+    if (slots > 0) feed<kTransposed>(maps, a, tile, memory, slots, parts, row, column, chosen);
+    for (int i = 0; unchanged && i < parts; ++i) sm90::barrier_wait(memory.y_full(i), 0);  // they come nevertheless
   } else if (!unchanged) {
     Adder<scalar, kTransposed> adder{a, tile, memory, warp, lane, slots};
     const float above = adder.power(lane / 4), below = adder.power(lane / 4 + 8);
@@ -283,11 +276,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
   wait_for_predecessor();  // what follows this kernel follows both
 #endif
-}
-
-template <typename scalar, bool kTransposed>
-void launch(const Maps& maps, const Arguments& a, int64_t tiles, cudaStream_t stream) {
-  launch_overlapped("low_rank", &add_kernel<scalar, kTransposed>, tiles, kThreads, kBytes, stream, true, maps, a);
 }
 
 }  // namespace
@@ -301,12 +289,9 @@ void low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
   PLORA_CHECK(serves, "low_rank_add_sm90: not what it was planned for (adds_on_hopper)");
   low_rank_sm90(p, stream);
 
-  Arguments a{};
-  a.M = static_cast<int>(M), a.N = static_cast<int>(N), a.T = static_cast<int>(T), a.r = static_cast<int>(r);
-  a.ids = p.rows.ids, a.rows_per_id = static_cast<int>(p.rows.rows_per_id);
-  a.scaling = p.scaling, a.bias = p.bias_up;
-  a.reads = p.y0 != nullptr, a.in_place = p.y0 == p.y && p.ldy0 == p.ldy;
-  constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, k32 = CU_TENSOR_MAP_SWIZZLE_32B;
+  const bool in_place = p.y0 == p.y && p.ldy0 == p.ldy;
+  const Arguments a{narrow(M), narrow(N), narrow(T),       narrow(r), p.rows.ids, narrow(p.rows.rows_per_id),
+                    p.scaling, p.bias_up, p.y0 != nullptr, in_place};
   Maps maps;
   describe_tensor<2>(maps.to, p.dtype, p.y, {N, M}, {p.ldy}, {kPart, 16}, k128);
   maps.from = maps.to;  // where there is no y0, never read
@@ -318,10 +303,8 @@ void low_rank_add_sm90(const LowRank& p, cudaStream_t stream) {
     describe_tensor<3>(maps.up, p.dtype, p.up, {r, N, T}, {r, N * r}, {kSlot, kPart, 1}, k32);
   dispatch<2>("low_rank", p.dtype, [&](auto like) {
     using scalar = decltype(like);
-    if (p.up_transposed)
-      launch<scalar, true>(maps, a, tiles, stream);
-    else
-      launch<scalar, false>(maps, a, tiles, stream);
+    const auto kernel = p.up_transposed ? &add_kernel<scalar, true> : &add_kernel<scalar, false>;
+    launch_overlapped("low_rank", kernel, tiles, kThreads, kBytes, stream, true, maps, a);
   });
 }
 

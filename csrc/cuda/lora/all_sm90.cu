@@ -2,20 +2,15 @@
 // y_t = x W^T + bias + y0 + s_t (h_t up_t^T + bias_up_t), from h (low_rank_sm90.cu, or torch's own product).
 //
 // Floor: y is written, 2 T M N bytes, 45 us for ten of [12608, 768] at 4.3 TB/s. A persistent block makes tiles of
-// 128 x 192, half of the rows a warpgroup. A frozen tile stays in the registers, as it is, while its warpgroup goes
-// through the adapters: h_t up_t^T comes to accumulators of its own, so that no adapter's infinity or NaN reaches
-// another's output, and the sum of both leaves through shared memory, by the copy engine. A third warpgroup feeds both
-// halves of a tile from the same rings: x and W from one, which fills again while the tile is written, h_t and up_t in
-// units of 16 ranks ("slots") from the other.
+// 128 x 192, half of the rows a warpgroup, where the frozen tile stays in the registers while the adapters pass:
+// h_t up_t^T comes to accumulators of its own, so that no adapter's infinity or NaN reaches another's output. A third
+// warpgroup feeds both from two rings: x and W, which fills again while the tile is written, and slots of h_t and up_t.
 
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/overlap.cuh"
 #include "../device/ring.cuh"
-#include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "given.cuh"
 #include "kernels.h"
@@ -28,8 +23,8 @@ constexpr int kDepth = 64, kPart = 64;             // columns of y that leave at
 constexpr int kStages = 4, kSlots = 3, kOuts = 2;  // of the rings; ways out of a warp, in turn
 constexpr int kWarps = kRows / 16, kThreads = 32 * kWarps + 128;
 
-// Bytes. A stage: x [128, 64] and W [192, 64], each row 128 bytes, swizzled. A slot: h [128, 16] and up [192, 16]. A
-// way out of a warp: [16, 64] of y, swizzled like a stage.
+// Bytes. A stage: x [128, 64] and W [192, 64], each row 128 bytes, swizzled; likewise a warp's way out, [16, 64] of y.
+// A slot: h [128, 16] and up [192, 16].
 constexpr uint32_t kBytesX = kRows * kDepth * 2, kStage = kBytesX + kColumns * kDepth * 2;
 constexpr uint32_t kSlotH = kRows * kSlot * 2, kBytesSlot = kSlotH + kColumns * kSlot * 2;
 constexpr uint32_t kOut = 16 * kPart * 2;
@@ -60,38 +55,38 @@ __device__ void for_tiles(const Arguments& a, const F& f) {
     f(i / columns * kRows, i % columns * kColumns);
 }
 
-// --- feeding, by one thread each ------------------------------------------------------------------------------------
+// --- feeding, by a warp each -----------------------------------------------------------------------------------------
 
 __device__ void feed_stages(const Maps& maps, const Arguments& a, sm90::Ring ring) {
+  const bool chosen = sm90::elect();
   for_tiles(a, [&](int row, int column) {
 #pragma unroll 1
     for (int k = 0; k < a.K; k += kDepth, ring.next()) {
-      const uint32_t full = ring.fill(kStage);
-      sm90::load_2d(&maps.x, full, ring.at(), k, row);
-      sm90::load_2d(&maps.weight, full, ring.at() + kBytesX, k, column);
+      const uint32_t full = ring.fill(kStage, chosen);
+      sm90::load_2d(&maps.x, full, ring.at(), k, row, chosen);
+      sm90::load_2d(&maps.weight, full, ring.at() + kBytesX, k, column, chosen);
     }
   });
 }
 
 __device__ void feed_slots(const Maps& maps, const Arguments& a, sm90::Ring ring) {
+  const bool chosen = sm90::elect();
   wait_for_predecessor();  // it makes h; and what follows this kernel follows both
   for_tiles(a, [&](int row, int column) {
 #pragma unroll 1
     for (int t = 0; t < a.T; ++t)
 #pragma unroll 1
       for (int rank = 0; rank < a.r; rank += kSlot, ring.next()) {
-        const uint32_t full = ring.fill(kBytesSlot);
-        sm90::load_3d(&maps.h, full, ring.at(), rank, t, row);
-        sm90::load_3d(&maps.up, full, ring.at() + kSlotH, rank, column, t);
+        const uint32_t full = ring.fill(kBytesSlot, chosen);
+        sm90::load_3d(&maps.h, full, ring.at(), rank, t, row, chosen);
+        sm90::load_3d(&maps.up, full, ring.at() + kSlotH, rank, column, t, chosen);
       }
   });
 }
 
 // --- multiplying and writing ----------------------------------------------------------------------------------------
 
-// Accumulators of 64 x 192. Of 8 columns j, [4 j + {0, 1}] are row lane / 4, columns 2 (lane % 4) + {0, 1}, and
-// [4 j + {2, 3}] eight rows further down; warp w of the warpgroup has the rows 16 w.
-using Sums = float[96];
+using Sums = float[96];  // of 64 x 192
 
 template <typename scalar>
 struct Multiplier {
@@ -217,12 +212,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
   if (warp >= kWarps) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (lane != 0) return;
+    sm90::shrink_registers<40>();
     if (warp == kWarps) feed_stages(maps, a, stages);
     if (warp == kWarps + 1) feed_slots(maps, a, slots);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    sm90::grow_registers<232>();
     Multiplier<scalar>{maps, a, memory, warp, lane, stages, slots}.run();
   }
 #endif
@@ -239,11 +233,7 @@ void all_sm90(const LowRank& p, const void* weight, const void* bias, bool overl
                       aligned(p.x, weight, bias, p.up, p.bias_up, p.y0, p.h, p.y);
   PLORA_CHECK(serves, "all_sm90: not what it was planned for (all_on_hopper)");
 
-  Arguments a{};
-  a.M = static_cast<int>(M), a.N = static_cast<int>(N), a.K = static_cast<int>(p.K);
-  a.T = static_cast<int>(T), a.r = static_cast<int>(r);
-  a.scaling = p.scaling, a.bias = bias, a.bias_up = p.bias_up, a.y0 = p.y0, a.ldy0 = p.ldy0;
-  constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, k32 = CU_TENSOR_MAP_SWIZZLE_32B;
+  const Arguments a{narrow(M), narrow(N), narrow(p.K), narrow(T), narrow(r), p.scaling, bias, p.bias_up, p.y0, p.ldy0};
   Maps maps;
   describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, M}, {p.ldx}, {kDepth, kRows}, k128);
   describe_tensor<2>(maps.weight, p.dtype, weight, {p.K, N}, {p.K}, {kDepth, kColumns}, k128);

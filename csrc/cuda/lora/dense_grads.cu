@@ -1,6 +1,5 @@
-// The gradients of a sum of adapters from products with the merged weight's gradient, dW: of U = B^T dW and V = A dW^T,
-//   dA[t] = s_t U[t]     dB[t] = s_t V[t]^T     dscaling[t] = the sum of the products of U[t] and A[t].
-// An adapter has blocks of each kind: parts of dscaling, which take longest, pieces of dA, tiles of dB.
+// The gradients of a sum of adapters from products with the merged weight's gradient (kernels.h). An adapter has blocks
+// of each kind: parts of dscaling, which take longest, pieces of dA, tiles of dB.
 
 #include "../../common/lora_plan.h"
 #include "../device/launch.cuh"
@@ -56,8 +55,7 @@ __device__ void sum_part(const Params<scalar>& p, int64_t t, int part) {
     for (; i < end; i += kThreads)
       for (int64_t e = i * kVec; e < (i + 1) * kVec; ++e) sum += to_float(U[e]) * to_float(A[e]);
   }
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+  sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
   __syncthreads();
   if (threadIdx.x > 0) return;
@@ -136,18 +134,17 @@ void run(const DenseGrads& p, cudaStream_t stream) {
   q.dA = static_cast<scalar*>(p.dA), q.dB = static_cast<scalar*>(p.dB), q.dscaling = p.dscaling;
   q.fast_A = aligned(p.U) && aligned(p.dA) && p.r * p.in % kVec == 0;
   q.fast_dot = aligned(p.U) && aligned(p.A);  // padded_r is a multiple of 8
-  q.parts = p.dscaling ? static_cast<int>(dense_parts(p.padded_r, p.in)) : 0;
+  q.parts = p.dscaling ? narrow(dense_parts(p.padded_r, p.in)) : 0;
   q.share = q.parts ? ceil_div(p.padded_r * p.in / kVec, q.parts) : 0;
-  q.pieces = p.dA ? static_cast<int>(ceil_div(p.r * p.in, kThreads * kVec)) : 0;
-  q.column_tiles = static_cast<int>(ceil_div(p.out, kTile));
-  q.tasks = q.parts + q.pieces + (p.dB ? static_cast<int>(ceil_div(p.r, kTile)) * q.column_tiles : 0);
+  q.pieces = p.dA ? narrow(ceil_div(p.r * p.in, kThreads * kVec)) : 0;
+  q.column_tiles = narrow(ceil_div(p.out, kTile));
+  q.tasks = q.parts + q.pieces + (p.dB ? narrow(ceil_div(p.r, kTile)) * q.column_tiles : 0);
   if (q.tasks == 0) return;
   for (size_t next = 0, size = p.adapters.size(); q.begin < p.T;) {
     for (q.first = q.last = next < size ? p.adapters[next] : p.T; next < size && p.adapters[next] == q.last; ++next)
       ++q.last;
     const int64_t end = next < size ? q.last : p.T;
-    dense_grads_kernel<scalar><<<static_cast<unsigned>((end - q.begin) * q.tasks), kThreads, 0, stream>>>(q);
-    check_launch("dense_grads");
+    launch_kernel("dense_grads", &dense_grads_kernel<scalar>, (end - q.begin) * q.tasks, kThreads, 0, stream, q);
     q.begin = end;
   }
 }

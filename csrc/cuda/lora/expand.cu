@@ -1,6 +1,5 @@
-// The outputs of all adapters from their h: y_t = y0 + s_t h_t up_t^T + s_t bias_up_t. Bound by the writing of y, so a
-// block keeps its part of y0 in registers while it goes through the adapters, and has the factors of the next product
-// on their way while it writes the last.
+// The outputs of all adapters from their h: y_t = y0 + s_t h_t up_t^T + s_t bias_up_t. Bound by the writing of y: a
+// block keeps its y0 in registers, and has the factors of the next product on their way while it writes the last.
 
 #include "../device/launch.cuh"
 #include "../device/mma.cuh"
@@ -106,15 +105,11 @@ void expand(const LowRank& p, cudaStream_t stream) {
                   p.rows.r % 8 == 0 && p.N % 8 == 0 && p.ldy % 8 == 0 && p.ldy0 % 8 == 0 &&
                   aligned(p.up, p.y, p.y0, p.bias_up),
               "expand: not what it was planned for");
-  const auto grid = static_cast<unsigned>(ceil_div(p.rows.M, kRows) * ceil_div(p.N, kColumns));
   dispatch<2>("expand", p.dtype, [&](auto like) {
     using scalar = decltype(like);
-    if (p.bias_up)
-      expand_kernel<scalar, true><<<grid, kThreads, 0, stream>>>(p);
-    else
-      expand_kernel<scalar, false><<<grid, kThreads, 0, stream>>>(p);
+    const auto kernel = p.bias_up ? &expand_kernel<scalar, true> : &expand_kernel<scalar, false>;
+    launch_kernel("expand", kernel, ceil_div(p.rows.M, kRows) * ceil_div(p.N, kColumns), kThreads, 0, stream, p);
   });
-  check_launch("expand");
 }
 
 }  // namespace plora::cuda

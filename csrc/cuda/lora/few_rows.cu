@@ -1,27 +1,23 @@
 // y = y0 + s h up^T + s bias_up with h = act(x down^T + bias) for up to 512 rows in any order, as in serving: the rows
-// of an adapter are gathered, so that each factor met is read once and one that no row chose never.
+// of an adapter are gathered, so that each factor met is read once and one that no row chose never. Backward is the
+// same with the factors swapped and transposed: dy for x, dx for y, g for h.
 //
-// Floor: the factors met pass once. 64 rows of 40 adapters of rank 16, 4096 -> 4096: 5 MB of `down`, 5 of `up`, 2.5 us
-// at 4.2 TB/s, beside 8 for the frozen layer's own 34 MB. At that rate 3 MB must be on their way at any time, a third
-// of all there is, so what counts is that every byte is asked for at once, and that little else waits for its turn:
+// Floor: the factors met pass once. 64 rows of 40 adapters of rank 16, 4096 -> 4096: 10 MB, 2.5 us at 4.2 TB/s, beside
+// 8 for the frozen layer's own 34 MB. At that rate 3 MB must be on their way at any time, so every byte is asked for at
+// once, and little else waits for its turn:
 // - shrink: a block has a tile (up to 32 rows of an adapter), 16 ranks and a part of K, of which each warp loads 128
 //   elements a row in one go; the sums go to memory in float32, a slab for each part of K. Meanwhile L2 fetches `up`.
 // - expand: a block has a tile and 256 columns, or 8 or 16 rows of the tile where there are few blocks. It is launched
-//   while shrink runs, finds its tile and loads its first factors, waits, adds up the parts in their order, and
-//   multiplies.
-// Both find their tiles from the ids, by themselves: no host waits, and no launch is spent on it. Where shrink runs
-// beside the frozen layer's product, it leaves its tiles to expand, which then follows both.
+//   while shrink runs, loads its first factors, waits, adds up the parts in their order, and multiplies.
+// Both find their tiles from the ids: no host waits, and no launch is spent on it. Where shrink runs beside the frozen
+// layer's product, it leaves its tiles to expand, which then follows both.
 //
-// Backward is the same with the factors swapped and transposed: dy for x, dx for y, g for h.
-//
-// Ranks lie in chunks of 16 (of an adapter; the last is filled up in registers), rows are the narrow side of a product
+// Ranks lie in chunks of 16 (the last of an adapter is filled up in registers), rows are the narrow side of a product
 // (mma.cuh), so that 8 rows or fewer cost no more than one.
 
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/mma.cuh"
 #include "../device/overlap.cuh"
 #include "adapters.cuh"
@@ -112,13 +108,7 @@ __device__ inline void find(const Rows& rows, int index, bool idle, Choices& cho
     const int each = (places + 31) / 32;
     int own = 0;
     for (int p = lane * each; p < (lane + 1) * each; ++p) own += tiles(p);
-    int before = own;  // first up to this lane, then before it
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(~0u, before, step);
-      if (lane >= step) before += other;
-    }
-    before -= own;
+    const int before = sum_up_to(lane, own) - own;
     const unsigned holder = __ballot_sync(~0u, before <= index && index < before + own);
     int found = lane * each, part = index - before;
     if (holder >> lane & 1)
@@ -374,8 +364,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   }
 }
 
-// How many tiles there may be of so many places, each with a row: if all rows that are left join those whose tiles are
-// full.
+// How many tiles there may be of so many places, each with a row: if the other rows join those whose tiles are full.
 int64_t most_tiles(const LowRank& p, int64_t places) {
   const int64_t M = p.rows.M;
   if (!p.rows.ids) return ceil_div(M, kTile);
@@ -396,14 +385,14 @@ Arguments arguments(const LowRank& p, bool beside, void* memory = nullptr) {
   const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r;
   Arguments a{p};
   FewSums& sums = a.sums;
-  sums.adapters = static_cast<int>(p.rows.ids ? 1 : T), sums.chunks = static_cast<int>(ceil_div(r, kChunk));
-  sums.width = sums.adapters * sums.chunks * kChunk, sums.columns = static_cast<int>(padded_rank(r));
+  sums.adapters = narrow(p.rows.ids ? 1 : T), sums.chunks = narrow(ceil_div(r, kChunk));
+  sums.width = sums.adapters * sums.chunks * kChunk, sums.columns = narrow(padded_rank(r));
   a.idle = p.h || p.y != p.y0 || p.ldy != p.ldy0;
   // A part of K is a unit for each warp, or more where there are more blocks than run at once.
   const int64_t tiles = most_tiles(p, T), units = ceil_div(p.K, kWarps * kUnit<scalar>);
   const int64_t blocks = tiles * sums.width / kChunk, most = 4 * multiprocessors();
   const int64_t each = std::max({units * blocks / most, ceil_div(units, kMaxParts), int64_t{1}});
-  sums.parts = static_cast<int>(ceil_div(units, each));
+  sums.parts = narrow(ceil_div(units, each));
   sums.partial = static_cast<float*>(memory);
   if (memory && tiles_left(p, beside) > 0)
     a.tiles = reinterpret_cast<Tile*>(sums.partial + sums.parts * M * sums.width);
@@ -415,32 +404,11 @@ Arguments arguments(const LowRank& p, bool beside, void* memory = nullptr) {
   return a;
 }
 
-template <typename scalar, bool TRANSPOSED>
-FewSums launch_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
-  constexpr int V = kVector<scalar>;
-  const Arguments a = arguments<scalar>(p, beside, memory);
-  const bool x_vectors =
-      aligned(p.x) && aligned(p.down) && p.K % V == 0 && p.ldx % V == 0 && (!TRANSPOSED || p.rows.r % 2 == 0);
-  const dim3 grid(static_cast<unsigned>(most_tiles(p, p.rows.T + (a.tiles != nullptr))),
-                  static_cast<unsigned>(a.sums.parts), static_cast<unsigned>(a.sums.width / kChunk));
-  const auto shrink = x_vectors ? &shrink_kernel<scalar, TRANSPOSED, true> : &shrink_kernel<scalar, TRANSPOSED, false>;
-  share_all_memory(shrink);
-  shrink<<<grid, kThreads, 0, stream>>>(a);
-  check_launch("few_rows");
-  return a.sums;
-}
-
-template <typename scalar, bool TRANSPOSED>
-void launch_expand(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
-  constexpr int V = kVector<scalar>;
-  PLORA_CHECK(!beside || (p.y == p.y0 && p.ldy == p.ldy0), "few_rows: not what shrink left its tiles for");
-  const Arguments a = arguments<scalar>(p, beside, memory);
-  const bool y_vectors = aligned(p.y, p.y0, p.up) && p.N % V == 0 && p.ldy % V == 0 && p.ldy0 % V == 0 &&
-                         (TRANSPOSED || p.rows.r % 4 == 0);
-  const auto expand = y_vectors ? &expand_kernel<scalar, TRANSPOSED, true> : &expand_kernel<scalar, TRANSPOSED, false>;
-  launch_overlapped("few_rows", expand,
-                    most_tiles(p, p.rows.T + 1) * std::max<int64_t>(ceil_div(p.N, kColumns), 1) * a.groups, kThreads,
-                    kTile * padded(a.sums.width) * sizeof(scalar), stream, !beside, a);
+// f with the types of the elements and of whether the factors are transposed.
+template <typename F>
+void dispatch_few(const LowRank& p, const F& f) {
+  dispatch("few_rows", p.dtype,
+           [&](auto tag) { with_flags([&](auto transposed) { f(tag, transposed); }, p.down_transposed); });
 }
 
 }  // namespace
@@ -453,19 +421,33 @@ size_t few_rows_bytes(const LowRank& p, bool beside) {
 
 FewSums few_rows_shrink(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
   FewSums sums{};
-  dispatch("few_rows", p.dtype, [&](auto tag) {
+  dispatch_few(p, [&](auto tag, auto transposed) {
     using scalar = decltype(tag);
-    sums = p.down_transposed ? launch_shrink<scalar, true>(p, memory, beside, stream)
-                             : launch_shrink<scalar, false>(p, memory, beside, stream);
+    constexpr int V = kVector<scalar>;
+    const Arguments a = arguments<scalar>(p, beside, memory);
+    const bool vectors =
+        aligned(p.x) && aligned(p.down) && p.K % V == 0 && p.ldx % V == 0 && (!transposed || p.rows.r % 2 == 0);
+    const auto shrink = vectors ? &shrink_kernel<scalar, transposed, true> : &shrink_kernel<scalar, transposed, false>;
+    const dim3 grid(most_tiles(p, p.rows.T + (a.tiles != nullptr)), a.sums.parts, a.sums.width / kChunk);
+    share_all_memory(shrink);
+    launch_kernel("few_rows", shrink, grid, kThreads, 0, stream, a);
+    sums = a.sums;
   });
   return sums;
 }
 
 void few_rows_expand(const LowRank& p, void* memory, bool beside, cudaStream_t stream) {
-  dispatch("few_rows", p.dtype, [&](auto tag) {
+  PLORA_CHECK(!beside || (p.y == p.y0 && p.ldy == p.ldy0), "few_rows: not what shrink left its tiles for");
+  dispatch_few(p, [&](auto tag, auto transposed) {
     using scalar = decltype(tag);
-    p.down_transposed ? launch_expand<scalar, true>(p, memory, beside, stream)
-                      : launch_expand<scalar, false>(p, memory, beside, stream);
+    constexpr int V = kVector<scalar>;
+    const Arguments a = arguments<scalar>(p, beside, memory);
+    const bool vectors = aligned(p.y, p.y0, p.up) && p.N % V == 0 && p.ldy % V == 0 && p.ldy0 % V == 0 &&
+                         (transposed || p.rows.r % 4 == 0);
+    const auto expand = vectors ? &expand_kernel<scalar, transposed, true> : &expand_kernel<scalar, transposed, false>;
+    const int64_t tiles = most_tiles(p, p.rows.T + 1) * std::max<int64_t>(ceil_div(p.N, kColumns), 1);
+    launch_overlapped("few_rows", expand, tiles * a.groups, kThreads, kTile * padded(a.sums.width) * sizeof(scalar),
+                      stream, !beside, a);
   });
 }
 

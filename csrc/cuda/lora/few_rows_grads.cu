@@ -1,21 +1,18 @@
 // dA and dB of up to 512 rows that choose adapters, in one launch and without memory of its own: a block has 16 ranks
-// and some columns of an adapter's dA or dB, which it alone writes. It finds the adapter's rows from the ids, by
-// itself, and sums over them in their order; where there are none it writes zeros.
+// and some columns of an adapter's dA or dB. It finds the adapter's rows from the ids and sums over them in their
+// order; where there are none it writes zeros.
 //
-// Floor: dA and dB are written once. 64 rows, 64 adapters of rank 16, 4096 -> 4096: 17 MB, 4 us at 4.2 TB/s. Of the
-// products of so few rows little is to be multiplied, so what counts is that an element costs few instructions: x and
-// dy go from memory to the products' operands, and the sums to memory, through registers alone. Launched while the
-// kernel that makes g still runs, the blocks of dB, which need no g, come first, and those of dA load their x
-// meanwhile.
+// Floor: dA and dB are written once. 64 rows, 64 adapters of rank 16, 4096 -> 4096: 17 MB, 4 us at 4.2 TB/s. Of so few
+// rows little is to be multiplied, so what counts is that an element costs few instructions: x and dy go from memory to
+// the products' operands, and the sums to memory, through registers alone. Launched while the kernel that makes g still
+// runs, the blocks of dB, which need no g, come first, and those of dA load their x meanwhile.
 //
 // Columns are the wide side of a product (mma.cuh), ranks the narrow one, rows its depth. A lane has 8 neighbouring
-// columns of four ranks, so that it reads x and dy, and writes dA, by 16 bytes and dB by 8 (by 16 in float32).
+// columns of four ranks, so that it reads and writes whole vectors.
 
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/mma.cuh"
 #include "../device/overlap.cuh"
 #include "adapters.cuh"
@@ -79,8 +76,7 @@ __device__ inline int find_rows(const Rows& rows, int t, int16_t* numbers) {
 }
 
 // A chunk of P, of which `left` ranks are there, to shared memory, each rank's rows side by side; zero from row `total`
-// to a whole product. What a lane holds of one half of the ranks, 4 q, 4 q + 1, comes before what it holds of the
-// other.
+// to a whole product. A lane's ranks 4 q, 4 q + 1 come in the first half of them, the other two in the second.
 template <bool VECTORS, typename scalar>
 __device__ inline void gather(scalar* to, const scalar* P, int64_t ld, const int16_t* numbers, int total, int left) {
   constexpr int kVec = kVector<scalar>, kVectors = kChunk / kVec;
@@ -231,19 +227,18 @@ void run(const LoraGrads& p, bool overlap, cudaStream_t stream) {
   Arguments a{};
   // As many blocks as run at once; more and smaller ones of many rows, which may all be of one adapter.
   const int64_t most = std::min(std::max(tiles_A, tiles_B), kMaxRows / std::max<int64_t>(M, 1));
-  a.each = static_cast<int>(std::clamp<int64_t>(ceil_div(tiles, kBlocks<scalar> * multiprocessors()), 1, most));
+  a.each = narrow(std::clamp<int64_t>(ceil_div(tiles, kBlocks<scalar> * multiprocessors()), 1, most));
   const auto job = [&](void* out, const void* P, const void* Q, int64_t ldq, int64_t width, int64_t of_width) {
     Job job{P, Q, out};
-    job.ldq = static_cast<int>(ldq), job.width = static_cast<int>(width);
-    job.parts = static_cast<int>(ceil_div(of_width, a.each));
-    job.blocks = static_cast<int>(job.parts * ceil_div(r, kChunk));
+    job.ldq = narrow(ldq), job.width = narrow(width), job.parts = narrow(ceil_div(of_width, a.each));
+    job.blocks = narrow(job.parts * ceil_div(r, kChunk));
     return job;
   };
   a.of_A = job(p.dA, p.g, p.x, p.ldx, p.in, tiles_A), a.of_B = job(p.dB, p.h, p.dy, p.lddy, p.out, tiles_B);
   const int64_t blocks = T * (a.of_A.blocks + a.of_B.blocks);
   PLORA_CHECK(blocks <= INT32_MAX, "few_rows_grads: more blocks than can be counted");
   a.rows = p.rows, a.rows.rows_per_id = std::max<int64_t>(p.rows.rows_per_id, 1);
-  a.r = static_cast<int>(r), a.padded_r = static_cast<int>(padded_r);
+  a.r = narrow(r), a.padded_r = narrow(padded_r);
   a.scaling = p.scaling, a.ranks = p.ranks;
   a.asks = asks_of("few_rows_grads", p.adapters, T);
   bool vectors = padded_r % V == 0;

@@ -2,24 +2,20 @@
 // transposed factors dx = dy W + s g A.
 //
 // Floor: W and the factors met pass once. So W streams through a ring of shared memory from the moment the kernel
-// starts, which is while the kernel before it, the first half of the low-rank part (few_rows.cu), still runs; what that
-// one makes is asked for when W has passed. Two blocks a multiprocessor keep 144 KB on their way.
+// starts, while the first half of the low-rank part (few_rows.cu) still runs, which is waited for when W has passed.
+// Two blocks a multiprocessor keep 144 KB on their way.
 //
 // A block has 128 columns of y, of all rows, and a part of K; the blocks of a cluster have the parts of the same
-// columns. 128 rows of W are the tall side of a product, the rows of x the narrow one. Then each block has a share of
-// the rows to itself, to whose sums it adds the low-rank part: of `up` each of its warps has asked for 16 ranks of its
-// first row before it began. Last, it adds up what the blocks of the cluster have of its rows, in their order, and
-// writes y, which is rounded once. What a block runs through once is kept short: it comes from memory, too.
+// columns. 128 rows of W are the tall side of a product, the rows of x the narrow one. Then each block adds the
+// low-rank part to the sums of its share of the rows, and last what the blocks of the cluster have of them, in their
+// order. What a block runs through once is kept short: it comes from memory, too.
 
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/mma_smem.cuh"
 #include "../device/overlap.cuh"
 #include "../device/ring.cuh"
-#include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "adapters.cuh"
 #include "few_rows.cuh"
@@ -34,9 +30,8 @@ constexpr int kMaxRows = lora_plan::kFewRowsSm90;
 constexpr int kMaxRanks = lora_plan::kFewRanksSm90;
 
 // `kN`: rows, filled up with zeros. A stage: W [128, 64], or transposed two boxes [64, 64], and x [kN, 64], each row
-// 128 bytes, swizzled. The sums take the place of the stages, a row of 128 columns after the other, padded so that
-// neither writing nor reading has bank conflicts. `up`: a chunk of ranks for each warp, [128, 16] or transposed, and
-// another one behind the sums.
+// 128 bytes, swizzled. The sums take the place of the stages, rows of 128 columns, padded against bank conflicts. `up`:
+// a chunk of ranks for each warp, [128, 16] or transposed, and another one behind the sums.
 template <int kN>
 struct Layout {
   static constexpr uint32_t kBytesW = kColumns * kDepth * 2, kStage = kBytesW + kN * kDepth * 2;
@@ -112,22 +107,25 @@ __global__ void __launch_bounds__(kThreads, 2)
   sm90::Ring ring{stages, stages + L::kBarriers, L::kStage, L::kStages};
   const uint32_t ups = ring.barriers + 16 * L::kStages, come = ups + 16 * warp;  // two for each warp's ranks of `up`
 
+  const bool chosen = sm90::elect();  // of each warp; the first one's feeds the ring
   const auto feed = [&](int i, const sm90::Ring& stage) {
     const uint32_t full = stage.full(), to = stage.at();
     const int k = (first + i) * kDepth;
-    sm90::barrier_arrive_expect(full, L::kStage);
+    sm90::barrier_arrive_expect(full, L::kStage, chosen);
     if constexpr (kTransposed) {
-      sm90::load_2d(&maps.weight, full, to, column, k);
-      sm90::load_2d(&maps.weight, full, to + L::kBytesW / 2, column + 64, k);
+      sm90::load_2d(&maps.weight, full, to, column, k, chosen);
+      sm90::load_2d(&maps.weight, full, to + L::kBytesW / 2, column + 64, k, chosen);
     } else {
-      sm90::load_2d(&maps.weight, full, to, k, column);
+      sm90::load_2d(&maps.weight, full, to, k, column, chosen);
     }
-    sm90::load_2d(&maps.x, full, to + L::kBytesW, k, 0);
+    sm90::load_2d(&maps.x, full, to + L::kBytesW, k, 0, chosen);
   };
-  if (threadIdx.x == 0) {
-    ring.init(kWarps);
-    for (int i = 0; i < 2 * kWarps; ++i) sm90::barrier_init(ups + 8 * i, 1);
-    sm90::fence_barrier_init();
+  if (warp == 0) {
+    if (chosen) {
+      ring.init(kWarps);
+      for (int i = 0; i < 2 * kWarps; ++i) sm90::barrier_init(ups + 8 * i, 1);
+      sm90::fence_barrier_init();
+    }
     for (sm90::Ring stage = ring; stage.index < min(steps, L::kStages); ++stage.index) feed(stage.index, stage);
   }
   // Rows block, block + blocks, ... are this block's, of which each warp takes one after the other.
@@ -160,12 +158,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   int asked = 0;
   const auto ask = [&] {
     if (ahead.j >= rows) return;
-    if (lane == 0) {
-      const int half = asked % 2, t = row[ahead.j].adapter + ahead.c / per, rank = ahead.c % per;
-      sm90::barrier_arrive_expect(come + 8 * half, L::kBytesUp);
-      sm90::load_3d(&maps.up, come + 8 * half, stages + up_at(half), kTransposed ? column : rank,
-                    kTransposed ? rank : column, t);
-    }
+    const int half = asked % 2, t = row[ahead.j].adapter + ahead.c / per, rank = ahead.c % per;
+    sm90::barrier_arrive_expect(come + 8 * half, L::kBytesUp, chosen);
+    sm90::load_3d(&maps.up, come + 8 * half, stages + up_at(half), kTransposed ? column : rank,
+                  kTransposed ? rank : column, t, chosen);
     ++asked;
     advance(ahead);
   };
@@ -189,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     sm90::wgmma_wait<0>();  // which costs nothing: a stage takes longer to come
     sm90::hold(acc);
     sm90::release(ring.empty());
-    if (threadIdx.x == 0 && i + L::kStages < steps) {
+    if (warp == 0 && i + L::kStages < steps) {
       sm90::barrier_wait(ring.empty(), ring.phase);
       feed(i + L::kStages, ring);
     }
@@ -263,16 +259,16 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <typename scalar, int kN, bool kTransposed>
 void launch(Maps& maps, const Arguments& a, const void* weight, cudaStream_t stream) {
-  constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, kNone = CU_TENSOR_MAP_SWIZZLE_NONE;
+  constexpr auto kPlain = CU_TENSOR_MAP_SWIZZLE_NONE;
   const LowRank& p = a.p;
   const int64_t K = p.K, N = p.N, T = p.rows.T, r = p.rows.r;
   describe_tensor<2>(maps.x, p.dtype, p.x, {K, p.rows.M}, {p.ldx}, {kDepth, kN}, k128);
   if constexpr (kTransposed) {
     describe_tensor<2>(maps.weight, p.dtype, weight, {N, K}, {N}, {64, kDepth}, k128);
-    describe_tensor<3>(maps.up, p.dtype, p.up, {N, r, T}, {N, r * N}, {kColumns, kChunk, 1}, kNone);
+    describe_tensor<3>(maps.up, p.dtype, p.up, {N, r, T}, {N, r * N}, {kColumns, kChunk, 1}, kPlain);
   } else {
     describe_tensor<2>(maps.weight, p.dtype, weight, {K, N}, {K}, {kDepth, kColumns}, k128);
-    describe_tensor<3>(maps.up, p.dtype, p.up, {r, N, T}, {r, N * r}, {kChunk, kColumns, 1}, kNone);
+    describe_tensor<3>(maps.up, p.dtype, p.up, {r, N, T}, {r, N * r}, {kChunk, kColumns, 1}, kPlain);
   }
   const int64_t tiles = ceil_div(N, kColumns), room = 2 * multiprocessors() / 16 * 15;
   int64_t blocks = kMaxBlocks;  // of a cluster; all at once: clusters leave some multiprocessors out
@@ -296,16 +292,13 @@ void few_rows_sm90(const LowRank& p, const void* weight, const void* bias, const
   const Arguments a{p, few_rows_shrink(first, workspace(few_rows_bytes(first, false)), false, stream), bias};
   dispatch<2>("few_rows", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    const auto with = [&](auto rows) {
-      p.up_transposed ? launch<scalar, rows.value, true>(maps, a, weight, stream)
-                      : launch<scalar, rows.value, false>(maps, a, weight, stream);
+    const auto with = [&](auto transposed) {
+      const auto of_rows = M <= 8    ? &launch<scalar, 8, transposed>
+                           : M <= 32 ? &launch<scalar, 32, transposed>
+                                     : &launch<scalar, 64, transposed>;
+      of_rows(maps, a, weight, stream);
     };
-    if (M <= 8)
-      with(std::integral_constant<int, 8>{});
-    else if (M <= 32)
-      with(std::integral_constant<int, 32>{});
-    else
-      with(std::integral_constant<int, 64>{});
+    with_flags(with, p.up_transposed);
   });
 }
 

@@ -1,26 +1,20 @@
-// The frozen layer and its adapters in one product, for Hopper: y = x W^T + bias + base + s h B^T, and transposed for
-// the gradient, dx = dy W + s g A.
+// The frozen layer and its adapters in one product, for Hopper: y = x W^T + bias + y0 + s h B^T, and transposed for the
+// gradient, dx = dy W + s g A.
 //
-// A persistent block makes tiles of 128 x 192: three full waves of 132 blocks at 12,608 rows and 768 columns. Tiles of
-// a last wave that would leave two thirds of the blocks idle are made by three blocks each, 64 columns by one, and so
-// is what 192 leave of the columns, if it is no more. One warpgroup feeds a ring of shared-memory stages; two multiply,
-// a tile each in turn, so that one's way out is hidden behind the other's products. Low-rank work rides along in units
-// of 16 ranks of one adapter ("slots"):
-// - in the loop, one slot: the rows of A join those of W as 16 more columns of the same product, so that h costs no
-//   pass over x; h is then masked to the rows of its adapter, scaled, written to shared memory, and multiplied with B
-//   as one more k step of the tile's sum. Transposed, B is multiplied beside W, and h, which is then g, is cut where
-//   act was.
-// - in the loops of a pair, two slots: blocks of a cluster make two tiles of the same rows at the same time, one slot
-//   each, and write their h to the other's shared memory as well.
-// - given, any number: s h was computed before, zero where a row belongs to another adapter (low_rank_sm90.cu), and is
-//   fed like x, as more k steps.
-// A tile's adapters are found from the ids of its rows here, so rows come in any order, and no id can be out of range.
+// A persistent block makes tiles of 128 x 192. Tiles of a last wave that would leave two thirds of the blocks idle are
+// made by three blocks each, 64 columns by one, and so is what 192 leave of the columns, if it is no more. One
+// warpgroup feeds a ring of stages; two multiply, a tile each in turn, so that one's way out is hidden behind the
+// other's products. Low-rank work rides along in slots of 16 ranks of one adapter:
+// - in the loop, one slot: rows of A beside those of W, so that h costs no pass over x. Masked to the rows of its
+//   adapter and scaled, it is multiplied with B as one more k step. Transposed, B is beside W.
+// - in the loops of a pair, two slots: the blocks of a cluster make two tiles of the same rows, one slot each, and
+//   write their h to the other's shared memory as well.
+// - given, any number: s h, zero where a row belongs to another adapter (low_rank_sm90.cu), is fed like x.
+// A tile's adapters are found from the ids of its rows, so rows come in any order, and no id can be out of range.
 
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/overlap.cuh"
 #include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
@@ -36,11 +30,11 @@ constexpr int kRows = 128, kColumns = 192, kNarrow = 64, kDepth = 64;
 // Ranks of a slot; given slots of a stage; of the feeding warps two are at work.
 constexpr int kSlot = 16, kMaxGiven = 4, kThreads = 384;
 
-// Sizes in bytes. A stage: x [128, 64], W [192, 64], A [16, 64], each row 128 bytes, swizzled; transposed, W is [64,
-// 192] in three boxes of 64 columns, and B [64, 16], zero beyond r, follows as the first columns of a fourth, of which
-// no more is fetched, or, where there is no space for that, with rows of 32 bytes. At a tile's end the same memory
-// holds given slots of h [128, 16] and B [192, 16]. A warp's way out: 16 rows of 32 columns of y, padded so
-// that neither writing nor reading has bank conflicts; h of a warpgroup passes through the same place.
+// Bytes. A stage: x [128, 64], W [192, 64], A [16, 64], each row 128 bytes, swizzled; transposed, W is [64, 192] in
+// three boxes of 64 columns, and B [64, 16] follows as the first columns of a fourth, of which no more is fetched, or,
+// where there is no space for that, with rows of 32 bytes. At a tile's end the same memory holds given slots of h [128,
+// 16] and B [192, 16]. A warp's way out: 16 rows of 32 columns of y, padded against bank conflicts; h of a warpgroup
+// passes through the same place.
 constexpr uint32_t kBytesX = kRows * kDepth * 2, kBytesW = kColumns * kDepth * 2, kBox = kNarrow * kDepth * 2;
 constexpr uint32_t kSlotH = kRows * kSlot * 2, kSlotB = kColumns * kSlot * 2;
 constexpr int kOutColumns = 32;
@@ -65,8 +59,8 @@ struct Tile {
 };
 constexpr int kTiles = tile_ring::kTiles, kMaxStages = 7;
 
-// kSlots: how many of a tile may be made in the loop (2: by a pair); none: they are given. kThirds: all tiles
-// have 64 columns, so that there is space for more stages.
+// kSlots: how many of a tile may be made in the loop (2: by a pair; 0: they are given). kThirds: all tiles have 64
+// columns, which leaves space for more stages.
 template <bool kTransposed, int kSlots, bool kThirds>
 struct Shape {
   static constexpr bool kInLoop = kSlots > 0, kPair = kSlots == 2;
@@ -80,10 +74,9 @@ struct Shape {
   static constexpr uint32_t kUp = kSlots * kBytesUp, kOther = kPair ? kSlotH : 0;
 };
 
-// Barriers, of 8 bytes. A stage is full when its bytes have come: those of the frozen layer, and the rest. `passed`
-// tells that a tile's multipliers have seen all its stages full: only then may those of the next tile look at the same
-// barriers, which tell only odd from even uses. In a pair a block may write the other's h once `other_free` tells that
-// the last one was read there.
+// A stage is full when its bytes have come: those of the frozen layer, and the rest. `passed` tells that a tile's
+// multipliers have seen all its stages full: only then may those of the next tile look at the same barriers, which tell
+// only odd from even uses. In a pair a block may write the other's h once `other_free` tells that it was read there.
 struct Barriers {
   uint32_t first;
   static constexpr int kCount = 2 * kMaxStages + kTiles + 10;
@@ -241,22 +234,21 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
   using S = Shape<kTransposed, kSlots, kThirds>;
   constexpr bool kInLoop = S::kInLoop;
   const bool chosen = sm90::elect();
-  const auto uniform = [](int value) { return __shfl_sync(0xffffffffu, value, 0); };
   const int k_steps = (p.K + kDepth - 1) / kDepth;
   uint32_t step = 0;
   const auto load_frozen = [&](int k, const Place& place) {
     const uint32_t s = (step + k) % S::kStages, at = stages + s * S::kStage, full = barriers.full(s);
-    const bool narrow = kThirds || place.columns == kNarrow;
-    sm90::barrier_arrive_expect(full, kBytesX + (narrow ? kBox : kBytesW), chosen);
+    const bool third = kThirds || place.columns == kNarrow;
+    sm90::barrier_arrive_expect(full, kBytesX + (third ? kBox : kBytesW), chosen);
     sm90::load_2d(&maps.x, full, at, k * kDepth, place.row, chosen);
     if constexpr (kTransposed) {
       sm90::load_2d(&maps.weight, full, at + kBytesX, place.column, k * kDepth, chosen);
-      if (!narrow)
+      if (!third)
 #pragma unroll
         for (int i = 1; i < kColumns / kNarrow; ++i)
           sm90::load_2d(&maps.weight, full, at + kBytesX + i * kBox, place.column + i * kNarrow, k * kDepth, chosen);
     } else {
-      sm90::load_2d(narrow ? &maps.narrow : &maps.weight, full, at + kBytesX, k * kDepth, place.column, chosen);
+      sm90::load_2d(third ? &maps.narrow : &maps.weight, full, at + kBytesX, k * kDepth, place.column, chosen);
     }
   };
   const Place first = place_of(p, blockIdx.x);
@@ -265,10 +257,10 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
   for (int index = blockIdx.x, n = 0; index < p.tiles; index += gridDim.x, ++n) {
     const Tile& tile = all[n % kTiles];
     sm90::barrier_wait(barriers.described(n), n / kTiles & 1);
-    const Place place{uniform(tile.place.row), uniform(tile.place.column), uniform(tile.place.columns)};
-    const int slots = kInLoop ? uniform(tile.slots) : 0, given = kInLoop ? 0 : uniform(tile.given);
-    const int own = own_slot<S::kPair>(tile), adapter = uniform(tile.adapter[own]);
-    const int rank = uniform(tile.block[own] * kSlot);
+    const Place place = tile.place;
+    const int slots = kInLoop ? tile.slots : 0, given = kInLoop ? 0 : tile.given;
+    const int own = own_slot<S::kPair>(tile), adapter = tile.adapter[own];
+    const int rank = tile.block[own] * kSlot;
     if (chosen) sm90::barrier_arrive(barriers.started());
 #pragma unroll 1
     for (int k = 0; k < k_steps; ++k) {
@@ -288,8 +280,8 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
 #pragma unroll 1
       for (int i = 0; i < slots; ++i)
         load_up<kTransposed, S::kBytesUp>(maps, barriers.up_full(n % 2),
-                                          stages + Layout<S>::kUp + n % 2 * S::kUp + i * S::kBytesUp,
-                                          uniform(tile.adapter[i]), uniform(tile.block[i]), place.column, chosen);
+                                          stages + Layout<S>::kUp + n % 2 * S::kUp + i * S::kBytesUp, tile.adapter[i],
+                                          tile.block[i], place.column, chosen);
     }
 #pragma unroll 1
     for (int entry = 0, k = k_steps; entry < given; entry += kMaxGiven, ++k) {
@@ -305,7 +297,7 @@ __device__ void feed(const Maps& maps, const Arguments& p, const Tile* all, uint
         const int at = (entry + i) / blocks_of(p), block = (entry + i) % blocks_of(p);
         sm90::load_3d(&maps.h, full, to + i * kSlotH, block * kSlot, at, place.row, chosen);
         load_up<kTransposed, S::kBytesUp>(maps, full, to + kBytesX + i * S::kBytesUp,
-                                          p.ids != nullptr ? uniform(tile.all[at]) : at, block, place.column, chosen);
+                                          p.ids != nullptr ? tile.all[at] : at, block, place.column, chosen);
       }
     }
     step += k_steps + (given + kMaxGiven - 1) / kMaxGiven;
@@ -319,8 +311,7 @@ template <typename scalar, bool kTransposed, int kSlots, bool kThirds>
 struct Multiplier {
   using S = Shape<kTransposed, kSlots, kThirds>;
   static constexpr bool kInLoop = S::kInLoop, kPair = S::kPair;
-  // Accumulators of 64 rows: kWide columns of y, then 16 of h. Of 8 columns i, [4 i + {0, 1}] are row lane / 4, columns
-  // 2 (lane % 4) + {0, 1}, and [4 i + {2, 3}] eight rows further down; warp w of the warpgroup has the rows 16 w.
+  // Accumulators of 64 rows: kWide columns of y, then 16 of h.
   template <int kWide>
   using Half = float[kWide / 2 + 8 * kInLoop];
 
@@ -407,8 +398,8 @@ struct Multiplier {
     sm90::hold(upper), sm90::hold(lower);
   }
 
-  // h of this warp's rows: activation, mask, and its two destinations. The rows take turns in h[0], to keep the code
-  // short: a tile's straight code should fit the instruction cache.
+  // h of this warp's rows: activation, mask, and its two destinations. The rows take turns in h[0]: a tile's straight
+  // code should fit the instruction cache.
   template <int kWide>
   __device__ void finish_h(const Half<kWide>& upper, const Half<kWide>& lower, const Tile& tile, int own, float s,
                            int first_row, bool keep) {
@@ -458,8 +449,7 @@ struct Multiplier {
     }
   }
 
-  // The powers of two in s (given.cuh) of this lane's rows above and below of either half; in the meantime the sum is
-  // divided by them.
+  // The powers of two in s (given.cuh) of this lane's rows of either half; meanwhile the sum is divided by them.
   struct Powers {
     float upper[2] = {1.f, 1.f}, lower[2] = {1.f, 1.f};
   };
@@ -628,19 +618,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0) - 1;
   if (group < 0) {
-    if constexpr (S::kInLoop && !kThirds)
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    else
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    sm90::shrink_registers<S::kInLoop && !kThirds ? 24 : 40>();
     if (threadIdx.x < 32)
       feed<kTransposed, kSlots, kThirds>(maps, p, tiles, stages, barriers);
     else if (threadIdx.x < 64)
       describe_all(p, tiles, barriers);
   } else {
-    if constexpr (S::kInLoop && !kThirds)  // 208 of them accumulators
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-    else
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    sm90::grow_registers<S::kInLoop && !kThirds ? 240 : 232>();  // of 240, 208 are accumulators
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const uint32_t out = stages + Layout<S>::kOut + group * 4 * kOutWarp;
     Multiplier<scalar, kTransposed, kSlots, kThirds>{p, tiles, stages, out, group, warp, lane, barriers}.run();
@@ -675,27 +659,23 @@ __global__ void __launch_bounds__(256)
 
 // --- host -----------------------------------------------------------------------------------------------------------
 
-template <int kNumber>
-using number = std::integral_constant<int, kNumber>;
-
 Maps describe(const Fused& p, bool some_narrow, bool all_narrow) {
-  constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B, k32 = CU_TENSOR_MAP_SWIZZLE_32B;
   const int64_t T = p.rows.T, r = p.rows.r;
   Maps maps;
   describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, kRows}, k128);
-  if (p.transposed)
+  if (p.up_transposed)
     describe_tensor<2>(maps.weight, p.dtype, p.weight, {p.N, p.K}, {p.N}, {kNarrow, kDepth}, k128);
   else
     describe_tensor<2>(maps.weight, p.dtype, p.weight, {p.K, p.N}, {p.K}, {kDepth, kColumns}, k128);
   maps.narrow = maps.weight;
-  if (some_narrow && !p.transposed)
+  if (some_narrow && !p.up_transposed)
     describe_tensor<2>(maps.narrow, p.dtype, p.weight, {p.K, p.N}, {p.K}, {kDepth, kNarrow}, k128);
   maps.h = maps.x;  // where no h is given, never read
-  if (p.h != nullptr && T * r != 0)
-    describe_tensor<3>(maps.h, p.dtype, p.h, {r, p.places, p.rows.M}, {r, p.places * r}, {kSlot, 1, kRows}, k32);
+  if (p.scaled_h != nullptr && T * r != 0)
+    describe_tensor<3>(maps.h, p.dtype, p.scaled_h, {r, p.places, p.rows.M}, {r, p.places * r}, {kSlot, 1, kRows}, k32);
   if (T * r == 0) {
     maps.down = maps.up = maps.x;  // never read
-  } else if (p.transposed) {
+  } else if (p.up_transposed) {
     maps.down = maps.x;                               // where h is given, never read
     const bool joined = p.slots == 1 && !all_narrow;  // rows of 128 bytes in shared memory, whatever is fetched of them
     if (p.slots)
@@ -725,46 +705,34 @@ void fused(const Fused& p, cudaStream_t stream) {
                              : ceil_div(p.N, kColumns) % 2 == 0 && p.slices.empty() && multiprocessors() > 1,
               "the fused LoRA product: not what it was planned for");
   Arguments a{};
-  a.M = static_cast<int>(p.rows.M), a.N = static_cast<int>(p.N), a.K = static_cast<int>(p.K);
-  a.T = p.rows.r == 0 ? 0 : static_cast<int>(p.rows.T), a.r = static_cast<int>(p.rows.r);
-  a.R = static_cast<int>(p.rows.R());
-  a.ids = p.rows.ids, a.rows_per_id = static_cast<int>(p.rows.rows_per_id);
-  a.scaling = p.scaling, a.bias = p.bias, a.bias_down = p.bias_down;
-  a.y = p.y, a.kept = p.kept, a.ldy = p.ldy;
-  a.gate = p.gate, a.slots = p.slots, a.relu = p.relu;
+  a.M = narrow(p.rows.M), a.N = narrow(p.N), a.K = narrow(p.K);
+  a.T = p.rows.r == 0 ? 0 : narrow(p.rows.T), a.r = narrow(p.rows.r), a.R = narrow(p.rows.R());
+  a.ids = p.rows.ids, a.rows_per_id = narrow(p.rows.rows_per_id);
+  a.scaling = p.scaling, a.bias = p.bias, a.bias_down = p.bias_down, a.gate = p.gate;
+  a.y = p.y, a.kept = p.h, a.ldy = p.ldy, a.slots = p.slots, a.relu = p.relu;
   if (p.slices.size() <= 2 * kMaxSlices && !p.slices.empty() && p.rows.r % (p.slices.size() / 2) == 0) {
-    a.slices = static_cast<int>(p.slices.size() / 2);
-    for (int s = 0; s < a.slices; ++s) {
-      a.slice_start[s] = static_cast<int>(p.slices[2 * s]);
-      a.slice_stop[s] = static_cast<int>(p.slices[2 * s + 1]);
-    }
+    a.slices = narrow(p.slices.size() / 2);
+    for (int s = 0; s < a.slices; ++s)
+      a.slice_start[s] = narrow(p.slices[2 * s]), a.slice_stop[s] = narrow(p.slices[2 * s + 1]);
   }
   const int most = multiprocessors();
   const auto tiles = lora_plan::fused_tiles(a.M, a.N, most, p.slots == 2);
-  a.column_tiles = static_cast<int>(tiles.columns), a.whole = static_cast<int>(tiles.whole);
-  a.thirds = static_cast<int>(tiles.thirds), a.tiles = static_cast<int>(tiles.count());
+  a.column_tiles = narrow(tiles.columns), a.whole = narrow(tiles.whole);
+  a.thirds = narrow(tiles.thirds), a.tiles = narrow(tiles.count());
   const Maps maps = describe(p, a.tiles > a.whole, a.whole == 0);
   const int at_once = std::min(a.tiles, most), blocks = p.slots == 2 ? at_once / 2 * 2 : at_once;
   dispatch<2>("the fused LoRA product", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
-    const auto with = [&](auto transposed, auto slots, auto thirds) {
-      launch<scalar, transposed.value, slots.value, thirds.value>(maps, a, blocks, p.overlap, stream);
-    };
-    const auto with_slots = [&](auto transposed, auto slots) {
-      a.whole == 0 ? with(transposed, slots, std::true_type{}) : with(transposed, slots, std::false_type{});
-    };
-    const auto either = [&](auto transposed) {
-      if (p.slots == 2)
-        with(transposed, number<2>{}, std::false_type{});
-      else
-        p.slots ? with_slots(transposed, number<1>{}) : with_slots(transposed, number<0>{});
-    };
-    p.transposed ? either(std::true_type{}) : either(std::false_type{});
-    if (p.base == nullptr && p.bias_up == nullptr) return;
+    with_flags(
+        [&](auto transposed, auto loop, auto pair, auto thirds) {
+          if constexpr (pair ? loop && !thirds : true)
+            launch<scalar, transposed, loop + pair, thirds>(maps, a, blocks, p.overlap, stream);
+        },
+        p.up_transposed, p.slots > 0, p.slots == 2, a.whole == 0);
+    if (p.y0 == nullptr && p.bias_up == nullptr) return;
     const int64_t threads = p.rows.M * (p.N / 8);
-    add_rest_kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(
-        a, static_cast<const scalar*>(p.base), p.ld_base, static_cast<const scalar*>(p.bias_up));
-    check_launch("the fused LoRA product");
+    launch_kernel("the fused LoRA product", &add_rest_kernel<scalar>, ceil_div(threads, 256), 256, 0, stream, a,
+                  static_cast<const scalar*>(p.y0), p.ldy0, static_cast<const scalar*>(p.bias_up));
   });
 }
 

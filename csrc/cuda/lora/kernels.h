@@ -61,9 +61,9 @@ struct LowRank {
   bool relu = false;
   const void* gate = nullptr;  // [M, R]: h becomes 0 where the gate is <= 0 (not where it is NaN)
   void* h = nullptr;           // [M, R], written where x is given (if not null), else read
-  // [M, places, r], written with h: s h of the adapters that the row's aligned block of 128 met, ascending, zero but
-  // for the row's own; with ids by low_rank_sm90 alone, and in float16 without the power of two in s (given.cuh).
-  // Without ids it is [M, T r].
+  // [M, places, r], written with h by low_rank_sm90: s h of the adapters that the row's aligned block of 128 met,
+  // ascending, zero but for the row's own, and in float16 without the power of two in s (given.cuh). Without ids
+  // [M, T r].
   void* scaled_h = nullptr;
   int64_t places = 0;
   int64_t followed = 0;  // blocks of the kernel that follows low_rank_sm90, and may start beside it
@@ -197,39 +197,22 @@ struct OneOfStack {
 };
 void lora_stack(const LoraStack& p, const std::vector<OneOfStack>& adapters, cudaStream_t stream);
 
-// The frozen layer and the low-rank part in one persistent product, for Hopper (fused_sm90.cu):
-//   forward     y = x W^T + bias + base + s h up^T + s bias_up       weight [N, K], down [T, r, K], up [T, N, r]
-//   transposed  y = x W + base + s h up                               weight [K, N], down [T, K, r], up [T, r, N]
-// (dx from dy: h is g, down is B, up is A). 16-bit dtypes, K, N and r multiples of 8, pointers 16-byte aligned.
-struct Fused {
-  Dtype dtype;
-  bool transposed = false;
-  Rows rows;  // without ids: all T adapters on every row
-  const float* scaling;
-  int64_t K, N;
-  const void* x;
-  int64_t ldx;
-  const void *weight, *bias = nullptr, *base = nullptr;
-  int64_t ld_base = 0;
-  void* y;
-  int64_t ldy;
-  const void *down = nullptr, *up = nullptr;
-  const void *bias_down = nullptr, *bias_up = nullptr;  // [T, r], [T, N]
-  bool relu = false;
-  // Of a tile at most so many slots are made in the main loop from `down`, and written to `kept`: none, and h is given;
-  // one, as no tile needs two (`slices` may leave one of several); or two, without slices, where tiles lie in pairs
-  // beside each other.
-  int slots = 0;
-  const void* gate = nullptr;  // in the loop: as of LowRank
-  // s h, [M, T r], or with ids [M, places, r] as low_rank_sm90 writes it; or h where the caller has scaled `up`.
-  const void* h = nullptr;
-  int64_t places = 0;
-  bool overlap =
-      false;  // the kernel before on the stream is low_rank_sm90's, which made h and nothing else that is read
-  void* kept = nullptr;  // [M, R] or null; rows without an adapter are left as they are
+// Both halves and the frozen layer in one persistent product, for Hopper (fused_sm90.cu), of 16-bit dtypes; K, N and r
+// multiples of 8, pointers 16-byte aligned. Its `transposed` is that of both factors; h is scaled_h, or made in the
+// loop:
+//   forward     y = x W^T + bias + y0 + s h up^T + s bias_up       weight [N, K], down [T, r, K], up [T, N, r]
+//   transposed  y = x W + y0 + s h up                               weight [K, N], down [T, K, r], up [T, r, N]
+struct Fused : LowRank {
+  const void *weight, *bias;
+  // Of a tile at most so many slots are made in the main loop from `down`, and written to `h`, but for rows without an
+  // adapter: none, and scaled_h is given, or h where `up` is scaled; one, as no tile needs two (`slices` may leave one
+  // of several); or two, without slices, where tiles lie in pairs beside each other.
+  int slots;
+  bool
+      overlap;  // the kernel before on the stream is low_rank_sm90's, which made scaled_h and nothing else that is read
   // Column ranges of y, one for each equal block of ranks of an adapter; ranks outside of theirs are known to be zero
   // in `up` and are left out of the main loop. Empty: none is known.
-  std::vector<int64_t> slices;
+  std::vector<int64_t> slices{};
 };
 void fused(const Fused& p, cudaStream_t stream);
 

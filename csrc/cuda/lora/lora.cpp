@@ -17,14 +17,13 @@
 namespace plora::cuda {
 
 #ifdef PLORA_NO_SM90  // then the plan knows of no Hopper, and never asks for these
-void low_rank_sm90(const LowRank&, cudaStream_t) { fail("built without Hopper's kernels"); }
-void low_rank_add_sm90(const LowRank&, cudaStream_t) { fail("built without Hopper's kernels"); }
-void fused(const Fused&, cudaStream_t) { fail("built without Hopper's kernels"); }
-void few_rows_sm90(const LowRank&, const void*, const void*, const Allocator&, cudaStream_t) {
-  fail("built without Hopper's kernels");
-}
-void lora_grads_sm90(const LoraGrads&, bool, cudaStream_t) { fail("built without Hopper's kernels"); }
-void all_sm90(const LowRank&, const void*, const void*, bool, cudaStream_t) { fail("built without Hopper's kernels"); }
+[[noreturn]] static void missing() { fail("built without Hopper's kernels"); }
+void low_rank_sm90(const LowRank&, cudaStream_t) { missing(); }
+void low_rank_add_sm90(const LowRank&, cudaStream_t) { missing(); }
+void fused(const Fused&, cudaStream_t) { missing(); }
+void few_rows_sm90(const LowRank&, const void*, const void*, const Allocator&, cudaStream_t) { missing(); }
+void lora_grads_sm90(const LoraGrads&, bool, cudaStream_t) { missing(); }
+void all_sm90(const LowRank&, const void*, const void*, bool, cudaStream_t) { missing(); }
 #endif
 
 namespace {
@@ -142,8 +141,7 @@ bool dense(const Inputs& p) {
 
 bool empty(const Inputs& p) { return p.M == 0 || p.T == 0 || p.out == 0; }
 
-// Ranks in slices that the fused product can tell apart: where the rank is not padded, and none is empty, or nobody
-// would make its h.
+// Slices that the fused product can tell apart: of a rank that is not padded; of an empty one nobody would make h.
 Sizes usable(const Inputs& p, const OptInts& slices) {
   if (!slices || p.r != padded_rank(p.r)) return {};
   for (size_t i = 0; i < slices->size(); i += 2)
@@ -233,17 +231,6 @@ void add_on_hopper(const Inputs& p, const LoraShape& shape, LowRank l, bool keep
   low_rank_add_sm90(l, stream_of(p.x));
 }
 
-// Fills in what both directions share.
-void run_fused(const Inputs& p, const LoraPlan& plan, Fused& f) {
-  f.dtype = dtype_of(p.op, p.dtype);
-  f.rows = rows_of(p, padded_rank(p.r));
-  f.scaling = data<float>(p.scaling);
-  f.weight = pointer(p.weight);
-  f.slots = plan.slots;
-  f.overlap = plan.by_rows();
-  fused(f, stream_of(p.x));
-}
-
 // --- forward ---------------------------------------------------------------------------------------------------------
 
 // h alone.
@@ -253,40 +240,6 @@ Tensor make_h(const Inputs& p, LoraRanks by, const Factors& factors) {
   const LowRank l = down_of(p, factors, h);
   by == LoraRanks::rows ? low_rank_sm90(l, stream_of(p.x)) : low_rank(l, stream_of(p.x));
   return h;
-}
-
-Tensor fused_forward(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const OptTensor& base,
-                     OptTensor& h) {
-  const Factors factors = factors_of(p);
-  Tensor up = factors.B;
-  Fused f{};
-  OptTensor given;
-  if (plan.ranks == LoraRanks::product) {
-    h = x_times(p, factors.A);
-    f.h = pointer(h), f.places = p.T;
-    up = scaled_B(p);
-  } else if (plan.ranks == LoraRanks::rows) {
-    LowRank l = down_of(p, factors, h);
-    given = new_given(p, shape, l);
-    f.h = l.scaled_h, f.places = l.places;
-    l.followed = plan.ctas;
-    low_rank_sm90(l, stream_of(p.x));
-  } else if (h && p.ids) {
-    // the loop writes no h of rows without an adapter, and nobody reads it, but it leaves this operator
-    torch::stable::zero_(*h);
-  }
-  const Tensor y = allocate(p.x, {p.M, p.out});
-  f.K = p.in, f.N = p.out;
-  f.x = pointer(p.x), f.ldx = p.in;
-  f.bias = pointer(p.bias), f.base = pointer(base), f.ld_base = p.out;
-  f.y = y.mutable_data_ptr(), f.ldy = p.out;
-  f.down = pointer(factors.A), f.up = pointer(up);
-  f.bias_down = pointer(factors.bias_A), f.bias_up = pointer(p.bias_B);
-  f.relu = p.relu;
-  if (plan.algorithm == LoraAlgorithm::in_loop) f.kept = out_pointer(h);
-  if (plan.slots == 1) f.slices = shape.slices;
-  run_fused(p, plan, f);
-  return y;
 }
 
 // What the low-rank part is added to where there is a frozen layer or a base.
@@ -302,42 +255,63 @@ LowRank written(const Inputs& p, const OptTensor& y0, const Tensor& y) {
   return l;
 }
 
-// All of y of few rows: in one product, or with the first half of the low-rank part beside the frozen layer's product.
-Tensor few_forward(const Inputs& p, const LoraPlan& plan, const OptTensor& base, const OptTensor& h) {
-  LowRank l = down_of(p, {p.lora_A, p.lora_B, p.bias_A}, h);
-  l.N = l.ldy = l.ldy0 = p.out;
-  l.up = pointer(p.lora_B), l.bias_up = pointer(p.bias_B);
-  OptTensor y;
-  if (plan.whole()) {
-    y = allocate(p.x, {p.M, p.out});
-    l.y = y->mutable_data_ptr(), l.y0 = pointer(base);
-    add_few_fused(p, l, p.bias);
-    return *y;
+// Both halves, from the factors as a plan takes them.
+LowRank halves_of(const Inputs& p, const Factors& f, const OptTensor& h) {
+  LowRank l = down_of(p, f, h);
+  l.N = p.out, l.up = pointer(f.B), l.bias_up = pointer(p.bias_B);
+  return l;
+}
+
+Tensor fused_forward(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const OptTensor& base,
+                     OptTensor& h) {
+  const Factors factors = factors_of(p);
+  const bool product = plan.ranks == LoraRanks::product;
+  if (product) h = x_times(p, factors.A);
+  // the loop writes no h of rows without an adapter, and nobody reads it, but it leaves this operator
+  if (plan.slots > 0 && h && p.ids) torch::stable::zero_(*h);
+  const Tensor up = product ? scaled_B(p) : factors.B, y = allocate(p.x, {p.M, p.out});
+  Fused f{halves_of(p, factors, h), pointer(p.weight), pointer(p.bias), plan.slots, plan.by_rows()};
+  OptTensor given;
+  if (product) f.scaled_h = f.h, f.places = p.T;
+  if (plan.by_rows()) {
+    given = new_given(p, shape, f);
+    f.followed = plan.ctas;
+    low_rank_sm90(f, stream_of(p.x));
   }
+  f.ldy = f.ldy0 = p.out;
+  f.y = y.mutable_data_ptr(), f.y0 = pointer(base);
+  f.up = pointer(up);
+  if (plan.slots == 1) f.slices = shape.slices;
+  fused(f, stream_of(p.x));
+  return y;
+}
+
+// All of y of few rows, the first half of the low-rank part beside the frozen layer's product.
+Tensor few_forward(const Inputs& p, const OptTensor& base, const OptTensor& h) {
+  LowRank l = halves_of(p, {p.lora_A, p.lora_B, p.bias_A}, h);
+  OptTensor y;
   add_few_beside(p, l, [&] {
     y = frozen(p, base);
-    l.y = y->mutable_data_ptr(), l.y0 = l.y;
+    l.y = y->mutable_data_ptr(), l.y0 = l.y, l.ldy = l.ldy0 = p.out;
   });
   return *y;
 }
 
-// y = y0 + the low-rank part, or that of the frozen layer too; `y` has the pointers and strides of both. Keeps h where
-// it is given.
+// y = y0 + the low-rank part, or the frozen layer too; `y` has the pointers of both. Keeps h where it is given.
 void add_low_rank(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const LowRank& y, OptTensor& h,
                   bool keep) {
-  const bool few = plan.algorithm == LoraAlgorithm::few_rows;
-  const Factors factors = few ? Factors{p.lora_A, p.lora_B, p.bias_A} : factors_of(p);
+  const Factors factors = plan.few() ? Factors{p.lora_A, p.lora_B, p.bias_A} : factors_of(p);
   if (plan.algorithm == LoraAlgorithm::expand || plan.algorithm == LoraAlgorithm::all)
     h = make_h(p, plan.ranks, factors);
   if (!h && plan.algorithm == LoraAlgorithm::low_rank && crowded(p)) h = new_ranks(p);
-  LowRank l = down_of(p, factors, h);
-  l.N = p.out;
-  l.up = pointer(factors.B), l.bias_up = pointer(p.bias_B);
+  LowRank l = halves_of(p, factors, h);
   l.y = y.y, l.ldy = y.ldy, l.y_slab = y.y_slab;
   l.y0 = y.y0, l.ldy0 = y.ldy0, l.y0_slab = y.y0_slab;
   switch (plan.algorithm) {
     case LoraAlgorithm::few_rows:
       return add_few(p, l);
+    case LoraAlgorithm::few_fused:
+      return add_few_fused(p, l, p.bias);
     case LoraAlgorithm::add:
       return add_on_hopper(p, shape, l, keep);
     case LoraAlgorithm::expand:
@@ -374,88 +348,70 @@ Tensor h_of(const Inputs& p, const OptTensor& kept) {
 // g = dy B, cut where act was, and dx = dy W + s g A, both only where they are asked for.
 void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const Tensor& dy,
                    const OptTensor& gate, bool wants_g, bool wants_x, OptTensor& g, OptTensor& dx) {
-  const bool few = plan.few();
+  const bool few = plan.few(), low_rank_alone = plan.algorithm == LoraAlgorithm::low_rank;
+  const bool product = plan.ranks == LoraRanks::product, both = wants_g && plan.fused() && plan.by_rows();
   const bool beside = wants_x && runs_beside(p, plan);
   if (wants_x && !beside) dx = p.weight && !plan.whole() ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
   const Factors factors = few ? Factors{p.lora_A, p.lora_B, {}} : factors_of(p);
-  const auto add_fused = [&](const Tensor& A, Fused f) {  // A or f.h scaled, or no f.h
-    f.transposed = true;
-    f.K = p.out, f.N = p.in;
-    f.x = pointer(dy), f.ldx = p.out;
-    f.y = dx->mutable_data_ptr(), f.ldy = p.in;
-    f.up = pointer(A);
-    run_fused(p, plan, f);
-  };
-  if (plan.algorithm == LoraAlgorithm::in_loop) {
-    if (wants_g) g = new_ranks(p);
-    Fused f{};
-    f.down = pointer(factors.B), f.gate = pointer(gate), f.kept = out_pointer(g);
-    return add_fused(factors.A, f);
-  }
-  if (plan.ranks == LoraRanks::product) {
+  if (product) {
     const int64_t rank = padded_rank(p.r);
-    const Tensor B = p.T == 1
-                         ? torch::stable::view(factors.B, {p.out, rank})
-                         : torch::stable::transpose(torch::stable::view(B_transposed(p), {p.T * rank, p.out}), 0, 1);
-    g = torch::stable::matmul(dy, B);
-    Fused f{};
-    f.h = pointer(g), f.places = p.T;
-    return add_fused(scaled_A(p), f);
+    g = torch::stable::matmul(
+        dy, p.T == 1 ? torch::stable::view(factors.B, {p.out, rank})
+                     : torch::stable::transpose(torch::stable::view(B_transposed(p), {p.T * rank, p.out}), 0, 1));
+  } else if ((wants_g && !both) || (wants_x && low_rank_alone && crowded(p))) {
+    g = new_ranks(p);
   }
-  const bool both = wants_g && plan.fused();  // in one piece of memory with s g
-  if ((wants_g && !both) || (wants_x && plan.algorithm == LoraAlgorithm::low_rank && crowded(p))) g = new_ranks(p);
 
-  // few_rows and low_rank_sm90 take lora_B as it is, as the loop does above; few_rows and add_sm90 lora_A
-  const bool B_as_it_is = few || plan.ranks == LoraRanks::rows;
-  const bool A_as_it_is = few || plan.algorithm == LoraAlgorithm::add;
-  const bool adds = wants_x && !plan.fused();
+  // low_rank alone takes transposed copies of both factors; with `packed` low_rank_sm90 takes one of lora_B
+  const bool B_as_it_is = few || plan.algorithm == LoraAlgorithm::in_loop || plan.ranks == LoraRanks::rows || product;
   const Tensor down = B_as_it_is ? factors.B : B_transposed(p);
-  const Tensor up = A_as_it_is || !adds ? factors.A : A_transposed(p);
+  const Tensor up = product ? scaled_A(p) : low_rank_alone && wants_x ? A_transposed(p) : factors.A;
   LowRank l = low_rank_of(p);
   l.K = p.out;
   l.x = pointer(dy), l.ldx = p.out, l.x_slab = p.family == Family::all ? p.M * p.out : 0;
   l.down = pointer(down), l.down_transposed = B_as_it_is;
   l.gate = pointer(gate), l.h = out_pointer(g);
-  if (adds) {
+  const auto add_to_dx = [&] { l.y = out_pointer(dx), l.y0 = p.weight && !plan.whole() ? l.y : nullptr; };
+  if (wants_x) {
     l.N = l.ldy = l.ldy0 = p.in;
-    l.up = pointer(up), l.up_transposed = A_as_it_is;
-    const auto add_to = [&] { l.y = out_pointer(dx), l.y0 = p.weight && !plan.whole() ? l.y : nullptr; };
-    if (beside) {
-      return add_few_beside(p, l, [&] {
-        dx = frozen_dx(p, dy);
-        add_to();
-      });
-    }
-    add_to();
-    if (few && plan.whole()) return add_few_fused(p, l, {});
+    l.up = pointer(up), l.up_transposed = !low_rank_alone;
+    if (!beside) add_to_dx();
   }
-  if (few) return add_few(p, l);
+  const cudaStream_t stream = stream_of(p.x);
   if (plan.fused()) {
-    const Tensor scaled_g = new_given(p, shape, l, both ? rank_columns(p) : 0);
-    if (both) g = scaled_g, l.h = out_pointer(g);
-    l.followed = plan.ctas;
-    low_rank_sm90(l, stream_of(p.x));
-    Fused f{};
-    f.h = l.scaled_h, f.places = l.places;
-    return add_fused(factors.A, f);
+    OptTensor given;
+    if (product) l.scaled_h = l.h, l.places = p.T;
+    if (plan.by_rows()) {  // g, if asked for, in one piece of memory with s g
+      given = new_given(p, shape, l, both ? rank_columns(p) : 0);
+      if (both) g = given, l.h = out_pointer(g);
+      l.followed = plan.ctas;
+      low_rank_sm90(l, stream);
+    }
+    return fused({l, pointer(p.weight), nullptr, plan.slots, plan.by_rows()}, stream);
   }
+  if (beside)
+    return add_few_beside(p, l, [&] {
+      dx = frozen_dx(p, dy);
+      add_to_dx();
+    });
+  if (few) return plan.whole() ? add_few_fused(p, l, {}) : add_few(p, l);
   if (plan.algorithm == LoraAlgorithm::add) return add_on_hopper(p, shape, l, wants_g);
-  plan.by_rows() ? low_rank_sm90(l, stream_of(p.x)) : low_rank(l, stream_of(p.x));
+  plan.by_rows() ? low_rank_sm90(l, stream) : low_rank(l, stream);
 }
 
 // `needs` holds no bit of the factors where nobody in `asks` would get a gradient.
 Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor& kept, const Sizes& asks,
                              int64_t needs) {
-  const auto fresh = [&](int64_t bit, const Tensor& like) {
-    return needs & bit ? OptTensor(allocate(like, like.sizes())) : std::nullopt;
+  const auto fresh = [&](int64_t bit, const OptTensor& like) {
+    return needs & bit ? OptTensor(allocate(*like, like->sizes())) : std::nullopt;
   };
   // first of all, as some kernels write them while others run whose workspace is already given back
   Gradients result{std::nullopt,
                    fresh(kNeedA, p.lora_A),
                    fresh(kNeedB, p.lora_B),
                    fresh(kNeedScaling, p.scaling),
-                   p.bias_A ? fresh(kNeedBiasA, *p.bias_A) : std::nullopt,
-                   p.bias_B ? fresh(kNeedBiasB, *p.bias_B) : std::nullopt};
+                   fresh(kNeedBiasA, p.bias_A),
+                   fresh(kNeedBiasB, p.bias_B)};
   const bool wants_g = needs & (kNeedA | kNeedBiasA | kNeedScaling), wants_rows = wants_g || (needs & kNeedX);
   OptTensor h, g;
   if ((needs & (kNeedB | kNeedScaling)) || (p.relu && wants_rows)) h = h_of(p, kept);
@@ -599,11 +555,11 @@ struct Cuda {
     Tensor y;
     if (plan.fused()) {
       y = fused_forward(p, plan, shape, base, h);
+    } else if (runs_beside(p, plan)) {
+      y = few_forward(p, base, h);
     } else {
-      if (plan.few() && (plan.whole() || runs_beside(p, plan)))
-        return {few_forward(p, plan, base, h), keep ? *h : none_like(p.x)};
       const OptTensor y0 = plan.whole() ? base : frozen(p, base);
-      y = slabs ? allocate(p.x, {p.T, p.M, p.out}) : p.weight ? *y0 : allocate(p.x, {p.M, p.out});
+      y = slabs ? allocate(p.x, {p.T, p.M, p.out}) : p.weight && !plan.whole() ? *y0 : allocate(p.x, {p.M, p.out});
       add_low_rank(p, plan, shape, written(p, y0, y), h, keep);
     }
     return {y, keep ? *h : none_like(p.x)};
@@ -654,14 +610,14 @@ struct Cuda {
     } else {
       g = dense(p) ? dense_gradients(p, dy, kept, asks, compute) : low_rank_gradients(p, dy, kept, asks, compute);
     }
-    const auto zeros = [&](int64_t bit, OptTensor& t, const Tensor& like) {
-      if (needs & ~compute & bit) t = torch::stable::new_zeros(like, like.sizes());
+    const auto zeros = [&](int64_t bit, OptTensor& t, const OptTensor& like) {
+      if (needs & ~compute & bit) t = torch::stable::new_zeros(*like, like->sizes());
     };
     zeros(kNeedA, g.lora_A, p.lora_A);
     zeros(kNeedB, g.lora_B, p.lora_B);
     zeros(kNeedScaling, g.scaling, p.scaling);
-    if (p.bias_A) zeros(kNeedBiasA, g.bias_A, *p.bias_A);
-    if (p.bias_B) zeros(kNeedBiasB, g.bias_B, *p.bias_B);
+    zeros(kNeedBiasA, g.bias_A, p.bias_A);
+    zeros(kNeedBiasB, g.bias_B, p.bias_B);
     return g;
   }
 };

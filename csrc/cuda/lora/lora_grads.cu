@@ -12,8 +12,6 @@
 #include <utility>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/mma_smem.cuh"
 #include "../device/overlap.cuh"
 #include "asks.cuh"
@@ -36,8 +34,7 @@ __device__ void start() {
   wait_for_predecessor();
 }
 
-// Rows [first, first + rows) of adapter t, or of all (t = -1). Their partial sums go to `slot`; -1: there is no other
-// item.
+// Rows [first, first + rows) of adapter t, or of all (t = -1). Partial sums go to `slot`; -1: it is the only item.
 struct Item {
   int t, first, rows, slot;
 };
@@ -299,8 +296,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const __grid_const
 // The sum over a block's threads, for thread 0.
 __device__ float block_sum(float x) {
   __shared__ float warps[kSmall / 32];
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
+  x = warp_sum(x);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
   float sum = 0;
@@ -460,9 +456,7 @@ void run(const LoraGrads& p, const Allocator& workspace, cudaStream_t stream) {
   const Asks asks = asks_of("lora_grads", p.adapters, T);
 
   // what the product makes
-  const auto aligned = [](const void* pointer, int64_t ld) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && ld % kVec == 0;
-  };
+  const auto vectors = [](const void* pointer, int64_t ld) { return aligned(pointer) && ld % kVec == 0; };
   const int64_t all_ranks = (ids ? 1 : asks.count) * padded_r;
   const bool apart = p.dy_slab != 0;
   const bool thin = std::max(p.dA || !apart ? all_ranks : 0, padded_r) <= 16;
@@ -473,12 +467,12 @@ void run(const LoraGrads& p, const Allocator& workspace, cudaStream_t stream) {
     if (!out || asks.count == 0 || M == 0) return;
     Job<scalar>& job = product.jobs[jobs++];
     job.P = static_cast<const scalar*>(P), job.Q = static_cast<const scalar*>(Q);
-    job.ldq = static_cast<int>(ldq), job.q_slab = q_slab, job.width = width;
-    job.fast_p = aligned(P, padded_r), job.fast_q = aligned(Q, ldq) && q_slab % kVec == 0;
+    job.ldq = narrow(ldq), job.q_slab = q_slab, job.width = width;
+    job.fast_p = vectors(P, padded_r), job.fast_q = vectors(Q, ldq) && q_slab % kVec == 0;
     job.groups = q_slab ? asks.count : 1;
-    job.group = static_cast<int>(q_slab ? padded_r : all_ranks);
-    job.tiles = static_cast<int>(ceil_div(job.group, thin ? 16 : 64));
-    job.slabs = static_cast<int>(ceil_div(width, kColumns));
+    job.group = narrow(q_slab ? padded_r : all_ranks);
+    job.tiles = narrow(ceil_div(job.group, thin ? 16 : 64));
+    job.slabs = narrow(ceil_div(width, kColumns));
     job.out = static_cast<scalar*>(out);
     job.rank_stride = rank_stride, job.column_stride = column_stride;
     job.offset = product.slot_size;
@@ -493,12 +487,11 @@ void run(const LoraGrads& p, const Allocator& workspace, cudaStream_t stream) {
   const int64_t blocks = ceil_div(M, kBlock);
   const auto cut = [&](int64_t wanted) {
     Items items{};
-    items.M = static_cast<int>(M);
+    items.M = narrow(M);
     int64_t rows = kBlock * std::max<int64_t>(ceil_div(blocks, std::max<int64_t>(wanted, 1)), 1);
     if (ids) rows = std::min<int64_t>(rows, kItemRows);
-    items.rows = static_cast<int>(rows);
-    items.count = static_cast<int>(ids ? M / rows + T : ceil_div(M, rows));
-    items.rows_per_id = static_cast<int>(ids ? std::max<int64_t>(p.rows.rows_per_id, 1) : 1);
+    items.rows = narrow(rows), items.count = narrow(ids ? M / rows + T : ceil_div(M, rows));
+    items.rows_per_id = narrow(ids ? std::max<int64_t>(p.rows.rows_per_id, 1) : 1);
     return items;
   };
   const int64_t wanted = 2 * multiprocessors() / std::max(product.tasks, 1);
@@ -529,44 +522,37 @@ void run(const LoraGrads& p, const Allocator& workspace, cudaStream_t stream) {
     items.runs = reinterpret_cast<Run*>(base + at_runs);
     items.order = reinterpret_cast<int*>(base + at_order);
     small_items = items;
-    launch(sort_kernel, T, kSortThreads, 0, p.rows.ids, items, static_cast<int>(G));
+    launch(sort_kernel, T, kSortThreads, 0, p.rows.ids, items, G);
   }
 
   if (product.tasks > 0) {
-    product.items = items;
-    product.asks = asks;
-    product.r = static_cast<int>(r), product.padded_r = static_cast<int>(padded_r);
-    product.ldp = static_cast<int>(g_width);
-    product.partial = floats(at_partial);
-    product.scaling = p.scaling, product.ranks = p.ranks;
+    product.items = items, product.asks = asks;
+    product.r = narrow(r), product.padded_r = narrow(padded_r), product.ldp = narrow(g_width);
+    product.partial = floats(at_partial), product.scaling = p.scaling, product.ranks = p.ranks;
     const int64_t blocks = static_cast<int64_t>(product.tasks) * items.count;
-    if (thin)
-      launch(&product_kernel<scalar, 1>, blocks, kThreads, product_smem<scalar, 1>(ids), product);
-    else
-      launch(&product_kernel<scalar, 4>, blocks, kThreads, product_smem<scalar, 4>(ids), product);
+    thin ? launch(&product_kernel<scalar, 1>, blocks, kThreads, product_smem<scalar, 1>(ids), product)
+         : launch(&product_kernel<scalar, 4>, blocks, kThreads, product_smem<scalar, 4>(ids), product);
   }
   const auto sum_columns = [&](const void* V, int64_t ld, int64_t slab, int64_t slabs, int64_t width, float* to) {
-    launch(columns_kernel<scalar>, ceil_div(width, 32) * slabs * small_items.count, kSmall, 0,
-           static_cast<const scalar*>(V), ld, slab, static_cast<int>(slabs), width, small_items, to);
+    launch(&columns_kernel<scalar>, ceil_div(width, 32) * slabs * small_items.count, kSmall, 0,
+           static_cast<const scalar*>(V), ld, slab, slabs, width, small_items, to);
   };
   if (sums_g) sum_columns(p.g, g_width, 0, 1, g_width, floats(at_g));
   if (sums_dy) sum_columns(p.dy, p.lddy, p.dy_slab, dy_slabs, p.out, floats(at_dy));
   if (p.dscaling)
     launch(dots_kernel<scalar>, (ids ? 1 : T) * small_items.count, kSmall, 0, static_cast<const scalar*>(p.g),
-           static_cast<const scalar*>(p.h), small_items, static_cast<int>(T), static_cast<int>(r),
-           static_cast<int>(padded_r), p.ranks, aligned(p.g, padded_r) && aligned(p.h, padded_r), floats(at_dots));
+           static_cast<const scalar*>(p.h), small_items, T, r, padded_r, p.ranks,
+           vectors(p.g, padded_r) && vectors(p.h, padded_r), floats(at_dots));
 
   if (!ids && items.count == 1 && asks.all && !p.dscaling && !p.dbias_A && !p.dbias_B) return;  // all is written
   const int64_t elements =
       (p.dA ? r * p.in : 0) + (p.dB ? r * p.out : 0) + (p.dbias_A ? r : 0) + (p.dbias_B ? p.out : 0);
   Finish<scalar> f{};
-  f.items = items, f.small_items = small_items;
-  f.asks = asks;
-  f.T = static_cast<int>(T), f.r = static_cast<int>(r), f.padded_r = static_cast<int>(padded_r);
-  f.element_blocks = static_cast<int>(std::min(ceil_div(elements, kSmall), ceil_div(4096, T)));
+  f.items = items, f.small_items = small_items, f.asks = asks;
+  f.T = narrow(T), f.r = narrow(r), f.padded_r = narrow(padded_r);
+  f.element_blocks = narrow(std::min(ceil_div(elements, kSmall), ceil_div(4096, T)));
   f.blocks = f.element_blocks + (p.dscaling ? 1 : 0);
-  f.slabs = apart;
-  f.in = p.in, f.out = p.out;
+  f.slabs = apart, f.in = p.in, f.out = p.out;
   f.partial = floats(at_partial), f.sums_g = floats(at_g), f.sums_dy = floats(at_dy), f.dots = floats(at_dots);
   f.scaling = p.scaling, f.ranks = p.ranks;
   f.bias_B = static_cast<const scalar*>(p.bias_B);

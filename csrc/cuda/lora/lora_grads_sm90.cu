@@ -1,21 +1,17 @@
 // dA and dB of adapters that act on all rows, of up to 64 ranks together, for Hopper and 16-bit dtypes, in one launch.
 //
-// Floor: x and dy pass once; [12608, 768] each, 39 MB, 9.2 us at 4.2 TB/s. So a block does little but read: some
-// columns of x or dy stream through a ring of shared memory to the tensor cores, as the wide side of a product whose
-// tall side are the 64 ranks of g or h. The blocks of a cluster share out the rows of the same columns; they add up
-// through each other's shared memory, in their order, and each element is written once. A block takes a multiprocessor
-// for itself, or those that find one free first would crowd together there. x and dy are sent for while the kernel
-// before, which makes g, still runs.
+// Floor: x and dy pass once; [12608, 768] each, 39 MB, 9.2 us at 4.2 TB/s. So some columns of x or dy stream through a
+// ring of shared memory, as the wide side of a product whose tall side are the 64 ranks of g or h, sent for while the
+// kernel before, which makes g, still runs. The blocks of a cluster share out the rows of the same columns, and add up
+// through each other's shared memory, in their order. A block takes a multiprocessor for itself, or those that find one
+// free first would crowd together there.
 
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/mma.cuh"
 #include "../device/overlap.cuh"
 #include "../device/ring.cuh"
-#include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "kernels.h"
 
@@ -26,8 +22,7 @@ constexpr int kThreads = 160;  // four warps multiply, one sends for all that th
 constexpr int kRanks = lora_plan::kGradRanks, kRows = 64, kMaxBlocks = 8, kMaxStages = 20;
 constexpr uint32_t kBytesBox = kRows * 128;  // of 64 columns, a row 128 bytes, swizzled
 
-// The sums take the place of the stages: a rank's columns side by side, padded so that neither writing nor reading has
-// bank conflicts.
+// The sums take the place of the stages: a rank's columns side by side, padded against bank conflicts.
 template <int kColumns>
 struct Layout {
   static constexpr uint32_t kRing = 200 * 1024, kBarriers = kRing, kBytes = kBarriers + 16 * kMaxStages;
@@ -78,27 +73,26 @@ __global__ void __launch_bounds__(kThreads, 1) lora_grads_sm90_kernel(const __gr
 
   float d[kColumns / 2] = {};
   if (warp == 4) {
-    if (lane == 0) {
-      const auto send_Q = [&](int i, const sm90::Ring& to) {
-        sm90::barrier_arrive_expect(to.full(), bytes);
+    const bool chosen = sm90::elect();
+    const auto send_Q = [&](int i, const sm90::Ring& to) {
+      sm90::barrier_arrive_expect(to.full(), bytes, chosen);
 #pragma unroll
-        for (int b = 0; b < kColumns / 64; ++b)
-          sm90::load_2d(&job.Q, to.full(), to.at() + b * kBytesBox, column + 64 * b, (first + i) * kRows);
-      };
-      const auto send_P = [&](int i, const sm90::Ring& to) {
-        sm90::load_2d(&job.P, to.full(), to.at() + L::kBytesQ, 0, (first + i) * kRows);
-      };
-      const int ahead = min(steps, ring.stages);
+      for (int b = 0; b < kColumns / 64; ++b)
+        sm90::load_2d(&job.Q, to.full(), to.at() + b * kBytesBox, column + 64 * b, (first + i) * kRows, chosen);
+    };
+    const auto send_P = [&](int i, const sm90::Ring& to) {
+      sm90::load_2d(&job.P, to.full(), to.at() + L::kBytesQ, 0, (first + i) * kRows, chosen);
+    };
+    const int ahead = min(steps, ring.stages);
 #pragma unroll 1
-      for (sm90::Ring to = ring; to.index < ahead; ++to.index) send_Q(to.index, to);
-      if (of_A) wait_for_predecessor();
+    for (sm90::Ring to = ring; to.index < ahead; ++to.index) send_Q(to.index, to);
+    if (of_A) wait_for_predecessor();
 #pragma unroll 1
-      for (sm90::Ring to = ring; to.index < ahead; ++to.index) send_P(to.index, to);
+    for (sm90::Ring to = ring; to.index < ahead; ++to.index) send_P(to.index, to);
 #pragma unroll 1
-      for (int i = ahead; i < steps; ++i, ring.next()) {
-        sm90::barrier_wait(ring.empty(), ring.phase);
-        send_Q(i, ring), send_P(i, ring);
-      }
+    for (int i = ahead; i < steps; ++i, ring.next()) {
+      sm90::barrier_wait(ring.empty(), ring.phase);
+      send_Q(i, ring), send_P(i, ring);
     }
     __syncwarp();
   } else {
@@ -113,8 +107,6 @@ __global__ void __launch_bounds__(kThreads, 1) lora_grads_sm90_kernel(const __gr
       });
   }
 
-  // Of 8 columns i of d, [4 i + {0, 1}] are rank lane / 4, columns 2 (lane % 4) + {0, 1}, and [4 i + {2, 3}] eight
-  // ranks on.
   __syncthreads();  // nobody reads the stages any more
   float* const sums = reinterpret_cast<float*>(dynamic);
   if (16 * warp < a.T * a.padded_r && warp < 4)
@@ -155,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1) lora_grads_sm90_kernel(const __gr
 
 template <typename scalar, int kColumns>
 void launch(Arguments& a, int64_t most, cudaStream_t stream, bool overlap) {
-  a.first_slabs = static_cast<int>(ceil_div(a.jobs[0].width, kColumns));
+  a.first_slabs = narrow(ceil_div(a.jobs[0].width, kColumns));
   const int64_t slabs = a.first_slabs + ceil_div(a.jobs[1].width, kColumns);
   int64_t blocks = 1;  // of a cluster; all at once: the larger ones leave some multiprocessors out
   const int64_t room = multiprocessors();
@@ -175,20 +167,17 @@ void lora_grads_sm90(const LoraGrads& p, bool overlap, cudaStream_t stream) {
   // Fewer than 64 ranks are found again where the others would be.
   const int row = ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64;
   const auto swizzle = row == 16 ? sm90::Swizzle::b32 : row == 32 ? sm90::Swizzle::b64 : sm90::Swizzle::b128;
-  const auto swizzle_P = row == 16   ? CU_TENSOR_MAP_SWIZZLE_32B
-                         : row == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                     : CU_TENSOR_MAP_SWIZZLE_128B;
+  const auto swizzle_P = row == 16 ? k32 : row == 32 ? k64 : k128;
   Arguments a{};
   const auto describe = [&](Job& job, const void* P, const void* Q, int64_t ldq, int64_t width, void* out) {
     if (!out) return;
     describe_tensor<2>(job.P, p.dtype, P, {ranks, M}, {ranks}, {row, kRows}, swizzle_P);
-    describe_tensor<2>(job.Q, p.dtype, Q, {width, M}, {ldq}, {64, kRows}, CU_TENSOR_MAP_SWIZZLE_128B);
-    job.out = out, job.width = static_cast<int>(width);
+    describe_tensor<2>(job.Q, p.dtype, Q, {width, M}, {ldq}, {64, kRows}, k128);
+    job.out = out, job.width = narrow(width);
   };
   describe(a.jobs[0], p.h, p.dy, p.lddy, p.out, p.dB);
   describe(a.jobs[1], p.g, p.x, p.ldx, p.in, p.dA);
-  a.M = static_cast<int>(M), a.T = static_cast<int>(T);
-  a.r = static_cast<int>(r), a.padded_r = static_cast<int>(p.padded_r);
+  a.M = narrow(M), a.T = narrow(T), a.r = narrow(r), a.padded_r = narrow(p.padded_r);
   a.row_P = row, a.layout_P = sm90::operand_layout(swizzle, 0, 8 * 2 * row);
   a.scaling = p.scaling, a.ranks = p.ranks;
   const int64_t most = std::clamp<int64_t>(ceil_div(M, kRows), 1, kMaxBlocks);

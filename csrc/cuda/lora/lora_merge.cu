@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "../device/device.h"
 #include "../device/launch.cuh"
 #include "../device/mma_smem.cuh"
 #include "../device/pair.cuh"
@@ -64,10 +63,9 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// 16 ranks of an adapter: a slice; in it half of the threads copy a vector of B, the others one of A. A stage of the
-// pipeline holds six, so that a dozen is on its way at once: with few ranks the time is that of one load after another.
-// Loops stay loops: what a block runs through once had better be short. A warp has 16 x 32 of the tile. The scale
-// multiplies the finished product of an adapter, so that neither it nor a factor is rounded.
+// 16 ranks of an adapter are a slice, of which half of the threads copy a vector of B, the others one of A. A stage
+// holds six, as with few ranks the time is that of one load after another. Loops stay loops: what a block runs through
+// once had better be short. The scale multiplies an adapter's finished product, so that no factor is rounded.
 constexpr int kStages = 3, kSlices = 6, kLdB = kRanks + smem::kPad, kLdA = kTile + smem::kPad;
 
 template <typename scalar>
@@ -89,12 +87,12 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t column = static_cast<int64_t>(blockIdx.x % columns) * kTile;
   const int per_adapter = (r + kRanks - 1) / kRanks, slices = T * per_adapter;
 
-  // the vector that this thread copies: where it is in a slice, and which row of B or column of A it is of
+  // the vector that this thread copies: its place in a slice, its row of B or column of A
   const bool of_B = threadIdx.x < kThreads / 2;
   const int mine = threadIdx.x % (kThreads / 2);
   const int j_mine = of_B ? mine % 2 * 8 : mine / 8;
   const int64_t at_mine = of_B ? row + mine / 2 : column + mine % 8 * 8;
-  // its ranks of the next slice: adapter t, from `first` on; the elements from those of an adapter to the next one's
+  // its ranks of the next slice: adapter t, from `first` on
   int t = 0, first = 0;
   const int room = static_cast<int>(std::clamp<int64_t>((of_B ? out : in) - at_mine, 0, 8));
   const int64_t adapter = r * (of_B ? out : in), step = of_B ? 1 : in;
@@ -182,26 +180,24 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void lora_merge(const LoraMerge& p, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(ceil_div(p.out, kTile) * ceil_div(p.in, kTile));
+  const int64_t grid = ceil_div(p.out, kTile) * ceil_div(p.in, kTile);
   dispatch<8>("lora_merge", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
     const auto typed = [](const void* t) { return static_cast<const scalar*>(t); };
-    const auto T = static_cast<int>(p.r ? p.T : 0), r = static_cast<int>(p.r);
+    const auto T = narrow(p.r ? p.T : 0), r = narrow(p.r);
     if constexpr (sizeof(scalar) == 2) {
       const int64_t slices = T * ceil_div(r, kRanks), stages = std::min<int64_t>(ceil_div(slices, kSlices), kStages);
       const size_t shared = stages * kSlices * sizeof(Slice<scalar>);
-      allow_shared_memory(lora_merge_mma_kernel<scalar>, shared);
-      lora_merge_mma_kernel<<<grid, kThreads, shared, stream>>>(
-          typed(p.weight), typed(p.A), typed(p.B), static_cast<const float*>(p.scaling), p.ranks,
-          static_cast<scalar*>(p.merged), p.out, p.in, T, r,
-          p.in % 8 == 0 && p.r % 8 == 0 && aligned(p.A, p.B, p.weight, p.merged));
+      launch_kernel("lora_merge", &lora_merge_mma_kernel<scalar>, grid, kThreads, shared, stream, typed(p.weight),
+                    typed(p.A), typed(p.B), static_cast<const float*>(p.scaling), p.ranks,
+                    static_cast<scalar*>(p.merged), p.out, p.in, T, r,
+                    p.in % 8 == 0 && p.r % 8 == 0 && aligned(p.A, p.B, p.weight, p.merged));
     } else {
-      lora_merge_kernel<<<grid, kThreads, 0, stream>>>(typed(p.weight), typed(p.A), typed(p.B),
-                                                       static_cast<const acc_type<scalar>*>(p.scaling), p.ranks,
-                                                       static_cast<scalar*>(p.merged), p.out, p.in, T, r);
+      launch_kernel("lora_merge", &lora_merge_kernel<scalar, acc_type<scalar>>, grid, kThreads, 0, stream,
+                    typed(p.weight), typed(p.A), typed(p.B), static_cast<const acc_type<scalar>*>(p.scaling), p.ranks,
+                    static_cast<scalar*>(p.merged), p.out, p.in, T, r);
     }
   });
-  check_launch("lora_merge");
 }
 
 }  // namespace plora::cuda

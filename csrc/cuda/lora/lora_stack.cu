@@ -1,6 +1,6 @@
-// lora_stack on CUDA: the factors of T adapters, each where it lies, side by side in the dtype of x and filled up with
-// zeros to one rank. One launch in place of a concatenation and a cast for each of A, B and scaling; a block of the
-// grid's second dimension has one adapter, a thread kVec neighbours of its A or its B at a time.
+// lora_stack on CUDA: the factors of T adapters side by side in the dtype of x, filled up with zeros to one rank. One
+// launch in place of a concatenation and a cast for each of A, B and scaling; a block of the grid's second dimension
+// has one adapter, a thread kVec neighbours of its A or its B at a time.
 
 #include <algorithm>
 #include <array>
@@ -16,18 +16,13 @@ constexpr int kThreads = 256, kAtOnce = 64;  // adapters of a launch: what fits 
 
 using Adapters = std::array<OneOfStack, kAtOnce>;
 
-template <typename scalar, int kVec>
-struct alignas(sizeof(scalar) * kVec) Vec {
-  scalar values[kVec];
-};
-
 template <int kVec, typename from_t, typename to_t>
 __device__ void copy(const from_t* from, to_t* to, bool real) {
-  Vec<from_t, kVec> read{};
-  if (real) read = *reinterpret_cast<const Vec<from_t, kVec>*>(from);
-  Vec<to_t, kVec> written;
+  Elements<from_t, kVec> read{};
+  if (real) read = *reinterpret_cast<const Elements<from_t, kVec>*>(from);
+  Elements<to_t, kVec> written;
   for (int i = 0; i < kVec; ++i) written.values[i] = from_float<to_t>(to_float(read.values[i]));
-  *reinterpret_cast<Vec<to_t, kVec>*>(to) = written;
+  *reinterpret_cast<Elements<to_t, kVec>*>(to) = written;
 }
 
 template <int kVec, typename from_t, typename to_t>
@@ -60,27 +55,22 @@ void lora_stack(const LoraStack& p, const std::vector<OneOfStack>& adapters, cud
     const bool columns = a.r == p.r ? p.out * p.r % kWide == 0 : a.r % kWide == 0 && p.r % kWide == 0;
     return p.in % kWide == 0 && columns && aligned(a.A) && aligned(a.B);
   });
-  const auto launch = [&](auto from, auto to, auto vec) {
+  const auto launch = [&](auto from, auto to, auto wide) {
     using from_t = decltype(from);
     using to_t = decltype(to);
-    constexpr int kVec = decltype(vec)::value;
+    constexpr int kVec = wide ? kWide : 1;
     const int blocks = std::clamp<int>(ceil_div((p.in + p.out) * p.r, kThreads * kVec), 1, 1024);
     for (int t = 0; t < T; t += kAtOnce) {
       const int here = std::min(kAtOnce, T - t);
       Adapters some{};
       std::copy_n(adapters.begin() + t, here, some.begin());
-      stack_kernel<kVec, from_t, to_t><<<dim3(blocks, here), kThreads, 0, stream>>>(
-          some, p.r, p.in, p.out, static_cast<to_t*>(p.A) + static_cast<int64_t>(t) * p.r * p.in,
-          static_cast<to_t*>(p.B) + static_cast<int64_t>(t) * p.out * p.r, p.scaling + t);
+      launch_kernel("lora_stack", &stack_kernel<kVec, from_t, to_t>, dim3(blocks, here), kThreads, 0, stream, some, p.r,
+                    p.in, p.out, static_cast<to_t*>(p.A) + static_cast<int64_t>(t) * p.r * p.in,
+                    static_cast<to_t*>(p.B) + static_cast<int64_t>(t) * p.out * p.r, p.scaling + t);
     }
-    check_launch("lora_stack");
   };
   dispatch("lora_stack", p.to, [&](auto to) {
-    const auto with = [&](auto from) {
-      vectors ? launch(from, to, std::integral_constant<int, kWide>{})
-              : launch(from, to, std::integral_constant<int, 1>{});
-    };
-    p.from == p.to ? with(to) : with(float{});
+    with_flags([&](auto wide) { p.from == p.to ? launch(to, to, wide) : launch(float{}, to, wide); }, vectors);
   });
 }
 

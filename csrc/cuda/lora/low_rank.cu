@@ -1,14 +1,12 @@
-// The low-rank half of the families on its own: h = act(x down^T + bias), y = y0 + s h up^T + s bias_up, x and y
-// passing through the chip once. Bound by memory, so nothing of x, y or the factors is staged: lanes load 16-byte
-// vectors and multiply them as they come (mma.cuh). A block owns 32 rows. Its warps share out K for h and add their
-// parts through shared memory in a fixed order; then they share out N. Rows go by groups of ranks: those of one adapter
-// (ids: of every adapter that the block's rows chose, which then writes its own rows only; `all`: of each, with a y of
-// its own), or the ranks of all adapters in one (sum). Rank c of a group is rank c % r of adapter first + c / r.
+// The low-rank half of the families on its own: h = act(x down^T + bias), y = y0 + s h up^T + s bias_up. Bound by
+// memory, so nothing of x, y or the factors is staged: lanes load 16-byte vectors and multiply them as they come
+// (mma.cuh). A block owns 32 rows. Its warps share out K for h and add their parts through shared memory in a fixed
+// order; then they share out N. Rows go by groups of ranks: those of one adapter (ids: of every adapter that the
+// block's rows chose, which then writes its own rows only; `all`: of each, with a y of its own), or the ranks of all
+// adapters in one (sum). Rank c of a group is rank c % r of adapter first + c / r.
 
 #include <algorithm>
 
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/mma.cuh"
 #include "../device/overlap.cuh"
 #include "adapters.cuh"
@@ -49,16 +47,14 @@ struct Group {
   int key;       // the rows whose `owner` this is
   __device__ int of(int rank, int r) const { return adapters == 1 ? adapter : adapter + rank / r; }
 
-  // What h of this rank is multiplied with before it is rounded, and the sum of its products afterwards: s would take
-  // float16 to its limits.
+  // What multiplies h of this rank before it is rounded, or the sum of its products: s h might not fit into float16.
   __device__ float before(const LowRank& p, int rank, int r) const {
     return adapters == 1 ? 1.f : p.scaling[of(rank, r)];
   }
   __device__ float after(const LowRank& p) const { return adapters == 1 ? p.scaling[adapter] : 1.f; }
 };
 
-// A block's memory. h is in the dtype of the operands, scaled where a group has several adapters, and zero between the
-// last rank and the next multiple of 16.
+// A block's memory. h is scaled where a group has several adapters, and zero from the last rank to a multiple of 16.
 template <typename scalar>
 struct Block {
   int64_t first_row;
@@ -134,7 +130,7 @@ __device__ inline void make_h(const LowRank& p, const Group& group, const Block<
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, r = static_cast<int>(p.rows.r);
   scalar* kept = static_cast<scalar*>(p.h);
   if (group.adapter == kNone) {
-    for (int i = threadIdx.x; keep && kept && i < kRows * r; i += kThreads)
+    for (int i = threadIdx.x; keep && i < kRows * r; i += kThreads)
       if (block.owner[i / r] == kNone) kept[(block.first_row + i / r) * block.R + i % r] = from_float<scalar>(0);
     return;
   }
@@ -178,9 +174,7 @@ __device__ inline void make_h(const LowRank& p, const Group& group, const Block<
 #pragma unroll
       for (int w = 0; w < 4; ++w) sum += block.partial[(w * kRows + row) * kPartial<NT> + c];
       if (!open || (p.relu && sum < 0)) sum = 0;
-      if (keep && mine && kept) kept[at] = from_float<scalar>(sum);
-      if (keep && mine && p.scaled_h)
-        static_cast<scalar*>(p.scaled_h)[at] = from_float<scalar>(p.scaling[group.of(rank + c, r)] * sum);
+      if (keep && mine) kept[at] = from_float<scalar>(sum);
       if (p.y) block.h[row * block.stride + rank + c] = from_float<scalar>(group.before(p, rank + c, r) * sum);
     }
     __syncthreads();
@@ -204,8 +198,7 @@ __device__ inline void read_h(const LowRank& p, const Group& group, const Block<
 }
 
 // acc += h up^T for the h in shared memory, whose first rank is `first`, and the columns that this warp has from n on.
-// Column c of product i stands for column V (c / 2) + 2 i + c % 2 of y (V: kVector), so that a lane ends up with V
-// neighbouring ones.
+// Column c of product i stands for V (c / 2) + 2 i + c % 2 (V: kVector), so that a lane ends up with V neighbours.
 template <typename scalar, int W, bool VECTORS>
 __device__ inline void multiply_up(const LowRank& p, const Group& group, const Block<scalar>& block, int first, int n,
                                    float (&acc)[W][kVector<scalar> / 2][4]) {
@@ -335,8 +328,7 @@ __global__ void __launch_bounds__(kThreads, W == 1 && sizeof(scalar) == 2 ? 3 : 
     const int adapter = p.rows.ids ? chosen[i] : i;
     const int adapters = adapter == kNone ? 0 : p.rows.ids || each ? 1 : T;
     const Group group{adapter, adapters, adapters * r, p.rows.ids ? adapter : 0};
-    if constexpr (NT > 0)
-      make_h<scalar, NT, W, VECTORS>(p, group, block, (p.h || p.scaled_h) && (each || !p.y || blockIdx.y == 0));
+    if constexpr (NT > 0) make_h<scalar, NT, W, VECTORS>(p, group, block, p.h && (each || !p.y || blockIdx.y == 0));
     const bool unchanged = adapter == kNone && p.y == p.y0 && p.ldy == p.ldy0;
     if (p.y && !unchanged)
       make_y<scalar, NT, W, VECTORS>(p, group, block, each ? adapter : 0, each ? 0 : blockIdx.y, each ? 1 : gridDim.y);
@@ -345,17 +337,13 @@ __global__ void __launch_bounds__(kThreads, W == 1 && sizeof(scalar) == 2 ? 3 : 
 
 template <typename scalar, int NT, int W, bool VECTORS>
 void enqueue(const LowRank& p, int stride, cudaStream_t stream) {
-  const auto kernel = low_rank_kernel<scalar, NT, W, VECTORS>;
   const int64_t blocks = ceil_div(p.rows.M, kRows);
   int64_t parts = p.y_slab ? p.rows.T : ceil_div(p.N, kShares<W> * kColumns<scalar>);
   if constexpr (NT > 0)
     if (!p.y) parts = p.x_slab ? p.rows.T * ceil_div(p.rows.r, 8 * NT) : ceil_div(p.rows.R(), 8 * NT);
-  const dim3 grid(static_cast<unsigned>(blocks),
-                  static_cast<unsigned>(std::max<int64_t>(std::min(kBlocks / blocks, parts), 1)));
+  const dim3 grid(blocks, std::max<int64_t>(std::min(kBlocks / blocks, parts), 1));
   const size_t bytes = kRows * stride * sizeof(scalar) + (NT ? kPartialBytes<NT> : 0);
-  allow_shared_memory(kernel, bytes);
-  kernel<<<grid, kThreads, bytes, stream>>>(p, stride);
-  check_launch("low_rank");
+  launch_kernel("low_rank", &low_rank_kernel<scalar, NT, W, VECTORS>, grid, kThreads, bytes, stream, p, stride);
 }
 
 // Ranks whose h fits into shared memory: as many as leave room for two blocks or more on an SM of the larger GPUs.
@@ -372,7 +360,7 @@ void launch(const LowRank& p, cudaStream_t stream) {
   const int64_t r = p.rows.r, width = p.rows.ids || (p.y && p.y_slab) ? r : p.rows.T * r;
   PLORA_CHECK(std::max({p.x ? p.K : 0, p.y ? p.N : 0, width}) < int64_t(1) << 25,  // offsets of 32 bits
               "low_rank: K, N and the number of ranks must be less than 2^25");
-  PLORA_CHECK(!p.scaled_h || !p.rows.ids, "low_rank: s h of all the adapters of a tile is Hopper's kernel's alone");
+  PLORA_CHECK(!p.scaled_h, "low_rank: s h is made by Hopper's kernel alone");
   const int most = p.y ? most_ranks<scalar>() : 0;
   if (p.x && p.y && width > most) {
     PLORA_CHECK(p.h, "low_rank: more than ", most, " ranks need space for h");

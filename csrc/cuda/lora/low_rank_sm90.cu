@@ -1,24 +1,19 @@
 // The first half of the low-rank families alone, for Hopper and 16-bit dtypes: h = act(x down^T + bias) and s h.
 //
 // Floor: x passes once, 2 M K bytes, 4.6 us for [12608, 768] at 4.2 TB/s. Besides, each block reads from L2 the factors
-// that its rows chose, 2 K bytes a rank (K = 768: 25 KB for 16 ranks, 98 KB for 64, x of 128 rows being 197 KB), and
-// multiplies: 48 products of 64 rows, 0.9 us a multiprocessor for 64 columns, 2.6 us for 192.
+// that its rows chose, 2 K bytes a rank, and multiplies, 0.9 us a multiprocessor for 64 columns, 2.6 us for 192.
 //
-// A block owns 64 or 128 rows, a warpgroup for each 64; one more warp feeds a ring of stages. The ranks of the adapters
-// that the aligned 128 rows around them chose (without ids: of all) are its columns, side by side, ascending; it
-// multiplies them all, 192 at a time, or 64 where that is enough. What has not been loaded beside them is multiplied as
-// well and thrown away, as is what a row gets from adapters of its neighbours: h has the row's own ranks alone, s h
-// those of all these adapters, zero but for the own, as the fused product takes them.
+// A block owns 64 or 128 rows, a warpgroup for each 64; one more warp feeds a ring of stages. Its columns are the ranks
+// of the adapters that the aligned 128 rows around them chose (without ids: of all), side by side, ascending, 192 at a
+// time, or 64 where that is enough. What a row gets from adapters of its neighbours is thrown away: h has the row's own
+// ranks alone, s h those of all these adapters, zero but for the own, as the fused product takes them.
 
 #include <algorithm>
 
 #include "../../common/lora_plan.h"
-#include "../device/device.h"
-#include "../device/launch.cuh"
 #include "../device/mma.cuh"
 #include "../device/overlap.cuh"
 #include "../device/ring.cuh"
-#include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "adapters.cuh"
 #include "given.cuh"
@@ -33,12 +28,10 @@ constexpr int kMaxAdapters = 1 << 15;
 constexpr int kMaxBoxes = kWide / 8;  // copies that fetch a stage's factors
 constexpr int64_t kAhead = 24 << 20;  // bytes of y0 that L2 keeps for the second half
 
-// A stage: x [64 or 128, 64], then factors [64 or 192, 64], each row 128 bytes, swizzled. A warp's way out: its 16 rows
-// of 32 columns, in float32, padded so that reading has no bank conflicts.
+// A stage: x [64 or 128, 64], then factors [64 or 192, 64], swizzled. A warp's way out: 16 rows of 32 floats, padded.
 constexpr uint32_t kBytesRow = kDepth * 2;
 constexpr uint64_t kLayout = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
-// Where `down` is [T, K, r], a row of a stage is kRow ranks at one k; then come the next ranks. A k step of 16 is 16
-// rows.
+// Where `down` is [T, K, r], a row of a stage is kRow ranks at one k; then come the next ranks.
 constexpr int kRow = lora_plan::kFactorRow;
 constexpr uint32_t kBytesRanks = kRow * 2;
 constexpr uint64_t kLayoutTransposed = sm90::operand_layout(sm90::Swizzle::b32, kDepth* kBytesRanks, 8 * kBytesRanks);
@@ -122,9 +115,8 @@ __device__ inline void multiply(float (&d)[kN / 2], sm90::Ring& ring, uint32_t x
   });
 }
 
-// h of this warp's rows, `width` columns from `first` on, `each` an adapter. Of 8 columns j of d, [4 j + {0, 1}] are
-// row lane / 4, columns 2 (lane % 4) + {0, 1}, and [4 j + {2, 3}] eight rows further down; they pass through shared
-// memory, 32 columns at a time, to where a lane has eight in a row of row lane % 16.
+// h of this warp's rows, `width` columns from `first` on, `each` an adapter. They pass through shared memory, 32 at a
+// time, to where a lane has eight in a row of row lane % 16.
 template <typename scalar, int kN>
 __device__ inline void write(const LowRank& p, float (&d)[kN / 2], float* out, const Own& own, int first, int width,
                              int each) {
@@ -212,6 +204,7 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
   sm90::Ring ring{memory, memory + S::kBarriers, bytes, static_cast<int>(S::kRing / bytes)};
 
   if (warp == S::kWarps) {
+    const bool chosen = sm90::elect();
     for (int column = first; column < columns; column += stride) {
       const auto adapter = [&](int place) { return p.rows.ids ? choices.adapters[place] : place; };
       const int width = min(columns - column, kWide), begin = column / each, end = (column + width - 1) / each;
@@ -222,22 +215,21 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
         choices.rank[lane] = at % each, choices.of[lane] = adapter(place);
       }
       __syncwarp();
-      if (lane == 0)
 #pragma unroll 1
-        for (int k = 0; k < k_steps; ++k, ring.next()) {
-          const uint32_t full = ring.fill(S::kBytesX + boxes * box * kBytesRow);
-          uint32_t to = ring.at();
-          sm90::load_2d(&maps.x, full, to, k * kDepth, row0);
-          to += S::kBytesX;
+      for (int k = 0; k < k_steps; ++k, ring.next()) {
+        const uint32_t full = ring.fill(S::kBytesX + boxes * box * kBytesRow, chosen);
+        uint32_t to = ring.at();
+        sm90::load_2d(&maps.x, full, to, k * kDepth, row0, chosen);
+        to += S::kBytesX;
 #pragma unroll 1
-          for (int i = 0; i < boxes; ++i, to += box * kBytesRow)
-            if (kTransposed)
-              sm90::load_3d(&maps.down, full, to, choices.rank[i], k * kDepth, choices.of[i]);
-            else if (run)
-              sm90::load_2d(&maps.run, full, to, k * kDepth, choices.of[i] * r + choices.rank[i]);
-            else
-              sm90::load_3d(&maps.down, full, to, k * kDepth, choices.rank[i], choices.of[i]);
-        }
+        for (int i = 0; i < boxes; ++i, to += box * kBytesRow)
+          if (kTransposed)
+            sm90::load_3d(&maps.down, full, to, choices.rank[i], k * kDepth, choices.of[i], chosen);
+          else if (run)
+            sm90::load_2d(&maps.run, full, to, k * kDepth, choices.of[i] * r + choices.rank[i], chosen);
+          else
+            sm90::load_3d(&maps.down, full, to, k * kDepth, choices.rank[i], choices.of[i], chosen);
+      }
       __syncwarp();
     }
     if (blockIdx.y == 0)
@@ -276,17 +268,15 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, 1)
 template <typename scalar, int kGroups, bool kTransposed>
 void launch(const LowRank& p, cudaStream_t stream) {
   using S = Shape<kGroups>;
-  const int64_t T = p.rows.T, r = p.rows.r, each = padded<kTransposed>(static_cast<int>(r));
-  Arguments a{p, kTransposed ? kRow : 64, static_cast<int>(p.rows.M)};
+  const int64_t T = p.rows.T, r = p.rows.r, each = padded<kTransposed>(narrow(r));
+  Arguments a{p, kTransposed ? kRow : 64, narrow(p.rows.M)};
   if (p.y0 && aligned(p.y0) && p.N > 0 && p.N % 8 == 0 && p.ldy0 % 8 == 0)
-    a.ahead = static_cast<int>(std::max<int64_t>(0, p.rows.M - kAhead / (p.N * 2)));
+    a.ahead = narrow(std::max<int64_t>(0, p.rows.M - kAhead / (p.N * 2)));
   while (each % a.box != 0) a.box /= 2;
   Maps maps;
-  constexpr auto k128 = CU_TENSOR_MAP_SWIZZLE_128B;
   describe_tensor<2>(maps.x, p.dtype, p.x, {p.K, p.rows.M}, {p.ldx}, {kDepth, S::kRows}, k128);
   if constexpr (kTransposed)
-    describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, p.K * r}, {kRow, kDepth, 1},
-                       CU_TENSOR_MAP_SWIZZLE_32B);
+    describe_tensor<3>(maps.down, p.dtype, p.down, {r, p.K, T}, {r, p.K * r}, {kRow, kDepth, 1}, k32);
   else
     describe_tensor<3>(maps.down, p.dtype, p.down, {p.K, r, T}, {p.K, r * p.K}, {kDepth, a.box, 1}, k128);
   maps.run = maps.down;
@@ -294,12 +284,8 @@ void launch(const LowRank& p, cudaStream_t stream) {
     describe_tensor<2>(maps.run, p.dtype, p.down, {p.K, T * r}, {p.K}, {kDepth, kNarrow}, k128);
   const int64_t blocks = ceil_div(p.rows.M, S::kRows), spare = multiprocessors() - p.followed;
   const int64_t most = ceil_div((p.rows.ids ? std::min<int64_t>(T, kFusedRows) : T) * each, kWide);
-  const dim3 grid(static_cast<unsigned>(blocks),
-                  static_cast<unsigned>(std::max<int64_t>(1, std::min(spare / blocks, most))));
-  const auto kernel = &down_kernel<scalar, kGroups, kTransposed>;
-  allow_shared_memory(kernel, S::kBytes);
-  kernel<<<grid, S::kThreads, S::kBytes, stream>>>(maps, a);
-  check_launch("low_rank");
+  const dim3 grid(blocks, std::max<int64_t>(1, std::min(spare / blocks, most)));
+  launch_kernel("low_rank", &down_kernel<scalar, kGroups, kTransposed>, grid, S::kThreads, S::kBytes, stream, maps, a);
 }
 
 }  // namespace
@@ -318,10 +304,8 @@ void low_rank_sm90(const LowRank& p, cudaStream_t stream) {
     // may be so few that the kernel that follows starts beside all of them.
     const int64_t all = multiprocessors(), blocks = ceil_div(p.rows.M, 64), tall = ceil_div(p.rows.M, 128);
     const bool small = blocks <= all && (blocks + p.followed <= all || tall + p.followed > all);
-    if (p.down_transposed)
-      small ? launch<scalar, 1, true>(p, stream) : launch<scalar, 2, true>(p, stream);
-    else
-      small ? launch<scalar, 1, false>(p, stream) : launch<scalar, 2, false>(p, stream);
+    with_flags([&](auto tall, auto transposed) { launch<scalar, 1 + tall, transposed>(p, stream); }, !small,
+               p.down_transposed);
   });
 }
 

@@ -1,5 +1,5 @@
-// Copies the low-rank factors into the shape that the products want: ranks padded with zeros, rows and columns swapped
-// where asked. A block moves tiles of 32 x 32 through shared memory, so that it reads and writes along the rows.
+// Copies the low-rank factors into the shape that the products want: ranks padded with zeros, transposed where asked. A
+// block moves tiles of 32 x 32 through shared memory, so that it reads and writes along the rows.
 
 #include <algorithm>
 
@@ -53,16 +53,13 @@ void pack(Dtype dtype, const void* from, void* to, int64_t T, int64_t rows, int6
   const Shape s{T,        rows, columns, rank_is_rows ? padded : rows, rank_is_rows ? columns : padded, rank_is_rows,
                 transpose};
   if (T * s.to_rows * s.to_columns == 0) return;
-  const dim3 grid(static_cast<unsigned>(ceil_div(s.to_rows, kTile)),
-                  static_cast<unsigned>(std::min<int64_t>(ceil_div(s.to_columns, kTile), 65535)),
-                  static_cast<unsigned>(std::min<int64_t>(T, 65535)));
-  const dim3 block(kTile, kThreadRows);
+  const dim3 grid(ceil_div(s.to_rows, kTile), std::min<int64_t>(ceil_div(s.to_columns, kTile), 65535),
+                  std::min<int64_t>(T, 65535));
   dispatch("pack", dtype, [&](auto like) {
     using scalar = decltype(like);
-    pack_kernel<scalar>
-        <<<grid, block, 0, stream>>>(static_cast<const scalar*>(from), static_cast<scalar*>(to), s, ranks, scaling);
+    launch_kernel("pack", &pack_kernel<scalar>, grid, dim3(kTile, kThreadRows), 0, stream,
+                  static_cast<const scalar*>(from), static_cast<scalar*>(to), s, ranks, scaling);
   });
-  check_launch("pack");
 }
 
 }  // namespace plora::cuda

@@ -2,13 +2,12 @@
 // neither on how the rows are cut into batches nor on the machine. Features are read once. Two launches:
 //
 //   sort_kernel  a block sorts a chunk of rows by class
-//   sum_kernel   a warp owns a class and a slab of columns. It finds its rows in the sorted chunks, sends for them well
-//                ahead, into a ring in shared memory, and adds one after another.
+//   sum_kernel   a warp owns a class and a slab of columns: it finds its rows in the sorted chunks, sends for them well
+//                ahead, into a ring in shared memory, and adds one after another
 
 #include <algorithm>
 #include <cstdio>
 
-#include "../device/device.h"
 #include "../device/mma_smem.cuh"
 #include "../device/overlap.cuh"
 #include "kernels.h"
@@ -63,26 +62,13 @@ __global__ void __launch_bounds__(kChunk)
   }
 }
 
-template <typename scalar, int kWidth>
-struct alignas(sizeof(scalar) * kWidth) Piece {
-  scalar values[kWidth];
-};
-
-template <typename acc, typename scalar>
-__device__ inline acc widened(scalar x) {
-  if constexpr (std::is_same_v<scalar, double>)
-    return x;
-  else
-    return to_float(x);
-}
-
 // A lane has kWidth neighbouring columns; kRows rows make a batch, of which kStages - 1 are on their way.
 template <typename scalar, int kWidth, int kRows, int kStages>
 __global__ void __launch_bounds__(32)
     sum_kernel(const scalar* __restrict__ features, const int* order, const uint32_t* bounds, acc_type<scalar>* sums,
                int64_t* counts, int64_t D, int chunks, int slabs, bool vectors) {
   using acc = acc_type<scalar>;
-  using Vec = Piece<scalar, kWidth>;
+  using Vec = Elements<scalar, kWidth>;
   alignas(16) __shared__ Vec ring[kStages][kRows][32];
   __shared__ int ends[kChunks], offsets[kChunks];  // of the class's rows in each chunk
   const int64_t c = blockIdx.x / slabs, first_column = static_cast<int64_t>(blockIdx.x % slabs) * (32 * kWidth);
@@ -112,13 +98,7 @@ __global__ void __launch_bounds__(32)
 #pragma unroll
     for (int g = 0; g < kChunks / 32; ++g) {
       const int count = static_cast<int>(bound[g] >> 16), start = static_cast<int>(bound[g] & 0xffff);
-      int end = count;
-#pragma unroll
-      for (int d = 1; d < 32; d *= 2) {
-        const int before = __shfl_up_sync(0xffffffffu, end, d);
-        if (lane >= d) end += before;
-      }
-      end += total;
+      const int end = sum_up_to(lane, count) + total;
       ends[32 * g + lane] = end;
       offsets[32 * g + lane] = (first + 32 * g + lane) * kChunk + start - (end - count);
       total = __shfl_sync(0xffffffffu, end, 31);
@@ -157,7 +137,7 @@ __global__ void __launch_bounds__(32)
     const auto add = [&](int batch, int r) {
       const Vec v = ring[batch % kStages][r][lane];
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) sum[k] += widened<acc>(v.values[k]);
+      for (int k = 0; k < kWidth; ++k) sum[k] += static_cast<acc>(v.values[k]);
     };
     if (total == 0) continue;
     for (int batch = 0; batch < kStages - 1; ++batch) {
@@ -201,19 +181,16 @@ void sum_classes(Dtype dtype, const void* features, const int64_t* labels, void*
     using scalar = decltype(tag);
     const auto from = static_cast<const scalar*>(features);
     const bool vectors = aligned(features) && D * sizeof(scalar) % 16 == 0;
-    sort_kernel<<<static_cast<unsigned>(chunks), kChunk, 0, stream>>>(
-        labels, N, static_cast<int>(C), order, bounds, static_cast<const char*>(features),
-        vectors ? N * D * static_cast<int64_t>(sizeof(scalar)) : 0);
-    check_launch(op);
+    launch_kernel(op, &sort_kernel, chunks, kChunk, 0, stream, labels, N, C, order, bounds,
+                  static_cast<const char*>(features), vectors ? N * D * sizeof(scalar) : 0);
     if (C == 0) return;
     const auto slabs_of = [&](int bytes) {
       const int64_t width = bytes / static_cast<int64_t>(sizeof(scalar));
       return std::max<int64_t>((D + width - 1) / width, 1);
     };
     const auto sum = [&](auto kernel, int bytes) {
-      launch_overlapped(op, kernel, C * slabs_of(bytes), 32, 0, stream, true, from, static_cast<const int*>(order),
-                        static_cast<const uint32_t*>(bounds), static_cast<acc_type<scalar>*>(sums), counts, D,
-                        static_cast<int>(chunks), static_cast<int>(slabs_of(bytes)), vectors);
+      launch_overlapped(op, kernel, C * slabs_of(bytes), 32, 0, stream, true, from, order, bounds,
+                        static_cast<acc_type<scalar>*>(sums), counts, D, chunks, slabs_of(bytes), vectors);
     };
     // The wider the slabs the better for the memory, but some warps are needed to keep it busy. Rings of 24 to 32 KB:
     // seven warps of a multiprocessor run together.

@@ -1,6 +1,6 @@
 // complete_prototypes on CUDA: every block above the diagonal of [class, subspace] in one launch. Sorted by task, the
-// classes to fill in subspace j are the first ones, and those they are made of the others, whatever the pair of tasks:
-// so after the cosines of each class with those of later tasks, in its own subspace, one product per subspace is left.
+// classes to fill in subspace j are the first ones, and those they are made of the others. So after the cosines of each
+// class with those of later tasks, in its own subspace, one product per subspace is left.
 //
 //   1. every block sorts the classes by task; then cosines, 16 x 16 of them at a time, to memory [C, C]; what is not
 //      filled is copied; the values of the block's first tile are sent for
@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "../device/device.h"
 #include "../device/overlap.cuh"
 #include "cosine.cuh"
 #include "kernels.h"
@@ -21,7 +20,7 @@ namespace {
 
 using cosine::kThreads;
 using cosine::kWarps;
-using Tile = cosine::Tile<2, 2, 32, 3>;
+using Tile = cosine::Tile<2, 2, 3>;
 
 constexpr int kSide = 16;                            // of a block of cosines
 constexpr int kKeys = Tile::kStages * Tile::kDepth;  // that a tile takes together
@@ -36,8 +35,7 @@ struct Arguments {
   bool last, cold, vectors, pairs, ahead;
 };
 
-// Partial products and squares of each warp, in the first part; values and weights of a tile, and bounds, in the
-// second.
+// Products and squares of each warp, in the first part; values and weights of a tile, and bounds, in the second.
 struct Partial {
   float products[kSide * kSide], squares[2 * kSide];
 };
@@ -101,12 +99,7 @@ __device__ Unit unit_at(int T, int n, const Count& count) {
   const int lane = threadIdx.x % 32;
   for (int first = 0; first < T; first += 32) {
     const int own = first + lane < T ? count(first + lane) : 0;
-    int end = own;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int before = __shfl_up_sync(0xffffffffu, end, d);
-      if (lane >= d) end += before;
-    }
+    const int end = sum_up_to(lane, own);
     const int at = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, end > n))) - 1;
     if (at >= 0) return {first + at, n - __shfl_sync(0xffffffffu, end - own, at)};
     n -= __shfl_sync(0xffffffffu, end, 31);
@@ -184,8 +177,7 @@ __device__ void send_for(const Arguments& p, const Sorted& sorted, Step& step, i
   smem::commit();
 }
 
-// Classes [row0, row0 + rows) of the sorted ones in subspace t, 128 columns from `column` on. The first values are sent
-// for.
+// The sorted classes from row0 on in subspace t, 128 columns from `column` on. The first values are sent for.
 __device__ void fill(const Arguments& p, const Sorted& sorted, Step& step, int t, int row0, int column) {
   const int rows = min(Tile::kRows, sorted.start[t] - row0), first = sorted.start[t], keys = p.C - first;
   const float* const cosines = p.cosines + static_cast<int64_t>(row0) * p.C + first;
@@ -194,8 +186,7 @@ __device__ void fill(const Arguments& p, const Sorted& sorted, Step& step, int t
     for (int row = warp; row < rows; row += kWarps) {
       float bound = -1.f;
       for (int k = lane; k < keys; k += 32) bound = fmaxf(bound, __ldcg(&cosines[static_cast<int64_t>(row) * p.C + k]));
-#pragma unroll
-      for (int d = 16; d > 0; d /= 2) bound = fmaxf(bound, __shfl_xor_sync(0xffffffffu, bound, d));
+      bound = warp_max(bound);
       if (lane == 0) step.bounds[row] = bound;
     }
     __syncwarp();  // the warp has the same rows below
@@ -320,7 +311,7 @@ void complete(const float* prototypes, const int64_t* tasks, float* out, int64_t
               (shared_memory_limit() - static_cast<int64_t>(sizeof(Work)) - 4 * T) / 8 - 4, " classes, got ", C);
 
   Arguments p{prototypes, tasks, static_cast<float*>(memory(C * C * sizeof(float))), out};
-  p.C = static_cast<int>(C), p.T = static_cast<int>(T), p.D = static_cast<int>(D);
+  p.C = narrow(C), p.T = narrow(T), p.D = narrow(D);
   p.scale = scale_of(tau), p.last = last, p.cold = tau < cosine::kCold;
   p.vectors = D % 4 == 0 && aligned(prototypes) && aligned(out), p.pairs = D % 2 == 0 && aligned(out);
   p.ahead = p.vectors && C * T * D * 4 <= kAhead;
@@ -328,17 +319,10 @@ void complete(const float* prototypes, const int64_t* tasks, float* out, int64_t
   allow_shared_memory(&complete_kernel, bytes);
   int resident = 0;  // blocks of a multiprocessor: all must run together
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, &complete_kernel, kThreads, static_cast<size_t>(bytes));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(std::min<int64_t>(std::max(resident, 1) * multiprocessors(), C * T));
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, &complete_kernel, p);
+  const int64_t blocks = std::min<int64_t>(std::max(resident, 1) * multiprocessors(), C * T);
+  void* arguments[] = {&p};
+  cudaLaunchCooperativeKernel(&complete_kernel, dim3(static_cast<unsigned>(blocks)), kThreads, arguments, bytes,
+                              stream);
   check_launch(op);
 }
 

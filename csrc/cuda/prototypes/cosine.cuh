@@ -15,9 +15,9 @@ constexpr float kEps = 1e-12f;   // norms below this count as this
 constexpr double kCold = 0.025;  // exp(-2 / tau) is a float32 above this
 
 // DOWN x 8 / DOWN warps.
-template <int MT_, int NT_, int DEPTH, int STAGES, int DOWN = 1>
+template <int MT_, int NT_, int STAGES, int DOWN = 1>
 struct Tile {
-  static constexpr int MT = MT_, NT = NT_, kDepth = DEPTH, kStages = STAGES, kAcross = kWarps / DOWN;
+  static constexpr int MT = MT_, NT = NT_, kDepth = 32, kStages = STAGES, kAcross = kWarps / DOWN;
   static constexpr int kRows = 16 * MT * DOWN, kColumns = 8 * NT * kAcross, kBlocks = kDepth / 16;
   static constexpr int kLd = kColumns + 8;  // of columns as they are in memory; 8 more keep lanes apart in the banks
   // floats of a stage: k of rows and of other rows, or k of columns
@@ -180,9 +180,7 @@ struct Products {
     }
   }
 
-  // Rows with rows; the squares of the lane's part of the columns' and, if asked, of the rows' vectors are added up,
-  // and show a NaN.
-  template <bool kRowSquares>
+  // Rows with rows; the squares of the lane's part of both sides' vectors are added up, and show a NaN.
   __device__ void add_rows(const float* stage, float (&squares)[T::NT], float (&row_squares)[2 * T::MT]) {
     const int lane = threadIdx.x % 32;
     const float* const columns = stage + T::kDepth * T::kRows + first_column() * 16 + lane * 4;
@@ -194,7 +192,7 @@ struct Products {
           return v;
         },
         [&](int m, const Four<float>& a, const Four<float>& a8) {
-          if constexpr (kRowSquares) row_squares[2 * m] += dot(a), row_squares[2 * m + 1] += dot(a8);
+          row_squares[2 * m] += dot(a), row_squares[2 * m + 1] += dot(a8);
         });
   }
 

@@ -4,18 +4,16 @@
 //   1. each warp multiplies its own part of D; the parts meet in shared memory and become weights
 //   2. each warp multiplies these with its own columns of the values; sums stay in registers to the end
 //
-// So one warp alone reads, and takes apart, each number of the new classes and of the values. They come through a ring
-// of the warp's own, which no barrier drains: two barriers per 32 new classes are all.
+// So one warp alone reads each number of the new classes and of the values, through a ring of its own: two barriers per
+// 32 new classes are all.
 //
-// |cos| <= 1 bounds the exponent: exp((cos - 1) / tau) needs no running maximum, and numerators and denominators just
-// add up, in order. Only where tau is so small that all of a class's weights could vanish (exp(-2 / tau)) the bound is
-// the largest cosine so far. Few old classes leave blocks idle: then the new ones are split among blocks, whose parts
-// combine_kernel adds in order.
+// |cos| <= 1 bounds the exponent: exp((cos - 1) / tau) needs no running maximum. Only where tau is so small that all of
+// a class's weights could vanish (exp(-2 / tau)) the bound is the largest cosine so far. Few old classes leave blocks
+// idle: then the new ones are split among blocks, whose parts combine_kernel adds in order.
 
 #include <algorithm>
 
 #include "../../common/cuda_path.h"
-#include "../device/device.h"
 #include "../device/overlap.cuh"
 #include "cosine.cuh"
 #include "kernels.h"
@@ -40,12 +38,9 @@ using Narrow = Tile<1, 3, 3>;  // for little shared memory
 using Small = Tile<1, 4, 5>;
 using Large = Tile<2, 3, 5>;
 
-struct Arguments {
-  const float *old, *fresh, *values;
-  const float* base;  // [Co, Dv], added to the result, or null
-  float* out;         // [Co, Dv], or the numerators of each split [splits, Co, Dv]
-  float2* stats;      // [splits, Co]: bound and denominator; null where there is one split
-  int Co, Cn, D, Dv, per_split;
+struct Arguments : Reconstruction {  // `out` is [Co, Dv], or the numerators of each split [splits, Co, Dv]
+  float2* stats;                     // [splits, Co]: bound and denominator; null where there is one split
+  int per_split;
   int passes, width;  // blocks share out the columns: `width` of them each
   int slot;           // floats of a unit in the ring; with those of the old classes where these cannot stay
   float scale;        // log2(e) / tau
@@ -214,9 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1) reconstruct_kernel(const __grid_c
       x = x > 1.f ? 1.f : x;
       const bool real = lane < end - at;
       if (p.cold) {
-        float largest = real ? fmaxf(bound[i], x) : bound[i];
-#pragma unroll
-        for (int d = 16; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, d));
+        const float largest = warp_max(real ? fmaxf(bound[i], x) : bound[i]);
         const float again = exp2f((bound[i] - largest) * p.scale);
         bound[i] = largest, total[i] *= again;
         if (lane == 0) shared.again[row] = again;
@@ -273,8 +266,7 @@ __global__ void __launch_bounds__(kThreads, 1) reconstruct_kernel(const __grid_c
 #pragma unroll
   for (int i = 0; i < 2 * T::MT; ++i) {
     const int row = warp + kWarps * i;
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) total[i] += __shfl_xor_sync(0xffffffffu, total[i], d);
+    total[i] = warp_sum(total[i]);
     if (lane > 0) continue;
     shared.total[row] = total[i];
     if (p.stats && pass == 0 && row < rows)
@@ -312,11 +304,6 @@ __global__ void __launch_bounds__(kThreads, 1) reconstruct_kernel(const __grid_c
   }
 }
 
-template <int kWidth>
-struct alignas(4 * kWidth) Piece {
-  float x[kWidth];
-};
-
 // A block per old class adds what its splits gave, kWidth columns a thread. kCold: the splits' bounds differ.
 template <int kWidth, bool kCold>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const float* parts, const float2* stats, const float* base,
@@ -333,7 +320,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const float* parts, c
     total += part.y * factor(part);
   }
   for (int c = threadIdx.x * kWidth; c < Dv; c += kThreads * kWidth) {
-    using Vec = Piece<kWidth>;
+    using Vec = Elements<float, kWidth>;
     Vec sum{};
 #pragma unroll 4
     for (int s = 0; s < splits; ++s) {
@@ -341,11 +328,11 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const float* parts, c
       const Vec part = *reinterpret_cast<const Vec*>(parts + at * Dv + c);
       const float times = kCold ? factor(stats[at]) : 1.f;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) sum.x[i] += part.x[i] * times;
+      for (int i = 0; i < kWidth; ++i) sum.values[i] += part.values[i] * times;
     }
     const Vec before = base ? *reinterpret_cast<const Vec*>(base + row * Dv + c) : Vec{};
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum.x[i] = before.x[i] + sum.x[i] / total;
+    for (int i = 0; i < kWidth; ++i) sum.values[i] = before.values[i] + sum.values[i] / total;
     *reinterpret_cast<Vec*>(out + row * Dv + c) = sum;
   }
 }
@@ -389,22 +376,20 @@ void launch(Arguments p, bool tf32, const Allocator& memory, cudaStream_t stream
   }
   const auto kernel = tf32 ? &reconstruct_kernel<T, true> : &reconstruct_kernel<T, false>;
   const int bytes = shared_bytes<T>(p, p.resident);
-  allow_shared_memory(kernel, bytes);
-  kernel<<<dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(used)), kThreads, bytes, stream>>>(p);
-  check_launch("reconstruct_prototypes");
+  const char* op = "reconstruct_prototypes";
+  launch_kernel(op, kernel, dim3(plan.blocks, used), kThreads, bytes, stream, p);
   if (used > 1)
-    launch_overlapped("reconstruct_prototypes",
+    launch_overlapped(op,
                       p.vector_out ? p.cold ? &combine_kernel<4, true> : &combine_kernel<4, false>
                       : p.cold     ? &combine_kernel<1, true>
                                    : &combine_kernel<1, false>,
-                      p.Co, kThreads, 0, stream, true, static_cast<const float*>(p.out),
-                      static_cast<const float2*>(p.stats), base, out, used, p.Co, p.Dv, p.scale);
+                      p.Co, kThreads, 0, stream, true, p.out, p.stats, base, out, used, p.Co, p.Dv, p.scale);
 }
 
 }  // namespace
 
 void reconstruct(const Reconstruction& p, double tau, bool tf32, const Allocator& memory, cudaStream_t stream) {
-  Arguments a{p.old, p.fresh, p.values, p.base, p.out, nullptr, p.Co, p.Cn, p.D, p.Dv};
+  Arguments a{p};
   a.scale = scale_of(tau), a.cold = tau < cosine::kCold;
   const auto vectors = [](const float* from, int width) { return width > 0 && width % 4 == 0 && aligned(from); };
   a.vector_rows = vectors(p.old, p.D) && vectors(p.fresh, p.D), a.vector_values = vectors(p.values, p.Dv);

@@ -6,20 +6,17 @@
 //
 // One thread feeds a ring of stages; two warpgroups multiply, 64 rows each, in turn.
 //
-// TF32: the matrix units cut operands to it. Norms are taken of what they see, and denominators of the weights that
-// they see.
+// TF32: the matrix units cut operands to it. Norms and denominators are taken of what they see.
 //
 // Float32: a factor is the sum of two TF32 numbers, and a product three products of these; the fourth, of both low
-// parts, is below the rounding. What lies in a stage is, cut by the matrix units, a tile's high part; three warps
-// beside the one that feeds the ring write the low one beside it. Rows come through registers, rounded to their high
-// part, so that what the fourth products leave out has no sign. The units also cut their sums short instead of rounding
-// them, which would add up: they only sum over a stage, and ordinary additions do the rest. That takes twice the
-// registers, so that tiles are half as wide.
+// parts, is below the rounding. What lies in a stage is, cut by the matrix units, a tile's high part; three warps write
+// the low one beside it. Rows come through registers, rounded to their high part, so that what the fourth products
+// leave out has no sign. The units also cut their sums short, which would add up: they only sum over a stage, and
+// ordinary additions do the rest. That takes twice the registers, so that tiles are half as wide.
 
 #include <algorithm>
 #include <type_traits>
 
-#include "../device/device.h"
 #include "../device/sm90.cuh"
 #include "../device/tensor_map.cuh"
 #include "cosine.cuh"
@@ -86,8 +83,7 @@ __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ Ar
         square += seen * seen;
       }
     }
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(0xffffffffu, square, d);
+    square = warp_sum(square);
     if (lane == 0) p.inverse_fresh[at] = cosine::inverse_norm(square);  // inverse_old follows it
     return;
   }
@@ -135,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (group < 0) {
     if constexpr (kStrict) {
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+      sm90::shrink_registers<88>();
       if (threadIdx.x >= 128 - kSplitters) {
         const int thread = threadIdx.x - (128 - kSplitters);
         constexpr int kVectors = kTileBytes / 16, kEach = (kVectors + kSplitters - 1) / kSplitters;
@@ -160,12 +156,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         return;
       }
     } else {
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+      sm90::shrink_registers<40>();
     }
-    if (threadIdx.x > 0) return;
+    if (threadIdx.x >= 32) return;
+    const bool chosen = sm90::elect();
     const auto next = [&](uint32_t bytes) {  // the stage to fill
       sm90::barrier_wait(empty(step), (step / kStages & 1) ^ 1);
-      sm90::barrier_arrive_expect(full(step), bytes);
+      sm90::barrier_arrive_expect(full(step), bytes, chosen);
       return memory + stage(step);
     };
     for (int first = 0; first < p.Cn; first += kKeys) {
@@ -174,22 +171,19 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
         for (int k = 0; k < d_steps; ++k, ++step) {
           const uint32_t to = next(kBytesOld + kTileBytes);
-          sm90::load_2d(&maps.old, full(step), to, k * kDepth, row0);
-          sm90::load_2d(&maps.fresh, full(step), to + kBytesOld, k * kDepth, at);
+          sm90::load_2d(&maps.old, full(step), to, k * kDepth, row0, chosen);
+          sm90::load_2d(&maps.fresh, full(step), to + kBytesOld, k * kDepth, at, chosen);
         }
 #pragma unroll 1
       for (int slice = slice0; slice < slice1; ++slice)
 #pragma unroll 1
         for (int k = 0; k < v_steps(first); ++k, ++step) {
           const uint32_t to = next(kTileBytes);
-          sm90::load_2d(&maps.values, full(step), to + kBytesOld, first + k * kDepth, slice * kColumns);
+          sm90::load_2d(&maps.values, full(step), to + kBytesOld, first + k * kDepth, slice * kColumns, chosen);
         }
     }
   } else {
-    if constexpr (kStrict)
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
-    else
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    sm90::grow_registers<kStrict ? 208 : 232>();
     constexpr uint64_t kStaged = sm90::operand_layout(sm90::Swizzle::b64, 16, 512);
     constexpr uint64_t kWeighted = sm90::operand_layout(sm90::Swizzle::b128, 16, 1024);
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -367,16 +361,13 @@ void launch(const Reconstruction& p, double tau, const Allocator& memory, cudaSt
   a.each = (slices + shares - 1) / shares, a.parts = (slices + a.each - 1) / a.each, a.whole = rows - left;
   const int blocks = a.whole + left * a.parts;
   Maps maps;
-  constexpr auto k64 = CU_TENSOR_MAP_SWIZZLE_64B;
   describe_tensor<2>(maps.old, Dtype::float32, p.old, {p.D, p.Co}, {p.D}, {kDepth, kRows}, k64);
   describe_tensor<2>(maps.fresh, Dtype::float32, p.fresh, {p.D, p.Cn}, {p.D}, {kDepth, kColumns}, k64);
   describe_tensor<2>(maps.values, Dtype::float32, a.transposed, {p.Cn, p.Dv}, {ld}, {kDepth, kColumns}, k64);
   const int norms = (a.padded + p.Co + 7) / 8, tiles = (p.Cn + 31) / 32 * ((p.Dv + 31) / 32);
-  prepare_kernel<kStrict><<<static_cast<unsigned>(norms + tiles), 256, 0, stream>>>(a);
-  check_launch("reconstruct_prototypes");
-  allow_shared_memory(&reconstruct_kernel<kStrict>, kBytes);
-  reconstruct_kernel<kStrict><<<static_cast<unsigned>(blocks), kThreads, kBytes, stream>>>(maps, a);
-  check_launch("reconstruct_prototypes");
+  const char* op = "reconstruct_prototypes";
+  launch_kernel(op, &prepare_kernel<kStrict>, norms + tiles, 256, 0, stream, a);
+  launch_kernel(op, &reconstruct_kernel<kStrict>, blocks, kThreads, kBytes, stream, maps, a);
 }
 
 }  // namespace

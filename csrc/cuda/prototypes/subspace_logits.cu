@@ -1,10 +1,9 @@
 // subspace_logits on CUDA: the raw products of every subspace on the tensor cores, with the squares of both sides' rows
-// added up on the way, so that neither features nor prototypes are normalised in memory. Where classes and images give
-// few tiles, the subspaces are shared out among blocks, whose parts sum_kernel adds in order.
+// added up on the way, so that nothing is normalised in memory. Where classes and images give few tiles, the subspaces
+// are shared out among blocks, whose parts sum_kernel adds in order.
 
 #include <algorithm>
 
-#include "../device/device.h"
 #include "../device/overlap.cuh"
 #include "cosine.cuh"
 #include "kernels.h"
@@ -13,8 +12,8 @@ namespace plora::cuda {
 namespace {
 
 using cosine::kThreads;
-using Small = cosine::Tile<2, 2, 32, 4>;     // 32 x 128
-using Large = cosine::Tile<2, 4, 32, 4, 2>;  // 64 x 128
+using Small = cosine::Tile<2, 2, 4>;     // 32 x 128
+using Large = cosine::Tile<2, 4, 4, 2>;  // 64 x 128
 
 struct Arguments : SubspaceLogits {
   int per_group;  // subspaces; with more groups than one, out is that of each group, [groups, B, C]
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 1) logits_kernel(const __grid_consta
       smem::wait<Tile::kStages - 2>();
       __syncthreads();
       load();
-      products.template add_rows<true>(stages + stage * Tile::kStage, squares, row_squares);
+      products.add_rows(stages + stage * Tile::kStage, squares, row_squares);
       stage = (stage + 1) % Tile::kStages;
     }
 #pragma unroll
@@ -112,12 +111,9 @@ void launch(Arguments p, bool tf32, const Allocator& memory, cudaStream_t stream
   if (groups > 1) p.out = static_cast<float*>(memory(groups * count * sizeof(float)));
   const auto kernel = tf32 ? &logits_kernel<Tile, true> : &logits_kernel<Tile, false>;
   constexpr int kBytes = Tile::kStages * Tile::kStage * static_cast<int>(sizeof(float));
-  allow_shared_memory(kernel, kBytes);
-  kernel<<<dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(groups)), kThreads, kBytes, stream>>>(p);
-  check_launch(op);
+  launch_kernel(op, kernel, dim3(tiles, groups), kThreads, kBytes, stream, p);
   if (groups > 1)
-    launch_overlapped(op, &sum_kernel, (count + kThreads - 1) / kThreads, kThreads, 0, stream, true,
-                      static_cast<const float*>(p.out), out, count, groups);
+    launch_overlapped(op, &sum_kernel, ceil_div(count, kThreads), kThreads, 0, stream, true, p.out, out, count, groups);
 }
 
 }  // namespace

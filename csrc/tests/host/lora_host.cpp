@@ -1,4 +1,4 @@
-// The host code of the CUDA operators (cuda/lora/lora.cpp, lora_stack.cpp) on CPU tensors: its kernels are loops here,
+// The host code of the CUDA operators (cuda/lora/lora.cpp, factors.cpp) on CPU tensors: its kernels are loops here,
 // written from what cuda/lora/kernels.h says of them, which refuse what the real ones could not take. So which kernels
 // are called, with what, and what becomes of their memory is tested where there is no GPU
 // (python_tests/test_cuda_host_code.py).
@@ -16,11 +16,11 @@
 // The operators' own registrations, by another name.
 static void define(torch::stable::detail::StableLibrary& m);
 static void implement(torch::stable::detail::StableLibrary& m);
-static void implement_stack(torch::stable::detail::StableLibrary& m);
+static void implement_factors(torch::stable::detail::StableLibrary& m);
 STABLE_TORCH_LIBRARY(plora_host, m) { define(m); }
 STABLE_TORCH_LIBRARY_IMPL(plora_host, CPU, m) {
   implement(m);
-  implement_stack(m);
+  implement_factors(m);
 }
 #undef STABLE_TORCH_LIBRARY
 #undef STABLE_TORCH_LIBRARY_IMPL
@@ -29,8 +29,8 @@ STABLE_TORCH_LIBRARY_IMPL(plora_host, CPU, m) {
 
 #include "../../cuda/lora/lora.cpp"
 #include "../../schema.cpp"
-#define implement implement_stack
-#include "../../cuda/lora/lora_stack.cpp"
+#define implement implement_factors
+#include "../../cuda/lora/factors.cpp"
 #undef implement
 
 namespace {
@@ -163,8 +163,7 @@ void check_rows(const LowRank& p) {
 void low_rank(const LowRank& p, cudaStream_t) {
   if (p.rows.M == 0 || (!p.x && !p.y)) return;
   const int64_t width = p.rows.ids || (p.y && p.y_slab) ? p.rows.r : p.rows.T * p.rows.r;
-  PLORA_CHECK(!(p.scaled_h && p.rows.ids) && !(p.x && p.down_transposed) && !(p.y && p.up_transposed),
-              "low_rank refuses");
+  PLORA_CHECK(!p.scaled_h && !(p.x && p.down_transposed) && !(p.y && p.up_transposed), "low_rank refuses");
   PLORA_CHECK(p.h || !p.x || !p.y || width <= 512, "low_rank: no space for h");
   g_calls += p.x && p.y ? " low_rank" : p.x ? " low_rank_down" : " low_rank_up";
   multiply(p, p.rows.r, nullptr);
@@ -173,7 +172,9 @@ void low_rank(const LowRank& p, cudaStream_t) {
 void low_rank_sm90(const LowRank& p, cudaStream_t) {
   check_rows(p);
   g_calls += p.down_transposed ? " rows_transposed" : " rows";
-  multiply(p, p.rows.r, nullptr);
+  LowRank down = p;
+  down.y = nullptr;
+  multiply(down, p.rows.r, nullptr);
 }
 
 void low_rank_add_sm90(const LowRank& p, cudaStream_t) {
@@ -262,13 +263,14 @@ void all_sm90(const LowRank& p, const void* weight, const void* bias, bool overl
 void fused(const Fused& p, cudaStream_t) {
   const int64_t r = p.rows.r, each = p.rows.ids ? 1 : p.rows.T;
   PLORA_CHECK(!mma_only() && p.dtype != Dtype::float32 && p.K % 8 == 0 && p.N % 8 == 0 && r % 8 == 0 &&
-                  aligned(p.x, p.weight, p.bias, p.base, p.y, p.down, p.up, p.bias_down, p.bias_up, p.h),
+                  aligned(p.x, p.weight, p.bias, p.y0, p.y, p.down, p.up, p.bias_down, p.bias_up, p.scaled_h),
               "fused refuses");
-  PLORA_CHECK(p.slots ? p.down != nullptr : p.h != nullptr, "fused: no h");
+  PLORA_CHECK(!p.slots || p.down_transposed == p.up_transposed, "fused: one factor is transposed");
+  PLORA_CHECK(p.slots ? p.down != nullptr : p.scaled_h != nullptr, "fused: no h");
   PLORA_CHECK(!p.gate || p.slots, "fused: only the loop knows a gate");
   PLORA_CHECK(p.slots != 2 || (p.slices.empty() && (p.N + 191) / 192 % 2 == 0), "fused: no pair");
   g_calls += p.slots == 2 ? " in_loop_of_two" : p.slots ? " in_loop" : " fused";
-  if (p.transposed) g_calls += "_transposed";
+  if (p.up_transposed) g_calls += "_transposed";
   if (p.overlap) g_calls += "*";
   for (int64_t m = 0; m < p.rows.M; ++m) {
     const std::vector<int> all = met(p.rows, m);
@@ -279,28 +281,28 @@ void fused(const Fused& p, cudaStream_t) {
       for (int64_t j = 0; j < r; ++j) {
         double& value = h[place * r + j];
         if (!p.slots) {
-          value = get(p.dtype, p.h, (m * (p.rows.ids ? p.places : each) + static_cast<int64_t>(place)) * r + j);
+          value = get(p.dtype, p.scaled_h, (m * (p.rows.ids ? p.places : each) + static_cast<int64_t>(place)) * r + j);
         } else if (!p.rows.ids || chosen(p.rows, m) == all[place]) {
           for (int64_t k = 0; k < p.K; ++k)
             value +=
                 get(p.dtype, p.x, m * p.ldx + k) *
-                get(p.dtype, p.down, p.transposed ? (all[place] * p.K + k) * r + j : (all[place] * r + j) * p.K + k);
+                get(p.dtype, p.down, p.up_transposed ? (all[place] * p.K + k) * r + j : (all[place] * r + j) * p.K + k);
           if (p.bias_down) value += get(p.dtype, p.bias_down, all[place] * r + j);
           if (p.relu) value = std::max(value, 0.0);
           const int64_t at = (m * each + (p.rows.ids ? 0 : all[place])) * r + j;
           if (p.gate && get(p.dtype, p.gate, at) <= 0) value = 0;
-          if (p.kept) put(p.dtype, p.kept, at, value);
+          if (p.h) put(p.dtype, p.h, at, value);
           value *= p.scaling[all[place]];
         }
       }
     for (int64_t n = 0; n < p.N; ++n) {
-      double sum = (p.bias ? get(p.dtype, p.bias, n) : 0) + (p.base ? get(p.dtype, p.base, m * p.ld_base + n) : 0);
+      double sum = (p.bias ? get(p.dtype, p.bias, n) : 0) + (p.y0 ? get(p.dtype, p.y0, m * p.ldy0 + n) : 0);
       for (int64_t k = 0; k < p.K; ++k)
-        sum += get(p.dtype, p.x, m * p.ldx + k) * get(p.dtype, p.weight, p.transposed ? k * p.N + n : n * p.K + k);
+        sum += get(p.dtype, p.x, m * p.ldx + k) * get(p.dtype, p.weight, p.up_transposed ? k * p.N + n : n * p.K + k);
       for (size_t place = 0; place < all.size(); ++place) {
         for (int64_t j = 0; j < r; ++j)
           sum += h[place * r + j] *
-                 get(p.dtype, p.up, p.transposed ? (all[place] * r + j) * p.N + n : (all[place] * p.N + n) * r + j);
+                 get(p.dtype, p.up, p.up_transposed ? (all[place] * r + j) * p.N + n : (all[place] * p.N + n) * r + j);
         if (p.bias_up && (!p.rows.ids || chosen(p.rows, m) == all[place]))
           sum += p.scaling[all[place]] * get(p.dtype, p.bias_up, all[place] * p.N + n);
       }
@@ -407,6 +409,8 @@ void dense_grads(const DenseGrads& p, cudaStream_t) {
       p.dscaling[t * parts] += static_cast<float>(U(i) * get(p.dtype, p.A, t * p.padded_r * p.in + i));
   }
 }
+
+void lora_merge(const LoraMerge&, cudaStream_t) { fail("lora_merge is the CPU's here"); }
 
 void lora_stack(const LoraStack& p, const std::vector<OneOfStack>& adapters, cudaStream_t) {
   g_calls += "stack ";
