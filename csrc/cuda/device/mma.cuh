@@ -125,6 +125,18 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+// Over a block; called once.
+template <int kThreads>
+__device__ inline float block_sum(float x) {
+  __shared__ float warps[kThreads / 32];
+  x = warp_sum(x);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  float sum = 0;
+  for (int w = 0; w < kThreads / 32; ++w) sum += warps[w];
+  return sum;
+}
+
 __device__ inline float warp_max(float x) {
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));

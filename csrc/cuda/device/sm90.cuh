@@ -221,19 +221,15 @@ __device__ inline void hold(uint32_t (&a)[kCount]) {  // or that factors are sti
 #define PLORA_OPS64 PLORA_OPS32(0), PLORA_OPS32(32)
 #define PLORA_OPS96 PLORA_OPS64, PLORA_OPS32(64)
 #define PLORA_OPS104 PLORA_OPS96, PLORA_OPS8(96)
+#define PLORA_TEN(t) ",%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9"
 #define PLORA_REGS4 "%0,%1,%2,%3"
 #define PLORA_REGS8 PLORA_REGS4 ",%4,%5,%6,%7"
-#define PLORA_REGS16 PLORA_REGS4 ",%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-#define PLORA_REGS32 PLORA_REGS16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define PLORA_REGS40 PLORA_REGS32 ",%32,%33,%34,%35,%36,%37,%38,%39"
-#define PLORA_REGS64                                                                                               \
-  PLORA_REGS32                                                                                                     \
-  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%" \
-  "59,%60,%61,%62,%63"
-#define PLORA_REGS96                                                                                               \
-  PLORA_REGS64                                                                                                     \
-  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%" \
-  "91,%92,%93,%94,%95"
+#define PLORA_REGS16 PLORA_REGS8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define PLORA_REGS32 PLORA_REGS8 ",%8,%9" PLORA_TEN(1) PLORA_TEN(2) ",%30,%31"
+#define PLORA_REGS40 PLORA_REGS8 ",%8,%9" PLORA_TEN(1) PLORA_TEN(2) PLORA_TEN(3)
+#define PLORA_REGS60 PLORA_REGS40 PLORA_TEN(4) PLORA_TEN(5)
+#define PLORA_REGS64 PLORA_REGS60 ",%60,%61,%62,%63"
+#define PLORA_REGS96 PLORA_REGS60 PLORA_TEN(6) PLORA_TEN(7) PLORA_TEN(8) ",%90,%91,%92,%93,%94,%95"
 #define PLORA_REGS104 PLORA_REGS96 ",%96,%97,%98,%99,%100,%101,%102,%103"
 #define PLORA_WGMMA(N, type, regs, ops, a_, b_, t_, u_, add_)                                                \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #add_ ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N   \
@@ -262,11 +258,11 @@ __device__ inline void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool ad
 
 // d[64, 256] += a[64, 8] b[256, 8]^T of float32 cut to TF32, both in K-major order.
 __device__ inline void wgmma_tf32(float (&d)[128], uint64_t a, uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k8.f32.tf32.tf32 {" PLORA_REGS104
-               ",%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,"
-               "%124,%125,%126,%127}, %128, %129, 1, 1, 1;"
-               : PLORA_OPS96, PLORA_OPS32(96)
-               : "l"(a), "l"(b));
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n256k8.f32.tf32.tf32 {" PLORA_REGS104
+      ",%104,%105,%106,%107,%108,%109" PLORA_TEN(11) ",%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, 1, 1, 1;"
+      : PLORA_OPS96, PLORA_OPS32(96)
+      : "l"(a), "l"(b));
 }
 
 // d[64, 128] = a[64, 8] b[128, 8]^T, or added to it. Of each warp's 16 rows of a, lane 4 g + q has [g, q], [g + 8, q],

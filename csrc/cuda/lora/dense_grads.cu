@@ -29,7 +29,6 @@ struct Params {
 template <typename scalar>
 __device__ void sum_part(const Params<scalar>& p, int64_t t, int part) {
   constexpr int kVec = kVector<scalar>, kBatch = 4;  // loads in flight
-  __shared__ float warps[kThreads / 32];
   const int64_t slab = p.padded_r * p.in, end = min((part + 1) * p.share, slab / kVec);
   const scalar *const U = p.U + t * slab, *const A = p.A + t * slab;
   float sum = 0;
@@ -55,12 +54,8 @@ __device__ void sum_part(const Params<scalar>& p, int64_t t, int part) {
     for (; i < end; i += kThreads)
       for (int64_t e = i * kVec; e < (i + 1) * kVec; ++e) sum += to_float(U[e]) * to_float(A[e]);
   }
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  for (int w = 1; w < kThreads / 32; ++w) sum += warps[w];
-  p.dscaling[t * p.parts + part] = sum;
+  sum = block_sum<kThreads>(sum);
+  if (threadIdx.x == 0) p.dscaling[t * p.parts + part] = sum;
 }
 
 template <typename scalar>

@@ -30,10 +30,8 @@ namespace {
 constexpr int kMaxRows = lora_plan::kFewRows, kMaxAdapters = lora_plan::kFewAdapters;
 constexpr int kTile = 32, kEight = kTile / 8;  // rows of a tile; by how many times 8 a product takes them
 constexpr int kThreads = 128, kWarps = kThreads / 32, kWarpColumns = 64, kColumns = kWarps * kWarpColumns;
-template <typename scalar, bool VECTORS>
-constexpr int kBlocks = sizeof(scalar) == 4 ? 2
-                        : VECTORS           ? 5
-                                            : 4;      // of a multiprocessor
+template <typename scalar, bool VECTORS>  // of a multiprocessor
+constexpr int kBlocks = sizeof(scalar) == 4 ? 2 : 4 + VECTORS;
 constexpr int64_t kMaxParts = 16, kAhead = 24 << 20;  // of K; bytes that L2 keeps for expand
 constexpr int kSteps = 4;                             // 16-byte vectors of a row that a lane loads in one go
 template <typename scalar>

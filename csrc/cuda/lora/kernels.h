@@ -197,21 +197,19 @@ struct OneOfStack {
 };
 void lora_stack(const LoraStack& p, const std::vector<OneOfStack>& adapters, cudaStream_t stream);
 
-// Both halves and the frozen layer in one persistent product, for Hopper (fused_sm90.cu), of 16-bit dtypes; K, N and r
-// multiples of 8, pointers 16-byte aligned. Its `transposed` is that of both factors; h is scaled_h, or made in the
-// loop:
+// Both halves and the frozen layer in one persistent product, for Hopper (fused_sm90.cu); 16-bit dtypes, K, N and r
+// multiples of 8, pointers 16-byte aligned. h is made in the loop, or its s h given. With up_transposed backward's:
 //   forward     y = x W^T + bias + y0 + s h up^T + s bias_up       weight [N, K], down [T, r, K], up [T, N, r]
 //   transposed  y = x W + y0 + s h up                               weight [K, N], down [T, K, r], up [T, r, N]
 struct Fused : LowRank {
   const void *weight, *bias;
-  // Of a tile at most so many slots are made in the main loop from `down`, and written to `h`, but for rows without an
-  // adapter: none, and scaled_h is given, or h where `up` is scaled; one, as no tile needs two (`slices` may leave one
-  // of several); or two, without slices, where tiles lie in pairs beside each other.
+  // Of a tile at most so many slots are made in the loop from `down`, and written to `h`, but for rows without an
+  // adapter: none, and scaled_h is given, or h itself where `up` is scaled; one, as no tile needs two (`slices` may
+  // leave one of several); or two, without slices, where tiles lie in pairs beside each other.
   int slots;
-  bool
-      overlap;  // the kernel before on the stream is low_rank_sm90's, which made scaled_h and nothing else that is read
+  bool overlap;  // the kernel before on the stream is low_rank_sm90's, which made scaled_h
   // Column ranges of y, one for each equal block of ranks of an adapter; ranks outside of theirs are known to be zero
-  // in `up` and are left out of the main loop. Empty: none is known.
+  // in `up` and are left out of the loop. Empty: none is known.
   std::vector<int64_t> slices{};
 };
 void fused(const Fused& p, cudaStream_t stream);

@@ -58,6 +58,7 @@ Tensor packed(const Inputs& p, const Tensor& from, int64_t rows, int64_t columns
 struct Factors {
   Tensor A, B;
   OptTensor bias_A;
+  bool few = false;  // of any rank, as the kernels of few rows take them
 };
 
 // The factors themselves where they need no padding.
@@ -70,6 +71,8 @@ Tensor B_of(const Inputs& p) { return padded(p) ? packed(p, p.lora_B, p.out, p.r
 Factors factors_of(const Inputs& p) {
   return {A_of(p), B_of(p), padded(p) && p.bias_A ? OptTensor(packed(p, *p.bias_A, p.r, 1, true, false)) : p.bias_A};
 }
+
+Factors own_factors(const Inputs& p) { return {p.lora_A, p.lora_B, p.bias_A, true}; }
 
 Tensor A_transposed(const Inputs& p) { return packed(p, p.lora_A, p.r, p.in, true, true); }  // [T, in, rank]
 
@@ -107,17 +110,18 @@ Tensor new_ranks(const Inputs& p) { return allocate(p.x, {p.M, rank_columns(p)})
 // Whether so many ranks act on a row that low_rank needs memory for h between its halves.
 bool crowded(const Inputs& p) { return rank_columns(p) > 512; }
 
-LowRank low_rank_of(const Inputs& p) {
+LowRank low_rank_of(const Inputs& p, bool few) {
   LowRank l{};
   l.dtype = dtype_of(p.op, p.dtype);
-  l.rows = rows_of(p, padded_rank(p.r));
+  l.rows = rows_of(p, few ? p.r : padded_rank(p.r));
+  if (few && p.ranks) l.ranks = data<int64_t>(*p.ranks);
   l.scaling = data<float>(p.scaling);
   return l;
 }
 
 // h = act(x A^T + a), into `h` where that is given.
 LowRank down_of(const Inputs& p, const Factors& f, const OptTensor& h) {
-  LowRank l = low_rank_of(p);
+  LowRank l = low_rank_of(p, f.few);
   l.K = p.in;
   l.x = p.in ? pointer(p.x) : pointer(p.scaling);  // no columns: any address, nothing is read
   l.ldx = p.in;
@@ -193,17 +197,11 @@ Tensor new_given(const Inputs& p, const LoraShape& shape, LowRank& l, int64_t be
   return given;
 }
 
-LowRank few_of(const Inputs& p, LowRank l) {
-  l.rows.r = p.r;
-  l.ranks = p.ranks ? data<int64_t>(*p.ranks) : nullptr;
-  return l;
-}
-
-void add_few(const Inputs& p, const LowRank& l) { few_rows(few_of(p, l), Workspace(p.x), stream_of(p.x)); }
+void add_few(const Inputs& p, const LowRank& l) { few_rows(l, Workspace(p.x), stream_of(p.x)); }
 
 // With the frozen layer in one product.
 void add_few_fused(const Inputs& p, const LowRank& l, const OptTensor& bias) {
-  few_rows_sm90(few_of(p, l), pointer(p.weight), pointer(bias), Workspace(p.x), stream_of(p.x));
+  few_rows_sm90(l, pointer(p.weight), pointer(bias), Workspace(p.x), stream_of(p.x));
 }
 
 // Onto the frozen layer's own product, which frozen() makes and tells l.y: the first half runs beside it.
@@ -211,7 +209,6 @@ template <typename Frozen>
 void add_few_beside(const Inputs& p, LowRank& l, const Frozen& frozen) {
   const cudaStream_t stream = stream_of(p.x);
   Workspace workspace(p.x);
-  l = few_of(p, l);
   void* const memory = workspace(few_rows_bytes(l, true));
   Fork fork(stream);
   few_rows_shrink(l, memory, true, fork.stream());
@@ -288,7 +285,7 @@ Tensor fused_forward(const Inputs& p, const LoraPlan& plan, const LoraShape& sha
 
 // All of y of few rows, the first half of the low-rank part beside the frozen layer's product.
 Tensor few_forward(const Inputs& p, const OptTensor& base, const OptTensor& h) {
-  LowRank l = halves_of(p, {p.lora_A, p.lora_B, p.bias_A}, h);
+  LowRank l = halves_of(p, own_factors(p), h);
   OptTensor y;
   add_few_beside(p, l, [&] {
     y = frozen(p, base);
@@ -300,7 +297,7 @@ Tensor few_forward(const Inputs& p, const OptTensor& base, const OptTensor& h) {
 // y = y0 + the low-rank part, or the frozen layer too; `y` has the pointers of both. Keeps h where it is given.
 void add_low_rank(const Inputs& p, const LoraPlan& plan, const LoraShape& shape, const LowRank& y, OptTensor& h,
                   bool keep) {
-  const Factors factors = plan.few() ? Factors{p.lora_A, p.lora_B, p.bias_A} : factors_of(p);
+  const Factors factors = plan.few() ? own_factors(p) : factors_of(p);
   if (plan.algorithm == LoraAlgorithm::expand || plan.algorithm == LoraAlgorithm::all)
     h = make_h(p, plan.ranks, factors);
   if (!h && plan.algorithm == LoraAlgorithm::low_rank && crowded(p)) h = new_ranks(p);
@@ -341,7 +338,7 @@ Tensor h_of(const Inputs& p, const OptTensor& kept) {
   const LoraPlan plan = plan_lora(shape);
   if (plan.algorithm != LoraAlgorithm::few_rows) return make_h(p, plan.ranks, factors_of(p));
   const Tensor h = new_ranks(p);
-  add_few(p, down_of(p, {p.lora_A, p.lora_B, p.bias_A}, h));
+  add_few(p, down_of(p, own_factors(p), h));
   return h;
 }
 
@@ -352,7 +349,7 @@ void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape
   const bool product = plan.ranks == LoraRanks::product, both = wants_g && plan.fused() && plan.by_rows();
   const bool beside = wants_x && runs_beside(p, plan);
   if (wants_x && !beside) dx = p.weight && !plan.whole() ? frozen_dx(p, dy) : allocate(p.x, p.x.sizes());
-  const Factors factors = few ? Factors{p.lora_A, p.lora_B, {}} : factors_of(p);
+  const Factors factors = few ? own_factors(p) : factors_of(p);
   if (product) {
     const int64_t rank = padded_rank(p.r);
     g = torch::stable::matmul(
@@ -366,7 +363,7 @@ void backward_rows(const Inputs& p, const LoraPlan& plan, const LoraShape& shape
   const bool B_as_it_is = few || plan.algorithm == LoraAlgorithm::in_loop || plan.ranks == LoraRanks::rows || product;
   const Tensor down = B_as_it_is ? factors.B : B_transposed(p);
   const Tensor up = product ? scaled_A(p) : low_rank_alone && wants_x ? A_transposed(p) : factors.A;
-  LowRank l = low_rank_of(p);
+  LowRank l = low_rank_of(p, few);
   l.K = p.out;
   l.x = pointer(dy), l.ldx = p.out, l.x_slab = p.family == Family::all ? p.M * p.out : 0;
   l.down = pointer(down), l.down_transposed = B_as_it_is;

@@ -293,17 +293,6 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const __grid_const
     }
 }
 
-// The sum over a block's threads, for thread 0.
-__device__ float block_sum(float x) {
-  __shared__ float warps[kSmall / 32];
-  x = warp_sum(x);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  float sum = 0;
-  for (int w = 0; w < kSmall / 32; ++w) sum += warps[w];
-  return sum;
-}
-
 // sums[item, slab] = the sum over the item's rows of V[slab]; 32 columns per block.
 template <typename scalar>
 __global__ void __launch_bounds__(kSmall)
@@ -356,7 +345,7 @@ __global__ void __launch_bounds__(kSmall)
       sum += to_float(g[at]) * to_float(h[at]);
     }
   }
-  sum = block_sum(sum);
+  sum = block_sum<kSmall>(sum);
   if (threadIdx.x == 0) dots[blockIdx.x] = sum;
 }
 
@@ -408,7 +397,7 @@ __global__ void __launch_bounds__(kSmall) finish_kernel(const __grid_constant__ 
     if (p.bias_B)
       for (int64_t c = threadIdx.x; c < p.out; c += kSmall)
         sum += sum_of_dy(p, small, t, c) * to_float(p.bias_B[t * p.out + c]);
-    sum = block_sum(sum);
+    sum = block_sum<kSmall>(sum);
     if (threadIdx.x == 0) p.dscaling[t] = sum;
     return;
   }
