@@ -700,10 +700,9 @@ void launch(const Maps& maps, const Arguments& p, int blocks, bool overlap, cuda
 
 void fused(const Fused& p, cudaStream_t stream) {
   if (p.rows.M == 0 || p.N == 0) return;
-  PLORA_CHECK(p.slots == 0   ? p.gate == nullptr
-              : p.slots == 1 ? p.rows.r <= kSlot || !p.slices.empty()
-                             : ceil_div(p.N, kColumns) % 2 == 0 && p.slices.empty() && multiprocessors() > 1,
-              "the fused LoRA product: not what it was planned for");
+  const bool one = p.rows.r <= kSlot || !p.slices.empty();
+  const bool two = ceil_div(p.N, kColumns) % 2 == 0 && p.slices.empty() && multiprocessors() > 1;
+  PLORA_CHECK(p.slots == 0 || (p.slots == 1 ? one : two), "the fused LoRA product: not what it was planned for");
   Arguments a{};
   a.M = narrow(p.rows.M), a.N = narrow(p.N), a.K = narrow(p.K);
   a.T = p.rows.r == 0 ? 0 : narrow(p.rows.T), a.r = narrow(p.rows.r), a.R = narrow(p.rows.R());
