@@ -41,7 +41,8 @@ class Captured:
     What a graph holds is what the device did: the function may not wait for the device or copy from the host, and
     nothing of it that is Python (hooks, counters, choices by a value) happens again. Parameters and buffers are read
     where they were at the capture; replace them, and the graph has to be made anew. Where the capture fails, the
-    function runs as it is and `reason` says why.
+    function runs as it is and `reason` says why; it must not add to what it left then, such as gradients that it does
+    not clear before its backward pass: nothing of that was computed.
 
     A training step, with an optimizer that keeps its state on the device:
 
