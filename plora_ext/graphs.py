@@ -151,6 +151,9 @@ class Captured:
         self.seconds, self.bytes = time.perf_counter() - start, torch.cuda.memory_reserved(device) - before
 
 
+_failed: list[torch.cuda.CUDAGraph] = []
+
+
 @contextmanager
 def _capturing(device: torch.device) -> Iterator[torch.cuda.CUDAGraph]:
     """Captures what is launched on `device`, on a stream of it, whatever device is the current one."""
@@ -160,6 +163,10 @@ def _capturing(device: torch.device) -> Iterator[torch.cuda.CUDAGraph]:
         # The outer one gives the caller's stream back where the capture fails, as torch then does not.
         with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             yield graph
+    except RuntimeError:
+        graph.reset()
+        _failed.append(graph)  # torch goes on asking it which memory is for it: no other may lie in its place
+        raise
     finally:
         torch.clear_autocast_cache()  # nothing is in the graph's own before it is replayed
 

@@ -196,6 +196,28 @@ def test_a_failed_capture_leaves_other_graphs_their_numbers() -> None:
 
 @pytest.mark.cuda
 @cuda
+def test_a_failed_capture_does_not_take_the_memory_of_others() -> None:
+    """Graphs whose memory it takes share it: a replay of one would write over what another has given."""
+    x = torch.ones(64, device="cuda")
+
+    def captured(function: Any) -> Captured:
+        made = Captured(function, 1)
+        made(x), made(x)
+        return made
+
+    fails = [captured(lambda t: t + float(t.sum())) for _ in range(8)]
+    assert all(made.reason for made in fails)
+    fails.clear()
+    graphs = [captured(lambda t: (t + 1) * 2) for _ in range(8)]
+    segments = torch.cuda.memory_snapshot()
+    for made in graphs:
+        at = made._outputs.data_ptr()
+        (segment,) = (s for s in segments if s["address"] <= at < s["address"] + s["total_size"])
+        assert tuple(segment["segment_pool_id"]) == tuple(made._graph.pool())
+
+
+@pytest.mark.cuda
+@cuda
 @pytest.mark.parametrize("waits", [False, True])
 def test_autocast_s_casts_are_a_graph_s_own(waits: bool) -> None:
     """What a call before has cast is freed with its block; what a failed capture has cast was never written."""
