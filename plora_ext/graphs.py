@@ -132,6 +132,7 @@ class Captured:
     def _capture(self, tensors: tuple[Tensor, ...]) -> None:
         device = tensors[0].device
         start = time.perf_counter()
+        torch.cuda.synchronize(device)  # a graph that is gone may still read the memory that is given back here
         torch.cuda.empty_cache()  # what the calls before used is not the graph's to use
         before = torch.cuda.memory_reserved(device)
         self._inputs = tuple(t.clone() for t in tensors)

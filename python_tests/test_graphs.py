@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 from unittest import mock
 
@@ -214,6 +217,34 @@ def test_a_failed_capture_does_not_take_the_memory_of_others() -> None:
         at = made._outputs.data_ptr()
         (segment,) = (s for s in segments if s["address"] <= at < s["address"] + s["total_size"])
         assert tuple(segment["segment_pool_id"]) == tuple(made._graph.pool())
+
+
+@pytest.mark.cuda
+@cuda
+def test_a_graph_that_is_gone_keeps_its_memory_until_its_last_replay_has_ended() -> None:
+    """Of segments that can grow torch waits for the capture's stream alone, and not for that of the replay."""
+    script = """if True:
+        import torch
+        from plora_ext.graphs import Captured
+
+        def late(x):
+            t = x + 1
+            torch.cuda._sleep(400_000_000)
+            return t * 2
+
+        x = torch.ones(4 << 20, device="cuda")
+        first, second = Captured(late, 1), Captured(torch.neg, 1)
+        first(x), second(x), first(x)
+        y = first(x)
+        del first
+        second(x)
+        assert second.reason is None and bool((y == 4).all())
+    """
+    segments = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **segments}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.cuda
