@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,7 +41,8 @@ class Captured:
     What a graph holds is what the device did: the function may not wait for the device or copy from the host, and
     nothing of it that is Python (hooks, counters, choices by a value) happens again. Parameters and buffers are read
     where they were at the capture; replace them, and the graph has to be made anew. Where the capture fails, the
-    function runs as it is and `reason` says why.
+    function runs as it is and `reason` says why; it must not add to what it left then, such as gradients that it does
+    not clear before its backward pass: nothing of that was computed.
 
     A training step, with an optimizer that keeps its state on the device:
 
@@ -90,7 +93,7 @@ class Captured:
         like = [(t.shape, t.dtype, t.device) for t in tensors]
         if self._like is None:
             self._like = like
-            if not tensors or tensors[0].device.type != "cuda":
+            if len({t.device for t in tensors}) != 1 or tensors[0].device.type != "cuda":
                 self.reason = "the tensors are not on a CUDA device"
         if self.reason is not None or like != self._like:
             return self.function(*tensors)
@@ -129,21 +132,46 @@ class Captured:
     def _capture(self, tensors: tuple[Tensor, ...]) -> None:
         device = tensors[0].device
         start = time.perf_counter()
+        torch.cuda.synchronize(device)  # a graph that is gone may still read the memory that is given back here
         torch.cuda.empty_cache()  # what the calls before used is not the graph's to use
         before = torch.cuda.memory_reserved(device)
         self._inputs = tuple(t.clone() for t in tensors)
-        generator = torch.cuda.default_generators[device.index]
-        graph, random = torch.cuda.CUDAGraph(), generator.clone_state()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with _capturing(device) as graph:
                 self._outputs = self.function(*self._inputs)
             torch.cuda.synchronize(device)  # torch has reset the graph's random state on another stream than a replay's
         except RuntimeError as error:
             first: BaseException = error  # those after it say that the capture has ended
             while first.__context__ is not None:
                 first = first.__context__
+            with _capturing(device):  # and ended, for which torch's generator may still wait
+                self._inputs[0].zero_()
             self._inputs, self._outputs, self.reason = (), None, str(first).splitlines()[0]
-            generator.graphsafe_set_state(random)  # the one of before still waits for the graph's end
             return
         self._graph = graph
         self.seconds, self.bytes = time.perf_counter() - start, torch.cuda.memory_reserved(device) - before
+
+
+_failed: list[torch.cuda.CUDAGraph] = []
+
+
+@contextmanager
+def _capturing(device: torch.device) -> Iterator[torch.cuda.CUDAGraph]:
+    """Captures what is launched on `device`, on a stream of it, whatever device is the current one."""
+    graph, stream = torch.cuda.CUDAGraph(), _side_stream(device)
+    torch.clear_autocast_cache()  # a graph would go on with casts of weights that are gone by then
+    try:
+        # The outer one gives the caller's stream back where the capture fails, as torch then does not.
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            yield graph
+    except RuntimeError:
+        graph.reset()
+        _failed.append(graph)  # torch goes on asking it which memory is for it: no other may lie in its place
+        raise
+    finally:
+        torch.clear_autocast_cache()  # nothing is in the graph's own before it is replayed
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -361,6 +362,52 @@ def test_threads_take_turns(images: Images) -> None:
         assert learned.result() is one and set(found) & {2, 3}
     for again in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
         assert np.array_equal(again.scores(images.test_images)[1], one.scores(images.test_images)[1])
+
+
+class Pauses(Callback):
+    """Its first epoch ends when it is let go on, or after a second."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def epoch(self, number: int, loss: float) -> None:
+        self.losses.append(loss)
+        if not self.reached.is_set():
+            self.reached.set()
+            self.go_on.wait(1)
+
+
+def test_a_fit_waits_for_that_of_another_thread(images: Images) -> None:
+    pauses, (first, second, _) = Pauses(), tasks(images, True)
+    one = learner(callbacks=[pauses])
+    with ThreadPoolExecutor(2) as pool:
+        learning = pool.submit(one.fit, first)
+        assert pauses.reached.wait(60)
+        waiting = pool.submit(one.fit, second)
+        learning.result(), waiting.result()
+    again = learner()
+    again.fit(first), again.fit(second)
+    assert one.classes == again.classes == [0, 1, 2, 3] and one.task_sizes == [2, 2]
+    assert np.array_equal(one.scores(images.test_images)[1], again.scores(images.test_images)[1])
+
+
+def test_learners_of_several_threads_draw_their_own_numbers(images: Images) -> None:
+    """Where one paused in the other's epochs, both would go on with its generators."""
+    (first, *_), one, other = tasks(images, True), Pauses(), Pauses()
+    learners = learner(callbacks=[one]), learner(callbacks=[other], seed=3)
+    with ThreadPoolExecutor(2) as pool:
+        learning = pool.submit(learners[0].fit, first)
+        assert one.reached.wait(60)
+        beside = pool.submit(learners[1].fit, first)
+        other.reached.wait(0.5)
+        one.go_on.set()
+        learning.result(), other.go_on.set(), beside.result()
+    for pauses, changes in ((one, {}), (other, {"seed": 3})):
+        alone = Pauses()
+        alone.go_on.set()
+        learner(callbacks=[alone], **changes).fit(first)
+        assert pauses.losses == alone.losses
 
 
 def test_a_run_s_learner_goes_on(images: Images, tmp_path: Path) -> None:

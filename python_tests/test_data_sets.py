@@ -663,6 +663,18 @@ def test_files_give_the_pixels_of_arrays(tmp_path: Path) -> None:
         assert torch.equal(epoch(prepared(files, workers=workers))[1], epoch(prepared(arrays))[1])
 
 
+def test_passes_that_take_turns_keep_to_their_own_images(tmp_path: Path) -> None:
+    """Of one data set, whose workers they share; one that is given up leaves them to the next."""
+    files = load_images(str(write_folders(tmp_path))).train_images
+    view, expected = prepared(files, workers=2), whole(prepared(files))
+    for _ in range(2):
+        forth, back = view.split(1), view[torch.arange(len(view)).flip(0)].split(1)
+        for i, (one, other) in enumerate(zip(forth, back)):
+            assert torch.equal(one[0], expected[i]) and torch.equal(other[0], expected[-1 - i])
+        next(view.split(1))
+    assert torch.equal(whole(view), expected) and not view._loader._under_way
+
+
 def test_arrays_are_resized_once_or_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = prepared(pixels(7))
     monkeypatch.setattr(views, "READY_BYTES", 0)

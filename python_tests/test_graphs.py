@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 from unittest import mock
 
@@ -170,6 +173,125 @@ def test_what_waits_for_the_host_runs_as_it_is() -> None:
     assert torch.equal(torch.randn(3, device="cuda"), expected)
     twice = Captured(lambda t: t * 2, 1)
     assert all(torch.equal(twice(x), x * 2) for _ in range(4)) and twice.reason is None
+
+
+@pytest.mark.cuda
+@cuda
+def test_a_failed_capture_gives_the_stream_back() -> None:
+    """On torch's own stream of captures nobody who waits for the caller's would wait for what follows."""
+    stream, x = torch.cuda.current_stream(), torch.ones(4, device="cuda")
+    captured = Captured(lambda t: t + float(t.sum()), 1)
+    assert all(captured(x).tolist() == [5] * 4 for _ in range(3)) and captured.reason
+    assert torch.cuda.current_stream() == stream
+
+
+@pytest.mark.cuda
+@cuda
+def test_a_failed_capture_leaves_other_graphs_their_numbers() -> None:
+    x = torch.ones(64, device="cuda")
+    dropout, fails = Captured(F.dropout, 1), Captured(lambda t: t + float(t.sum()), 1)
+    for captured in (dropout, fails):
+        for _ in range(3):
+            captured(x)
+    assert dropout.reason is None and fails.reason
+    found = []
+    for called in (F.dropout, dropout, F.dropout):
+        torch.manual_seed(1)
+        found.append([called(x).tolist() for _ in range(3)])
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.cuda
+@cuda
+def test_a_failed_capture_does_not_take_the_memory_of_others() -> None:
+    """Graphs whose memory it takes share it: a replay of one would write over what another has given."""
+    x = torch.ones(64, device="cuda")
+
+    def captured(function: Any) -> Captured:
+        made = Captured(function, 1)
+        made(x), made(x)
+        return made
+
+    fails = [captured(lambda t: t + float(t.sum())) for _ in range(8)]
+    assert all(made.reason for made in fails)
+    fails.clear()
+    graphs = [captured(lambda t: (t + 1) * 2) for _ in range(8)]
+    segments = torch.cuda.memory_snapshot()
+    for made in graphs:
+        at = made._outputs.data_ptr()
+        (segment,) = (s for s in segments if s["address"] <= at < s["address"] + s["total_size"])
+        assert tuple(segment["segment_pool_id"]) == tuple(made._graph.pool())
+
+
+@pytest.mark.cuda
+@cuda
+def test_a_graph_that_is_gone_keeps_its_memory_until_its_last_replay_has_ended() -> None:
+    """Of segments that can grow torch waits for the capture's stream alone, and not for that of the replay."""
+    script = """if True:
+        import torch
+        from plora_ext.graphs import Captured
+
+        def late(x):
+            t = x + 1
+            torch.cuda._sleep(400_000_000)
+            return t * 2
+
+        x = torch.ones(4 << 20, device="cuda")
+        first, second = Captured(late, 1), Captured(torch.neg, 1)
+        first(x), second(x), first(x)
+        y = first(x)
+        del first
+        second(x)
+        assert second.reason is None and bool((y == 4).all())
+    """
+    segments = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **segments}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.cuda
+@cuda
+@pytest.mark.parametrize("waits", [False, True])
+def test_autocast_s_casts_are_a_graph_s_own(waits: bool) -> None:
+    """What a call before has cast is freed with its block; what a failed capture has cast was never written."""
+    model, x = nn.Linear(64, 64).cuda(), torch.randn(64, 64, device="cuda")
+
+    def function(x: Tensor) -> Tensor:
+        y = model(x)
+        return y + float(y.sum() > 1e9) if waits else y
+
+    for blocks in ((2, 1, 1), (1, 1, 1)):
+        captured = Captured(function, 1)
+        for calls in blocks:
+            with torch.no_grad():
+                model.weight.add_(1)
+                with torch.autocast("cuda", torch.bfloat16):
+                    found = [captured(x).clone() for _ in range(calls)][-1]
+                with torch.autocast("cuda", torch.bfloat16):
+                    torch.testing.assert_close(found, model(x))
+        assert bool(captured.reason) == waits
+
+
+@pytest.mark.cuda
+@cuda
+def test_a_number_of_the_host_is_a_reason() -> None:
+    """A graph would go on with the one that it was captured with."""
+    captured, x = Captured(lambda t, factor: t * factor, 1), torch.ones(3, device="cuda")
+    assert all(captured(x, torch.tensor(float(i))).tolist() == [i] * 3 for i in range(4)) and captured.reason
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one() -> None:
+    """Captured on a stream of another device, a graph would be empty."""
+    captured = Captured(lambda t: F.dropout(t + 1), 1)
+    assert torch.cuda.current_device() == 0
+    for i in range(1, 5):
+        found = captured(torch.full((64,), float(i), device="cuda:1"))
+        assert set(found.tolist()) == {0.0, 2.0 * (i + 1)}
+    assert captured._graph is not None and torch.cuda.current_device() == 0
 
 
 METHODS = ["plora", "plora-ensemble", "lora-first", "aper", "lora-sequential", "joint"]

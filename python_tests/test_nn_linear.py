@@ -354,6 +354,38 @@ def test_a_captured_graph_follows_the_parameters() -> None:
         close(y, formula(adapters, x, ["t0", "t1"]))
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("change", [lambda m: m.load_state_dict(m.state_dict()), nn.Module.cuda, nn.Module.float])
+def test_a_captured_graph_goes_on_after(change: Callable[[nn.Module], Any]) -> None:
+    adapters, x = make(device="cuda"), torch.randn(4, IN, device="cuda")
+    adapters.set_adapter("t0")
+    with torch.no_grad():
+        adapters.model(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = adapters.model(x)
+        change(adapters.model)
+        _kept = [torch.full((1,), 9.0, device="cuda") for _ in range(64)]  # where a scale was that is given back
+        graph.replay()
+        torch.cuda.synchronize()
+        close(y, formula(adapters, x, ["t0"]))
+
+
+@TARGETS
+def test_constants_stay_where_a_captured_graph_reads_them(targets: tuple[str, ...]) -> None:
+    adapters = make(targets, (4, 2))
+    (layer,) = adapters.layers.values()
+    before = [*layer._scaling.values(), *layer._ranks.values()]
+    state = adapters.model.state_dict()
+    key = next(key for key in state if key.endswith("lora_alpha.t1"))
+    adapters.model.load_state_dict({**state, key: state[key] * 2})
+    adapters.model.float().to("cpu")
+    assert all(a is b for a, b in zip(before, [*layer._scaling.values(), *layer._ranks.values()], strict=True))
+    assert [t.item() for t in before] == [SCALE, 2 * SCALE, 4, 2]
+    assert adapters.model.double() and layer._scaling["t1"].dtype == torch.float64 and before[1].dtype == torch.float32
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_are_independent(how) -> None:
     adapters, x = make(("q", "v"), (4, 2)), torch.randn(4, IN)

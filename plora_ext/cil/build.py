@@ -109,19 +109,15 @@ class Generators:
 
     Outside they are as if there had been no block; likewise torch's switch of deterministic algorithms. Inside,
     whatever the caller has chosen, gradients can be recorded, numbers are float32 and on the CPU where nothing else is
-    said, and there is no autocast but that of the settings. One thread at a time is inside.
+    said, and there is no autocast but that of the settings. One thread at a time is inside, of whatever run: all of
+    this is the process's.
     """
+
+    _lock = threading.RLock()
 
     def __init__(self, settings: Settings, device: torch.device):
         self.settings, self.device = settings, device
         self.state: dict[str, Any] | None = None  # as the last block left it
-        self._lock = threading.RLock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.RLock())
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

@@ -127,11 +127,25 @@ class Learner:
             ValueError: A class of an earlier task, data of another kind, or a backbone of another dtype than float32.
             RuntimeError: An earlier call has ended with an error while it learned.
         """
-        from plora_ext.cil.stream import Task
         from plora_ext.data.inputs import read_labelled
 
-        self._refuse_half()
         images, labels = read_labelled(data, self.settings.corrupt)
+        with self.random():  # another thread that learns is waited for
+            self._refuse_half()
+            task, new = self._task_of(labels)
+            if not self.classes:
+                self.trainer.callbacks.tell("begin", self.settings.method, self.trainer.num_tasks)
+            view = self._view(images)
+            images[0]  # what is no image shows before anything is learned
+            self._cut_short = True
+            self.learn(task, view, new)
+            self._cut_short = False
+        return self
+
+    def _task_of(self, labels: Sequence[Any]) -> tuple[Task, list[Any]]:
+        """The next task, of images with these labels, and the labels of its classes."""
+        from plora_ext.cil.stream import Task
+
         if len({isinstance(label, str) for label in [*self.classes, *labels]}) > 1:
             raise ValueError("labels must be all numbers or all texts, in every task the same, got both")
         new, first = sorted(set(labels)), len(self.classes)
@@ -142,18 +156,9 @@ class Learner:
         if self.settings.method == "joint" and self.classes:
             raise ValueError("method joint learns all classes as one task: fit it once")
         position = {label: first + i for i, label in enumerate(new)}
-        nothing, rows = np.zeros(0, np.int64), np.arange(len(images))
+        nothing, rows = np.zeros(0, np.int64), np.arange(len(labels))
         local = np.array([position[label] for label in labels])
-        task = Task(len(self.task_sizes), range(first, first + len(new)), rows, local, nothing, nothing)
-        if not self.classes:
-            self.trainer.callbacks.tell("begin", self.settings.method, self.trainer.num_tasks)
-        with self.random():
-            view = self._view(images)
-            images[0]  # what is no image shows before anything is learned
-            self._cut_short = True
-            self.learn(task, view, new)
-            self._cut_short = False
-        return self
+        return Task(len(self.task_sizes), range(first, first + len(new)), rows, local, nothing, nothing), new
 
     def learn(self, task: Task, train: View, classes: Sequence[Any]) -> None:
         """Learns a task of a stream, within `self.random()`.
@@ -277,34 +282,37 @@ class Learner:
         from plora_ext.cil.registry import HEADS, METHODS
         from plora_ext.cil.same_run import input_of
 
-        if not self.classes or self._cut_short:
-            raise RuntimeError("this learner has learned no task yet, or one was cut short: call fit first")
-        folder = Path(folder).resolve()  # a link stays one
-        if folder == Path.cwd():
-            raise FileExistsError(f"{folder} is the working directory, which cannot be replaced: choose another folder")
-        s, method = self.settings, self.method
-        _check_registered("method", METHODS.get(s.method), method)
-        if s.method != "plora-ensemble":  # which has a head of its own
-            _check_registered("head", HEADS.get(s.head), method.head)
-        method.head.refuse_loss()
-        tensors: dict[str, torch.Tensor] = {}
-        state = {name: value for name, value in method.state().items() if not name.startswith("adapter:")}
-        config = {
-            "format": FORMAT,
-            "plora_ext": plora_ext.__version__,
-            "settings": {k: v for k, v in s.as_dict().items() if k not in ("out", "plugins", "device", "workers")},
-            "classes": self.classes,
-            "task_sizes": self.task_sizes,
-            "num_tasks": self.trainer.num_tasks,
-            "backbone": {
-                "digest": self.backbone_digest,
-                "given": self.backbone_given,
-                "input": input_of(self.preparation),
-            },
-            "adapters": self._adapters.names if self._adapters else [],
-            "state": pack({**state, "rng": self.random.state}, "", tensors),
-        }
-        self.trainer.world.from_first(lambda: self._write(folder, config, tensors))
+        with self.random():  # another thread that learns is waited for
+            if not self.classes or self._cut_short:
+                raise RuntimeError("this learner has learned no task yet, or one was cut short: call fit first")
+            folder = Path(folder).resolve()  # a link stays one
+            if folder == Path.cwd():
+                raise FileExistsError(
+                    f"{folder} is the working directory, which cannot be replaced: choose another folder"
+                )
+            s, method = self.settings, self.method
+            _check_registered("method", METHODS.get(s.method), method)
+            if s.method != "plora-ensemble":  # which has a head of its own
+                _check_registered("head", HEADS.get(s.head), method.head)
+            method.head.refuse_loss()
+            tensors: dict[str, torch.Tensor] = {}
+            state = {name: value for name, value in method.state().items() if not name.startswith("adapter:")}
+            config = {
+                "format": FORMAT,
+                "plora_ext": plora_ext.__version__,
+                "settings": {k: v for k, v in s.as_dict().items() if k not in ("out", "plugins", "device", "workers")},
+                "classes": self.classes,
+                "task_sizes": self.task_sizes,
+                "num_tasks": self.trainer.num_tasks,
+                "backbone": {
+                    "digest": self.backbone_digest,
+                    "given": self.backbone_given,
+                    "input": input_of(self.preparation),
+                },
+                "adapters": self._adapters.names if self._adapters else [],
+                "state": pack({**state, "rng": self.random.state}, "", tensors),
+            }
+            self.trainer.world.from_first(lambda: self._write(folder, config, tensors))
 
     @property
     def _adapters(self) -> Any:

@@ -52,9 +52,12 @@ class Loader:
         self._plan: list[Any] = []  # slots and items of all pieces to come
         self._loader: DataLoader | None = None
         self._slots = torch.empty(0, 0, dtype=torch.uint8)
+        self._under_way = False  # whether workers make what a pass still reads
 
     def __call__(self, batches: Sequence[list[Item]]) -> Iterator[list[Tensor]]:
         """The images of every batch, there until the next batch is asked for.
+
+        Workers serve one pass: one that begins before it has ended is this process's own work.
 
         Raises:
             ValueError: There is no image where one should be.
@@ -64,12 +67,14 @@ class Loader:
         pieces = [[batch[i : i + PIECE] for i in range(0, len(batch), PIECE)] for batch in batches]
         number = sum(map(len, pieces))
         loaded = None
-        if self.workers and number and not self._items.at_hand([row for batch in batches for row, _ in batch]):
+        free = self.workers and not self._under_way
+        if free and number and not self._items.at_hand([row for batch in batches for row, _ in batch]):
             loaded = self._start(min(self.workers, number), pieces)
         if loaded is None:
             for batch in batches:
                 yield [self._items[item] for item in batch]
             return
+        self._under_way = True
         try:
             for cut in pieces:
                 yield [image for _ in cut for image in self._read(next(loaded))]
@@ -87,6 +92,8 @@ class Loader:
             raise ChildProcessError(
                 f"a data worker died ({said}); it may have run out of memory: lower workers, or set it to 0"
             ) from error
+        finally:
+            self._under_way = False
 
     def _start(self, workers: int, pieces: list[list[list[Item]]]) -> Iterator[Any] | None:
         """What the workers send back, piece by piece; None: none can be started.

@@ -34,7 +34,7 @@ class Adapters:
 
     Threads may share a model for inference: `set_adapter` is for all of them, `batch`, `disabled` and what `frozen`
     gives for the thread (or asyncio task) alone that uses them. Adding, deleting, merging and training is for one at a
-    time.
+    time, and so is a compiled model: it computes by the block that was entered last, whoever calls it.
 
     Args:
         model: a model that `inject` has changed.

@@ -587,17 +587,21 @@ class MultiLoRALinear(nn.Module):
         return self
 
     def _set_constants(self, *names: str) -> None:
-        """Scale and rank of each adapter as one-element tensors beside it, scales in float32 or wider."""
+        """Scale and rank of each adapter as one-element tensors beside it, scales in float32 or wider.
+
+        Those that are there take the new numbers where they lie: a captured CUDA graph goes on reading them.
+        """
         self._last = None
         wide, device, slices = self._wide(), self.device, list((self.slices or {}).values())
         with torch.inference_mode(False):
             if slices:  # where row o of block i of B is in [out * slices, r]
                 rows = [torch.arange(start, stop) * len(slices) + i for i, (start, stop) in enumerate(slices)]
-                self._block_rows = torch.cat(rows).to(device)
+                self._block_rows = _in_place(self.__dict__.get("_block_rows"), torch.cat(rows).to(device))
             for name in names:
                 r = self._r[name]
-                self._scaling[name] = torch.tensor([self._alpha[name] / r], dtype=wide, device=device)
-                self._ranks[name] = torch.tensor([r], device=device)
+                scale = torch.tensor([self._alpha[name] / r], dtype=wide, device=device)
+                self._scaling[name] = _in_place(self._scaling.get(name), scale)
+                self._ranks[name] = _in_place(self._ranks.get(name), torch.tensor([r], device=device))
 
     def _wide(self) -> torch.dtype:
         factor = next((p for table in self._dicts() for p in table.parameters()), None)
@@ -630,6 +634,14 @@ class MultiLoRALinear(nn.Module):
                 "active: set_adapter(None), or unmerge() before state_dict()",
                 stacklevel=2,
             )
+
+
+def _in_place(there: Tensor | None, value: Tensor) -> Tensor:
+    """`value`, in the tensor that is there where it fits."""
+    if there is None or there.dtype != value.dtype or there.device != value.device:
+        return value
+    there.data.copy_(value)
+    return there
 
 
 def _renew_constants(layer: MultiLoRALinear, _: Any) -> None:
