@@ -24,6 +24,7 @@ from plora_ext.nn import inject
 IMAGES, TOKENS = 64, 197  # of a ViT-B/16
 M = IMAGES * TOKENS
 LAYERS = ((768, 768), (768, 2304), (768, 3072), (3072, 768))  # in, out: proj, qkv, fc1, fc2
+WIDE = ((1024, 1024), (1024, 3072), (1024, 4096), (4096, 1024))  # likewise of a ViT-L
 BEST = "best rival"
 SERVED: dict[Layer, tuple[tuple[int, int], ...]] = {  # rows, adapters
     (4096, 4096): ((1, 1), (8, 8), (64, 1), (64, 64), (256, 1), (256, 32), (512, 64)),
@@ -203,6 +204,8 @@ def cases(rows: Sequence[int], quick: bool, compiled: bool, bandwidth: float) ->
             own = torch.arange(n, device=DEVICE)
             found += [one(13, layer, 16, n * TOKENS), training(13, lora_forms.TRAINED, layer, n * TOKENS)]
             found.append(indexed(13, "an adapter an image", layer, 16, n, own, n * TOKENS))
+    for layer in WIDE[:1] if quick else WIDE:
+        found += [one(14, layer, 16), training(14, lora_forms.TRAINED, layer)]
     yield from sorted((case for case in found if case.row in rows), key=lambda case: case.row)
     if 9 in rows:
         yield vit(1, True, compiled, limits={BASE: 1.15}, gains={"PEFT eager": 1.25, "PEFT, torch.compile": 1.0})

@@ -120,12 +120,12 @@ constexpr int64_t kFactorRow = 16;
 constexpr int64_t kTwoKernels = int64_t{6} << 20;
 // As measured on an H200: operations per second and multiprocessor, bytes per second, and of one multiprocessor,
 // seconds. A pass over x whose blocks find multiprocessors beside those of the product costs its launch alone. Of a
-// slot in the main loop: its share of the product, and seconds per wave, either direction, where a pair's is a product
-// of its own; of a given slot: seconds per wave.
+// slot in the main loop: its share of the product, and seconds per wave, either direction; apart, where g is a product
+// of its own, as with pairs and where all tiles are thirds; of a given slot: seconds per wave.
 constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kBlockBytes = 0.1e12, kLaunch = 2.5e-6, kBeside = 1e-6;
 constexpr double kThirds = 0.45;  // of a wave, one in thirds
 constexpr double kInLoopShare = 0.1, kInLoopWave = 0.9e-6, kGivenWave = 0.2e-6;
-constexpr double kInLoopShareBackward = 0.17, kInLoopSharePairs = 0.19, kInLoopWaveBackward = 0.5e-6;
+constexpr double kInLoopShareBackward = 0.17, kInLoopShareApart = 0.19, kInLoopWaveBackward = 0.5e-6;
 
 // How many adapters a tile's rows meet at most.
 inline int64_t adapters_of_tile(const LoraShape& s) {
@@ -363,7 +363,7 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   // A slot for each tile's loop, or two for those of a pair, which have no thirds.
   const bool one = most <= 1 && slots_of_tile(s, each, column_tiles) <= 1;
   const bool two = most * each <= 2 && column_tiles % 2 == 0 && at_once > 1;
-  const double share = !s.backward ? kInLoopShare : one ? kInLoopShareBackward : kInLoopSharePairs;
+  const double share = !s.backward ? kInLoopShare : one && tiles.whole > 0 ? kInLoopShareBackward : kInLoopShareApart;
   const double in_loop = wave * share + (s.backward ? kInLoopWaveBackward : kInLoopWave);
   const double loop = one ? waves * in_loop : (paired.waves - waves) * wave + paired.waves * in_loop;
   const bool fits = (one || two) && loop < pass + given * most * each;

@@ -217,6 +217,12 @@ int main() {
          "with a strip, thirds may take two rounds");
   expect(tiles(12608, 1024, true).count() == 594 && tiles(12608, 1024, true).waves == 5, "pairs make whole ones");
 
+  const auto transposed = [&](int64_t M) {
+    return slots(Family::sum, 1, 16, [=](LoraShape& s) { s.M = M, s.in = s.out = 1024, s.backward = true; });
+  };
+  expect(transposed(12608) == 1 && transposed(197) == 0,
+         "g joins dx's own product in whole tiles, not in thirds alone");
+
   const auto qv = [](LoraShape& s) { s.M = 2048, s.out = 2304, s.slices = {0, 768, 1536, 2304}; };
   expect(slots(Family::sum, 1, 32, qv) == 1, "slices leave one slot to a tile");
   const auto odd = [](LoraShape& s) { s.M = 2048, s.out = 2304, s.slices = {0, 800, 800, 1600}; };
