@@ -257,10 +257,15 @@ def test_idx_files_cut_short(tmp_path: Path) -> None:
     labels.write_bytes(b"PK\3\4")
     with pytest.raises(ValueError, match="is no IDX file of unsigned bytes, it begins 50 4b"):
         load_images(str(tmp_path))
-    labels.unlink()
-    labels.with_suffix(".gz").write_bytes(gzip.compress(b"much")[:-4])
-    with pytest.raises(ValueError, match="cut short or no gzip file"):
+    labels.write_bytes(b"\0\0\x08\3\0\0")
+    with pytest.raises(ValueError, match="train-labels-idx1-ubyte is cut short: it ends within its header"):
         load_images(str(tmp_path))
+    labels.unlink()
+    whole = gzip.compress(b"much" * 9)
+    for damaged in (whole[:-4], whole[:10] + b"\xff" * 8 + whole[18:]):
+        labels.with_suffix(".gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="cut short or no gzip file"):
+            load_images(str(tmp_path))
 
 
 def write_npz(path: Path, **changes: object) -> Path:

@@ -447,10 +447,6 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
                     return int(float(value))
         elif isinstance(value, member) and not (member is int and isinstance(value, bool)):
             return value
-    return _fail(name, kind, value)
-
-
-def _fail(name: str, kind: Any, value: Any) -> Any:
     words = [getattr(m, "__name__", str(m)) if get_origin(m) is None else str(m) for m in _members(kind)]
     wanted = " or ".join({"NoneType": "null", "bool": "true or false"}.get(word, word) for word in words)
     raise ValueError(f"{name} must be {wanted}, got {value!r}")

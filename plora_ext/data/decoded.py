@@ -28,9 +28,6 @@ class Decoded:
         self._pixels = np.frombuffer(mmap.mmap(-1, max(limit, 1)), np.uint8)
         self._lock = multiprocessing.get_context("fork").Lock()
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     def __getitem__(self, index: int) -> np.ndarray:
         """Raises what `ImageFiles` does."""
         end, height, width = self._places[index].tolist()

@@ -108,7 +108,7 @@ class Loader:
                 batch_size=None,
                 sampler=self._plan,
                 num_workers=workers,
-                collate_fn=_as_it_is,
+                collate_fn=lambda piece: piece,
                 generator=torch.Generator(),  # its own: the global one stays where it is
                 persistent_workers=True,
                 multiprocessing_context="fork",
@@ -149,10 +149,6 @@ class _Pieces(Dataset):
         for place, image in zip(self.slots[slot, : sum(sizes)].split(sizes), images):
             place.copy_(image.view(-1).view(torch.uint8))
         return slot, images[0].dtype, [tuple(image.shape) for image in images]
-
-
-def _as_it_is(piece: Any) -> Any:
-    return piece
 
 
 def stacked(images: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -173,7 +173,8 @@ class View:
         if self._ready is not None:
             yield from (self._ready[rows] for rows in _split_on(self._ready.device, batches))
         elif p.on_device:
-            groups = _groups(batches, 1 if self._stored is None else TOGETHER)
+            each = max(1, (1 if self._stored is None else TOGETHER) // max(len(batches[0]), 1)) if batches else 1
+            groups = [slice(i, i + each) for i in range(0, len(batches), each)]
             joined = self._pixels([torch.cat(tuple(batches[group])) for group in groups])
             for (images, sizes), group in zip(joined, groups):
                 own = [part for part in numbers[group] if part is not None]
@@ -209,12 +210,6 @@ class View:
         if pilot:
             return resample(images, center(sizes, int(256 / 224 * size), size), size, "bicubic")
         return resample(images, whole(sizes, size), size)
-
-
-def _groups(batches: Sequence[Tensor], images: int) -> list[slice]:
-    """Of consecutive batches, as many as make about so many images."""
-    each = max(1, images // max(len(batches[0]), 1)) if batches else 1
-    return [slice(i, i + each) for i in range(0, len(batches), each)]
 
 
 def _own(batches: Sequence[Tensor], own: Own) -> list[Tensor]:
