@@ -600,6 +600,8 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
     for mean in ([127.0] * 3, [0.5]):  # those of pixels up to 255 cost half of the accuracy
         with pytest.raises(ValueError, match=rf"mean must be three numbers, .*, got \{mean}"):
             Learner(backbone=backbone()._replace(mean=mean), **QUICK)
+    with pytest.raises(ValueError, match=r"image_size must be the pixels of a side, .*, got \(16, 16\)"):
+        Learner(backbone=backbone()._replace(image_size=(16, 16)), **QUICK)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown setting 'metod'; did you mean 'method'"):
         Learner(metod="plora")
     joint = learner(method="joint").fit((pixels, labels))

@@ -232,6 +232,7 @@ def test_words_of_the_command_line(name: str, text: str, value: object, monkeypa
         ({"out": ""}, "out must be the name of a folder, got ''"),
         ({"tasks": [[0], [1]], "class_order": [1, 0]}, "leave class_order out"),
         ({3: 4}, "names of settings must be words, got 3: 4"),
+        ({"plugins": ["./mine.py"]}, "plugins names './mine.py', which is no module here"),
         ({"seed": parse("seed", "1:30")}, "seed must be int, got '1:30'"),  # YAML 1.1: 90
     ],
 )

@@ -507,6 +507,27 @@ def test_test_images_that_are_training_images_are_counted(tmp_path: Path) -> Non
         checked(Images(pixels(4), np.arange(4), both, np.arange(5), ["a"]))
 
 
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images were left out without a word."""
+    write_folders(tmp_path)
+    closed, scan = tmp_path / "train" / "ant" / "more", os.scandir
+    closed.mkdir()
+
+    def scandir(path: str) -> object:
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(closed))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="Permission denied: '.*ant/more'"):
+        load_images(str(tmp_path))
+
+
+def test_a_preparation_by_no_known_transform_is_refused() -> None:
+    with pytest.raises(ValueError, match="transform must be resize or pilot, got 'crop'"):
+        Preparation(8, [0.5] * 3, [0.5] * 3, transform="crop")
+
+
 def test_hidden_files_and_links(tmp_path: Path) -> None:
     write_folders(tmp_path)
     (tmp_path / "train" / "ant" / "._0.png").write_bytes(b"what a Mac leaves")

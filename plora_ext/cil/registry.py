@@ -82,10 +82,13 @@ def import_plugins(modules: Sequence[str]) -> None:
     for module in modules:
         if module not in sys.modules:
             search_in(os.getcwd())
+        package = module.partition(".")[0]
         try:
+            if not package:  # "./mine.py"
+                raise ModuleNotFoundError(name=module)
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if error.name != module.partition(".")[0] and error.name != module:
+            if error.name not in (package, module):
                 raise
             raise ValueError(f"plugins names {module!r}, which is no module here or on the Python path") from error
 

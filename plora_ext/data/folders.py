@@ -75,9 +75,14 @@ def images_below(folder: Path) -> list[Path]:
 
     Raises:
         ValueError: A link leads to a folder above itself, so that images elsewhere would count as of this folder.
+        OSError: A folder cannot be read.
     """
     found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise error  # a folder that cannot be read: its images would be left out without a word
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         for part in (Path(place), *(Path(place) / name for name in folders)):
             if part.is_symlink() and part.parent.resolve().is_relative_to(part.resolve()):
                 raise ValueError(

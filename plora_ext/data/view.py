@@ -70,6 +70,10 @@ class Preparation:
     cache: float = 0.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.image_size, int | np.integer) or self.image_size < 1:
+            raise ValueError(f"image_size must be the pixels of a side, a whole number above 0, got {self.image_size}")
+        if self.transform not in ("resize", "pilot"):
+            raise ValueError(f"transform must be resize or pilot, got {self.transform!r}")
         for name, least in (("mean", 0.0), ("std", 1e-12)):
             if len(values := list(getattr(self, name))) != 3 or not all(least <= value <= 1 for value in values):
                 raise ValueError(
