@@ -91,10 +91,8 @@ def make_cache(settings: Settings, trainer: Trainer) -> FeatureCache | None:
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seeds the global generators of Python, numpy and torch.
 
-    Args:
-        seed: Of all of them.
-        deterministic: From here on, in the whole process, torch takes algorithms that repeat, also on a GPU, and raises
-            a RuntimeError that names an operation which has none.
+    With `deterministic`, from here on in the whole process, torch takes algorithms that repeat, also on a GPU, and
+    raises a RuntimeError that names an operation which has none.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)

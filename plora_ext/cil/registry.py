@@ -51,7 +51,6 @@ def register_alignment(
     """Decorates a function of a `plora_ext.cil.alignment.Drift` that gives the old prototypes [C, D] in the new space.
 
     Args:
-        name: What `alignment: name` then means.
         linear: It reads `gram` and `cross`; covariances and the sums of head ranpac follow their linear drift map.
         images: It reads `moved` and `weight`.
         rows: It asks for `local_maps`, and moves each class's own `covariances`, if there are any, by its map.
@@ -60,11 +59,7 @@ def register_alignment(
 
 
 def register_backbone(name: str) -> Callable[[T], T]:
-    """Decorates a function (pretrained, weights, image_size) that returns a `plora_ext.data.Backbone`.
-
-    Args:
-        name: What `backbone: name` then means.
-    """
+    """Decorates a function (pretrained, weights, image_size) that returns a `plora_ext.data.Backbone`."""
     return lambda made: _add("backbone", name, made, made)
 
 

@@ -52,15 +52,7 @@ def wants_float32(model: nn.Module) -> Iterator[None]:
 
 
 class Trainer:
-    """Fits adapters of one model to one task at a time and extracts features with it.
-
-    Args:
-        model: Maps images [B, 3, H, W] to features [B, D]; on `device`.
-        settings: The run's settings.
-        device: Where the model and the images are.
-        callbacks: Told of every step.
-        world: The processes that share the work.
-    """
+    """Fits adapters of one model, images [B, 3, H, W] to features [B, D] on `device`, to one task at a time."""
 
     def __init__(
         self,
@@ -227,11 +219,7 @@ class Trainer:
         raise FloatingPointError(f"{what}; the cause may be {causes}")
 
     def features(self, images: View, model: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Features float32 [n, D] of n images, by the test transform.
-
-        Args:
-            model: what to call instead of the model itself, an ensemble of it for [n, T, D].
-        """
+        """Features float32 [n, D] of n images, by the test transform; of an ensemble called as `model`, [n, T, D]."""
         return torch.cat(list(self.read(images, model)))
 
     @torch.no_grad()

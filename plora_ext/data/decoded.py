@@ -15,10 +15,6 @@ class Decoded:
 
     Made before data workers are forked, it is theirs and this process's in common: what one has decoded, all find.
     Images beyond `limit` bytes are decoded every time. Memory is taken as images come.
-
-    Args:
-        files: The files.
-        limit: Bytes of pixels to keep at most.
     """
 
     def __init__(self, files: ImageFiles, limit: int):

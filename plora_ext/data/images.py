@@ -19,11 +19,7 @@ ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 class ImageFiles:
-    """Image files as a sequence of uint8 arrays [H, W, 3], each decoded when it is asked for.
-
-    Args:
-        paths: The files.
-    """
+    """Image files as a sequence of uint8 arrays [H, W, 3], each decoded when it is asked for."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths

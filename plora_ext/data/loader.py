@@ -39,12 +39,9 @@ class Items(Protocol):
 
 
 class Loader:
-    """Batches of images, from workers that live on between passes: starting them takes longer than a small epoch.
+    """Batches of images of about `image_bytes` each, which `workers` processes make of `items`; 0: this one does.
 
-    Args:
-        items: What makes an image.
-        workers: Processes that do so; 0: this one does.
-        image_bytes: Of an image, about.
+    Workers live on between passes: starting them takes longer than a small epoch.
     """
 
     def __init__(self, items: Items, workers: int, image_bytes: int):

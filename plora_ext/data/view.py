@@ -82,12 +82,7 @@ class Preparation:
 
 
 class View:
-    """A selection of images, and how they become normalised float32 batches [B, 3, S, S].
-
-    Args:
-        images: uint8 [N, H, W, 3], or files.
-        preparation: What becomes of them.
-    """
+    """A selection of images, uint8 [N, H, W, 3] or files, and how they become batches: float32 [B, 3, S, S]."""
 
     def __init__(self, images: np.ndarray | ImageFiles, preparation: Preparation):
         p = preparation
