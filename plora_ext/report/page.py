@@ -235,10 +235,10 @@ def _cost(protocol: Protocol, name: str) -> Section:
     phases = figures.phases(groups)
     seconds = [[g.label, *(_seconds(g, p) for p in phases)] for g in groups]
     section.tables.append(Table("Seconds and share of the run, mean over seeds", ("Method", *phases), seconds))
-    phases = [p for p in phases if p != "other"]
-    peaks = [[g.label, *(_peak(g, p) for p in phases)] for g in groups]
-    what = "Peak memory in MiB: what was allocated on a GPU, the process's resident set on a CPU; largest over seeds"
-    section.tables.append(Table(what, ("Method", *phases), peaks))
+    if phases := [p for p in phases if p != "other"]:
+        peaks = [[g.label, *(_peak(g, p) for p in phases)] for g in groups]
+        what = "Peak memory in MiB: what was allocated on a GPU, the process's resident set on a CPU; largest over seeds"
+        section.tables.append(Table(what, ("Method", *phases), peaks))
     return section
 
 
