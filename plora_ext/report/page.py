@@ -237,7 +237,9 @@ def _cost(protocol: Protocol, name: str) -> Section:
     section.tables.append(Table("Seconds and share of the run, mean over seeds", ("Method", *phases), seconds))
     if phases := [p for p in phases if p != "other"]:
         peaks = [[g.label, *(_peak(g, p) for p in phases)] for g in groups]
-        what = "Peak memory in MiB: what was allocated on a GPU, the process's resident set on a CPU; largest over seeds"
+        what = (
+            "Peak memory in MiB: what was allocated on a GPU, the process's resident set on a CPU; largest over seeds"
+        )
         section.tables.append(Table(what, ("Method", *phases), peaks))
     return section
 
