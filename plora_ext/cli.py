@@ -180,8 +180,6 @@ def predict(args: argparse.Namespace) -> None:
         raise ValueError(f"out must end in .csv or .json, got {args.out!r}")
     if Path(args.out).exists() and not args.overwrite:
         raise ValueError(f"{args.out} is there already: choose another file by --out, or --overwrite it")
-    if args.top < 1:
-        raise ValueError(f"top must be at least 1, got {args.top}")
     paths = image_paths(args.images)
     run = trained.Trained(args.run, args.world, **given(args, ("device", "workers", "weights", "corrupt")))
     if run.settings.corrupt == "skip":

@@ -188,6 +188,8 @@ def _column(data: Any, fits: Callable[[Any], bool], what: str) -> str:
     """The only column of a Hugging Face data set whose values fit."""
     if isinstance(data.column_names, dict):
         raise ValueError(f"the data set has splits, {', '.join(data.column_names)}: give one of them")
+    if not hasattr(data, "__len__"):
+        raise ValueError(f"the data set must be loaded whole, without streaming, got {type(data).__name__}")
     row = data[0] if len(data) else {}
     names = [name for name in data.column_names if name in row and fits(row[name])]
     usual = [name for name in names if name in ("image", "img", "label", "labels", "fine_label")]
