@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from .decode import to_8_bits, to_rgb, warn_if_dark
-from .folders import class_files, decodable, images_below, readable, readable_kinds
+from .folders import class_files, class_names, decodable, images_below, readable, readable_kinds
 from .images import ImageFiles
 
 _WANTED = (
@@ -145,7 +145,7 @@ def _class_folders(root: Path, corrupt: str) -> tuple[ImageFiles, list[str]]:
     """Labels are the names of the folders."""
     if not root.is_dir():
         raise FileNotFoundError(f"data {str(root)!r} is no folder, looked for at {root.absolute()}")
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = class_names(root)
     if not names:
         raise FileNotFoundError(f"{root} must hold a folder of images for each class, it holds none")
     if set(names) <= {"train", "test", "val", "valid", "validation"}:
