@@ -21,6 +21,7 @@ from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task, TaskStream
 from plora_ext.cil.training import Trainer
 from plora_ext.data import Backbone, Images, Preparation, create_backbone, hold_out, load_images
+from plora_ext.data.images import first_line
 from plora_ext.data.view import SHARE
 
 
@@ -76,7 +77,7 @@ def pick_device(device: str) -> torch.device:
             raise RuntimeError(f"it must be auto, cpu or cuda, not {kind}")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0][:200]}") from error
+        raise ValueError(f"device {device!r} cannot be used: {first_line(error)[:200]}") from error
     return torch.device(device)
 
 

@@ -181,6 +181,11 @@ def doubles(images: Images) -> int:
     return sum(digest in seen for digest in test)
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says, for a message; its kind where it says nothing, as those of sockets may."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def some(names: Sequence[Any]) -> str:
     """The first five of `names`, and how many there are beside them, for a message."""
     return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
