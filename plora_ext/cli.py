@@ -180,8 +180,6 @@ def predict(args: argparse.Namespace) -> None:
         raise ValueError(f"out must end in .csv or .json, got {args.out!r}")
     if Path(args.out).exists() and not args.overwrite:
         raise ValueError(f"{args.out} is there already: choose another file by --out, or --overwrite it")
-    if args.top < 1:
-        raise ValueError(f"top must be at least 1, got {args.top}")
     paths = image_paths(args.images)
     run = trained.Trained(args.run, args.world, **given(args, ("device", "workers", "weights", "corrupt")))
     if run.settings.corrupt == "skip":
@@ -312,11 +310,7 @@ def _run(
 
 
 def _refuse_others(folder: Path, wanted: str) -> None:
-    """What another command wrote would be replaced without a word; of one run by another, the checkpoint decides.
-
-    Args:
-        wanted: "a run" (of train), "a demo" or "a report".
-    """
+    """What another command wrote would be replaced without a word; of one run by another, the checkpoint decides."""
     run, metrics, page = ((folder / name).exists() for name in ("checkpoint", "metrics.json", "report.html"))
     held = "a run" if run else "a report" if page else "a demo" if metrics else wanted
     if held != wanted:
@@ -324,22 +318,20 @@ def _refuse_others(folder: Path, wanted: str) -> None:
         raise ValueError(f"{folder} holds {held}, whose results {wanted} would replace: choose another folder{or_so}")
 
 
-def _odd(settings: Settings, data: Any, stream: Any) -> list[str]:
+def _odd(settings: Settings, data: Any, stream: Any) -> Iterator[str]:
     """What is allowed and yet hardly meant."""
     from plora_ext.cil.build import pick_device
     from plora_ext.data.images import doubles
 
-    lines = []
     if number := doubles(data):
         kind = "held-out" if data.held_out else "test"
-        lines.append(f"{number} of {len(data.test_images)} {kind} images are training images as well, byte for byte")
+        yield f"{number} of {len(data.test_images)} {kind} images are training images as well, byte for byte"
     if settings.amp == "float16" and pick_device(settings.device).type == "cpu":
-        lines.append("amp float16 makes a CPU slower, not faster: it is for GPUs; bfloat16 or none")
+        yield "amp float16 makes a CPU slower, not faster: it is for GPUs; bfloat16 or none"
     if settings.init_cls > stream.num_classes:
-        lines.append(f"init_cls is {settings.init_cls}, but there are only {stream.num_classes} classes")
+        yield f"init_cls is {settings.init_cls}, but there are only {stream.num_classes} classes"
     if len(stream) == 1 and settings.method != "joint":
-        lines.append(f"all {stream.num_classes} classes fit into one task: nothing is incremental; lower increment")
-    return lines
+        yield f"all {stream.num_classes} classes fit into one task: nothing is incremental; lower increment"
 
 
 COMMANDS = {

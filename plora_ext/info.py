@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,56 +15,43 @@ import torch
 import plora_ext
 from plora_ext import libraries, variables
 
+Facts = Iterator[tuple[str, str]]
+
 
 def report() -> str:
     """The versions, libraries, CPU and GPUs of this installation, one fact a line: paste it into a bug report."""
-    sections = [_versions(), _libraries(), _cpu(), _gpu(), _variables()]
-    return "\n".join(f"{name:<15} {text}" for section in sections for name, text in section)
+    return "\n".join(f"{name:<15} {text}" for name, text in (*_installed(), *_cpu(), *_gpu(), *_variables()))
 
 
-def _versions() -> list[tuple[str, str]]:
-    lines = [
-        ("plora_ext", plora_ext.__version__),
-        ("python", f"{platform.python_version()} on {platform.platform()}"),
-        ("torch", torch.__version__),
-        ("torch's CUDA", torch.version.cuda or "none"),
-    ]
+def _installed() -> Facts:
+    yield "plora_ext", plora_ext.__version__
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    yield "torch", torch.__version__
+    yield "torch's CUDA", torch.version.cuda or "none"
     for name in ("timm", "numpy", "safetensors", "peft"):
         try:
-            lines.append((name, importlib.metadata.version(name)))
+            yield name, importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            lines.append((name, "not installed"))
-    return lines
-
-
-def _libraries() -> list[tuple[str, str]]:
-    lines = [("backend", libraries.backend())]
+            yield name, "not installed"
+    yield "backend", libraries.backend()
     for name in ("cpu", "cuda"):
-        text = libraries.loaded.get(name) or f"not loaded: {libraries.missing[name]}"
-        lines.append((f"{name} library", text))
+        yield f"{name} library", libraries.loaded.get(name) or f"not loaded: {libraries.missing[name]}"
     info = libraries.build_info()
-    if info is None:
-        return [*lines, ("built", "no compiled module for this Python")]
-    lines += [
-        ("built", info["decision"]),
-        ("compiler", f"{info['compiler']}, {info['build_type']}: {info['cxx_flags']}"),
-    ]
-    return lines
+    yield "built", info["decision"] if info else "no compiled module for this Python"
+    if info:
+        yield "compiler", f"{info['compiler']}, {info['build_type']}: {info['cxx_flags']}"
 
 
-def _cpu() -> list[tuple[str, str]]:
+def _cpu() -> Facts:
     try:
         import plora_ext._C as _C
     except ImportError:
-        return []
-    features = [name for name, present in _C.cpu_features().items() if present]
-    isa, wish, threads = _C.cpu_isa(), os.environ.get("PLORA_CPU_ISA"), f"{torch.get_num_threads()} threads"
+        return
+    isa, wish = _C.cpu_isa(), os.environ.get("PLORA_CPU_ISA")
     missing = f" (PLORA_CPU_ISA={wish} is more than this CPU or build has)" if wish and wish != isa else ""
-    return [
-        ("cpu features", " ".join(features) or "baseline"),
-        ("cpu kernels", f"{isa}{missing}, {threads}"),
-        ("frozen layers", f"in float32 on the CPU: {_base_maker(_C.cpu_makes_base)}"),
-    ]
+    yield "cpu features", " ".join(name for name, present in _C.cpu_features().items() if present) or "baseline"
+    yield "cpu kernels", f"{isa}{missing}, {torch.get_num_threads()} threads"
+    yield "frozen layers", f"in float32 on the CPU: {_base_maker(_C.cpu_makes_base)}"
 
 
 def _base_maker(own: Callable[[int, int, int], bool]) -> str:
@@ -75,25 +62,25 @@ def _base_maker(own: Callable[[int, int, int], bool]) -> str:
     return f"plora_ext's product from {rows} rows on (768 x 768), else torch's" if rows else "torch's product"
 
 
-def _gpu() -> list[tuple[str, str]]:
+def _gpu() -> Facts:
     info = libraries.build_info()
-    lines = [("gpu kernels", " ".join(info["cuda_archs"]) or "none" if info else "unknown")]
+    yield "gpu kernels", (" ".join(info["cuda_archs"]) or "none") if info else "unknown"
     if info and info["cuda_archs"]:
         hopper = "sm_90a" in info["cuda_archs"]
-        lines.append(("hopper kernels", "yes" if hopper else "no: not built for 9.0a (TORCH_CUDA_ARCH_LIST)"))
+        yield "hopper kernels", "yes" if hopper else "no: not built for 9.0a (TORCH_CUDA_ARCH_LIST)"
     if not torch.cuda.is_available():
-        return [*lines, ("gpus", "none seen by torch")]
+        yield "gpus", "none seen by torch"
+        return
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         size = f"{device.total_memory / 2**30:.0f} GiB"
-        lines.append((f"gpu {index}", f"{device.name}, compute capability {device.major}.{device.minor}, {size}"))
-    return lines
+        yield f"gpu {index}", f"{device.name}, compute capability {device.major}.{device.minor}, {size}"
 
 
-def _variables() -> list[tuple[str, str]]:
+def _variables() -> Facts:
     """The environment variables that change how this process computes, as far as they are set."""
-    waiting = {name: os.environ[name] for name in variables.WAITING if name in os.environ}
-    return [*variables.in_force.items(), *waiting.items()]
+    yield from variables.in_force.items()
+    yield from ((name, os.environ[name]) for name in variables.WAITING if name in os.environ)
 
 
 def environment(device: torch.device) -> dict[str, str]:

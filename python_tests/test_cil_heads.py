@@ -95,6 +95,14 @@ def test_ranpac_over_tasks_is_ridge_regression_on_all_of_them() -> None:
     torch.testing.assert_close(head(x, prototypes).double(), hidden @ expected, atol=2e-3, rtol=2e-3)
 
 
+def test_ranpac_does_not_seek_a_ridge_for_sums_that_are_not_finite() -> None:
+    """It sought one for ever."""
+    head, x, y, _, prototypes = taught("ranpac")
+    head.gram[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="the sums over features are not finite"):
+        head.learn(prototypes, None, x[y == 4], torch.zeros(int((y == 4).sum()), dtype=torch.int64))
+
+
 def test_the_ridge_with_the_least_error_on_held_out_rows() -> None:
     hidden, targets = torch.relu(torch.randn(60, 30)), F.one_hot(torch.arange(60) % 3).float()
     order = torch.randperm(60, generator=torch.Generator().manual_seed(4))

@@ -602,6 +602,7 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
         ([(pixels[0], 0), (pixels[20], 1)], r"labels must be numbers or texts, got array\("),
         ([{"image": pixels[0], "label": 0}] * 3, r"a torch Dataset of \(image, label\), .* got list of dict"),
         (SimpleNamespace(column_names={"train": [], "test": []}), "has splits, train, test: give one of them"),
+        (SimpleNamespace(column_names=["image"]), "must be loaded whole, without streaming, got SimpleNamespace"),
     ]:
         with pytest.raises(ValueError, match=message):
             one.fit(data)
@@ -644,9 +645,13 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
         Learner(backbone=spoilt, **QUICK, method="simplecil").fit((pixels, labels))
     with pytest.raises(ValueError, match="image_size must be 16, the given backbone's, got 32"):
         learner(image_size=32)  # images had 16 pixels all the same
+    with pytest.raises(ValueError, match="top must be at least 1, got 0"):
+        one.best(pixels, 0)
     for mean in ([127.0] * 3, [0.5]):  # those of pixels up to 255 cost half of the accuracy
         with pytest.raises(ValueError, match=rf"mean must be three numbers, .*, got \{mean}"):
             Learner(backbone=backbone()._replace(mean=mean), **QUICK)
+    with pytest.raises(ValueError, match=r"image_size must be the pixels of a side, .*, got \(16, 16\)"):
+        Learner(backbone=backbone()._replace(image_size=(16, 16)), **QUICK)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown setting 'metod'; did you mean 'method'"):
         Learner(metod="plora")
     joint = learner(method="joint").fit((pixels, labels))

@@ -58,6 +58,24 @@ def test_numbers_of_a_file_are_decimal(tmp_path: Path) -> None:
         Settings.load(tmp_path / "a.yaml")
 
 
+def test_a_day_is_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    for day in ("2024-05-17", "2024-13-45"):
+        file.write_text(f"out: {day}\n")
+        assert Settings.load(file).out == day
+    with pytest.raises(ValueError, match="seed must be int, got '2024-13-45'"):
+        Settings.load(None, {"seed": parse("seed", "2024-13-45")})
+
+
+def test_the_word_off_of_a_file(tmp_path: Path) -> None:
+    """YAML reads it as false, which was refused."""
+    (tmp_path / "a.yaml").write_text("graphs: off\naugment: off\n")
+    settings = Settings.load(tmp_path / "a.yaml")
+    assert settings.graphs == "off" and settings.augment is False
+    with pytest.raises(ValueError, match="unknown head False"):
+        Settings(head=False)  # type: ignore[arg-type]
+
+
 def test_files_over_one_another(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("epochs: 7\nlr: 0.1\n")
     (tmp_path / "b.yaml").write_text("epochs: 3\nhead: gaussian\n")
@@ -232,6 +250,7 @@ def test_words_of_the_command_line(name: str, text: str, value: object, monkeypa
         ({"out": ""}, "out must be the name of a folder, got ''"),
         ({"tasks": [[0], [1]], "class_order": [1, 0]}, "leave class_order out"),
         ({3: 4}, "names of settings must be words, got 3: 4"),
+        ({"plugins": ["./mine.py"]}, "plugins names './mine.py', which is no module here"),
         ({"seed": parse("seed", "1:30")}, "seed must be int, got '1:30'"),  # YAML 1.1: 90
     ],
 )
@@ -252,6 +271,7 @@ def test_what_is_refused(values: dict, message: str) -> None:
         (b"head: cosin", ": unknown head 'cosin'; did you mean 'cosine'?"),
         (b"epoch: 1", ": unknown setting 'epoch'; did you mean 'epochs'?"),
         (b"1: 1", ": names of settings must be words, got 1: 1"),
+        (b"seed: !!int x", "is not valid YAML: invalid literal for int"),
     ],
 )
 def test_files_that_are_not_settings(tmp_path: Path, text: bytes, message: str) -> None:

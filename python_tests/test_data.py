@@ -281,6 +281,13 @@ def test_timm_names_pin_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(OSError, match=r"cannot be downloaded \(no route\); give a local file as weights"):
             create_backbone(name)
     assert asked == ["vit_base_patch16_224.augreg_in21k_ft_in1k", "vit_base_patch16_224.augreg_in21k"]
+
+    def silent(*_: object, **__: object) -> None:
+        raise TimeoutError  # as sockets do, without a word
+
+    with monkeypatch.context() as at, pytest.raises(OSError, match=r"cannot be downloaded \(TimeoutError\)"):
+        at.setattr(backbone.timm, "create_model", silent)
+        create_backbone("vit_base_patch16_224")
     with pytest.raises(ValueError, match=rf"'{TIMM}' must say by its tag .*one of: .*{TIMM}\.augreg_in21k"):
         create_backbone(TIMM)
     with pytest.raises(ValueError, match=r"must say by its tag which weights it means \(one of: "):

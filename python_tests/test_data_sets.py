@@ -257,10 +257,15 @@ def test_idx_files_cut_short(tmp_path: Path) -> None:
     labels.write_bytes(b"PK\3\4")
     with pytest.raises(ValueError, match="is no IDX file of unsigned bytes, it begins 50 4b"):
         load_images(str(tmp_path))
-    labels.unlink()
-    labels.with_suffix(".gz").write_bytes(gzip.compress(b"much")[:-4])
-    with pytest.raises(ValueError, match="cut short or no gzip file"):
+    labels.write_bytes(b"\0\0\x08\3\0\0")
+    with pytest.raises(ValueError, match="train-labels-idx1-ubyte is cut short: it ends within its header"):
         load_images(str(tmp_path))
+    labels.unlink()
+    whole = gzip.compress(b"much" * 9)
+    for damaged in (whole[:-4], whole[:10] + b"\xff" * 8 + whole[18:]):
+        labels.with_suffix(".gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="cut short or no gzip file"):
+            load_images(str(tmp_path))
 
 
 def write_npz(path: Path, **changes: object) -> Path:
@@ -500,6 +505,27 @@ def test_test_images_that_are_training_images_are_counted(tmp_path: Path) -> Non
     assert doubles(Images(pixels(4), np.arange(4), both, np.arange(5))) == 2
     with pytest.raises(ValueError, match="class_names must name each of 5 classes"):
         checked(Images(pixels(4), np.arange(4), both, np.arange(5), ["a"]))
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images were left out without a word."""
+    write_folders(tmp_path)
+    closed, scan = tmp_path / "train" / "ant" / "more", os.scandir
+    closed.mkdir()
+
+    def scandir(path: str) -> object:
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(closed))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="Permission denied: '.*ant/more'"):
+        load_images(str(tmp_path))
+
+
+def test_a_preparation_by_no_known_transform_is_refused() -> None:
+    with pytest.raises(ValueError, match="transform must be resize or pilot, got 'crop'"):
+        Preparation(8, [0.5] * 3, [0.5] * 3, transform="crop")
 
 
 def test_hidden_files_and_links(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from plora_ext.cil.settings import Settings
 from plora_ext.cil.stream import Task, TaskStream
 from plora_ext.cil.training import Trainer
 from plora_ext.data import Backbone, Images, Preparation, create_backbone, hold_out, load_images
+from plora_ext.data.images import first_line
 from plora_ext.data.view import SHARE
 
 
@@ -76,7 +77,7 @@ def pick_device(device: str) -> torch.device:
             raise RuntimeError(f"it must be auto, cpu or cuda, not {kind}")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0][:200]}") from error
+        raise ValueError(f"device {device!r} cannot be used: {first_line(error)[:200]}") from error
     return torch.device(device)
 
 
@@ -91,10 +92,8 @@ def make_cache(settings: Settings, trainer: Trainer) -> FeatureCache | None:
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seeds the global generators of Python, numpy and torch.
 
-    Args:
-        seed: Of all of them.
-        deterministic: From here on, in the whole process, torch takes algorithms that repeat, also on a GPU, and raises
-            a RuntimeError that names an operation which has none.
+    With `deterministic`, from here on in the whole process, torch takes algorithms that repeat, also on a GPU, and
+    raises a RuntimeError that names an operation which has none.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)

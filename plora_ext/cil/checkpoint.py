@@ -218,11 +218,7 @@ class Checkpoint:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        """Saves where training on a task stands after `epoch`.
-
-        Raises:
-            OSError: It cannot be written; the checkpoint of before is whole.
-        """
+        """Saves where training on a task stands after `epoch`; raises what `save_task` does."""
         state = optimizer.state_dict()["state"]
         fit = {"task": task, "epochs": epoch + 1, "tensors": list(tensors), "rng": rng_state()}
         fit["optimizer"] = {str(i): s for i, s in state.items()}

@@ -23,7 +23,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,13 +36,6 @@ T = TypeVar("T")
 
 class Stopped(RuntimeError):
     """This process ends because another one failed, which says why."""
-
-
-class Rows(Protocol):
-    """Something whose rows can be chosen: a tensor, or a view of images."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, rows: Tensor) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -151,10 +144,10 @@ class World:
         dist.all_gather(parts, sent)
         return torch.stack(parts, 1).flatten(0, 1)[:number]
 
-    def spread(self, compute: Callable[[Any], Tensor], items: Rows) -> Tensor:
+    def spread(self, compute: Callable[[Any], Tensor], items: Any) -> Tensor:
         """`compute(items)`, a row for each item, where every process computes only its own; all rows in every process.
 
-        `compute` must not look at the other items, and is never called without one.
+        Items are a tensor or a view of images. `compute` must not look at the others, and is never called without one.
         """
         if self.size == 1:
             return compute(items)

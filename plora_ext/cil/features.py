@@ -92,7 +92,7 @@ class FeatureCache:
             except OSError as error:
                 why = f"cannot be made ({error.strerror}): name a folder, auto or none"
                 raise type(error)(f"feature_cache {str(self._folder)!r} {why}") from error
-            self._look_around()
+            self._look_around(self._folder)
 
     def __call__(self, images: Tensor | Selection, spaces: Mapping[str, str], compute: Compute) -> Tensor:
         """Features `[n, len(spaces), ...]` of n images.
@@ -140,12 +140,10 @@ class FeatureCache:
 
     def _numbers(self, images: Tensor | Selection) -> np.ndarray:
         """A number for each image, the same for the same pixels."""
-        if isinstance(images, Tensor):
-            shape = hashlib.sha256(f"{tuple(images.shape[1:])} {images.dtype}".encode()).digest()
-            digests = row_digests(images) + int.from_bytes(shape[:7], "little")
-        else:
-            digests = images.digests()
-        return self._known(digests)
+        if not isinstance(images, Tensor):
+            return self._known(images.digests())
+        shape = hashlib.sha256(f"{tuple(images.shape[1:])} {images.dtype}".encode()).digest()
+        return self._known(row_digests(images) + int.from_bytes(shape[:7], "little"))
 
     def _known(self, digests: Tensor) -> np.ndarray:
         """The number of each image by its digest `[n, 2]`, a new one for a new image."""
@@ -161,7 +159,8 @@ class FeatureCache:
         self._names[name] = known
         if before not in (None, known) and before not in self._names.values():
             for block in self._spaces.pop(before).blocks:
-                block.drop()
+                if block.path is not None:
+                    block.path.unlink(missing_ok=True)
         space = self._spaces.setdefault(known, _Space())
         space.grow(len(self._images))
         stale = 0
@@ -178,13 +177,11 @@ class FeatureCache:
     # ------------------------------------------------------------------ where it is kept
 
     def _keep(self, name: str, numbers: np.ndarray, features: Tensor) -> None:
-        known = self._names[name]
-        if self._folder is None and features.device.type != "cpu" and self._fits(features, features.device):
-            self._spaces[known].add(numbers, _Block(features.clone()))
-        elif self._folder is None and self._fits(features, torch.device("cpu")):
-            self._spaces[known].add(numbers, _Block(features.to("cpu", copy=True)))
-        else:
-            self._spaces[known].add(numbers, self._write(name, known, numbers, features))
+        known, host = self._names[name], torch.device("cpu")
+        places = () if self._folder else dict.fromkeys((features.device, host))
+        place = next((device for device in places if self._fits(features, device)), None)
+        block = _Block(features.to(place, copy=True)) if place else self._write(name, known, numbers, features)
+        self._spaces[known].add(numbers, block)
 
     def _fits(self, features: Tensor, device: torch.device) -> bool:
         kept = [block for space in self._spaces.values() for block in space.blocks if block.path is None]
@@ -211,10 +208,9 @@ class FeatureCache:
         with safe_open(path, "pt") as file:
             return _Block(file.get_tensor("features"), path)
 
-    def _look_around(self) -> None:
+    def _look_around(self, folder: Path) -> None:
         """Takes down what files there are; those that cannot be read go."""
-        assert self._folder is not None
-        for path in sorted(self._folder.iterdir()):
+        for path in sorted(folder.iterdir()):
             if _FILE.fullmatch(path.name):
                 try:
                     with safe_open(path, "pt") as file:
@@ -247,10 +243,6 @@ class _Block:
 
     features: Tensor
     path: Path | None = None
-
-    def drop(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
 
 
 @dataclass

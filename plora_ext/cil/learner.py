@@ -217,6 +217,8 @@ class Learner:
         from plora_ext.cil.evaluate import classify
         from plora_ext.data.inputs import read_images
 
+        if top < 1:
+            raise ValueError(f"top must be at least 1, got {top}")
         read = read_images(images)
         if not len(read):
             raise ValueError("images must hold at least one image, got none")

@@ -206,12 +206,7 @@ class PLoRA(nn.Module):
         self.adapters.set_adapter([names[i] for i in chosen], coefficients[chosen])
 
     def drift(self, known: Sequence[int], num_classes: int, covariances: ClassCovariances | None = None) -> Drift:
-        """What tells how the prototypes of the classes `known` move, once it has seen the images of a task.
-
-        Args:
-            num_classes: the task's classes.
-            covariances: of the classes `known`, to move along.
-        """
+        """How the prototypes, and `covariances`, of the classes `known` move, once it has seen a task's images."""
         old, rule = self.bank.select(known), self.alignment
         return Drift(rule, old, num_classes, tau=self.tau, ridge=self.ridge, covariances=covariances)
 

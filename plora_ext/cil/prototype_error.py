@@ -33,11 +33,9 @@ def spacing(means: Tensor, old: int) -> float:
     """mean_c min_k!=c 1 - cos(m_c, m_k), over the first `old` classes c and all k of means [C, D]."""
     unit = F.normalize(means.double())
     nearest = []
-    for start in range(0, old, 1024):
-        cosines = unit[start : min(start + 1024, old)] @ unit.T
-        rows = torch.arange(len(cosines), device=cosines.device)
-        cosines[rows, start + rows] = -1
-        nearest.append(cosines.max(1).values)
+    for rows in torch.arange(old, device=unit.device).split(1024):
+        cosines = (unit[rows] @ unit.T).scatter_(1, rows[:, None], -1)
+        nearest.append(cosines.amax(1))
     return float((1 - torch.cat(nearest)).mean())
 
 

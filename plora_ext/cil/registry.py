@@ -51,7 +51,6 @@ def register_alignment(
     """Decorates a function of a `plora_ext.cil.alignment.Drift` that gives the old prototypes [C, D] in the new space.
 
     Args:
-        name: What `alignment: name` then means.
         linear: It reads `gram` and `cross`; covariances and the sums of head ranpac follow their linear drift map.
         images: It reads `moved` and `weight`.
         rows: It asks for `local_maps`, and moves each class's own `covariances`, if there are any, by its map.
@@ -60,11 +59,7 @@ def register_alignment(
 
 
 def register_backbone(name: str) -> Callable[[T], T]:
-    """Decorates a function (pretrained, weights, image_size) that returns a `plora_ext.data.Backbone`.
-
-    Args:
-        name: What `backbone: name` then means.
-    """
+    """Decorates a function (pretrained, weights, image_size) that returns a `plora_ext.data.Backbone`."""
     return lambda made: _add("backbone", name, made, made)
 
 
@@ -82,10 +77,13 @@ def import_plugins(modules: Sequence[str]) -> None:
     for module in modules:
         if module not in sys.modules:
             search_in(os.getcwd())
+        package = module.partition(".")[0]
         try:
+            if not package:  # "./mine.py"
+                raise ModuleNotFoundError(name=module)
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if error.name != module.partition(".")[0] and error.name != module:
+            if error.name not in (package, module):
                 raise
             raise ValueError(f"plugins names {module!r}, which is no module here or on the Python path") from error
 

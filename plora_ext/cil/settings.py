@@ -359,6 +359,7 @@ class _Loader(yaml.SafeLoader):
 
 for _kind in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)  # a folder may be named by a day
 
 
 def _of_file(path: str | Path) -> Mapping[str, Any]:
@@ -371,7 +372,7 @@ def _of_file(path: str | Path) -> Mapping[str, Any]:
         raise type(error)(f"{why}: looked for a YAML file at {Path(path).absolute()}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text file: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # the latter two of a tag: !!int x
         why = str(error).replace(f'in "{path}", ', "in ")
         raise ValueError(f"{path} is not valid YAML: {' '.join(why.split())}") from error
     if not isinstance(loaded, Mapping | None):
@@ -407,7 +408,7 @@ def parse(name: str, text: str) -> Any:
         return text
     try:
         return yaml.load(f"[{text}]" if wants_list and not text.startswith("[") else text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, LookupError):
         return text
 
 
@@ -431,6 +432,8 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     for member in _members(kind):
         if get_origin(member) is Literal:
             choices = registered(name, get_args(member))
+            if value is False and "off" in choices:  # YAML 1.1 reads the word so
+                return "off"
             if value in choices:
                 return value
             if not (value is None and type(None) in _members(kind)):
@@ -447,10 +450,6 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
                     return int(float(value))
         elif isinstance(value, member) and not (member is int and isinstance(value, bool)):
             return value
-    return _fail(name, kind, value)
-
-
-def _fail(name: str, kind: Any, value: Any) -> Any:
     words = [getattr(m, "__name__", str(m)) if get_origin(m) is None else str(m) for m in _members(kind)]
     wanted = " or ".join({"NoneType": "null", "bool": "true or false"}.get(word, word) for word in words)
     raise ValueError(f"{name} must be {wanted}, got {value!r}")

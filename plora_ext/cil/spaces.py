@@ -30,7 +30,12 @@ def space_fingerprints(model: nn.Module | Adapters, names: Sequence[str], *conte
     """
     whole = model.model if isinstance(model, Adapters) else model
     layers = model.layers if isinstance(model, Adapters) else {}
-    tensors = dict(_base_tensors(whole))
+    tensors = {
+        f"{prefix}.{key}": t
+        for prefix, module in base_modules(whole)
+        for key, t in (*module._parameters.items(), *module._buffers.items(), *vars(module).items())
+        if isinstance(t, Tensor)
+    }
     device = next(iter(tensors.values())).device.type if tensors else "cpu"
     about = [torch.__version__, plora_ext.__version__, device, *context, *_structure(whole), *tensors]
     base = fingerprint(*about, *tensors.values())
@@ -39,20 +44,10 @@ def space_fingerprints(model: nn.Module | Adapters, names: Sequence[str], *conte
         parts: list[Tensor | str] = [base]
         if name != BASE:
             for key, layer in layers.items():
-                parts += [
-                    key,
-                    f"{layer.lora_alpha[name]} {layer.r[name]}",
-                    *(p for pair in layer.pairs(name) for p in pair),
-                ]
+                parts += [key, f"{layer.lora_alpha[name]} {layer.r[name]}"]
+                parts += [p for pair in layer.pairs(name) for p in pair]
         prints[name] = fingerprint(*parts)
     return prints
-
-
-def _base_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    for prefix, module in base_modules(model):
-        for key, t in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
-            if isinstance(t, Tensor):
-                yield f"{prefix}.{key}", t
 
 
 def _structure(model: nn.Module) -> Iterable[str]:

@@ -42,16 +42,11 @@ def skip_unused_tokens(model: nn.Module) -> None:
 
 
 class Speed:
-    """The settings amp, tf32, channels_last and compile, applied to one model.
+    """The settings amp, tf32, channels_last and compile, applied in place to one model on `device`.
 
-    torch.compile is applied in place and to the blocks of the model where it has `blocks`: they are alike, so one of
-    them is compiled and serves all. Batches smaller than others before, the last of a pass, run uncompiled instead of
-    having a graph each.
-
-    Args:
-        model: Changed in place, where settings ask for it.
-        settings: The run's settings.
-        device: Where the model is.
+    torch.compile is applied to the blocks of the model where it has `blocks`: they are alike, so one of them is
+    compiled and serves all. Batches smaller than others before, the last of a pass, run uncompiled instead of having a
+    graph each.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, device: torch.device):

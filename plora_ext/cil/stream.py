@@ -149,13 +149,10 @@ def _check_cover(classes: Sequence[int], num_classes: int, name: str) -> None:
 
 def _check_labels(train: np.ndarray, test: np.ndarray, num_classes: int) -> None:
     for name, labels in (("train_labels", train), ("test_labels", test)):
-        unknown = sorted({int(c) for c in labels if not 0 <= c < num_classes})
-        if unknown:
+        if unknown := np.unique(labels[(labels < 0) | (labels >= num_classes)]).tolist():
             raise ValueError(f"{name} must lie in 0 ... {num_classes - 1}, got unknown class {some(unknown)}")
-    found = np.unique(train).tolist()
-    if len(found) < num_classes:
-        empty = sorted({*range(num_classes)} - {*found})
+    if empty := np.setdiff1d(np.arange(num_classes), train).tolist():
         raise ValueError(
             f"every class needs a training image, got none for class {some(empty)}: train_labels must be "
-            f"0 ... {num_classes - 1} without gaps, found {some(found)}"
+            f"0 ... {num_classes - 1} without gaps, found {some(np.unique(train).tolist())}"
         )

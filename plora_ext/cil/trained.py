@@ -96,7 +96,7 @@ class Trained:
         `class` is its label in the data set, `name` its name, `task` the one that brought it, from 1; `probability` and
         `score` are those of `plora_ext.cil.Learner.best`. With `top` above 1 there is a `rank`, too.
         """
-        order, names = self.run["class_order"], self.run["class_names"]
+        order, names = self.run["class_order"], self.run.get("class_names")
         task = np.repeat(np.arange(len(self.learner.task_sizes)), self.learner.task_sizes) + 1
         return [
             {

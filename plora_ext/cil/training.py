@@ -19,6 +19,7 @@ from plora_ext.cil.phases import Phases
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.speed import Speed
 from plora_ext.data import View, cutmix, quarter_turns, upright
+from plora_ext.data.images import first_line
 from plora_ext.graphs import Captured
 
 
@@ -31,7 +32,7 @@ def lower_on_exhaustion(setting: str) -> Iterator[None]:
         on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
         if not (on_host or isinstance(error, torch.OutOfMemoryError)) or "lower " in str(error):  # an inner one says it
             raise
-        said = (str(error).splitlines() or ["out of memory"])[0]
+        said = first_line(error) if str(error) else "out of memory"
         amp = "" if on_host else ", or set amp to bfloat16"
         raise torch.OutOfMemoryError(f"{said}; lower {setting}{amp}") from error
 
@@ -45,22 +46,14 @@ def wants_float32(model: nn.Module) -> Iterator[None]:
         others = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
         if not others or isinstance(error, torch.OutOfMemoryError):
             raise
-        dtypes, said = ", ".join(sorted(map(str, others))), str(error).splitlines()[0]
+        dtypes, said = ", ".join(sorted(map(str, others))), first_line(error)
         raise ValueError(
             f"the backbone takes no images of float32, its parameters are {dtypes}: call its float() first ({said})"
         ) from error
 
 
 class Trainer:
-    """Fits adapters of one model to one task at a time and extracts features with it.
-
-    Args:
-        model: Maps images [B, 3, H, W] to features [B, D]; on `device`.
-        settings: The run's settings.
-        device: Where the model and the images are.
-        callbacks: Told of every step.
-        world: The processes that share the work.
-    """
+    """Fits adapters of one model, images [B, 3, H, W] to features [B, D] on `device`, to one task at a time."""
 
     def __init__(
         self,
@@ -227,11 +220,7 @@ class Trainer:
         raise FloatingPointError(f"{what}; the cause may be {causes}")
 
     def features(self, images: View, model: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Features float32 [n, D] of n images, by the test transform.
-
-        Args:
-            model: what to call instead of the model itself, an ensemble of it for [n, T, D].
-        """
+        """Features float32 [n, D] of n images, by the test transform; of an ensemble called as `model`, [n, T, D]."""
         return torch.cat(list(self.read(images, model)))
 
     @torch.no_grad()

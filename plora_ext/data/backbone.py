@@ -20,6 +20,7 @@ from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from .images import first_line
 from .sets import packaged
 
 _MAKER = "pretrain_backbone.py"
@@ -145,7 +146,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _misfit(name: str, image_size: int, wanted: str | Exception) -> str:
     """An error's text; `wanted` may be what a model has raised, in a way of its own."""
     if isinstance(wanted, Exception):
-        wanted = f"one that the model takes ({(str(wanted).splitlines() or [''])[0]})"
+        wanted = f"one that the model takes ({first_line(wanted)})"
     return f"create_backbone: image_size for {name!r} must be {wanted}, got {image_size}"
 
 
@@ -189,7 +190,7 @@ def _timm(name: str, pretrained: bool, weights: str | Path | None, image_size: i
         if not download:
             raise
         raise OSError(
-            f"create_backbone: the weights of {name!r} cannot be downloaded ({str(error).splitlines()[0]}); "
+            f"create_backbone: the weights of {name!r} cannot be downloaded ({first_line(error)}); "
             "give a local file as weights (HF_HUB_OFFLINE=1 looks into the local cache alone, at once)"
         ) from error
     if weights is not None:

@@ -66,7 +66,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         values = np.asarray(turned)
         if raw == "I;16" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # a TIFF file whose 0 is white
             values = 65535 - values  # of 8 bits Pillow does it
-        gray = _to_8_bits(values)
+        gray = to_8_bits(values)
         if isinstance(key, int):  # the value that a PNG file has as transparent
             gray[values == key] = 255
         return np.repeat(gray[..., None], 3, axis=2)
@@ -81,25 +81,16 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(turned.convert("RGB"))
 
 
-def to_8_bits(values: np.ndarray, what: str) -> np.ndarray:
+def to_8_bits(values: np.ndarray, what: str = "") -> np.ndarray:
     """Pixels of any number type as uint8, by the rule of `decode`; `what` names them in errors."""
-    try:
-        return values if values.dtype == np.uint8 else _to_8_bits(values)
-    except ValueError as error:
-        raise ValueError(f"{what} {error}") from None
-
-
-def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    if not values.size:
-        return values.astype(np.uint8)
-    low, high = values.min(), values.max()
-    if values.dtype.kind in "iu":
-        if not 0 <= low <= high <= 65535:
-            raise ValueError(f"must hold integers in [0, 65535], got {low} to {high}: scale them to 8 bits first")
-        return np.round(values / 257).astype(np.uint8)
-    if values.dtype.kind != "f" or not 0 <= low <= high <= 255:  # NaN fails as well
-        raise ValueError(f"must hold floats in [0, 1] or [0, 255], got {low} to {high}: scale them to 8 bits first")
-    return np.round(values * (255 if high <= 1 else 1)).astype(np.uint8)
+    if values.dtype == np.uint8 or not values.size:
+        return values.astype(np.uint8, copy=False)
+    low, high, integers = values.min(), values.max(), values.dtype.kind in "iu"
+    if not (integers or values.dtype.kind == "f") or not 0 <= low <= high <= (65535 if integers else 255):  # NaN, too
+        wanted = "integers in [0, 65535]" if integers else "floats in [0, 1] or [0, 255]"
+        said = f"{what} must hold {wanted}, got {low} to {high}: scale them to 8 bits first"
+        raise ValueError(said.lstrip())
+    return np.round(values / 257 if integers else values * (255 if high <= 1 else 1)).astype(np.uint8)
 
 
 def warn_if_dark(pixels: np.ndarray, what: str) -> None:

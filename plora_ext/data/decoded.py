@@ -15,10 +15,6 @@ class Decoded:
 
     Made before data workers are forked, it is theirs and this process's in common: what one has decoded, all find.
     Images beyond `limit` bytes are decoded every time. Memory is taken as images come.
-
-    Args:
-        files: The files.
-        limit: Bytes of pixels to keep at most.
     """
 
     def __init__(self, files: ImageFiles, limit: int):
@@ -27,9 +23,6 @@ class Decoded:
         self._used = np.frombuffer(mmap.mmap(-1, 8), np.int64)
         self._pixels = np.frombuffer(mmap.mmap(-1, max(limit, 1)), np.uint8)
         self._lock = multiprocessing.get_context("fork").Lock()
-
-    def __len__(self) -> int:
-        return len(self.files)
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Raises what `ImageFiles` does."""

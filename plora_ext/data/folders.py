@@ -29,10 +29,7 @@ def class_folders(root: Path, corrupt: str, test_too: bool) -> Images:
                 f"no data at {root.absolute()}: expected {root / 'train'}/<class>/<image> and "
                 f"{root / 'test'}/<class>/<image>; move it there, or set data_root"
             )
-    train, test = (
-        sorted(p.name for p in (root / split).iterdir() if p.is_dir() and not p.name.startswith("."))
-        for split in ("train", "test")
-    )
+    train, test = (class_names(root / split) for split in ("train", "test"))
     if train != test:
         only = {"train": set(train) - set(test), "test": set(test) - set(train)}
         said = "; ".join(f"only in {side}: {some(sorted(names))}" for side, names in only.items() if names)
@@ -41,15 +38,19 @@ def class_folders(root: Path, corrupt: str, test_too: bool) -> Images:
         raise FileNotFoundError(f"there is no class folder in {root / 'train'}")
     arrays: list[Any] = []
     for split in ("train", "test"):
-        found = class_files(root / split, train)
-        kept = decodable(found, corrupt) if test_too or split == "train" else found
+        kept = class_files(root / split, train)
+        if test_too or split == "train":
+            kept = decodable(kept, corrupt)
         if split == "train":
             _refuse_empty(kept, root / split, train, "is left with none: mend its images, or remove it")
-        paths = [path for of in kept for path in of]
-        labels = np.repeat(np.arange(len(kept)), [len(of) for of in kept])
-        arrays += [ImageFiles(paths), labels.astype(np.int64)]
-    arrays.append(train)
-    return Images(*arrays)
+        arrays.append(ImageFiles([path for of in kept for path in of]))
+        arrays.append(np.repeat(np.arange(len(kept)), [len(of) for of in kept]))
+    return Images(*[*arrays, train])
+
+
+def class_names(root: Path) -> list[str]:
+    """The folders in `root`, one for each class; hidden ones are none."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def class_files(root: Path, names: list[str]) -> list[list[Path]]:
@@ -75,9 +76,14 @@ def images_below(folder: Path) -> list[Path]:
 
     Raises:
         ValueError: A link leads to a folder above itself, so that images elsewhere would count as of this folder.
+        OSError: A folder cannot be read.
     """
     found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise error  # a folder that cannot be read: its images would be left out without a word
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         for part in (Path(place), *(Path(place) / name for name in folders)):
             if part.is_symlink() and part.parent.resolve().is_relative_to(part.resolve()):
                 raise ValueError(

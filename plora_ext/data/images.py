@@ -19,11 +19,7 @@ ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 class ImageFiles:
-    """Image files as a sequence of uint8 arrays [H, W, 3], each decoded when it is asked for.
-
-    Args:
-        paths: The files.
-    """
+    """Image files as a sequence of uint8 arrays [H, W, 3], each decoded when it is asked for."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -183,6 +179,11 @@ def doubles(images: Images) -> int:
         )
     seen = set(train)
     return sum(digest in seen for digest in test)
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says, for a message; its kind where it says nothing, as those of sockets may."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def some(names: Sequence[Any]) -> str:

@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from .decode import to_8_bits, to_rgb, warn_if_dark
-from .folders import class_files, decodable, images_below, readable, readable_kinds
+from .folders import class_files, class_names, decodable, images_below, readable, readable_kinds
 from .images import ImageFiles
 
 _WANTED = (
@@ -145,7 +145,7 @@ def _class_folders(root: Path, corrupt: str) -> tuple[ImageFiles, list[str]]:
     """Labels are the names of the folders."""
     if not root.is_dir():
         raise FileNotFoundError(f"data {str(root)!r} is no folder, looked for at {root.absolute()}")
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = class_names(root)
     if not names:
         raise FileNotFoundError(f"{root} must hold a folder of images for each class, it holds none")
     if set(names) <= {"train", "test", "val", "valid", "validation"}:
@@ -188,6 +188,8 @@ def _column(data: Any, fits: Callable[[Any], bool], what: str) -> str:
     """The only column of a Hugging Face data set whose values fit."""
     if isinstance(data.column_names, dict):
         raise ValueError(f"the data set has splits, {', '.join(data.column_names)}: give one of them")
+    if not hasattr(data, "__len__"):
+        raise ValueError(f"the data set must be loaded whole, without streaming, got {type(data).__name__}")
     row = data[0] if len(data) else {}
     names = [name for name in data.column_names if name in row and fits(row[name])]
     usual = [name for name in names if name in ("image", "img", "label", "labels", "fine_label")]

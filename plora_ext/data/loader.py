@@ -39,12 +39,9 @@ class Items(Protocol):
 
 
 class Loader:
-    """Batches of images, from workers that live on between passes: starting them takes longer than a small epoch.
+    """Batches of images of about `image_bytes` each, which `workers` processes make of `items`; 0: this one does.
 
-    Args:
-        items: What makes an image.
-        workers: Processes that do so; 0: this one does.
-        image_bytes: Of an image, about.
+    Workers live on between passes: starting them takes longer than a small epoch.
     """
 
     def __init__(self, items: Items, workers: int, image_bytes: int):
@@ -115,7 +112,7 @@ class Loader:
                 batch_size=None,
                 sampler=self._plan,
                 num_workers=workers,
-                collate_fn=_as_it_is,
+                collate_fn=lambda piece: piece,
                 generator=torch.Generator(),  # its own: the global one stays where it is
                 persistent_workers=True,
                 multiprocessing_context="fork",
@@ -156,10 +153,6 @@ class _Pieces(Dataset):
         for place, image in zip(self.slots[slot, : sum(sizes)].split(sizes), images):
             place.copy_(image.view(-1).view(torch.uint8))
         return slot, images[0].dtype, [tuple(image.shape) for image in images]
-
-
-def _as_it_is(piece: Any) -> Any:
-    return piece
 
 
 def stacked(images: Sequence[Tensor], device: torch.device) -> Tensor:

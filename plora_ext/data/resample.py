@@ -60,22 +60,14 @@ def _weights(window: Tensor, size: int, extent: int, kernel: str) -> Tensor:
     scale = length / full
     center = (torch.arange(size, device=window.device)[:, None] + offset + 0.5) * scale
     pixel = torch.arange(extent, device=window.device) - start
-    weight = _FILTERS[kernel]((pixel + 0.5 - center) / scale.clamp(min=1))
+    x = ((pixel + 0.5 - center) / scale.clamp(min=1)).abs()
+    if kernel == "bilinear":
+        weight = (1 - x).clamp(min=0)
+    else:
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+        weight = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     weight = torch.where((pixel >= 0) & (pixel < length), weight, 0.0)
     return weight / weight.sum(-1, keepdim=True)
-
-
-def _triangle(x: Tensor) -> Tensor:
-    return (1 - x.abs()).clamp(min=0)
-
-
-def _cubic(x: Tensor) -> Tensor:
-    x = x.abs()
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-
-
-_FILTERS = {"bilinear": _triangle, "bicubic": _cubic}
 
 
 def whole(sizes: Tensor, size: int) -> Tensor:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import difflib
 import gzip
 import json
+import math
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +168,7 @@ def _cifar100(root: Path, download: bool) -> Images:
             f"cifar100 is not whole: looked for {(root / CIFAR100.base_folder).absolute()} with the files train, test "
             f"and meta of {CIFAR100.filename}; unpack it there, set data_root, or set download to true"
         ) from error
-    labels = (np.asarray(side.targets, dtype=np.int64) for side in (train, test))
-    return Images(train.data, next(labels), test.data, next(labels), list(train.classes))
+    return Images(train.data, np.asarray(train.targets), test.data, np.asarray(test.targets), list(train.classes))
 
 
 # ---------------------------------------------------------------------- IDX files
@@ -203,14 +204,14 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
         raise FileNotFoundError(f"{name} (or {name}.gz) is missing: looked for it in {folder.absolute()}")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is cut short or no gzip file: {error}") from error
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise ValueError(f"{path} is no IDX file of unsigned bytes, it begins {content[:4].hex(' ')}")
     head = 4 + 4 * content[3]
-    shape = np.frombuffer(content[4:head], dtype=">u4").astype(int).tolist()
-    if len(content) - head != int(np.prod(shape)):
-        raise ValueError(
-            f"{path} must hold {int(np.prod(shape))} bytes for its shape {shape}, got {len(content) - head}"
-        )
+    if len(content) < head:
+        raise ValueError(f"{path} is cut short: it ends within its header")
+    shape = np.frombuffer(content[4:head], dtype=">u4").tolist()
+    if len(content) - head != math.prod(shape):
+        raise ValueError(f"{path} must hold {math.prod(shape)} bytes for its shape {shape}, got {len(content) - head}")
     return np.frombuffer(content, dtype=np.uint8, offset=head).reshape(shape)

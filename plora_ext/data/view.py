@@ -70,6 +70,10 @@ class Preparation:
     cache: float = 0.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.image_size, int | np.integer) or self.image_size < 1:
+            raise ValueError(f"image_size must be the pixels of a side, a whole number above 0, got {self.image_size}")
+        if self.transform not in ("resize", "pilot"):
+            raise ValueError(f"transform must be resize or pilot, got {self.transform!r}")
         for name, least in (("mean", 0.0), ("std", 1e-12)):
             if len(values := list(getattr(self, name))) != 3 or not all(least <= value <= 1 for value in values):
                 raise ValueError(
@@ -78,12 +82,7 @@ class Preparation:
 
 
 class View:
-    """A selection of images, and how they become normalised float32 batches [B, 3, S, S].
-
-    Args:
-        images: uint8 [N, H, W, 3], or files.
-        preparation: What becomes of them.
-    """
+    """A selection of images, uint8 [N, H, W, 3] or files, and how they become batches: float32 [B, 3, S, S]."""
 
     def __init__(self, images: np.ndarray | ImageFiles, preparation: Preparation):
         p = preparation
@@ -173,7 +172,8 @@ class View:
         if self._ready is not None:
             yield from (self._ready[rows] for rows in _split_on(self._ready.device, batches))
         elif p.on_device:
-            groups = _groups(batches, 1 if self._stored is None else TOGETHER)
+            each = max(1, (1 if self._stored is None else TOGETHER) // max(len(batches[0]), 1)) if batches else 1
+            groups = [slice(i, i + each) for i in range(0, len(batches), each)]
             joined = self._pixels([torch.cat(tuple(batches[group])) for group in groups])
             for (images, sizes), group in zip(joined, groups):
                 own = [part for part in numbers[group] if part is not None]
@@ -209,12 +209,6 @@ class View:
         if pilot:
             return resample(images, center(sizes, int(256 / 224 * size), size), size, "bicubic")
         return resample(images, whole(sizes, size), size)
-
-
-def _groups(batches: Sequence[Tensor], images: int) -> list[slice]:
-    """Of consecutive batches, as many as make about so many images."""
-    each = max(1, images // max(len(batches[0]), 1)) if batches else 1
-    return [slice(i, i + each) for i in range(0, len(batches), each)]
 
 
 def _own(batches: Sequence[Tensor], own: Own) -> list[Tensor]:

@@ -23,8 +23,7 @@ SHOWN = 10  # tasks in the live table at most: the latest ones
 
 def fits(table: Table, width: int) -> bool:
     """Whether every figure of a table can be read in so many columns."""
-    console = Console(width=1000)
-    return console.measure(table).minimum <= width
+    return Console(width=1000).measure(table).minimum <= width
 
 
 class _Rate(ProgressColumn):
@@ -95,11 +94,8 @@ class ConsoleProgress(Callback):
         self.console.print(line, highlight=False, markup=False)
 
     def _render(self) -> Group:
-        table = self._table(SHOWN)
-        for shown in range(SHOWN - 1, 0, -1):
-            if fits(table, self.console.width):
-                break
-            table = self._table(shown)
+        tables = (self._table(shown) for shown in range(SHOWN, 0, -1))
+        table = next((t for t in tables if fits(t, self.console.width)), self._table(1))
         return Group(table, *([] if self._ended else [self._bar]))
 
     def _table(self, shown: int) -> Table:

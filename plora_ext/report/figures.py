@@ -36,27 +36,26 @@ PHASES = ("train", "prototypes", "subspace", "align", "head", "eval", "drift", "
 def accuracy(protocol: Protocol, narrow: bool = False) -> Figure:
     """Accuracy over all classes seen, against their number: a curve for each group."""
     figure, axes = _axes(narrow)
-    groups = protocol.finished
     seen = protocol.classes_seen
-    ends, low = [], 100.0
-    for group in groups:
+    ends = []
+    for group in protocol.finished:
         style = _style(protocol, group)
         mean, deviation = group.spread(lambda r: r.curve) or (np.zeros(1), np.zeros(1))
+        both = [r.curve for r in group.results] if len(group.results) == 2 else []  # two make no spread
         if group.method == "joint":  # no learner of tasks but their bound
             style |= {"marker": "", "linestyle": (0, (4, 3))}
         if len(mean) == 1 < len(seen):  # of a version that measured joint at the end alone: drawn across
             mean, deviation = mean.repeat(len(seen)), deviation.repeat(len(seen))
         x = group.example.classes_seen if len(seen) == 1 else seen
-        _curve(axes, x, mean, deviation, style, _both(group, lambda r: r.curve), limits=(0, 100))
+        _curve(axes, x, mean, deviation, style, both, limits=(0, 100))
         ends.append((mean[-1], f"{group.short}  {mean[-1]:.1f}", style["color"]))
-        low = min(low, float((mean - deviation).min()))
     for group in protocol.groups:
         for r in group.unfinished if not group.results else ():  # nothing else is known of them
             x, color = r.classes_seen[: len(r.curve)], _style(protocol, group)["color"]
             axes.plot(x, r.curve, color=color, linestyle=":", marker=".")
             ends.append((r.curve[-1], f"{group.short}, incomplete", color))
-            low = min(low, *r.curve)
-    axes.set(ylim=(max(0.0, 10 * (low // 10) - 5), 101), xlabel="classes seen", ylabel="accuracy over all of them (%)")
+    low = max(0.0, 10 * (axes.dataLim.y0 // 10) - 5)
+    axes.set(ylim=(low, 101), xlabel="classes seen", ylabel="accuracy over all of them (%)")
     _name(axes, ends, seen[-1], narrow)
     axes.set_xticks(seen if len(seen) <= (10 if narrow else 20) else ticks(seen[0], seen[-1]))
     return figure
@@ -67,8 +66,7 @@ def forgetting(protocol: Protocol, narrow: bool = False) -> Figure | None:
     curves = [(g, g.spread(lambda r: metrics.fallen(r.matrix))) for g in protocol.finished if len(g.example.matrix) > 1]
     if not curves:
         return None
-    ylabel = "accuracy lost since its best (points)"
-    return _over_tasks(protocol, curves, "task", ylabel, narrow=narrow, bottom=0, joined=False)
+    return _over_tasks(protocol, curves, "task", "accuracy lost since its best (points)", narrow, joined=False)
 
 
 def drift(protocol: Protocol, narrow: bool = False) -> Figure | None:
@@ -87,9 +85,8 @@ def drift(protocol: Protocol, narrow: bool = False) -> Figure | None:
         [(g, (mean * factor, deviation * factor)) for g, (mean, deviation) in curves],
         "after task",
         f"mean 1 − cos to the true class mean{power}",
-        narrow=narrow,
+        narrow,
         first=2,
-        bottom=0,
         scale="log" if log else "linear",
         dashed=[None if spread is None else spread[0] * factor for spread in before],
     )
@@ -140,7 +137,7 @@ def cost_of_tasks(protocol: Protocol, narrow: bool = False) -> Figure | None:
     curves = [(g, spread) for g, spread in curves if spread is not None]
     if not curves:
         return None
-    return _over_tasks(protocol, curves, "task", "seconds to learn it", narrow=narrow, bottom=0, joined=False)
+    return _over_tasks(protocol, curves, "task", "seconds to learn it", narrow, joined=False)
 
 
 def matrix(group: Group, axes: Axes | None = None) -> Figure:
@@ -154,22 +151,20 @@ def matrix(group: Group, axes: Axes | None = None) -> Figure:
     colors = colormaps["YlGnBu"]
     norm = Normalize(0, 100)
     axes.imshow(cells, norm=norm, cmap=colors, interpolation="none", aspect="auto")
+    named = np.arange(size)
     if size <= _LETTERED:
         for (t, i), value in np.ndenumerate(cells):
             if np.isfinite(value):
                 ink = "white" if value > 60 else "#222222"
                 axes.text(i, t, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=7.5, in_layout=False)
-        axes.set_xticks(range(size), [str(i + 1) for i in range(size)])
-        axes.set_yticks(range(len(cells)), [str(t + 1) for t in range(len(cells))])
     else:
-        ticks = np.unique(np.linspace(0, size - 1, 6).astype(int))
-        axes.set_xticks(ticks, [str(i + 1) for i in ticks])
-        axes.set_yticks(ticks if len(cells) > 1 else [0], [str(t + 1) for t in (ticks if len(cells) > 1 else [0])])
+        named = np.unique(np.linspace(0, size - 1, 6).astype(int))
         bar = figure.colorbar(ScalarMappable(norm, colors), ax=axes, shrink=0.8, pad=0.02)
         bar.outline.set_visible(False)
         bar.ax.tick_params(colors=INK, length=0, labelsize=8)
-    axes.set_xlabel("tested on task")
-    axes.set_ylabel("after task")
+    axes.set_xticks(named, named + 1)
+    axes.set_yticks(named[: len(cells)], named[: len(cells)] + 1)  # joint has one row
+    axes.set(xlabel="tested on task", ylabel="after task")
     _clean(axes)
     axes.spines[:].set_visible(False)
     return figure
@@ -273,7 +268,6 @@ def _over_tasks(
     ylabel: str,
     narrow: bool,
     first: int = 1,
-    bottom: float | None = None,
     scale: str = "linear",
     dashed: Sequence[np.ndarray | None] = (),
     joined: bool = True,
@@ -301,7 +295,7 @@ def _over_tasks(
             axes.plot(np.arange(len(values)) + first, values, color=color, linewidth=1.2, linestyle=(0, (2, 2)))
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale=scale)
     if scale == "linear":
-        axes.set_ylim(bottom=bottom)
+        axes.set_ylim(bottom=0)
     axes.set_xticks(ticks(first, last))
     _name(axes, ends, last, narrow or not joined)
     return figure
@@ -311,11 +305,6 @@ def _style(protocol: Protocol, group: Group) -> dict[str, Any]:
     """Colour, marker and line of a group, the same in every figure of its protocol."""
     n = next(i for i, g in enumerate(protocol.groups) if g is group)
     return {"color": COLORS[n % 7], "marker": _MARKERS[n % len(_MARKERS)], "linestyle": _LINES[n // 7 % len(_LINES)]}
-
-
-def _both(group: Group, of: Callable[[Result], Any]) -> list[Any]:
-    """The values of a group's runs, if there are two: they are shown themselves, for two make no spread."""
-    return [of(r) for r in group.results] if len(group.results) == 2 else []
 
 
 def _curve(
@@ -329,10 +318,9 @@ def _curve(
 ) -> None:
     every = max(1, len(mean) // 15)
     axes.plot(x, mean, linewidth=1.8, markersize=4, markevery=every, **style)
-    if both:
-        for values in both:
-            axes.plot(x, np.broadcast_to(values, len(mean)), ".", color=style["color"], markersize=4, alpha=0.5)
-    elif deviation.any():
+    for values in both:
+        axes.plot(x, np.broadcast_to(values, len(mean)), ".", color=style["color"], markersize=4, alpha=0.5)
+    if deviation.any() and not both:
         low, high = np.clip(mean - deviation, *limits), np.clip(mean + deviation, *limits)
         axes.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
 
@@ -349,16 +337,9 @@ def _name(axes: Axes, ends: Sequence[tuple[float, str, str]], at: float, narrow:
     heights = _apart([float(to_axes.transform((at, end[0]))[1]) for end in ends], gap=0.052)
     for height, (_, text, color) in zip(heights, ends):
         axes.annotate(
-            text,
-            (at, height),
-            (8, 0),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            annotation_clip=False,
-            color=color,
-            va="center",
-            weight="bold",
-        )
+            text, (at, height), (8, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
+            annotation_clip=False, color=color, va="center", weight="bold",
+        )  # fmt: skip
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
@@ -376,22 +357,12 @@ def _clean(axes: Axes) -> None:
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights moved apart to at least `gap`, as little as possible, in the same order."""
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    groups: list[list[int]] = []
-
-    def center(group: list[int]) -> float:
-        return sum(heights[i] for i in group) / len(group)
-
-    for i in order:
-        groups.append([i])
-        while len(groups) > 1:
-            low, high = groups[-2], groups[-1]
-            if center(high) - center(low) >= gap * (len(low) + len(high)) / 2:
-                break
-            groups[-2:] = [low + high]
-    placed: dict[int, float] = {}
-    for group in groups:
-        start = center(group) - gap * (len(group) - 1) / 2
-        placed.update({i: start + gap * k for k, i in enumerate(group)})
-    return [placed[i] for i in range(len(heights))]
+    """Heights moved apart to at least `gap`, as little as possible, in the same order: isotonic regression."""
+    n, order = len(heights), np.argsort(heights, kind="stable")
+    steps = gap * np.arange(n)
+    sums = np.cumsum([0.0, *(np.array(heights)[order] - steps)])
+    mean = lambda a, b: (sums[b] - sums[a]) / (b - a)  # noqa: E731
+    fit = [max(min(mean(a, b) for b in range(i + 1, n + 1)) for a in range(i + 1)) for i in range(n)]
+    placed = np.empty(n)
+    placed[order] = fit + steps
+    return placed.tolist()

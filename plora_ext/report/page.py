@@ -31,7 +31,7 @@ from plora_ext.report.runs import (
     text_of,
 )
 
-TEMPLATE = "page.html"
+TEMPLATE = Path(__file__).with_name("page.html")
 
 
 @dataclass
@@ -58,13 +58,12 @@ class Section:
 
 def page(protocols: Sequence[Protocol], results: Sequence[Result]) -> str:
     """The page of all `protocols`; `results` are all runs given, among them those that no protocol holds."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     methods = list(dict.fromkeys(g.method for p in protocols for g in p.groups))
     makers = (_overview, _matrices, _forgetting, _drift, _cost, _settings)
-    return environment.get_template(TEMPLATE).render(
+    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         title=f"Class-incremental learning: {', '.join(methods) or 'no run'}",
         counts=[
             _count(len(results), "run"),
@@ -178,11 +177,14 @@ def _matrices(protocol: Protocol, name: str) -> Section:
 
 def _forgetting(protocol: Protocol, name: str) -> Section:
     text = "How far the accuracy on each task's classes has fallen from its best when all tasks are learned, in points."
-    curves = [(g, g.spread(lambda r: metrics.fallen(r.matrix) or None)) for g in protocol.finished]
     missing = "No complete run has more than one task."
-    return _curves(
-        "Forgetting", text, figures.forgetting(protocol, True), f"{name}-forgetting", curves, missing, "Task"
-    )
+    section = _curves("Forgetting", text, figures.forgetting(protocol, True), f"{name}-forgetting", missing)
+    spreads = [(g, g.spread(lambda r: metrics.fallen(r.matrix) or None)) for g in protocol.finished]
+    if curves := [(g, spread) for g, spread in spreads if spread is not None]:
+        longest = max(len(mean) for _, (mean, _) in curves)
+        head = ("Task", *(str(t + 1) for t in range(longest)))
+        section.details.append(_over_tasks("Forgetting, task by task", head, curves))
+    return section
 
 
 def _drift(protocol: Protocol, name: str) -> Section:
@@ -194,7 +196,7 @@ def _drift(protocol: Protocol, name: str) -> Section:
     missing = (
         "No complete run here measured it. It takes a pass over old images after every task: --measure-drift true."
     )
-    section = _curves("Drift of the prototypes", text, figures.drift(protocol, True), f"{name}-drift", [], missing, "")
+    section = _curves("Drift of the prototypes", text, figures.drift(protocol, True), f"{name}-drift", missing)
     means = []
     for g in protocol.finished:
         spreads = [g.spread(partial(_mean_moved, which=which)) for which in ("before", "after", "spacing")]
@@ -233,10 +235,12 @@ def _cost(protocol: Protocol, name: str) -> Section:
     phases = figures.phases(groups)
     seconds = [[g.label, *(_seconds(g, p) for p in phases)] for g in groups]
     section.tables.append(Table("Seconds and share of the run, mean over seeds", ("Method", *phases), seconds))
-    phases = [p for p in phases if p != "other"]
-    peaks = [[g.label, *(_peak(g, p) for p in phases)] for g in groups]
-    what = "Peak memory in MiB: what was allocated on a GPU, the process's resident set on a CPU; largest over seeds"
-    section.tables.append(Table(what, ("Method", *phases), peaks))
+    if phases := [p for p in phases if p != "other"]:
+        peaks = [[g.label, *(_peak(g, p) for p in phases)] for g in groups]
+        what = (
+            "Peak memory in MiB: what was allocated on a GPU, the process's resident set on a CPU; largest over seeds"
+        )
+        section.tables.append(Table(what, ("Method", *phases), peaks))
     return section
 
 
@@ -266,18 +270,10 @@ def _settings(protocol: Protocol, name: str) -> Section:
 # ---------------------------------------------------------------------- parts of sections
 
 
-def _curves(
-    title: str, text: str, figure: Figure | None, name: str, curves: list[Any], missing: str, column: str
-) -> Section:
+def _curves(title: str, text: str, figure: Figure | None, name: str, missing: str) -> Section:
     if figure is None:
         return Section(title, missing=missing)
-    curves = [(g, spread) for g, spread in curves if spread is not None]
-    what = f"{title}, task by task"
-    section = Section(title, [(what, figures.svg(figure, name, text))], text=text)
-    if curves:
-        longest = max(len(mean) for _, (mean, _) in curves)
-        section.details.append(_over_tasks(what, (column, *(str(t + 1) for t in range(longest))), curves))
-    return section
+    return Section(title, [(f"{title}, task by task", figures.svg(figure, name, text))], text=text)
 
 
 def _over_tasks(caption: str, head: Sequence[str], curves: Sequence[tuple[Group, Any]]) -> Table:

@@ -314,7 +314,7 @@ COLUMNS: tuple[tuple[str, Callable[[Result], float | None], int], ...] = (
     ("Trainable", lambda r: r.parameters.get("trainable"), 0),
     ("Stored MB", lambda r: r.parameters.get("stored_mb"), 2),
     ("Time s", lambda r: r.total_seconds, 0),
-    ("Peak MB", lambda r: max(r.peak_mb.values()), 0),
+    ("Peak MB", lambda r: max(r.peak_mb.values(), default=None), 0),
 )
 
 

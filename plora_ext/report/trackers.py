@@ -1,8 +1,12 @@
-"""A run as scalars of TensorBoard or Weights & Biases: losses, learning rate, what was measured after every task."""
+"""A run as scalars of TensorBoard or Weights & Biases: losses, learning rate, what was measured after every task.
+
+Each is used as a context manager, at whose end it closes what it has opened.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,24 +15,7 @@ from plora_ext.cil.callbacks import Callback
 from plora_ext.cil.settings import Settings
 
 
-class _Tracker(Callback):
-    """A callback that is used as a context manager, at whose end it closes what it has opened."""
-
-    _open: Any = None
-
-    def close(self) -> None:
-        """Ends what `begin` has opened."""
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._open is not None:
-            self.close()
-            self._open = None
-
-
-class TensorBoard(_Tracker):
+class TensorBoard(Callback, ExitStack):
     """Event files; steps are steps of training for `step/...`, epochs of all tasks for `loss`, tasks for all else.
 
     Args:
@@ -48,16 +35,14 @@ class TensorBoard(_Tracker):
             raise ImportError(
                 f"--tensorboard needs the package tensorboard ({error}): pip install tensorboard"
             ) from error
+        super().__init__()
         self._create, self.folder, self.anew = SummaryWriter, folder, anew
         self.settings, self.several = settings, several
 
-    def close(self) -> None:
-        self._open.close()
-
     def begin(self, method: str, num_tasks: int | None) -> None:
-        self.__exit__()
+        self.close()  # the method before
         folder = self.folder / method if self.several else self.folder
-        self._open = self._create(str(folder), purge_step=0 if self.anew else None)
+        self._open: Any = self.enter_context(self._create(str(folder), purge_step=0 if self.anew else None))
         if self.settings:
             lines = replace(self.settings, method=method).to_yaml().splitlines()  # type: ignore[arg-type]
             self._open.add_text("settings", "\n".join(f"    {line}" for line in lines))
@@ -76,7 +61,7 @@ class TensorBoard(_Tracker):
         self._open.flush()
 
 
-class WandB(_Tracker):
+class WandB(Callback, ExitStack):
     """A run of Weights & Biases for each method; `step`, `epoch` and `task` are logged beside what they count.
 
     Args:
@@ -92,14 +77,13 @@ class WandB(_Tracker):
             import wandb
         except ImportError as error:
             raise ImportError(f"WandB needs the package wandb ({error}): pip install wandb") from error
+        super().__init__()
         self._init, self.keywords = wandb.init, {"project": project, **keywords}
 
-    def close(self) -> None:
-        self._open.finish()
-
     def begin(self, method: str, num_tasks: int | None) -> None:
-        self.__exit__()
-        self._open = self._init(**{"name": method, **self.keywords})
+        self.close()  # the method before
+        self._open: Any = self._init(**{"name": method, **self.keywords})
+        self.callback(self._open.finish)
 
     def steps(self, first: int, losses: Sequence[float], rates: Sequence[float]) -> None:
         for step, (loss, rate) in enumerate(zip(losses, rates), first):

@@ -117,6 +117,8 @@ def spectrum(fitted: Tensor, others: Tensor, targets: Tensor) -> tuple[Tensor, T
 
 def _solve(gram: Tensor, target: Tensor, ridge: float) -> Tensor:
     """(G + l I)^-1 Q in float64; a ridge below what rounding leaves of G's smallest eigenvalues grows tenfold."""
+    if not bool(gram.isfinite().all()):  # no ridge would do
+        raise ValueError("the sums over features are not finite: the drift map has blown them up; raise ridge")
     while True:
         regular = gram.double()
         regular.diagonal().add_(ridge)

@@ -88,8 +88,7 @@ class PLoRAFused(_Adapted):
     ) -> Tensor | None:
         """Feeds `drift` an image's features under the model `before` and under the present one, from one look at it.
 
-        Returns:
-            Features [n, 2, D] of all images where a head learns from them, or images are sought by them, else nothing.
+        Returns those of all images [n, 2, D] where a head learns from them or images are sought by them.
         """
         own, kept, after = self.world.rows(len(images)), [], self._frozen()
         seeks = drift.kind.rows and self.settings.sought > 0
@@ -115,11 +114,7 @@ class PLoRAFused(_Adapted):
         labels: Tensor,
         prototypes: Tensor,
     ) -> Tensor:
-        """Features [k, 2, D] under the two models of images that are moved to the old `prototypes` (`cil.sought`).
-
-        Args:
-            features: Of the task's images under the model `before`.
-        """
+        """Features [k, 2, D] under the two models of images that are moved to the old `prototypes` (`cil.sought`)."""
         size = self.settings.eval_batch_size
         starts, wanted = sought.targets(prototypes, features, labels, self.settings.sought)
         own = self.world.rows(len(starts))
@@ -142,11 +137,7 @@ class PLoRAFused(_Adapted):
     def train_and_fuse(
         self, task: Task, images: View, labels: Tensor, teacher: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        """Trains the task's adapter, alone or beside the others, and fuses all of them.
-
-        Args:
-            teacher: Gives the features to stay near, as far as the setting `distill` asks for it.
-        """
+        """Trains the task's adapter, alone or beside the others, near the features of `teacher`, and fuses all."""
         s = self.settings
         if s.fusion == "similarity":
             with self.trainer.phases("prototypes"), self.adapters.disabled():
