@@ -15,7 +15,7 @@ from plora_ext.ops.autograd import side_by_side
 
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether calling `module` is `x W^T + b` and nothing else: a linear layer nobody has hooked or wrapped."""
-    return type(module) is nn.Linear and linear.is_called_plainly(module)
+    return type(module) is nn.Linear and linear.plain_parameters(module) is not None
 
 
 def kept_on_device(make: Callable[..., Any]) -> Any:

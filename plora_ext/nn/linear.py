@@ -20,7 +20,14 @@ from plora_ext.nn.state import Active, State, check_known, mark, require_layer
 from plora_ext.ops.autocast import cast
 from plora_ext.ops.autograd import filled_up, narrow, stacked
 from plora_ext.ops.lora import run_beside
-from plora_ext.torch_private import PLAIN, below, has_global_module_hooks, has_saved_tensor_hooks, is_eager
+from plora_ext.torch_private import (
+    PLAIN,
+    below,
+    has_global_module_hooks,
+    has_saved_tensor_hooks,
+    is_eager,
+    is_unwatched,
+)
 
 __all__ = ["MultiLoRALinear"]
 
@@ -41,22 +48,25 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-def is_called_plainly(module: nn.Module) -> bool:
-    """Whether a call of `module` runs `nn.Linear.forward` on plain tensors and nothing else.
+def plain_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias, where a call of `module` is `nn.Linear.forward` on these plain tensors and nothing else.
 
     Otherwise it has to be called: hooks and an instance's own forward (feature extractors, offloading, sharding) live
     on the call, and a quantised or sharded weight is nobody else's to read.
     """
-    own, parameters = module.__dict__, module._parameters
-    return (
-        type(module).forward is nn.Linear.forward
-        and "forward" not in own
-        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
-        and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
-        and type(parameters.get("weight")) in _PLAIN
-        and (parameters.get("bias") is None or type(parameters["bias"]) in _PLAIN)
-        and (not has_global_module_hooks() or torch.compiler.is_compiling())
-    )
+    own = module.__dict__
+    if (
+        type(module).forward is not nn.Linear.forward
+        or "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or (has_global_module_hooks() and not torch.compiler.is_compiling())
+    ):
+        return None
+    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+    return (weight, bias) if type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN) else None
 
 
 # lora_A [T, r, in], lora_B [T, out, r], scaling [T]; where they differ, ranks [T]; where there are slices, their rows
@@ -358,31 +368,30 @@ class MultiLoRALinear(nn.Module):
         state, own = self._state, self.__dict__
         active = state.current if state._open else state.common
         name = active.alone
-        if not (active.adds or active.picks) or (own["lora_dropout"] and own["training"]):
+        if (name is None and not (active.adds or active.picks)) or (own["lora_dropout"] and own["training"]):
             return None
         modules = own["_modules"]
-        base = modules["base_layer"]
-        if "_is_replica" in own or not is_called_plainly(base):
+        plain = plain_parameters(modules["base_layer"])
+        if plain is None or "_is_replica" in own:
             return None
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
         if name is None or own["slices"] is not None:
-            return self._several_soon(x, active, weight, bias)
+            return self._several_soon(x, active, *plain)
         records = torch.is_grad_enabled()
         if not records or state.checkpointed:
             state.check_recomputation(active)
-        table_A, table_B = modules["lora_A"]._parameters, modules["lora_B"]._parameters
-        if name not in table_A or name not in table_B:
+        try:
+            lora_A, lora_B = modules["lora_A"]._parameters[name], modules["lora_B"]._parameters[name]
+        except KeyError:  # a factor that is parametrized
             return None
-        lora_A, lora_B = table_A[name], table_B[name]
         if records and has_saved_tensor_hooks():
             x, lora_A = mark(x, active), mark(lora_A, active)
-        return run_beside(x, lora_A, lora_B, self._scaling[name], weight, bias)
+        return run_beside(x, lora_A, lora_B, own["_scaling"][name], *plain)
 
     def _several_soon(self, x: Tensor, active: Active, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The same of several adapters, or of slices: in eager code on a device with kernels, with ids that are x's."""
         kind, ids, coefficients = x.device.type, None, active.coefficients
         names, trained = tuple(self._r) if active.picks else active.names, list[int]()
-        if kind not in ("cpu", "cuda") or not is_eager(False) or not names:
+        if kind not in ("cpu", "cuda") or not is_unwatched() or not names:
             return None
         if active.batch is not None:
             ids, coefficients = active.batch.ids, None
@@ -459,17 +468,15 @@ class MultiLoRALinear(nn.Module):
 
     def frozen_part(self, x: Tensor) -> dict[str, Any]:
         """The base layer as an argument of an operator: weight and bias, or what it gives where it has to be called."""
-        base: Any = self.base_layer
-        if is_called_plainly(base):
-            return {"weight": base._parameters["weight"], "bias": base._parameters["bias"]}
-        return {"base": base(x)}
+        plain = plain_parameters(self.base_layer)
+        return {"base": self.base_layer(x)} if plain is None else {"weight": plain[0], "bias": plain[1]}
 
     def _with_weight(self, weight: Tensor, x: Tensor) -> Tensor:
         """What the base layer gives with another weight."""
-        base: Any = self.base_layer
-        if is_called_plainly(base):
-            return F.linear(x, weight, base._parameters["bias"])
-        y: Tensor = functional_call(base, {"weight": weight}, (x,))
+        plain = plain_parameters(self.base_layer)
+        if plain is not None:
+            return F.linear(x, weight, plain[1])
+        y: Tensor = functional_call(self.base_layer, {"weight": weight}, (x,))
         return y
 
     def _training_of(self, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from plora_ext import libraries
 from plora_ext.ops import formulas, twins
 from plora_ext.ops.autocast import without_autocast
-from plora_ext.ops.compiled import LORA, op
+from plora_ext.ops.compiled import LORA, eager_op, op
 from plora_ext.ops.formulas import through_unit, unit
 from plora_ext.torch_private import below, forward_mode
 
@@ -28,9 +28,6 @@ def _is_differentiated_again(grad: Tensor) -> bool:
 
 
 # --- the low-rank families --------------------------------------------------------------------------------------------
-
-
-_BACKWARD: dict[str, Any] = {family: op.get(f"{family}_backward") for family in LORA}
 
 
 def rows(t: Tensor) -> Tensor:
@@ -84,7 +81,7 @@ def _gradients(
             asks = [X, *[False] * (len(front) - 1), A, B, s, False, False, False, a, b, *[False] * 5]
             dx, *_, dA, dB, ds, _, _, _, da, db, _, _, _, _, _ = twins.gradients(family, args, asks, grad)
         else:
-            dx, dA, dB, ds, da, db = _BACKWARD[family](
+            dx, dA, dB, ds, da, db = op[family + "_backward"](
                 grad, *front, lora_A, lora_B, scaling, weight, bias_A, bias_B, ranks, kept, relu, trainable, bits
             )
     total = grad.sum(0) if family == "lora_all" and (base or W or bias) else grad
@@ -107,7 +104,9 @@ class LowRank(torch.autograd.Function):
         bias_B: Tensor | None,
     ) -> Tensor:  # fmt: skip
         with below():  # a view made here counts as none: what follows may write to y
-            y, kept = call(op[family], options, x, ids, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B)
+            y, kept = call(
+                eager_op[family], options, x, ids, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B
+            )
         ctx.save_for_backward(x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept)
         ctx.family, ctx.options = family, options
         return y
@@ -148,14 +147,14 @@ def call_one(
     dtype = x.dtype
     with below():
         if lora_A.dtype == dtype and lora_B.dtype == dtype:
-            made: tuple[Tensor, Tensor] = op["lora_one"](x, lora_A, lora_B, scaling, weight, bias, keep)
+            made: tuple[Tensor, Tensor] = eager_op["lora_one"](x, lora_A, lora_B, scaling, weight, bias, keep)
             return made
         if x.is_cuda and lora_A.dtype == lora_B.dtype == torch.float32:  # both casts in one launch
-            A, B, _ = op["lora_stack"](x, [lora_A], [lora_B], [1.0])
+            A, B, _ = eager_op["lora_stack"](x, [lora_A], [lora_B], [1.0])
             narrowed = A[0], B[0]
         else:
             narrowed = narrow(lora_A, dtype), narrow(lora_B, dtype)
-        return (*op["lora_one"](x, *narrowed, scaling, weight, bias, keep), *narrowed)
+        return (*eager_op["lora_one"](x, *narrowed, scaling, weight, bias, keep), *narrowed)
 
 
 def _gradients_of_one_again(
@@ -194,7 +193,7 @@ class OneAdapter(torch.autograd.Function):
             factors = narrowed or (lora_A, lora_B)
             needs = X | A << 1 | B << 2
             with below():
-                dx, dA, dB = op["lora_one_backward"](grad, x, *factors, scaling, weight, kept, needs)
+                dx, dA, dB = eager_op["lora_one_backward"](grad, x, *factors, scaling, weight, kept, needs)
         # where factors were narrowed, torch widens their gradients
         return dx if X else None, dA if A else None, dB if B else None, None
 
@@ -270,7 +269,7 @@ def side_by_side(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> tuple[Te
 def _stack(x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]) -> _Stacked:
     if _STACKS and x.is_cuda and x.dtype != torch.float64:
         try:
-            made: _Stacked = op["lora_stack"](x, lora_A, lora_B, scaling)
+            made: _Stacked = eager_op["lora_stack"](x, lora_A, lora_B, scaling)
             return made
         except RuntimeError:  # of several dtypes or devices, which torch joins or refuses
             pass
