@@ -29,7 +29,7 @@ class VisionTransformer(vit_ease.VisionTransformer):
         self.merged_adapter = copy.deepcopy(self.cur_adapter).requires_grad_(False)
         for name, merged in self.merged_adapter.named_parameters():
             weights = [dict(adapter.named_parameters())[name] for adapter in self.adapter_list]
-            sign = torch.where(torch.stack(weights).mean(0) > 0, 1.0, -1.0)
+            sign = torch.where(sum(weights) / len(weights) > 0, 1.0, -1.0)
             largest = torch.zeros_like(merged)
             for weight in weights:  # none of them where no weight has the sign
                 largest = torch.where((weight * sign > 0) & (weight.abs() > largest), weight.abs(), largest)
