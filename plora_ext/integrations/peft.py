@@ -21,7 +21,7 @@ from plora_ext import ops
 from plora_ext.integrations import _patch
 from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_device, stack
 from plora_ext.integrations._patch import Original, Patch, Report, instead
-from plora_ext.nn.state import reentrant_checkpoints
+from plora_ext.nn.state import Checkpoints
 from plora_ext.ops.autocast import cast
 from plora_ext.ops.autograd import stacked
 from plora_ext.ops.lora import run_beside
@@ -107,11 +107,18 @@ def _why_left(layer: Any, adapter: str) -> str:
     return ""
 
 
+_checkpoints = Checkpoints()  # those with a mixed batch, which PEFT computes again without its names
+
+
 def _make_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")
-        if (names is not None or _checkpointed) and not torch.compiler.is_compiling():
-            _check_recomputation(names)
+        looks = (names is not None or _checkpoints.met) and not torch.compiler.is_compiling()
+        if looks and not _checkpoints.agree(None if names is None else tuple(names)):
+            raise RuntimeError(
+                "activation checkpointing computes a layer again without the adapter_names of the forward pass: train "
+                "a mixed batch without it"
+            )
         if not args and not self.disable_adapters and (not kwargs or (names is not None and len(kwargs) == 1)):
             if names is None:
                 known = self._modules["lora_A"]._modules
@@ -124,22 +131,6 @@ def _make_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return original(self, x, *args, **kwargs)
 
     return forward
-
-
-_checkpointed: list[bool] = []  # not empty once a mixed batch has been within a reentrant checkpoint
-
-
-def _check_recomputation(names: Sequence[str] | None) -> None:
-    """Raise RuntimeError where a reentrant checkpoint computes a mixed batch again, which PEFT does without names."""
-    for ctx, again in reentrant_checkpoints():
-        if names is not None and not again:
-            _checkpointed[:] = [True]
-            ctx.plora_ext_names = names
-        elif again and names != getattr(ctx, "plora_ext_names", None):
-            raise RuntimeError(
-                "activation checkpointing computes a layer again without the adapter_names of the forward pass: train "
-                "a mixed batch without it"
-            )
 
 
 def _sum(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:

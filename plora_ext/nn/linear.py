@@ -377,7 +377,7 @@ class MultiLoRALinear(nn.Module):
         if name is None or own["slices"] is not None:
             return self._several_soon(x, active, *plain)
         records = torch.is_grad_enabled()
-        if not records or state.checkpointed:
+        if not records or state.checkpoints.met:
             state.check_recomputation(active)
         try:
             lora_A, lora_B = modules["lora_A"]._parameters[name], modules["lora_B"]._parameters[name]
@@ -454,15 +454,15 @@ class MultiLoRALinear(nn.Module):
             ids = (active.batch if active.batch.ids.device == x.device else active.batch.to(x.device),)
         elif active.coefficients is not None:
             keywords["coeff"] = active.coefficients.to(x.device)
-        train = self._training_of(names)
+        trained = self._trained(names) if torch.is_grad_enabled() else []
         lora_A, lora_B, scaling, ranks, slices = self.operands(names, active if watched else None)
         if self.training and self.lora_dropout:
             keywords["base"] = self.base_layer(x)  # which sees x itself
             x = F.dropout(x, self.lora_dropout)
         else:
             keywords |= self.frozen_part(x)
-        if 0 < len(train) < len(names):  # only those that train get (and pay for) gradients
-            keywords["trainable"] = [i for i, name in enumerate(names) if name in train]
+        if 0 < len(trained) < len(names):  # only those that train get (and pay for) gradients
+            keywords["trainable"] = trained
         lora_A, lora_B = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)
         return op(x, *ids, lora_A, lora_B, scaling, ranks=ranks, slices=slices, **keywords)
 
@@ -478,12 +478,6 @@ class MultiLoRALinear(nn.Module):
             return F.linear(x, weight, plain[1])
         y: Tensor = functional_call(self.base_layer, {"weight": weight}, (x,))
         return y
-
-    def _training_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of `names` that receive gradients in this forward."""
-        if not torch.is_grad_enabled():
-            return ()
-        return tuple(names[i] for i in self._trained(names))
 
     def operands(
         self, names: Sequence[str], active: Active | None = None, factors: list[list[Any]] | None = None

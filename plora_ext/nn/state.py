@@ -97,6 +97,32 @@ class _Block:
         return self.result
 
 
+class Checkpoints:
+    """What reentrant checkpoints are to compute again as they computed it before.
+
+    Attributes:
+        met: whether there has been one.
+    """
+
+    def __init__(self) -> None:
+        self.met = False
+
+    def agree(self, key: Any) -> bool:
+        """Notes with those around the caller what they compute; whether those that compute again know it.
+
+        key: anything with a hash; `None` is not noted, and known where nothing is.
+        """
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is _CHECKPOINT and key is not None:
+                self.met = True
+                frame.f_locals["ctx"].__dict__.setdefault("plora_ext_keys", set()).add(key)
+            elif frame.f_code is _RECOMPUTE and key not in getattr(frame.f_locals["ctx"], "plora_ext_keys", {None}):
+                return False
+            frame = frame.f_back  # type: ignore[assignment]
+        return True
+
+
 _Blocks = dict[int, tuple[_Block, ...]]
 _blocks: ContextVar[_Blocks | None] = ContextVar("plora_ext_blocks", default=None)  # by state: those of this thread
 
@@ -108,6 +134,7 @@ class State:
         common: what `set_adapter` said last.
         merged: the adapters that are part of the base weights, as they were active; `None` where there are none.
         unchecked: adapters that were added, loaded or trained since they were last found to be finite.
+        checkpoints: the reentrant ones that a layer has been within.
         layers: the layers whose state this is.
         defaults: rank and alpha of new adapters, as `inject` was told.
     """
@@ -121,7 +148,7 @@ class State:
         self._members = 0
         self._open: list[tuple[_Block, ...]] = []  # of every thread that is in a block
         self._latest = self.common  # for compiled graphs, which cannot ask who runs them
-        self.checkpointed = False  # whether a layer has been within a reentrant checkpoint
+        self.checkpoints = Checkpoints()
 
     def join(self, layer: nn.Module) -> int:
         """Takes in one more layer; returns a number that is its own for good."""
@@ -205,19 +232,12 @@ class State:
 
         (A checkpoint that is not reentrant compares what is saved, see `mark`.)
         """
-        if torch.is_grad_enabled() and not self.checkpointed:
-            return
-        for ctx, again in reentrant_checkpoints():
-            keys: set[int] = ctx.__dict__.setdefault("plora_ext_keys", set())
-            if not again:
-                self.checkpointed = True
-                keys.add(active.key)
-            elif active.key not in keys:
-                raise RuntimeError(
-                    "the active adapters are not those of the forward pass that activation checkpointing computes "
-                    "again: call backward() before set_adapter and within the block of Adapters.batch, or "
-                    "checkpoint(..., use_reentrant=False)"
-                )
+        if (self.checkpoints.met or not torch.is_grad_enabled()) and not self.checkpoints.agree(active.key):
+            raise RuntimeError(
+                "the active adapters are not those of the forward pass that activation checkpointing computes "
+                "again: call backward() before set_adapter and within the block of Adapters.batch, or "
+                "checkpoint(..., use_reentrant=False)"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles carry no block and no graph: coefficients that are a result of other tensors are detached.
@@ -270,15 +290,6 @@ def as_coefficients(
             f"got {tuple(coeff.shape)} of {coeff.dtype}"
         )
     return coeff if coeff.requires_grad else coeff.to(device)  # a copy would not follow what an optimizer does
-
-
-def reentrant_checkpoints() -> Iterator[tuple[Any, bool]]:
-    """Those around the caller, from the inside: torch's own object for each, and whether it computes again."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _CHECKPOINT or frame.f_code is _RECOMPUTE:
-            yield frame.f_locals["ctx"], frame.f_code is _RECOMPUTE
-        frame = frame.f_back  # type: ignore[assignment]
 
 
 class _Mark(torch.autograd.Function):
