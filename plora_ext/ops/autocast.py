@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,13 +45,10 @@ def register(library: torch.library.Library) -> None:
     for name in op:
         casts = [argument not in _AS_IT_IS for argument in argument_names(name)]
         for device_type in ("cpu", "cuda"):
-            library.impl(name, _kernel(name, device_type, casts), "Autocast" + device_type.upper())
+            library.impl(name, partial(_cast_and_run, name, device_type, casts), "Autocast" + device_type.upper())
 
 
-def _kernel(name: str, device_type: str, casts: list[bool]) -> Callable[..., Any]:
-    def kernel(*args: Any) -> Any:
-        dtype = dtype_of(name, device_type)
-        with without_autocast(device_type):
-            return op[name](*(cast(a, dtype) if casts_it else a for a, casts_it in zip(args, casts, strict=False)))
-
-    return kernel
+def _cast_and_run(name: str, device_type: str, casts: list[bool], *args: Any) -> Any:
+    dtype = dtype_of(name, device_type)
+    with without_autocast(device_type):
+        return op[name](*(cast(a, dtype) if casts_it else a for a, casts_it in zip(args, casts, strict=False)))

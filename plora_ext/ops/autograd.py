@@ -17,7 +17,7 @@ from torch import Tensor
 from plora_ext import libraries
 from plora_ext.ops import formulas, twins
 from plora_ext.ops.autocast import without_autocast
-from plora_ext.ops.compiled import LORA, eager_op, op
+from plora_ext.ops.compiled import LORA, PROTOTYPES, eager_op, op
 from plora_ext.ops.formulas import through_unit, unit
 from plora_ext.torch_private import below, forward_mode
 
@@ -335,8 +335,6 @@ def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _subspace_logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if _is_differentiated_again(grad):
-        return tuple(twins.gradients("subspace_logits", [*ctx.saved_tensors, False], ctx.needs_input_grad, grad))
     features, prototypes, weights = ctx.saved_tensors
     kept = weights.dtype
     g = grad.to(kept)
@@ -376,40 +374,39 @@ def _backward(name: str, grad: Tensor) -> Callable[..., Any]:
 
 
 def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if _is_differentiated_again(grad):
-        args = [*ctx.saved_tensors, ctx.tau, ctx.add_old, ctx.tf32]
-        return tuple(twins.gradients("reconstruct_prototypes", args, ctx.needs_input_grad, grad))
-    d_old, d_new, d_values = _backward("reconstruct_prototypes", grad)(grad, *ctx.saved_tensors, ctx.tau)
-    return d_old + grad if ctx.add_old else d_old, d_new, d_values, None, None, None
+    tau, add_old, _ = ctx.others
+    d_old, d_new, d_values = _backward("reconstruct_prototypes", grad)(grad, *ctx.saved_tensors, tau)
+    return d_old + grad if add_old else d_old, d_new, d_values, None, None, None
 
 
 def _complete_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if _is_differentiated_again(grad):
-        args = [*ctx.saved_tensors, ctx.tau, ctx.last]
-        return tuple(twins.gradients("complete_prototypes", args, ctx.needs_input_grad, grad))
-    return _backward("complete_prototypes", grad)(grad, *ctx.saved_tensors, ctx.tau, ctx.last), None, None, None
+    return _backward("complete_prototypes", grad)(grad, *ctx.saved_tensors, *ctx.others), None, None, None
 
 
-def _keep(*names: str) -> Callable[..., None]:
-    """A setup_context that keeps the tensor inputs, and the others as attributes of these names."""
+def _prototypes_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
+    ctx.others = [a for a in inputs if not isinstance(a, Tensor)]
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
-        for name, value in zip(names, (a for a in inputs if not isinstance(a, Tensor)), strict=True):
-            setattr(ctx, name, value)
 
-    return setup_context
+def _or_the_twins(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward, but for one that is differentiated in turn."""
+
+    def chosen(ctx: Any, grad: Tensor) -> Any:
+        if _is_differentiated_again(grad):
+            return tuple(twins.gradients(name, [*ctx.saved_tensors, *ctx.others], ctx.needs_input_grad, grad))
+        return backward(ctx, grad)
+
+    return chosen
 
 
 def register() -> None:
     """The gradients of every operator, with torch."""
     for name in LORA:
         _register_lora(name)
-    for name, backward, setup in (
-        ("lora_merge", _merge_backward, _merge_setup),
-        ("class_sums", _class_sums_backward, _class_sums_setup),
-        ("reconstruct_prototypes", _reconstruct_backward, _keep("tau", "add_old", "tf32")),
-        ("complete_prototypes", _complete_backward, _keep("tau", "last")),
-        ("subspace_logits", _subspace_logits_backward, _keep("tf32")),
-    ):
+    found: dict[str, tuple[Callable[..., Any], Callable[..., None]]]
+    found = {"lora_merge": (_merge_backward, _merge_setup), "class_sums": (_class_sums_backward, _class_sums_setup)}
+    backwards = _reconstruct_backward, _complete_backward, _subspace_logits_backward
+    for name, backward in zip(PROTOTYPES, backwards, strict=True):
+        found[name] = _or_the_twins(name, backward), _prototypes_setup
+    for name, (backward, setup) in found.items():
         torch.library.register_autograd(f"plora_ext::{name}", backward, setup_context=setup)
