@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -177,6 +177,14 @@ def _fingerprints(vit: Any, subspaces: Sequence[Any], device: torch.device) -> l
 
 def _scale(adapter: Any) -> str:
     return str(float(adapter.scale))
+
+
+def best_classes(learner: Any, outputs: Iterable[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    """What PILOT's `_eval_cnn` returns, the best classes [N, topk] and the labels [N], of every batch's logits."""
+    with torch.no_grad():
+        found = [(torch.topk(logits, k=learner.topk, dim=1)[1], labels) for logits, labels in outputs]
+    best, labels = (torch.cat(part).cpu().numpy() for part in zip(*found))
+    return best, labels
 
 
 @torch.no_grad()
