@@ -74,7 +74,7 @@ class Ensemble:
             TypeError: the model does not return one tensor.
         """
         adapters, model = self.adapters, self.adapters.model
-        adapters._require_unmerged()
+        adapters._state.require_unmerged()
         adapters._check_finite()
         if model.training:
             raise RuntimeError("an ensemble needs the model in eval mode: call model.eval() first")

@@ -51,7 +51,7 @@ def inject(
     for name, rows in targets.items():
         layer = linear_at(model, name)
         refuse_unsupported(model, name)
-        check_rank(r, name, layer.in_features, rows or {"": (0, layer.out_features)})
+        check_rank(r, name, layer, rows)
     wrapped: dict[nn.Module, MultiLoRALinear] = {}
     state = State(r, lora_alpha)
     for name, rows in targets.items():

@@ -255,10 +255,11 @@ class State:
         self.merged, self.unchecked, self._members = state["merged"], state["unchecked"], state["members"]
 
 
-def require_layer(layer: Any) -> None:
-    """Raise RuntimeError where a layer was unloaded from its model; None stands for one that is gone."""
+def require_layer(layer: Any) -> Any:
+    """The layer; RuntimeError where it was unloaded from its model, or is None."""
     if layer is None or layer not in layer._state.layers:
         raise RuntimeError("these adapters were unloaded: inject the model again")
+    return layer
 
 
 def check_known(name: str, known: Collection[str]) -> None:
@@ -280,9 +281,13 @@ def as_names(names: str | Sequence[str] | None, known: Collection[str]) -> list[
 def as_coefficients(
     names: Sequence[str], values: Tensor | Sequence[float] | None, device: torch.device
 ) -> Tensor | None:
-    """`[len(names)]` on the device, `None` for ones; ValueError where it is not one for each name."""
+    """`[len(names)]` on the device, `None` for ones; ValueError where it is not one for each name in one tensor."""
     if values is None:
         return None
+    if isinstance(values, list | tuple) and any(isinstance(v, Tensor) and v.requires_grad for v in values):
+        raise ValueError(
+            "coefficients that require gradients must be one tensor, which gradients can reach, got several"
+        )
     coeff = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float32)
     if coeff.shape != (len(names),) or not coeff.is_floating_point():
         raise ValueError(

@@ -35,13 +35,14 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[
             raise ValueError(_no_match(f"the expression {target_modules!r}", target_modules, linear))
         return dict.fromkeys(found)
 
+    wanted = list(target_modules) if isinstance(target_modules, Iterable) else [target_modules]
+    if any(not isinstance(target, str) for target in wanted):
+        raise ValueError(f"target_modules must be names of modules or one regular expression, got {target_modules!r}")
+    if not wanted:
+        raise ValueError("target_modules must name at least one module, got none")
     targets: dict[str, Rows | None] = {}
     sliced: dict[str, list[str]] = {}
-    if not isinstance(target_modules, Iterable) or any(not isinstance(target, str) for target in target_modules):
-        raise ValueError(f"target_modules must be names of modules or one regular expression, got {target_modules!r}")
-    if not target_modules:
-        raise ValueError("target_modules must name at least one module, got none")
-    for target in target_modules:
+    for target in wanted:
         found = [name for name in linear if _ends_with(name, target)]
         targets.update(dict.fromkeys(found))
         if target in ("q", "k", "v"):
