@@ -9,7 +9,7 @@ same results, `adapter_names` may be given in training too, so that every sample
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,17 +81,20 @@ def report(model: nn.Module) -> Report:
     host = _patch.require("peft.tuners.lora", 'pip install "plora_ext[integrations]"')
     result = Report(type(model).__name__)
     for name, layer in model.named_modules():
-        if not isinstance(layer, host.LoraLayer):
-            continue
-        if type(layer).forward is not host.Linear.forward:
-            result.left[name] = f"a {type(layer).__name__} has a forward of its own"
-            continue
-        whys = {adapter: _why_left(layer, adapter) for adapter in layer.lora_A}
-        if left := {adapter: why for adapter, why in whys.items() if why}:
-            result.left[name] = "; ".join(f"adapter {adapter!r} {why}" for adapter, why in left.items())
-        else:
-            result.replaced.append(name)
+        if isinstance(layer, host.LoraLayer):
+            if why := _why_layer_left(host, layer, layer.lora_A):
+                result.left[name] = why
+            else:
+                result.replaced.append(name)
     return result
+
+
+def _why_layer_left(host: Any, layer: Any, adapters: Collection[str]) -> str:
+    """Why PEFT's own forward has to run one of these adapters in a layer; empty if it has not."""
+    if type(layer).forward is not host.Linear.forward:
+        return f"a {type(layer).__name__} has a forward of its own"
+    whys = {adapter: _why_left(layer, adapter) for adapter in layer.lora_A if adapter in adapters}
+    return "; ".join(f"adapter {adapter!r} {why}" for adapter, why in whys.items() if why)
 
 
 def _why_left(layer: Any, adapter: str) -> str:
@@ -357,18 +360,11 @@ def _enable_hooks(original: Original, self: Any, *args: Any, **kwargs: Any) -> A
     context = original(self, *args, **kwargs)
     if names is None:
         return context
-    return _names_for_one_call(self, context, self.training and _can_train(self, set(names) - {_BASE}))
-
-
-def _can_train(model: nn.Module, names: set[str]) -> bool:
-    """Whether every layer that these adapters have is served; PEFT refuses the others."""
-    host = _patch.require("peft.tuners.lora", "")
-    layers = [layer for layer in model.modules() if isinstance(layer, host.LoraLayer)]
-    return all(
-        type(layer).forward is host.Linear.forward
-        and not any(_why_left(layer, name) for name in layer.lora_A if name in names)
-        for layer in layers
-    )
+    host, asked = _patch.require("peft.tuners.lora", ""), set(names) - {_BASE}
+    layers = (layer for layer in self.modules() if isinstance(layer, host.LoraLayer))
+    # In training only where every layer is served; PEFT refuses the others.
+    training = self.training and not any(_why_layer_left(host, layer, asked) for layer in layers)
+    return _names_for_one_call(self, context, training)
 
 
 @contextmanager
