@@ -67,4 +67,4 @@ def stack(factors_A: Sequence[Tensor], factors_B: Sequence[Tensor]) -> tuple[Ten
         return factors_A[0][None], factors_B[0][None], None
     own = tuple(A.shape[0] for A in factors_A)
     ranks = constant(own, torch.int64, factors_A[0].device) if min(own) < max(own) else None
-    return *side_by_side(factors_A, factors_B), ranks
+    return *side_by_side(factors_A, factors_B, len(own)), ranks

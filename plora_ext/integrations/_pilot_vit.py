@@ -170,13 +170,12 @@ def _fingerprints(vit: Any, subspaces: Sequence[Any], device: torch.device) -> l
     named = [*vit.named_parameters(), *vit.named_buffers()]
     backbone = fingerprint(str(autocast), *(tensor for name, tensor in named if "adapter" not in name))
     return [
-        fingerprint(backbone, *(() if adapters is None else (*adapters.parameters(), *map(_scale, adapters))))
+        fingerprint(
+            backbone,
+            *(() if adapters is None else (*adapters.parameters(), *(str(float(a.scale)) for a in adapters))),
+        )
         for adapters in subspaces
     ]
-
-
-def _scale(adapter: Any) -> str:
-    return str(float(adapter.scale))
 
 
 def best_classes(learner: Any, outputs: Iterable[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:

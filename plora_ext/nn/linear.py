@@ -18,7 +18,7 @@ from torch.func import functional_call
 from plora_ext import ops
 from plora_ext.nn.state import Active, State, check_known, mark, require_layer
 from plora_ext.ops.autocast import cast
-from plora_ext.ops.autograd import filled_up, narrow, stacked
+from plora_ext.ops.autograd import narrow, side_by_side, stacked
 from plora_ext.ops.lora import run_beside
 from plora_ext.torch_private import (
     PLAIN,
@@ -71,7 +71,7 @@ def plain_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
 # lora_A [T, r, in], lora_B [T, out, r], scaling [T]; where they differ, ranks [T]; where there are slices, their rows
 Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, list[tuple[int, int]] | None]
-_Constants = tuple[Tensor, int, bool]  # scaling [T], the largest rank, whether all have it
+_Constants = tuple[Tensor, Tensor | None]  # scaling [T]; where they differ, ranks [T]
 
 
 class MultiLoRALinear(nn.Module):
@@ -243,9 +243,8 @@ class MultiLoRALinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the adapters are, or would be."""
-        for table in self._dicts():
-            for factor in table.parameters():
-                return factor.device
+        if (factor := self._some_factor()) is not None:
+            return factor.device
         weight: Any = self.base_layer.weight
         return weight.device if isinstance(weight, Tensor) else torch.device("cpu")  # some quantised layers have none
 
@@ -429,9 +428,7 @@ class MultiLoRALinear(nn.Module):
         lora_A, lora_B, made = stacked(x, factors[0], factors[1], scales, trained)
         if made is not None:
             return lora_A, lora_B, made, None, None
-        scaling, _, alike = self._constants_of(names)
-        with below():
-            return lora_A, lora_B, scaling, None if alike else torch.cat([self._ranks[name] for name in names]), None
+        return lora_A, lora_B, *self._constants_of(names), None
 
     def _trained(self, names: Sequence[str]) -> list[int]:
         """The places in `names` of adapters of which a factor requires a gradient."""
@@ -496,20 +493,15 @@ class MultiLoRALinear(nn.Module):
             factors[0][0] = mark(factors[0][0], active)
         if self.slices is None and len(names) == 1:
             return factors[0][0][None], factors[1][0][None], self._scaling[names[0]], None, None
-        (scaling, r, alike), ranks, T = self._constants_of(tuple(names)), None, len(names)
+        (scaling, ranks), T = self._constants_of(tuple(names)), len(names)
         if self.slices is None:
-            lora_A, lora_B = factors
-        else:  # adapter after adapter
-            lora_A, lora_B = (list(chain.from_iterable(zip(*factors[i::2], strict=True))) for i in (0, 1))
-        if not alike:
-            lora_A, lora_B = filled_up(lora_A, lora_B, r)
-            ranks = torch.cat([self._ranks[name] for name in names])
-        if self.slices is None:  # for many small tensors `cat` is far quicker than `stack`
-            return torch.cat(lora_A).view(T, r, -1), torch.cat(lora_B).view(T, -1, r), scaling, ranks, None
+            return *side_by_side(factors[0], factors[1], T), scaling, ranks, None
+        of_slices = [list(chain.from_iterable(zip(*factors[i::2], strict=True))) for i in (0, 1)]  # adapter by adapter
+        lora_A, blocks = side_by_side(of_slices[0], of_slices[1], T)
         # B's blocks: rows of r numbers, and where they belong among the out * slices rows of r that are all of B.
-        n, blocks = len(self.slices), torch.cat(lora_B).view(T, -1, r)
+        n, r = len(self.slices), blocks.shape[2]
         whole = blocks.new_zeros(T, out * n, r).index_copy_(1, self._block_rows, blocks).view(T, out, n * r)
-        return torch.cat(lora_A).view(T, n * r, -1), whole, scaling, None, list(self.slices.values())
+        return lora_A, whole, scaling, None, list(self.slices.values())
 
     def _constants_of(self, names: tuple[str, ...]) -> _Constants:
         """What of a sum is no parameter, kept for the next call with the same names until an adapter changes.
@@ -519,13 +511,14 @@ class MultiLoRALinear(nn.Module):
         compiling = torch.compiler.is_compiling()
         if not compiling and self._last is not None and self._last[0] == names:
             return self._last[1]
+        own, ranks = [self._r[name] for name in names], None
         with nullcontext() if compiling else torch.inference_mode(False):
             scaling = torch.cat([self._scaling[name] for name in names])
-        ranks = [self._r[name] for name in names]
-        made = scaling, max(ranks), min(ranks) == max(ranks)
+            if min(own) < max(own):
+                ranks = torch.cat([self._ranks[name] for name in names])
         if not compiling and scaling.is_cpu and is_eager():
-            self._last = names, made
-        return made
+            self._last = names, (scaling, ranks)
+        return scaling, ranks
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A `[R, in]` and B `[out, R]` that act on all rows; with slices R = len(slices) * r, B block-wise."""
@@ -590,7 +583,8 @@ class MultiLoRALinear(nn.Module):
     def _set_constants(self, *names: str) -> None:
         """Scale and rank of each adapter as one-element tensors beside it, scales in float32 or wider."""
         self._last = None
-        wide, device, slices = self._wide(), self.device, list((self.slices or {}).values())
+        factor, device, slices = self._some_factor(), self.device, list((self.slices or {}).values())
+        wide = torch.promote_types(self._dtype() if factor is None else factor.dtype, torch.float32)
         with torch.inference_mode(False):
             if slices:  # where row o of block i of B is in [out * slices, r]
                 rows = [torch.arange(start, stop) * len(slices) + i for i, (start, stop) in enumerate(slices)]
@@ -600,9 +594,8 @@ class MultiLoRALinear(nn.Module):
                 self._scaling[name] = torch.tensor([self._alpha[name] / r], dtype=wide, device=device)
                 self._ranks[name] = torch.tensor([r], device=device)
 
-    def _wide(self) -> torch.dtype:
-        factor = next((p for table in self._dicts() for p in table.parameters()), None)
-        return torch.promote_types(self._dtype() if factor is None else factor.dtype, torch.float32)
+    def _some_factor(self) -> nn.Parameter | None:
+        return next((p for table in self._dicts() for p in table.parameters()), None)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

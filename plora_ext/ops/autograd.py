@@ -252,18 +252,17 @@ def stacked(
     return made
 
 
-def filled_up(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], r: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Factors [r_i, in] and [out, r_i] with zeros up to one rank r."""
-    return [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in lora_A], [F.pad(B, (0, r - B.shape[1])) for B in lora_B]
+def side_by_side(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], T: int) -> tuple[Tensor, Tensor]:
+    """lora_A [T, n r, in] and lora_B [T, n out, r] of T times n pairs, with zeros up to one rank; by torch's operators.
 
-
-def side_by_side(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """lora_A [T, r, in] and lora_B [T, out, r] of T pairs, filled up where their ranks differ; by torch's operators."""
+    The B among n may differ in their rows.
+    """
     As, Bs, ranks = list(lora_A), list(lora_B), [A.shape[0] for A in lora_A]
-    T, r = len(ranks), max(ranks)
+    r = max(ranks)
     if min(ranks) < r:
-        As, Bs = filled_up(As, Bs, r)
-    return torch.cat(As).view(T, r, -1), torch.cat(Bs).view(T, -1, r)  # for many small tensors quicker than `stack`
+        As, Bs = [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in As], [F.pad(B, (0, r - B.shape[1])) for B in Bs]
+    # for many small tensors quicker than `stack`
+    return torch.cat(As).view(T, r * len(As) // T, -1), torch.cat(Bs).view(T, -1, r)
 
 
 def _stack(x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]) -> _Stacked:
@@ -273,7 +272,7 @@ def _stack(x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scalin
             return made
         except RuntimeError:  # of several dtypes or devices, which torch joins or refuses
             pass
-    A, B = side_by_side(lora_A, lora_B)
+    A, B = side_by_side(lora_A, lora_B, len(lora_A))
     return narrow(A, x.dtype), narrow(B, x.dtype), None
 
 
