@@ -486,6 +486,24 @@ def test_coefficients_in_pieces_that_gradients_would_not_reach() -> None:
             call(["t0", "t1"], pieces)
 
 
+def test_a_model_in_float64_stays_exact() -> None:
+    adapters = inject(nn.Sequential(nn.Linear(4, 4, dtype=torch.float64)), ["0"], r=2)
+    model, x = adapters.model, torch.randn(3, 4, dtype=torch.float64)
+    adapters.add_adapter("a")
+    nn.init.normal_(adapters.layers["0"].lora_B["a"])
+    adapters.set_adapter(None)
+    base = model(x)
+    adapters.set_adapter("a")
+    expected = base + 0.1 * (model(x) - base)
+    adapters.set_adapter("a", [0.1])
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-13)
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 as it is
+        torch.testing.assert_close(adapters.frozen()(x), expected, rtol=0, atol=1e-13)
+    adapters.fuse(["a"], [0.1])
+    adapters.set_adapter("fused")
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-13)
+
+
 def test_targets_that_match_nothing_name_the_closest() -> None:
     with pytest.raises(ValueError, match=r"'qvk' matches none, closest are \['qkv'"):
         inject(vit(), ["proj", "qvk"])

@@ -189,7 +189,7 @@ class Adapters:
             ValueError: a name occurs twice, the number of coefficients is wrong, or several tensors among them require
                 gradients, which would not reach them.
         """
-        self._state.choose(names, coefficients, self.names, self._first.device)
+        self._state.choose(names, coefficients, self._first)
 
     def train_adapter(self, name: str | Sequence[str] | None) -> None:
         """Let the named adapters train and freeze all others; `None` freezes all.
@@ -280,7 +280,11 @@ class Adapters:
         self._state.require_unmerged()
         kind, active = self._first.device.type, self._state.current
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        weights = {layer._number: layer.merged_weight(active).to(dtype, copy=True) for layer in self.layers.values()}
+        weights = {}
+        for layer in self.layers.values():
+            weight = layer.merged_weight(active)
+            # autocast leaves float64 as it is
+            weights[layer._number] = weight.to(None if weight.dtype == torch.float64 else dtype, copy=True)
 
         def call(*inputs: Any) -> Any:
             wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
@@ -373,7 +377,7 @@ class Adapters:
         if not chosen:
             raise ValueError("names must hold at least one adapter to fuse, got none")
         self.check_new(name)
-        coeff = as_coefficients(chosen, coefficients, self._first.device)
+        coeff = as_coefficients(chosen, coefficients, self._first)
         factors = [1.0] * len(chosen) if coeff is None else coeff.tolist()
 
         def fused(layer: MultiLoRALinear) -> tuple[Sequence[tuple[Tensor, Tensor]], float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain, compress
 from types import MappingProxyType
@@ -243,7 +243,7 @@ class MultiLoRALinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the adapters are, or would be."""
-        if (factor := self._some_factor()) is not None:
+        for factor in self._each_factor():
             return factor.device
         weight: Any = self.base_layer.weight
         return weight.device if isinstance(weight, Tensor) else torch.device("cpu")  # some quantised layers have none
@@ -332,7 +332,7 @@ class MultiLoRALinear(nn.Module):
     ) -> None:
         """Make `names` the active set of all layers that share this one's state: `Adapters.set_adapter`."""
         require_layer(self)
-        self._state.choose(names, coefficients, self.adapter_names, self.device)
+        self._state.choose(names, coefficients, self)
 
     # ------------------------------------------------------------------ forward
 
@@ -583,8 +583,7 @@ class MultiLoRALinear(nn.Module):
     def _set_constants(self, *names: str) -> None:
         """Scale and rank of each adapter as one-element tensors beside it, scales in float32 or wider."""
         self._last = None
-        factor, device, slices = self._some_factor(), self.device, list((self.slices or {}).values())
-        wide = torch.promote_types(self._dtype() if factor is None else factor.dtype, torch.float32)
+        wide, device, slices = self.scale_dtype, self.device, list((self.slices or {}).values())
         with torch.inference_mode(False):
             if slices:  # where row o of block i of B is in [out * slices, r]
                 rows = [torch.arange(start, stop) * len(slices) + i for i, (start, stop) in enumerate(slices)]
@@ -594,8 +593,13 @@ class MultiLoRALinear(nn.Module):
                 self._scaling[name] = torch.tensor([self._alpha[name] / r], dtype=wide, device=device)
                 self._ranks[name] = torch.tensor([r], device=device)
 
-    def _some_factor(self) -> nn.Parameter | None:
-        return next((p for table in self._dicts() for p in table.parameters()), None)
+    def _each_factor(self) -> Iterator[nn.Parameter]:
+        return (factor for table in self._dicts() for factor in table.parameters())
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of scales and coefficients: float32 or wider."""
+        return torch.promote_types(next((p.dtype for p in self._each_factor()), self._dtype()), torch.float32)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

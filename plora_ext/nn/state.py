@@ -160,13 +160,12 @@ class State:
         self,
         names: str | Sequence[str] | None,
         coefficients: Tensor | Sequence[float] | None,
-        known: Collection[str],
-        device: torch.device,
+        layer: Any,
     ) -> None:
-        """Make `names` of the `known` adapters the active set: `Adapters.set_adapter`."""
+        """Make `names` of a layer's adapters the active set: `Adapters.set_adapter`."""
         self.require_unmerged()
-        chosen = as_names(names, known)
-        coeff = as_coefficients(chosen, coefficients, device)
+        chosen = as_names(names, layer.adapter_names)
+        coeff = as_coefficients(chosen, coefficients, layer)
         written = None if coefficients is None or isinstance(coefficients, Tensor) else tuple(map(float, coefficients))
         self.set(Active(tuple(chosen), coeff, written))
 
@@ -278,23 +277,25 @@ def as_names(names: str | Sequence[str] | None, known: Collection[str]) -> list[
     return chosen
 
 
-def as_coefficients(
-    names: Sequence[str], values: Tensor | Sequence[float] | None, device: torch.device
-) -> Tensor | None:
-    """`[len(names)]` on the device, `None` for ones; ValueError where it is not one for each name in one tensor."""
+def as_coefficients(names: Sequence[str], values: Tensor | Sequence[float] | None, layer: Any) -> Tensor | None:
+    """`[len(names)]` on a layer's device, numbers in the dtype of its scales; `None` for ones.
+
+    Raises:
+        ValueError: it is not one for each name in one tensor.
+    """
     if values is None:
         return None
     if isinstance(values, list | tuple) and any(isinstance(v, Tensor) and v.requires_grad for v in values):
         raise ValueError(
             "coefficients that require gradients must be one tensor, which gradients can reach, got several"
         )
-    coeff = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float32)
+    coeff = values if isinstance(values, Tensor) else torch.tensor(values, dtype=layer.scale_dtype)
     if coeff.shape != (len(names),) or not coeff.is_floating_point():
         raise ValueError(
             f"coefficients must be {len(names)} floats, one for each of {names}, "
             f"got {tuple(coeff.shape)} of {coeff.dtype}"
         )
-    return coeff if coeff.requires_grad else coeff.to(device)  # a copy would not follow what an optimizer does
+    return coeff if coeff.requires_grad else coeff.to(layer.device)  # a copy would not follow what an optimizer does
 
 
 class _Mark(torch.autograd.Function):
