@@ -350,7 +350,7 @@ class MultiLoRALinear(nn.Module):
         if not torch.compiler.is_compiling():
             self._state.check_recomputation(active)
             watched = torch.is_grad_enabled() and has_saved_tensor_hooks()
-        if active.batch is None and active.weights is None and not active.names:
+        if active.rests:
             y: Tensor = self.base_layer(x)
             return y
         if watched:
@@ -360,24 +360,27 @@ class MultiLoRALinear(nn.Module):
         return self._of_any(x, active, watched)
 
     def _soon(self, x: Tensor) -> Tensor | None:
-        """The forward where nothing else is asked for than adapters beside a frozen layer.
+        """The forward where nothing else is asked for than a frozen layer, and adapters beside it.
 
         Of a small layer the host's time is all there is: every function and every look counts.
         """
         state, own = self._state, self.__dict__
         active = state.current if state._open else state.common
         name = active.alone
-        if (name is None and not (active.adds or active.picks)) or (own["lora_dropout"] and own["training"]):
+        several = name is None or own["slices"] is not None
+        if several and not (active.adds or active.picks or active.rests):
+            return None
+        if own["lora_dropout"] and own["training"]:
             return None
         modules = own["_modules"]
         plain = plain_parameters(modules["base_layer"])
         if plain is None or "_is_replica" in own:
             return None
-        if name is None or own["slices"] is not None:
-            return self._several_soon(x, active, *plain)
         records = torch.is_grad_enabled()
         if not records or state.checkpoints.met:
             state.check_recomputation(active)
+        if several:
+            return F.linear(x, *plain) if active.rests else self._several_soon(x, active, *plain)
         try:
             lora_A, lora_B = modules["lora_A"]._parameters[name], modules["lora_B"]._parameters[name]
         except KeyError:  # a factor that is parametrized
@@ -404,7 +407,6 @@ class MultiLoRALinear(nn.Module):
                 return None
             if (trained or x.requires_grad) and (self.slices is not None or has_saved_tensor_hooks()):
                 return None
-        self._state.check_recomputation(active)
         if torch.is_autocast_enabled(kind):
             x = cast(x, torch.get_autocast_dtype(kind))
         lora_A, lora_B, scaling, ranks, slices = self.beside(x, names, trained)

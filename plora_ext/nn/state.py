@@ -61,6 +61,11 @@ class Active:
         return replace(self, names=tuple(self.names[i] for i in keep), coefficients=coefficients, written=written)
 
     @cached_property
+    def rests(self) -> bool:
+        """Whether the base layer is all there is."""
+        return not (self.names or self.batch or self.weights is not None or self.ensemble)
+
+    @cached_property
     def adds(self) -> bool:
         """Whether the set acts on all samples, beside the base layer."""
         return bool(self.names) and self.batch is None and self.weights is None and self.ensemble is None
