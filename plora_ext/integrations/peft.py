@@ -23,7 +23,7 @@ from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_
 from plora_ext.integrations._patch import Original, Patch, Report, instead
 from plora_ext.nn.state import Checkpoints
 from plora_ext.ops.autocast import cast
-from plora_ext.ops.autograd import stacked
+from plora_ext.ops.autograd import rows, stacked
 from plora_ext.ops.lora import run_beside
 from plora_ext.torch_private import has_saved_tensor_hooks, is_plain
 
@@ -182,10 +182,10 @@ def _plainly(layer: Any, x: Tensor, pairs: list[_Pair], dropouts: Sequence[Any],
         z = x.to(dtype)
     if not _is_plain_layer(base):
         return _added(base(x), z, pairs, dropouts)
-    rows = _rows(x)
-    y = total = F.linear(rows, base._parameters["weight"], base._parameters["bias"])
+    flat = rows(x)
+    y = total = F.linear(flat, base._parameters["weight"], base._parameters["bias"])
     for i, (A, B, bias, scaling) in enumerate(pairs):
-        h = F.linear(_rows(dropouts[i](z)) if dropouts else rows if z is x else _rows(z), A)
+        h = F.linear(rows(dropouts[i](z)) if dropouts else flat if z is x else rows(z), A)
         if bias is not None or total.dtype != h.dtype:
             total = torch.add(total, F.linear(h, B, bias), alpha=scaling)
         elif not autocast:  # which does not reach what is done in place
@@ -203,10 +203,6 @@ def _added(y: Any, z: Tensor, pairs: list[_Pair], dropouts: Sequence[Any] = ()) 
     for i, (A, B, bias, scaling) in enumerate(pairs):
         total = total + F.linear(F.linear(dropouts[i](z) if dropouts else z, A), B, bias) * scaling
     return total.to(y.dtype)
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])  # -1 says nothing where one size is 0
 
 
 def _indexed(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor | None:

@@ -329,10 +329,6 @@ def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, dA.to(lora_A.dtype), dB.to(lora_B.dtype), (Bg * A).sum((1, 2)), None
 
 
-def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
 def _subspace_logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     features, prototypes, weights = ctx.saved_tensors
     kept = weights.dtype
@@ -402,8 +398,10 @@ def register() -> None:
     """The gradients of every operator, with torch."""
     for name in LORA:
         _register_lora(name)
-    found: dict[str, tuple[Callable[..., Any], Callable[..., None]]]
-    found = {"lora_merge": (_merge_backward, _merge_setup), "class_sums": (_class_sums_backward, _class_sums_setup)}
+    found: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
+        "lora_merge": (_merge_backward, lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:])),
+        "class_sums": (_class_sums_backward, _class_sums_setup),
+    }
     backwards = _reconstruct_backward, _complete_backward, _subspace_logits_backward
     for name, backward in zip(PROTOTYPES, backwards, strict=True):
         found[name] = _or_the_twins(name, backward), _prototypes_setup
