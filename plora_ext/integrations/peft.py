@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from plora_ext import ops
 from plora_ext.integrations import _patch
-from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_device, stack
+from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_device
 from plora_ext.integrations._patch import Original, Patch, Report, instead
 from plora_ext.nn.state import Checkpoints
 from plora_ext.ops.autocast import cast
-from plora_ext.ops.autograd import rows, stacked
+from plora_ext.ops.autograd import rows, side_by_side, stacked
 from plora_ext.ops.lora import run_beside
 from plora_ext.torch_private import has_saved_tensor_hooks, is_plain
 
@@ -302,8 +302,10 @@ def _run(
         y = _soon(x, ids, pairs, scaling, base.weight, base.bias)
         if y is not None:
             return y
-    lora_A, lora_B, ranks = stack([A for A, *_ in pairs], [B for _, B, *_ in pairs])
-    keywords: dict[str, Any] = {"ranks": ranks, "bias_B": biases}
+    factors_A, factors_B, *_ = zip(*pairs, strict=True)
+    one = len(pairs) == 1
+    lora_A, lora_B = (A[None], pairs[0][1][None]) if one else side_by_side(factors_A, factors_B, len(pairs))
+    keywords: dict[str, Any] = {"ranks": _ranks(pairs), "bias_B": biases}
     if fused and (autocast or x.dtype == dtype == base.weight.dtype):
         return op(x, *ids, lora_A, lora_B, scaling, weight=base.weight, bias=base.bias, **keywords)
     if not autocast and dropped.dtype != dtype and not getattr(layer, "cast_input_dtype_enabled", True):
@@ -320,7 +322,7 @@ def _soon(
     x: Tensor, ids: Sequence[ops.AdapterBatch], pairs: list[_Pair], scaling: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor | None:
     """The short way, which costs the host least, of all in one dtype or under autocast."""
-    T, ranks, trained = len(pairs), None, list[int]()
+    T, trained = len(pairs), list[int]()
     if T == 1 and not ids:
         return run_beside(x, *pairs[0][:2], scaling, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
@@ -328,14 +330,16 @@ def _soon(
     lora_A, lora_B, _, scales = zip(*pairs, strict=True)
     if torch.is_grad_enabled():
         trained = [t for t in range(T) if lora_A[t].requires_grad or lora_B[t].requires_grad]
-    own = [A.shape[0] for A in lora_A]
     stacked_A, stacked_B, made = stacked(x, lora_A, lora_B, scales, trained)
-    if made is None and min(own) < max(own):
-        ranks = constant(tuple(own), torch.int64, x.device)
+    scaling, ranks = (scaling, _ranks(pairs)) if made is None else (made, None)
     some, of_rows = trained if len(trained) < T else None, ids[0].ids if ids else None
-    return run_beside(
-        x, stacked_A, stacked_B, scaling if made is None else made, weight, bias, ranks, None, of_rows, some
-    )
+    return run_beside(x, stacked_A, stacked_B, scaling, weight, bias, ranks, None, of_rows, some)
+
+
+def _ranks(pairs: list[_Pair]) -> Tensor | None:
+    """Of the adapters [T], where they differ."""
+    own = tuple([A.shape[0] for A, *_ in pairs])
+    return constant(own, torch.int64, pairs[0][0].device) if min(own) < max(own) else None
 
 
 def _biases(pairs: list[_Pair]) -> Tensor | None:
