@@ -16,6 +16,7 @@ from plora_ext.change import fingerprint
 from plora_ext.cil.features import FeatureCache
 from plora_ext.integrations._layers import constant
 from plora_ext.integrations._patch import Original
+from plora_ext.ops.autocast import autocast_dtype
 
 IMAGES = 512
 """Images times adapters in one forward at most: more take more memory and no less time."""
@@ -166,9 +167,8 @@ def features_of(learner: Any, loader: Any, cache: bool, subspaces: Sequence[Any]
 
 def _fingerprints(vit: Any, subspaces: Sequence[Any], device: torch.device) -> list[str]:
     """What the features of each subspace follow from: the backbone's tensors, the adapter's, scales, and autocast."""
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    named = [*vit.named_parameters(), *vit.named_buffers()]
-    backbone = fingerprint(str(autocast), *(tensor for name, tensor in named if "adapter" not in name))
+    named, autocast = [*vit.named_parameters(), *vit.named_buffers()], str(autocast_dtype(device.type))
+    backbone = fingerprint(autocast, *(tensor for name, tensor in named if "adapter" not in name))
     return [
         fingerprint(
             backbone,

@@ -22,7 +22,7 @@ from plora_ext.integrations import _patch
 from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_device
 from plora_ext.integrations._patch import Original, Patch, Report, instead
 from plora_ext.nn.state import Checkpoints
-from plora_ext.ops.autocast import cast
+from plora_ext.ops.autocast import autocast_dtype, cast
 from plora_ext.ops.autograd import rows, side_by_side, stacked
 from plora_ext.ops.lora import run_beside
 from plora_ext.torch_private import has_saved_tensor_hooks, is_plain
@@ -325,8 +325,7 @@ def _soon(
     T, trained = len(pairs), list[int]()
     if T == 1 and not ids:
         return run_beside(x, *pairs[0][:2], scaling, weight, bias)
-    if torch.is_autocast_enabled(x.device.type):
-        x = cast(x, torch.get_autocast_dtype(x.device.type))
+    x = cast(x, autocast_dtype(x.device.type))
     lora_A, lora_B, _, scales = zip(*pairs, strict=True)
     if torch.is_grad_enabled():
         trained = [t for t in range(T) if lora_A[t].requires_grad or lora_B[t].requires_grad]

@@ -17,7 +17,7 @@ from plora_ext import ops
 from plora_ext.nn.linear import MultiLoRALinear
 from plora_ext.nn.state import State, as_coefficients, as_names, check_known, require_layer
 from plora_ext.nn.targets import Rows, replace_module
-from plora_ext.ops.autocast import without_autocast
+from plora_ext.ops.autocast import autocast_dtype, without_autocast
 from plora_ext.torch_private import PLAIN
 
 __all__ = ["BASE", "Adapters"]
@@ -279,7 +279,7 @@ class Adapters:
         """
         self._state.require_unmerged()
         kind, active = self._first.device.type, self._state.current
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        dtype = autocast_dtype(kind)
         weights = {}
         for layer in self.layers.values():
             weight = layer.merged_weight(active)

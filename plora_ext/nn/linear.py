@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from plora_ext import ops
 from plora_ext.nn.state import Active, State, check_known, mark, require_layer
-from plora_ext.ops.autocast import cast
+from plora_ext.ops.autocast import autocast_dtype, cast
 from plora_ext.ops.autograd import narrow, side_by_side, stacked
 from plora_ext.ops.lora import run_beside
 from plora_ext.torch_private import (
@@ -407,8 +407,7 @@ class MultiLoRALinear(nn.Module):
                 return None
             if (trained or x.requires_grad) and (self.slices is not None or has_saved_tensor_hooks()):
                 return None
-        if torch.is_autocast_enabled(kind):
-            x = cast(x, torch.get_autocast_dtype(kind))
+        x = cast(x, autocast_dtype(kind))
         lora_A, lora_B, scaling, ranks, slices = self.beside(x, names, trained)
         if coefficients is not None:
             with below():

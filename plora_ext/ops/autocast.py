@@ -21,6 +21,11 @@ def autocasts(device_type: str) -> bool:
     return device_type in _KNOW_IT and torch.is_autocast_enabled(device_type)
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts to on a type of device; None where it is off."""
+    return torch.get_autocast_dtype(device_type) if autocasts(device_type) else None
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """No autocast inside."""
     return torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
