@@ -350,7 +350,7 @@ class MultiLoRALinear(nn.Module):
         if not torch.compiler.is_compiling():
             self._state.check_recomputation(active)
             watched = torch.is_grad_enabled() and has_saved_tensor_hooks()
-        if active.rests:
+        if active.batch is None and active.weights is None and not active.names:  # `rests`, but the compiler sees it
             y: Tensor = self.base_layer(x)
             return y
         if watched:
@@ -407,7 +407,8 @@ class MultiLoRALinear(nn.Module):
                 return None
             if (trained or x.requires_grad) and (self.slices is not None or has_saved_tensor_hooks()):
                 return None
-        x = cast(x, autocast_dtype(kind))
+        if (dtype := autocast_dtype(kind)) is not None:
+            x = cast(x, dtype)
         lora_A, lora_B, scaling, ranks, slices = self.beside(x, names, trained)
         if coefficients is not None:
             with below():
