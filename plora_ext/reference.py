@@ -2,13 +2,13 @@
 
 Same names and arguments as in `plora_ext.ops`, where each operator is documented. Nothing here is compiled, every
 formula is written out once, and gradients are torch's own. The functions trust their arguments; `plora_ext.ops` checks
-them, and `slices`, a hint to the kernels, is not read here. Shapes: x [..., in], lora_A [T, r, in], lora_B [T, out, r],
-scaling [T], ids of shape x.shape[:k].
+them, and `slices`, a hint to the kernels, is not read here. Options are the operator's own keywords. Shapes:
+x [..., in], lora_A [T, r, in], lora_B [T, out, r], scaling [T], ids of shape x.shape[:k].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,9 @@ EPS = 1e-12
 
 
 def _low_rank(
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias_A: Tensor | None,
-    bias_B: Tensor | None,
-    ranks: Tensor | None,
+    lora_A: Tensor, lora_B: Tensor, bias_A: Tensor | None, bias_B: Tensor | None, ranks: Tensor | None,
     trainable: Sequence[int] | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """The four factors with missing biases as zeros, frozen adapters detached and padding masked out."""
     T, r, _ = lora_A.shape
     bias_A = lora_A.new_zeros(T, r) if bias_A is None else bias_A
@@ -42,19 +38,7 @@ def _low_rank(
         factors[0] = factors[0].masked_fill(~real[:, :, None], 0)
         factors[1] = factors[1].masked_fill(~real[:, None, :], 0)
         factors[2] = factors[2].masked_fill(~real, 0)
-    return factors[0], factors[1], factors[2], factors[3]
-
-
-def _base(x: Tensor, out: int, base: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The part of y that is not low-rank: the given y, the frozen layer, both, or zero."""
-    if weight is None:
-        return x.new_zeros(*x.shape[:-1], out) if base is None else base
-    y = F.linear(x, weight, bias)
-    return y if base is None else y + base
-
-
-def _activate(h: Tensor, activation: str) -> Tensor:
-    return h.relu() if activation == "relu" else h
+    return factors
 
 
 def _scale(scaling: Tensor | None, coeff: Tensor | None, like: Tensor) -> Tensor:
@@ -62,91 +46,51 @@ def _scale(scaling: Tensor | None, coeff: Tensor | None, like: Tensor) -> Tensor
     return scale if coeff is None else scale * coeff
 
 
+def _parts(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | None, *, coeff: Tensor | None = None,
+    base: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None, bias_A: Tensor | None = None,
+    bias_B: Tensor | None = None, activation: str = "none", ranks: Tensor | None = None,
+    trainable: Sequence[int] | None = None, slices: Sequence[tuple[int, int]] | None = None,
+) -> tuple[Tensor, list[Tensor], Callable[[Tensor], Tensor]]:  # fmt: skip
+    """y0 [..., out]; the factors A, B, a, b and the scale c s [T]; the activation."""
+    y = x.new_zeros(*x.shape[:-1], lora_B.shape[1]) if weight is None else F.linear(x, weight, bias)
+    if base is not None:
+        y = base if weight is None else y + base
+    factors = _low_rank(lora_A, lora_B, bias_A, bias_B, ranks, trainable)
+    return y, [*factors, _scale(scaling, coeff, lora_A).to(x.dtype)], F.relu if activation == "relu" else lambda h: h
+
+
 def lora_indexed(
-    x: Tensor,
-    ids: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor | None = None,
-    *,
-    base: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    bias_A: Tensor | None = None,
-    bias_B: Tensor | None = None,
-    activation: str = "none",
-    ranks: Tensor | None = None,
-    trainable: Sequence[int] | None = None,
-    slices: Sequence[tuple[int, int]] | None = None,
+    x: Tensor, ids: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | None = None, **options: Any
 ) -> Tensor:
     """Twin of `plora_ext.ops.lora_indexed`: every row through the adapter of its id; -1 leaves the base alone."""
-    y = _base(x, lora_B.shape[1], base, weight, bias)
+    y, factors, act = _parts(x, lora_A, lora_B, scaling, **options)
     if ids.numel() == 0:
-        return y.clone() if y is base else y
-    s = _scale(scaling, None, lora_A).to(x.dtype)
+        return y.clone() if y is options.get("base") else y
     # -1 picks the last one, of zeros: what the others hold, inf and NaN too, is nothing to the base alone.
-    A, B, a, b, s = (
-        F.pad(f, (0, 0) * (f.dim() - 1) + (0, 1))[ids.reshape(-1).long()]
-        for f in (*_low_rank(lora_A, lora_B, bias_A, bias_B, ranks, trainable), s)
-    )
+    A, B, a, b, s = (F.pad(f, (0, 0) * (f.dim() - 1) + (0, 1))[ids.reshape(-1).long()] for f in factors)
     rows = x.reshape(len(s), x.shape[:-1].numel() // len(s), x.shape[-1])
-    h = _activate(rows @ A.transpose(1, 2) + a[:, None], activation)
+    h = act(rows @ A.transpose(1, 2) + a[:, None])
     delta = s[:, None, None] * (h @ B.transpose(1, 2) + b[:, None])
     return y + delta.reshape(y.shape)
 
 
-def lora_sum(
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor | None = None,
-    *,
-    coeff: Tensor | None = None,
-    base: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    bias_A: Tensor | None = None,
-    bias_B: Tensor | None = None,
-    activation: str = "none",
-    ranks: Tensor | None = None,
-    trainable: Sequence[int] | None = None,
-    slices: Sequence[tuple[int, int]] | None = None,
-) -> Tensor:
+def lora_sum(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | None = None, **options: Any) -> Tensor:
     """Twin of `plora_ext.ops.lora_sum`: one product of the concatenated factors, rank T * r."""
-    y = _base(x, lora_B.shape[1], base, weight, bias)
-    T, r, in_features = lora_A.shape
+    y, (A, B, a, b, s), act = _parts(x, lora_A, lora_B, scaling, **options)
+    T, r, in_features = A.shape
     if T == 0:
-        return y.clone() if y is base else y
-    A, B, a, b = _low_rank(lora_A, lora_B, bias_A, bias_B, ranks, trainable)
-    s = _scale(scaling, coeff, lora_A).to(x.dtype)
-    h = _activate(F.linear(x, A.reshape(T * r, in_features), a.reshape(T * r)), activation)
+        return y.clone() if y is options.get("base") else y
+    h = act(F.linear(x, A.reshape(T * r, in_features), a.reshape(T * r)))
     return y + (h * s.repeat_interleave(r)) @ B.transpose(1, 2).flatten(0, 1) + s @ b
 
 
-def lora_all(
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor | None = None,
-    *,
-    base: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    bias_A: Tensor | None = None,
-    bias_B: Tensor | None = None,
-    activation: str = "none",
-    ranks: Tensor | None = None,
-    trainable: Sequence[int] | None = None,
-    slices: Sequence[tuple[int, int]] | None = None,
-) -> Tensor:
+def lora_all(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | None = None, **options: Any) -> Tensor:
     """Twin of `plora_ext.ops.lora_all`: the T outputs of the T adapters, stacked in front."""
-    T = lora_A.shape[0]
-    y = _base(x, lora_B.shape[1], base, weight, bias)
-    A, B, a, b = _low_rank(lora_A, lora_B, bias_A, bias_B, ranks, trainable)
-    s = _scale(scaling, None, lora_A).to(x.dtype)
+    y, (A, B, a, b, s), act = _parts(x, lora_A, lora_B, scaling, **options)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    h = _activate(rows @ A.transpose(1, 2) + a[:, None], activation)
-    return y + (s[:, None, None] * (h @ B.transpose(1, 2) + b[:, None])).reshape(T, *y.shape)
+    h = act(rows @ A.transpose(1, 2) + a[:, None])
+    return y + (s[:, None, None] * (h @ B.transpose(1, 2) + b[:, None])).reshape(len(A), *y.shape)
 
 
 def lora_indexed_(

@@ -34,6 +34,8 @@ _is_wrapped = _found(torch._C, "_functorch", "is_functorch_wrapped_tensor")
 _unwrap = _found(torch._C, "_functorch", "get_unwrapped")
 any_requires_grad = _found(torch._C, "_any_requires_grad")
 """Whether one of these is a tensor that requires a gradient. Only where `is_eager`."""
+any_autocast = _found(torch._C, "_is_any_autocast_enabled") or (lambda: True)
+"""() → whether autocast is on for some type of device; True where torch does not say."""
 _exclude = _found(torch._C, "_ExcludeDispatchKeyGuard")
 _key_set, _keys = _found(torch._C, "DispatchKeySet"), _found(torch._C, "DispatchKey")
 _softmax_backward = _found(torch, "_softmax_backward_data")
@@ -85,14 +87,15 @@ PLAIN = {Tensor, nn.Parameter, type(None), bool, int, float, list}
 """Types of arguments of the operators that behave as torch's own."""
 
 
-def is_eager(compiling: bool | None = None) -> bool:
-    """Whether this is eager code: nothing traces it, transforms it, differentiates it in forward mode or looks on.
+def is_eager() -> bool:
+    """Whether this is eager code: nothing traces it, transforms it, differentiates it in forward mode or looks on."""
+    return not torch.compiler.is_compiling() and is_unwatched()
 
-    compiling: whether it is being compiled, for those who know.
-    """
+
+def is_unwatched() -> bool:
+    """The same of code that is not being compiled."""
     return (
         _EAGER
-        and not (torch.compiler.is_compiling() if compiling is None else compiling)
         and _top_transform() is None
         and forward_ad._current_level < 0
         and not _count_dispatch_modes()
@@ -108,6 +111,11 @@ def is_plain(*args: Any) -> bool:
 
 below: Callable[[], AbstractContextManager[Any]] = partial(_exclude or nullcontext, _above)
 """() → a context in which calls go to the kernels themselves, past autograd and autocast. Only where `is_eager`."""
+
+
+def in_c(overload: Any) -> Any:
+    """An operator's overload without the Python around it; for eager code alone."""
+    return getattr(overload, "_op", overload)
 
 
 def forward_mode(*args: Any) -> bool:
@@ -181,9 +189,8 @@ def in_backward() -> bool:
     return _graph_task is not None and _graph_task() != -1
 
 
-def has_saved_tensor_hooks() -> bool:
-    """Whether something keeps an eye on saved tensors, as checkpointing does; True where torch does not say."""
-    return _saved_tensor_hooks is None or _saved_tensor_hooks(True) is not None
+has_saved_tensor_hooks: Callable[[], Any] = partial(_saved_tensor_hooks, True) if _saved_tensor_hooks else lambda: True
+"""() → what keeps an eye on saved tensors, as checkpointing does; True where torch does not say."""
 
 
 has_global_module_hooks: Callable[[], Any] = _global_hooks or (lambda: True)

@@ -71,7 +71,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs with the operator and with the plain products, whatever would take less time."""
     monkeypatch.setattr(integration, "_pays", lambda *_: request.param == "lora_sum")
     monkeypatch.setattr(
-        integration, "_are_few", lambda x, factors: request.param == "_plainly" and x.dtype == factors[0].dtype
+        integration, "_are_few", lambda x, pairs: request.param == "_plainly" and x.dtype == pairs[0][0].dtype
     )
     name: str = request.param
     return name
@@ -464,16 +464,16 @@ def test_the_operator_runs_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> Non
         (1023, 1, torch.float32, False), (1024, 1, torch.float32, True), (256, 4, torch.float32, True),
         (4096, 3, torch.bfloat16, False), (1, 4, torch.bfloat16, True),
     ):  # fmt: skip
-        factors = [torch.zeros(2, 8, dtype=dtype), torch.zeros(8, 2, dtype=dtype)] * adapters
+        pairs = [(torch.zeros(2, 8, dtype=dtype), torch.zeros(8, 2, dtype=dtype), None, 1.0)] * adapters
         x = torch.zeros(rows, 8, dtype=dtype)
-        assert integration._pays(x, factors, autocast=False) is pays, (rows, adapters, dtype)
-        assert integration._are_few(x, factors) is False
-    factors = [torch.zeros(2, 8), torch.zeros(8, 2)] * 8
-    assert integration._are_few(torch.zeros(127, 8), factors)
-    assert not integration._are_few(torch.zeros(127, 8), factors + factors[:2])
+        assert integration._pays(x, pairs, autocast=False) is pays, (rows, adapters, dtype)
+        assert integration._are_few(x, pairs) is False
+    pairs = [(torch.zeros(2, 8), torch.zeros(8, 2), None, 1.0)] * 8
+    assert integration._are_few(torch.zeros(127, 8), pairs)
+    assert not integration._are_few(torch.zeros(127, 8), pairs + pairs[:1])
     for rows, pays in ((682, False), (683, True)):  # 2^20 elements of x and y
         x, A, B = (torch.zeros(*shape, device="meta") for shape in ((rows, 768), (16, 768), (768, 16)))
-        assert integration._pays(x, [A, B], autocast=False) is pays
+        assert integration._pays(x, [(A, B, None, 1.0)], autocast=False) is pays
 
 
 def test_biases_and_scales() -> None:

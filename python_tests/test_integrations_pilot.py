@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from plora_ext.integrations import _pilot_ease, _pilot_mos, _pilot_vit, pilot
+from plora_ext.integrations import _pilot_ease, _pilot_family, _pilot_vit, pilot
 
 SETTINGS = {
     "reset": {},
@@ -232,7 +232,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         seen.append((len(images), len(adapters)))
         return original(vit, images, adapters, class_token_only)
 
-    for module in (_pilot_vit, _pilot_ease, _pilot_mos):
+    for module in (_pilot_vit, _pilot_ease, _pilot_family):
         monkeypatch.setattr(module, "adapter_features", counted)
     return seen
 

@@ -464,6 +464,46 @@ def test_rank_that_does_not_fit_a_slice() -> None:
     inject(model, ["qkv"], r=9)
 
 
+def test_a_model_that_is_one_adapted_layer_is_unloaded_to_its_linear_layer() -> None:
+    linear, x = nn.Linear(4, 4), torch.randn(3, 4)
+    adapters = Adapters(MultiLoRALinear(linear), r=2)
+    adapters.add_adapter("a")
+    nn.init.normal_(adapters.layers[""].lora_B["a"])
+    y = adapters.model(x)
+    assert adapters.unload() is adapters.model is linear
+    torch.testing.assert_close(linear(x), y)
+
+
+def test_target_modules_may_be_read_once() -> None:
+    assert list(inject(vit(), (name for name in ("qkv", "proj"))).layers) == list(inject(vit()).layers)  # type: ignore[arg-type]
+
+
+def test_coefficients_in_pieces_that_gradients_would_not_reach() -> None:
+    adapters = make()
+    pieces = [nn.Parameter(torch.tensor(1.0)), 2.0]
+    for call in (adapters.set_adapter, adapters.fuse):
+        with pytest.raises(ValueError, match="coefficients that require gradients must be one tensor"):
+            call(["t0", "t1"], pieces)
+
+
+def test_a_model_in_float64_stays_exact() -> None:
+    adapters = inject(nn.Sequential(nn.Linear(4, 4, dtype=torch.float64)), ["0"], r=2)
+    model, x = adapters.model, torch.randn(3, 4, dtype=torch.float64)
+    adapters.add_adapter("a")
+    nn.init.normal_(adapters.layers["0"].lora_B["a"])
+    adapters.set_adapter(None)
+    base = model(x)
+    adapters.set_adapter("a")
+    expected = base + 0.1 * (model(x) - base)
+    adapters.set_adapter("a", [0.1])
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-13)
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 as it is
+        torch.testing.assert_close(adapters.frozen()(x), expected, rtol=0, atol=1e-13)
+    adapters.fuse(["a"], [0.1])
+    adapters.set_adapter("fused")
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-13)
+
+
 def test_targets_that_match_nothing_name_the_closest() -> None:
     with pytest.raises(ValueError, match=r"'qvk' matches none, closest are \['qkv'"):
         inject(vit(), ["proj", "qvk"])

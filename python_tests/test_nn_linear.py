@@ -566,8 +566,8 @@ def test_the_short_way_hands_tensors_on_as_they_are(device, monkeypatch) -> None
     """A view, or a copy, would cost the host as much as a small launch."""
     seen: dict[str, tuple[Any, ...]] = {}
     for name in ("lora_one", "lora_one_backward"):
-        spied = lambda *args, name=name, operator=compiled.op[name]: seen.update({name: args}) or operator(*args)  # noqa: E731
-        monkeypatch.setitem(compiled.op, name, spied)
+        spied = lambda *args, name=name, operator=compiled.eager_op[name]: seen.update({name: args}) or operator(*args)  # noqa: E731
+        monkeypatch.setitem(compiled.eager_op, name, spied)
     layer = one(device=device).layers["qkv"]
     x = torch.randn(2, 3, IN, device=device, requires_grad=True)
     given = [x, *layer.pairs("t0")[0]]

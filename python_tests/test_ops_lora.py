@@ -327,13 +327,13 @@ def test_eager_shortcut_agrees_with_the_registered_path(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keeps_what_a_gradient_needs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    operator = compiled.op[family]
+    operator = compiled.eager_op[family]
 
     def spy(*args: Any) -> Any:
         asked.append(args[-1])
         return operator(*args)
 
-    monkeypatch.setitem(compiled.op, family, spy)
+    monkeypatch.setitem(compiled.eager_op, family, spy)
 
     def keeps(options: str, asking: str, r: int = 4) -> bool:
         args, kwargs, _ = problem(family, r=r, options=options, grad=False)

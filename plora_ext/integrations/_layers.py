@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from plora_ext.nn import linear
-from plora_ext.ops.autograd import side_by_side
 
 
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether calling `module` is `x W^T + b` and nothing else: a linear layer nobody has hooked or wrapped."""
-    return type(module) is nn.Linear and linear.is_called_plainly(module)
+    return type(module) is nn.Linear and linear.plain_parameters(module) is not None
 
 
 def kept_on_device(make: Callable[..., Any]) -> Any:
@@ -59,12 +58,3 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
 def ones(n: int, x: Tensor) -> Tensor:
     """The scales of n adapters that have none, for x."""
     return constant((1.0,) * n, torch.promote_types(x.dtype, torch.float32), x.device)
-
-
-def stack(factors_A: Sequence[Tensor], factors_B: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """lora_A [T, r, in] and lora_B [T, out, r] of T pairs; where their ranks differ, padded, with the ranks [T]."""
-    if len(factors_A) == 1:
-        return factors_A[0][None], factors_B[0][None], None
-    own = tuple(A.shape[0] for A in factors_A)
-    ranks = constant(own, torch.int64, factors_A[0].device) if min(own) < max(own) else None
-    return *side_by_side(factors_A, factors_B), ranks

@@ -8,11 +8,11 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-_ABSENT = object()
 Original = Callable[..., Any]  # a function of a host
 
 
@@ -40,9 +40,10 @@ class Patch:
 
     def __init__(self, host: str) -> None:
         self.report = Report(host)
-        self._originals: list[tuple[Any, str, Any, Any]] = []
+        self._host = host
+        self._ours: list[tuple[Any, str, Any]] = []
         self._missing: list[str] = []
-        self._undo: list[Callable[[], object]] = []
+        self._undo = ExitStack()
 
     def replace(self, path: str, make: Callable[[Any], Any]) -> None:
         """Replace `package.module:Class.function` by `make(it)`; a path that does not exist is noted, not an error.
@@ -67,14 +68,17 @@ class Patch:
                 f"{path} takes ({found}) here, and what would replace it was written for ({expected}): use a version "
                 f"that this package is tested with ({self.report.host}), or the host without the patch"
             )
-        # What the class itself holds: an inherited function comes back by deleting ours.
-        self._originals.append((owner, name, vars(owner).get(name, _ABSENT), ours))
+        if name in vars(owner):
+            self._undo.callback(setattr, owner, name, vars(owner)[name])
+        else:  # an inherited function comes back by deleting ours
+            self._undo.callback(delattr, owner, name)
+        self._ours.append((owner, name, ours))
         setattr(owner, name, ours)
         self.report.replaced.append(path)
 
     def afterwards(self, undo: Callable[[], object]) -> None:
         """Call this when the host's own functions come back."""
-        self._undo.append(undo)
+        self._undo.callback(undo)
 
     def leave(self, what: str, why: str) -> None:
         """Say what stays the host's."""
@@ -86,7 +90,7 @@ class Patch:
         Where somebody else has replaced one of ours in the meantime, everything stays, with a warning that names it:
         to put the host's back would take theirs away, and theirs still calls ours.
         """
-        for owner, name, _, ours in self._originals:
+        for owner, name, ours in self._ours:
             if vars(owner).get(name) is not ours:
                 warnings.warn(
                     f"{owner.__name__}.{name} was replaced again after {self.report.host} was patched; undo that "
@@ -94,17 +98,10 @@ class Patch:
                     stacklevel=3,
                 )
                 return
-        while self._originals:
-            owner, name, original, _ = self._originals.pop()
-            if original is _ABSENT:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, original)
-        while self._undo:
-            self._undo.pop()()
-        for host, active in list(_active.items()):
-            if active is self:
-                del _active[host]
+        self._ours.clear()
+        self._undo.close()
+        if _active.get(self._host) is self:
+            del _active[self._host]
 
     def __enter__(self) -> Patch:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from plora_ext.integrations._layers import kept_on_device
 from plora_ext.integrations._patch import Original
 from plora_ext.integrations._pilot_vit import (
     adapter_features,
+    best_classes,
     class_means,
     draw_as_if_read,
     features_of,
@@ -197,21 +199,23 @@ def eval_cnn(original: Original, self: Any, loader: Any, *, cache: bool) -> tupl
     network = self._network.eval()
     if isinstance(network, nn.DataParallel) or not is_served(network.backbone):
         return original(self, loader)
-    with torch.no_grad():
-        predicted, targets, own_task, given_task = [], [], [], []
+    own_task, given_task = [], []
+
+    def outputs() -> Iterator[tuple[Tensor, Tensor]]:
         for features, labels in features_of(self, loader, cache, subspaces_of(network.backbone, self.use_init_ptm)):
-            outputs = _logits(network, features)
-            labels = labels.to(outputs.device)
+            logits = _logits(network, features)
+            labels = labels.to(logits.device)
             task_ids = (labels - self.init_cls).div(self.inc, rounding_mode="floor") + 1
-            inside = torch.where(_window(task_ids, outputs.shape[1], self.init_cls, self.inc), outputs, 0)
-            best = outputs.max(dim=1)[1]
+            inside = torch.where(_window(task_ids, logits.shape[1], self.init_cls, self.inc), logits, 0)
+            best = logits.max(dim=1)[1]
             own_task.append(((best - self.init_cls).div(self.inc, rounding_mode="floor") + 1) == task_ids)
             given_task.append(inside.max(dim=1)[1] == labels)
-            predicted.append(torch.topk(outputs, k=self.topk, dim=1, largest=True, sorted=True)[1])
-            targets.append(labels)
-        for text, right in (("Task correct: {}", own_task), ("Task acc: {}", given_task)):
-            logging.info(text.format(torch.cat(right).sum().cpu().numpy() * 100 / len(torch.cat(right))))
-        return torch.cat(predicted).cpu().numpy(), torch.cat(targets).cpu().numpy()
+            yield logits, labels
+
+    predicted = best_classes(self, outputs())
+    for text, right in (("Task correct: {}", own_task), ("Task acc: {}", given_task)):
+        logging.info(text.format(torch.cat(right).sum().cpu().numpy() * 100 / len(torch.cat(right))))
+    return predicted
 
 
 def _window(task_ids: Tensor, num_classes: int, init_cls: int, inc: int) -> Tensor:

@@ -1,9 +1,11 @@
-"""Codebases with PILOT's skeleton: the LoRA layers of InfLoRA, SD-LoRA and CL-LoRA, the adapters of TUNA and ACMap."""
+"""MOS, and codebases with PILOT's skeleton: InfLoRA, SD-LoRA and CL-LoRA's layers, TUNA's and ACMap's adapters."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from plora_ext.integrations._layers import ones
 from plora_ext.integrations._patch import Original
 from plora_ext.integrations._pilot_vit import (
     adapter_features,
+    best_classes,
     class_means,
     draw_as_if_read,
     embed,
@@ -132,6 +135,76 @@ def _of_block(vit: Any, task: int, j: int) -> tuple[Any, ...]:
     return adapter, None, None, weights[:, vit.specfic_pos.index(j)]
 
 
+# ---------------------------------------------------------------------- MOS
+
+
+def mos_features(original: Original, self: Any, x: Tensor, adapter_id: int, train: bool) -> dict[str, Tensor]:
+    momentum, self.config.adapter_momentum = self.config.adapter_momentum, 0.0  # `reweight_adapter` does nothing
+    try:
+        features: dict[str, Tensor] = original(self, x, adapter_id, train)
+    finally:
+        self.config.adapter_momentum = momentum
+    return features
+
+
+def mos_eval(original: Original, self: Any, loader: Any, *, as_shipped: bool) -> tuple[np.ndarray, np.ndarray]:
+    network = self._network.eval()
+    backbone = network.backbone
+    if not is_served(backbone) or len(backbone.adapter_list) <= self._cur_task:
+        return original(self, loader)
+    task_of = torch.tensor([self.cls2task[c] for c in range(self._total_classes)], device=self._device)
+    orig_right = []
+
+    def outputs() -> Iterator[tuple[Tensor, Tensor]]:
+        for _, images, labels in loader:
+            adapters = _mos_adapters(backbone, self._cur_task + 1, as_shipped)
+            features = torch.cat(adapter_features(backbone, images.to(self._device), adapters), 1)  # [B, T, D]
+            # The first adapter is never moved: its features are also those of `forward_orig`.
+            orig_logits = network.fc(features[:, 0])["logits"][:, : self._total_classes]
+            logits = backbone(features, fc_only=True)["logits"][..., : self._total_classes]
+            orig = orig_logits.max(dim=1)[1]
+            next_task, chosen, row = task_of[logits.max(dim=2)[1]], task_of[orig], torch.arange(len(orig))
+            for _ in range(3):  # four looks at most; where a choice confirms itself it stays
+                chosen = next_task[row, chosen]
+            found = logits[row, chosen]
+            if self.ensemble:
+                found = F.softmax(found, dim=1) + F.softmax(orig_logits / (1 / (self._cur_task + 1)), dim=1)
+            orig_right.append(orig == labels.to(orig.device))
+            yield found, labels
+
+    predicted = best_classes(self, outputs())
+    right = torch.cat(orig_right)
+    percent = right.sum().cpu().numpy() * 100 / len(right)
+    logging.info(f"the accuracy of the original model:{np.around(percent, 2)}")
+    return predicted
+
+
+def _mos_adapters(backbone: Any, count: int, as_shipped: bool) -> list[Any]:
+    """The adapters of one test batch; as shipped, block l sees them moved l + 1 times, and all are moved at the end.
+
+    w <- (1 - a) w + a m, towards the mean m of its predecessors, k times, gives (1 - a)^k w + (1 - (1 - a)^k) m.
+    """
+    a = backbone.config.adapter_momentum
+    if not as_shipped or a == 0:
+        return list(backbone.adapter_list[:count])
+    depth, result = len(backbone.blocks), [backbone.adapter_list[0]]
+    for task in range(1, count):
+        moved = []
+        for block, adapter in enumerate(backbone.adapter_list[task]):
+            seen = SimpleNamespace(scale=adapter.scale)
+            for side in ("down", "up"):
+                layer = SimpleNamespace()
+                for kind in ("weight", "bias"):
+                    parameter = adapter.get_parameter(f"{side}_proj.{kind}")
+                    mean = getattr(backbone, f"{side}_{kind}_sum")[block][task - 1] / task
+                    setattr(layer, kind, torch.lerp(mean, parameter.data, (1 - a) ** (block + 1)))
+                    parameter.data = torch.lerp(mean, parameter.data, (1 - a) ** depth)
+                setattr(seen, f"{side}_proj", layer)
+            moved.append(seen)
+        result.append(moved)
+    return result
+
+
 # ---------------------------------------------------------------------- TUNA
 
 
@@ -152,21 +225,20 @@ def tuna_eval(
     general = vit.cur_adapter if as_shipped else vit.merged_adapter
     if count > 1 and not _are_equal(general, adapters[-1]):
         adapters.append(general)
-    predicted, targets = [], []
-    with torch.no_grad():
+
+    def outputs() -> Iterator[tuple[Tensor, Tensor]]:
         for features, labels in features_of(self, loader, cache, adapters):
             every = network.fc(features.view(len(labels) * len(adapters), -1))["logits"][:, : self._total_classes]
             logits = every.view(len(labels), len(adapters), -1)
             if count == 1:
-                outputs = logits[:, 0]
-            else:
-                probabilities = F.softmax(logits * self.args["scale"], dim=2)
-                entropy = -(probabilities * torch.log(probabilities + 1e-10)).sum(2)
-                chosen = entropy[:, :count].argmin(1)
-                outputs = probabilities[torch.arange(len(labels)), chosen] + probabilities[:, -1]
-            predicted.append(torch.topk(outputs, k=self.topk, dim=1, largest=True, sorted=True)[1])
-            targets.append(labels)
-    return torch.cat(predicted).cpu().numpy(), torch.cat(targets).cpu().numpy()
+                yield logits[:, 0], labels
+                continue
+            probabilities = F.softmax(logits * self.args["scale"], dim=2)
+            entropy = -(probabilities * torch.log(probabilities + 1e-10)).sum(2)
+            chosen = entropy[:, :count].argmin(1)
+            yield probabilities[torch.arange(len(labels)), chosen] + probabilities[:, -1], labels
+
+    return best_classes(self, outputs())
 
 
 def _are_equal(a: nn.Module, b: nn.Module) -> bool:

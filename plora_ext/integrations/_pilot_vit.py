@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,7 @@ from plora_ext.change import fingerprint
 from plora_ext.cil.features import FeatureCache
 from plora_ext.integrations._layers import constant
 from plora_ext.integrations._patch import Original
+from plora_ext.ops.autocast import autocast_dtype
 
 IMAGES = 512
 """Images times adapters in one forward at most: more take more memory and no less time."""
@@ -166,17 +167,23 @@ def features_of(learner: Any, loader: Any, cache: bool, subspaces: Sequence[Any]
 
 def _fingerprints(vit: Any, subspaces: Sequence[Any], device: torch.device) -> list[str]:
     """What the features of each subspace follow from: the backbone's tensors, the adapter's, scales, and autocast."""
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    named = [*vit.named_parameters(), *vit.named_buffers()]
-    backbone = fingerprint(str(autocast), *(tensor for name, tensor in named if "adapter" not in name))
+    named, autocast = [*vit.named_parameters(), *vit.named_buffers()], str(autocast_dtype(device.type))
+    backbone = fingerprint(autocast, *(tensor for name, tensor in named if "adapter" not in name))
     return [
-        fingerprint(backbone, *(() if adapters is None else (*adapters.parameters(), *map(_scale, adapters))))
+        fingerprint(
+            backbone,
+            *(() if adapters is None else (*adapters.parameters(), *(str(float(a.scale)) for a in adapters))),
+        )
         for adapters in subspaces
     ]
 
 
-def _scale(adapter: Any) -> str:
-    return str(float(adapter.scale))
+def best_classes(learner: Any, outputs: Iterable[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    """What PILOT's `_eval_cnn` returns, the best classes [N, topk] and the labels [N], of every batch's logits."""
+    with torch.no_grad():
+        found = [(torch.topk(logits, k=learner.topk, dim=1)[1], labels) for logits, labels in outputs]
+    best, labels = (torch.cat(part).cpu().numpy() for part in zip(*found))
+    return best, labels
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ same results, `adapter_names` may be given in training too, so that every sample
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from plora_ext import ops
 from plora_ext.integrations import _patch
-from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_device, stack
+from plora_ext.integrations._layers import constant, is_called_plainly, kept_on_device
 from plora_ext.integrations._patch import Original, Patch, Report, instead
-from plora_ext.nn.state import reentrant_checkpoints
-from plora_ext.ops.autocast import cast
-from plora_ext.ops.autograd import stacked
+from plora_ext.nn.state import Checkpoints
+from plora_ext.ops.autocast import autocast_dtype, cast
+from plora_ext.ops.autograd import rows, side_by_side, stacked
 from plora_ext.ops.lora import run_beside
 from plora_ext.torch_private import has_saved_tensor_hooks, is_plain
 
@@ -32,6 +32,7 @@ __all__ = ["patch", "report", "unpatch"]
 _LINEAR = "peft.tuners.lora.layer:Linear.forward"
 _BASE = "__base__"
 TESTED = "0.12", "0.21"  # the oldest and the newest version
+_Pair = tuple[Tensor, Tensor, Tensor | None, Any]  # an adapter: A [r, in], B [out, r], its bias and its scale
 
 
 def patch(train_mixed_batches: bool = True) -> Patch:
@@ -80,17 +81,20 @@ def report(model: nn.Module) -> Report:
     host = _patch.require("peft.tuners.lora", 'pip install "plora_ext[integrations]"')
     result = Report(type(model).__name__)
     for name, layer in model.named_modules():
-        if not isinstance(layer, host.LoraLayer):
-            continue
-        if type(layer).forward is not host.Linear.forward:
-            result.left[name] = f"a {type(layer).__name__} has a forward of its own"
-            continue
-        whys = {adapter: _why_left(layer, adapter) for adapter in layer.lora_A}
-        if left := {adapter: why for adapter, why in whys.items() if why}:
-            result.left[name] = "; ".join(f"adapter {adapter!r} {why}" for adapter, why in left.items())
-        else:
-            result.replaced.append(name)
+        if isinstance(layer, host.LoraLayer):
+            if why := _why_layer_left(host, layer, layer.lora_A):
+                result.left[name] = why
+            else:
+                result.replaced.append(name)
     return result
+
+
+def _why_layer_left(host: Any, layer: Any, adapters: Collection[str]) -> str:
+    """Why PEFT's own forward has to run one of these adapters in a layer; empty if it has not."""
+    if type(layer).forward is not host.Linear.forward:
+        return f"a {type(layer).__name__} has a forward of its own"
+    whys = {adapter: _why_left(layer, adapter) for adapter in layer.lora_A if adapter in adapters}
+    return "; ".join(f"adapter {adapter!r} {why}" for adapter, why in whys.items() if why)
 
 
 def _why_left(layer: Any, adapter: str) -> str:
@@ -107,11 +111,18 @@ def _why_left(layer: Any, adapter: str) -> str:
     return ""
 
 
+_checkpoints = Checkpoints()  # those with a mixed batch, which PEFT computes again without its names
+
+
 def _make_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")
-        if (names is not None or _checkpointed) and not torch.compiler.is_compiling():
-            _check_recomputation(names)
+        looks = (names is not None or _checkpoints.met) and not torch.compiler.is_compiling()
+        if looks and not _checkpoints.agree(None if names is None else tuple(names)):
+            raise RuntimeError(
+                "activation checkpointing computes a layer again without the adapter_names of the forward pass: train "
+                "a mixed batch without it"
+            )
         if not args and not self.disable_adapters and (not kwargs or (names is not None and len(kwargs) == 1)):
             if names is None:
                 known = self._modules["lora_A"]._modules
@@ -126,34 +137,17 @@ def _make_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return forward
 
 
-_checkpointed: list[bool] = []  # not empty once a mixed batch has been within a reentrant checkpoint
-
-
-def _check_recomputation(names: Sequence[str] | None) -> None:
-    """Raise RuntimeError where a reentrant checkpoint computes a mixed batch again, which PEFT does without names."""
-    for ctx, again in reentrant_checkpoints():
-        if names is not None and not again:
-            _checkpointed[:] = [True]
-            ctx.plora_ext_names = names
-        elif again and names != getattr(ctx, "plora_ext_names", None):
-            raise RuntimeError(
-                "activation checkpointing computes a layer again without the adapter_names of the forward pass: train "
-                "a mixed batch without it"
-            )
-
-
 def _sum(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor | None:
     """These adapters summed, or None where PEFT has to."""
-    modules = layer._modules
-    factors = _factors(layer, x, names)
-    if factors is None:
+    pairs = _pairs(layer, x, names)
+    if pairs is None:
         return None
-    dropouts = [modules["lora_dropout"]._modules[name] for name in names]
+    dropouts = [layer._modules["lora_dropout"]._modules[name] for name in names]
     drops = any([_drops(dropout) for dropout in dropouts])
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if (drops and len(names) > 1) or _is_wider(x, factors[0], autocast) or not _pays(x, factors, autocast):
-        return _plainly(layer, x, names, factors, dropouts if drops else (), autocast)
-    return _run(layer, ops.lora_sum, x, dropouts[0](x.to(factors[0].dtype)) if drops else x, names, factors)
+    A, autocast = pairs[0][0], torch.is_autocast_enabled(x.device.type)
+    if (drops and len(names) > 1) or _is_wider(x, A, autocast) or not _pays(x, pairs, autocast):
+        return _plainly(layer, x, pairs, dropouts if drops else (), autocast)
+    return _run(layer, x, dropouts[0](x.to(A.dtype)) if drops else x, names, pairs)
 
 
 def _is_wider(x: Tensor, factor: Tensor, autocast: bool) -> bool:
@@ -161,7 +155,7 @@ def _is_wider(x: Tensor, factor: Tensor, autocast: bool) -> bool:
     return x.dtype != factor.dtype and not autocast and torch.promote_types(x.dtype, factor.dtype) != factor.dtype
 
 
-def _pays(x: Tensor, factors: list[Tensor], autocast: bool) -> bool:
+def _pays(x: Tensor, pairs: list[_Pair], autocast: bool) -> bool:
     """Whether the operator takes less time than the plain products do.
 
     CPU, measured on one core with 64 to 768 features and r = 16, forward and backward: in float32 from about 1024 rows
@@ -169,33 +163,29 @@ def _pays(x: Tensor, factors: list[Tensor], autocast: bool) -> bool:
     one launch saves passes over y, worth having once the GPU, not the host, is what one waits for; training steps of
     one layer cross between 197 and 788 rows of 768 features (`benchmarks/host_time.py` measures such steps).
     """
-    A, T = factors[0], len(factors) // 2
+    (A, B, *_), T = pairs[0], len(pairs)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else A.dtype
     features = A.shape[1]
     work = x.numel() // max(1, features) * T
     if x.is_cpu:
         return work >= 1024 if dtype.itemsize > 2 else T >= 4
-    return work * (features + factors[1].shape[0]) >= 1 << 20
+    return work * (features + B.shape[0]) >= 1 << 20
 
 
-def _plainly(
-    layer: Any, x: Tensor, names: Sequence[str], factors: list[Tensor], dropouts: Sequence[Any], autocast: bool
-) -> Tensor | None:
+def _plainly(layer: Any, x: Tensor, pairs: list[_Pair], dropouts: Sequence[Any], autocast: bool) -> Tensor | None:
     """PEFT's own computation, one product after the other, without the rest of what it does there."""
-    dtype, base = factors[0].dtype, layer._modules["base_layer"]
+    dtype, base = pairs[0][0].dtype, layer._modules["base_layer"]
     z = x
     if not autocast and x.dtype != dtype:
         if not getattr(layer, "cast_input_dtype_enabled", True):
             return None
         z = x.to(dtype)
     if not _is_plain_layer(base):
-        return _added(layer, base(x), z, names, factors, dropouts)
-    rows = _rows(x)
-    y = total = F.linear(rows, base._parameters["weight"], base._parameters["bias"])
-    for i, name in enumerate(names):
-        A, B, scaling = factors[2 * i], factors[2 * i + 1], layer.scaling[name]
-        bias = layer._modules["lora_B"]._modules[name]._parameters["bias"]
-        h = F.linear(_rows(dropouts[i](z)) if dropouts else rows if z is x else _rows(z), A)
+        return _added(base(x), z, pairs, dropouts)
+    flat = rows(x)
+    y = total = F.linear(flat, base._parameters["weight"], base._parameters["bias"])
+    for i, (A, B, bias, scaling) in enumerate(pairs):
+        h = F.linear(rows(dropouts[i](z)) if dropouts else flat if z is x else rows(z), A)
         if bias is not None or total.dtype != h.dtype:
             total = torch.add(total, F.linear(h, B, bias), alpha=scaling)
         elif not autocast:  # which does not reach what is done in place
@@ -207,20 +197,12 @@ def _plainly(
     return total if x.dim() == 2 else total.reshape(*x.shape[:-1], total.shape[1])
 
 
-def _added(
-    layer: Any, y: Any, z: Tensor, names: Sequence[str], factors: list[Tensor], dropouts: Sequence[Any] = ()
-) -> Any:
+def _added(y: Any, z: Tensor, pairs: list[_Pair], dropouts: Sequence[Any] = ()) -> Any:
     """PEFT's own sum, onto whatever the frozen layer gives."""
     total = y
-    for i, name in enumerate(names):
-        bias = layer._modules["lora_B"]._modules[name]._parameters["bias"]
-        h = F.linear(dropouts[i](z) if dropouts else z, factors[2 * i])
-        total = total + F.linear(h, factors[2 * i + 1], bias) * layer.scaling[name]
+    for i, (A, B, bias, scaling) in enumerate(pairs):
+        total = total + F.linear(F.linear(dropouts[i](z) if dropouts else z, A), B, bias) * scaling
     return total.to(y.dtype)
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])  # -1 says nothing where one size is 0
 
 
 def _indexed(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor | None:
@@ -230,39 +212,35 @@ def _indexed(layer: Any, x: Tensor, adapter_names: Sequence[str]) -> Tensor | No
     # (A checkpoint compares what is saved: a mixed batch must not look like an active adapter.)
     if len(asked) == len(names) == 1 and not (torch.is_grad_enabled() and has_saved_tensor_hooks()):
         return _sum(layer, x, names)
-    factors = _factors(layer, x, names)
-    if factors is None or x.dim() < 2 or _is_wider(x, factors[0], torch.is_autocast_enabled(x.device.type)):
+    pairs = _pairs(layer, x, names)
+    if pairs is None or x.dim() < 2 or _is_wider(x, pairs[0][0], torch.is_autocast_enabled(x.device.type)):
         return None
-    dropped = x
     drops = {_drops(layer.lora_dropout[name]) for name in names}
     if len(drops) > 1:  # also where PEFT added one to a model in eval mode, whose dropout it leaves in training
         return None
-    if drops == {0.0} and _are_few(x, factors):
-        return _each(layer, layer._modules["base_layer"](x), x, adapter_names, names, factors)
     if drops != {0.0}:
-        dropped = layer.lora_dropout[names[0]](x.to(factors[0].dtype))
-    return _run(layer, ops.lora_indexed, x, dropped, names, factors, adapter_names)
+        return _run(layer, x, layer.lora_dropout[names[0]](x.to(pairs[0][0].dtype)), names, pairs, adapter_names)
+    if _are_few(x, pairs):
+        return _each(layer._modules["base_layer"](x), x, adapter_names, names, pairs)
+    return _run(layer, x, x, names, pairs, adapter_names)
 
 
-def _are_few(x: Tensor, factors: list[Tensor]) -> bool:
+def _are_few(x: Tensor, pairs: list[_Pair]) -> bool:
     """Whether a mixed batch is so small that its adapters one by one take less time (CPU, float32; measured)."""
-    dtype = factors[0].dtype
-    few = x.is_cpu and len(factors) <= 16 and x.numel() < 128 * factors[0].shape[1]
-    return few and x.dtype == dtype and dtype.itemsize > 2 and not torch.is_autocast_enabled("cpu")
+    A = pairs[0][0]
+    few = x.is_cpu and len(pairs) <= 8 and x.numel() < 128 * A.shape[1]
+    return few and x.dtype == A.dtype and A.dtype.itemsize > 2 and not torch.is_autocast_enabled("cpu")
 
 
-def _each(
-    layer: Any, y: Any, x: Tensor, adapter_names: Sequence[str], names: Sequence[str], factors: list[Tensor]
-) -> Any:
+def _each(y: Any, x: Tensor, adapter_names: Sequence[str], names: Sequence[str], pairs: list[_Pair]) -> Any:
     """A mixed batch, one adapter after the other, onto whatever the frozen layer gives."""
-    for i, name in enumerate(names):
+    for name, (A, B, bias, scaling) in zip(names, pairs, strict=True):
         samples = _samples_of(name, tuple(adapter_names), x.device)
-        bias = layer._modules["lora_B"]._modules[name]._parameters["bias"]
-        part = F.linear(F.linear(x.index_select(0, samples), factors[2 * i]), factors[2 * i + 1], bias)
+        part = F.linear(F.linear(x.index_select(0, samples), A), B, bias)
         if _is_strided(y) and y.dtype == part.dtype:
-            y = y.index_add(0, samples, part, alpha=layer.scaling[name])
+            y = y.index_add(0, samples, part, alpha=scaling)
         else:  # as PEFT does it
-            y[samples] += (part * layer.scaling[name]).to(y.dtype)
+            y[samples] += (part * scaling).to(y.dtype)
     return y
 
 
@@ -276,22 +254,24 @@ def _drops(dropout: nn.Module) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-def _factors(layer: Any, x: Tensor, names: Sequence[str]) -> list[Tensor] | None:
-    """A and B of the adapters in turn; None if one of them is not ours to compute."""
+def _pairs(layer: Any, x: Tensor, names: Sequence[str]) -> list[_Pair] | None:
+    """These adapters; None if one of them is not ours to compute."""
     if not names or any([_why_left(layer, name) for name in names]):
         return None
-    lora_A, lora_B = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
-    factors = [of[name]._parameters["weight"] for name in names for of in (lora_A, lora_B)]
-    biases = [lora_B[name]._parameters["bias"] for name in names]
+    downs, ups, scaling = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules, layer.scaling
+    found = []
+    for name in names:
+        up = ups[name]._parameters
+        found.append((downs[name]._parameters["weight"], up["weight"], up["bias"], scaling[name]))
     # What kind of tensors these are, before anything looks at their shapes.
-    if not _is_strided(x, *factors, *biases):
+    if not _is_strided(x, *[t for pair in found for t in pair[:3]]):
         return None
-    dtype, device = factors[0].dtype, x.device
-    if any([factor.dtype != dtype or factor.device != device for factor in factors]):
+    A, B, dtype, device = *found[0][:2], found[0][0].dtype, x.device
+    if any([t.dtype != dtype or t.device != device for pair in found for t in pair[:2]]):
         return None
-    if x.dim() == 0 or x.shape[-1] != factors[0].shape[1] or not factors[0].numel() or not factors[1].numel():
+    if x.dim() == 0 or x.shape[-1] != A.shape[1] or not A.numel() or not B.numel():
         return None  # PEFT's own errors, and layers without inputs or outputs
-    return factors
+    return found
 
 
 def _is_strided(*tensors: Tensor | None) -> bool:
@@ -307,75 +287,65 @@ def _is_plain_layer(base: Any) -> bool:
 
 
 def _run(
-    layer: Any,
-    op: Callable[..., Tensor],
-    x: Tensor,
-    dropped: Tensor,
-    names: Sequence[str],
-    factors: list[Tensor],
-    adapter_names: Sequence[str] = (),
+    layer: Any, x: Tensor, dropped: Tensor, names: Sequence[str], pairs: list[_Pair], adapter_names: Sequence[str] = ()
 ) -> Tensor | None:
+    """The sum, or with adapter names a mixed batch, by the operators."""
     ids = (_ids(tuple(adapter_names), tuple(names), x.device),) if adapter_names else ()
-    dtype, base, biases = factors[0].dtype, layer._modules["base_layer"], _biases(layer, names)
-    scaling = constant(
-        tuple([float(layer.scaling[name]) for name in names]), torch.promote_types(dtype, torch.float32), x.device
-    )
+    op: Callable[..., Tensor] = ops.lora_indexed if ids else ops.lora_sum
+    A, dtype, base, biases = pairs[0][0], pairs[0][0].dtype, layer._modules["base_layer"], _biases(pairs)
+    scales = tuple([float(scaling) for *_, scaling in pairs])
+    scaling = constant(scales, torch.promote_types(dtype, torch.float32), x.device)
     # The frozen layer belongs to the product if nobody looks at it, and all is of one dtype.
     fused = dropped is x and _is_plain_layer(base)
     autocast = torch.is_autocast_enabled(x.device.type)
     if fused and biases is None and (autocast or x.dtype == dtype):
-        y = _soon(layer, x, ids, names, factors, scaling)
+        y = _soon(x, ids, pairs, scaling, base.weight, base.bias)
         if y is not None:
             return y
-    lora_A, lora_B, ranks = stack(factors[::2], factors[1::2])
-    keywords: dict[str, Any] = {"ranks": ranks, "bias_B": biases}
+    factors_A, factors_B, *_ = zip(*pairs, strict=True)
+    one = len(pairs) == 1
+    lora_A, lora_B = (A[None], pairs[0][1][None]) if one else side_by_side(factors_A, factors_B, len(pairs))
+    keywords: dict[str, Any] = {"ranks": _ranks(pairs), "bias_B": biases}
     if fused and (autocast or x.dtype == dtype == base.weight.dtype):
         return op(x, *ids, lora_A, lora_B, scaling, weight=base.weight, bias=base.bias, **keywords)
     if not autocast and dropped.dtype != dtype and not getattr(layer, "cast_input_dtype_enabled", True):
         return None
     y = base(x)
-    out = factors[1].shape[0]
-    if (
-        not _is_strided(y)
-        or y.shape != (*x.shape[:-1], out)
-        or y.device != x.device
-        or _is_wider(y, factors[0], autocast)
-    ):
-        if ids:
-            return _each(layer, y, dropped.to(dtype), adapter_names, names, factors)
-        return _added(layer, y, dropped if autocast else dropped.to(dtype), names, factors)
-    if autocast:
-        return op(dropped, *ids, lora_A, lora_B, scaling, base=y, **keywords).to(y.dtype)
-    return op(dropped.to(dtype), *ids, lora_A, lora_B, scaling, base=y.to(dtype), **keywords).to(y.dtype)
+    fits = _is_strided(y) and y.shape == (*x.shape[:-1], lora_B.shape[1]) and y.device == x.device
+    z = dropped if autocast else dropped.to(dtype)
+    if not fits or _is_wider(y, A, autocast):
+        return _each(y, dropped.to(dtype), adapter_names, names, pairs) if ids else _added(y, z, pairs)
+    return op(z, *ids, lora_A, lora_B, scaling, base=y if autocast else y.to(dtype), **keywords).to(y.dtype)
 
 
 def _soon(
-    layer: Any, x: Tensor, ids: Sequence[ops.AdapterBatch], names: Sequence[str], factors: list[Tensor], scaling: Tensor
+    x: Tensor, ids: Sequence[ops.AdapterBatch], pairs: list[_Pair], scaling: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor | None:
     """The short way, which costs the host least, of all in one dtype or under autocast."""
-    base, ranks = layer._modules["base_layer"], None
-    if len(names) == 1 and not ids:
-        return run_beside(x, factors[0], factors[1], scaling, base.weight, base.bias)
-    if torch.is_autocast_enabled(x.device.type):
-        x = cast(x, torch.get_autocast_dtype(x.device.type))
-    own, T, trained = [A.shape[0] for A in factors[::2]], len(names), list[int]()
+    T, trained = len(pairs), list[int]()
+    if T == 1 and not ids:
+        return run_beside(x, *pairs[0][:2], scaling, weight, bias)
+    x = cast(x, autocast_dtype(x.device.type))
+    lora_A, lora_B, _, scales = zip(*pairs, strict=True)
     if torch.is_grad_enabled():
-        trained = [t for t in range(T) if factors[2 * t].requires_grad or factors[2 * t + 1].requires_grad]
-    lora_A, lora_B, made = stacked(x, factors[::2], factors[1::2], [layer.scaling[name] for name in names], trained)
-    if made is None and min(own) < max(own):
-        ranks = constant(tuple(own), torch.int64, x.device)
-    some = trained if len(trained) < T else None
-    of_rows = ids[0].ids if ids else None
-    scales = scaling if made is None else made
-    return run_beside(x, lora_A, lora_B, scales, base.weight, base.bias, ranks, None, of_rows, some)
+        trained = [t for t in range(T) if lora_A[t].requires_grad or lora_B[t].requires_grad]
+    stacked_A, stacked_B, made = stacked(x, lora_A, lora_B, scales, trained)
+    scaling, ranks = (scaling, _ranks(pairs)) if made is None else (made, None)
+    some, of_rows = trained if len(trained) < T else None, ids[0].ids if ids else None
+    return run_beside(x, stacked_A, stacked_B, scaling, weight, bias, ranks, None, of_rows, some)
 
 
-def _biases(layer: Any, names: Sequence[str]) -> Tensor | None:
-    biases = [layer.lora_B[name]._parameters.get("bias") for name in names]
-    given = next((bias for bias in biases if bias is not None), None)
+def _ranks(pairs: list[_Pair]) -> Tensor | None:
+    """Of the adapters [T], where they differ."""
+    own = tuple([A.shape[0] for A, *_ in pairs])
+    return constant(own, torch.int64, pairs[0][0].device) if min(own) < max(own) else None
+
+
+def _biases(pairs: list[_Pair]) -> Tensor | None:
+    given = next((bias for _, _, bias, _ in pairs if bias is not None), None)
     if given is None:
         return None
-    return torch.stack([torch.zeros_like(given) if bias is None else bias for bias in biases])
+    return torch.stack([torch.zeros_like(given) if bias is None else bias for _, _, bias, _ in pairs])
 
 
 @kept_on_device
@@ -389,18 +359,11 @@ def _enable_hooks(original: Original, self: Any, *args: Any, **kwargs: Any) -> A
     context = original(self, *args, **kwargs)
     if names is None:
         return context
-    return _names_for_one_call(self, context, self.training and _can_train(self, set(names) - {_BASE}))
-
-
-def _can_train(model: nn.Module, names: set[str]) -> bool:
-    """Whether every layer that these adapters have is served; PEFT refuses the others."""
-    host = _patch.require("peft.tuners.lora", "")
-    layers = [layer for layer in model.modules() if isinstance(layer, host.LoraLayer)]
-    return all(
-        type(layer).forward is host.Linear.forward
-        and not any(_why_left(layer, name) for name in layer.lora_A if name in names)
-        for layer in layers
-    )
+    host, asked = _patch.require("peft.tuners.lora", ""), set(names) - {_BASE}
+    layers = (layer for layer in self.modules() if isinstance(layer, host.LoraLayer))
+    # In training only where every layer is served; PEFT refuses the others.
+    training = self.training and not any(_why_layer_left(host, layer, asked) for layer in layers)
+    return _names_for_one_call(self, context, training)
 
 
 @contextmanager

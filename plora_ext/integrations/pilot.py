@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from plora_ext.integrations import _patch, _pilot_ease, _pilot_mos
+from plora_ext.integrations import _patch, _pilot_ease
 from plora_ext.integrations import _pilot_family as family
 from plora_ext.integrations._patch import Original, Patch, instead
 from plora_ext.integrations._pilot_vit import adapter_features, attention, kept
@@ -130,7 +130,7 @@ def _hooks(mos: str, cache: bool, tuna: str, acmap: str) -> dict[str, dict[str, 
         },
         "backbone.vit_mos": {
             "backbone.vit_mos:Attention.forward": instead(attention),
-            "models.mos:Learner._eval_cnn": instead(_pilot_mos.eval_cnn, as_shipped=of_mos),
+            "models.mos:Learner._eval_cnn": instead(family.mos_eval, as_shipped=of_mos),
         },
         "models.vit_inflora": {"models.vit_inflora:Attention_LoRA.forward": instead(family.inflora)},
         "backbone.lora": {"backbone.lora:_LoRA_qkv_timm_train.forward": instead(family.sd_lora)},
@@ -151,7 +151,7 @@ def _hooks(mos: str, cache: bool, tuna: str, acmap: str) -> dict[str, dict[str, 
         },
     }
     if not of_mos:
-        hooks["backbone.vit_mos"][f"backbone.vit_mos:{vit}.forward_features"] = instead(_pilot_mos.forward_features)
+        hooks["backbone.vit_mos"][f"backbone.vit_mos:{vit}.forward_features"] = instead(family.mos_features)
     return hooks
 
 

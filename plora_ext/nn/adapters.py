@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from plora_ext import ops
 from plora_ext.nn.linear import MultiLoRALinear
 from plora_ext.nn.state import State, as_coefficients, as_names, check_known, require_layer
-from plora_ext.nn.targets import replace_module
-from plora_ext.ops.autocast import without_autocast
+from plora_ext.nn.targets import Rows, replace_module
+from plora_ext.ops.autocast import autocast_dtype, without_autocast
 from plora_ext.torch_private import PLAIN
 
 __all__ = ["BASE", "Adapters"]
@@ -93,8 +93,8 @@ class Adapters:
 
     @property
     def _first(self) -> MultiLoRALinear:
-        self._require_layers()
-        return next(iter(self.layers.values()))
+        first: MultiLoRALinear = require_layer(next(iter(self.layers.values()), None))
+        return first
 
     @property
     def _state(self) -> State:
@@ -118,7 +118,7 @@ class Adapters:
             ValueError: the name is taken or not usable, r does not fit a layer or `init_from`, or alpha is not > 0.
             KeyError: `init_from` is unknown.
         """
-        self._require_unmerged()
+        self._state.require_unmerged()
         self.check_new(name)
         check_alpha(lora_alpha)
         if init_from is not None:
@@ -128,7 +128,7 @@ class Adapters:
             if init_from is None:
                 rank = self.r if r is None else r
                 default = rank if self.lora_alpha is None else self.lora_alpha
-                check_rank(rank, key, layer.in_features, layer.slices or {"": (0, layer.out_features)})
+                check_rank(rank, key, layer, layer.slices)
             else:
                 rank, default = layer.r[init_from], layer.lora_alpha[init_from]
                 if r not in (None, rank):
@@ -164,7 +164,7 @@ class Adapters:
             KeyError: the name is unknown.
             RuntimeError: inside of `batch` or `disabled`: the ids there would be those of other adapters.
         """
-        self._require_unmerged()
+        self._state.require_unmerged()
         self._require_whole()
         check_known(name, self.names)
         if self._state.in_block:
@@ -186,9 +186,10 @@ class Adapters:
 
         Raises:
             KeyError: a name is unknown.
-            ValueError: a name occurs twice, or the number of coefficients is wrong.
+            ValueError: a name occurs twice, the number of coefficients is wrong, or several tensors among them require
+                gradients, which would not reach them.
         """
-        self._state.choose(names, coefficients, self.names, self._first.device)
+        self._state.choose(names, coefficients, self._first)
 
     def train_adapter(self, name: str | Sequence[str] | None) -> None:
         """Let the named adapters train and freeze all others; `None` freezes all.
@@ -234,7 +235,7 @@ class Adapters:
                 where it sees another number of samples.
             RuntimeError: the adapters are merged.
         """
-        self._require_unmerged()
+        self._state.require_unmerged()
         self._check_finite()
         device = self._first.device
         if isinstance(adapters, ops.AdapterBatch):
@@ -254,7 +255,7 @@ class Adapters:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model alone: `with adapters.disabled(): model(x)`."""
-        self._require_unmerged()
+        self._state.require_unmerged()
         with self._state.within(names=(), coefficients=None, batch=None):
             yield
 
@@ -276,13 +277,16 @@ class Adapters:
         Raises:
             RuntimeError: the adapters are merged.
         """
-        self._require_unmerged()
+        self._state.require_unmerged()
         kind, active = self._first.device.type, self._state.current
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        weights = {layer._number: layer.merged_weight(active).to(dtype, copy=True) for layer in self.layers.values()}
+        dtype = autocast_dtype(kind)
+        weights = {}
+        for layer in self.layers.values():
+            weight = layer.merged_weight(active)
+            # autocast leaves float64 as it is
+            weights[layer._number] = weight.to(None if weight.dtype == torch.float64 else dtype, copy=True)
 
         def call(*inputs: Any) -> Any:
-            self._require_layers()
             wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
             autocast = torch.autocast(kind, dtype, enabled=dtype is not None)
             with self._state.within(weights=weights, batch=None), autocast, torch.set_grad_enabled(wanted):
@@ -373,7 +377,7 @@ class Adapters:
         if not chosen:
             raise ValueError("names must hold at least one adapter to fuse, got none")
         self.check_new(name)
-        coeff = as_coefficients(chosen, coefficients, self._first.device)
+        coeff = as_coefficients(chosen, coefficients, self._first)
         factors = [1.0] * len(chosen) if coeff is None else coeff.tolist()
 
         def fused(layer: MultiLoRALinear) -> tuple[Sequence[tuple[Tensor, Tensor]], float]:
@@ -400,14 +404,14 @@ class Adapters:
             RuntimeError: already merged, nothing is active, a weight also belongs to a module without adapters, or the
                 handle is on a part of the model.
         """
-        self._require_unmerged()
+        self._state.require_unmerged()
         if not self.active:
             raise RuntimeError("merge needs an active set of adapters: call set_adapter first")
         self._merge(self._state.common.names)
 
     def _merge(self, names: tuple[str, ...]) -> None:
         """Writes the adapters `names` of the active set into the base weights; the others stay active."""
-        self._require_unmerged()
+        self._state.require_unmerged()
         self._require_whole()
         if self._state.in_block:
             raise RuntimeError("adapters cannot be merged inside of Adapters.batch or disabled(), here or in a thread")
@@ -447,17 +451,20 @@ class Adapters:
             merge: write the active set into their weights first (nothing active: they are as they were).
 
         Returns:
-            The model, changed in place; its parameters stay frozen.
+            The model, changed in place, or its linear layer where the model is one adapted layer; parameters stay
+            frozen.
         """
         if merge and self.active and self._state.merged is None:
             self.merge()
         elif not merge and self._state.merged is not None:
             self.unmerge()
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
-            if isinstance(module, MultiLoRALinear):
+            if isinstance(module, MultiLoRALinear) and name:
                 replace_module(self.model, name, module.base_layer)
         self._state.layers.difference_update(self.layers.values())
         self.layers = {}
+        if isinstance(self.model, MultiLoRALinear):
+            self.model = self.model.base_layer
         return self.model
 
     def merge_and_unload(self) -> nn.Module:
@@ -496,13 +503,6 @@ class Adapters:
             if not trains:
                 self._state.unchecked.discard(name)
 
-    def _require_layers(self) -> None:
-        require_layer(next(iter(self.layers.values()), None))
-
-    def _require_unmerged(self) -> None:
-        self._require_layers()
-        self._state.require_unmerged()
-
     def _require_whole(self) -> None:
         if (all_layers := len(self._state.layers)) > len(self.layers):
             raise RuntimeError(
@@ -531,14 +531,14 @@ class Adapters:
         return self.names.index(adapter)
 
 
-def check_rank(r: int, name: str, in_features: int, slices: dict[str, tuple[int, int]]) -> None:
-    for key, (start, stop) in slices.items():
-        limit = min(in_features, stop - start)
+def check_rank(r: int, name: str, layer: nn.Linear | MultiLoRALinear, slices: Rows | None) -> None:
+    for key, (start, stop) in (slices or {"": (0, layer.out_features)}).items():
+        limit = min(layer.in_features, stop - start)
         if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= limit:
             where = f"{name!r}, slice {key!r}" if key else f"{name!r}"
             raise ValueError(
                 f"r must be an integer in [1, {limit}] for layer {where} "
-                f"({in_features} inputs, {stop - start} outputs), got {r!r}"
+                f"({layer.in_features} inputs, {stop - start} outputs), got {r!r}"
             )
 
 

@@ -16,6 +16,7 @@ from plora_ext import ops
 from plora_ext.memory import PeakMemory, limit_of_pass
 from plora_ext.nn.adapters import BASE, Adapters
 from plora_ext.nn.linear import MultiLoRALinear, Operands
+from plora_ext.ops.autocast import autocast_dtype
 from plora_ext.ops.autograd import narrow
 from plora_ext.torch_private import is_eager, tree_map_only
 
@@ -74,7 +75,7 @@ class Ensemble:
             TypeError: the model does not return one tensor.
         """
         adapters, model = self.adapters, self.adapters.model
-        adapters._require_unmerged()
+        adapters._state.require_unmerged()
         adapters._check_finite()
         if model.training:
             raise RuntimeError("an ensemble needs the model in eval mode: call model.eval() first")
@@ -133,8 +134,7 @@ class Ensemble:
     # ------------------------------------------------------------------ where the batch is repeated
 
     def _plan(self, images: Tensor) -> _Plan:
-        device = images.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        autocast = autocast_dtype(images.device.type)
         key = images.shape[1:], images.dtype, images.device, autocast
         if key not in self._plans:
             self._plans[key] = self._make_plan(images, autocast)

@@ -9,7 +9,7 @@ from torch import nn
 from plora_ext.nn.adapters import Adapters, check_alpha, check_rank
 from plora_ext.nn.linear import MultiLoRALinear
 from plora_ext.nn.state import State
-from plora_ext.nn.targets import find_targets, linear_at, refuse_unsupported, replace_module
+from plora_ext.nn.targets import find_targets, linear_at, replace_module
 
 __all__ = ["inject"]
 
@@ -49,9 +49,7 @@ def inject(
     check_alpha(lora_alpha)
     targets = find_targets(model, target_modules)
     for name, rows in targets.items():
-        layer = linear_at(model, name)
-        refuse_unsupported(model, name)
-        check_rank(r, name, layer.in_features, rows or {"": (0, layer.out_features)})
+        check_rank(r, name, linear_at(model, name), rows)
     wrapped: dict[nn.Module, MultiLoRALinear] = {}
     state = State(r, lora_alpha)
     for name, rows in targets.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain, compress
 from types import MappingProxyType
@@ -17,10 +17,17 @@ from torch.func import functional_call
 
 from plora_ext import ops
 from plora_ext.nn.state import Active, State, check_known, mark, require_layer
-from plora_ext.ops.autocast import cast
-from plora_ext.ops.autograd import filled_up, narrow, stacked
+from plora_ext.ops.autocast import autocast_dtype, cast
+from plora_ext.ops.autograd import narrow, side_by_side, stacked
 from plora_ext.ops.lora import run_beside
-from plora_ext.torch_private import PLAIN, below, has_global_module_hooks, has_saved_tensor_hooks, is_eager
+from plora_ext.torch_private import (
+    PLAIN,
+    below,
+    has_global_module_hooks,
+    has_saved_tensor_hooks,
+    is_eager,
+    is_unwatched,
+)
 
 __all__ = ["MultiLoRALinear"]
 
@@ -41,27 +48,30 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-def is_called_plainly(module: nn.Module) -> bool:
-    """Whether a call of `module` runs `nn.Linear.forward` on plain tensors and nothing else.
+def plain_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias, where a call of `module` is `nn.Linear.forward` on these plain tensors and nothing else.
 
     Otherwise it has to be called: hooks and an instance's own forward (feature extractors, offloading, sharding) live
     on the call, and a quantised or sharded weight is nobody else's to read.
     """
-    own, parameters = module.__dict__, module._parameters
-    return (
-        type(module).forward is nn.Linear.forward
-        and "forward" not in own
-        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
-        and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
-        and type(parameters.get("weight")) in _PLAIN
-        and (parameters.get("bias") is None or type(parameters["bias"]) in _PLAIN)
-        and (not has_global_module_hooks() or torch.compiler.is_compiling())
-    )
+    own = module.__dict__
+    if (
+        type(module).forward is not nn.Linear.forward
+        or "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or (has_global_module_hooks() and not torch.compiler.is_compiling())
+    ):
+        return None
+    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+    return (weight, bias) if type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN) else None
 
 
 # lora_A [T, r, in], lora_B [T, out, r], scaling [T]; where they differ, ranks [T]; where there are slices, their rows
 Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, list[tuple[int, int]] | None]
-_Constants = tuple[Tensor, int, bool]  # scaling [T], the largest rank, whether all have it
+_Constants = tuple[Tensor, Tensor | None]  # scaling [T]; where they differ, ranks [T]
 
 
 class MultiLoRALinear(nn.Module):
@@ -233,9 +243,8 @@ class MultiLoRALinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the adapters are, or would be."""
-        for table in self._dicts():
-            for factor in table.parameters():
-                return factor.device
+        for factor in self._each_factor():
+            return factor.device
         weight: Any = self.base_layer.weight
         return weight.device if isinstance(weight, Tensor) else torch.device("cpu")  # some quantised layers have none
 
@@ -323,7 +332,7 @@ class MultiLoRALinear(nn.Module):
     ) -> None:
         """Make `names` the active set of all layers that share this one's state: `Adapters.set_adapter`."""
         require_layer(self)
-        self._state.choose(names, coefficients, self.adapter_names, self.device)
+        self._state.choose(names, coefficients, self)
 
     # ------------------------------------------------------------------ forward
 
@@ -341,7 +350,7 @@ class MultiLoRALinear(nn.Module):
         if not torch.compiler.is_compiling():
             self._state.check_recomputation(active)
             watched = torch.is_grad_enabled() and has_saved_tensor_hooks()
-        if active.batch is None and active.weights is None and not active.names:
+        if active.batch is None and active.weights is None and not active.names:  # `rests`, but the compiler sees it
             y: Tensor = self.base_layer(x)
             return y
         if watched:
@@ -351,38 +360,40 @@ class MultiLoRALinear(nn.Module):
         return self._of_any(x, active, watched)
 
     def _soon(self, x: Tensor) -> Tensor | None:
-        """The forward where nothing else is asked for than adapters beside a frozen layer.
+        """The forward where nothing else is asked for than a frozen layer, and adapters beside it.
 
         Of a small layer the host's time is all there is: every function and every look counts.
         """
         state, own = self._state, self.__dict__
         active = state.current if state._open else state.common
         name = active.alone
-        if not (active.adds or active.picks) or (own["lora_dropout"] and own["training"]):
+        several = name is None or own["slices"] is not None
+        if several and not (active.adds or active.picks or active.rests):
+            return None
+        if own["lora_dropout"] and own["training"]:
             return None
         modules = own["_modules"]
-        base = modules["base_layer"]
-        if "_is_replica" in own or not is_called_plainly(base):
+        plain = plain_parameters(modules["base_layer"])
+        if plain is None or "_is_replica" in own:
             return None
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
-        if name is None or own["slices"] is not None:
-            return self._several_soon(x, active, weight, bias)
         records = torch.is_grad_enabled()
-        if not records or state.checkpointed:
+        if not records or state.checkpoints.met:
             state.check_recomputation(active)
-        table_A, table_B = modules["lora_A"]._parameters, modules["lora_B"]._parameters
-        if name not in table_A or name not in table_B:
+        if several:
+            return F.linear(x, *plain) if active.rests else self._several_soon(x, active, *plain)
+        try:
+            lora_A, lora_B = modules["lora_A"]._parameters[name], modules["lora_B"]._parameters[name]
+        except KeyError:  # a factor that is parametrized
             return None
-        lora_A, lora_B = table_A[name], table_B[name]
         if records and has_saved_tensor_hooks():
             x, lora_A = mark(x, active), mark(lora_A, active)
-        return run_beside(x, lora_A, lora_B, self._scaling[name], weight, bias)
+        return run_beside(x, lora_A, lora_B, own["_scaling"][name], *plain)
 
     def _several_soon(self, x: Tensor, active: Active, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The same of several adapters, or of slices: in eager code on a device with kernels, with ids that are x's."""
         kind, ids, coefficients = x.device.type, None, active.coefficients
         names, trained = tuple(self._r) if active.picks else active.names, list[int]()
-        if kind not in ("cpu", "cuda") or not is_eager(False) or not names:
+        if kind not in ("cpu", "cuda") or not is_unwatched() or not names:
             return None
         if active.batch is not None:
             ids, coefficients = active.batch.ids, None
@@ -396,9 +407,8 @@ class MultiLoRALinear(nn.Module):
                 return None
             if (trained or x.requires_grad) and (self.slices is not None or has_saved_tensor_hooks()):
                 return None
-        self._state.check_recomputation(active)
-        if torch.is_autocast_enabled(kind):
-            x = cast(x, torch.get_autocast_dtype(kind))
+        if (dtype := autocast_dtype(kind)) is not None:
+            x = cast(x, dtype)
         lora_A, lora_B, scaling, ranks, slices = self.beside(x, names, trained)
         if coefficients is not None:
             with below():
@@ -420,9 +430,7 @@ class MultiLoRALinear(nn.Module):
         lora_A, lora_B, made = stacked(x, factors[0], factors[1], scales, trained)
         if made is not None:
             return lora_A, lora_B, made, None, None
-        scaling, _, alike = self._constants_of(names)
-        with below():
-            return lora_A, lora_B, scaling, None if alike else torch.cat([self._ranks[name] for name in names]), None
+        return lora_A, lora_B, *self._constants_of(names), None
 
     def _trained(self, names: Sequence[str]) -> list[int]:
         """The places in `names` of adapters of which a factor requires a gradient."""
@@ -445,38 +453,30 @@ class MultiLoRALinear(nn.Module):
             ids = (active.batch if active.batch.ids.device == x.device else active.batch.to(x.device),)
         elif active.coefficients is not None:
             keywords["coeff"] = active.coefficients.to(x.device)
-        train = self._training_of(names)
+        trained = self._trained(names) if torch.is_grad_enabled() else []
         lora_A, lora_B, scaling, ranks, slices = self.operands(names, active if watched else None)
         if self.training and self.lora_dropout:
             keywords["base"] = self.base_layer(x)  # which sees x itself
             x = F.dropout(x, self.lora_dropout)
         else:
             keywords |= self.frozen_part(x)
-        if 0 < len(train) < len(names):  # only those that train get (and pay for) gradients
-            keywords["trainable"] = [i for i, name in enumerate(names) if name in train]
+        if 0 < len(trained) < len(names):  # only those that train get (and pay for) gradients
+            keywords["trainable"] = trained
         lora_A, lora_B = narrow(lora_A, x.dtype), narrow(lora_B, x.dtype)
         return op(x, *ids, lora_A, lora_B, scaling, ranks=ranks, slices=slices, **keywords)
 
     def frozen_part(self, x: Tensor) -> dict[str, Any]:
         """The base layer as an argument of an operator: weight and bias, or what it gives where it has to be called."""
-        base: Any = self.base_layer
-        if is_called_plainly(base):
-            return {"weight": base._parameters["weight"], "bias": base._parameters["bias"]}
-        return {"base": base(x)}
+        plain = plain_parameters(self.base_layer)
+        return {"base": self.base_layer(x)} if plain is None else {"weight": plain[0], "bias": plain[1]}
 
     def _with_weight(self, weight: Tensor, x: Tensor) -> Tensor:
         """What the base layer gives with another weight."""
-        base: Any = self.base_layer
-        if is_called_plainly(base):
-            return F.linear(x, weight, base._parameters["bias"])
-        y: Tensor = functional_call(base, {"weight": weight}, (x,))
+        plain = plain_parameters(self.base_layer)
+        if plain is not None:
+            return F.linear(x, weight, plain[1])
+        y: Tensor = functional_call(self.base_layer, {"weight": weight}, (x,))
         return y
-
-    def _training_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of `names` that receive gradients in this forward."""
-        if not torch.is_grad_enabled():
-            return ()
-        return tuple(names[i] for i in self._trained(names))
 
     def operands(
         self, names: Sequence[str], active: Active | None = None, factors: list[list[Any]] | None = None
@@ -495,20 +495,15 @@ class MultiLoRALinear(nn.Module):
             factors[0][0] = mark(factors[0][0], active)
         if self.slices is None and len(names) == 1:
             return factors[0][0][None], factors[1][0][None], self._scaling[names[0]], None, None
-        (scaling, r, alike), ranks, T = self._constants_of(tuple(names)), None, len(names)
+        (scaling, ranks), T = self._constants_of(tuple(names)), len(names)
         if self.slices is None:
-            lora_A, lora_B = factors
-        else:  # adapter after adapter
-            lora_A, lora_B = (list(chain.from_iterable(zip(*factors[i::2], strict=True))) for i in (0, 1))
-        if not alike:
-            lora_A, lora_B = filled_up(lora_A, lora_B, r)
-            ranks = torch.cat([self._ranks[name] for name in names])
-        if self.slices is None:  # for many small tensors `cat` is far quicker than `stack`
-            return torch.cat(lora_A).view(T, r, -1), torch.cat(lora_B).view(T, -1, r), scaling, ranks, None
+            return *side_by_side(factors[0], factors[1], T), scaling, ranks, None
+        of_slices = [list(chain.from_iterable(zip(*factors[i::2], strict=True))) for i in (0, 1)]  # adapter by adapter
+        lora_A, blocks = side_by_side(of_slices[0], of_slices[1], T)
         # B's blocks: rows of r numbers, and where they belong among the out * slices rows of r that are all of B.
-        n, blocks = len(self.slices), torch.cat(lora_B).view(T, -1, r)
+        n, r = len(self.slices), blocks.shape[2]
         whole = blocks.new_zeros(T, out * n, r).index_copy_(1, self._block_rows, blocks).view(T, out, n * r)
-        return torch.cat(lora_A).view(T, n * r, -1), whole, scaling, None, list(self.slices.values())
+        return lora_A, whole, scaling, None, list(self.slices.values())
 
     def _constants_of(self, names: tuple[str, ...]) -> _Constants:
         """What of a sum is no parameter, kept for the next call with the same names until an adapter changes.
@@ -518,13 +513,14 @@ class MultiLoRALinear(nn.Module):
         compiling = torch.compiler.is_compiling()
         if not compiling and self._last is not None and self._last[0] == names:
             return self._last[1]
+        own, ranks = [self._r[name] for name in names], None
         with nullcontext() if compiling else torch.inference_mode(False):
             scaling = torch.cat([self._scaling[name] for name in names])
-        ranks = [self._r[name] for name in names]
-        made = scaling, max(ranks), min(ranks) == max(ranks)
+            if min(own) < max(own):
+                ranks = torch.cat([self._ranks[name] for name in names])
         if not compiling and scaling.is_cpu and is_eager():
-            self._last = names, made
-        return made
+            self._last = names, (scaling, ranks)
+        return scaling, ranks
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A `[R, in]` and B `[out, R]` that act on all rows; with slices R = len(slices) * r, B block-wise."""
@@ -592,7 +588,7 @@ class MultiLoRALinear(nn.Module):
         Those that are there take the new numbers where they lie: a captured CUDA graph goes on reading them.
         """
         self._last = None
-        wide, device, slices = self._wide(), self.device, list((self.slices or {}).values())
+        wide, device, slices = self.scale_dtype, self.device, list((self.slices or {}).values())
         with torch.inference_mode(False):
             if slices:  # where row o of block i of B is in [out * slices, r]
                 rows = [torch.arange(start, stop) * len(slices) + i for i, (start, stop) in enumerate(slices)]
@@ -603,9 +599,13 @@ class MultiLoRALinear(nn.Module):
                 self._scaling[name] = _in_place(self._scaling.get(name), scale)
                 self._ranks[name] = _in_place(self._ranks.get(name), torch.tensor([r], device=device))
 
-    def _wide(self) -> torch.dtype:
-        factor = next((p for table in self._dicts() for p in table.parameters()), None)
-        return torch.promote_types(self._dtype() if factor is None else factor.dtype, torch.float32)
+    def _each_factor(self) -> Iterator[nn.Parameter]:
+        return (factor for table in self._dicts() for factor in table.parameters())
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of scales and coefficients: float32 or wider."""
+        return torch.promote_types(next((p.dtype for p in self._each_factor()), self._dtype()), torch.float32)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -61,6 +61,11 @@ class Active:
         return replace(self, names=tuple(self.names[i] for i in keep), coefficients=coefficients, written=written)
 
     @cached_property
+    def rests(self) -> bool:
+        """Whether the base layer is all there is."""
+        return not (self.names or self.batch or self.weights is not None or self.ensemble)
+
+    @cached_property
     def adds(self) -> bool:
         """Whether the set acts on all samples, beside the base layer."""
         return bool(self.names) and self.batch is None and self.weights is None and self.ensemble is None
@@ -97,6 +102,32 @@ class _Block:
         return self.result
 
 
+class Checkpoints:
+    """What reentrant checkpoints are to compute again as they computed it before.
+
+    Attributes:
+        met: whether there has been one.
+    """
+
+    def __init__(self) -> None:
+        self.met = False
+
+    def agree(self, key: Any) -> bool:
+        """Notes with those around the caller what they compute; whether those that compute again know it.
+
+        key: anything with a hash; `None` is not noted, and known where nothing is.
+        """
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is _CHECKPOINT and key is not None:
+                self.met = True
+                frame.f_locals["ctx"].__dict__.setdefault("plora_ext_keys", set()).add(key)
+            elif frame.f_code is _RECOMPUTE and key not in getattr(frame.f_locals["ctx"], "plora_ext_keys", {None}):
+                return False
+            frame = frame.f_back  # type: ignore[assignment]
+        return True
+
+
 _Blocks = dict[int, tuple[_Block, ...]]
 _blocks: ContextVar[_Blocks | None] = ContextVar("plora_ext_blocks", default=None)  # by state: those of this thread
 
@@ -108,6 +139,7 @@ class State:
         common: what `set_adapter` said last.
         merged: the adapters that are part of the base weights, as they were active; `None` where there are none.
         unchecked: adapters that were added, loaded or trained since they were last found to be finite.
+        checkpoints: the reentrant ones that a layer has been within.
         layers: the layers whose state this is.
         defaults: rank and alpha of new adapters, as `inject` was told.
     """
@@ -121,7 +153,7 @@ class State:
         self._members = 0
         self._open: list[tuple[_Block, ...]] = []  # of every thread that is in a block
         self._latest = self.common  # for compiled graphs, which cannot ask who runs them
-        self.checkpointed = False  # whether a layer has been within a reentrant checkpoint
+        self.checkpoints = Checkpoints()
 
     def join(self, layer: nn.Module) -> int:
         """Takes in one more layer; returns a number that is its own for good."""
@@ -133,13 +165,12 @@ class State:
         self,
         names: str | Sequence[str] | None,
         coefficients: Tensor | Sequence[float] | None,
-        known: Collection[str],
-        device: torch.device,
+        layer: Any,
     ) -> None:
-        """Make `names` of the `known` adapters the active set: `Adapters.set_adapter`."""
+        """Make `names` of a layer's adapters the active set: `Adapters.set_adapter`."""
         self.require_unmerged()
-        chosen = as_names(names, known)
-        coeff = as_coefficients(chosen, coefficients, device)
+        chosen = as_names(names, layer.adapter_names)
+        coeff = as_coefficients(chosen, coefficients, layer)
         written = None if coefficients is None or isinstance(coefficients, Tensor) else tuple(map(float, coefficients))
         self.set(Active(tuple(chosen), coeff, written))
 
@@ -205,19 +236,12 @@ class State:
 
         (A checkpoint that is not reentrant compares what is saved, see `mark`.)
         """
-        if torch.is_grad_enabled() and not self.checkpointed:
-            return
-        for ctx, again in reentrant_checkpoints():
-            keys: set[int] = ctx.__dict__.setdefault("plora_ext_keys", set())
-            if not again:
-                self.checkpointed = True
-                keys.add(active.key)
-            elif active.key not in keys:
-                raise RuntimeError(
-                    "the active adapters are not those of the forward pass that activation checkpointing computes "
-                    "again: call backward() before set_adapter and within the block of Adapters.batch, or "
-                    "checkpoint(..., use_reentrant=False)"
-                )
+        if (self.checkpoints.met or not torch.is_grad_enabled()) and not self.checkpoints.agree(active.key):
+            raise RuntimeError(
+                "the active adapters are not those of the forward pass that activation checkpointing computes "
+                "again: call backward() before set_adapter and within the block of Adapters.batch, or "
+                "checkpoint(..., use_reentrant=False)"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles carry no block and no graph: coefficients that are a result of other tensors are detached.
@@ -235,10 +259,11 @@ class State:
         self.merged, self.unchecked, self._members = state["merged"], state["unchecked"], state["members"]
 
 
-def require_layer(layer: Any) -> None:
-    """Raise RuntimeError where a layer was unloaded from its model; None stands for one that is gone."""
+def require_layer(layer: Any) -> Any:
+    """The layer; RuntimeError where it was unloaded from its model, or is None."""
     if layer is None or layer not in layer._state.layers:
         raise RuntimeError("these adapters were unloaded: inject the model again")
+    return layer
 
 
 def check_known(name: str, known: Collection[str]) -> None:
@@ -257,28 +282,25 @@ def as_names(names: str | Sequence[str] | None, known: Collection[str]) -> list[
     return chosen
 
 
-def as_coefficients(
-    names: Sequence[str], values: Tensor | Sequence[float] | None, device: torch.device
-) -> Tensor | None:
-    """`[len(names)]` on the device, `None` for ones; ValueError where it is not one for each name."""
+def as_coefficients(names: Sequence[str], values: Tensor | Sequence[float] | None, layer: Any) -> Tensor | None:
+    """`[len(names)]` on a layer's device, numbers in the dtype of its scales; `None` for ones.
+
+    Raises:
+        ValueError: it is not one for each name in one tensor.
+    """
     if values is None:
         return None
-    coeff = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float32)
+    if isinstance(values, list | tuple) and any(isinstance(v, Tensor) and v.requires_grad for v in values):
+        raise ValueError(
+            "coefficients that require gradients must be one tensor, which gradients can reach, got several"
+        )
+    coeff = values if isinstance(values, Tensor) else torch.tensor(values, dtype=layer.scale_dtype)
     if coeff.shape != (len(names),) or not coeff.is_floating_point():
         raise ValueError(
             f"coefficients must be {len(names)} floats, one for each of {names}, "
             f"got {tuple(coeff.shape)} of {coeff.dtype}"
         )
-    return coeff if coeff.requires_grad else coeff.to(device)  # a copy would not follow what an optimizer does
-
-
-def reentrant_checkpoints() -> Iterator[tuple[Any, bool]]:
-    """Those around the caller, from the inside: torch's own object for each, and whether it computes again."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _CHECKPOINT or frame.f_code is _RECOMPUTE:
-            yield frame.f_locals["ctx"], frame.f_code is _RECOMPUTE
-        frame = frame.f_back  # type: ignore[assignment]
+    return coeff if coeff.requires_grad else coeff.to(layer.device)  # a copy would not follow what an optimizer does
 
 
 class _Mark(torch.autograd.Function):

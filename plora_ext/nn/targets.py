@@ -19,13 +19,23 @@ _NO_THIRDS = ("head_first", "val_dim", "use_global")
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, Rows | None]:
     """Names of the linear layers to adapt, each with its row slices (`None`: all rows)."""
+    targets = _named(model, target_modules)
+    for name in targets:
+        if why := _unsupported(model, name):
+            raise ValueError(f"{name!r} {why}; leave it out of target_modules")
+    return targets
+
+
+def _named(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, Rows | None]:
     modules = dict(model.named_modules(remove_duplicate=False))
     linear = [name for name, module in modules.items() if name and isinstance(module, nn.Linear)]
     if isinstance(target_modules, str):
+        try:
+            found = [name for name in linear if re.fullmatch(target_modules, name)]
+        except re.error as error:
+            raise ValueError(f"target_modules {target_modules!r} is no regular expression: {error}") from None
         if target_modules == "all-linear":
             found = [name for name in linear if _unsupported(model, name) is None]
-        else:
-            found = _matched(target_modules, linear)
         if not found:
             if whole := [name for name in linear if _ends_with(name, target_modules)]:
                 raise ValueError(
@@ -35,13 +45,14 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[
             raise ValueError(_no_match(f"the expression {target_modules!r}", target_modules, linear))
         return dict.fromkeys(found)
 
+    wanted = list(target_modules) if isinstance(target_modules, Iterable) else [target_modules]
+    if any(not isinstance(target, str) for target in wanted):
+        raise ValueError(f"target_modules must be names of modules or one regular expression, got {target_modules!r}")
+    if not wanted:
+        raise ValueError("target_modules must name at least one module, got none")
     targets: dict[str, Rows | None] = {}
     sliced: dict[str, list[str]] = {}
-    if not isinstance(target_modules, Iterable) or any(not isinstance(target, str) for target in target_modules):
-        raise ValueError(f"target_modules must be names of modules or one regular expression, got {target_modules!r}")
-    if not target_modules:
-        raise ValueError("target_modules must name at least one module, got none")
-    for target in target_modules:
+    for target in wanted:
         found = [name for name in linear if _ends_with(name, target)]
         targets.update(dict.fromkeys(found))
         if target in ("q", "k", "v"):
@@ -58,13 +69,6 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[
             raise ValueError(f"target_modules must choose either qkv or its slices {slices}, got both for {name!r}")
         targets[name] = _qkv_slices(model, name, sorted(set(slices), key="qkv".index))
     return {name: targets[name] for name in linear if name in targets}  # in the order of the model
-
-
-def _matched(expression: str, linear: list[str]) -> list[str]:
-    try:
-        return [name for name in linear if re.fullmatch(expression, name)]
-    except re.error as error:
-        raise ValueError(f"target_modules {expression!r} is no regular expression: {error}") from None
 
 
 def _ends_with(name: str, target: str) -> bool:
@@ -89,11 +93,6 @@ def _qkv_slices(model: nn.Module, name: str, chosen: list[str]) -> Rows:
     return {key: ("qkv".index(key) * third, ("qkv".index(key) + 1) * third) for key in chosen}
 
 
-def refuse_unsupported(model: nn.Module, name: str) -> None:
-    if why := _unsupported(model, name):
-        raise ValueError(f"{name!r} {why}; leave it out of target_modules")
-
-
 def _unsupported(model: nn.Module, name: str) -> str | None:
     """Why the linear layer `name` cannot be adapted."""
     layer = linear_at(model, name)
@@ -104,15 +103,15 @@ def _unsupported(model: nn.Module, name: str) -> str | None:
             "belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls it, so an adapter would "
             "have no effect"
         )
-    if type(layer) is nn.Linear and not is_plain_linear(layer):
+    if is_plain_linear(layer):
+        return None
+    if type(layer) is nn.Linear:
         return (
             "has a weight that a hook computes, as pruning and weight_norm do: make it permanent "
             "before (torch.nn.utils.prune.remove, remove_weight_norm)"
         )
-    if not is_plain_linear(layer):
-        kind = f"{type(layer).__module__}.{type(layer).__name__}"
-        return f"is a {kind}, and only plain torch.nn.Linear layers can be adapted"
-    return None
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    return f"is a {kind}, and only plain torch.nn.Linear layers can be adapted"
 
 
 def linear_at(model: nn.Module, name: str) -> nn.Linear:

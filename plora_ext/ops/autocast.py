@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,11 @@ _AS_IT_IS = {"scaling", "weights", "y", "sums", "counts"}  # small and kept in f
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for a type of device; some types have none."""
     return device_type in _KNOW_IT and torch.is_autocast_enabled(device_type)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts to on a type of device; None where it is off."""
+    return torch.get_autocast_dtype(device_type) if autocasts(device_type) else None
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -45,13 +50,10 @@ def register(library: torch.library.Library) -> None:
     for name in op:
         casts = [argument not in _AS_IT_IS for argument in argument_names(name)]
         for device_type in ("cpu", "cuda"):
-            library.impl(name, _kernel(name, device_type, casts), "Autocast" + device_type.upper())
+            library.impl(name, partial(_cast_and_run, name, device_type, casts), "Autocast" + device_type.upper())
 
 
-def _kernel(name: str, device_type: str, casts: list[bool]) -> Callable[..., Any]:
-    def kernel(*args: Any) -> Any:
-        dtype = dtype_of(name, device_type)
-        with without_autocast(device_type):
-            return op[name](*(cast(a, dtype) if casts_it else a for a, casts_it in zip(args, casts, strict=False)))
-
-    return kernel
+def _cast_and_run(name: str, device_type: str, casts: list[bool], *args: Any) -> Any:
+    dtype = dtype_of(name, device_type)
+    with without_autocast(device_type):
+        return op[name](*(cast(a, dtype) if casts_it else a for a, casts_it in zip(args, casts, strict=False)))

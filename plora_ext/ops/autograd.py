@@ -17,7 +17,7 @@ from torch import Tensor
 from plora_ext import libraries
 from plora_ext.ops import formulas, twins
 from plora_ext.ops.autocast import without_autocast
-from plora_ext.ops.compiled import LORA, op
+from plora_ext.ops.compiled import LORA, PROTOTYPES, eager_op, op
 from plora_ext.ops.formulas import through_unit, unit
 from plora_ext.torch_private import below, forward_mode
 
@@ -28,9 +28,6 @@ def _is_differentiated_again(grad: Tensor) -> bool:
 
 
 # --- the low-rank families --------------------------------------------------------------------------------------------
-
-
-_BACKWARD: dict[str, Any] = {family: op.get(f"{family}_backward") for family in LORA}
 
 
 def rows(t: Tensor) -> Tensor:
@@ -84,7 +81,7 @@ def _gradients(
             asks = [X, *[False] * (len(front) - 1), A, B, s, False, False, False, a, b, *[False] * 5]
             dx, *_, dA, dB, ds, _, _, _, da, db, _, _, _, _, _ = twins.gradients(family, args, asks, grad)
         else:
-            dx, dA, dB, ds, da, db = _BACKWARD[family](
+            dx, dA, dB, ds, da, db = op[family + "_backward"](
                 grad, *front, lora_A, lora_B, scaling, weight, bias_A, bias_B, ranks, kept, relu, trainable, bits
             )
     total = grad.sum(0) if family == "lora_all" and (base or W or bias) else grad
@@ -107,7 +104,9 @@ class LowRank(torch.autograd.Function):
         bias_B: Tensor | None,
     ) -> Tensor:  # fmt: skip
         with below():  # a view made here counts as none: what follows may write to y
-            y, kept = call(op[family], options, x, ids, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B)
+            y, kept = call(
+                eager_op[family], options, x, ids, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B
+            )
         ctx.save_for_backward(x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept)
         ctx.family, ctx.options = family, options
         return y
@@ -148,14 +147,14 @@ def call_one(
     dtype = x.dtype
     with below():
         if lora_A.dtype == dtype and lora_B.dtype == dtype:
-            made: tuple[Tensor, Tensor] = op["lora_one"](x, lora_A, lora_B, scaling, weight, bias, keep)
+            made: tuple[Tensor, Tensor] = eager_op["lora_one"](x, lora_A, lora_B, scaling, weight, bias, keep)
             return made
         if x.is_cuda and lora_A.dtype == lora_B.dtype == torch.float32:  # both casts in one launch
-            A, B, _ = op["lora_stack"](x, [lora_A], [lora_B], [1.0])
+            A, B, _ = eager_op["lora_stack"](x, [lora_A], [lora_B], [1.0])
             narrowed = A[0], B[0]
         else:
             narrowed = narrow(lora_A, dtype), narrow(lora_B, dtype)
-        return (*op["lora_one"](x, *narrowed, scaling, weight, bias, keep), *narrowed)
+        return (*eager_op["lora_one"](x, *narrowed, scaling, weight, bias, keep), *narrowed)
 
 
 def _gradients_of_one_again(
@@ -194,7 +193,7 @@ class OneAdapter(torch.autograd.Function):
             factors = narrowed or (lora_A, lora_B)
             needs = X | A << 1 | B << 2
             with below():
-                dx, dA, dB = op["lora_one_backward"](grad, x, *factors, scaling, weight, kept, needs)
+                dx, dA, dB = eager_op["lora_one_backward"](grad, x, *factors, scaling, weight, kept, needs)
         # where factors were narrowed, torch widens their gradients
         return dx if X else None, dA if A else None, dB if B else None, None
 
@@ -253,28 +252,27 @@ def stacked(
     return made
 
 
-def filled_up(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], r: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Factors [r_i, in] and [out, r_i] with zeros up to one rank r."""
-    return [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in lora_A], [F.pad(B, (0, r - B.shape[1])) for B in lora_B]
+def side_by_side(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], T: int) -> tuple[Tensor, Tensor]:
+    """lora_A [T, n r, in] and lora_B [T, n out, r] of T times n pairs, with zeros up to one rank; by torch's operators.
 
-
-def side_by_side(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """lora_A [T, r, in] and lora_B [T, out, r] of T pairs, filled up where their ranks differ; by torch's operators."""
+    The B among n may differ in their rows.
+    """
     As, Bs, ranks = list(lora_A), list(lora_B), [A.shape[0] for A in lora_A]
-    T, r = len(ranks), max(ranks)
+    r = max(ranks)
     if min(ranks) < r:
-        As, Bs = filled_up(As, Bs, r)
-    return torch.cat(As).view(T, r, -1), torch.cat(Bs).view(T, -1, r)  # for many small tensors quicker than `stack`
+        As, Bs = [F.pad(A, (0, 0, 0, r - A.shape[0])) for A in As], [F.pad(B, (0, r - B.shape[1])) for B in Bs]
+    # for many small tensors quicker than `stack`
+    return torch.cat(As).view(T, r * len(As) // T, -1), torch.cat(Bs).view(T, -1, r)
 
 
 def _stack(x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]) -> _Stacked:
     if _STACKS and x.is_cuda and x.dtype != torch.float64:
         try:
-            made: _Stacked = op["lora_stack"](x, lora_A, lora_B, scaling)
+            made: _Stacked = eager_op["lora_stack"](x, lora_A, lora_B, scaling)
             return made
         except RuntimeError:  # of several dtypes or devices, which torch joins or refuses
             pass
-    A, B = side_by_side(lora_A, lora_B)
+    A, B = side_by_side(lora_A, lora_B, len(lora_A))
     return narrow(A, x.dtype), narrow(B, x.dtype), None
 
 
@@ -331,13 +329,7 @@ def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, dA.to(lora_A.dtype), dB.to(lora_B.dtype), (Bg * A).sum((1, 2)), None
 
 
-def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
 def _subspace_logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if _is_differentiated_again(grad):
-        return tuple(twins.gradients("subspace_logits", [*ctx.saved_tensors, False], ctx.needs_input_grad, grad))
     features, prototypes, weights = ctx.saved_tensors
     kept = weights.dtype
     g = grad.to(kept)
@@ -377,40 +369,41 @@ def _backward(name: str, grad: Tensor) -> Callable[..., Any]:
 
 
 def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if _is_differentiated_again(grad):
-        args = [*ctx.saved_tensors, ctx.tau, ctx.add_old, ctx.tf32]
-        return tuple(twins.gradients("reconstruct_prototypes", args, ctx.needs_input_grad, grad))
-    d_old, d_new, d_values = _backward("reconstruct_prototypes", grad)(grad, *ctx.saved_tensors, ctx.tau)
-    return d_old + grad if ctx.add_old else d_old, d_new, d_values, None, None, None
+    tau, add_old, _ = ctx.others
+    d_old, d_new, d_values = _backward("reconstruct_prototypes", grad)(grad, *ctx.saved_tensors, tau)
+    return d_old + grad if add_old else d_old, d_new, d_values, None, None, None
 
 
 def _complete_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if _is_differentiated_again(grad):
-        args = [*ctx.saved_tensors, ctx.tau, ctx.last]
-        return tuple(twins.gradients("complete_prototypes", args, ctx.needs_input_grad, grad))
-    return _backward("complete_prototypes", grad)(grad, *ctx.saved_tensors, ctx.tau, ctx.last), None, None, None
+    return _backward("complete_prototypes", grad)(grad, *ctx.saved_tensors, *ctx.others), None, None, None
 
 
-def _keep(*names: str) -> Callable[..., None]:
-    """A setup_context that keeps the tensor inputs, and the others as attributes of these names."""
+def _prototypes_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
+    ctx.others = [a for a in inputs if not isinstance(a, Tensor)]
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
-        for name, value in zip(names, (a for a in inputs if not isinstance(a, Tensor)), strict=True):
-            setattr(ctx, name, value)
 
-    return setup_context
+def _or_the_twins(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward, but for one that is differentiated in turn."""
+
+    def chosen(ctx: Any, grad: Tensor) -> Any:
+        if _is_differentiated_again(grad):
+            return tuple(twins.gradients(name, [*ctx.saved_tensors, *ctx.others], ctx.needs_input_grad, grad))
+        return backward(ctx, grad)
+
+    return chosen
 
 
 def register() -> None:
     """The gradients of every operator, with torch."""
     for name in LORA:
         _register_lora(name)
-    for name, backward, setup in (
-        ("lora_merge", _merge_backward, _merge_setup),
-        ("class_sums", _class_sums_backward, _class_sums_setup),
-        ("reconstruct_prototypes", _reconstruct_backward, _keep("tau", "add_old", "tf32")),
-        ("complete_prototypes", _complete_backward, _keep("tau", "last")),
-        ("subspace_logits", _subspace_logits_backward, _keep("tf32")),
-    ):
+    found: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
+        "lora_merge": (_merge_backward, lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:])),
+        "class_sums": (_class_sums_backward, _class_sums_setup),
+    }
+    backwards = _reconstruct_backward, _complete_backward, _subspace_logits_backward
+    for name, backward in zip(PROTOTYPES, backwards, strict=True):
+        found[name] = _or_the_twins(name, backward), _prototypes_setup
+    for name, (backward, setup) in found.items():
         torch.library.register_autograd(f"plora_ext::{name}", backward, setup_context=setup)

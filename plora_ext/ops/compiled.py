@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from plora_ext import libraries
+from plora_ext.torch_private import in_c
 
 LORA = ("lora_indexed", "lora_sum", "lora_all")
 PROTOTYPES = ("reconstruct_prototypes", "complete_prototypes", "subspace_logits")
@@ -19,6 +20,8 @@ op: dict[str, Any] = {}
 """Every compiled operator, looked up once."""
 if libraries.backend() == "native":
     op = {name: getattr(torch.ops.plora_ext, name).default for name in _NAMES}
+eager_op = {name: in_c(overload) for name, overload in op.items()}
+"""The same for eager code, where the host pays for every function."""
 
 
 def argument_names(name: str) -> list[str]:

@@ -69,17 +69,14 @@ def _class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
     return sums, features.new_empty(num_classes, dtype=torch.int64)
 
 
-def _nothing(*args: Any) -> None:
-    return None
-
-
 def register() -> None:
     """All of them, with torch."""
+    nothing = lambda *args: None  # noqa: E731
     fakes: dict[str, Callable[..., Any]] = {
         "lora_merge": lambda weight, *rest: torch.empty_like(weight).contiguous(),
         "class_sums": _class_sums,
-        "class_sums_": _nothing,
-        "lora_all_out": _nothing,
+        "class_sums_": nothing,
+        "lora_all_out": nothing,
         "lora_one": _one,
         "lora_one_backward": _one_backward,
         "lora_stack": _stack,
@@ -90,6 +87,6 @@ def register() -> None:
         "subspace_logits": lambda f, p, *rest: f.new_empty(len(f), len(p)),
     }
     for name in LORA:
-        fakes |= {name: lora(name), f"{name}_": _nothing, f"{name}_backward": _lora_backward(name)}
+        fakes |= {name: lora(name), f"{name}_": nothing, f"{name}_backward": _lora_backward(name)}
     for name, fake in fakes.items():
         torch.library.register_fake(f"plora_ext::{name}", fake)

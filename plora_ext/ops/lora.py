@@ -21,7 +21,17 @@ from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
 from plora_ext.ops.autograd import LowRank, OneAdapter, call, call_one, narrow, rows
 from plora_ext.ops.checks import check, check_floating, check_integers, shape, wide
 from plora_ext.ops.twins import run, run_twin
-from plora_ext.torch_private import PLAIN, any_requires_grad, below, forward_mode, is_eager, is_plain, needs_twin
+from plora_ext.torch_private import (
+    PLAIN,
+    any_autocast,
+    any_requires_grad,
+    below,
+    forward_mode,
+    is_eager,
+    is_plain,
+    is_unwatched,
+    needs_twin,
+)
 
 _ACTIVATIONS = ("none", "relu")
 _OPERANDS = ("lora_A", "lora_B", "base", "weight", "bias", "bias_A", "bias_B")
@@ -128,7 +138,7 @@ def _run(
         y: Tensor = LowRank.apply(op, options, *args)
         return y
     with below():
-        return call(compiled.op[op], options, *args)[0]
+        return call(compiled.eager_op[op], options, *args)[0]
 
 
 def run_beside(
@@ -147,7 +157,7 @@ def run_beside(
     cuda, device = x.is_cuda, x.device
     if (
         not (_SERVES_CUDA and x.dtype != torch.float64 if cuda else _SERVES_CPU and x.is_cpu)
-        or not is_eager(compiling=False)
+        or not is_unwatched()
         or not (type(x) in PLAIN and type(lora_A) in PLAIN and type(lora_B) in PLAIN)
         or not device == lora_A.device == lora_B.device == scaling.device == weight.device  # which may be "meta"
         or (bias is not None and bias.device != device)
@@ -156,7 +166,7 @@ def run_beside(
     asks, up, records = x.requires_grad, lora_B.requires_grad, torch.is_grad_enabled()
     if records and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return None
-    if torch.is_autocast_enabled(device.type):
+    if any_autocast() and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         x, weight, bias = cast(x, dtype), cast(weight, dtype), cast(bias, dtype)
     try:
@@ -174,7 +184,7 @@ def run_beside(
             y = LowRank.apply(family, (ranks, False, trainable, flat, keep), x, *args, None, None)
             return y
         with below():
-            return call(compiled.op[family], (ranks, False, None, flat, False), x, *args, None, None)[0]
+            return call(compiled.eager_op[family], (ranks, False, None, flat, False), x, *args, None, None)[0]
     except RuntimeError:  # of the kernel, which sees more than could be asked here for the same price
         dtypes = {x.dtype, narrow(lora_A, x.dtype).dtype, narrow(lora_B, x.dtype).dtype, weight.dtype}
         if len(dtypes) == 1 and scaling.dtype == wide(x.dtype) and x.shape[-1:] == lora_A.shape[-1:]:
