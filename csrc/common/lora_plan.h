@@ -164,20 +164,18 @@ struct FusedTiles {
 };
 
 inline FusedTiles fused_tiles(int64_t M, int64_t N, int64_t at_once, bool pairs) {
-  const int64_t rows = ceil_div(M, kTileRows), beyond = N % kTileColumns;
-  const bool strip = !pairs && beyond > 0 && 3 * beyond <= kTileColumns;
-  FusedTiles t{strip ? N / kTileColumns : ceil_div(N, kTileColumns), 0, 0, strip ? rows : 0, 0};
-  t.whole = rows * t.columns;
-  const int64_t last = pairs ? 0 : t.whole % at_once;
-  const auto waves_of = [&](int64_t whole, int64_t narrow) {  // less than a wave of whole tiles, and what comes after
-    const int64_t beside = whole > 0 ? at_once - whole : 0;
-    return (whole > 0 ? 1 : 0) +
-           kThirds * static_cast<double>(ceil_div(std::max<int64_t>(0, narrow - beside), at_once));
+  const int64_t rows = ceil_div(M, kTileRows), columns = ceil_div(N, kTileColumns), beyond = N % kTileColumns;
+  if (pairs) return {columns, rows * columns, 0, 0, static_cast<double>(ceil_div(rows * columns, at_once))};
+  const bool narrow = beyond > 0 && 3 * beyond <= kTileColumns;
+  FusedTiles t{columns - narrow, rows * (columns - narrow), 0, narrow ? rows : 0, 0};
+  const int64_t last = t.whole % at_once;
+  const auto waves_of = [&](int64_t whole, int64_t thirds) {  // less than a wave of whole tiles, and what comes after
+    const int64_t beside = whole > 0 ? at_once - whole : 0, after = std::max<int64_t>(0, thirds - beside);
+    return (whole > 0 ? 1 : 0) + kThirds * static_cast<double>(ceil_div(after, at_once));
   };
   const double as_they_are = waves_of(last, t.strip), as_thirds = waves_of(0, 3 * last + t.strip);
   const bool divides = last > 0 && as_thirds < 0.8 * as_they_are;
-  t.waves = static_cast<double>(pairs ? ceil_div(t.whole, at_once) : t.whole / at_once);
-  if (!pairs) t.waves += divides ? as_thirds : as_they_are;
+  t.waves = static_cast<double>(t.whole / at_once) + (divides ? as_thirds : as_they_are);
   if (divides) t.whole -= last, t.thirds = 3 * last;
   return t;
 }
