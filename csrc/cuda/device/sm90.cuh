@@ -40,7 +40,7 @@ __device__ inline void release(uint32_t barrier) {
 
 // One lane of a warp, all of whose lanes are here. Where the whole warp goes through a loop of copies and this lane
 // alone asks for them, what they need stays in uniform registers; within a branch of one lane, the compiler moves all
-// of it there for each copy anew, in a loop over the lanes, which takes longer than a stage is multiplied.
+// of it there for each copy anew, in a loop over the lanes, which may take as long as a stage's product.
 __device__ inline bool elect() {
   uint32_t chosen;
   asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(chosen));
@@ -128,8 +128,7 @@ __device__ inline void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-__device__ inline void load_2d(const CUtensorMap* map, uint32_t barrier, uint32_t to, int c0, int c1,
-                               bool chosen = true) {
+__device__ inline void load_2d(const CUtensorMap* map, uint32_t barrier, uint32_t to, int c0, int c1, bool chosen) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
       "@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n}" ::
@@ -169,7 +168,7 @@ __device__ inline void prefetch_2d(const CUtensorMap* map, int c0, int c1) {
 }
 
 __device__ inline void load_3d(const CUtensorMap* map, uint32_t barrier, uint32_t to, int c0, int c1, int c2,
-                               bool chosen = true) {
+                               bool chosen) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
       "@p cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
