@@ -93,8 +93,10 @@ namespace lora_plan {
 // Above: products with the merged weight are cheaper, backward included. One adapter is kept apart for longer, since
 // the merged weight rounds away what is small beside W.
 constexpr int64_t kDenseRank = 64, kDenseAlone = 192;
-constexpr int64_t kMergeRank = 64;   // above: merging pays where nothing is kept ...
-constexpr int64_t kMergeRows = 256;  // ... from this many rows on
+// Merging pays where nothing is kept, from this many rows on, above so many ranks; up to as many as follow the plan
+// weighs it against the fused product, or against few_rows.cu, which takes such a sum so long, in seconds.
+constexpr int64_t kMergeRows = 256, kMergeRank = 64, kMergeWeighed = 256;
+constexpr double kFewSum = 15e-6;
 // Fewer rows are few tiles for the fused product. Of a deep product each takes long, and torch's shares out the depth,
 // but from kDeepAtOnce rows on one wave of them is as fast, up to a depth.
 constexpr int64_t kHopperRows = 128, kDeepRows = 1024, kDeepAtOnce = 256, kDeep = 1024, kDeepest = 4096;
@@ -126,6 +128,9 @@ constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kBlockBytes = 0.1e12, k
 constexpr double kThirds = 0.45;  // of a wave, one in thirds
 constexpr double kInLoopShare = 0.1, kInLoopWave = 0.9e-6, kGivenWave = 0.2e-6;
 constexpr double kInLoopShareBackward = 0.17, kInLoopShareApart = 0.19, kInLoopWaveBackward = 0.5e-6;
+// Of merging: seconds; of an element of the weight, and of 16 ranks of it. Torch's product then takes longer than the
+// fused one without ranks, of a full wave by so much.
+constexpr double kMerge = 2.8e-6, kMergeElement = 2.2e-12, kMergeSlot = 0.4e-12, kAhead = 0.4e-6;
 
 // How many adapters a tile's rows meet at most.
 inline int64_t adapters_of_tile(const LoraShape& s) {
@@ -301,12 +306,16 @@ inline LoraPlan plan_lora(const LoraShape& s) {
     return plan;
   };
   const LoraRanks rows = s.backward && !reads_lora_B(s) ? LoraRanks::packed : LoraRanks::rows;
-  const bool linear_sum = s.family == Family::sum && s.weight && !s.relu && !s.bias;
+  const bool merges = s.outputs && s.family == Family::sum && s.weight && !s.relu && !s.bias && !s.keep &&
+                      !s.backward && s.M >= kMergeRows;
+  const bool weighed = for_hopper(s) && s.out % 8 == 0 && s.T * s.r <= kMergeWeighed;
+  const double merging = kMerge + kLaunch + s.in * s.out * (kMergeElement + kMergeSlot * s.T * ceil_div(s.r, kSlot));
+  const auto merge = [&] {
+    return choose(LoraAlgorithm::merge, LoraRanks::within, "nothing is kept, and merging costs less than the ranks");
+  };
   if (s.outputs && lora_dense(s.family, s.T, s.r, s.weight, s.relu, s.bias) && (s.keep || s.backward))
     return choose(LoraAlgorithm::dense, LoraRanks::within, "the ranks add up to more than the merged weight costs");
-  if (s.outputs && linear_sum && !s.keep && !s.backward && s.T * s.r > kMergeRank && s.M >= kMergeRows)
-    return choose(LoraAlgorithm::merge, LoraRanks::within,
-                  "nothing is kept for backward, and merging costs less than the ranks");
+  if (merges && (weighed ? few_rows(s) && merging < kFewSum : s.T * s.r > kMergeRank)) return merge();
   if (few_rows(s))
     return few_rows_fused(s)
                ? choose(LoraAlgorithm::few_fused, LoraRanks::within, "few rows, with which the weight passes once")
@@ -338,7 +347,10 @@ inline LoraPlan plan_lora(const LoraShape& s) {
 
   // From K columns to N.
   const int64_t K = s.backward ? s.out : s.in, N = s.backward ? s.in : s.out;
-  if (!rows_for_fused(s)) return apart("too few rows for the fused product");
+  if (!rows_for_fused(s)) {
+    if (merges && weighed && s.T * s.r > kMergeRank) return merge();
+    return apart("too few rows for the fused product");
+  }
   if (s.backward && K >= kDeepest && s.M >= kDeepRows)
     return apart("torch's own product of so many columns is faster by more than a pass");
   const int64_t column_tiles = ceil_div(N, kTileColumns), at_once = std::max<int64_t>(1, s.sms);
@@ -371,6 +383,12 @@ inline LoraPlan plan_lora(const LoraShape& s) {
       s.family != Family::indexed
           ? s.T
           : std::min<double>(s.T, 1 + (kTileRows - 1.0) / std::max<int64_t>(s.rows_per_id, kTileRows / 2));
+  // Beside torch's product of the merged weight: waves that are not full, and the ranks, of whose estimates, made to be
+  // compared with each other, half is what is measured there.
+  const double full = 1.0 * s.M * N / (kTileRows * kTileColumns * at_once);
+  const double ranks =
+      fits ? loop / 2 : pass + given * most * each / 2 + (h_by_product(s) ? full * wave * s.T * s.r / N : 0);
+  if (merges && weighed && waves >= 1 && merging < (waves - full) * wave - waves * kAhead + ranks) return merge();
   if (!fits && pass + given * mean * each > alone)
     return apart("a tile may meet more ranks than a second pass over y costs");
   if (!fits && !h_by_product(s) && !rows_on_hopper(s)) return apart("more rows than the fused product can number");

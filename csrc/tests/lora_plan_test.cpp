@@ -233,7 +233,6 @@ int main() {
   };
   expect(!takes(plan(Family::sum, 1, 144, nine), A::in_loop), "or there are more slices than it can tell apart");
 
-  const auto inference = [](LoraShape& s) { s.keep = false; };
   expect(!takes(plan(Family::sum, 4, 16), A::dense), "64 ranks are not dense");
   expect(takes(plan(Family::sum, 5, 16), A::dense), "80 are");
   expect(!takes(plan(Family::sum, 1, 192), A::dense), "one adapter may have 192");
@@ -242,10 +241,24 @@ int main() {
   expect(!takes(plan(Family::sum, 13, 16, [](LoraShape& s) { s.relu = true; }), A::dense), "not past an activation");
   expect(!takes(plan(Family::sum, 13, 16, [](LoraShape& s) { s.bias = true; }), A::dense), "nor with a bias");
   expect(!takes(plan(Family::indexed, 13, 16), A::dense), "nor where rows choose");
-  expect(takes(plan(Family::sum, 5, 16, inference), A::merge), "80 ranks are merged without gradients");
-  expect(!takes(plan(Family::sum, 4, 16, inference), A::merge), "64 are not");
-  const auto few = [](LoraShape& s) { s.keep = false, s.M = 255; };
-  expect(takes(plan(Family::sum, 20, 16, few), A::few_rows), "nor for few rows");
+  const auto merges = [](int64_t M, int64_t in, int64_t out, int64_t T, int64_t r, int capability = 90) {
+    return takes(
+        plan(Family::sum, T, r,
+             [=](LoraShape& s) { s.keep = false, s.M = M, s.in = in, s.out = out, s.capability = capability; }),
+        A::merge);
+  };
+  expect(merges(12608, 768, 768, 1, 64) && merges(12608, 3072, 768, 4, 16),
+         "merging costs less than a pass over x where nothing is kept");
+  expect(!merges(12608, 768, 768, 1, 32) && !merges(12608, 3072, 768, 2, 16), "not less than the loop");
+  expect(!merges(12608, 768, 3072, 1, 64) && !merges(12608, 4096, 4096, 1, 64), "nor of a large weight");
+  expect(merges(1576, 3072, 768, 1, 16) && !merges(3152, 3072, 768, 1, 16) && merges(12608, 4096, 1024, 1, 16),
+         "unless waves are half empty");
+  expect(!merges(256, 3072, 768, 1, 16), "a wave in thirds is not");
+  expect(merges(256, 768, 768, 5, 16) && !merges(256, 4096, 4096, 5, 16), "few rows merge a small weight");
+  expect(!merges(255, 768, 768, 20, 16), "from 256 on");
+  expect(merges(512, 4096, 4096, 17, 16) && !takes(plan(Family::sum, 16, 16, backward), A::merge),
+         "more than 256 ranks are always merged");
+  expect(merges(788, 768, 768, 5, 16, 80) && !merges(788, 768, 768, 4, 16, 80), "and more than 64 on other GPUs");
 
   const auto serves = [&](Family family, int64_t T, int64_t M, int64_t in, const auto& change) {
     return plan(family, T, 16, [&](LoraShape& s) { s.M = M, s.in = in, s.rows_per_id = 1, change(s); }).few();

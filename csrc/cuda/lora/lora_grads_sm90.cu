@@ -21,11 +21,14 @@ namespace {
 constexpr int kThreads = 160;  // four warps multiply, one sends for all that they need
 constexpr int kRanks = lora_plan::kGradRanks, kRows = 64, kMaxBlocks = 8, kMaxStages = 20;
 constexpr uint32_t kBytesBox = kRows * 128;  // of 64 columns, a row 128 bytes, swizzled
+// The barriers, and as much as a product of 64 ranks is taken to read where there are fewer and the stage is the last.
+constexpr uint32_t kBeyond = 64 * 16 * 2;
+static_assert(16 * kMaxStages <= kBeyond);
 
 // The sums take the place of the stages: a rank's columns side by side, padded against bank conflicts.
 template <int kColumns>
 struct Layout {
-  static constexpr uint32_t kRing = 200 * 1024, kBarriers = kRing, kBytes = kBarriers + 16 * kMaxStages;
+  static constexpr uint32_t kRing = 200 * 1024, kBarriers = kRing, kBytes = kBarriers + kBeyond;
   static constexpr uint32_t kBytesQ = kColumns / 64 * kBytesBox;
   static constexpr int kPitch = kColumns + 4;
   static_assert(kRanks * kPitch * 4 <= kRing && kRing / (kBytesQ + kRows * 32) <= kMaxStages);
