@@ -94,9 +94,9 @@ namespace lora_plan {
 // the merged weight rounds away what is small beside W.
 constexpr int64_t kDenseRank = 64, kDenseAlone = 192;
 // Merging pays where nothing is kept, from this many rows on, above so many ranks; up to as many as follow the plan
-// weighs it against the fused product, or against few_rows.cu, which takes such a sum so long, in seconds.
+// weighs it against the fused product, or against few_rows.cu, which takes a sum so long, in seconds, and by the rank.
 constexpr int64_t kMergeRows = 256, kMergeRank = 64, kMergeWeighed = 256;
-constexpr double kFewSum = 15e-6;
+constexpr double kFewSum = 8e-6, kFewSumRank = 0.13e-6;
 // Fewer rows are few tiles for the fused product. Of a deep product each takes long, and torch's shares out the depth,
 // but from kDeepAtOnce rows on one wave of them is as fast, up to a depth.
 constexpr int64_t kHopperRows = 128, kDeepRows = 1024, kDeepAtOnce = 256, kDeep = 1024, kDeepest = 4096;
@@ -130,7 +130,7 @@ constexpr double kInLoopShare = 0.1, kInLoopWave = 0.9e-6, kGivenWave = 0.2e-6;
 constexpr double kInLoopShareBackward = 0.17, kInLoopShareApart = 0.19, kInLoopWaveBackward = 0.5e-6;
 // Of merging: seconds; of an element of the weight, and of 16 ranks of it. Torch's product then takes longer than the
 // fused one without ranks, of a full wave by so much.
-constexpr double kMerge = 2.8e-6, kMergeElement = 2.2e-12, kMergeSlot = 0.4e-12, kAhead = 0.4e-6;
+constexpr double kMerge = 2.8e-6, kMergeElement = 2.2e-12, kMergeSlot = 0.45e-12, kAhead = 0.4e-6;
 
 // How many adapters a tile's rows meet at most.
 inline int64_t adapters_of_tile(const LoraShape& s) {
@@ -315,7 +315,8 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   };
   if (s.outputs && lora_dense(s.family, s.T, s.r, s.weight, s.relu, s.bias) && (s.keep || s.backward))
     return choose(LoraAlgorithm::dense, LoraRanks::within, "the ranks add up to more than the merged weight costs");
-  if (merges && (weighed ? few_rows(s) && merging < kFewSum : s.T * s.r > kMergeRank)) return merge();
+  const bool beats_few = few_rows(s) && merging < kFewSum + kFewSumRank * s.T * s.r;
+  if (merges && (weighed ? beats_few : s.T * s.r > kMergeRank)) return merge();
   if (few_rows(s))
     return few_rows_fused(s)
                ? choose(LoraAlgorithm::few_fused, LoraRanks::within, "few rows, with which the weight passes once")
@@ -347,10 +348,7 @@ inline LoraPlan plan_lora(const LoraShape& s) {
 
   // From K columns to N.
   const int64_t K = s.backward ? s.out : s.in, N = s.backward ? s.in : s.out;
-  if (!rows_for_fused(s)) {
-    if (merges && weighed && s.T * s.r > kMergeRank) return merge();
-    return apart("too few rows for the fused product");
-  }
+  if (!rows_for_fused(s)) return apart("too few rows for the fused product");
   if (s.backward && K >= kDeepest && s.M >= kDeepRows)
     return apart("torch's own product of so many columns is faster by more than a pass");
   const int64_t column_tiles = ceil_div(N, kTileColumns), at_once = std::max<int64_t>(1, s.sms);
@@ -384,10 +382,11 @@ inline LoraPlan plan_lora(const LoraShape& s) {
           ? s.T
           : std::min<double>(s.T, 1 + (kTileRows - 1.0) / std::max<int64_t>(s.rows_per_id, kTileRows / 2));
   // Beside torch's product of the merged weight: waves that are not full, and the ranks, of whose estimates, made to be
-  // compared with each other, half is what is measured there.
+  // compared with each other, half is what is measured there, unless torch makes h, with nothing at the same time.
   const double full = 1.0 * s.M * N / (kTileRows * kTileColumns * at_once);
-  const double ranks =
-      fits ? loop / 2 : pass + given * most * each / 2 + (h_by_product(s) ? full * wave * s.T * s.r / N : 0);
+  const double ranks = fits              ? loop / 2
+                       : h_by_product(s) ? read + 2 * kLaunch + full * wave * s.T * s.r / N + given * most * each
+                                         : pass + given * most * each / 2;
   if (merges && weighed && waves >= 1 && merging < (waves - full) * wave - waves * kAhead + ranks) return merge();
   if (!fits && pass + given * mean * each > alone)
     return apart("a tile may meet more ranks than a second pass over y costs");
