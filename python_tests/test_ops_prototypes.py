@@ -416,6 +416,11 @@ def test_bad_input() -> None:
         ops.reconstruct_prototypes(old, new.double(), new)
     with pytest.raises(ValueError, match="tau must be positive, got 0"):
         ops.reconstruct_prototypes(old, new, new, tau=0)
+    with pytest.raises(ValueError, match=r"tau must be at least 2.94e-39, .* infinite for torch.float32, got 1e-39"):
+        ops.reconstruct_prototypes(old, new, new, tau=1e-39)
+    with pytest.raises(ValueError, match="tau must be at least 2.94e-39"):
+        ops.complete_prototypes(torch.randn(4, 2, 5), torch.tensor([0, 0, 1, 1]), tau=1e-39)
+    assert ops.reconstruct_prototypes(old.double(), new.double(), new.double(), tau=1e-300).isfinite().all()
     with pytest.raises(ValueError, match="mode must be 'complement' or 'shift'"):
         ops.reconstruct_prototypes(old, new, new, mode="sdc")
     with pytest.raises(ValueError, match="new must hold at least one class"):

@@ -37,7 +37,10 @@ class Decoded:
             self._used[0] = end
         self._pixels[end - image.size : end] = image.ravel()
         self._places[index, 1:] = image.shape[:2]
-        self._places[index, 0] = end  # last: who sees it finds the pixels
+        with self._lock:
+            pass
+        with self._lock:  # taken behind a release: who sees the end finds the pixels, also on ARM
+            self._places[index, 0] = end
         return image
 
     def hold(self, rows: list[int]) -> bool:

@@ -24,6 +24,15 @@ def _native(op: str, t: Tensor, tau: float = 1) -> bool:
     return libraries.has_kernel(op, t.device.type) and tau >= _COLD
 
 
+def _check_tau(op: str, tau: float, dtype: torch.dtype) -> None:
+    """Raises a ValueError where 1 / tau is no positive number of the precision that is computed in."""
+    if not tau > 0:
+        raise ValueError(f"{op}: tau must be positive, got {tau}")
+    least = 1 / torch.finfo(torch.promote_types(dtype, torch.float32)).max
+    if tau < least:
+        raise ValueError(f"{op}: tau must be at least {least:.3g}, or 1 / tau is infinite for {dtype}, got {tau}")
+
+
 def _tf32(t: Tensor) -> bool:
     """Whether torch's own products of float32 matrices may use TF32 there (set_float32_matmul_precision and others)."""
     switch: Any = torch.backends.cuda.matmul
@@ -119,8 +128,7 @@ def reconstruct_prototypes(
     if mode not in ("complement", "shift"):
         raise ValueError(f"{op}: mode must be 'complement' or 'shift', got {mode!r}")
     check_floating(op, "old", old, "Co, D")
-    if not tau > 0:
-        raise ValueError(f"{op}: tau must be positive, got {tau}")
+    _check_tau(op, tau, old.dtype)
     D = old.shape[1]
     dtype = None if autocasts(old.device.type) else old.dtype
     check(op, "new", new, ("Cn", D), old, dtype)
@@ -161,8 +169,7 @@ def complete_prototypes(prototypes: Tensor, task_of_class: Tensor, *, tau: float
     check_floating(op, "prototypes", prototypes, "C, T, D")
     check_integers(op, "task_of_class", task_of_class)
     check(op, "task_of_class", task_of_class, (prototypes.shape[0],), prototypes, None)
-    if not tau > 0:
-        raise ValueError(f"{op}: tau must be positive, got {tau}")
+    _check_tau(op, tau, prototypes.dtype)
     task_of_class = task_of_class.to(torch.int64)
     made: Tensor = run(op, _native(op, prototypes, tau), prototypes, task_of_class, tau, mode == "last")
     return made
