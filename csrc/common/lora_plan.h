@@ -307,7 +307,7 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   };
   const LoraRanks rows = s.backward && !reads_lora_B(s) ? LoraRanks::packed : LoraRanks::rows;
   const bool merges = s.outputs && s.family == Family::sum && s.weight && !s.relu && !s.bias && !s.keep &&
-                      !s.backward && s.M >= kMergeRows;
+                      !s.backward && s.M >= kMergeRows && s.r > 0;
   const bool weighed = for_hopper(s) && s.out % 8 == 0 && s.T * s.r <= kMergeWeighed;
   const double merging = kMerge + kLaunch + s.in * s.out * (kMergeElement + kMergeSlot * s.T * ceil_div(s.r, kSlot));
   const auto merge = [&] {

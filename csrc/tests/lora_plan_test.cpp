@@ -254,6 +254,7 @@ int main() {
   expect(merges(1576, 3072, 768, 1, 16) && !merges(3152, 3072, 768, 1, 16) && merges(12608, 4096, 1024, 1, 16),
          "unless waves are half empty");
   expect(!merges(256, 3072, 768, 1, 16), "a wave in thirds is not");
+  expect(!merges(12608, 4096, 1024, 1, 0), "no rank is nothing to merge");
   expect(merges(256, 768, 768, 5, 16) && !merges(256, 4096, 4096, 5, 16), "few rows merge a small weight");
   expect(!merges(255, 768, 768, 20, 16), "from 256 on");
   expect(merges(512, 4096, 4096, 17, 16) && !takes(plan(Family::sum, 16, 16, backward), A::merge),
