@@ -96,7 +96,7 @@ constexpr int64_t kDenseRank = 64, kDenseAlone = 192;
 // Merging pays where nothing is kept, from this many rows on, above so many ranks; up to as many as follow the plan
 // weighs it against the fused product, or against few_rows.cu, which takes a sum so long, in seconds, and by the rank.
 constexpr int64_t kMergeRows = 256, kMergeRank = 64, kMergeWeighed = 256;
-constexpr double kFewSum = 8e-6, kFewSumRank = 0.13e-6;
+constexpr double kFewSum = 6.5e-6, kFewSumRank = 0.13e-6;
 // Fewer rows are few tiles for the fused product. Of a deep product each takes long, and torch's shares out the depth,
 // but from kDeepAtOnce rows on one wave of them is as fast, up to a depth.
 constexpr int64_t kHopperRows = 128, kDeepRows = 1024, kDeepAtOnce = 256, kDeep = 1024, kDeepest = 4096;
@@ -128,9 +128,9 @@ constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kBlockBytes = 0.1e12, k
 constexpr double kThirds = 0.45;  // of a wave, one in thirds
 constexpr double kInLoopShare = 0.1, kInLoopWave = 0.9e-6, kGivenWave = 0.2e-6;
 constexpr double kInLoopShareBackward = 0.17, kInLoopShareApart = 0.19, kInLoopWaveBackward = 0.5e-6;
-// Of merging: seconds; of an element of the weight, and of 16 ranks of it. Torch's product then takes longer than the
-// fused one without ranks, of a full wave by so much.
-constexpr double kMerge = 2.8e-6, kMergeElement = 2.2e-12, kMergeSlot = 0.45e-12, kAhead = 0.4e-6;
+// Of merging: seconds, a microsecond for doubt; of an element of the weight, and of 16 ranks of it. Torch's product
+// then takes longer than the fused one without ranks, of a full wave by so much.
+constexpr double kMerge = 3.8e-6, kMergeElement = 2.4e-12, kMergeSlot = 0.45e-12, kAhead = 0.4e-6;
 
 // How many adapters a tile's rows meet at most.
 inline int64_t adapters_of_tile(const LoraShape& s) {
@@ -309,7 +309,7 @@ inline LoraPlan plan_lora(const LoraShape& s) {
   const bool merges = s.outputs && s.family == Family::sum && s.weight && !s.relu && !s.bias && !s.keep &&
                       !s.backward && s.M >= kMergeRows && s.r > 0;
   const bool weighed = for_hopper(s) && s.out % 8 == 0 && s.T * s.r <= kMergeWeighed;
-  const double merging = kMerge + kLaunch + s.in * s.out * (kMergeElement + kMergeSlot * s.T * ceil_div(s.r, kSlot));
+  const double merging = kMerge + s.in * s.out * (kMergeElement + kMergeSlot * s.T * ceil_div(s.r, kSlot));
   const auto merge = [&] {
     return choose(LoraAlgorithm::merge, LoraRanks::within, "nothing is kept, and merging costs less than the ranks");
   };
