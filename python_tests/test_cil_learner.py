@@ -267,6 +267,27 @@ def test_a_backbone_that_carries_adapters_is_refused(method: str, images: Images
         run(Settings(**QUICK, increment=2, method=method), data=images, backbone=given)
 
 
+def test_a_learner_without_adapters_sees_those_of_another_one(images: Images) -> None:
+    """Features were those of the other learner's model, and the prototypes those of before, without a word."""
+    given, (first, *_) = backbone(), tasks(images, True)
+    one = Learner(method="simplecil", backbone=given, **QUICK).fit(first)
+    one.predict(first[0])
+    Learner(backbone=given, **QUICK).fit(first)
+    with pytest.raises(ValueError, match="the backbone carries adapters already"):
+        one.predict(first[0])
+
+
+def test_two_items_are_a_data_set(images: Images) -> None:
+    """They were taken as images and labels, as two lists are."""
+    pixels, labels = images.train_images, [3, 8]
+    for two in (list(zip(pixels[:2], labels)), ((pixels[0], np.int64(3)), (pixels[1], torch.tensor(8)))):
+        found, given = read_labelled(two)
+        assert given == labels and np.array_equal(np.stack(list(found)), pixels[:2])
+    for pair in ((list(pixels[:2]), labels), [tuple(pixels[:2]), tuple(labels)], (pixels[:2], labels)):
+        found, given = read_labelled(pair)
+        assert given == labels and np.array_equal(np.stack(list(found)), pixels[:2])
+
+
 def test_a_backbone_with_a_classifier_is_refused() -> None:
     """Its logits would be taken as features."""
     given = backbone()
@@ -599,7 +620,6 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
         ((pixels, [1.0, float("inf")] * 20), "labels must be numbers or texts, got inf"),
         ((pixels, [None] * 40), "labels must be numbers or texts, got None"),
         ((pixels, [(0, "cat")] * 40), r"labels must be numbers or texts, got \(0, 'cat'\)"),  # no JSON gives them back
-        ([(pixels[0], 0), (pixels[20], 1)], r"labels must be numbers or texts, got array\("),
         ([{"image": pixels[0], "label": 0}] * 3, r"a torch Dataset of \(image, label\), .* got list of dict"),
         (SimpleNamespace(column_names={"train": [], "test": []}), "has splits, train, test: give one of them"),
         (SimpleNamespace(column_names=["image"]), "must be loaded whole, without streaming, got SimpleNamespace"),
@@ -612,6 +632,10 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="call fit first"):
         one.predict(pixels)
     one.fit((pixels, labels))
+    with pytest.raises(ValueError, match="an image must be .*, got a tuple of ndarray, int"):
+        one.predict([(image, 0) for image in pixels])  # items of a data set
+    with pytest.raises(ValueError, match="an image must be .*, got the text 'ant.png'"):
+        one.predict(["ant.png"])
     with pytest.raises(ValueError, match="0 was learned before"):
         one.fit((pixels, labels))
     with pytest.raises(ValueError, match="all numbers or all texts, in every task the same"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -205,8 +206,45 @@ def test_what_would_teach_something_else_is_refused() -> None:
                 call([(x, torch.tensor(labels))])
     with pytest.raises(ValueError, match=r"an image of each class of the task, got none of \[2, 3\]"):
         net.end_task(iter([]))  # an iterator that `start` has used up
-    net.end_task([(x, torch.tensor([2, 2, 2, 3, 3, 3, 3]))])
+    for short, missing in (([], r"\[2, 3\]"), ([(x, torch.full((7,), 3))], r"\[2\]")):
+        with pytest.raises(ValueError, match=f"an image of each class of the task, got none of {missing}"):
+            net.start(short)
+    with pytest.raises(ValueError, match=r"labels must be integers, got torch\.float32"):
+        net.start([(x, torch.full((7,), 2.0))])
+    net.end_task([(x, torch.tensor([2, 2, 2, 3, 3, 3, 3], dtype=torch.uint16))])
     assert net.bank.counts.tolist() == [12, 12, 3, 4]
+    with pytest.raises(RuntimeError, match="no task to end: call add_task first"):
+        net.end_task([])
+    with pytest.raises(RuntimeError, match="no task to train for yet: call add_task first"):
+        network().parameters_to_train()
+
+
+@pytest.mark.parametrize("end", ["no images", "another label", "not finite", "interrupted"])
+def test_a_task_goes_on_where_it_could_not_end(end: str) -> None:
+    """The mean of all adapters stayed active, and what trained on was another model without a word."""
+    net, x, labels = network(alignment="local", sought=0), images(), 2 + torch.arange(7) % 2
+    learn(net, 0)
+    net.add_task([2, 3])
+    net.start([(x, labels)])
+    for parameter in net.adapters.parameters("task1"):
+        nn.init.normal_(parameter.data, std=0.3)
+    other, before = copy.deepcopy(net), net(x)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        if end != "no images":
+            yield x, labels
+        if end == "interrupted":
+            raise KeyboardInterrupt
+        if end != "no images":
+            yield (x * torch.inf if end == "not finite" else x), labels + (end == "another label")
+
+    with pytest.raises(KeyboardInterrupt if end == "interrupted" else ValueError):
+        net.end_task(batches())
+    assert net.training and net.adapters.active == ["task1"] and torch.equal(net(x), before)
+    assert torch.equal(net.coefficients, other.coefficients)
+    for one in (net, other):
+        one.end_task([(x, labels)])
+    assert torch.equal(net.eval()(x), other.eval()(x))
 
 
 @pytest.mark.parametrize("alignment", ["none", "ridge"])

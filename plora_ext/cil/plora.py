@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,13 @@ class PLoRA(nn.Module):
         self.to(next(backbone.parameters()).device)
 
     def parameters_to_train(self) -> list[nn.Parameter]:
-        """The newest adapter's, and the directions of the task's classes."""
+        """The newest adapter's, and the directions of the task's classes.
+
+        Raises:
+            RuntimeError: there was no task yet.
+        """
+        if not self.adapters.names:
+            raise RuntimeError("there is no task to train for yet: call add_task first")
         return [*self.adapters.parameters(self.adapters.names[-1]), self.directions]
 
     def add_task(self, classes: Iterable[int]) -> None:
@@ -136,9 +142,9 @@ class PLoRA(nn.Module):
             ValueError: a label of another task, a class without an image, or features that are not finite.
         """
         self.eval()
-        pairs = [(self.backbone(images).float(), labels) for images, labels in batches]
-        features, labels = (torch.cat(part) for part in zip(*pairs))
-        local = self._local(labels)
+        pairs = [(self.backbone(images).float(), self._local(labels)) for images, labels in batches]
+        self._require_all({int(self.task_classes[c]) for _, local in pairs for c in local.unique()})
+        features, local = (torch.cat(part) for part in zip(*pairs))
         means = class_means(features, local, len(self.task_classes))
         if not bool(means.isfinite().all()):
             raise ValueError("features must be finite, got inf or NaN; the cause may be the images or the backbone")
@@ -156,9 +162,27 @@ class PLoRA(nn.Module):
                 the model after it see the same images.
 
         Raises:
-            ValueError: a label of another task, a class without an image, or features that are not finite.
+            ValueError: a label of another task, a class without an image, or features that are not finite; the task
+                then goes on as if there had been no call.
+            RuntimeError: no task has begun.
         """
+        if not len(self.task_classes):
+            raise RuntimeError("there is no task to end: call add_task first")
+        state, before = self.adapters._state, (self.adapters._state.common, self.coefficients, self.training)
         self.eval()
+        try:
+            self._take_in(batches)
+        except BaseException:
+            state.set(before[0])
+            self.coefficients = before[1]
+            self.train(before[2])
+            raise
+        self.adapters.train_adapter(None)
+        self.task_classes = self.task_classes[:0]
+        self.directions = nn.Parameter(self.directions[:0].clone())
+
+    def _take_in(self, batches: Batches) -> None:
+        """Fuses, and moves the prototypes on; what is wrong with the images shows before the bank has changed."""
         known, fresh = self.bank.classes, PrototypeBank(self.bank.num_features).to(self.bank.sums.device)
         if known:
             self.fuse(newest=False)
@@ -173,8 +197,7 @@ class PLoRA(nn.Module):
                 if drift.kind.rows and self.sought:
                     sample.add(images, old, local)
             fresh.update(features, labels)
-        if without := set(self.task_classes.tolist()).difference(fresh.classes):
-            raise ValueError(f"batches must hold an image of each class of the task, got none of {sorted(without)}")
+        self._require_all(fresh.classes)
         if sample.rows:
             images, old, local = sample.rows
             starts, wanted = targets(drift.prototypes, old, local, self.sought)
@@ -184,12 +207,17 @@ class PLoRA(nn.Module):
         if known:
             self.bank.set(known, drift.align())
         self.bank._add(fresh)
-        self.adapters.train_adapter(None)
-        self.task_classes = self.task_classes[:0]
-        self.directions = nn.Parameter(self.directions[:0].clone())
+
+    def _require_all(self, seen: Collection[int]) -> None:
+        """Raises ValueError unless every class of the task is among these."""
+        if without := set(self.task_classes.tolist()).difference(seen):
+            raise ValueError(f"batches must hold an image of each class of the task, got none of {sorted(without)}")
 
     def _local(self, labels: Tensor) -> Tensor:
         """Labels as numbers among the task's classes."""
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(f"labels must be integers, got {labels.dtype}")
+        labels = labels.to(torch.int64)  # torch knows little of uint16
         if len(wrong := labels[~torch.isin(labels, self.task_classes)]):
             raise ValueError(f"labels must be of the task's classes {self.task_classes.tolist()}, got {int(wrong[0])}")
         return torch.searchsorted(self.task_classes, labels)

@@ -81,7 +81,7 @@ def read_labelled(data: Any, corrupt: str = "error") -> tuple[np.ndarray | Image
     images: np.ndarray | ImageFiles
     if isinstance(data, str | Path):
         images, labels = _class_folders(Path(data), corrupt)
-    elif isinstance(data, tuple | list) and len(data) == 2:
+    elif isinstance(data, tuple | list) and len(data) == 2 and not _are_items(data):
         images, labels = read_images(data[0]), _labels(data[1])
     elif hasattr(data, "column_names"):
         images, labels = read_images(data), _labels(data[_column(data, lambda v: isinstance(v, int | str), "labels")])
@@ -105,15 +105,31 @@ def to_pixels(image: Any) -> np.ndarray:
     """
     if isinstance(image, Image):
         return to_rgb(image)
-    pixels = _on_host(image) if isinstance(image, Tensor) else np.asarray(image)
+    try:
+        pixels = _on_host(image) if isinstance(image, Tensor) else np.asarray(image)
+    except ValueError:  # of several shapes, as an image with its label
+        pixels = np.empty(0)
     if isinstance(image, Tensor) and pixels.ndim == 3:
         pixels = np.moveaxis(pixels, 0, -1)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or not pixels.size:
-        what = f"{type(image).__name__} {list(np.shape(image))}"
-        raise ValueError(f"an image must be a PIL image, an array [H, W, 3] or a tensor [3, H, W], got {what}")
+        what = "a PIL image, an array [H, W, 3] or a tensor [3, H, W]"
+        raise ValueError(f"an image must be {what}, got {_said(image)}")
     return to_8_bits(pixels, "an image").repeat(3 // pixels.shape[2], 2)
+
+
+def _said(image: Any) -> str:
+    """What came in place of an image, for a message."""
+    if isinstance(image, tuple | list):
+        return f"a {type(image).__name__} of {', '.join(type(part).__name__ for part in image[:3])}"
+    return f"the text {image!r:.60}" if isinstance(image, str) else f"{type(image).__name__} {list(np.shape(image))}"
+
+
+def _are_items(two: Sequence[Any]) -> bool:
+    """Whether these two are items (image, label), and not images and labels."""
+    pairs = [item for item in two if isinstance(item, tuple) and len(item) == 2]
+    return len(pairs) == 2 and all(not isinstance(label, Image) and np.ndim(label) == 0 for _, label in pairs)
 
 
 def _on_host(tensor: Tensor) -> np.ndarray:
