@@ -14,7 +14,7 @@ pytest.importorskip("avalanche", reason="needs Avalanche: pip install 'plora_ext
 
 from avalanche.benchmarks import nc_benchmark
 from avalanche.evaluation.metrics import accuracy_metrics
-from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
 from avalanche.training.templates import SupervisedTemplate
 
 from plora_ext.integrations import avalanche as integration
@@ -179,6 +179,15 @@ def test_frozen_extractors_keep_their_running_statistics() -> None:
     )
     strategy(module, [integration.PLoRAPlugin()]).train(scenario.train_stream[0])
     assert torch.equal(norm.running_mean, torch.zeros(1))  # type: ignore[arg-type]
+
+
+def test_replayed_images_are_refused() -> None:
+    """Their logits are constants, so that they pulled those of the new classes down without a word."""
+    scenario, model = benchmark(), plora()
+    run = strategy(model, [integration.PLoRAPlugin(), ReplayPlugin(20)])
+    run.train(scenario.train_stream[0])
+    with pytest.raises(ValueError, match=r"classes \[\d, \d\] alone, got \[\d(, \d)?\]: .* leave out plugins that replay"):
+        run.train(scenario.train_stream[1])
 
 
 def test_the_plugin_needs_its_module() -> None:
