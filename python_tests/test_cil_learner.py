@@ -833,7 +833,7 @@ def test_callbacks_are_told(images: Images) -> None:
         def epoch(self, number: int, loss: float) -> None:
             heard.append(number)
 
-    one = learner(callbacks=[Ear(), Ear()])
+    one = learner(callbacks=iter([Ear(), Ear()]))
     for part in tasks(images, True)[:2]:
         one.fit(part)
     assert heard == [("plora", None)] * 2 + [1, 1, 2, 2, 3, 3, 4, 4]

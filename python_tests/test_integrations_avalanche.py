@@ -186,7 +186,9 @@ def test_replayed_images_are_refused() -> None:
     scenario, model = benchmark(), plora()
     run = strategy(model, [integration.PLoRAPlugin(), ReplayPlugin(20)])
     run.train(scenario.train_stream[0])
-    with pytest.raises(ValueError, match=r"classes \[\d, \d\] alone, got \[\d(, \d)?\]: .* leave out plugins that replay"):
+    with pytest.raises(
+        ValueError, match=r"classes \[\d, \d\] alone, got \[\d(, \d)?\]: .* leave out plugins that replay"
+    ):
         run.train(scenario.train_stream[1])
 
 

@@ -195,6 +195,8 @@ def test_what_would_teach_something_else_is_refused() -> None:
     learn(net, 0)
     with pytest.raises(ValueError, match=r"of ids from 0, got \[-1, 2\]"):
         net.add_task([2, -1])
+    with pytest.raises(ValueError, match=r"of ids from 0, got \[2, 3\.5\]"):
+        net.add_task([3.5, 2])  # type: ignore[list-item]
     net.add_task([2, 3])
     with pytest.raises(RuntimeError, match=r"of classes \[2, 3\] has not ended"):
         net.add_task([4, 5])

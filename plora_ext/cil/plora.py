@@ -115,9 +115,10 @@ class PLoRA(nn.Module):
             ValueError: no class is given, or a negative one.
             RuntimeError: the task before has not ended, whose adapter would stay in the mean half trained.
         """
-        chosen = sorted({int(c) for c in classes})
-        if not chosen or chosen[0] < 0:
-            raise ValueError(f"classes must hold at least one class to learn, of ids from 0, got {chosen}")
+        ids = sorted(classes)
+        chosen = sorted({int(c) for c in ids})
+        if not chosen or chosen[0] < 0 or any(c != int(c) for c in ids):
+            raise ValueError(f"classes must hold at least one class to learn, of ids from 0, got {ids}")
         if begun := self.task_classes.tolist():
             raise RuntimeError(f"the task of classes {begun} has not ended: call end_task before the next add_task")
         self.add_adapter()
