@@ -120,6 +120,20 @@ def test_a_handle_on_a_part_does_not_change_what_the_whole_has() -> None:
         with torch.no_grad(), pytest.raises(RuntimeError, match="on 1 of the 2 layers that share their adapters"):
             call()
     assert torch.equal(adapters.model(x), y)
+    adapters.merge()
+    for call in (part.unmerge, lambda: part.unload(merge=False)):  # the others' adapters would count twice
+        with pytest.raises(RuntimeError, match="on 1 of the 2 layers that share their adapters"):
+            call()
+    torch.testing.assert_close(adapters.model(x), y)
+    adapters.unmerge()
+    assert torch.equal(adapters.model(x), y)
+    with torch.no_grad():
+        adapters.layers["0"].pairs("a")[0][0].fill_(torch.nan)
+    adapters.train_adapter(None)
+    adapters._state.unchecked.add("a")
+    for handle in (part, adapters):  # a look at the part found it finite, for the whole too
+        with pytest.raises(ValueError, match="adapter 'a' holds inf or NaN"), handle.batch(["a", "b", "a"]):
+            pass
     for copied in (copy.deepcopy(adapters.model[2]), pickle.loads(pickle.dumps(adapters.model))):
         whole = Adapters(copied)
         whole.merge()

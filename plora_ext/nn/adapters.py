@@ -348,6 +348,7 @@ class Adapters:
             yield
 
     def _rename(self, old: str, new: str) -> None:
+        self._require_whole()
         for layer in self.layers.values():
             layer.rename_adapter(old, new)
         self._state.unchecked = {new if name == old else name for name in self._state.unchecked}
@@ -435,10 +436,11 @@ class Adapters:
         """Restore the base weights to the bits they had before `merge`.
 
         Raises:
-            RuntimeError: nothing is merged.
+            RuntimeError: nothing is merged, or the handle is on a part of the model.
         """
         if self._state.merged is None:
             raise RuntimeError("unmerge needs merged adapters: call merge first")
+        self._require_whole()
         for layer in self.layers.values():
             layer.unmerge()
         before, self._state.merged = self._state.merged, None
@@ -491,8 +493,10 @@ class Adapters:
         if not self._state.unchecked or (cuda and torch.cuda.is_current_stream_capturing()):
             return
         for name in [name for name in self.names if name in self._state.unchecked]:
-            factors = [p.detach() for p in self.parameters(name) if p.numel() and not p.is_meta]
-            trains = any(p.requires_grad for p in self.parameters(name))
+            layers: list[Any] = [*self._state.layers]  # of the whole model
+            parameters = [p for layer in layers if name in layer.r for pair in layer.pairs(name) for p in pair]
+            factors = [p.detach() for p in parameters if p.numel() and not p.is_meta]
+            trains = any(p.requires_grad for p in parameters)
             if trains and torch.is_grad_enabled():
                 continue  # the loss will show it
             if factors and not _are_finite(factors):
