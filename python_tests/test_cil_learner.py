@@ -840,6 +840,14 @@ def test_callbacks_are_told(images: Images) -> None:
     with pytest.raises(TypeError, match=r"callbacks must derive from plora_ext\.cil\.Callback, got list"):
         learner(callbacks=[heard])
 
+    class Curious(Callback):
+        def epoch(self, number: int, loss: float) -> None:
+            asks.predict(images.train_images[:1])
+
+    asks = learner(callbacks=[Curious()])
+    with pytest.raises(RuntimeError, match="a fit is under way, as where a callback asks"):
+        asks.fit(tasks(images, True)[0])
+
 
 def test_naming_a_learner_imports_no_model(tmp_path: Path) -> None:
     heavy = ("timm", "torchvision", "matplotlib", "rich")
