@@ -448,6 +448,10 @@ def test_effective_weight_for_models_that_do_not_call_the_layer() -> None:
     assert all(p.grad is not None for p in adapters.parameters("t1"))
     with adapters.batch([0]), pytest.raises(RuntimeError, match=r"reads layer\.weight"):
         layer.weight  # noqa: B018
+    layer.lora_dropout = 0.5
+    assert layer.eval().weight is not None
+    with pytest.warns(UserWarning, match="lora_dropout drops nothing there"):
+        layer.train().weight  # noqa: B018
 
 
 # ---------------------------------------------------------------------- edges

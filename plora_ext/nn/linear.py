@@ -213,6 +213,11 @@ class MultiLoRALinear(nn.Module):
             )
         if active.weights is not None:
             return active.weights[self._number]
+        if self.training and self.lora_dropout and active.names and not torch.compiler.is_compiling():
+            warnings.warn(
+                "this model reads layer.weight instead of calling the layer: lora_dropout drops nothing there",
+                stacklevel=2,
+            )
         return self._merge(active) if active.names else self.base_layer.weight
 
     @property
