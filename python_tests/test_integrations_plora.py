@@ -221,6 +221,41 @@ def test_what_would_teach_something_else_is_refused() -> None:
         network().parameters_to_train()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_it_learns_the_same_whatever_torchs_default_dtype_is(dtype: torch.dtype) -> None:
+    """`end_task` ended in an error of torch's, and thirds were those of 16 bits."""
+    x, labels = images(), torch.arange(7) % 2
+    nets = [network(alignment="local", sought=2) for _ in range(2)]
+    for net, default in zip(nets, (torch.float32, dtype)):
+        torch.set_default_dtype(default)
+        try:
+            for task in range(3):
+                net.add_task([2 * task, 2 * task + 1])
+                net.directions.data.fill_(0.5)  # whose draws are of the default
+                for i, parameter in enumerate(net.adapters.parameters(f"task{task}")):
+                    parameter.data.copy_(
+                        torch.linspace(-1, 1, parameter.numel(), dtype=torch.float32).view_as(parameter) / (i + 2)
+                    )
+                net.start([(x, labels + 2 * task)])
+                net.end_task([(x, labels + 2 * task)])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(nets[0].coefficients, nets[1].coefficients) and nets[1].coefficients.dtype == torch.float32
+    assert torch.equal(nets[0].eval()(x), nets[1].eval()(x))
+
+
+def test_cosines_are_float32_under_autocast() -> None:
+    """In 16 bits at a scale of 32 they were multiples of an eighth."""
+    net, x = network(), images()
+    net.add_task([0, 1])
+    net.start([(x, torch.arange(7) % 2)])
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, features = net(x), net.backbone(x).float()
+    expected = net.head.scale * nn.functional.cosine_similarity(features[:, None], net.directions, dim=-1)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected)
+
+
 @pytest.mark.parametrize("end", ["no images", "another label", "not finite", "interrupted"])
 def test_a_task_goes_on_where_it_could_not_end(end: str) -> None:
     """The mean of all adapters stayed active, and what trained on was another model without a word."""

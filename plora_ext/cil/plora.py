@@ -17,6 +17,7 @@ from plora_ext.cil.frozen import hold_statistics
 from plora_ext.cil.settings import takes_settings
 from plora_ext.cil.sought import ROWS, Sample, move, targets
 from plora_ext.nn import CosineHead, PrototypeBank, inject
+from plora_ext.ops.autocast import without_autocast
 
 __all__ = ["UNSEEN", "PLoRA"]
 
@@ -91,10 +92,11 @@ class PLoRA(nn.Module):
         self.backbone = backbone
         self.adapters = inject(backbone, target_modules, r, lora_alpha, lora_dropout)
         self.alignment, self.tau, self.ridge, self.init, self.sought = alignment, tau, ridge, init, sought
-        self.coefficients = torch.empty(0)
+        self.coefficients = torch.empty(0, dtype=torch.float32)
         self.bank, self.head = PrototypeBank(num_features), CosineHead(scale)
         self.num_classes = 0  # width of the logits
-        self.directions = nn.Parameter(torch.zeros(0, num_features))  # one for each class of the task that is trained
+        # One for each class of the task that is trained.
+        self.directions = nn.Parameter(torch.zeros(0, num_features, dtype=torch.float32))
         self.register_buffer("task_classes", torch.zeros(0, dtype=torch.int64))
         self.to(next(backbone.parameters()).device)
 
@@ -248,7 +250,8 @@ class PLoRA(nn.Module):
         features, task = self.backbone(images).float(), self.task_classes
         if not len(task):
             return self._among_old(features)
-        cosines = self.head.scale * F.linear(F.normalize(features), F.normalize(self.directions.float()))
+        with without_autocast(features.device.type):  # which would tie logits
+            cosines = self.head.scale * F.linear(F.normalize(features), F.normalize(self.directions.float()))
         if self.training or not self.bank.classes:
             logits = cosines.new_full((len(images), self.num_classes), UNSEEN)
         else:

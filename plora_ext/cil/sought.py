@@ -15,6 +15,7 @@ the prototype, so that a linear map can be fitted around every class; neither ol
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from plora_ext.cil.covariances import covariance
 
 NEAREST, STEPS, STEP = 100, 5, 0.1
 SAMPLE, ROWS = 256, 128  # images kept of a stream; moved at once
+_HERE: Any = {"device": "cpu", "dtype": torch.float32}  # whatever the caller's defaults are
 
 
 class Sample:
@@ -31,12 +33,12 @@ class Sample:
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
-        self.keys = torch.empty(0, device="cpu")
+        self.keys = torch.empty(0, **_HERE)
         self.rows: tuple[Tensor, ...] = ()
 
     def add(self, *rows: Tensor) -> None:
         """Takes in rows, tensors of one length."""
-        keys = torch.cat([self.keys, torch.rand(len(rows[0]), generator=self.generator, device="cpu")])
+        keys = torch.cat([self.keys, torch.rand(len(rows[0]), generator=self.generator, **_HERE)])
         kept = keys.topk(min(SAMPLE, len(keys))).indices
         both = [torch.cat(pair) for pair in zip(self.rows, rows)] or rows
         self.keys, self.rows = keys[kept], tuple(part[kept.to(part.device)] for part in both)
@@ -65,7 +67,7 @@ def targets(prototypes: Tensor, features: Tensor, labels: Tensor, number: int) -
     factor = torch.linalg.cholesky(within).float()
     nearest = (F.normalize(prototypes.float()) @ F.normalize(features.float()).T).topk(min(NEAREST, n)).indices.cpu()
     starts = nearest.gather(1, torch.randint(nearest.shape[1], (C, number), generator=generator, device="cpu"))
-    noise = torch.randn(C, number, D, generator=generator, device="cpu").to(factor.device)
+    noise = torch.randn(C, number, D, generator=generator, **_HERE).to(factor.device)
     return starts.flatten(), (prototypes.float()[:, None] + noise @ factor.T).flatten(0, 1)
 
 
