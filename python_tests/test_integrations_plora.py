@@ -244,6 +244,22 @@ def test_it_learns_the_same_whatever_torchs_default_dtype_is(dtype: torch.dtype)
     assert torch.equal(nets[0].eval()(x), nets[1].eval()(x))
 
 
+def test_tasks_begin_and_end_under_inference_mode() -> None:
+    """Adapters could never train, and images were sought in vain."""
+    net = network(alignment="local", sought=2)
+    for task in range(3):
+        with torch.inference_mode():
+            batches = [(images(), 2 * task + torch.arange(7) % 2)]
+            net.add_task([2 * task, 2 * task + 1])
+            net.start(batches)
+        x, labels = (part.clone() for part in batches[0])
+        nn.functional.cross_entropy(net(x), labels).backward()
+        torch.optim.SGD(net.parameters_to_train(), 0.1).step()
+        with torch.inference_mode():
+            net.end_task(batches)
+    assert net.bank.counts.tolist() == [4, 3] * 3 and not net.bank.prototypes.is_inference()
+
+
 def test_cosines_are_float32_under_autocast() -> None:
     """In 16 bits at a scale of 32 they were multiples of an eighth."""
     net, x = network(), images()

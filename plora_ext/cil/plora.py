@@ -124,8 +124,9 @@ class PLoRA(nn.Module):
         if begun := self.task_classes.tolist():
             raise RuntimeError(f"the task of classes {begun} has not ended: call end_task before the next add_task")
         self.add_adapter()
-        self.task_classes = torch.tensor(chosen, device=self.directions.device)
-        self.directions = nn.Parameter(self.directions.new_zeros(len(chosen), self.directions.shape[1]).normal_())
+        with torch.inference_mode(False):
+            self.task_classes = torch.tensor(chosen, device=self.directions.device)
+            self.directions = nn.Parameter(self.directions.new_zeros(len(chosen), self.directions.shape[1]).normal_())
         self.num_classes = max(self.num_classes, chosen[-1] + 1)
 
     def add_adapter(self) -> str:
@@ -154,7 +155,7 @@ class PLoRA(nn.Module):
         self.directions.copy_(F.normalize(means))
         self.train()
 
-    @torch.no_grad()
+    @torch.inference_mode(False)
     def end_task(self, batches: Batches) -> None:
         """Fuse all adapters, align the old prototypes to the fused model and add the new ones.
 
@@ -184,6 +185,7 @@ class PLoRA(nn.Module):
         self.task_classes = self.task_classes[:0]
         self.directions = nn.Parameter(self.directions[:0].clone())
 
+    @torch.no_grad()
     def _take_in(self, batches: Batches) -> None:
         """Fuses, and moves the prototypes on; what is wrong with the images shows before the bank has changed."""
         known, fresh = self.bank.classes, PrototypeBank(self.bank.num_features).to(self.bank.sums.device)

@@ -287,9 +287,10 @@ class MultiLoRALinear(nn.Module):
             raise ValueError(f"pairs must have the shapes {wanted} of A and B, got {got}")
         if name in self._r:
             raise ValueError(f"adapter {name!r} exists already, known ones are {self.adapter_names}")
-        for container, value in zip(self._dicts(), chain(*pairs), strict=True):
-            value = value.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-            container[name] = nn.Parameter(value, requires_grad=False)
+        with torch.inference_mode(False):  # which makes tensors that can never train
+            for container, value in zip(self._dicts(), chain(*pairs), strict=True):
+                value = value.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+                container[name] = nn.Parameter(value, requires_grad=False)
         self._r[name], self._alpha[name] = r, lora_alpha
         self._state.unchecked.add(name)
         self._set_constants(name)
