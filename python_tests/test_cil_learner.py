@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +45,7 @@ from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.methods import PLoRAFused
 from plora_ext.cil.registry import ALIGNMENTS, BACKBONES, HEADS, METHODS
 from plora_ext.cil.trained import Trained
+from plora_ext.data import Backbone
 from plora_ext.data.images import doubles
 from plora_ext.data.inputs import read_labelled
 
@@ -275,6 +276,44 @@ def test_a_learner_without_adapters_sees_those_of_another_one(images: Images) ->
     Learner(backbone=given, **QUICK).fit(first)
     with pytest.raises(ValueError, match="the backbone carries adapters already"):
         one.predict(first[0])
+
+
+class Odd(torch.nn.Module):
+    """A backbone of one layer, and what `change` makes of its tokens [B, 16, 8]."""
+
+    def __init__(self, change: Callable[[torch.Tensor], Any], before: Callable[[torch.Tensor], Any] = lambda x: x):
+        super().__init__()
+        self.proj, self.change, self.before = torch.nn.Linear(48, 8), change, before
+
+    def forward(self, x: torch.Tensor) -> Any:
+        patches = torch.nn.functional.unfold(self.before(x), 4, stride=4)
+        return self.change(self.proj(patches.transpose(1, 2)))
+
+
+@pytest.mark.parametrize("method", ["plora", "plora-ensemble", "simplecil"])
+def test_what_a_backbone_must_give(method: str, images: Images) -> None:
+    first, second, *_ = tasks(images, True)
+
+    def fitted(*made: Any, **changes: Any) -> Learner:
+        given = Backbone(Odd(*made), 16, [0.5] * 3, [0.5] * 3)
+        return Learner(backbone=given, method=method, target_modules=["proj"], **{**QUICK, **changes}).fit(first)
+
+    for change, error, message in (
+        (lambda t: t, ValueError, r"must give features \[40, D\] of 40 images, got \[40, 16, 8\]: pool them"),
+        (lambda t: t.mean((1, 2)), ValueError, r"must give features \[40, D\] of 40 images, got \[40\]"),
+        (lambda t: (t.mean(1), t), TypeError, "must (give|return) one tensor( of features)?, got tuple"),
+    ):
+        with pytest.raises(error, match=message):
+            fitted(change)
+    if method == "simplecil":
+        fitted(lambda t: t.detach().mean(1))
+        return
+    with pytest.raises(ValueError, match="the backbone gives its adapters no gradient"):
+        fitted(lambda t: t.detach().mean(1))  # the classifier alone trained
+    if method == "plora":
+        with pytest.raises(ValueError, match="the backbone must give its images a gradient, or else sought be 0"):
+            fitted(lambda t: t.mean(1), lambda x: x.detach()).fit(second)
+        fitted(lambda t: t.mean(1), lambda x: x.detach(), sought=0).fit(second)
 
 
 def test_two_items_are_a_data_set(images: Images) -> None:

@@ -260,6 +260,24 @@ def test_tasks_begin_and_end_under_inference_mode() -> None:
     assert net.bank.counts.tolist() == [4, 3] * 3 and not net.bank.prototypes.is_inference()
 
 
+def test_a_backbone_without_gradients_is_refused() -> None:
+    """The classifier alone trained, without a word."""
+
+    class Detached(Backbone):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).detach()
+
+    net, x = PLoRA(Detached(), ["fc", "last"], r=2), images()
+    net.add_task([0, 1])
+    net.start([(x, torch.arange(7) % 2)])
+    with pytest.raises(ValueError, match="the backbone gives its adapters no gradient"):
+        net(x)
+    with torch.no_grad():
+        net(x)
+    net.adapters.train_adapter(None)
+    net(x)
+
+
 def test_cosines_are_float32_under_autocast() -> None:
     """In 16 bits at a scale of 32 they were multiples of an eighth."""
     net, x = network(), images()

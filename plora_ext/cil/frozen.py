@@ -22,7 +22,15 @@ from plora_ext.change import fingerprint
 from plora_ext.cil.packing import rng_state, set_rng_state
 from plora_ext.nn import MultiLoRALinear
 
-__all__ = ["base_modules", "check_backbone", "hold_statistics", "moving", "refuse_adapters", "unchanged"]
+__all__ = [
+    "base_modules",
+    "check_backbone",
+    "hold_statistics",
+    "moving",
+    "refuse_adapters",
+    "require_gradient",
+    "unchanged",
+]
 
 
 def check_backbone(model: nn.Module) -> None:
@@ -58,6 +66,15 @@ def refuse_adapters(model: nn.Module) -> None:
         raise ValueError(
             "the backbone carries adapters already, so that its features are not those of the frozen model: make it "
             "anew for every run and learner, which change its model in place"
+        )
+
+
+def require_gradient(features: Tensor, adapters: Iterable[Tensor]) -> None:
+    """Raises ValueError where adapters are to train and no gradient of the features would reach one."""
+    if not features.requires_grad and any(parameter.requires_grad for parameter in adapters):
+        raise ValueError(
+            "the backbone gives its adapters no gradient, so that they would stay as they are: its forward must "
+            "neither run under torch.no_grad nor detach what it computes"
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from plora_ext.cil import fusion
 from plora_ext.cil.alignment import Drift, class_means
 from plora_ext.cil.covariances import ClassCovariances
-from plora_ext.cil.frozen import hold_statistics
+from plora_ext.cil.frozen import hold_statistics, require_gradient
 from plora_ext.cil.settings import takes_settings
 from plora_ext.cil.sought import ROWS, Sample, move, targets
 from plora_ext.nn import CosineHead, PrototypeBank, inject
@@ -248,10 +248,15 @@ class PLoRA(nn.Module):
 
         In evaluation mode in the midst of a task, its classes are those that are trained, under the newest adapter, and
         the old ones their prototypes, under the fused model of before.
+
+        Raises:
+            ValueError: in training, the backbone gives its adapters no gradient.
         """
         features, task = self.backbone(images).float(), self.task_classes
         if not len(task):
             return self._among_old(features)
+        if self.training and torch.is_grad_enabled() and not features.requires_grad:
+            require_gradient(features, self.adapters.parameters(self.adapters.names[-1]))
         with without_autocast(features.device.type):  # which would tie logits
             cosines = self.head.scale * F.linear(F.normalize(features), F.normalize(self.directions.float()))
         if self.training or not self.bank.classes:

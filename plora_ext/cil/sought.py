@@ -72,12 +72,19 @@ def targets(prototypes: Tensor, features: Tensor, labels: Tensor, number: int) -
 
 
 def move(images: Tensor, wanted: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
-    """Images [B, ...] moved until `model` gives them features near `wanted` [B, D]; the model stays as it is."""
+    """Images [B, ...] moved until `model` gives them features near `wanted` [B, D]; the model stays as it is.
+
+    Raises:
+        ValueError: It gives the images no gradient.
+    """
     step = STEP * images[0].numel() ** 0.5
     with torch.enable_grad():
         for _ in range(STEPS):
             images = images.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad((model(images).float() - wanted).square().sum(), images)
+            loss = (model(images).float() - wanted).square().sum()
+            (gradient,) = torch.autograd.grad(loss, images, allow_unused=True) if loss.requires_grad else (None,)
+            if gradient is None:
+                raise ValueError("the backbone must give its images a gradient, or else sought be 0")
             norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
             images = images - step * gradient / norm.view(-1, *[1] * (images.dim() - 1))
     return images.detach()
