@@ -260,6 +260,27 @@ def test_tasks_begin_and_end_under_inference_mode() -> None:
     assert net.bank.counts.tolist() == [4, 3] * 3 and not net.bank.prototypes.is_inference()
 
 
+def test_images_of_integers_cannot_be_sought() -> None:
+    """A backbone may normalise its pixels itself."""
+
+    class Normalising(Backbone):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float() / 255 - 0.5)
+
+    x, labels = torch.randint(0, 256, (7, 6), dtype=torch.uint8), torch.arange(7) % 2
+    for sought in (10, 0):
+        net = PLoRA(Normalising(), ["fc", "last"], r=2, sought=sought)
+        net.add_task([0, 1])
+        net.end_task([(x, labels)])
+        net.add_task([2, 3])
+        if sought:
+            with pytest.raises(ValueError, match="must give its images a gradient, or else sought be 0"):
+                net.end_task([(x, labels + 2)])
+        else:
+            net.end_task([(x, labels + 2)])
+            assert net.eval()(x).shape == (7, 4)
+
+
 def test_a_backbone_without_gradients_is_refused() -> None:
     """The classifier alone trained, without a word."""
 

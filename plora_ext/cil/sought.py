@@ -80,7 +80,7 @@ def move(images: Tensor, wanted: Tensor, model: Callable[[Tensor], Tensor]) -> T
     step = STEP * images[0].numel() ** 0.5
     with torch.enable_grad():
         for _ in range(STEPS):
-            images = images.detach().requires_grad_()
+            images = images.detach().requires_grad_(images.is_floating_point())
             loss = (model(images).float() - wanted).square().sum()
             (gradient,) = torch.autograd.grad(loss, images, allow_unused=True) if loss.requires_grad else (None,)
             if gradient is None:
