@@ -581,6 +581,10 @@ def test_labels_of_a_data_set_are_those_of_its_items(images: Images) -> None:
     data.form = lambda pixels: read.append(1) or Image.fromarray(pixels)
     read_labelled(data)
     assert len(read) < 10 < len(labels)
+    data.labels = [*data.labels]
+    data.labels[1] = 7  # a place that is not looked at: a label of noise was learned as its target
+    with pytest.raises(ValueError, match="targets must be the labels of its items, got 100 for item 1 of label 7"):
+        learner(method="simplecil", workers=0).fit(data)
 
 
 def test_a_data_set_that_changes_its_images_is_read_every_time(images: Images) -> None:

@@ -88,8 +88,9 @@ def read_labelled(data: Any, corrupt: str = "error") -> tuple[np.ndarray | Image
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, dict):
         if len(data) and not isinstance(data[0], tuple | list):
             raise ValueError(f"data must be {_WANTED}, got {type(data).__name__} of {type(data[0]).__name__}")
-        images = Items(len(data), lambda row: data[row][0])
-        labels = _targets(data) or _labels([data[row][1] for row in range(len(data))])
+        targets = _targets(data)
+        images = Items(len(data), lambda row: _image_of(data, row, targets))
+        labels = targets or _labels([data[row][1] for row in range(len(data))])
     else:
         raise ValueError(f"data must be {_WANTED}, got {type(data).__name__}")
     if len(labels) != len(images) or not labels:
@@ -171,10 +172,21 @@ def _class_folders(root: Path, corrupt: str) -> tuple[ImageFiles, list[str]]:
     return ImageFiles(paths), [name for name, of in zip(names, files) for _ in of]
 
 
+def _image_of(data: Any, row: int, targets: Sequence[Any]) -> Any:
+    """The image of an item, whose label has to be its target, where these are the labels."""
+    image, label, *_ = data[row]
+    if targets and _labels([label]) != [targets[row]]:
+        raise ValueError(
+            f"the data set's targets must be the labels of its items, got {targets[row]!r} for item {row} of label "
+            f"{label!r}: delete the attribute targets"
+        )
+    return image
+
+
 def _targets(data: Any) -> list[Any]:
     """The attribute `targets` of torchvision's data sets, without reading all images; none where items say otherwise.
 
-    Items with another label than their target are looked for at five places.
+    Items with another label than their target are looked for at five places, and whenever an image is read.
     """
     given = None if getattr(data, "target_transform", None) else getattr(data, "targets", None)
     if given is None or not hasattr(given, "__len__") or len(given) != len(data) or isinstance(given, dict):
