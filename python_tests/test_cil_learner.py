@@ -605,6 +605,11 @@ def test_a_data_set_that_changes_its_images_is_read_every_time(images: Images) -
         learner(epochs=4, workers=0).fit(Pairs(pixels, labels, form))
         numbers.append(len(read))
     assert numbers[0] > 4 * len(labels) and numbers[1] < 3 * len(labels)
+    with torch.random.fork_rng():
+        for number in (1, 2, 40):  # of two, half of the images were taken for constant
+            few = Pairs(pixels[:number], labels[:number], flipped)
+            torch.manual_seed(0)
+            assert not any(read_labelled(few)[0].repeats() for _ in range(30))  # type: ignore[union-attr]
     read.clear()
     learner(epochs=1, workers=0).fit((pixels, labels)).predict([plain(image) for image in pixels[:3]])
     assert len(read) == 3
