@@ -210,6 +210,20 @@ def test_data_parallel_is_refused() -> None:
         replica(torch.randn(3, 6))
 
 
+def test_adapters_that_a_distributed_model_does_not_know_are_said(tmp_path: Path) -> None:
+    """Each process trained them by itself, without a word."""
+    adapters = make("a")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        handle = Adapters(nn.parallel.DistributedDataParallel(adapters.model))
+        for change in (lambda: handle.add_adapter("b"), lambda: handle.train_adapter("a")):
+            with pytest.warns(UserWarning, match="wrap the model anew, now that"):
+                change()
+        handle.train_adapter(None)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_parts_that_were_injected_apart_keep_what_they_compute() -> None:
     torch.manual_seed(0)
     parts = [nn.Sequential(nn.Linear(6, 6)) for _ in range(2)]

@@ -196,8 +196,17 @@ class Adapters:
 
         Raises:
             KeyError: a name is unknown.
+
+        Warns:
+            UserWarning: the model is one in `DistributedDataParallel`, which knows what trained when it was made.
         """
         chosen = as_names(name, self.names)
+        if chosen and any(isinstance(module, nn.parallel.DistributedDataParallel) for module in self.model.modules()):
+            warnings.warn(
+                "DistributedDataParallel sums the gradients of what trained when it was made, and of nothing else: "
+                f"wrap the model anew, now that {chosen} train",
+                stacklevel=2,
+            )
         for other in self.names:
             for parameter in self.parameters(other):
                 parameter.requires_grad_(other in chosen)
@@ -300,7 +309,8 @@ class Adapters:
 
         For passes over much data. Without gradients that is the whole active set, and the model costs what it costs
         without adapters; otherwise the part of it that is frozen, and the rest is added to it as ever. It is the same
-        function as before, up to rounding. Writes to a merged adapter are seen after the block.
+        function as before, up to rounding (and to `lora_dropout` in training mode, which drops nothing of what is
+        merged). Writes to a merged adapter are seen after the block.
 
         Where adapters are merged already, inside of `batch` and `disabled`, or where a base weight trains, nothing
         changes.
