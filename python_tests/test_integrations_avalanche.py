@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,6 +180,19 @@ def test_frozen_extractors_keep_their_running_statistics() -> None:
     )
     strategy(module, [integration.PLoRAPlugin()]).train(scenario.train_stream[0])
     assert torch.equal(norm.running_mean, torch.zeros(1))  # type: ignore[arg-type]
+
+
+def test_an_experience_without_images() -> None:
+    empty, model, classifier = (
+        SimpleNamespace(classes_in_this_experience=[]),
+        plora(),
+        integration.PrototypeClassifier(3),
+    )
+    for module in (model.eval(), classifier):
+        module.adaptation(empty)
+    assert model.net.num_classes == classifier.num_classes == 0
+    with pytest.raises(ValueError, match="classes must hold at least one class to learn"):
+        model.train().adaptation(empty)
 
 
 def test_replayed_images_are_refused() -> None:

@@ -52,7 +52,7 @@ class PLoRAModule(_models.DynamicModule):
         classes = [int(c) for c in experience.classes_in_this_experience]
         if self.training:
             self.net.add_task(classes)
-        self.net.num_classes = max(self.net.num_classes, *(c + 1 for c in classes))
+        self.net.num_classes = max([self.net.num_classes, *(c + 1 for c in classes)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -107,7 +107,7 @@ class PrototypeClassifier(_models.DynamicModule):
         self.bank, self.head, self.num_classes = PrototypeBank(num_features), CosineHead(), 0
 
     def adaptation(self, experience: Any) -> None:
-        self.num_classes = max(self.num_classes, *(int(c) + 1 for c in experience.classes_in_this_experience))
+        self.num_classes = max([self.num_classes, *(int(c) + 1 for c in experience.classes_in_this_experience)])
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add samples to the means of their classes: features [N, D], labels [N]."""
