@@ -188,6 +188,7 @@ class Adapters:
             KeyError: a name is unknown.
             ValueError: a name occurs twice, the number of coefficients is wrong, or several tensors among them require
                 gradients, which would not reach them.
+            TypeError: the names of coefficients are a set, which has no order.
         """
         self._state.choose(names, coefficients, self._first)
 
@@ -252,7 +253,7 @@ class Adapters:
                 raise IndexError(f"the batch was made for {adapters.num_adapters} adapters, there are {self.names}")
             batch = adapters.to(device)
         else:
-            if isinstance(adapters, str):
+            if isinstance(adapters, str | set | frozenset):
                 raise TypeError(f"adapters must hold a name or an id for each sample, got {adapters!r}")
             ids = adapters if isinstance(adapters, Tensor) else [self._id_of(adapter) for adapter in adapters]
             if not isinstance(ids, Tensor) and self.model.training and torch.is_grad_enabled():
@@ -383,8 +384,9 @@ class Adapters:
         Raises:
             KeyError: a name is unknown.
             ValueError: the new name is taken, names are empty or repeated, or the number of coefficients is wrong.
+            TypeError: the names of coefficients are a set, which has no order.
         """
-        chosen = as_names(names, self.names)
+        chosen = as_names(names, self.names, ordered=coefficients is not None)
         if not chosen:
             raise ValueError("names must hold at least one adapter to fuse, got none")
         self.check_new(name)
