@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +45,7 @@ from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.methods import PLoRAFused
 from plora_ext.cil.registry import ALIGNMENTS, BACKBONES, HEADS, METHODS
 from plora_ext.cil.trained import Trained
+from plora_ext.data import Backbone
 from plora_ext.data.images import doubles
 from plora_ext.data.inputs import read_labelled
 
@@ -265,6 +266,65 @@ def test_a_backbone_that_carries_adapters_is_refused(method: str, images: Images
     run(Settings(**QUICK, increment=2), data=images, backbone=given)
     with pytest.raises(ValueError, match="the backbone carries adapters already"):
         run(Settings(**QUICK, increment=2, method=method), data=images, backbone=given)
+
+
+def test_a_learner_without_adapters_sees_those_of_another_one(images: Images) -> None:
+    """Features were those of the other learner's model, and the prototypes those of before, without a word."""
+    given, (first, *_) = backbone(), tasks(images, True)
+    one = Learner(method="simplecil", backbone=given, **QUICK).fit(first)
+    one.predict(first[0])
+    Learner(backbone=given, **QUICK).fit(first)
+    with pytest.raises(ValueError, match="the backbone carries adapters already"):
+        one.predict(first[0])
+
+
+class Odd(torch.nn.Module):
+    """A backbone of one layer, and what `change` makes of its tokens [B, 16, 8]."""
+
+    def __init__(self, change: Callable[[torch.Tensor], Any], before: Callable[[torch.Tensor], Any] = lambda x: x):
+        super().__init__()
+        self.proj, self.change, self.before = torch.nn.Linear(48, 8), change, before
+
+    def forward(self, x: torch.Tensor) -> Any:
+        patches = torch.nn.functional.unfold(self.before(x), 4, stride=4)
+        return self.change(self.proj(patches.transpose(1, 2)))
+
+
+@pytest.mark.parametrize("method", ["plora", "plora-ensemble", "simplecil"])
+def test_what_a_backbone_must_give(method: str, images: Images) -> None:
+    first, second, *_ = tasks(images, True)
+
+    def fitted(*made: Any, **changes: Any) -> Learner:
+        given = Backbone(Odd(*made), 16, [0.5] * 3, [0.5] * 3)
+        return Learner(backbone=given, method=method, target_modules=["proj"], **{**QUICK, **changes}).fit(first)
+
+    for change, error, message in (
+        (lambda t: t, ValueError, r"must give features \[40, D\] of 40 images, got \[40, 16, 8\]: pool them"),
+        (lambda t: t.mean((1, 2)), ValueError, r"must give features \[40, D\] of 40 images, got \[40\]"),
+        (lambda t: (t.mean(1), t), TypeError, "must (give|return) one tensor( of features)?, got tuple"),
+    ):
+        with pytest.raises(error, match=message):
+            fitted(change)
+    if method == "simplecil":
+        fitted(lambda t: t.detach().mean(1))
+        return
+    with pytest.raises(ValueError, match="the backbone gives its adapters no gradient"):
+        fitted(lambda t: t.detach().mean(1))  # the classifier alone trained
+    if method == "plora":
+        with pytest.raises(ValueError, match="the backbone must give its images a gradient, or else sought be 0"):
+            fitted(lambda t: t.mean(1), lambda x: x.detach()).fit(second)
+        fitted(lambda t: t.mean(1), lambda x: x.detach(), sought=0).fit(second)
+
+
+def test_two_items_are_a_data_set(images: Images) -> None:
+    """They were taken as images and labels, as two lists are."""
+    pixels, labels = images.train_images, [3, 8]
+    for two in (list(zip(pixels[:2], labels)), ((pixels[0], np.int64(3)), (pixels[1], torch.tensor(8)))):
+        found, given = read_labelled(two)
+        assert given == labels and np.array_equal(np.stack(list(found)), pixels[:2])
+    for pair in ((list(pixels[:2]), labels), [tuple(pixels[:2]), tuple(labels)], (pixels[:2], labels)):
+        found, given = read_labelled(pair)
+        assert given == labels and np.array_equal(np.stack(list(found)), pixels[:2])
 
 
 def test_a_backbone_with_a_classifier_is_refused() -> None:
@@ -521,6 +581,10 @@ def test_labels_of_a_data_set_are_those_of_its_items(images: Images) -> None:
     data.form = lambda pixels: read.append(1) or Image.fromarray(pixels)
     read_labelled(data)
     assert len(read) < 10 < len(labels)
+    data.labels = [*data.labels]
+    data.labels[1] = 7  # a place that is not looked at: a label of noise was learned as its target
+    with pytest.raises(ValueError, match="targets must be the labels of its items, got 100 for item 1 of label 7"):
+        learner(method="simplecil", workers=0).fit(data)
 
 
 def test_a_data_set_that_changes_its_images_is_read_every_time(images: Images) -> None:
@@ -541,6 +605,11 @@ def test_a_data_set_that_changes_its_images_is_read_every_time(images: Images) -
         learner(epochs=4, workers=0).fit(Pairs(pixels, labels, form))
         numbers.append(len(read))
     assert numbers[0] > 4 * len(labels) and numbers[1] < 3 * len(labels)
+    with torch.random.fork_rng():
+        for number in (1, 2, 40):  # of two, half of the images were taken for constant
+            few = Pairs(pixels[:number], labels[:number], flipped)
+            torch.manual_seed(0)
+            assert not any(read_labelled(few)[0].repeats() for _ in range(30))  # type: ignore[union-attr]
     read.clear()
     learner(epochs=1, workers=0).fit((pixels, labels)).predict([plain(image) for image in pixels[:3]])
     assert len(read) == 3
@@ -599,7 +668,6 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
         ((pixels, [1.0, float("inf")] * 20), "labels must be numbers or texts, got inf"),
         ((pixels, [None] * 40), "labels must be numbers or texts, got None"),
         ((pixels, [(0, "cat")] * 40), r"labels must be numbers or texts, got \(0, 'cat'\)"),  # no JSON gives them back
-        ([(pixels[0], 0), (pixels[20], 1)], r"labels must be numbers or texts, got array\("),
         ([{"image": pixels[0], "label": 0}] * 3, r"a torch Dataset of \(image, label\), .* got list of dict"),
         (SimpleNamespace(column_names={"train": [], "test": []}), "has splits, train, test: give one of them"),
         (SimpleNamespace(column_names=["image"]), "must be loaded whole, without streaming, got SimpleNamespace"),
@@ -612,6 +680,10 @@ def test_bad_input(images: Images, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="call fit first"):
         one.predict(pixels)
     one.fit((pixels, labels))
+    with pytest.raises(ValueError, match="an image must be .*, got a tuple of ndarray, int"):
+        one.predict([(image, 0) for image in pixels])  # items of a data set
+    with pytest.raises(ValueError, match="an image must be .*, got the text 'ant.png'"):
+        one.predict(["ant.png"])
     with pytest.raises(ValueError, match="0 was learned before"):
         one.fit((pixels, labels))
     with pytest.raises(ValueError, match="all numbers or all texts, in every task the same"):
@@ -809,12 +881,20 @@ def test_callbacks_are_told(images: Images) -> None:
         def epoch(self, number: int, loss: float) -> None:
             heard.append(number)
 
-    one = learner(callbacks=[Ear(), Ear()])
+    one = learner(callbacks=iter([Ear(), Ear()]))
     for part in tasks(images, True)[:2]:
         one.fit(part)
     assert heard == [("plora", None)] * 2 + [1, 1, 2, 2, 3, 3, 4, 4]
     with pytest.raises(TypeError, match=r"callbacks must derive from plora_ext\.cil\.Callback, got list"):
         learner(callbacks=[heard])
+
+    class Curious(Callback):
+        def epoch(self, number: int, loss: float) -> None:
+            asks.predict(images.train_images[:1])
+
+    asks = learner(callbacks=[Curious()])
+    with pytest.raises(RuntimeError, match="a fit is under way, as where a callback asks"):
+        asks.fit(tasks(images, True)[0])
 
 
 def test_naming_a_learner_imports_no_model(tmp_path: Path) -> None:

@@ -80,3 +80,18 @@ def test_numbers_are_the_same_under_another_default_device() -> None:
     expected = drawn()
     with torch.device("meta"):
         assert all(map(torch.equal, drawn(), expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_numbers_are_the_same_under_another_default_dtype(dtype: torch.dtype) -> None:
+    def drawn() -> list[torch.Tensor]:
+        sample, x = sought.Sample(), torch.linspace(0, 1, 1500, dtype=torch.float32).view(300, 5).sin()
+        sample.add(x)
+        return [*sample.rows, *sought.targets(x[:4], x[:12], torch.arange(12) % 3, 3)]
+
+    expected = drawn()
+    torch.set_default_dtype(dtype)
+    try:
+        assert all(map(torch.equal, drawn(), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)

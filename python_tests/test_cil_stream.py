@@ -69,6 +69,7 @@ def test_given_orders_and_tasks() -> None:
         ({"train_labels": [0, 5, 9, 9]}, "must be 0 ... 9 without gaps, found 0, 5, 9"),
         ({"test_labels": [0, 1], "tasks": [[0, 1], [2, 3]]}, "every task needs a test image, got none for task 1"),
         ({"train_labels": []}, "at least one label"),
+        ({"train_labels": [0.0, 1.9, 2.2, 3.0]}, "train_labels must be integers, got float64"),  # they were cut
     ],
 )
 def test_what_it_refuses(arguments: dict, message: str) -> None:

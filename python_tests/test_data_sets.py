@@ -345,9 +345,7 @@ def test_images_of_more_than_8_bits_are_scaled(tmp_path: Path) -> None:
         assert image.shape == (8, 8, 3) and np.abs(image[..., 1] - ramp / 257).max() <= 1, name
     for name, values in (("i.tif", ramp.astype(np.int32) * 9), ("f.tif", ramp.astype(np.float32) - 3)):
         Image.fromarray(values).save(tmp_path / name)
-        with pytest.raises(
-            ValueError, match=rf"{name} is no image that can be decoded \(must hold .*: scale them to 8"
-        ):
+        with pytest.raises(ValueError, match=rf"{name} is no image that can be decoded \(must hold .* scale them to 8"):
             ImageFiles([tmp_path / name])[0]
 
 
@@ -794,6 +792,23 @@ def test_tensors_of_every_float_are_images(dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(to_pixels(values), wanted)
     with pytest.raises(ValueError, match=rf"images must be uint8 \[N, H, W, 3\], got {dtype} \[1, 3, 8, 8\]"):
         read_images(values[None])
+
+
+def test_arrays_of_16_bit_floats_are_rounded_once() -> None:
+    values = np.linspace(0, 1, 1536).reshape(8, 64, 3).astype(np.float16)
+    np.testing.assert_array_equal(to_pixels(values), np.round(values.astype(np.float64) * 255).astype(np.uint8))
+
+
+def test_floats_that_overshoot_1_are_refused() -> None:
+    """A bicubic resizing makes 1.02 of white: such an image became black, and only the first one was said to be."""
+    white = np.full((4, 4, 3), 0.9, np.float32)
+    for high in (1.02, 1.99):
+        white[0, 0] = high
+        for image in (white, torch.from_numpy(white).permute(2, 0, 1)):
+            with pytest.raises(ValueError, match=r"floats in \[0, 1\] or \[0, 255\], got 0.89.* to 1.*: clip them"):
+                to_pixels(image)
+    white[0, 0] = 2.0
+    assert to_pixels(white).max() == 2
 
 
 def test_small_batches_are_prepared_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("avalanche", reason="needs Avalanche: pip install 'plora_ext
 
 from avalanche.benchmarks import nc_benchmark
 from avalanche.evaluation.metrics import accuracy_metrics
-from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
 from avalanche.training.templates import SupervisedTemplate
 
 from plora_ext.integrations import avalanche as integration
@@ -179,6 +180,30 @@ def test_frozen_extractors_keep_their_running_statistics() -> None:
     )
     strategy(module, [integration.PLoRAPlugin()]).train(scenario.train_stream[0])
     assert torch.equal(norm.running_mean, torch.zeros(1))  # type: ignore[arg-type]
+
+
+def test_an_experience_without_images() -> None:
+    empty, model, classifier = (
+        SimpleNamespace(classes_in_this_experience=[]),
+        plora(),
+        integration.PrototypeClassifier(3),
+    )
+    for module in (model.eval(), classifier):
+        module.adaptation(empty)
+    assert model.net.num_classes == classifier.num_classes == 0
+    with pytest.raises(ValueError, match="classes must hold at least one class to learn"):
+        model.train().adaptation(empty)
+
+
+def test_replayed_images_are_refused() -> None:
+    """Their logits are constants, so that they pulled those of the new classes down without a word."""
+    scenario, model = benchmark(), plora()
+    run = strategy(model, [integration.PLoRAPlugin(), ReplayPlugin(20)])
+    run.train(scenario.train_stream[0])
+    with pytest.raises(
+        ValueError, match=r"classes \[\d, \d\] alone, got \[\d(, \d)?\]: .* leave out plugins that replay"
+    ):
+        run.train(scenario.train_stream[1])
 
 
 def test_the_plugin_needs_its_module() -> None:

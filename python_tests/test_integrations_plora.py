@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -194,6 +195,8 @@ def test_what_would_teach_something_else_is_refused() -> None:
     learn(net, 0)
     with pytest.raises(ValueError, match=r"of ids from 0, got \[-1, 2\]"):
         net.add_task([2, -1])
+    with pytest.raises(ValueError, match=r"of ids from 0, got \[2, 3\.5\]"):
+        net.add_task([3.5, 2])  # type: ignore[list-item]
     net.add_task([2, 3])
     with pytest.raises(RuntimeError, match=r"of classes \[2, 3\] has not ended"):
         net.add_task([4, 5])
@@ -205,8 +208,135 @@ def test_what_would_teach_something_else_is_refused() -> None:
                 call([(x, torch.tensor(labels))])
     with pytest.raises(ValueError, match=r"an image of each class of the task, got none of \[2, 3\]"):
         net.end_task(iter([]))  # an iterator that `start` has used up
-    net.end_task([(x, torch.tensor([2, 2, 2, 3, 3, 3, 3]))])
+    for short, missing in (([], r"\[2, 3\]"), ([(x, torch.full((7,), 3))], r"\[2\]")):
+        with pytest.raises(ValueError, match=f"an image of each class of the task, got none of {missing}"):
+            net.start(short)
+    with pytest.raises(ValueError, match=r"labels must be integers, got torch\.float32"):
+        net.start([(x, torch.full((7,), 2.0))])
+    net.end_task([(x, torch.tensor([2, 2, 2, 3, 3, 3, 3], dtype=torch.uint16))])
     assert net.bank.counts.tolist() == [12, 12, 3, 4]
+    with pytest.raises(RuntimeError, match="no task to end: call add_task first"):
+        net.end_task([])
+    with pytest.raises(RuntimeError, match="no task to train for yet: call add_task first"):
+        network().parameters_to_train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_it_learns_the_same_whatever_torchs_default_dtype_is(dtype: torch.dtype) -> None:
+    """`end_task` ended in an error of torch's, and thirds were those of 16 bits."""
+    x, labels = images(), torch.arange(7) % 2
+    nets = [network(alignment="local", sought=2) for _ in range(2)]
+    for net, default in zip(nets, (torch.float32, dtype)):
+        torch.set_default_dtype(default)
+        try:
+            for task in range(3):
+                net.add_task([2 * task, 2 * task + 1])
+                net.directions.data.fill_(0.5)  # whose draws are of the default
+                for i, parameter in enumerate(net.adapters.parameters(f"task{task}")):
+                    parameter.data.copy_(
+                        torch.linspace(-1, 1, parameter.numel(), dtype=torch.float32).view_as(parameter) / (i + 2)
+                    )
+                net.start([(x, labels + 2 * task)])
+                net.end_task([(x, labels + 2 * task)])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(nets[0].coefficients, nets[1].coefficients) and nets[1].coefficients.dtype == torch.float32
+    assert torch.equal(nets[0].eval()(x), nets[1].eval()(x))
+
+
+def test_tasks_begin_and_end_under_inference_mode() -> None:
+    """Adapters could never train, and images were sought in vain."""
+    net = network(alignment="local", sought=2)
+    for task in range(3):
+        with torch.inference_mode():
+            batches = [(images(), 2 * task + torch.arange(7) % 2)]
+            net.add_task([2 * task, 2 * task + 1])
+            net.start(batches)
+        x, labels = (part.clone() for part in batches[0])
+        nn.functional.cross_entropy(net(x), labels).backward()
+        torch.optim.SGD(net.parameters_to_train(), 0.1).step()
+        with torch.inference_mode():
+            net.end_task(batches)
+    assert net.bank.counts.tolist() == [4, 3] * 3 and not net.bank.prototypes.is_inference()
+
+
+def test_images_of_integers_cannot_be_sought() -> None:
+    """A backbone may normalise its pixels itself."""
+
+    class Normalising(Backbone):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float() / 255 - 0.5)
+
+    x, labels = torch.randint(0, 256, (7, 6), dtype=torch.uint8), torch.arange(7) % 2
+    for sought in (10, 0):
+        net = PLoRA(Normalising(), ["fc", "last"], r=2, sought=sought)
+        net.add_task([0, 1])
+        net.end_task([(x, labels)])
+        net.add_task([2, 3])
+        if sought:
+            with pytest.raises(ValueError, match="must give its images a gradient, or else sought be 0"):
+                net.end_task([(x, labels + 2)])
+        else:
+            net.end_task([(x, labels + 2)])
+            assert net.eval()(x).shape == (7, 4)
+
+
+def test_a_backbone_without_gradients_is_refused() -> None:
+    """The classifier alone trained, without a word."""
+
+    class Detached(Backbone):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).detach()
+
+    net, x = PLoRA(Detached(), ["fc", "last"], r=2), images()
+    net.add_task([0, 1])
+    net.start([(x, torch.arange(7) % 2)])
+    with pytest.raises(ValueError, match="the backbone gives its adapters no gradient"):
+        net(x)
+    with torch.no_grad():
+        net(x)
+    net.adapters.train_adapter(None)
+    net(x)
+
+
+def test_cosines_are_float32_under_autocast() -> None:
+    """In 16 bits at a scale of 32 they were multiples of an eighth."""
+    net, x = network(), images()
+    net.add_task([0, 1])
+    net.start([(x, torch.arange(7) % 2)])
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, features = net(x), net.backbone(x).float()
+    expected = net.head.scale * nn.functional.cosine_similarity(features[:, None], net.directions, dim=-1)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("end", ["no images", "another label", "not finite", "interrupted"])
+def test_a_task_goes_on_where_it_could_not_end(end: str) -> None:
+    """The mean of all adapters stayed active, and what trained on was another model without a word."""
+    net, x, labels = network(alignment="local", sought=0), images(), 2 + torch.arange(7) % 2
+    learn(net, 0)
+    net.add_task([2, 3])
+    net.start([(x, labels)])
+    for parameter in net.adapters.parameters("task1"):
+        nn.init.normal_(parameter.data, std=0.3)
+    other, before = copy.deepcopy(net), net(x)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        if end != "no images":
+            yield x, labels
+        if end == "interrupted":
+            raise KeyboardInterrupt
+        if end != "no images":
+            yield (x * torch.inf if end == "not finite" else x), labels + (end == "another label")
+
+    with pytest.raises(KeyboardInterrupt if end == "interrupted" else ValueError):
+        net.end_task(batches())
+    assert net.training and net.adapters.active == ["task1"] and torch.equal(net(x), before)
+    assert torch.equal(net.coefficients, other.coefficients)
+    for one in (net, other):
+        one.end_task([(x, labels)])
+    assert torch.equal(net.eval()(x), other.eval()(x))
 
 
 @pytest.mark.parametrize("alignment", ["none", "ridge"])

@@ -310,6 +310,8 @@ def test_no_images_and_bad_input() -> None:
     assert ensemble(images[:0]).shape == (4, 0, 32)
     with pytest.raises(KeyError, match="unknown adapter 't9'"):
         ensemble(images, ["t9"])
+    with pytest.raises(TypeError, match="names must be in the order of the features, got a set"):
+        ensemble(images, {"t0", "t1"})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="names must hold at least one adapter"):
         ensemble(images, [])
     with pytest.raises(ValueError, match="memory must be a positive number of bytes, got 0"):

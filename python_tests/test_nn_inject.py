@@ -560,6 +560,18 @@ def test_names_and_coefficients() -> None:
     ):
         with pytest.raises(KeyError, match=r"unknown adapter 't7', known ones are \['t0', 't1', 't2'\]"):
             call()
+    for call in (
+        lambda: adapters.set_adapter({"t0", "t1"}, [0.5, 2.0]),
+        lambda: adapters.fuse({"t0", "t1"}, [0.5, 2.0]),
+    ):
+        with pytest.raises(TypeError, match="names must be in an order"):  # by chance the one's or the other's
+            call()
+    with pytest.raises(TypeError, match="a name or an id for each sample, got {"):
+        adapters.batch({"t0", "t1"}).__enter__()
+    others = make()
+    others.set_adapter({"t0", "t1"})
+    others.train_adapter({"t0", "t1"})
+    assert set(others.active) == {"t0", "t1"}
     with pytest.raises(ValueError, match="adapter 't1' exists already"):
         adapters.add_adapter("t1")
     with pytest.raises(ValueError, match="adapter 't1' exists already"):

@@ -327,6 +327,13 @@ def test_inference_mode_and_training_afterwards() -> None:
         adapters.model(x)
     adapters.train_adapter("t1")
     adapters.model(x.requires_grad_()).sum().backward()
+    with torch.inference_mode():
+        adapters.add_adapter("t3", init_from="t0")
+        adapters.fuse(["t0", "t1"], [0.5, 2.0])
+    adapters.set_adapter(["t3", "fused"])
+    adapters.train_adapter(["t3", "fused"])
+    adapters.model(x).sum().backward()
+    assert all(p.grad is not None for name in ("t3", "fused") for p in adapters.parameters(name))
     with torch.inference_mode():  # parameters made here carry no version
         inside = make()
         inside.set_adapter(["t0", "t1"])
@@ -448,6 +455,10 @@ def test_effective_weight_for_models_that_do_not_call_the_layer() -> None:
     assert all(p.grad is not None for p in adapters.parameters("t1"))
     with adapters.batch([0]), pytest.raises(RuntimeError, match=r"reads layer\.weight"):
         layer.weight  # noqa: B018
+    layer.lora_dropout = 0.5
+    assert layer.eval().weight is not None
+    with pytest.warns(UserWarning, match="lora_dropout drops nothing there"):
+        layer.train().weight  # noqa: B018
 
 
 # ---------------------------------------------------------------------- edges

@@ -86,6 +86,18 @@ def test_means_stay_in_float32() -> None:
     assert torch.equal(empty.prototypes, other.prototypes)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8], ids=str)
+def test_labels_of_every_integer(dtype: torch.dtype) -> None:
+    """Of the unsigned ones beside uint8 torch knows no least and no largest."""
+    bank, labels = PrototypeBank(D), torch.tensor([0, 2], dtype=dtype)
+    bank.update(torch.ones(2, D), labels)
+    bank.set(labels, torch.full((2, D), 3.0))
+    assert bank.counts.tolist() == [1, 0, 1] and torch.equal(bank.select(labels), torch.full((2, D), 3.0))
+    head = SubspaceHead()
+    head.assign(labels)
+    assert head.task_of_class.tolist() == [0, 2]
+
+
 def test_bad_labels_and_shapes() -> None:
     bank, *_ = filled()
     before = {k: v.clone() for k, v in bank.state_dict().items()}

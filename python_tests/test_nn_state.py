@@ -120,6 +120,20 @@ def test_a_handle_on_a_part_does_not_change_what_the_whole_has() -> None:
         with torch.no_grad(), pytest.raises(RuntimeError, match="on 1 of the 2 layers that share their adapters"):
             call()
     assert torch.equal(adapters.model(x), y)
+    adapters.merge()
+    for call in (part.unmerge, lambda: part.unload(merge=False)):  # the others' adapters would count twice
+        with pytest.raises(RuntimeError, match="on 1 of the 2 layers that share their adapters"):
+            call()
+    torch.testing.assert_close(adapters.model(x), y)
+    adapters.unmerge()
+    assert torch.equal(adapters.model(x), y)
+    with torch.no_grad():
+        adapters.layers["0"].pairs("a")[0][0].fill_(torch.nan)
+    adapters.train_adapter(None)
+    adapters._state.unchecked.add("a")
+    for handle in (part, adapters):  # a look at the part found it finite, for the whole too
+        with pytest.raises(ValueError, match="adapter 'a' holds inf or NaN"), handle.batch(["a", "b", "a"]):
+            pass
     for copied in (copy.deepcopy(adapters.model[2]), pickle.loads(pickle.dumps(adapters.model))):
         whole = Adapters(copied)
         whole.merge()
@@ -194,6 +208,20 @@ def test_data_parallel_is_refused() -> None:
     replica = adapters.model[0]._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
         replica(torch.randn(3, 6))
+
+
+def test_adapters_that_a_distributed_model_does_not_know_are_said(tmp_path: Path) -> None:
+    """Each process trained them by itself, without a word."""
+    adapters = make("a")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        handle = Adapters(nn.parallel.DistributedDataParallel(adapters.model))
+        for change in (lambda: handle.add_adapter("b"), lambda: handle.train_adapter("a")):
+            with pytest.warns(UserWarning, match="wrap the model anew, now that"):
+                change()
+        handle.train_adapter(None)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_parts_that_were_injected_apart_keep_what_they_compute() -> None:

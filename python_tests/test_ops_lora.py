@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings, strategies
@@ -588,7 +589,15 @@ def test_bad_input(family: str) -> None:
             call(slices=slices)
     with pytest.raises(TypeError, match="x must be floating point"):
         call(x=torch.ones(5, 16, dtype=torch.int64))
+    for name in ("x", "lora_A", "lora_B", "scaling", "weight", "bias", "ranks", *["ids"] * (family == "lora_indexed")):
+        for kind, other in (("float", 0.5), ("list", [1, 1, 1]), ("ndarray", np.ones(3))):
+            with pytest.raises(TypeError, match=f"{family}: {name} must be a torch.Tensor, got {kind}"):
+                call(**{name: other})
+    with pytest.raises(TypeError, match=f"{family}: scaling must be real, got torch.complex64"):
+        call(scaling=torch.ones(3, dtype=torch.complex64))
     if family == "lora_indexed":
+        with pytest.raises(TypeError, match="ids must be a torch.Tensor, got NoneType"):
+            call(ids=None)
         with pytest.raises(ValueError, match="ids must have the shape of the first dimensions of x"):
             call(ids=torch.zeros(4, dtype=torch.int64))
         with pytest.raises(TypeError, match="ids must be integers"):
@@ -597,6 +606,30 @@ def test_bad_input(family: str) -> None:
             for bad in (3, -2):
                 with pytest.raises((RuntimeError, IndexError), match=f"ids must be between -1 and 2, got {bad}"):
                     call(ids=torch.tensor([0, 1, bad, 0, 0]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_trainable_is_numbers_however_they_come(family: str, in_place: bool) -> None:
+    """Of an iterator nothing was left for the gradients, and a mask trained adapters 0 and 1."""
+    args, _, _ = problem(family)
+    function = getattr(ops, f"{family}_" if in_place else family)
+
+    def run(trainable: Any) -> list[Tensor | None]:
+        leaves = [a.detach().requires_grad_() for a in args[-3:-1]]
+        x, ids = args[0], [torch.tensor([0, 1, 1, 2, -1])] * (family == "lora_indexed")
+        shape = (3, 5, 24) if family == "lora_all" else (5, 24)
+        front = (torch.zeros(shape), x.detach(), *ids) if in_place else (x.detach(), *ids)
+        function(*front, *leaves, trainable=trainable).sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    expected = run([1])
+    assert all(grad is not None and grad[1].any() and not grad[0].any() for grad in expected)
+    for numbers in (iter([1]), torch.tensor([1]), np.array([1]), range(1, 2)):
+        assert all(map(torch.equal, run(numbers), expected))
+    for bad in ([False, True, False], torch.tensor([False, True, False]), np.array([False, True]), [0.5], ["1"], 1):
+        with pytest.raises(TypeError, match="trainable must hold the numbers of adapters, got"):
+            run(bad)
 
 
 def test_what_ranks_and_batches_must_be() -> None:

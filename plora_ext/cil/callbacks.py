@@ -50,10 +50,10 @@ class Callbacks:
     """
 
     def __init__(self, callbacks: Sequence[Callback] = ()):
-        for callback in callbacks:
+        self.callbacks = tuple(callbacks)
+        for callback in self.callbacks:
             if not isinstance(callback, Callback):
                 raise TypeError(f"callbacks must derive from plora_ext.cil.Callback, got {type(callback).__name__}")
-        self.callbacks = tuple(callbacks)
 
     def tell(self, event: str, *what: Any) -> None:
         """Calls the method `event` of all."""

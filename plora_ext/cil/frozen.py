@@ -22,7 +22,15 @@ from plora_ext.change import fingerprint
 from plora_ext.cil.packing import rng_state, set_rng_state
 from plora_ext.nn import MultiLoRALinear
 
-__all__ = ["base_modules", "check_backbone", "hold_statistics", "moving", "unchanged"]
+__all__ = [
+    "base_modules",
+    "check_backbone",
+    "hold_statistics",
+    "moving",
+    "refuse_adapters",
+    "require_gradient",
+    "unchanged",
+]
 
 
 def check_backbone(model: nn.Module) -> None:
@@ -33,11 +41,7 @@ def check_backbone(model: nn.Module) -> None:
             statistics, under which the features of an image depend on the other images of its batch; adapters, as a
             method has left them that was given the same model before; or a classifier (of timm's models).
     """
-    if any(isinstance(module, MultiLoRALinear) for module in model.modules()):
-        raise ValueError(
-            "the backbone carries adapters already, so that its features are not those of the frozen model: make it "
-            "anew for every run and learner, which change its model in place"
-        )
+    refuse_adapters(model)
     timms = type(model).__module__.startswith("timm.") and "forward" not in vars(model)  # others may leave it out
     classifier = getattr(model, "get_classifier", lambda: None)() if timms else None
     if isinstance(classifier, nn.Linear):
@@ -54,6 +58,24 @@ def check_backbone(model: nn.Module) -> None:
                 f"the backbone's {name} normalises over the batch and keeps no running statistics, so that features "
                 "depend on the other images of a batch: use another backbone, or track_running_stats=True"
             )
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raises ValueError where a model that is to be the frozen one carries adapters."""
+    if any(isinstance(module, MultiLoRALinear) for module in model.modules()):
+        raise ValueError(
+            "the backbone carries adapters already, so that its features are not those of the frozen model: make it "
+            "anew for every run and learner, which change its model in place"
+        )
+
+
+def require_gradient(features: Tensor, adapters: Iterable[Tensor]) -> None:
+    """Raises ValueError where adapters are to train and no gradient of the features would reach one."""
+    if not features.requires_grad and any(parameter.requires_grad for parameter in adapters):
+        raise ValueError(
+            "the backbone gives its adapters no gradient, so that they would stay as they are: its forward must "
+            "neither run under torch.no_grad nor detach what it computes"
+        )
 
 
 def hold_statistics(model: nn.Module, others: Iterable[nn.Module] = ()) -> None:

@@ -35,9 +35,9 @@ def coefficients(
         ValueError: An unknown rule, or one whose own input is missing or of another length.
     """
     if rule == "mean":
-        return torch.full((num_tasks,), 1 / num_tasks)
+        return torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float32)
     if rule == "sum":
-        return torch.ones(num_tasks)
+        return torch.ones(num_tasks, dtype=torch.float32)
     if rule == "newest":
         return F.one_hot(torch.tensor(num_tasks - 1), num_tasks).float()
     needed = {"similarity": ("task_means", task_means), "learned": ("magnitudes", magnitudes)}

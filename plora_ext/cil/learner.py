@@ -259,7 +259,10 @@ class Learner:
 
     def _refuse_half(self) -> None:
         if self._cut_short:
-            raise RuntimeError("an earlier fit was cut short within its task: make a new learner, or load a saved one")
+            raise RuntimeError(
+                "a fit is under way, as where a callback asks, or an earlier fit was cut short within its task: wait "
+                "for its end, make a new learner, or load a saved one"
+            )
 
     def _view(self, images: Any, **changes: Any) -> View:
         from plora_ext.data import View

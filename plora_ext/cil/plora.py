@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from plora_ext.cil import fusion
 from plora_ext.cil.alignment import Drift, class_means
 from plora_ext.cil.covariances import ClassCovariances
-from plora_ext.cil.frozen import hold_statistics
+from plora_ext.cil.frozen import hold_statistics, require_gradient
 from plora_ext.cil.settings import takes_settings
 from plora_ext.cil.sought import ROWS, Sample, move, targets
 from plora_ext.nn import CosineHead, PrototypeBank, inject
+from plora_ext.ops.autocast import without_autocast
 
 __all__ = ["UNSEEN", "PLoRA"]
 
@@ -91,15 +92,22 @@ class PLoRA(nn.Module):
         self.backbone = backbone
         self.adapters = inject(backbone, target_modules, r, lora_alpha, lora_dropout)
         self.alignment, self.tau, self.ridge, self.init, self.sought = alignment, tau, ridge, init, sought
-        self.coefficients = torch.empty(0)
+        self.coefficients = torch.empty(0, dtype=torch.float32)
         self.bank, self.head = PrototypeBank(num_features), CosineHead(scale)
         self.num_classes = 0  # width of the logits
-        self.directions = nn.Parameter(torch.zeros(0, num_features))  # one for each class of the task that is trained
+        # One for each class of the task that is trained.
+        self.directions = nn.Parameter(torch.zeros(0, num_features, dtype=torch.float32))
         self.register_buffer("task_classes", torch.zeros(0, dtype=torch.int64))
         self.to(next(backbone.parameters()).device)
 
     def parameters_to_train(self) -> list[nn.Parameter]:
-        """The newest adapter's, and the directions of the task's classes."""
+        """The newest adapter's, and the directions of the task's classes.
+
+        Raises:
+            RuntimeError: there was no task yet.
+        """
+        if not self.adapters.names:
+            raise RuntimeError("there is no task to train for yet: call add_task first")
         return [*self.adapters.parameters(self.adapters.names[-1]), self.directions]
 
     def add_task(self, classes: Iterable[int]) -> None:
@@ -109,14 +117,16 @@ class PLoRA(nn.Module):
             ValueError: no class is given, or a negative one.
             RuntimeError: the task before has not ended, whose adapter would stay in the mean half trained.
         """
-        chosen = sorted({int(c) for c in classes})
-        if not chosen or chosen[0] < 0:
-            raise ValueError(f"classes must hold at least one class to learn, of ids from 0, got {chosen}")
+        ids = sorted(classes)
+        chosen = sorted({int(c) for c in ids})
+        if not chosen or chosen[0] < 0 or any(c != int(c) for c in ids):
+            raise ValueError(f"classes must hold at least one class to learn, of ids from 0, got {ids}")
         if begun := self.task_classes.tolist():
             raise RuntimeError(f"the task of classes {begun} has not ended: call end_task before the next add_task")
         self.add_adapter()
-        self.task_classes = torch.tensor(chosen, device=self.directions.device)
-        self.directions = nn.Parameter(self.directions.new_zeros(len(chosen), self.directions.shape[1]).normal_())
+        with torch.inference_mode(False):
+            self.task_classes = torch.tensor(chosen, device=self.directions.device)
+            self.directions = nn.Parameter(self.directions.new_zeros(len(chosen), self.directions.shape[1]).normal_())
         self.num_classes = max(self.num_classes, chosen[-1] + 1)
 
     def add_adapter(self) -> str:
@@ -136,16 +146,16 @@ class PLoRA(nn.Module):
             ValueError: a label of another task, a class without an image, or features that are not finite.
         """
         self.eval()
-        pairs = [(self.backbone(images).float(), labels) for images, labels in batches]
-        features, labels = (torch.cat(part) for part in zip(*pairs))
-        local = self._local(labels)
+        pairs = [(self.backbone(images).float(), self._local(labels)) for images, labels in batches]
+        self._require_all({int(self.task_classes[c]) for _, local in pairs for c in local.unique()})
+        features, local = (torch.cat(part) for part in zip(*pairs))
         means = class_means(features, local, len(self.task_classes))
         if not bool(means.isfinite().all()):
             raise ValueError("features must be finite, got inf or NaN; the cause may be the images or the backbone")
         self.directions.copy_(F.normalize(means))
         self.train()
 
-    @torch.no_grad()
+    @torch.inference_mode(False)
     def end_task(self, batches: Batches) -> None:
         """Fuse all adapters, align the old prototypes to the fused model and add the new ones.
 
@@ -156,9 +166,28 @@ class PLoRA(nn.Module):
                 the model after it see the same images.
 
         Raises:
-            ValueError: a label of another task, a class without an image, or features that are not finite.
+            ValueError: a label of another task, a class without an image, or features that are not finite; the task
+                then goes on as if there had been no call.
+            RuntimeError: no task has begun.
         """
+        if not len(self.task_classes):
+            raise RuntimeError("there is no task to end: call add_task first")
+        state, before = self.adapters._state, (self.adapters._state.common, self.coefficients, self.training)
         self.eval()
+        try:
+            self._take_in(batches)
+        except BaseException:
+            state.set(before[0])
+            self.coefficients = before[1]
+            self.train(before[2])
+            raise
+        self.adapters.train_adapter(None)
+        self.task_classes = self.task_classes[:0]
+        self.directions = nn.Parameter(self.directions[:0].clone())
+
+    @torch.no_grad()
+    def _take_in(self, batches: Batches) -> None:
+        """Fuses, and moves the prototypes on; what is wrong with the images shows before the bank has changed."""
         known, fresh = self.bank.classes, PrototypeBank(self.bank.num_features).to(self.bank.sums.device)
         if known:
             self.fuse(newest=False)
@@ -173,8 +202,7 @@ class PLoRA(nn.Module):
                 if drift.kind.rows and self.sought:
                     sample.add(images, old, local)
             fresh.update(features, labels)
-        if without := set(self.task_classes.tolist()).difference(fresh.classes):
-            raise ValueError(f"batches must hold an image of each class of the task, got none of {sorted(without)}")
+        self._require_all(fresh.classes)
         if sample.rows:
             images, old, local = sample.rows
             starts, wanted = targets(drift.prototypes, old, local, self.sought)
@@ -184,12 +212,17 @@ class PLoRA(nn.Module):
         if known:
             self.bank.set(known, drift.align())
         self.bank._add(fresh)
-        self.adapters.train_adapter(None)
-        self.task_classes = self.task_classes[:0]
-        self.directions = nn.Parameter(self.directions[:0].clone())
+
+    def _require_all(self, seen: Collection[int]) -> None:
+        """Raises ValueError unless every class of the task is among these."""
+        if without := set(self.task_classes.tolist()).difference(seen):
+            raise ValueError(f"batches must hold an image of each class of the task, got none of {sorted(without)}")
 
     def _local(self, labels: Tensor) -> Tensor:
         """Labels as numbers among the task's classes."""
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(f"labels must be integers, got {labels.dtype}")
+        labels = labels.to(torch.int64)  # torch knows little of uint16
         if len(wrong := labels[~torch.isin(labels, self.task_classes)]):
             raise ValueError(f"labels must be of the task's classes {self.task_classes.tolist()}, got {int(wrong[0])}")
         return torch.searchsorted(self.task_classes, labels)
@@ -215,11 +248,17 @@ class PLoRA(nn.Module):
 
         In evaluation mode in the midst of a task, its classes are those that are trained, under the newest adapter, and
         the old ones their prototypes, under the fused model of before.
+
+        Raises:
+            ValueError: in training, the backbone gives its adapters no gradient.
         """
         features, task = self.backbone(images).float(), self.task_classes
         if not len(task):
             return self._among_old(features)
-        cosines = self.head.scale * F.linear(F.normalize(features), F.normalize(self.directions.float()))
+        if self.training and torch.is_grad_enabled() and not features.requires_grad:
+            require_gradient(features, self.adapters.parameters(self.adapters.names[-1]))
+        with without_autocast(features.device.type):  # which would tie logits
+            cosines = self.head.scale * F.linear(F.normalize(features), F.normalize(self.directions.float()))
         if self.training or not self.bank.classes:
             logits = cosines.new_full((len(images), self.num_classes), UNSEEN)
         else:

@@ -15,6 +15,7 @@ the prototype, so that a linear map can be fitted around every class; neither ol
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from plora_ext.cil.covariances import covariance
 
 NEAREST, STEPS, STEP = 100, 5, 0.1
 SAMPLE, ROWS = 256, 128  # images kept of a stream; moved at once
+_HERE: Any = {"device": "cpu", "dtype": torch.float32}  # whatever the caller's defaults are
 
 
 class Sample:
@@ -31,12 +33,12 @@ class Sample:
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
-        self.keys = torch.empty(0, device="cpu")
+        self.keys = torch.empty(0, **_HERE)
         self.rows: tuple[Tensor, ...] = ()
 
     def add(self, *rows: Tensor) -> None:
         """Takes in rows, tensors of one length."""
-        keys = torch.cat([self.keys, torch.rand(len(rows[0]), generator=self.generator, device="cpu")])
+        keys = torch.cat([self.keys, torch.rand(len(rows[0]), generator=self.generator, **_HERE)])
         kept = keys.topk(min(SAMPLE, len(keys))).indices
         both = [torch.cat(pair) for pair in zip(self.rows, rows)] or rows
         self.keys, self.rows = keys[kept], tuple(part[kept.to(part.device)] for part in both)
@@ -65,17 +67,24 @@ def targets(prototypes: Tensor, features: Tensor, labels: Tensor, number: int) -
     factor = torch.linalg.cholesky(within).float()
     nearest = (F.normalize(prototypes.float()) @ F.normalize(features.float()).T).topk(min(NEAREST, n)).indices.cpu()
     starts = nearest.gather(1, torch.randint(nearest.shape[1], (C, number), generator=generator, device="cpu"))
-    noise = torch.randn(C, number, D, generator=generator, device="cpu").to(factor.device)
+    noise = torch.randn(C, number, D, generator=generator, **_HERE).to(factor.device)
     return starts.flatten(), (prototypes.float()[:, None] + noise @ factor.T).flatten(0, 1)
 
 
 def move(images: Tensor, wanted: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
-    """Images [B, ...] moved until `model` gives them features near `wanted` [B, D]; the model stays as it is."""
+    """Images [B, ...] moved until `model` gives them features near `wanted` [B, D]; the model stays as it is.
+
+    Raises:
+        ValueError: It gives the images no gradient.
+    """
     step = STEP * images[0].numel() ** 0.5
     with torch.enable_grad():
         for _ in range(STEPS):
-            images = images.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad((model(images).float() - wanted).square().sum(), images)
+            images = images.detach().requires_grad_(images.is_floating_point())
+            loss = (model(images).float() - wanted).square().sum()
+            (gradient,) = torch.autograd.grad(loss, images, allow_unused=True) if loss.requires_grad else (None,)
+            if gradient is None:
+                raise ValueError("the backbone must give its images a gradient, or else sought be 0")
             norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
             images = images - step * gradient / norm.view(-1, *[1] * (images.dim() - 1))
     return images.detach()

@@ -72,13 +72,16 @@ class Speed:
         return s.amp, *(name for name, on in switches.items() if on)
 
     def forward(self, images: Tensor, model: Callable[[Tensor], Tensor], compiled: bool = True) -> Tensor:
-        """`model(images)` in float32; not `compiled`: whatever the settings say."""
+        """`model(images)` in float32; not `compiled`: whatever the settings say. TypeError if it is no tensor."""
         if self.settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         gradients = torch.is_grad_enabled()
         self._largest[gradients] = max(self._largest[gradients], len(images))
         with self._eager(not compiled or len(images) < self._largest[gradients]), self.autocast():
-            return model(images).float()
+            features = model(images)
+            if not isinstance(features, Tensor):
+                raise TypeError(f"the backbone must give one tensor of features, got {type(features).__name__}")
+            return features.float()
 
     def autocast(self) -> torch.autocast:
         """The context of a pass: amp."""

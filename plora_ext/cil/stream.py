@@ -68,7 +68,7 @@ class TaskStream:
         tasks: Sequence[Sequence[int]] | None = None,
         num_classes: int | None = None,
     ):
-        train, test = np.asarray(train_labels, dtype=np.int64), np.asarray(test_labels, dtype=np.int64)
+        train, test = (_integers(*given) for given in (("train_labels", train_labels), ("test_labels", test_labels)))
         if train.size == 0:
             raise ValueError("train_labels must hold at least one label, got none")
         self.num_classes = int(train.max()) + 1 if num_classes is None else num_classes
@@ -145,6 +145,13 @@ def _check_cover(classes: Sequence[int], num_classes: int, name: str) -> None:
     if any(faults.values()):
         said = "; ".join(f"{fault}: {some(which)}" for fault, which in faults.items() if which)
         raise ValueError(f"{name} must name each of the {num_classes} classes exactly once; {said}")
+
+
+def _integers(name: str, labels: Sequence[int] | np.ndarray) -> np.ndarray:
+    given = np.asarray(labels)
+    if given.size and not np.issubdtype(given.dtype, np.integer):
+        raise ValueError(f"{name} must be integers, got {given.dtype}")
+    return given.astype(np.int64)
 
 
 def _check_labels(train: np.ndarray, test: np.ndarray, num_classes: int) -> None:

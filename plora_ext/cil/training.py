@@ -14,7 +14,7 @@ from plora_ext.cil.alignment import class_means
 from plora_ext.cil.callbacks import Callback, Callbacks
 from plora_ext.cil.checkpoint import Checkpoint
 from plora_ext.cil.distributed import SINGLE, World, gradients
-from plora_ext.cil.frozen import hold_statistics, moving, unchanged
+from plora_ext.cil.frozen import hold_statistics, moving, require_gradient, unchanged
 from plora_ext.cil.phases import Phases
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.speed import Speed
@@ -98,7 +98,7 @@ class Trainer:
         Raises:
             FloatingPointError: The loss is not finite, or what trains after an epoch: names task, epoch, step, tensors,
                 and the settings that can be the cause.
-            ValueError: A tensor of the frozen backbone has changed.
+            ValueError: A tensor of the frozen backbone has changed, or it gives its adapters no gradient.
         """
         s, world, unread = self.settings, self.world, self._held is None
         assert s.scale is not None, "it follows from the method"
@@ -129,6 +129,7 @@ class Trainer:
             def update(batch: Tensor, wanted: Tensor, number: int = size) -> tuple[Tensor, Tensor | None]:
                 """A step on a batch of `number` images; of several processes, the gradients of this one's part."""
                 features = self.speed.forward(batch, self.model)
+                require_gradient(features, parameters)
                 loss = F.cross_entropy(scale * F.linear(F.normalize(features), F.normalize(directions)), wanted)
                 loss = loss * world.share(number)
                 if teacher:
@@ -236,5 +237,10 @@ class Trainer:
             )
             for batch in images.split(size):
                 features = forward(batch)
+                if model is None and (features.dim() != 2 or len(features) != len(batch)):
+                    raise ValueError(
+                        f"the backbone must give features [{len(batch)}, D] of {len(batch)} images, got "
+                        f"{list(features.shape)}: pool them"
+                    )
                 self.callbacks.tell("step", len(batch))
                 yield features.clone() if isinstance(forward, Captured) else features

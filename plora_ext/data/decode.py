@@ -17,8 +17,8 @@ _DARK = 64  # what images of more than 8 bits have to reach of 255, else it is s
 def decode(path: Path) -> np.ndarray:
     """The pixels of an image file, uint8 [H, W, 3], turned as its EXIF orientation says.
 
-    Integers of 16 bits and more are scaled by 1 / 257, floats in [0, 1] by 255; floats in [0, 255] stay, gray becomes
-    RGB and what is transparent is laid on white. Of colours in 16 bits Pillow reads the upper eight.
+    Integers of 16 bits and more are scaled by 1 / 257, floats in [0, 1] by 255; floats in [0, 255], some above 2, stay,
+    gray becomes RGB and what is transparent is laid on white. Of colours in 16 bits Pillow reads the upper eight.
 
     Raises:
         ValueError: Values outside of these ranges, no regular file, or colours in 16 bits of which one is transparent.
@@ -86,10 +86,14 @@ def to_8_bits(values: np.ndarray, what: str = "") -> np.ndarray:
     if values.dtype == np.uint8 or not values.size:
         return values.astype(np.uint8, copy=False)
     low, high, integers = values.min(), values.max(), values.dtype.kind in "iu"
-    if not (integers or values.dtype.kind == "f") or not 0 <= low <= high <= (65535 if integers else 255):  # NaN, too
+    # What ends between 1 and 2 is [0, 1] that a resizing has overshot, and would be black as [0, 255].
+    known = integers or (values.dtype.kind == "f" and not 1 < high < 2)
+    if not known or not 0 <= low <= high <= (65535 if integers else 255):  # NaN, too
         wanted = "integers in [0, 65535]" if integers else "floats in [0, 1] or [0, 255]"
-        said = f"{what} must hold {wanted}, got {low} to {high}: scale them to 8 bits first"
+        said = f"{what} must hold {wanted}, got {low} to {high}: clip them, or scale them to 8 bits first"
         raise ValueError(said.lstrip())
+    if not integers:
+        values = values.astype(np.promote_types(values.dtype, np.float32), copy=False)  # rounded once
     return np.round(values / 257 if integers else values * (255 if high <= 1 else 1)).astype(np.uint8)
 
 

@@ -166,7 +166,7 @@ def _reweights(
     device: torch.device,
 ) -> Tensor:  # fmt: skip
     """What `forward_reweight` multiplies the cosine of a class with in every block."""
-    weights = torch.full((num_classes, blocks), alpha / max(cur_task, 1))
+    weights = torch.full((num_classes, blocks), alpha / max(cur_task, 1), dtype=torch.float32)
     own = _task_of_class(num_classes, init_cls, inc, torch.device("cpu")) + int(ptm)
     weights.scatter_(1, own[:, None].clamp(max=blocks - 1), 1.0)
     if ptm:

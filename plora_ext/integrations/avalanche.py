@@ -52,7 +52,7 @@ class PLoRAModule(_models.DynamicModule):
         classes = [int(c) for c in experience.classes_in_this_experience]
         if self.training:
             self.net.add_task(classes)
-        self.net.num_classes = max(self.net.num_classes, *(c + 1 for c in classes))
+        self.net.num_classes = max([self.net.num_classes, *(c + 1 for c in classes)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -66,6 +66,7 @@ class PLoRAPlugin(_core.SupervisedPlugin):
 
     Raises:
         TypeError: the strategy's model is not a `PLoRAModule`.
+        ValueError: the first batch of an experience holds images of other classes, as replay brings them.
     """
 
     def __init__(self, batch_size: int | None = None) -> None:
@@ -74,6 +75,16 @@ class PLoRAPlugin(_core.SupervisedPlugin):
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         self._net(strategy).start(_batches(strategy, self.batch_size))
+
+    def before_training_iteration(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        if strategy.clock.train_exp_iterations:  # a look at every batch would make the host wait
+            return
+        classes = self._net(strategy).task_classes.tolist()
+        if others := set(strategy.mb_y.tolist()).difference(classes):
+            raise ValueError(
+                f"batches must hold images of the experience's classes {classes} alone, got {sorted(others)}: no logit "
+                "of another class trains, so leave out plugins that replay old images"
+            )
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         self._net(strategy).end_task(_batches(strategy, self.batch_size))
@@ -96,7 +107,7 @@ class PrototypeClassifier(_models.DynamicModule):
         self.bank, self.head, self.num_classes = PrototypeBank(num_features), CosineHead(), 0
 
     def adaptation(self, experience: Any) -> None:
-        self.num_classes = max(self.num_classes, *(int(c) + 1 for c in experience.classes_in_this_experience))
+        self.num_classes = max([self.num_classes, *(int(c) + 1 for c in experience.classes_in_this_experience)])
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add samples to the means of their classes: features [N, D], labels [N]."""

@@ -188,6 +188,7 @@ class Adapters:
             KeyError: a name is unknown.
             ValueError: a name occurs twice, the number of coefficients is wrong, or several tensors among them require
                 gradients, which would not reach them.
+            TypeError: the names of coefficients are a set, which has no order.
         """
         self._state.choose(names, coefficients, self._first)
 
@@ -196,8 +197,17 @@ class Adapters:
 
         Raises:
             KeyError: a name is unknown.
+
+        Warns:
+            UserWarning: the model is one in `DistributedDataParallel`, which knows what trained when it was made.
         """
         chosen = as_names(name, self.names)
+        if chosen and any(isinstance(module, nn.parallel.DistributedDataParallel) for module in self.model.modules()):
+            warnings.warn(
+                "DistributedDataParallel sums the gradients of what trained when it was made, and of nothing else: "
+                f"wrap the model anew, now that {chosen} train",
+                stacklevel=2,
+            )
         for other in self.names:
             for parameter in self.parameters(other):
                 parameter.requires_grad_(other in chosen)
@@ -243,7 +253,7 @@ class Adapters:
                 raise IndexError(f"the batch was made for {adapters.num_adapters} adapters, there are {self.names}")
             batch = adapters.to(device)
         else:
-            if isinstance(adapters, str):
+            if isinstance(adapters, str | set | frozenset):
                 raise TypeError(f"adapters must hold a name or an id for each sample, got {adapters!r}")
             ids = adapters if isinstance(adapters, Tensor) else [self._id_of(adapter) for adapter in adapters]
             if not isinstance(ids, Tensor) and self.model.training and torch.is_grad_enabled():
@@ -300,7 +310,8 @@ class Adapters:
 
         For passes over much data. Without gradients that is the whole active set, and the model costs what it costs
         without adapters; otherwise the part of it that is frozen, and the rest is added to it as ever. It is the same
-        function as before, up to rounding. Writes to a merged adapter are seen after the block.
+        function as before, up to rounding (and to `lora_dropout` in training mode, which drops nothing of what is
+        merged). Writes to a merged adapter are seen after the block.
 
         Where adapters are merged already, inside of `batch` and `disabled`, or where a base weight trains, nothing
         changes.
@@ -348,6 +359,7 @@ class Adapters:
             yield
 
     def _rename(self, old: str, new: str) -> None:
+        self._require_whole()
         for layer in self.layers.values():
             layer.rename_adapter(old, new)
         self._state.unchecked = {new if name == old else name for name in self._state.unchecked}
@@ -372,8 +384,9 @@ class Adapters:
         Raises:
             KeyError: a name is unknown.
             ValueError: the new name is taken, names are empty or repeated, or the number of coefficients is wrong.
+            TypeError: the names of coefficients are a set, which has no order.
         """
-        chosen = as_names(names, self.names)
+        chosen = as_names(names, self.names, ordered=coefficients is not None)
         if not chosen:
             raise ValueError("names must hold at least one adapter to fuse, got none")
         self.check_new(name)
@@ -435,10 +448,11 @@ class Adapters:
         """Restore the base weights to the bits they had before `merge`.
 
         Raises:
-            RuntimeError: nothing is merged.
+            RuntimeError: nothing is merged, or the handle is on a part of the model.
         """
         if self._state.merged is None:
             raise RuntimeError("unmerge needs merged adapters: call merge first")
+        self._require_whole()
         for layer in self.layers.values():
             layer.unmerge()
         before, self._state.merged = self._state.merged, None
@@ -491,8 +505,10 @@ class Adapters:
         if not self._state.unchecked or (cuda and torch.cuda.is_current_stream_capturing()):
             return
         for name in [name for name in self.names if name in self._state.unchecked]:
-            factors = [p.detach() for p in self.parameters(name) if p.numel() and not p.is_meta]
-            trains = any(p.requires_grad for p in self.parameters(name))
+            layers: list[Any] = [*self._state.layers]  # of the whole model
+            parameters = [p for layer in layers if name in layer.r for pair in layer.pairs(name) for p in pair]
+            factors = [p.detach() for p in parameters if p.numel() and not p.is_meta]
+            trains = any(p.requires_grad for p in parameters)
             if trains and torch.is_grad_enabled():
                 continue  # the loss will show it
             if factors and not _are_finite(factors):

@@ -72,13 +72,15 @@ class Ensemble:
             KeyError: a name is unknown.
             ValueError: there are no names, or `memory` is too small for one image under one adapter.
             RuntimeError: the model is in training mode, or its adapters are merged.
-            TypeError: the model does not return one tensor.
+            TypeError: the model does not return one tensor, or names are a set.
         """
         adapters, model = self.adapters, self.adapters.model
         adapters._state.require_unmerged()
         adapters._check_finite()
         if model.training:
             raise RuntimeError("an ensemble needs the model in eval mode: call model.eval() first")
+        if isinstance(names, set | frozenset):
+            raise TypeError("names must be in the order of the features, got a set")
         chosen = list(adapters.names if names is None else [names] if isinstance(names, str) else names)
         ids = [adapters._id_of(name) for name in chosen]
         if not ids:

@@ -82,9 +82,10 @@ class SubspaceHead(nn.Module):
             ValueError: not a one-dimensional sequence of task ids from 0.
         """
         tasks = torch.as_tensor(task_of_class)
-        if tasks.dim() != 1 or tasks.is_floating_point() or (tasks.numel() and int(tasks.min()) < 0):
+        ids = tasks.to(self.task_of_class)
+        if tasks.dim() != 1 or tasks.is_floating_point() or (ids.numel() and int(ids.min()) < 0):
             raise ValueError(f"task_of_class must be a sequence of task ids from 0, got {task_of_class}")
-        self.task_of_class = tasks.to(self.task_of_class)
+        self.task_of_class = ids
         self.weights = self._weights()
 
     def _weights(self) -> Tensor:

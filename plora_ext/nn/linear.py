@@ -213,6 +213,11 @@ class MultiLoRALinear(nn.Module):
             )
         if active.weights is not None:
             return active.weights[self._number]
+        if self.training and self.lora_dropout and active.names and not torch.compiler.is_compiling():
+            warnings.warn(
+                "this model reads layer.weight instead of calling the layer: lora_dropout drops nothing there",
+                stacklevel=2,
+            )
         return self._merge(active) if active.names else self.base_layer.weight
 
     @property
@@ -282,9 +287,10 @@ class MultiLoRALinear(nn.Module):
             raise ValueError(f"pairs must have the shapes {wanted} of A and B, got {got}")
         if name in self._r:
             raise ValueError(f"adapter {name!r} exists already, known ones are {self.adapter_names}")
-        for container, value in zip(self._dicts(), chain(*pairs), strict=True):
-            value = value.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-            container[name] = nn.Parameter(value, requires_grad=False)
+        with torch.inference_mode(False):  # which makes tensors that can never train
+            for container, value in zip(self._dicts(), chain(*pairs), strict=True):
+                value = value.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+                container[name] = nn.Parameter(value, requires_grad=False)
         self._r[name], self._alpha[name] = r, lora_alpha
         self._state.unchecked.add(name)
         self._set_constants(name)

@@ -169,10 +169,11 @@ class PrototypeBank(nn.Module):
             raise ValueError(
                 f"class labels must be a one-dimensional integer tensor, got {labels.dtype} {list(labels.shape)}"
             )
+        labels = labels.to(self.counts)  # before a look: of uint16 torch knows no least
         low, high = (int(value) for value in labels.aminmax()) if labels.numel() else (0, -1)
         if low < 0:
             raise ValueError(f"class labels must not be negative, got {low}")
-        return labels.to(self.counts), max(high + 1, len(self.counts))
+        return labels, max(high + 1, len(self.counts))
 
     def _resize(self, num_classes: int) -> None:
         for name in ("prototypes", "counts", "sums"):

@@ -169,7 +169,7 @@ class State:
     ) -> None:
         """Make `names` of a layer's adapters the active set: `Adapters.set_adapter`."""
         self.require_unmerged()
-        chosen = as_names(names, layer.adapter_names)
+        chosen = as_names(names, layer.adapter_names, ordered=coefficients is not None)
         coeff = as_coefficients(chosen, coefficients, layer)
         written = None if coefficients is None or isinstance(coefficients, Tensor) else tuple(map(float, coefficients))
         self.set(Active(tuple(chosen), coeff, written))
@@ -272,8 +272,13 @@ def check_known(name: str, known: Collection[str]) -> None:
         raise KeyError(f"unknown adapter {name!r}, known ones are {list(known)}")
 
 
-def as_names(names: str | Sequence[str] | None, known: Collection[str]) -> list[str]:
-    """One name, several or none as a list; KeyError where one is unknown, ValueError where one repeats."""
+def as_names(names: str | Sequence[str] | None, known: Collection[str], ordered: bool = False) -> list[str]:
+    """One name, several or none as a list; KeyError where one is unknown, ValueError where one repeats.
+
+    TypeError where they should be `ordered` and are a set.
+    """
+    if ordered and isinstance(names, set | frozenset):
+        raise TypeError(f"names must be in an order, such as that of their coefficients, got a {type(names).__name__}")
     chosen = [] if names is None else [names] if isinstance(names, str) else list(names)
     for name in chosen:
         check_known(name, known)

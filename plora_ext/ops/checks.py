@@ -18,10 +18,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def check_tensor(op: str, name: str, t: object) -> None:
+    """One clear error where `t` is no tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
+
+
 def check(
     op: str, name: str, t: Tensor, expected: tuple[int | str, ...], like: Tensor, dtype: torch.dtype | None
 ) -> None:
     """One clear error where `t` does not fit; a name in `expected` accepts any size, `dtype` None any dtype."""
+    check_tensor(op, name, t)
     if t.dim() != len(expected) or any(isinstance(n, int) and n != m for n, m in zip(expected, t.shape, strict=False)):
         raise ValueError(f"{op}: {name} must have the shape [{', '.join(map(str, expected))}], got {shape(t)}")
     if t.device != like.device:
@@ -32,6 +39,7 @@ def check(
 
 def check_floating(op: str, name: str, t: Tensor, dims: str) -> None:
     """One clear error where `t` is not of floats, or has not as many dimensions as `dims` names."""
+    check_tensor(op, name, t)
     if not t.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}")
     if t.dim() != dims.count(",") + 1:
@@ -40,6 +48,7 @@ def check_floating(op: str, name: str, t: Tensor, dims: str) -> None:
 
 def check_integers(op: str, name: str, t: Tensor) -> None:
     """One clear error where `t` is not of integers."""
+    check_tensor(op, name, t)
     if t.dtype.is_floating_point or t.dtype.is_complex or t.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be integers, got {t.dtype}")
 

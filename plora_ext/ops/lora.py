@@ -19,7 +19,7 @@ from plora_ext.ops import compiled, rules
 from plora_ext.ops.adapter_batch import AdapterBatch
 from plora_ext.ops.autocast import autocasts, cast, dtype_of, without_autocast
 from plora_ext.ops.autograd import LowRank, OneAdapter, call, call_one, narrow, rows
-from plora_ext.ops.checks import check, check_floating, check_integers, shape, wide
+from plora_ext.ops.checks import check, check_floating, check_integers, check_tensor, shape, wide
 from plora_ext.ops.twins import run, run_twin
 from plora_ext.torch_private import (
     PLAIN,
@@ -42,8 +42,10 @@ _Optional = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Te
 def _prepare(
     op: str, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | None, coeff: Tensor | None,
     optional: _Optional, activation: str, ranks: Tensor | None, trainable: Sequence[int] | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Checks what all low-rank operators share; returns the scale c_t s_t and the ranks, as the kernels take them."""
+) -> tuple[Tensor, Tensor | None, list[int] | None]:  # fmt: skip
+    """Checks what all low-rank operators share; returns the scale c_t s_t, ranks and trainable as kernels take them."""
+    for name, matrix in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
+        check_tensor(op, name, matrix)
     if not x.is_floating_point():
         raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
     if x.dim() < 1 or lora_A.dim() != 3 or lora_B.dim() != 3:
@@ -55,20 +57,24 @@ def _prepare(
     device, dtype = x.device, x.dtype
     shapes = ((T, r, n_in), (T, out, r), (*lead, out), (out, n_in), (out,), (T, r), (T, out))
     for name, t, expected in zip(_OPERANDS, (lora_A, lora_B, *optional), shapes, strict=True):
-        if t is not None and (t.shape != expected or t.dtype != dtype or t.device != device):
+        fits = t is None or (isinstance(t, Tensor) and t.shape == expected and t.dtype == dtype and t.device == device)
+        if t is not None and not fits:
             check(op, name, t, expected, x, None if autocasts(device.type) else dtype)
     if optional[2] is not None and optional[1] is None:
         raise ValueError(f"{op}: bias belongs to the frozen layer and needs weight; an adapter's own bias is bias_B")
     if activation not in _ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {_ACTIVATIONS}, got {activation!r}")
-    if trainable is not None and any(not 0 <= t < T for t in trainable):
-        raise IndexError(f"{op}: trainable must hold adapters between 0 and {T - 1}, got {list(trainable)}")
+    chosen = None if trainable is None else _numbers(op, trainable)
+    if chosen is not None and any(not 0 <= t < T for t in chosen):
+        raise IndexError(f"{op}: trainable must hold adapters between 0 and {T - 1}, got {chosen}")
     kept = wide(dtype)
     scale: Tensor | None = None
     for name, given in (("scaling", scaling), ("coeff", coeff)):
         if given is not None:
-            if given.shape != (T,) or given.device != device:
+            if not isinstance(given, Tensor) or given.shape != (T,) or given.device != device:
                 check(op, name, given, (T,), x, None)
+            if given.is_complex():
+                raise TypeError(f"{op}: {name} must be real, got {given.dtype}")
             scale = given.to(kept) if scale is None else scale * given.to(kept)
     if scale is None:
         scale = x.new_ones(T, dtype=kept)
@@ -76,11 +82,23 @@ def _prepare(
         check_integers(op, "ranks", ranks)
         check(op, "ranks", ranks, (T,), x, None)
         ranks = ranks.to(torch.int64)
-    return scale, ranks
+    return scale, ranks, chosen
+
+
+def _numbers(op: str, trainable: Any) -> list[int]:
+    """The adapters that train as plain numbers: an iterator can be read once, and in a mask True would be 1."""
+    try:
+        listed = [t if type(t) is int else t.item() if hasattr(t, "item") else t for t in trainable]
+    except TypeError:  # no sequence
+        listed = [trainable, None]
+    if any(type(t) is not int for t in listed):
+        raise TypeError(f"{op}: trainable must hold the numbers of adapters, got {trainable!r:.60}")
+    return listed
 
 
 def _flat(op: str, slices: Sequence[tuple[int, int]], r: int, out: int) -> list[int]:
     """The row ranges one after another, as the kernels take them."""
+    slices = list(slices)
     if not slices or r % len(slices):
         raise ValueError(f"{op}: slices must be as many as divide the rank {r} into equal blocks, got {len(slices)}")
     for start, stop in slices:
@@ -94,7 +112,7 @@ def _native(op: str, device_type: str, dtype: torch.dtype) -> bool:
     return libraries.has_kernel(op, device_type) and not (dtype == torch.float64 and device_type == "cuda")
 
 
-def _ids(op: str, ids: Tensor | AdapterBatch, x: Tensor, T: int) -> Tensor:
+def _ids(op: str, ids: Any, x: Tensor, T: int) -> Tensor:
     if isinstance(ids, AdapterBatch):
         if ids.num_adapters > T:  # a GPU's kernels would read beyond the factors
             raise IndexError(f"{op}: ids were checked for {ids.num_adapters} adapters, lora_A holds {T}")
@@ -107,7 +125,8 @@ def _ids(op: str, ids: Tensor | AdapterBatch, x: Tensor, T: int) -> Tensor:
         )
     if ids.device != x.device:
         raise ValueError(f"{op}: ids must be on {x.device}, as x, got {ids.device}")
-    return ids.to(torch.int64)
+    numbers: Tensor = ids.to(torch.int64)
+    return numbers
 
 
 def _run(
@@ -116,13 +135,13 @@ def _run(
     trainable: Sequence[int] | None, slices: Sequence[tuple[int, int]] | None,
 ) -> Tensor:  # fmt: skip
     """The operator `op` of one family, by its kernel or its twin."""
-    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
-    ids = None if ids is None else _ids(op, ids, x, lora_A.shape[0]).reshape(-1)
+    scale, ranks, chosen = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
+    ids = _ids(op, ids, x, lora_A.shape[0]).reshape(-1) if op == "lora_indexed" else None
     flat = None if slices is None else _flat(op, slices, lora_A.shape[1], lora_B.shape[1])
     _, weight, _, bias_A, bias_B = optional
     relu, records = activation == "relu", torch.is_grad_enabled()
     keep = records and rules.keeps(op, x.requires_grad, lora_A, lora_B, scale, weight, bias_A, bias_B, relu)
-    options = (ranks, relu, None if trainable is None else list(trainable), flat, keep)
+    options = (ranks, relu, chosen, flat, keep)
     args: Sequence[Any] = (x, ids, lora_A, lora_B, scale, *optional)
     device_type, native = x.device.type, _native(op, x.device.type, x.dtype)
     if not (native and is_eager() and PLAIN.issuperset(map(type, args)) and type(ranks) in PLAIN):
@@ -199,14 +218,14 @@ def _run_in_place(
 ) -> Tensor:  # fmt: skip
     """y += the low-rank part: by the kernel where nothing needs a gradient, else by torch's own addition."""
     optional = (None, None, None, *biases)
-    scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
-    front = () if ids is None else (_ids(op, ids, x, lora_A.shape[0]).reshape(-1),)
+    scale, ranks, chosen = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
+    front = (_ids(op, ids, x, lora_A.shape[0]).reshape(-1),) if op == "lora_indexed_" else ()
     slabs = lora_A.shape[:1] if op == "lora_all_" else ()
     check(op, "y", y, (*slabs, *x.shape[:-1], lora_B.shape[1]), x, None)
     target = _writable(op, y, x, (y, x, lora_A, lora_B, scale, *biases))
     if target is None:
         family = op.removesuffix("_")
-        return y.add_(_run(family, x, ids, lora_A, lora_B, scale, None, optional, activation, ranks, trainable, None))
+        return y.add_(_run(family, x, ids, lora_A, lora_B, scale, None, optional, activation, ranks, chosen, None))
     compiled.run_in_place(op, target, rows(x), *front, lora_A, lora_B, scale, *biases, ranks, activation == "relu")
     return y
 
@@ -274,7 +293,7 @@ def lora_indexed(
 
     Raises:
         ValueError: shapes, devices, activation or slices do not fit, or there is a bias and no weight.
-        TypeError: dtypes do not fit.
+        TypeError: dtypes do not fit, or something is no tensor, or in trainable no number.
         IndexError: an `AdapterBatch` is of more adapters, or trainable is out of range.
         RuntimeError: an id or a rank is out of range (on the CPU; a GPU's kernels do not look).
 
@@ -365,7 +384,7 @@ def lora_all(
     """
     op, optional = "lora_all", (base, weight, bias, bias_A, bias_B)
     if out is not None:
-        scale, ranks = _prepare(op, x, lora_A, lora_B, scaling, None, optional, activation, ranks, trainable)
+        scale, ranks, trainable = _prepare(op, x, lora_A, lora_B, scaling, None, optional, activation, ranks, trainable)
         check(op, "out", out, (lora_A.shape[0], *x.shape[:-1], lora_B.shape[1]), x, x.dtype)
         inputs = (x, lora_A, lora_B, scale, *optional, out)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
@@ -488,7 +507,7 @@ def lora_merge(
     if lora_B.dim() == 3 and lora_B.shape[1] != weight.shape[0]:
         raise ValueError(f"{op}: lora_B must be [T, {weight.shape[0]}, r] for this weight, got {shape(lora_B)}")
     with without_autocast(weight.device.type):  # weights are merged in their own dtype
-        scale, ranks = _prepare(op, weight, lora_A, lora_B, scaling, coeff, (None,) * 5, "none", ranks, None)
+        scale, ranks, _ = _prepare(op, weight, lora_A, lora_B, scaling, coeff, (None,) * 5, "none", ranks, None)
         serves = libraries.has_kernel(op, weight.device.type)
         merged: Tensor = run(op, serves, weight, lora_A, lora_B, scale, ranks)
         return merged

@@ -71,6 +71,8 @@ def class_sums(
     check_floating(op, "features", features, "N, D")
     check_integers(op, "labels", labels)
     check(op, "labels", labels, (features.shape[0],), features, None)
+    if isinstance(num_classes, float | str | None):
+        raise TypeError(f"{op}: num_classes must be an integer, got {num_classes!r}")
     if num_classes < 0:
         raise ValueError(f"{op}: num_classes must not be negative, got {num_classes}")
     if (sums is None) != (counts is None):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from plora_ext.cil.frozen import refuse_adapters
 from plora_ext.cil.methods.base import Method, _Adapted
 from plora_ext.cil.settings import Settings
 from plora_ext.cil.spaces import space_fingerprints
@@ -18,6 +19,10 @@ from plora_ext.nn.adapters import BASE
 
 class SimpleCIL(Method):
     """`simplecil`: the frozen backbone's class means."""
+
+    def features(self, images: View) -> Tensor:
+        refuse_adapters(self.trainer.model)  # another learner may have been given the same backbone since
+        return super().features(images)
 
     def spaces(self) -> dict[str, str]:
         return space_fingerprints(self.trainer.model, [BASE], *self.trainer.speed.context)
