@@ -257,8 +257,8 @@ int main() {
   expect(!merges(12608, 4096, 1024, 1, 0), "no rank is nothing to merge");
   expect(merges(256, 768, 768, 5, 16) && !merges(256, 4096, 4096, 5, 16), "few rows merge a small weight");
   expect(!merges(255, 768, 768, 20, 16), "from 256 on");
-  expect(merges(512, 4096, 4096, 17, 16) && !takes(plan(Family::sum, 16, 16, backward), A::merge),
-         "more than 256 ranks are always merged");
+  expect(merges(512, 4096, 4096, 17, 16) && !merges(512, 4096, 4096, 16, 16), "more than 256 ranks are always merged");
+  expect(!takes(plan(Family::sum, 16, 16, backward), A::merge), "never for backward");
   expect(merges(788, 768, 768, 5, 16, 80) && !merges(788, 768, 768, 4, 16, 80), "and more than 64 on other GPUs");
 
   const auto serves = [&](Family family, int64_t T, int64_t M, int64_t in, const auto& change) {
