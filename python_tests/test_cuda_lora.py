@@ -624,6 +624,29 @@ def test_merge(dtype: torch.dtype, n_in: int, out: int, r: int, T: int) -> None:
     check(ops.lora_merge, reference.lora_merge, args, {"coeff": coeff}, cotangent)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(
+    ("n_in", "out", "r", "T"),
+    [
+        (768, 768, 16, 10),
+        (328, 200, 8, 3),
+        (776, 1000, 48, 5),
+        (3072, 768, 64, 1),
+        (8, 1, 16, 70),
+        (200, 72, 272, 2),
+    ],
+)
+@pytest.mark.parametrize("equal", [False, True], ids=["", "equal"])
+def test_merge_of_whole_slices(dtype: torch.dtype, n_in: int, out: int, r: int, T: int, equal: bool) -> None:
+    """Of 8 or 16 n ranks that all count, by Hopper's copy engine; adapters that have the same scale are one product."""
+    (_, A, B, s), kwargs, _ = problem("lora_sum", 1, n_in, out, r, T, dtype=dtype, options="weight", grad=False)
+    if equal:
+        s = s[:1].repeat_interleave(T) * (torch.arange(T, device=DEVICE) % 9 > 3).add(1)  # runs of some adapters
+    args, cotangent = [kwargs.pop("weight"), A, B, s], torch.randn(out, n_in, device=DEVICE).to(dtype)
+    check(ops.lora_merge, reference.lora_merge, args, kwargs, cotangent)
+    assert torch.equal(ops.lora_merge(*args), ops.lora_merge(*args))
+
+
 def factors_one_by_one(
     dtype: torch.dtype, n_in: int, out: int, ranks: Sequence[int], left: int = 0
 ) -> tuple[list[Tensor], list[Tensor], list[float]]:

@@ -93,10 +93,9 @@ namespace lora_plan {
 // Above: products with the merged weight are cheaper, backward included. One adapter is kept apart for longer, since
 // the merged weight rounds away what is small beside W.
 constexpr int64_t kDenseRank = 64, kDenseAlone = 192;
-// Merging pays where nothing is kept, from this many rows on, above so many ranks; up to as many as follow the plan
-// weighs it against the fused product, or against few_rows.cu, which takes a sum so long, in seconds, and by the rank.
-constexpr int64_t kMergeRows = 256, kMergeRank = 64, kMergeWeighed = 256;
-constexpr double kFewSum = 6.5e-6, kFewSumRank = 0.13e-6;
+// Where nothing is kept the factors may be merged into the weight: on Hopper where that costs less than keeping them
+// apart, elsewhere from so many rows on and above so many ranks. Torch's product merges more ranks than kMergeOwn.
+constexpr int64_t kMergeRows = 256, kMergeRank = 64, kMergeOwn = 256;
 // Fewer rows are few tiles for the fused product. Of a deep product each takes long, and torch's shares out the depth,
 // but from kDeepAtOnce rows on one wave of them is as fast, up to a depth.
 constexpr int64_t kHopperRows = 128, kDeepRows = 1024, kDeepAtOnce = 256, kDeep = 1024, kDeepest = 4096;
@@ -128,9 +127,16 @@ constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kBlockBytes = 0.1e12, k
 constexpr double kThirds = 0.45;  // of a wave, one in thirds
 constexpr double kInLoopShare = 0.1, kInLoopWave = 0.9e-6, kGivenWave = 0.2e-6;
 constexpr double kInLoopShareBackward = 0.17, kInLoopShareApart = 0.19, kInLoopWaveBackward = 0.5e-6;
-// Of merging: seconds, a microsecond for doubt; of an element of the weight, and of 16 ranks of it. Torch's product
-// then takes longer than the fused one without ranks, of a full wave by so much.
-constexpr double kMerge = 3.8e-6, kMergeElement = 2.4e-12, kMergeSlot = 0.45e-12, kAhead = 0.4e-6;
+// Of merging: seconds, of an element of the weight, and of 16 ranks of it; then by torch. Torch's product of the merged
+// weight takes longer than the fused one without ranks, of a full wave by so much. Of h of many ranks by torch's
+// product: the launches.
+constexpr double kMerge = 2.2e-6, kMergeElement = 1.5e-12, kMergeSlot = 0.07e-12, kAhead = 1e-6;
+constexpr double kMergeTorch = 2.7e-6, kMergeTorchElement = 2.7e-12, kMergeTorchSlot = 0.027e-12, kProductH = 14e-6;
+// What a sum of few rows takes beyond the frozen product, seconds, and by the rank: few_rows_sm90.cu; few_rows.cu,
+// whose ranks take longer with rows that have many columns; of more ranks than that takes, low_rank_sm90.cu and
+// add_sm90.cu, by the column.
+constexpr double kFewFused = 0.8e-6, kFewFusedRank = 0.05e-6, kFewSum = 4.8e-6, kFewSumRank = 0.11e-6;
+constexpr double kFewSumColumn = 0.09e-12, kFewMany = 15e-6, kFewManyColumn = 1.1e-9;
 
 // How many adapters a tile's rows meet at most.
 inline int64_t adapters_of_tile(const LoraShape& s) {
@@ -235,7 +241,7 @@ inline bool adds_on_hopper(const LoraShape& s) {
   if (s.family == Family::all || !rows_on_hopper(s) || N == 0 || N % 8 != 0 || s.ld % 8 != 0) return false;
   if (N >= int64_t{1} << 25 || ceil_div(s.M, kTileRows) * ceil_div(N, kTileColumns) > INT32_MAX) return false;
   if (adapters_of_tile(s) * padded_rank(s.r) > kGivenRanks) return false;
-  return std::min(adapters_of_tile(s), s.M) > 2 || 2 * s.M * (K + 2 * N) >= kTwoKernels;
+  return std::min(adapters_of_tile(s), s.family == Family::sum ? s.T : s.M) > 2 || 2 * s.M * (K + 2 * N) >= kTwoKernels;
 }
 
 // Whether the y of all adapters are made by expand.cu from their h.
@@ -296,6 +302,27 @@ inline bool lora_grads_sm90(const LoraShape& s) {
          s.T * padded_rank(s.r) <= lora_plan::kGradRanks && s.M < INT32_MAX - 256;
 }
 
+// Whether the factors may be merged into the weight, and what that takes, beyond the product.
+inline bool may_merge(const LoraShape& s) {
+  using namespace lora_plan;
+  return s.outputs && s.family == Family::sum && s.weight && !s.relu && !s.bias && !s.keep && !s.backward && s.r > 0;
+}
+inline double merging(const LoraShape& s) {
+  using namespace lora_plan;
+  const double weight = 1.0 * s.in * s.out, slots = 1.0 * s.T * ceil_div(s.r, kSlot);
+  return s.T * s.r <= kMergeOwn ? kMerge + weight * (kMergeElement + kMergeSlot * slots)
+                                : kMergeTorch + weight * (kMergeTorchElement + kMergeTorchSlot * slots);
+}
+
+// Of a sum of few rows: the low-rank part apart.
+inline double few_rows_apart(const LoraShape& s) {
+  using namespace lora_plan;
+  const double ranks = 1.0 * s.T * s.r, columns = 1.0 * (s.in + s.out);
+  if (!few_rows(s)) return kFewMany + kFewManyColumn * columns;
+  return few_rows_fused(s) ? kFewFused + kFewFusedRank * ranks
+                           : kFewSum + ranks * (kFewSumRank + kFewSumColumn * s.M * columns);
+}
+
 inline LoraPlan plan_lora(const LoraShape& s) {
   using namespace lora_plan;
   LoraPlan plan;
@@ -306,17 +333,14 @@ inline LoraPlan plan_lora(const LoraShape& s) {
     return plan;
   };
   const LoraRanks rows = s.backward && !reads_lora_B(s) ? LoraRanks::packed : LoraRanks::rows;
-  const bool merges = s.outputs && s.family == Family::sum && s.weight && !s.relu && !s.bias && !s.keep &&
-                      !s.backward && s.M >= kMergeRows && s.r > 0;
-  const bool weighed = for_hopper(s) && s.out % 8 == 0 && s.T * s.r <= kMergeWeighed;
-  const double merging = kMerge + s.in * s.out * (kMergeElement + kMergeSlot * s.T * ceil_div(s.r, kSlot));
+  const bool weighed = for_hopper(s) && s.out % 8 == 0, merges = may_merge(s);
   const auto merge = [&] {
     return choose(LoraAlgorithm::merge, LoraRanks::within, "nothing is kept, and merging costs less than the ranks");
   };
   if (s.outputs && lora_dense(s.family, s.T, s.r, s.weight, s.relu, s.bias) && (s.keep || s.backward))
     return choose(LoraAlgorithm::dense, LoraRanks::within, "the ranks add up to more than the merged weight costs");
-  const bool beats_few = few_rows(s) && merging < kFewSum + kFewSumRank * s.T * s.r;
-  if (merges && (weighed ? beats_few : s.T * s.r > kMergeRank)) return merge();
+  if (merges && !weighed && s.M >= kMergeRows && s.T * s.r > kMergeRank) return merge();
+  if (merges && weighed && (few_rows(s) || !rows_for_fused(s)) && merging(s) < few_rows_apart(s)) return merge();
   if (few_rows(s))
     return few_rows_fused(s)
                ? choose(LoraAlgorithm::few_fused, LoraRanks::within, "few rows, with which the weight passes once")
@@ -381,13 +405,14 @@ inline LoraPlan plan_lora(const LoraShape& s) {
       s.family != Family::indexed
           ? s.T
           : std::min<double>(s.T, 1 + (kTileRows - 1.0) / std::max<int64_t>(s.rows_per_id, kTileRows / 2));
-  // Beside torch's product of the merged weight: waves that are not full, and the ranks, of whose estimates, made to be
-  // compared with each other, half is what is measured there, unless torch makes h, with nothing at the same time.
+  // Beside torch's product of the merged weight: waves that are not full, and the ranks; of those in the loop, half. A
+  // wave of thirds alone, with ranks in the loop, is as fast as that product.
   const double full = 1.0 * s.M * N / (kTileRows * kTileColumns * at_once);
   const double ranks = fits              ? loop / 2
-                       : h_by_product(s) ? read + 2 * kLaunch + full * wave * s.T * s.r / N + given * most * each
-                                         : pass + given * most * each / 2;
-  if (merges && weighed && waves >= 1 && merging < (waves - full) * wave - waves * kAhead + ranks) return merge();
+                       : h_by_product(s) ? read + kProductH + full * wave * s.T * s.r / N + given * most * each
+                                         : pass + given * most * each;
+  if (merges && weighed && (waves >= 1 || !fits) && merging(s) < (waves - full) * wave - waves * kAhead + ranks)
+    return merge();
   if (!fits && pass + given * mean * each > alone)
     return apart("a tile may meet more ranks than a second pass over y costs");
   if (!fits && !h_by_product(s) && !rows_on_hopper(s)) return apart("more rows than the fused product can number");

@@ -250,16 +250,17 @@ int main() {
   expect(merges(12608, 768, 768, 1, 64) && merges(12608, 3072, 768, 4, 16),
          "merging costs less than a pass over x where nothing is kept");
   expect(!merges(12608, 768, 768, 1, 32) && !merges(12608, 3072, 768, 2, 16), "not less than the loop");
-  expect(!merges(12608, 768, 3072, 1, 64) && !merges(12608, 4096, 4096, 1, 64), "nor of a large weight");
-  expect(merges(1576, 3072, 768, 1, 16) && !merges(3152, 3072, 768, 1, 16) && merges(12608, 4096, 1024, 1, 16),
-         "unless waves are half empty");
-  expect(!merges(256, 3072, 768, 1, 16), "a wave in thirds is not");
+  expect(!merges(12608, 768, 3072, 1, 16) && merges(12608, 768, 3072, 10, 16), "nor where waves are full");
+  expect(merges(3152, 3072, 768, 1, 16) && merges(12608, 4096, 1024, 1, 16), "but where they are not");
+  expect(!merges(197, 768, 768, 1, 16) && merges(197, 768, 768, 1, 128), "a wave in thirds is as fast as torch's");
   expect(!merges(12608, 4096, 1024, 1, 0), "no rank is nothing to merge");
-  expect(merges(256, 768, 768, 5, 16) && !merges(256, 4096, 4096, 5, 16), "few rows merge a small weight");
-  expect(!merges(255, 768, 768, 20, 16), "from 256 on");
-  expect(merges(512, 4096, 4096, 17, 16) && !merges(512, 4096, 4096, 16, 16), "more than 256 ranks are always merged");
+  expect(merges(64, 768, 768, 4, 16) && merges(1, 768, 768, 10, 16), "many ranks of a small weight for few rows, too");
+  expect(!merges(1, 768, 768, 1, 16) && !merges(64, 4096, 4096, 10, 16), "not few, nor of a large weight");
+  expect(merges(1, 768, 768, 50, 16) && !merges(64, 4096, 4096, 50, 16), "nor more ranks than few_rows.cu takes");
+  expect(merges(12608, 4096, 4096, 50, 16) && !merges(512, 4096, 4096, 50, 16), "or torch's product would merge");
   expect(!takes(plan(Family::sum, 16, 16, backward), A::merge), "never for backward");
   expect(merges(788, 768, 768, 5, 16, 80) && !merges(788, 768, 768, 4, 16, 80), "and more than 64 on other GPUs");
+  expect(!merges(255, 768, 768, 20, 16, 80), "there from 256 rows on");
 
   const auto serves = [&](Family family, int64_t T, int64_t M, int64_t in, const auto& change) {
     return plan(family, T, 16, [&](LoraShape& s) { s.M = M, s.in = in, s.rows_per_id = 1, change(s); }).few();
@@ -376,6 +377,7 @@ int main() {
     return adds(Family::indexed, 10, 16, [=](LoraShape& s) { s.M = M, s.rows_per_id = rows_per_id; });
   };
   expect(rows_add(8, 1) && !rows_add(2, 1) && !rows_add(788, 197), "or where a tile may meet more than two adapters");
+  expect(adds(Family::sum, 50, 16, [](LoraShape& s) { s.M = 1; }), "as one row of a sum does");
   expect(adds(Family::indexed, 200, 16, as_is) && !adds(Family::indexed, 200, 24, as_is), "up to 2048 ranks a tile");
   expect(plora::padded_rank(0) == 8 && plora::padded_rank(8) == 8 && plora::padded_rank(9) == 16,
          "ranks come in eights");

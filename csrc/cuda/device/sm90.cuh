@@ -177,6 +177,15 @@ __device__ inline void load_3d(const CUtensorMap* map, uint32_t barrier, uint32_
       : "memory");
 }
 
+// By the one thread that calls it.
+__device__ inline void load_4d(const CUtensorMap* map, uint32_t barrier, uint32_t to, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
 // --- warpgroup products ---------------------------------------------------------------------------------------------
 
 enum class Swizzle : uint64_t { none = 0, b128 = 1, b64 = 2, b32 = 3 };

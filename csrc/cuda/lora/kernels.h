@@ -183,6 +183,10 @@ struct LoraMerge {
 };
 void lora_merge(const LoraMerge& p, cudaStream_t stream);
 
+// The same on compute capability 9.0, in 16-bit dtypes, for rows of whole 16 bytes, 8 ranks or whole 16, all of which
+// count (merge_sm90.cu).
+void merge_sm90(const LoraMerge& p, cudaStream_t stream);
+
 // The factors of adapters side by side, filled up with zeros to rank r (lora_stack.cu). `from` is float32 or `to`.
 struct LoraStack {
   Dtype from, to;

@@ -1,9 +1,10 @@
 // lora_merge on CUDA: weight + sum_t s_t B_t A_t, summed in float32 (float64 for float64), always in the same order,
 // rounded once. A block owns a 64 x 64 tile of the weight. 16-bit dtypes multiply on the tensor cores, one adapter
-// after the other; the others as one product over the concatenated ranks.
+// after the other, on Hopper in merge_sm90.cu; the others as one product over the concatenated ranks.
 
 #include <algorithm>
 
+#include "../../common/cuda_path.h"
 #include "../device/launch.cuh"
 #include "../device/mma_smem.cuh"
 #include "../device/pair.cuh"
@@ -186,12 +187,16 @@ void lora_merge(const LoraMerge& p, cudaStream_t stream) {
     const auto typed = [](const void* t) { return static_cast<const scalar*>(t); };
     const auto T = narrow(p.r ? p.T : 0), r = narrow(p.r);
     if constexpr (sizeof(scalar) == 2) {
+      const bool vectors = p.in % 8 == 0 && p.r % 8 == 0 && aligned(p.A, p.B, p.weight, p.merged);
+#ifndef PLORA_NO_SM90
+      if (vectors && T > 0 && !p.ranks && (r == 8 || r % kRanks == 0) && on_hopper() && !mma_only())
+        return merge_sm90(p, stream);
+#endif
       const int64_t slices = T * ceil_div(r, kRanks), stages = std::min<int64_t>(ceil_div(slices, kSlices), kStages);
       const size_t shared = stages * kSlices * sizeof(Slice<scalar>);
       launch_kernel("lora_merge", &lora_merge_mma_kernel<scalar>, grid, kThreads, shared, stream, typed(p.weight),
                     typed(p.A), typed(p.B), static_cast<const float*>(p.scaling), p.ranks,
-                    static_cast<scalar*>(p.merged), p.out, p.in, T, r,
-                    p.in % 8 == 0 && p.r % 8 == 0 && aligned(p.A, p.B, p.weight, p.merged));
+                    static_cast<scalar*>(p.merged), p.out, p.in, T, r, vectors);
     } else {
       launch_kernel("lora_merge", &lora_merge_kernel<scalar, acc_type<scalar>>, grid, kThreads, 0, stream,
                     typed(p.weight), typed(p.A), typed(p.B), static_cast<const acc_type<scalar>*>(p.scaling), p.ranks,
