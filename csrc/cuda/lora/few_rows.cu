@@ -6,7 +6,7 @@
 // 8 for the frozen layer's own 34 MB. At that rate 3 MB must be on their way at any time, so every byte is asked for at
 // once, and little else waits for its turn:
 // - shrink: a block has a tile (up to 32 rows of an adapter), 16 ranks and a part of K, of which each warp loads 128
-//   elements a row in one go; the sums go to memory in float32, a slab for each part of K. Meanwhile L2 fetches `up`.
+//   elements a row in one go; the sums go to memory in float32, a slab for each part of K. Then L2 fetches `up`.
 // - expand: a block has a tile and 256 columns, or 8 or 16 rows of the tile where there are few blocks. It is launched
 //   while shrink runs, loads its first factors, waits, adds up the parts in their order, and multiplies.
 // Both find their tiles from the ids: no host waits, and no launch is spent on it. Where shrink runs beside the frozen
@@ -53,18 +53,19 @@ struct Arguments {
   bool ahead;   // L2 has space for `up`
 };
 
-// For finding a tile. Adapters have places, ascending among those met; the last is of the rows that have none.
+// For finding a tile.
 struct Choices {
-  uint32_t met[kMaxAdapters / 32];  // a bit for each adapter
-  int count[kMaxRows];              // of the rows of a place
-  int adapter[kMaxRows];            // of a place
-  int16_t place[kMaxRows];          // of a row; kNone: it is not asked for
+  uint32_t rows[kMaxRows / 32];  // a bit for each row of the adapter
+  int count[kMaxRows + 1];       // of an adapter's rows; the last of those that have none
+  int adapter, part;
 };
 
-// Tile `index` of the places' tiles one after another, by all threads.
+// A block's tile, by all threads. Of fewer adapters than rows, the first blocks have the first rows of each, and of
+// those that have none; then come the tiles beyond, of the first adapter that has any, of the next, ... Of more
+// adapters, a block has the tile that begins with its row, if one does.
 __device__ inline void find(const Rows& rows, int index, bool idle, Choices& choices, Tile& tile) {
   constexpr int kEach = kMaxRows / kThreads;
-  const int M = static_cast<int>(rows.M), thread = threadIdx.x, lane = thread % 32;
+  const int M = static_cast<int>(rows.M), T = static_cast<int>(rows.T), thread = threadIdx.x, lane = thread % 32;
   if (!rows.ids) {
     const int first = index * kTile;
     if (thread < kTile) tile.row[thread] = static_cast<int16_t>(first + thread);
@@ -72,58 +73,54 @@ __device__ inline void find(const Rows& rows, int index, bool idle, Choices& cho
     __syncthreads();
     return;
   }
-  int mine[kEach], place[kEach] = {};
+  int mine[kEach], adapter = T < M ? (index < T ? index : kNone) : choice(rows, index), part = 0;
   read_choices(rows, thread, kThreads, mine);
-  const int words = static_cast<int>(rows.T + 31) / 32;
-  for (int w = thread; w < words; w += kThreads) choices.met[w] = 0;
+  if (T < M && index > T) {
+    for (int t = thread; t <= T; t += kThreads) choices.count[t] = 0;
+    if (thread == 0) choices.adapter = kOutside, choices.part = 0;
+    __syncthreads();
 #pragma unroll
-  for (int e = 0; e < kEach; ++e) choices.count[thread + e * kThreads] = 0;
-  __syncthreads();
-#pragma unroll
-  for (int e = 0; e < kEach; ++e)
-    if (mine[e] >= 0) atomicOr(&choices.met[mine[e] / 32], 1u << mine[e] % 32);
-  __syncthreads();
-  int places = 0;
-  for (int w = 0; w < words; ++w) {
-    const uint32_t met = choices.met[w];
-    places += __popc(met);
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) {
-      const int word = mine[e] >= 0 ? mine[e] / 32 : words;
-      place[e] += w > word ? 0 : __popc(w == word ? met & ((1u << mine[e] % 32) - 1) : met);
+    for (int e = 0; e < kEach; ++e)
+      if (mine[e] != kOutside) atomicAdd(&choices.count[mine[e] >= 0 ? mine[e] : T], 1);
+    __syncthreads();
+    if (thread < 32) {
+      const int each = T / 32 + 1;
+      const auto beyond = [&](int t) { return t > T ? 0 : max((choices.count[t] - 1) / kTile, 0); };
+      int own = 0;
+      for (int t = lane * each; t < (lane + 1) * each; ++t) own += beyond(t);
+      int left = index - T - 1 - (sum_up_to(lane, own) - own), t = lane * each;
+      if (left >= 0 && left < own) {
+        for (; left >= beyond(t); ++t) left -= beyond(t);
+        choices.adapter = t < T ? t : kNone, choices.part = left + 1;
+      }
     }
+    __syncthreads();
+    adapter = choices.adapter, part = choices.part;
   }
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
-    const bool asked = mine[e] >= 0 || (idle && mine[e] == kNone);
-    choices.place[thread + e * kThreads] = static_cast<int16_t>(asked ? place[e] : kNone);
-    if (asked) atomicAdd(&choices.count[place[e]], 1), choices.adapter[place[e]] = mine[e];
+    const uint32_t hits = __ballot_sync(~0u, mine[e] == adapter && adapter != kOutside);
+    if (lane == 0) choices.rows[thread / 32 + e * kWarps] = hits;
   }
   __syncthreads();
-  if (thread < 32) {
-    places = min(places + 1, kMaxRows);
-    const auto tiles = [&](int p) { return p < places ? (choices.count[p] + kTile - 1) / kTile : 0; };
-    const int each = (places + 31) / 32;
-    int own = 0;
-    for (int p = lane * each; p < (lane + 1) * each; ++p) own += tiles(p);
-    const int before = sum_up_to(lane, own) - own;
-    const unsigned holder = __ballot_sync(~0u, before <= index && index < before + own);
-    int found = lane * each, part = index - before;
-    if (holder >> lane & 1)
-      for (; part >= tiles(found); ++found) part -= tiles(found);
-    found = __shfl_sync(~0u, found, __ffs(holder) - 1 & 31), part = __shfl_sync(~0u, part, __ffs(holder) - 1 & 31);
-    int seen = -kTile * part;
-    for (int row = lane; holder != 0 && row - lane < M; row += 32) {
-      const bool hit = choices.place[row] == found;
-      const unsigned hits = __ballot_sync(~0u, hit);
-      const int at = seen + __popc(hits & ((1u << lane) - 1));
-      if (hit && at >= 0 && at < kTile) tile.row[at] = static_cast<int16_t>(row);
-      seen += __popc(hits);
-    }
-    if (lane == 0) {
-      tile.adapter = choices.adapter[found], tile.first = part == 0;
-      tile.rows = holder != 0 ? min(choices.count[found] - kTile * part, kTile) : 0;
-    }
+  int total = 0, place[kEach] = {}, leader = 0;
+#pragma unroll
+  for (int w = 0; w < kMaxRows / 32; ++w) {
+    const uint32_t hits = choices.rows[w];
+    if (w % kWarps == thread / 32) place[w / kWarps] = total + __popc(hits & ((1u << lane) - 1));
+    if (w == index / 32) leader = total + __popc(hits & ((1u << index % 32) - 1));
+    total += __popc(hits);
+  }
+  const bool begins = T < M || leader % kTile == 0;
+  if (T >= M) part = leader / kTile;
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int at = place[e] - part * kTile;
+    if (mine[e] == adapter && at >= 0 && at < kTile) tile.row[at] = static_cast<int16_t>(thread + e * kThreads);
+  }
+  if (thread == 0) {
+    tile.adapter = adapter, tile.first = part == 0;
+    tile.rows = begins && (idle || adapter >= 0) ? max(min(total - part * kTile, kTile), 0) : 0;
   }
   __syncthreads();
 }
@@ -165,7 +162,7 @@ __device__ inline void load_pair(const scalar* down, int g, int last, int r, int
 
 // The grid: tiles, parts of K, chunks of ranks of all adapters.
 template <typename scalar, bool TRANSPOSED, bool VECTORS>
-__global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS> - 1)
     shrink_kernel(const __grid_constant__ Arguments a) {
   constexpr int V = kVector<scalar>, kPitch = kChunk + 4;
   __shared__ Choices choices;
@@ -174,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   const LowRank& p = a.p;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4, K = static_cast<int>(p.K);
   launch_successor();
-  find(p.rows, blockIdx.x, a.tiles != nullptr && a.idle, choices, tile);
+  find(p.rows, blockIdx.x, a.idle, choices, tile);
   if (a.tiles && blockIdx.y + blockIdx.z == 0 && threadIdx.x < sizeof(Tile) / 4)
     reinterpret_cast<int*>(a.tiles + blockIdx.x)[threadIdx.x] = reinterpret_cast<const int*>(&tile)[threadIdx.x];
   const int rows = tile.adapter >= 0 ? tile.rows : 0, t = tile.adapter + blockIdx.z / a.sums.chunks,
@@ -182,12 +179,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   if (rows == 0) return;
   const int limit = limit_of(p, t);
 
-  const int64_t bytes = p.N * p.rows.r * static_cast<int64_t>(sizeof(scalar));  // of `up`
-  if (a.ahead && threadIdx.x == 0 && tile.first && rank == 0) {
-    const int64_t share = (bytes / 16 + a.sums.parts - 1) / a.sums.parts * 16, begin = blockIdx.y * share;
-    const int64_t size = min(share, bytes - begin);
-    if (size > 0) prefetch_to_l2(static_cast<const char*>(p.up) + t * bytes + begin, static_cast<uint32_t>(size));
-  }
   if (rank >= limit) return;  // nobody reads what would come of it
 
   // Of a product, row g of the first operand stands for rank 2 g, row g + 8 for the one after it. Beyond the last rank
@@ -204,22 +195,33 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
       load_pair<TRANSPOSED, VECTORS>(down, g, limit - rank - 1, r, k, K, factors[v][0], factors[v][1]);
     }
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) {
+    for (int i = 0; i < kEight; i += 2) {
       if (8 * i >= rows) break;
-      const scalar* const x = static_cast<const scalar*>(p.x) + tile.row[min(8 * i + g, rows - 1)] * p.ldx;
-      Vector<scalar> own[kSteps];
+      Vector<scalar> own[2][kSteps];
 #pragma unroll
-      for (int v = 0; v < kSteps; ++v) {
-        const int k = k0 + (4 * v + q) * V;
-        own[v] = load<VECTORS>(x + k, K - k);
+      for (int b = 0; b < 2; ++b) {
+        const scalar* const x = static_cast<const scalar*>(p.x) + tile.row[min(8 * (i + b) + g, rows - 1)] * p.ldx;
+#pragma unroll
+        for (int v = 0; v < kSteps; ++v) {
+          const int k = k0 + (4 * v + q) * V;
+          own[b][v] = load<VECTORS>(x + k, K - k);
+        }
       }
 #pragma unroll
-      for (int v = 0; v < kSteps; ++v)
+      for (int b = 0; b < 2; ++b)
 #pragma unroll
-        for (int f = 0; f < V / 4; ++f)
-          multiply(acc[i], Operand<scalar>(factors[v][0].four(f)), Operand<scalar>(factors[v][1].four(f)),
-                   Operand<scalar>(own[v].four(f)));
+        for (int v = 0; v < kSteps; ++v)
+#pragma unroll
+          for (int f = 0; f < V / 4; ++f)
+            multiply(acc[i + b], Operand<scalar>(factors[v][0].four(f)), Operand<scalar>(factors[v][1].four(f)),
+                     Operand<scalar>(own[b][v].four(f)));
     }
+  }
+  const int64_t bytes = p.N * p.rows.r * static_cast<int64_t>(sizeof(scalar));  // of `up`, once `down` is here
+  if (a.ahead && threadIdx.x == 0 && tile.first && rank == 0) {
+    const int64_t share = (bytes / 16 + a.sums.parts - 1) / a.sums.parts * 16, begin = blockIdx.y * share;
+    const int64_t size = min(share, bytes - begin);
+    if (size > 0) prefetch_to_l2(static_cast<const char*>(p.up) + t * bytes + begin, static_cast<uint32_t>(size));
   }
 #pragma unroll
   for (int i = 0; i < kEight; ++i)
@@ -242,10 +244,8 @@ __device__ inline Four<scalar> load_ranks(const scalar* from, int left) {
   Four<scalar> v{};
   if (VECTORS && left > 0) v.raw = *reinterpret_cast<const typename Four<scalar>::Raw*>(from);
 #pragma unroll
-  for (int e = 0; e < 4; ++e) {
+  for (int e = 0; e < 4; ++e)
     if (!VECTORS && e < left) v[e] = from[e];
-    if (VECTORS && e >= left) v[e] = from_float<scalar>(0);
-  }
   return v;
 }
 
@@ -277,11 +277,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   // Of product i, row g of the first operand stands for column 2 i of the lane's g, row g + 8 for the one after it.
   struct Factors {
     Four<scalar> up[4][2];
+    int ranks;  // of the four that count
   };
   const auto load_up = [&](int c) {
-    const int t = tile.adapter + c / per, rank = c % per + 4 * q, ranks = limit_of(p, t) - rank;
+    const int place = adapters > 1 ? c / per : 0, t = tile.adapter + place, rank = c - place * per + 4 * q;
+    const int ranks = limit_of(p, t) - rank;
     const scalar* const up = static_cast<const scalar*>(p.up) + t * p.N * r;
     Factors f;
+    f.ranks = ranks;
     if constexpr (!TRANSPOSED) {
 #pragma unroll
       for (int i = 0; i < 8; ++i)
@@ -312,8 +315,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   };
   Factors next{};
   if (rows > 0) {
-    if (width > 0 && N > 0) next = load_up(0);
     load_y(group);
+    if (width > 0 && N > 0) next = load_up(0);
   }
   wait_for_predecessor();
   if (rows == 0) return;
@@ -342,7 +345,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
     float acc[4][4] = {};
 #pragma unroll 1
     for (int c = 0; c < width; c += kChunk) {
-      const Factors now = next;
+      Factors now = next;
+      if (VECTORS && now.ranks < 4)  // only here, as it waits for them
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (e >= now.ranks) now.up[j / 2][j % 2][e] = from_float<scalar>(0);
       if (c + kChunk < width || 8 * (i + a.groups) < rows) next = load_up(c + kChunk < width ? c + kChunk : 0);
       const Operand<scalar> own(*reinterpret_cast<const Four<scalar>*>(h + (8 * i + g) * pitch + c + 4 * q));
 #pragma unroll
@@ -362,16 +371,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar, VECTORS>)
   }
 }
 
-// How many tiles there may be of so many places, each with a row: if the other rows join those whose tiles are full.
-int64_t most_tiles(const LowRank& p, int64_t places) {
-  const int64_t M = p.rows.M;
-  if (!p.rows.ids) return ceil_div(M, kTile);
-  places = std::min(M, places);
-  return places + (M - places) / kTile;
+// How many blocks look for a tile (find).
+int64_t most_tiles(const LowRank& p) {
+  const int64_t M = p.rows.M, T = p.rows.T;
+  return !p.rows.ids ? ceil_div(M, kTile) : T < M ? T + 1 + (M - 1) / kTile : M;
 }
 
-// Their number, where shrink leaves them to expand.
-int64_t tiles_left(const LowRank& p, bool beside) { return beside && p.rows.ids ? most_tiles(p, p.rows.T + 1) : 0; }
+// Their number, where shrink leaves the tiles to expand.
+int64_t tiles_left(const LowRank& p, bool beside) { return beside && p.rows.ids ? most_tiles(p) : 0; }
 
 size_t bytes_of(const Arguments& a, bool beside) {
   return sizeof(float) * a.sums.parts * a.p.rows.M * a.sums.width + sizeof(Tile) * tiles_left(a.p, beside);
@@ -380,21 +387,21 @@ size_t bytes_of(const Arguments& a, bool beside) {
 // `memory`: bytes_of what comes of none.
 template <typename scalar>
 Arguments arguments(const LowRank& p, bool beside, void* memory = nullptr) {
-  const int64_t M = p.rows.M, T = p.rows.T, r = p.rows.r;
+  const int64_t T = p.rows.T, r = p.rows.r;
   Arguments a{p};
   FewSums& sums = a.sums;
   sums.adapters = narrow(p.rows.ids ? 1 : T), sums.chunks = narrow(ceil_div(r, kChunk));
   sums.width = sums.adapters * sums.chunks * kChunk, sums.columns = narrow(padded_rank(r));
   a.idle = p.h || p.y != p.y0 || p.ldy != p.ldy0;
   // A part of K is a unit for each warp, or more where there are more blocks than run at once.
-  const int64_t tiles = most_tiles(p, T), units = ceil_div(p.K, kWarps * kUnit<scalar>);
+  const int64_t tiles = most_tiles(p), units = ceil_div(p.K, kWarps * kUnit<scalar>);
   const int64_t blocks = tiles * sums.width / kChunk, most = 4 * multiprocessors();
   const int64_t each = std::max({units * blocks / most, ceil_div(units, kMaxParts), int64_t{1}});
   sums.parts = narrow(ceil_div(units, each));
   sums.partial = static_cast<float*>(memory);
   if (memory && tiles_left(p, beside) > 0)
-    a.tiles = reinterpret_cast<Tile*>(sums.partial + sums.parts * M * sums.width);
-  const int64_t of_y = most_tiles(p, T + 1) * std::max<int64_t>(ceil_div(p.N, kColumns), 1);
+    a.tiles = reinterpret_cast<Tile*>(sums.partial + sums.parts * p.rows.M * sums.width);
+  const int64_t of_y = tiles * std::max<int64_t>(ceil_div(p.N, kColumns), 1);
   a.groups = 2 * of_y <= multiprocessors() ? 4 : of_y <= multiprocessors() ? 2 : 1;
 
   const int64_t bytes = p.N * r * static_cast<int64_t>(sizeof(scalar));
@@ -426,7 +433,7 @@ FewSums few_rows_shrink(const LowRank& p, void* memory, bool beside, cudaStream_
     const bool vectors =
         aligned(p.x) && aligned(p.down) && p.K % V == 0 && p.ldx % V == 0 && (!transposed || p.rows.r % 2 == 0);
     const auto shrink = vectors ? &shrink_kernel<scalar, transposed, true> : &shrink_kernel<scalar, transposed, false>;
-    const dim3 grid(most_tiles(p, p.rows.T + (a.tiles != nullptr)), a.sums.parts, a.sums.width / kChunk);
+    const dim3 grid(most_tiles(p), a.sums.parts, a.sums.width / kChunk);
     share_all_memory(shrink);
     launch_kernel("few_rows", shrink, grid, kThreads, 0, stream, a);
     sums = a.sums;
@@ -443,7 +450,7 @@ void few_rows_expand(const LowRank& p, void* memory, bool beside, cudaStream_t s
     const bool vectors = aligned(p.y, p.y0, p.up) && p.N % V == 0 && p.ldy % V == 0 && p.ldy0 % V == 0 &&
                          (transposed || p.rows.r % 4 == 0);
     const auto expand = vectors ? &expand_kernel<scalar, transposed, true> : &expand_kernel<scalar, transposed, false>;
-    const int64_t tiles = most_tiles(p, p.rows.T + 1) * std::max<int64_t>(ceil_div(p.N, kColumns), 1);
+    const int64_t tiles = most_tiles(p) * std::max<int64_t>(ceil_div(p.N, kColumns), 1);
     launch_overlapped("few_rows", expand, tiles * a.groups, kThreads, kTile * padded(a.sums.width) * sizeof(scalar),
                       stream, !beside, a);
   });

@@ -21,7 +21,8 @@ __device__ inline int limit_of(const LowRank& p, int t) {
 template <typename scalar>
 __device__ inline Four<scalar> finish_ranks(const LowRank& p, const FewSums& sums, int64_t m, int adapter, int c,
                                             scalar* kept) {
-  const int per = sums.chunks * kChunk, place = c / per, first = c % per, t = adapter + place;
+  const int per = sums.chunks * kChunk, place = sums.adapters > 1 ? c / per : 0, first = c - place * per;
+  const int t = adapter + place;
   const int64_t own = (m * sums.adapters + place) * sums.columns + first;
   const int limit = adapter >= 0 ? limit_of(p, t) : 0;
   float sum[4] = {};
