@@ -116,7 +116,8 @@ __device__ inline void find(const Rows& rows, int index, bool idle, Choices& cho
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
     const int at = place[e] - part * kTile;
-    if (mine[e] == adapter && at >= 0 && at < kTile) tile.row[at] = static_cast<int16_t>(thread + e * kThreads);
+    if (mine[e] == adapter && adapter != kOutside && at >= 0 && at < kTile)
+      tile.row[at] = static_cast<int16_t>(thread + e * kThreads);
   }
   if (thread == 0) {
     tile.adapter = adapter, tile.first = part == 0;
