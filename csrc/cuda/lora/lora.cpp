@@ -93,7 +93,7 @@ Rows rows_of(const Inputs& p, int64_t rank) {
 // W + sum s B A. Of many ranks torch's own product is faster than lora_merge; like torch's own form it rounds s B, and
 // the sum before W joins it, which lora_merge does not.
 Tensor merge(const Inputs& p) {
-  if (p.dtype != ScalarType::Float && p.T * p.r > 256) {
+  if (p.dtype != ScalarType::Float && p.T * p.r > lora_plan::kMergeOwn) {
     const int64_t ranks = p.T * padded_rank(p.r);
     const Tensor A = torch::stable::view(A_of(p), {ranks, p.in});
     const Tensor up = torch::stable::transpose(torch::stable::view(B_transposed(p, true), {ranks, p.out}), 0, 1);
