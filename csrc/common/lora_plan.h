@@ -24,6 +24,7 @@ struct LoraShape {
   bool weight = true;               // with the frozen layer's product
   bool relu = false, bias = false;  // bias: bias_A or bias_B
   bool bias_A = false;
+  bool ragged = false;    // not all ranks of every adapter count
   bool backward = false;  // dx from dy, else y from x
   bool keep = false;      // backward will follow
   bool outputs = true;    // y or dx is asked for; else h or g alone
@@ -127,10 +128,11 @@ constexpr double kFlops = 650e12 / 132, kBytes = 3.5e12, kBlockBytes = 0.1e12, k
 constexpr double kThirds = 0.45;  // of a wave, one in thirds
 constexpr double kInLoopShare = 0.1, kInLoopWave = 0.9e-6, kGivenWave = 0.2e-6;
 constexpr double kInLoopShareBackward = 0.17, kInLoopShareApart = 0.19, kInLoopWaveBackward = 0.5e-6;
-// Of merging: seconds, of an element of the weight, and of 16 ranks of it; then by torch. Torch's product of the merged
-// weight takes longer than the fused one without ranks, of a full wave by so much. Of h of many ranks by torch's
-// product: the launches.
-constexpr double kMerge = 2.2e-6, kMergeElement = 1.5e-12, kMergeSlot = 0.07e-12, kAhead = 1e-6;
+// Of merging: seconds, of an element of the weight, and of 16 ranks of it; what merge_sm90.cu does not take lasts so
+// many times as long; then by torch. Torch's product of the merged weight takes longer than the fused one without
+// ranks, of a full wave by so much. Of h of many ranks by torch's product: the launches.
+constexpr double kMerge = 2.2e-6, kMergeElement = 1.5e-12, kMergeSlot = 0.07e-12, kMergeOther = 3;
+constexpr double kAhead = 1e-6;
 constexpr double kMergeTorch = 2.7e-6, kMergeTorchElement = 2.7e-12, kMergeTorchSlot = 0.027e-12, kProductH = 14e-6;
 // What a sum of few rows takes beyond the frozen product, seconds, and by the rank: few_rows_sm90.cu; few_rows.cu,
 // whose ranks take longer with rows that have many columns; of more ranks than that takes, low_rank_sm90.cu and
@@ -302,6 +304,11 @@ inline bool lora_grads_sm90(const LoraShape& s) {
          s.T * padded_rank(s.r) <= lora_plan::kGradRanks && s.M < INT32_MAX - 256;
 }
 
+// Whether merge_sm90.cu takes a weight of so many columns and adapters of this rank, where the pointers are aligned.
+inline bool merges_on_hopper(int64_t in, int64_t r, bool ragged) {
+  return in % 8 == 0 && !ragged && (r == 8 || (r > 0 && r % lora_plan::kSlot == 0));
+}
+
 // Whether the factors may be merged into the weight, and what that takes, beyond the product.
 inline bool may_merge(const LoraShape& s) {
   using namespace lora_plan;
@@ -310,7 +317,8 @@ inline bool may_merge(const LoraShape& s) {
 inline double merging(const LoraShape& s) {
   using namespace lora_plan;
   const double weight = 1.0 * s.in * s.out, slots = 1.0 * s.T * ceil_div(s.r, kSlot);
-  return s.T * s.r <= kMergeOwn ? kMerge + weight * (kMergeElement + kMergeSlot * slots)
+  const double times = merges_on_hopper(s.in, s.r, s.ragged) ? 1 : kMergeOther;
+  return s.T * s.r <= kMergeOwn ? times * (kMerge + weight * (kMergeElement + kMergeSlot * slots))
                                 : kMergeTorch + weight * (kMergeTorchElement + kMergeTorchSlot * slots);
 }
 

@@ -258,6 +258,7 @@ int main() {
   expect(!merges(1, 768, 768, 1, 16) && !merges(64, 4096, 4096, 10, 16), "not few, nor of a large weight");
   expect(merges(1, 768, 768, 50, 16) && !merges(64, 4096, 4096, 50, 16), "nor more ranks than few_rows.cu takes");
   expect(merges(12608, 4096, 4096, 50, 16) && !merges(512, 4096, 4096, 50, 16), "or torch's product would merge");
+  expect(!merges(64, 768, 768, 1, 4) && merges(64, 768, 768, 1, 16), "nor ranks that merge_sm90.cu does not take");
   expect(!takes(plan(Family::sum, 16, 16, backward), A::merge), "never for backward");
   expect(merges(788, 768, 768, 5, 16, 80) && !merges(788, 768, 768, 4, 16, 80), "and more than 64 on other GPUs");
   expect(!merges(255, 768, 768, 20, 16, 80), "there from 256 rows on");

@@ -159,6 +159,7 @@ LoraShape shape_of(const Inputs& p, const Tensor& rows, const OptTensor& other) 
   s.half = p.dtype != ScalarType::Float;
   s.weight = p.weight.has_value();
   s.relu = p.relu, s.bias = p.bias_A || p.bias_B, s.bias_A = p.bias_A.has_value();
+  s.ragged = p.ranks.has_value();
   if (p.family == Family::indexed) s.rows_per_id = p.M / p.ids->size(0);
 #ifdef PLORA_NO_SM90
   s.capability = 0;

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "../../common/cuda_path.h"
+#include "../../common/lora_plan.h"
 #include "../device/launch.cuh"
 #include "../device/mma_smem.cuh"
 #include "../device/pair.cuh"
@@ -189,7 +190,7 @@ void lora_merge(const LoraMerge& p, cudaStream_t stream) {
     if constexpr (sizeof(scalar) == 2) {
       const bool vectors = p.in % 8 == 0 && p.r % 8 == 0 && aligned(p.A, p.B, p.weight, p.merged);
 #ifndef PLORA_NO_SM90
-      if (vectors && T > 0 && !p.ranks && (r == 8 || r % kRanks == 0) && on_hopper() && !mma_only())
+      if (vectors && T > 0 && merges_on_hopper(p.in, p.r, p.ranks != nullptr) && on_hopper() && !mma_only())
         return merge_sm90(p, stream);
 #endif
       const int64_t slices = T * ceil_div(r, kRanks), stages = std::min<int64_t>(ceil_div(slices, kSlices), kStages);

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "../../common/lora_plan.h"
 #include "../device/overlap.cuh"
 #include "../device/pair.cuh"
 #include "../device/sm90.cuh"
@@ -120,8 +121,8 @@ __global__ void __launch_bounds__(kThreads) merge_sm90_kernel(const __grid_const
 }  // namespace
 
 void merge_sm90(const LoraMerge& p, cudaStream_t stream) {
-  PLORA_CHECK(p.T > 0 && (p.r == kRanks / 2 || (p.r > 0 && p.r % kRanks == 0)) && p.in % 8 == 0 && !p.ranks &&
-                  p.dtype != Dtype::float32 && aligned(p.weight, p.A, p.B, p.merged),
+  PLORA_CHECK(p.T > 0 && merges_on_hopper(p.in, p.r, p.ranks != nullptr) && p.dtype != Dtype::float32 &&
+                  aligned(p.weight, p.A, p.B, p.merged),
               "lora_merge: not what merge_sm90 takes");
   const int64_t slices = ceil_div(p.r, kRanks), ranks = std::min<int64_t>(p.r, kRanks);
   Arguments a{};
