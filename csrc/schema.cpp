@@ -13,6 +13,10 @@
 // lora_B [out, r], scaling [1], y [..., out]. Views, and arguments that are not there, would cost the host more than it
 // takes to launch the kernels.
 //
+// `lora_weighted` is `lora_sum` with scales scaling[t] times[t], of which `times` [T] is constant: the gradient of
+// scaling is that of the product times `times`. As eager code calls it, for a fusion's weights beside its adapters' own
+// scales: torch's product of the two would be a launch in front of every layer.
+//
 // `lora_stack`, on CUDA alone, is for layers whose adapters lie one by one, [r_t, in] and [out, r_t]: it makes lora_A,
 // lora_B and scaling of them in the dtype of x, with zeros beyond an adapter's own rank.
 //
@@ -34,6 +38,10 @@ STABLE_TORCH_LIBRARY(plora_ext, m) {
       "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable, int[]? slices, bool keep) "
       "-> (Tensor, Tensor)");
 
+  m.def(
+      "lora_weighted(Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? base, Tensor? weight, "
+      "Tensor? bias, Tensor? bias_A, Tensor? bias_B, Tensor? ranks, bool relu, int[]? trainable, int[]? slices, "
+      "bool keep, Tensor times) -> (Tensor, Tensor)");
   m.def(
       "lora_one(Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor weight, Tensor? bias, bool keep) "
       "-> (Tensor, Tensor)");
@@ -65,6 +73,10 @@ STABLE_TORCH_LIBRARY(plora_ext, m) {
       "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, Tensor? kept, bool relu, int[]? trainable, int needs) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  m.def(
+      "lora_weighted_backward(Tensor grad, Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? weight, "
+      "Tensor? bias_A, Tensor? bias_B, Tensor? ranks, Tensor? kept, bool relu, int[]? trainable, int needs, "
+      "Tensor times) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "lora_one_backward(Tensor grad, Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor weight, "
       "Tensor? kept, int needs) -> (Tensor, Tensor, Tensor)");

@@ -95,6 +95,7 @@ class Case:
         ids = torch.randint(-1, self.T, (groups,))
         self.front = [x, *([ids.sort().values if one_in(3) else ids] if self.family == "indexed" else []), A, B]
         self.front.append(torch.rand(self.T) + 0.5)
+        self.times = torch.rand(self.T) + 0.5 if self.family == "sum" and one_in(2) else None
         self.base = self.of(self.M, self.out) if one_in(3) else None
         self.weight = self.of(self.out, self.n_in) if not one_in(3) else None
         self.bias = self.of(self.out) if self.weight is not None and one_in(2) else None
@@ -125,10 +126,12 @@ def check(case: Case, calls: Callable[[], list[str]]) -> list[str]:
     """Runs all operators of a case beside the CPU's; returns the kernels that were called."""
     host, cpu, name, c = torch.ops.plora_host, torch.ops.plora_ext, f"lora_{case.family}", case
     options = (c.base, c.weight, c.bias, c.bias_A, c.bias_B, c.ranks, c.relu)
+    weighted, times = ("lora_weighted", [c.times]) if c.times is not None else (name, [])
+    scaled = [*c.front[:-1], c.front[-1] if c.times is None else c.front[-1] * c.times]
     seen: list[str] = []
 
-    y, kept = getattr(host, name)(*c.front, *options, None, c.slices, c.keep)
-    expected, _ = getattr(cpu, name)(*c.front, *options, None, None, False)
+    y, kept = getattr(host, weighted)(*c.front, *options, None, c.slices, c.keep, *times)
+    expected, _ = getattr(cpu, name)(*scaled, *options, None, None, False)
     seen += calls()
     close(y, expected, c.dtype, f"y of {c}")
     if c.family == "all":
@@ -146,17 +149,22 @@ def check(case: Case, calls: Callable[[], list[str]]) -> list[str]:
 
     if not c.relu or c.dtype == torch.float32:  # else roundings decide where the gradient is cut
         back = [c.weight, c.bias_A, c.bias_B, c.ranks]
-        grads = getattr(host, f"{name}_backward")(
-            g := c.of(*y.shape), *c.front, *back, kept if c.keep and c.kept else None, c.relu, c.trainable, c.needs
+        kept_or_not = kept if c.keep and c.kept else None
+        grads = getattr(host, f"{weighted}_backward")(
+            g := c.of(*y.shape), *c.front, *back, kept_or_not, c.relu, c.trainable, c.needs, *times
         )
         seen += calls()
 
         def wide(t: Any) -> Any:
             return t.float() if isinstance(t, Tensor) and t.is_floating_point() else t
 
-        expected_grads = getattr(cpu, f"{name}_backward")(
-            wide(g), *map(wide, c.front), *map(wide, back), None, c.relu, c.trainable, c.needs
+        expected_grads = list(
+            getattr(cpu, f"{name}_backward")(
+                wide(g), *map(wide, scaled), *map(wide, back), None, c.relu, c.trainable, c.needs
+            )
         )
+        if times and expected_grads[3].numel():
+            expected_grads[3] *= c.times
         for grad, expected, of in zip(grads, expected_grads, NEEDS, strict=True):
             close(grad, expected, c.dtype, f"gradient of {of} of {c}", 2 if of == "scaling" else 1)  # it cancels
     return seen
@@ -180,6 +188,34 @@ def test_random_calls(
         "lora_grads_sm90", "dense_grads",
     }  # fmt: skip
     assert seen & {"all", "all*"}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("trainable", [None, [1], [0, 2]], ids=str)
+@pytest.mark.parametrize(("T", "r"), [(5, 16), (5, 64), (3, 8)])  # by lora_merge, by torch's product, not merged
+def test_weighted_scales_of_a_sum(
+    T: int, r: int, trainable: list[int] | None, host: ctypes.CDLL, calls: Callable[[], list[str]]
+) -> None:
+    """As of their products: forward, and each gradient with and without what forward kept."""
+    n_in, out, operators, dtype = 16, 48, torch.ops.plora_host, torch.bfloat16
+    host.capture(0)
+    x, A, B, W = (0.3 * torch.randn(sizes) for sizes in ((600, n_in), (T, r, n_in), (T, out, r), (out, n_in)))
+    x, A, B, W, s, times = x.to(dtype), A.to(dtype), B.to(dtype), W.to(dtype), torch.rand(T) + 0.5, torch.rand(T) + 0.5
+    grad, rest = torch.randn(600, out).to(dtype), (None, W, *[None] * 4, False, trainable, None)
+    for keep in (False, True):
+        calls()
+        y, kept = operators.lora_weighted(x, A, B, s, *rest, keep, times)
+        assert ("merge_weighted" in calls()) == (T * r == 80)
+        expected, other = operators.lora_sum(x, A, B, s * times, *rest, keep)
+        assert torch.equal(y, expected) and torch.equal(kept, other)
+        for needs in (1, 2, 4, 8, 15):
+            args = (W, None, None, None, kept if keep else None, False, trainable, needs)
+            found = operators.lora_weighted_backward(grad, x, A, B, s, *args, times)
+            wanted = operators.lora_sum_backward(grad, x, A, B, s * times, *args)
+            for i in range(3):
+                assert torch.equal(found[i], wanted[i]), (needs, i)
+            torch.testing.assert_close(found[3], wanted[3] * times if needs & 8 else wanted[3])
+    calls()
 
 
 @pytest.mark.usefixtures("poisoned")

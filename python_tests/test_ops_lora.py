@@ -268,6 +268,53 @@ def test_opcheck(family: str, options: str) -> None:
 
 
 @native
+@pytest.mark.parametrize("options", ["", "weight bias", "base weight bias bias_A bias_B relu ranks"])
+@pytest.mark.parametrize("r", [4, 24])
+def test_weighted_scales(options: str, r: int, device: torch.device) -> None:
+    """`lora_weighted` is `lora_sum` of the products; the scales that are not constant get gradients."""
+    (x, A, B, s), kwargs, cotangent = problem("lora_sum", r=r, device=device, options=options)
+    weights = torch.rand_like(s) + 0.5
+    leaves = [x, A, B, weights.requires_grad_()]
+    y = ops.lora_sum(x, A, B, s.detach(), coeff=weights, **kwargs)
+    assert y.grad_fn is not None and y.grad_fn.name() == "LowRankBackward"
+    expected = ops.lora_sum(x, A, B, s.detach() * weights, **kwargs)
+    found, wanted = (torch.autograd.grad(t, leaves, cotangent, retain_graph=True) for t in (y, expected))
+    for a, b in zip((y, *found), (expected, *wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    again, wanted = (torch.autograd.grad(t, weights, cotangent, create_graph=True)[0] for t in (y, expected))
+    torch.testing.assert_close(again, wanted, rtol=1e-4, atol=1e-4)
+    if options != "base weight bias bias_A bias_B relu ranks":
+        second, expected = (torch.autograd.grad(t.square().sum(), [x, A]) for t in (again, wanted))
+        torch.testing.assert_close(second, expected, rtol=1e-3, atol=1e-3)
+
+
+@native
+def test_weighted_scales_are_watched() -> None:
+    (x, A, B, s), kwargs, cotangent = problem("lora_sum", options="weight", grad=False)
+    y = ops.lora_sum(x, A, B, s, coeff=torch.rand_like(s).requires_grad_(), **kwargs)
+    s.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(cotangent)
+
+
+@native
+@pytest.mark.parametrize("options", ["", "base weight bias bias_A bias_B relu ranks"])
+def test_opcheck_of_weighted_scales(options: str) -> None:
+    args, kwargs, cotangent = problem("lora_sum", options=options, grad=False)
+    given, times = native_args("lora_sum", args, kwargs), torch.rand_like(args[-1])
+    opcheck(torch.ops.plora_ext.lora_weighted.default, [*given, times])
+    factors, (_, weight, _, bias_A, bias_B, ranks, relu, *_) = given[:4], given[4:]
+    backward = torch.ops.plora_ext.lora_weighted_backward.default
+    opcheck(backward, [cotangent, *factors, weight, bias_A, bias_B, ranks, None, relu, None, 0b001011, times])
+    for wrong, expected in (
+        (times[1:], r"times must have the shape \[3\], got \[2\]"),
+        (times.double(), "times must be Float"),
+    ):
+        with pytest.raises(RuntimeError, match=f"lora_weighted: {expected}"):
+            torch.ops.plora_ext.lora_weighted(*given, wrong)
+
+
+@native
 @pytest.mark.parametrize("lead", [(), (2,)], ids=str)
 @pytest.mark.parametrize("needs", [0, 5, 7])
 def test_opcheck_of_one_adapter(lead: tuple[int, ...], needs: int) -> None:

@@ -13,11 +13,17 @@ namespace plora {
 // The bits of `needs`: which gradients the backward operators are asked for.
 constexpr int64_t kNeedX = 1, kNeedA = 2, kNeedB = 4, kNeedScaling = 8, kNeedBiasA = 16, kNeedBiasB = 32;
 
+inline Tensor multiply(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  check_call(torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION), "aten::mul");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 struct Inputs {
   const char* op;
   Family family;
   Tensor x, lora_A, lora_B, scaling;
-  OptTensor ids, weight, bias, bias_A, bias_B, ranks;
+  OptTensor ids, weight, bias, bias_A, bias_B, ranks, times;  // times: what the scales are multiplied with
   bool relu;
   ScalarType dtype;  // of x
   int64_t M, T, r, in, out;
@@ -64,6 +70,22 @@ struct Inputs {
     bias_B = compact(bias_B_), ranks = compact(ranks_);
   }
 
+  Inputs weighted(const Tensor& by) const {
+    check_shape(op, "times", by, {T}, x);
+    check_dtype(op, "times", by, wide(dtype));
+    Inputs p = *this;
+    p.times = compact(by);
+    return p;
+  }
+
+  // The same with the product as scaling.
+  Inputs folded() const {
+    Inputs p = *this;
+    p.scaling = multiply(scaling, *times);
+    p.times.reset();
+    return p;
+  }
+
   // A tensor of the shape of the output: y of the in-place forms, grad, base.
   void check_output(const char* name, const Tensor& t, bool per_adapter) const {
     if (per_adapter)
@@ -79,21 +101,19 @@ struct Gradients {
   OptTensor x, lora_A, lora_B, scaling, bias_A, bias_B;
 };
 
+// `backward(p)` where the scales are products, by one that does not know of it.
+template <typename F>
+Gradients through_product(const Inputs& p, const F& backward) {
+  Gradients g = backward(p.folded());
+  if (g.scaling) g.scaling = multiply(*g.scaling, *p.times);
+  return g;
+}
+
 // x weight^T + bias, by torch.
 inline Tensor linear(const Tensor& x, const Tensor& weight, const OptTensor& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
   check_call(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION), "aten::linear");
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// W + sum s B A.
-inline Tensor merged(const Inputs& p) {
-  std::array<StableIValue, 5> stack{torch::stable::detail::from(*p.weight),
-                                    torch::stable::detail::from(with_sizes(p.lora_A, {p.T, p.r, p.in})),
-                                    torch::stable::detail::from(with_sizes(p.lora_B, {p.T, p.out, p.r})),
-                                    torch::stable::detail::from(p.scaling), torch::stable::detail::from(p.ranks)};
-  check_call(torch_call_dispatcher("plora_ext::lora_merge", "", stack.data(), TORCH_ABI_VERSION), "lora_merge");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -115,7 +135,7 @@ class NoGrad {
   bool before_;
 };
 
-// The twelve operators of a device, as csrc/schema.cpp declares them. Device says how they are computed:
+// The fourteen operators of a device, as csrc/schema.cpp declares them. Device says how they are computed:
 //   forward(Inputs, base, slices, keep) -> (y, kept)     in_place(Inputs, y)     all_out(Inputs, base, y)
 //   backward(Inputs, grad, kept, trainable, needs) -> Gradients
 template <typename Device>
@@ -137,6 +157,14 @@ struct LoraOperators {
                   const OptTensor& ranks, bool relu, const OptInts&, const OptInts& slices, bool keep) {
     return forward({"lora_sum", Family::sum, x, {}, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu}, base,
                    slices, keep);
+  }
+
+  static Pair weighted(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling, const OptTensor& base,
+                       const OptTensor& weight, const OptTensor& bias, const OptTensor& bias_A, const OptTensor& bias_B,
+                       const OptTensor& ranks, bool relu, const OptInts&, const OptInts& slices, bool keep,
+                       const Tensor& times) {
+    const Inputs p{"lora_weighted", Family::sum, x, {}, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu};
+    return forward(p.weighted(times), base, slices, keep);
   }
 
   static Pair one(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& scaling, const Tensor& weight,
@@ -202,6 +230,15 @@ struct LoraOperators {
                     grad, kept, trainable, needs);
   }
 
+  static Six weighted_backward(const Tensor& grad, const Tensor& x, const Tensor& A, const Tensor& B,
+                               const Tensor& scaling, const OptTensor& weight, const OptTensor& bias_A,
+                               const OptTensor& bias_B, const OptTensor& ranks, const OptTensor& kept, bool relu,
+                               const OptInts& trainable, int64_t needs, const Tensor& times) {
+    const Inputs p{
+        "lora_weighted_backward", Family::sum, x, {}, A, B, scaling, weight, {}, bias_A, bias_B, ranks, relu};
+    return backward(p.weighted(times), grad, kept, trainable, needs);
+  }
+
   static Three one_backward(const Tensor& grad, const Tensor& x, const Tensor& A, const Tensor& B,
                             const Tensor& scaling, const Tensor& weight, const OptTensor& kept, int64_t needs) {
     const Inputs p = inputs_of_one("lora_sum_backward", x, A, B, scaling, weight, {});
@@ -223,6 +260,7 @@ struct LoraOperators {
     m.impl("lora_indexed", TORCH_BOX(&LoraOperators::indexed));
     m.impl("lora_sum", TORCH_BOX(&LoraOperators::sum));
     m.impl("lora_all", TORCH_BOX(&LoraOperators::all));
+    m.impl("lora_weighted", TORCH_BOX(&LoraOperators::weighted));
     m.impl("lora_one", TORCH_BOX(&LoraOperators::one));
     m.impl("lora_indexed_", TORCH_BOX(&LoraOperators::indexed_));
     m.impl("lora_sum_", TORCH_BOX(&LoraOperators::sum_));
@@ -231,6 +269,7 @@ struct LoraOperators {
     m.impl("lora_indexed_backward", TORCH_BOX(&LoraOperators::indexed_backward));
     m.impl("lora_sum_backward", TORCH_BOX(&LoraOperators::sum_backward));
     m.impl("lora_all_backward", TORCH_BOX(&LoraOperators::all_backward));
+    m.impl("lora_weighted_backward", TORCH_BOX(&LoraOperators::weighted_backward));
     m.impl("lora_one_backward", TORCH_BOX(&LoraOperators::one_backward));
   }
 

@@ -80,4 +80,14 @@ inline bool merges(const Inputs& p) {
          p.M * (p.in + p.out) > p.in * p.out && wide(p.dtype) == p.dtype;
 }
 
+// That weight.
+inline Tensor merged(const Inputs& p) {
+  std::array<StableIValue, 5> stack{torch::stable::detail::from(*p.weight),
+                                    torch::stable::detail::from(with_sizes(p.lora_A, {p.T, p.r, p.in})),
+                                    torch::stable::detail::from(with_sizes(p.lora_B, {p.T, p.out, p.r})),
+                                    torch::stable::detail::from(p.scaling), torch::stable::detail::from(p.ranks)};
+  check_call(torch_call_dispatcher("plora_ext::lora_merge", "", stack.data(), TORCH_ABI_VERSION), "lora_merge");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 }  // namespace plora::cpu

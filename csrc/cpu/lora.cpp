@@ -230,6 +230,7 @@ OptTensor torch_product(const Inputs& p, bool own) {
 
 struct Cpu {
   static std::tuple<Tensor, Tensor> forward(const Inputs& p, const OptTensor& base, const OptInts&, bool) {
+    if (p.times) return forward(p.folded(), base, {}, false);
     const bool own = p.weight && own_frozen_product(p), slabs = p.family == Family::all;
     const OptTensor layer = torch_product(p, own);
     if (layer && merges(p) && !base) return {*layer, none_like(p.x)};
@@ -256,7 +257,8 @@ struct Cpu {
 
   static Gradients backward(const Inputs& p, const Tensor& dy, const OptTensor&, const OptInts& trainable,
                             int64_t needs) {
-    return lora_gradients(p, dy, trainable, needs);
+    const auto found = [&](const Inputs& q) { return lora_gradients(q, dy, trainable, needs); };
+    return p.times ? through_product(p, found) : found(p);
   }
 };
 

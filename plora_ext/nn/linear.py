@@ -416,11 +416,9 @@ class MultiLoRALinear(nn.Module):
         if (dtype := autocast_dtype(kind)) is not None:
             x = cast(x, dtype)
         lora_A, lora_B, scaling, ranks, slices = self.beside(x, names, trained)
-        if coefficients is not None:
-            with below():
-                scaling = scaling * coefficients.to(scaling)
+        times = None if coefficients is None else coefficients.to(scaling)
         some = trained if len(trained) < len(names) else None
-        return run_beside(x, lora_A, lora_B, scaling, weight, bias, ranks, slices, ids, some)
+        return run_beside(x, lora_A, lora_B, scaling, weight, bias, ranks, slices, ids, some, times)
 
     def beside(self, x: Tensor, names: tuple[str, ...], trained: Sequence[int] = ()) -> Operands:
         """`operands` in the dtype of x, for eager code, in which autograd sees no more than what trains."""

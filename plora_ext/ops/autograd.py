@@ -54,7 +54,7 @@ def call(
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """An operator on x and base [..., n] with factors [T, ...]: y [..., n] and what it keeps.
 
-    ids: of `lora_indexed`, else None. options: ranks, relu, trainable, slices, keep.
+    ids: of `lora_indexed`, else None. options: ranks, relu, trainable, slices, keep; of `lora_weighted` times, too.
     """
     flat = x
     if x.dim() != 2:
@@ -67,7 +67,7 @@ def call(
 def _gradients(
     family: str, options: Sequence[Any], needs: Sequence[bool], again: bool, grad: Tensor, x: Tensor,
     ids: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Tensor | None, bias_A: Tensor | None,
-    bias_B: Tensor | None, kept: Tensor,
+    bias_B: Tensor | None, kept: Tensor, *times: Tensor,
 ) -> list[Any]:  # fmt: skip
     """Of x, ids, lora_A, lora_B, scaling, base, weight, bias, bias_A and bias_B, as far as needed; all in rows."""
     X, _, A, B, s, base, W, bias, a, b = needs
@@ -76,14 +76,17 @@ def _gradients(
         ranks, relu, trainable, _, _ = options
         front = (x,) if ids is None else (x, ids)
         if again:
-            factors = lora_A, lora_B, scaling, None, weight, None, bias_A, bias_B
+            family, scale = ("lora_sum", scaling * times[0]) if times else (family, scaling)
+            factors = lora_A, lora_B, scale, None, weight, None, bias_A, bias_B
             args = [*front, *factors, ranks, relu, trainable, None, False]
             asks = [X, *[False] * (len(front) - 1), A, B, s, False, False, False, a, b, *[False] * 5]
             dx, *_, dA, dB, ds, _, _, _, da, db, _, _, _, _, _ = twins.gradients(family, args, asks, grad)
+            ds = ds * times[0] if times and s else ds
         else:
             dx, dA, dB, ds, da, db = op[family + "_backward"](
-                grad, *front, lora_A, lora_B, scaling, weight, bias_A, bias_B, ranks, kept, relu, trainable, bits
-            )
+                grad, *front, lora_A, lora_B, scaling, weight, bias_A, bias_B, ranks, kept, relu, trainable, bits,
+                *times,
+            )  # fmt: skip
     total = grad.sum(0) if family == "lora_all" and (base or W or bias) else grad
     return [
         dx if X else None, None, dA if A else None, dB if B else None, ds if s else None, total if base else None,
@@ -107,20 +110,20 @@ class LowRank(torch.autograd.Function):
             y, kept = call(
                 eager_op[family], options, x, ids, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B
             )
-        ctx.save_for_backward(x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept)
-        ctx.family, ctx.options = family, options
+        ctx.save_for_backward(x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept, *options[5:])
+        ctx.family, ctx.options = family, options[:5]
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # hooks may compute them anew, with autograd
-        x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept = saved
+        x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept, *times = saved
         again = _is_differentiated_again(grad)
         with without_autocast(grad.device.type) if again else below():
             flat, of_rows = (x, grad) if x.dim() == 2 else (rows(x), rows_of_grad(grad, x))
             found = _gradients(
                 ctx.family, ctx.options, ctx.needs_input_grad[2:], again, of_rows, flat, ids, lora_A, lora_B, scaling,
-                weight, bias_A, bias_B, kept,
+                weight, bias_A, bias_B, kept, *times,
             )  # fmt: skip
             if flat is not x:
                 for i in (0, 5):

@@ -12,9 +12,10 @@ from plora_ext.torch_private import in_c
 
 LORA = ("lora_indexed", "lora_sum", "lora_all")
 PROTOTYPES = ("reconstruct_prototypes", "complete_prototypes", "subspace_logits")
-_BACKWARD = tuple(f"{name}_backward" for name in (*LORA, "lora_one", "reconstruct_prototypes", "complete_prototypes"))
+_EAGER = ("lora_weighted", "lora_one")
+_BACKWARD = tuple(f"{name}_backward" for name in (*LORA, *_EAGER, "reconstruct_prototypes", "complete_prototypes"))
 _IN_PLACE = (*(f"{name}_" for name in LORA), "class_sums_")
-_NAMES = (*LORA, "lora_one", "lora_stack", *PROTOTYPES, "lora_merge", "class_sums", *_BACKWARD, *_IN_PLACE)
+_NAMES = (*LORA, *_EAGER, "lora_stack", *PROTOTYPES, "lora_merge", "class_sums", *_BACKWARD, *_IN_PLACE)
 
 op: dict[str, Any] = {}
 """Every compiled operator, looked up once."""

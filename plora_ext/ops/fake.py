@@ -17,7 +17,7 @@ def lora(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """Of y and of what is kept."""
 
     def fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        lora_A, lora_B, _, _, weight, _, bias_A, bias_B, _, relu, _, _, keep = rest[name == "lora_indexed" :]
+        lora_A, lora_B, _, _, weight, _, bias_A, bias_B, _, relu, _, _, keep, *_ = rest[name == "lora_indexed" :]
         (T, r, _), M, out = lora_A.shape, x.shape[0], lora_B.shape[1]
         y = x.new_empty((T, M, out) if name == "lora_all" else (M, out))
         if not keep or x.device.type == "cpu":
@@ -31,7 +31,7 @@ def lora(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def _lora_backward(name: str) -> Callable[..., tuple[Tensor, ...]]:
     def fake(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        lora_A, lora_B, scaling, _, bias_A, bias_B, *_, needs = rest[name == "lora_indexed" :]
+        lora_A, lora_B, scaling, _, bias_A, bias_B, _, _, _, _, needs, *_ = rest[name == "lora_indexed" :]
         return tuple(
             torch.empty(t.shape, dtype=t.dtype, device=t.device)
             if t is not None and needs >> bit & 1
@@ -77,6 +77,8 @@ def register() -> None:
         "class_sums": _class_sums,
         "class_sums_": nothing,
         "lora_all_out": nothing,
+        "lora_weighted": lora("lora_sum"),
+        "lora_weighted_backward": _lora_backward("lora_sum"),
         "lora_one": _one,
         "lora_one_backward": _one_backward,
         "lora_stack": _stack,

@@ -42,8 +42,8 @@ _Optional = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Te
 def _prepare(
     op: str, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor | None, coeff: Tensor | None,
     optional: _Optional, activation: str, ranks: Tensor | None, trainable: Sequence[int] | None,
-) -> tuple[Tensor, Tensor | None, list[int] | None]:  # fmt: skip
-    """Checks what all low-rank operators share; returns the scale c_t s_t, ranks and trainable as kernels take them."""
+) -> tuple[list[Tensor], Tensor | None, list[int] | None]:  # fmt: skip
+    """Checks what all low-rank operators share; returns the scales s, c, ranks and trainable as kernels take them."""
     for name, matrix in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
         check_tensor(op, name, matrix)
     if not x.is_floating_point():
@@ -68,21 +68,23 @@ def _prepare(
     if chosen is not None and any(not 0 <= t < T for t in chosen):
         raise IndexError(f"{op}: trainable must hold adapters between 0 and {T - 1}, got {chosen}")
     kept = wide(dtype)
-    scale: Tensor | None = None
+    scales = []
     for name, given in (("scaling", scaling), ("coeff", coeff)):
         if given is not None:
             if not isinstance(given, Tensor) or given.shape != (T,) or given.device != device:
                 check(op, name, given, (T,), x, None)
             if given.is_complex():
                 raise TypeError(f"{op}: {name} must be real, got {given.dtype}")
-            scale = given.to(kept) if scale is None else scale * given.to(kept)
-    if scale is None:
-        scale = x.new_ones(T, dtype=kept)
+            scales.append(given.to(kept))
     if ranks is not None:
         check_integers(op, "ranks", ranks)
         check(op, "ranks", ranks, (T,), x, None)
         ranks = ranks.to(torch.int64)
-    return scale, ranks, chosen
+    return scales or [x.new_ones(T, dtype=kept)], ranks, chosen
+
+
+def _product(scales: Sequence[Tensor]) -> Tensor:
+    return scales[0] if len(scales) == 1 else scales[0] * scales[1]
 
 
 def _numbers(op: str, trainable: Any) -> list[int]:
@@ -135,16 +137,22 @@ def _run(
     trainable: Sequence[int] | None, slices: Sequence[tuple[int, int]] | None,
 ) -> Tensor:  # fmt: skip
     """The operator `op` of one family, by its kernel or its twin."""
-    scale, ranks, chosen = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
+    scales, ranks, chosen = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
     ids = _ids(op, ids, x, lora_A.shape[0]).reshape(-1) if op == "lora_indexed" else None
     flat = None if slices is None else _flat(op, slices, lora_A.shape[1], lora_B.shape[1])
+    device_type, native = x.device.type, _native(op, x.device.type, x.dtype)
+    types = map(type, (x, ids, lora_A, lora_B, *scales, *optional, ranks))
+    plain = native and is_eager() and PLAIN.issuperset(types)
+    times: tuple[Tensor, ...] = ()
+    if plain and len(scales) == 2 and not scales[0].requires_grad:  # the kernels multiply them
+        times = (scales.pop(0),)
+    scale, family = _product(scales), "lora_weighted" if times else op
     _, weight, _, bias_A, bias_B = optional
     relu, records = activation == "relu", torch.is_grad_enabled()
     keep = records and rules.keeps(op, x.requires_grad, lora_A, lora_B, scale, weight, bias_A, bias_B, relu)
-    options = (ranks, relu, chosen, flat, keep)
+    options = (ranks, relu, chosen, flat, keep, *times)
     args: Sequence[Any] = (x, ids, lora_A, lora_B, scale, *optional)
-    device_type, native = x.device.type, _native(op, x.device.type, x.dtype)
-    if not (native and is_eager() and PLAIN.issuperset(map(type, args)) and type(ranks) in PLAIN):
+    if not plain:
         if native and not needs_twin(*args):
             if torch.jit.is_tracing():  # one graph, whether or not it will record gradients
                 options = (*options[:-1], False)
@@ -154,20 +162,21 @@ def _run(
         dtype = dtype_of(op, device_type)
         args = tuple(a if a is scale else cast(a, dtype) for a in args)
     if records and any_requires_grad(*args):
-        y: Tensor = LowRank.apply(op, options, *args)
+        y: Tensor = LowRank.apply(family, options, *args)
         return y
     with below():
-        return call(compiled.eager_op[op], options, *args)[0]
+        return call(compiled.eager_op[family], options, *args)[0]
 
 
 def run_beside(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, weight: Any, bias: Any, ranks: Tensor | None = None,
     slices: Sequence[tuple[int, int]] | None = None, ids: Tensor | None = None,
-    trainable: Sequence[int] | None = None,
+    trainable: Sequence[int] | None = None, times: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """`lora_sum`, or with ids `lora_indexed`, beside a frozen layer, with few looks at its arguments.
 
-    Of one adapter the factors are [r, in] and [out, r], of several they are `stacked`, in the dtype of x.
+    Of one adapter the factors are [r, in] and [out, r], of several they are `stacked`, in the dtype of x. times: what
+    the scales of a sum are multiplied with, which gets no gradient.
 
     None where this is not eager code on plain tensors of one device and, autocast's casts made, one dtype (but for
     float32 factors beside an x of 16 bits, which are narrowed), or the widths do not fit, or the layer trains: that is
@@ -195,15 +204,17 @@ def run_beside(
             keep = asks if asks != up and rules.dense("lora_sum", 1, lora_A.size(0), True) else up
             y: Tensor = OneAdapter.apply(x, lora_A, lora_B, (scaling, weight, bias, keep))
             return y
-        family = "lora_sum" if ids is None else "lora_indexed"
+        op = "lora_sum" if ids is None else "lora_indexed"
+        family, others = (op, ()) if times is None else ("lora_weighted", (times,))
         flat = None if slices is None else list(chain(*slices))
         args = ids, lora_A, lora_B, scaling, None, weight, bias
         if records and (asks or up or lora_A.requires_grad):
-            keep = rules.keeps(family, asks, lora_A, lora_B, scaling, weight, None, None, False)
-            y = LowRank.apply(family, (ranks, False, trainable, flat, keep), x, *args, None, None)
+            keep = rules.keeps(op, asks, lora_A, lora_B, scaling, weight, None, None, False)
+            y = LowRank.apply(family, (ranks, False, trainable, flat, keep, *others), x, *args, None, None)
             return y
         with below():
-            return call(compiled.eager_op[family], (ranks, False, None, flat, False), x, *args, None, None)[0]
+            options = (ranks, False, None, flat, False, *others)
+            return call(compiled.eager_op[family], options, x, *args, None, None)[0]
     except RuntimeError:  # of the kernel, which sees more than could be asked here for the same price
         dtypes = {x.dtype, narrow(lora_A, x.dtype).dtype, narrow(lora_B, x.dtype).dtype, weight.dtype}
         if len(dtypes) == 1 and scaling.dtype == wide(x.dtype) and x.shape[-1:] == lora_A.shape[-1:]:
@@ -218,7 +229,8 @@ def _run_in_place(
 ) -> Tensor:  # fmt: skip
     """y += the low-rank part: by the kernel where nothing needs a gradient, else by torch's own addition."""
     optional = (None, None, None, *biases)
-    scale, ranks, chosen = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
+    scales, ranks, chosen = _prepare(op, x, lora_A, lora_B, scaling, coeff, optional, activation, ranks, trainable)
+    scale = _product(scales)
     front = (_ids(op, ids, x, lora_A.shape[0]).reshape(-1),) if op == "lora_indexed_" else ()
     slabs = lora_A.shape[:1] if op == "lora_all_" else ()
     check(op, "y", y, (*slabs, *x.shape[:-1], lora_B.shape[1]), x, None)
@@ -384,7 +396,9 @@ def lora_all(
     """
     op, optional = "lora_all", (base, weight, bias, bias_A, bias_B)
     if out is not None:
-        scale, ranks, trainable = _prepare(op, x, lora_A, lora_B, scaling, None, optional, activation, ranks, trainable)
+        (scale,), ranks, trainable = _prepare(
+            op, x, lora_A, lora_B, scaling, None, optional, activation, ranks, trainable
+        )
         check(op, "out", out, (lora_A.shape[0], *x.shape[:-1], lora_B.shape[1]), x, x.dtype)
         inputs = (x, lora_A, lora_B, scale, *optional, out)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
@@ -507,7 +521,7 @@ def lora_merge(
     if lora_B.dim() == 3 and lora_B.shape[1] != weight.shape[0]:
         raise ValueError(f"{op}: lora_B must be [T, {weight.shape[0]}, r] for this weight, got {shape(lora_B)}")
     with without_autocast(weight.device.type):  # weights are merged in their own dtype
-        scale, ranks, _ = _prepare(op, weight, lora_A, lora_B, scaling, coeff, (None,) * 5, "none", ranks, None)
+        scales, ranks, _ = _prepare(op, weight, lora_A, lora_B, scaling, coeff, (None,) * 5, "none", ranks, None)
         serves = libraries.has_kernel(op, weight.device.type)
-        merged: Tensor = run(op, serves, weight, lora_A, lora_B, scale, ranks)
+        merged: Tensor = run(op, serves, weight, lora_A, lora_B, _product(scales), ranks)
         return merged

@@ -154,31 +154,33 @@ void lora_grads_sm90(const LoraGrads& p, bool overlap, cudaStream_t stream);
 // their memory must have been allocated before its own: from what it gives back they would be written too early.
 void few_rows_grads(const LoraGrads& p, bool overlap, cudaStream_t stream);
 
-// Likewise of a sum, by way of the merged weight's gradient dW: from U[t] = B[t]^T dW and V[t] = A[t] dW^T
+// Likewise of a sum, by way of the merged weight's gradient dW: from U[t] = B[t]^T dW and V[t] = dW A[t]^T
 // (dense_grads.cu).
-//   dA[t] = s_t U[t]     dB[t] = s_t V[t]^T     dscaling[t] = the sum of the products of U[t] and A[t]
+//   dA[t] = s_t U[t]     dB[t] = s_t V[t]     dscaling[t] = times[t] the sum of the products of V[t] and B[t]
 struct DenseGrads {
   Dtype dtype;
   int64_t T, r, padded_r, in, out;
-  const float* scaling;           // [T]
+  const float *scaling, *times;   // [T], s is their product; times: or null, ones
   std::vector<int64_t> adapters;  // those whose factors ask, ascending; the others' entries are written as 0
-  // U and A [n, padded_r, in], V [n, padded_r, out], whose padding is 0: V of the adapters from the first to the last
-  // that asks; U of those too, or of all with dscaling, which alone needs A
-  const void *U = nullptr, *V = nullptr, *A = nullptr;
+  // U [n, padded_r, in], V [out, n, padded_r] and B [T, out, padded_r], whose padding is 0: U of the adapters from the
+  // first to the last that asks; V of those too, or of all with dscaling, which alone needs B
+  const void *U = nullptr, *V = nullptr, *B = nullptr;
+  int64_t width_V = 0;                // n padded_r
   void *dA = nullptr, *dB = nullptr;  // [T, r, in], [T, out, r]
   float* dscaling = nullptr;          // [T, dense_parts], to be added up
 };
 void dense_grads(const DenseGrads& p, cudaStream_t stream);
 
 // In how many parts an adapter's dscaling is summed: no block has more than 2^17 products.
-inline int64_t dense_parts(int64_t padded_r, int64_t in) { return std::max<int64_t>(padded_r * in >> 16, 1); }
+inline int64_t dense_parts(int64_t padded_r, int64_t out) { return std::max<int64_t>(padded_r * out >> 16, 1); }
 
 // weight + sum over t of s_t B_t A_t, of ranks below ranks[t] where that is given (lora_merge.cu).
 struct LoraMerge {
   Dtype dtype;
   int64_t out, in, T, r;
-  const void *weight, *A, *B, *scaling;  // [out, in], [T, r, in], [T, out, r], [T] of float32, or of float64 with it
-  const int64_t* ranks;                  // [T] or null
+  const void *weight, *A, *B;   // [out, in], [T, r, in], [T, out, r]
+  const void *scaling, *times;  // s is their product; [T] of float32, or of float64 with it; times: or null, ones
+  const int64_t* ranks;         // [T] or null
   void* merged;
 };
 void lora_merge(const LoraMerge& p, cudaStream_t stream);

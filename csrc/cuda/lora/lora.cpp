@@ -12,6 +12,7 @@
 #include "../device/device.h"
 #include "../device/fork.h"
 #include "../tensors.h"
+#include "factors.h"
 #include "kernels.h"
 
 namespace plora::cuda {
@@ -94,12 +95,14 @@ Rows rows_of(const Inputs& p, int64_t rank) {
 // the sum before W joins it, which lora_merge does not.
 Tensor merge(const Inputs& p) {
   if (p.dtype != ScalarType::Float && p.T * p.r > lora_plan::kMergeOwn) {
+    if (p.times) return merge(p.folded());
     const int64_t ranks = p.T * padded_rank(p.r);
     const Tensor A = torch::stable::view(A_of(p), {ranks, p.in});
     const Tensor up = torch::stable::transpose(torch::stable::view(B_transposed(p, true), {ranks, p.out}), 0, 1);
     return plus(*p.weight, torch::stable::matmul(up, A));
   }
-  return merged(p);
+  return merged_weight(*p.weight, with_sizes(p.lora_A, {p.T, p.r, p.in}), with_sizes(p.lora_B, {p.T, p.out, p.r}),
+                       p.scaling, p.ranks, p.times);
 }
 
 // Of h and g.
@@ -468,12 +471,14 @@ Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& ke
     some.T = count;
     some.lora_A = part(p.lora_A, 0, first, count), some.lora_B = part(p.lora_B, 0, first, count);
     some.scaling = part(p.scaling, 0, first, count);
+    if (p.times) some.times = part(*p.times, 0, first, count);
     if (p.ranks) some.ranks = part(*p.ranks, 0, first, count);
   }
 
   // few that follow each other: their own ranks cost less than dW
   if (!(needs & kNeedScaling) && count == static_cast<int64_t>(asks.size()) && count * p.r <= lora_plan::kDenseRank) {
     some.weight.reset();
+    if (some.times) some = some.folded();
     Sizes every(count);
     std::iota(every.begin(), every.end(), 0);
     const Gradients g = low_rank_gradients(some, dy, {}, every, needs & ~kNeedX);
@@ -489,29 +494,30 @@ Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& ke
     return result;
   }
 
-  const int64_t rank = padded_rank(p.r), parts = dense_parts(rank, p.in);
+  const int64_t rank = padded_rank(p.r), parts = dense_parts(rank, p.out);
   const Tensor dW = torch::stable::matmul(torch::stable::transpose(dy, 0, 1), p.x);
   const Inputs& most = needs & kNeedScaling ? p : some;
   DenseGrads q{};
   q.dtype = dtype_of(p.op, p.dtype);
   q.T = p.T, q.r = p.r, q.padded_r = rank, q.in = p.in, q.out = p.out;
-  q.scaling = data<float>(p.scaling);
-  OptTensor U, V, A, sums;
+  q.scaling = data<float>(p.scaling), q.times = p.times ? data<float>(*p.times) : nullptr;
+  OptTensor U, V, B, sums;
   if (needs & (kNeedA | kNeedB)) q.adapters = asks;
-  if (needs & (kNeedB | kNeedScaling)) A = A_of(most);
-  if (needs & (kNeedA | kNeedScaling)) {
-    const Tensor B = most.T == 1 ? torch::stable::transpose(torch::stable::view(B_of(most), {p.out, rank}), 0, 1)
-                                 : torch::stable::view(B_transposed(most), {most.T * rank, p.out});
-    U = torch::stable::matmul(B, dW);
+  if (needs & kNeedScaling) B = B_of(p);
+  if (needs & kNeedA) {
+    const Tensor rows = some.T == 1 ? torch::stable::transpose(torch::stable::view(B_of(some), {p.out, rank}), 0, 1)
+                                    : torch::stable::view(B_transposed(some), {some.T * rank, p.out});
+    U = torch::stable::matmul(rows, dW);
   }
-  if (needs & kNeedB) {
-    const Tensor asking = most.T > count ? part(*A, 0, first, count) : *A;
-    V = torch::stable::matmul(torch::stable::view(asking, {count * rank, p.in}), torch::stable::transpose(dW, 0, 1));
+  if (needs & (kNeedB | kNeedScaling)) {
+    const Tensor A = torch::stable::view(A_of(most), {most.T * rank, p.in});
+    V = torch::stable::matmul(dW, torch::stable::transpose(A, 0, 1));
+    q.width_V = most.T * rank;
   }
   if (needs & kNeedA) result.lora_A = allocate(p.lora_A, p.lora_A.sizes());
   if (needs & kNeedB) result.lora_B = allocate(p.lora_B, p.lora_B.sizes());
   if (needs & kNeedScaling) sums = allocate(p.scaling, parts == 1 ? Sizes{p.T} : Sizes{p.T, parts});
-  q.U = pointer(U), q.V = pointer(V), q.A = pointer(A);
+  q.U = pointer(U), q.V = pointer(V), q.B = pointer(B);
   q.dA = out_pointer(result.lora_A), q.dB = out_pointer(result.lora_B);
   q.dscaling = static_cast<float*>(out_pointer(sums));
   dense_grads(q, stream_of(p.x));
@@ -548,6 +554,7 @@ struct Cuda {
       const Tensor merged = merge(p);
       return {plus(linear(p.x, merged, p.bias), base), keep ? merged : none_like(p.x)};
     }
+    if (p.times) return forward(p.folded(), base, given_slices, keep);
     OptTensor h;
     if (keep) h = new_ranks(p);
     Tensor y;
@@ -606,7 +613,10 @@ struct Cuda {
       if (needs & kNeedX) g.x = frozen_dx(p, dy);
       compute = 0;
     } else {
-      g = dense(p) ? dense_gradients(p, dy, kept, asks, compute) : low_rank_gradients(p, dy, kept, asks, compute);
+      const auto found = [&](const Inputs& q) {
+        return dense(p) ? dense_gradients(q, dy, kept, asks, compute) : low_rank_gradients(q, dy, kept, asks, compute);
+      };
+      g = p.times && !dense(p) ? through_product(p, found) : found(p);
     }
     const auto zeros = [&](int64_t bit, OptTensor& t, const OptTensor& like) {
       if (needs & ~compute & bit) t = torch::stable::new_zeros(*like, like->sizes());

@@ -16,12 +16,17 @@ namespace {
 
 constexpr int kTile = 64, kRanks = 16, kThreads = 256, kEach = 4;
 
+template <typename acc>
+__device__ acc scale_of(const acc* scaling, const acc* times, int t) {
+  return times ? scaling[t] * times[t] : scaling[t];
+}
+
 // A thread has 4 x 4 of the tile.
 template <typename scalar, typename acc>
 __global__ void __launch_bounds__(kThreads)
     lora_merge_kernel(const scalar* __restrict__ weight, const scalar* __restrict__ A, const scalar* __restrict__ B,
-                      const acc* __restrict__ scaling, const int64_t* __restrict__ ranks, scalar* __restrict__ merged,
-                      int64_t out, int64_t in, int T, int r) {
+                      const acc* __restrict__ scaling, const acc* __restrict__ times, const int64_t* __restrict__ ranks,
+                      scalar* __restrict__ merged, int64_t out, int64_t in, int T, int r) {
   __shared__ acc tile_B[kRanks][kTile + 1], tile_A[kRanks][kTile];
   const int64_t columns = (in + kTile - 1) / kTile;
   const int64_t row = blockIdx.x / columns * kTile, column = blockIdx.x % columns * kTile;
@@ -38,7 +43,8 @@ __global__ void __launch_bounds__(kThreads)
       const int rank = first + i % kRanks, t = rank / r, j = rank % r;
       const int64_t o = row + i / kRanks;
       const bool real = rank < T * r && o < out && (!ranks || j < ranks[t]);
-      tile_B[i % kRanks][i / kRanks] = real ? scaling[t] * static_cast<acc>(B[(t * out + o) * r + j]) : acc(0);
+      tile_B[i % kRanks][i / kRanks] =
+          real ? scale_of(scaling, times, t) * static_cast<acc>(B[(t * out + o) * r + j]) : acc(0);
     }
 #pragma unroll 1
     for (int i = threadIdx.x; i < kRanks * kTile; i += kThreads) {
@@ -79,8 +85,9 @@ static_assert(kStages * kSlices * sizeof(Slice<__half>) <= 101376, "what a block
 template <typename scalar>
 __global__ void __launch_bounds__(kThreads)
     lora_merge_mma_kernel(const scalar* __restrict__ weight, const scalar* __restrict__ A, const scalar* __restrict__ B,
-                          const float* __restrict__ scaling, const int64_t* __restrict__ ranks,
-                          scalar* __restrict__ merged, int64_t out, int64_t in, int T, int r, bool fast) {
+                          const float* __restrict__ scaling, const float* __restrict__ times,
+                          const int64_t* __restrict__ ranks, scalar* __restrict__ merged, int64_t out, int64_t in,
+                          int T, int r, bool fast) {
   using Step = smem::Step<scalar>;
   extern __shared__ __align__(16) unsigned char memory[];
   auto* const stages = reinterpret_cast<Slice<scalar>(*)[kSlices]>(memory);
@@ -152,7 +159,7 @@ __global__ void __launch_bounds__(kThreads)
       const int slice = stage * kSlices + s;
       if (slice >= slices) break;
       const Slice<scalar>& from = stages[stage % kStages][s];
-      const float scale = scaling[slice / per_adapter];
+      const float scale = scale_of(scaling, times, slice / per_adapter);
       typename Step::Left left;
       typename Step::Right right[2];
       left.load(from.B + warp_row * kLdB, kLdB);
@@ -196,12 +203,13 @@ void lora_merge(const LoraMerge& p, cudaStream_t stream) {
       const int64_t slices = T * ceil_div(r, kRanks), stages = std::min<int64_t>(ceil_div(slices, kSlices), kStages);
       const size_t shared = stages * kSlices * sizeof(Slice<scalar>);
       launch_kernel("lora_merge", &lora_merge_mma_kernel<scalar>, grid, kThreads, shared, stream, typed(p.weight),
-                    typed(p.A), typed(p.B), static_cast<const float*>(p.scaling), p.ranks,
-                    static_cast<scalar*>(p.merged), p.out, p.in, T, r, vectors);
+                    typed(p.A), typed(p.B), static_cast<const float*>(p.scaling), static_cast<const float*>(p.times),
+                    p.ranks, static_cast<scalar*>(p.merged), p.out, p.in, T, r, vectors);
     } else {
-      launch_kernel("lora_merge", &lora_merge_kernel<scalar, acc_type<scalar>>, grid, kThreads, 0, stream,
-                    typed(p.weight), typed(p.A), typed(p.B), static_cast<const acc_type<scalar>*>(p.scaling), p.ranks,
-                    static_cast<scalar*>(p.merged), p.out, p.in, T, r);
+      using acc = acc_type<scalar>;
+      launch_kernel("lora_merge", &lora_merge_kernel<scalar, acc>, grid, kThreads, 0, stream, typed(p.weight),
+                    typed(p.A), typed(p.B), static_cast<const acc*>(p.scaling), static_cast<const acc*>(p.times),
+                    p.ranks, static_cast<scalar*>(p.merged), p.out, p.in, T, r);
     }
   });
 }

@@ -27,13 +27,14 @@ constexpr uint32_t kBytesTile = kTile * 128,
 // A stage has so many adapters, and so many of each one's slices: all, or in `parts` stages a part of them.
 struct Arguments {
   CUtensorMap weight, A, B, merged;
-  const float* scaling;
+  const float *scaling, *times;
   int T, columns;  // of tiles
   int adapters, slices, parts;
   int steps, stages;  // in all, and in shared memory
 };
 
-template <typename scalar>
+// IN_FLIGHT: products at a time, where there are registers for more than one.
+template <typename scalar, int IN_FLIGHT>
 __global__ void __launch_bounds__(kThreads) merge_sm90_kernel(const __grid_constant__ Arguments a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t dynamic[];  // the weight's tile, stages of B and A, barriers
@@ -68,30 +69,50 @@ __global__ void __launch_bounds__(kThreads) merge_sm90_kernel(const __grid_const
 
   constexpr uint64_t kLayoutA = sm90::operand_layout(sm90::Swizzle::b128, 0, 1024);
   constexpr uint64_t kLayoutB = sm90::operand_layout(sm90::Swizzle::b32, 0, 256);
-  float sum[kTile / 2] = {}, product[kTile / 2];
+  float sum[kTile / 2] = {}, product[IN_FLIGHT][kTile / 2];
 #pragma unroll 1
   for (int i = 0; i < a.steps; ++i) {
     const int t = i / a.parts * a.adapters, count = min(a.adapters, a.T - t);
-    const float scale = lane < count ? a.scaling[t + lane] : 0.f, next = __shfl_down_sync(~0u, scale, 1);
+    float scale = lane < count ? a.scaling[t + lane] : 0.f;
+    if (a.times && lane < count) scale *= a.times[t + lane];
+    const float next = __shfl_down_sync(~0u, scale, 1);
     uint32_t lasts = __ballot_sync(~0u, lane < count && (lane == count - 1 || scale != next));  // with one scale
     sm90::barrier_wait(barriers + 8 * (i % a.stages), i / a.stages % 2);
     const uint32_t at = memory + i % a.stages * bytes;
     const uint64_t A = sm90::operand(kLayoutA, at + (1 + group) * factor), B = sm90::operand(kLayoutB, at);
-#pragma unroll 1
-    for (int slice = 0; lasts != 0; lasts &= lasts - 1) {
+    int slice = 0;
+    const auto start = [&](float (&to)[kTile / 2]) {  // the product of the next that have one scale, which comes back
       const int last = __ffs(lasts) - 1, end = (last + 1) * a.slices;
-      sm90::hold(product);
+      sm90::hold(to);
       sm90::wgmma_fence();
 #pragma unroll 1
       for (bool add = false; slice < end; ++slice, add = true)
-        sm90::wgmma<kTile, scalar, 1>(product, B + slice * (kBytesSlice >> 4), A + slice * (kBytesSlice >> 4), add);
+        sm90::wgmma<kTile, scalar, 1>(to, B + slice * (kBytesSlice >> 4), A + slice * (kBytesSlice >> 4), add);
       sm90::wgmma_commit();
-      sm90::hold(product);
-      sm90::wgmma_wait<0>();
-      sm90::hold(product);
-      const float s = __shfl_sync(~0u, scale, last);
+      sm90::hold(to);
+      lasts &= lasts - 1;
+      return __shfl_sync(~0u, scale, last);
+    };
+    const auto add = [&](float s, float (&from)[kTile / 2]) {
+      sm90::hold(from);
 #pragma unroll
-      for (int n = 0; n < kTile / 2; ++n) sum[n] += s * product[n];
+      for (int n = 0; n < kTile / 2; ++n) sum[n] += s * from[n];
+    };
+    if constexpr (IN_FLIGHT == 2) {
+#pragma unroll 1
+      while ((lasts & (lasts - 1)) != 0) {
+        const float first = start(product[0]), second = start(product[1]);
+        sm90::wgmma_wait<1>();
+        add(first, product[0]);
+        sm90::wgmma_wait<0>();
+        add(second, product[1]);
+      }
+    }
+#pragma unroll 1
+    while (lasts != 0) {
+      const float s = start(product[0]);
+      sm90::wgmma_wait<0>();
+      add(s, product[0]);
     }
     if (i + a.stages < a.steps) {
       __syncthreads();
@@ -126,7 +147,7 @@ void merge_sm90(const LoraMerge& p, cudaStream_t stream) {
               "lora_merge: not what merge_sm90 takes");
   const int64_t slices = ceil_div(p.r, kRanks), ranks = std::min<int64_t>(p.r, kRanks);
   Arguments a{};
-  a.scaling = static_cast<const float*>(p.scaling);
+  a.scaling = static_cast<const float*>(p.scaling), a.times = static_cast<const float*>(p.times);
   a.T = narrow(p.T), a.columns = narrow(ceil_div(p.in, kGroups * kTile));
   a.parts = narrow(ceil_div(slices, kMaxSlices)), a.slices = narrow(ceil_div(slices, a.parts));
   a.adapters = narrow(ceil_div(p.T, ceil_div(p.T, kMaxSlices / a.slices)));
@@ -144,7 +165,9 @@ void merge_sm90(const LoraMerge& p, cudaStream_t stream) {
   const size_t shared =
       kGroups * kBytesTile + (1 + kGroups) * a.stages * a.adapters * a.slices * kBytesSlice + 8 * (kMaxStages + 1);
   dispatch<2>("lora_merge", p.dtype, [&](auto tag) {
-    launch_overlapped("lora_merge", &merge_sm90_kernel<decltype(tag)>, blocks, kThreads, shared, stream, true, a);
+    using scalar = decltype(tag);
+    const auto kernel = a.stages > 1 ? &merge_sm90_kernel<scalar, 2> : &merge_sm90_kernel<scalar, 1>;
+    launch_overlapped("lora_merge", kernel, blocks, kThreads, shared, stream, true, a);
   });
 }
 

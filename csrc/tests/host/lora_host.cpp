@@ -393,24 +393,39 @@ void lora_grads_sm90(const LoraGrads& p, bool overlap, cudaStream_t) {
 
 void dense_grads(const DenseGrads& p, cudaStream_t) {
   g_calls += " dense_grads";
-  const int64_t first = p.adapters.empty() ? 0 : p.adapters.front(), first_U = p.dscaling ? 0 : first;
+  const int64_t first = p.adapters.empty() ? 0 : p.adapters.front(), first_V = p.dscaling ? 0 : first;
   for (int64_t t = 0; t < p.T; ++t) {
     const bool asks = std::find(p.adapters.begin(), p.adapters.end(), t) != p.adapters.end();
-    const auto U = [&](int64_t i) { return get(p.dtype, p.U, (t - first_U) * p.padded_r * p.in + i); };
+    const float times = p.times ? p.times[t] : 1, scale = p.scaling[t] * times;
+    const auto V = [&](int64_t o, int64_t j) {
+      return get(p.dtype, p.V, o * p.width_V + (t - first_V) * p.padded_r + j);
+    };
     for (int64_t i = 0; p.dA && i < p.r * p.in; ++i)
-      put(p.dtype, p.dA, t * p.r * p.in + i, asks ? p.scaling[t] * U(i) : 0);
+      put(p.dtype, p.dA, t * p.r * p.in + i, asks ? scale * get(p.dtype, p.U, (t - first) * p.padded_r * p.in + i) : 0);
     for (int64_t o = 0; p.dB && o < p.out; ++o)
-      for (int64_t j = 0; j < p.r; ++j)
-        put(p.dtype, p.dB, (t * p.out + o) * p.r + j,
-            asks ? p.scaling[t] * get(p.dtype, p.V, ((t - first) * p.padded_r + j) * p.out + o) : 0);
-    const int64_t parts = dense_parts(p.padded_r, p.in);
+      for (int64_t j = 0; j < p.r; ++j) put(p.dtype, p.dB, (t * p.out + o) * p.r + j, asks ? scale * V(o, j) : 0);
+    const int64_t parts = dense_parts(p.padded_r, p.out);
     for (int64_t part = 0; p.dscaling && part < parts; ++part) p.dscaling[t * parts + part] = 0;
-    for (int64_t i = 0; p.dscaling && i < p.padded_r * p.in; ++i)
-      p.dscaling[t * parts] += static_cast<float>(U(i) * get(p.dtype, p.A, t * p.padded_r * p.in + i));
+    double sum = 0;
+    for (int64_t o = 0; p.dscaling && o < p.out; ++o)
+      for (int64_t j = 0; j < p.padded_r; ++j) sum += V(o, j) * get(p.dtype, p.B, (t * p.out + o) * p.padded_r + j);
+    if (p.dscaling) p.dscaling[t * parts] = times * static_cast<float>(sum);
   }
 }
 
-void lora_merge(const LoraMerge&, cudaStream_t) { fail("lora_merge is the CPU's here"); }
+void lora_merge(const LoraMerge& p, cudaStream_t) {
+  g_calls += p.times ? " merge_weighted" : " merge";
+  const auto number = [](const void* of, int64_t t) { return of ? static_cast<const float*>(of)[t] : 1.f; };
+  for (int64_t o = 0; o < p.out; ++o)
+    for (int64_t i = 0; i < p.in; ++i) {
+      double sum = get(p.dtype, p.weight, o * p.in + i);
+      for (int64_t t = 0; t < p.T; ++t)
+        for (int64_t j = 0; j < (p.ranks ? std::clamp<int64_t>(p.ranks[t], 0, p.r) : p.r); ++j)
+          sum += number(p.scaling, t) * number(p.times, t) * get(p.dtype, p.B, (t * p.out + o) * p.r + j) *
+                 get(p.dtype, p.A, (t * p.r + j) * p.in + i);
+      put(p.dtype, p.merged, o * p.in + i, sum);
+    }
+}
 
 void lora_stack(const LoraStack& p, const std::vector<OneOfStack>& adapters, cudaStream_t) {
   g_calls += "stack ";
