@@ -318,6 +318,10 @@ def measure(
                 line.setdefault("note", "not captured")
         except Exception as error:
             line["note"] = fault(error)
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:  # nothing else would run in this process either
+                raise RuntimeError(f"{case.name}: {name} broke the GPU's context: {line['note']}") from error
 
     for name, form in (case.forms | more(case)).items():
         add(name, form)

@@ -35,7 +35,8 @@ Tensor merged_weight(const Tensor& weight_, const Tensor& A_, const Tensor& B_, 
 
 namespace {
 
-Tensor merge_alone(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scaling, const OptTensor& ranks) {
+Tensor merge_alone(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& scaling,
+                   const OptTensor& ranks) {
   return merged_weight(weight, A, B, scaling, ranks, {});
 }
 
