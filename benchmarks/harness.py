@@ -317,11 +317,7 @@ def measure(
             if not captured:
                 line.setdefault("note", "not captured")
         except Exception as error:
-            line["note"] = fault(error)
-            try:
-                torch.cuda.synchronize()
-            except RuntimeError:  # nothing else would run in this process either
-                raise RuntimeError(f"{case.name}: {name} broke the GPU's context: {line['note']}") from error
+            line["note"] = fault(error, f"{case.name}: {name}")
 
     for name, form in (case.forms | more(case)).items():
         add(name, form)

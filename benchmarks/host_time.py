@@ -96,7 +96,7 @@ def forms(x: Tensor, width: int, r: int, compiled: bool) -> tuple[dict[str, Form
                 torch.testing.assert_close(actual, plain(x), rtol=0.05, atol=0.05)
             found[name] = forward, leaves
         except Exception as error:
-            missing[name] = fault(error)
+            missing[name] = fault(error, name)
     return found, missing
 
 

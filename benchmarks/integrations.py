@@ -115,7 +115,7 @@ def measure(case: Case, device: torch.device, seconds: float, until: float) -> N
             first = found if first is None else first
             results[form.name], times[form.name] = compare(first, found), []
         except Exception as error:
-            case.lines.append({"form": form.name, "note": f"failed: {fault(error)}"})
+            case.lines.append({"form": form.name, "note": f"failed: {fault(error, f'{case.name}: {form.name}')}"})
     forms, start = [form for form in case.forms if form.name in times], time.perf_counter()
     for count in range(200 if forms else 0):
         now = time.perf_counter()
@@ -587,7 +587,7 @@ def main() -> None:
                     for line in case.lines:
                         print("   ", line["form"], *figures(line), line["note"], sep=" | ", flush=True)
         except Exception as error:  # the other rows are worth having
-            skip(f"{row}: failed: {fault(error, 300)}")
+            skip(f"{row}: failed: {fault(error, row, 300)}")
             traceback.print_exc()
 
 

@@ -145,9 +145,19 @@ def in_turn(
     return found
 
 
-def fault(error: Exception, length: int = 150) -> str:
-    """The first line of an error, for a table."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:length]
+def fault(error: Exception, of: str, length: int = 150) -> str:
+    """The first line of the error of a form, for a table.
+
+    Raises:
+        RuntimeError: with the form's name, where the GPU serves this process no more.
+    """
+    line = f"{type(error).__name__}: {error}".strip().splitlines()[0][:length]
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            raise RuntimeError(f"{of} broke the GPU's context: {line}") from error
+    return line
 
 
 def synchronize(device: torch.device) -> None:
@@ -175,7 +185,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[Line]:
             if name in case.alike:
                 lines[name].error = float((got.float() - expected.float()).norm() / expected.float().norm())
         except Exception as error:
-            lines[name].note = fault(error, 120)
+            lines[name].note = fault(error, f"{case.name}: {name}", 120)
     sound = {name: form for name, form in case.forms.items() if not lines[name].note}
     times = in_turn({name: partial(timed, form, device) for name, form in sound.items()}, rounds)
     ours = next(iter(times.values()))

@@ -110,6 +110,21 @@ def test_every_public_operator_is_listed() -> None:
     assert set(bench.OPERATORS) == set(ops.__all__) - others
 
 
+def test_a_form_that_breaks_the_gpu_ends_the_measurement_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All after it would fail as well, and the last of them would be blamed."""
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    case = bench.Case("few rows", {"ours": lambda: torch.ones(1), "a rival": lambda: torch.ones(1, 2) @ torch.ones(1)})
+    with pytest.raises(RuntimeError, match=r"^few rows: a rival broke the GPU's context: RuntimeError: "):
+        bench.measure(case, torch.device("cpu"), 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert bench.measure(case, torch.device("cpu"), 1)[1].note.startswith("RuntimeError: ")
+
+
 def test_forms_take_turns() -> None:
     order: list[str] = []
     calls = {name: partial(order.append, name) for name in "abc"}
