@@ -33,7 +33,7 @@ struct Arguments {
   int steps, stages;  // in all, and in shared memory
 };
 
-// IN_FLIGHT: products at a time, where there are registers for more than one.
+// IN_FLIGHT: products on their way at a time. With two, two blocks share a multiprocessor, with one three.
 template <typename scalar, int IN_FLIGHT>
 __global__ void __launch_bounds__(kThreads) merge_sm90_kernel(const __grid_constant__ Arguments a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
