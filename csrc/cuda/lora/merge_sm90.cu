@@ -33,7 +33,7 @@ struct Arguments {
   int steps, stages;  // in all, and in shared memory
 };
 
-// IN_FLIGHT: products on their way at a time. With two, two blocks share a multiprocessor, with one three.
+// IN_FLIGHT: products on their way at a time; with two, there are registers for two blocks of a multiprocessor.
 template <typename scalar, int IN_FLIGHT>
 __global__ void __launch_bounds__(kThreads) merge_sm90_kernel(const __grid_constant__ Arguments a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -153,7 +153,7 @@ void merge_sm90(const LoraMerge& p, cudaStream_t stream) {
   a.adapters = narrow(ceil_div(p.T, ceil_div(p.T, kMaxSlices / a.slices)));
   a.steps = narrow(ceil_div(p.T, a.adapters) * a.parts);
   const int64_t blocks = ceil_div(p.out, kTile) * a.columns;
-  // With one stage four blocks share a multiprocessor, and none begins after the others.
+  // With one stage three blocks share a multiprocessor, so that fewer begin after the others.
   a.stages = std::min(a.steps, blocks > 2 * multiprocessors() ? 1 : kMaxStages);
   // Of eight ranks, and where a part has slices that the adapter has not, what lies outside is zero.
   describe_tensor<2>(a.weight, p.dtype, p.weight, {p.in, p.out}, {p.in}, {64, kTile}, k128);
