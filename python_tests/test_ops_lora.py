@@ -289,6 +289,13 @@ def test_weighted_scales(options: str, r: int, device: torch.device) -> None:
 
 
 @native
+def test_errors_of_weighted_scales_name_what_was_called() -> None:
+    (x, A, B, s), kwargs, _ = problem("lora_sum", options="weight", grad=False)
+    with pytest.raises(RuntimeError, match=r"^lora_sum: ranks\[0\] must be between 0 and"):
+        ops.lora_sum(x, A, B, s, coeff=torch.ones_like(s), ranks=torch.full_like(s, 99, dtype=torch.int64), **kwargs)
+
+
+@native
 def test_weighted_scales_are_watched() -> None:
     (x, A, B, s), kwargs, cotangent = problem("lora_sum", options="weight", grad=False)
     y = ops.lora_sum(x, A, B, s, coeff=torch.rand_like(s).requires_grad_(), **kwargs)
@@ -310,7 +317,7 @@ def test_opcheck_of_weighted_scales(options: str) -> None:
         (times[1:], r"times must have the shape \[3\], got \[2\]"),
         (times.double(), "times must be Float"),
     ):
-        with pytest.raises(RuntimeError, match=f"lora_weighted: {expected}"):
+        with pytest.raises(RuntimeError, match=f"lora_sum: {expected}"):
             torch.ops.plora_ext.lora_weighted(*given, wrong)
 
 

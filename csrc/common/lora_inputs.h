@@ -163,7 +163,7 @@ struct LoraOperators {
                        const OptTensor& weight, const OptTensor& bias, const OptTensor& bias_A, const OptTensor& bias_B,
                        const OptTensor& ranks, bool relu, const OptInts&, const OptInts& slices, bool keep,
                        const Tensor& times) {
-    const Inputs p{"lora_weighted", Family::sum, x, {}, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu};
+    const Inputs p{"lora_sum", Family::sum, x, {}, A, B, scaling, weight, bias, bias_A, bias_B, ranks, relu};
     return forward(p.weighted(times), base, slices, keep);
   }
 
@@ -234,8 +234,7 @@ struct LoraOperators {
                                const Tensor& scaling, const OptTensor& weight, const OptTensor& bias_A,
                                const OptTensor& bias_B, const OptTensor& ranks, const OptTensor& kept, bool relu,
                                const OptInts& trainable, int64_t needs, const Tensor& times) {
-    const Inputs p{
-        "lora_weighted_backward", Family::sum, x, {}, A, B, scaling, weight, {}, bias_A, bias_B, ranks, relu};
+    const Inputs p{"lora_sum_backward", Family::sum, x, {}, A, B, scaling, weight, {}, bias_A, bias_B, ranks, relu};
     return backward(p.weighted(times), grad, kept, trainable, needs);
   }
 

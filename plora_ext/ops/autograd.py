@@ -110,8 +110,9 @@ class LowRank(torch.autograd.Function):
             y, kept = call(
                 eager_op[family], options, x, ids, lora_A, lora_B, scaling, base, weight, bias, bias_A, bias_B
             )
-        ctx.save_for_backward(x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept, *options[5:])
-        ctx.family, ctx.options = family, options[:5]
+        options, times = options[:5], options[5:]
+        ctx.save_for_backward(x, ids, lora_A, lora_B, scaling, weight, bias_A, bias_B, kept, *times)
+        ctx.family, ctx.options = family, options
         return y
 
     @staticmethod
