@@ -583,21 +583,29 @@ def test_sum_trains_its_newest_adapter_and_the_coefficients() -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize(
-    ("n_in", "out", "r", "T", "trainable"),
+    ("M", "n_in", "out", "r", "T", "trainable"),
     [
-        (136, 200, 16, 10, [1, 2, 5, 9]),
-        (136, 200, 16, 10, [9]),
-        (33, 13, 5, 23, [3, 7]),
-        (72, 40, 8, 1200, [0, 1, 5, 1023, 1024, 1199]),
-        (768, 72, 200, 3, [1]),  # a scale's gradient in two parts
+        (300, 136, 200, 16, 10, [1, 2, 5, 9]),
+        (300, 136, 200, 16, 10, [9]),
+        (300, 33, 13, 5, 23, [3, 7]),
+        (300, 72, 40, 8, 1200, [0, 1, 5, 1023, 1024, 1199]),
+        (300, 768, 72, 200, 3, [1]),  # a scale's gradient in two parts
+        # in a row, of up to 64 ranks: by Hopper's kernel, a tile in one share or several, some of them empty
+        (1, 200, 136, 16, 7, [2]),
+        (65, 8, 8, 16, 5, [4]),
+        (300, 264, 136, 64, 3, [1]),
+        (300, 200, 264, 128, 2, []),
+        (700, 1000, 520, 10, 10, [3, 4, 5]),
+        (4100, 384, 640, 32, 40, [38, 39]),
+        (2500, 768, 768, 16, 100, [0, 1, 2, 3]),
     ],
 )
 def test_some_adapters_of_a_dense_sum(
-    n_in: int, out: int, r: int, T: int, trainable: list[int], dtype: torch.dtype
+    M: int, n_in: int, out: int, r: int, T: int, trainable: list[int], dtype: torch.dtype
 ) -> None:
     """With gaps between them; also one factor, both or the scales alone."""
     for options in ("weight", "weight ranks"):
-        args, kwargs, cotangent = problem("lora_sum", 300, n_in, out, r, T, dtype=dtype, options=options, grad=False)
+        args, kwargs, cotangent = problem("lora_sum", M, n_in, out, r, T, dtype=dtype, options=options, grad=False)
         _, A, B, s = args
         for asking in ([A], [B], [A, B], [s], [A, B, s]):
             for t in asking:

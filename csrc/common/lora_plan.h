@@ -106,6 +106,12 @@ constexpr int64_t kFewRows = 512, kFewAdapters = 1 << 15, kFewRanks = 512;
 // row alone, so where all rows have the same ones it pays for fewer.
 constexpr int64_t kFewRowsSm90 = 64, kFewRanksSm90 = 4096, kFewAlike = 16;
 constexpr int64_t kGradRanks = 64;  // of all adapters, that cuda/lora_grads_sm90.cu takes
+// Tiles and steps of cuda/dense_grads_sm90.cu, ranks that it multiplies at a time, and of all adapters at most. As
+// measured on an H200, seconds: all but steps and ranks, a step, 64 ranks; of torch's products in its place: operations
+// per second, what is not dW, 64 ranks.
+constexpr int64_t kDenseRows = 128, kDenseColumns = 192, kDenseStep = 64, kDenseChunk = 64, kDenseRanks = 2048;
+constexpr double kDenseStart = 9.3e-6, kDenseSteps = 0.42e-6, kDenseChunks = 0.8e-6;
+constexpr double kDenseFlops = 740e12, kDenseTorch = 15.5e-6, kDenseTorchChunks = 0.3e-6;
 constexpr int64_t kTileRows = 128, kTileColumns = 192, kSlot = 16;
 constexpr int64_t kMaxSlices = 8;      // that the fused product tells apart
 constexpr int64_t kGivenRanks = 2048;  // of all adapters that a tile may meet: a row of h as the fused product takes it
@@ -302,6 +308,38 @@ inline bool few_rows_grads(const LoraShape& s) {
 inline bool lora_grads_sm90(const LoraShape& s) {
   return s.family == Family::sum && for_hopper(s) && s.in > 0 && s.in % 8 == 0 && s.out % 8 == 0 && s.r > 0 &&
          s.T * padded_rank(s.r) <= lora_plan::kGradRanks && s.M < INT32_MAX - 256;
+}
+
+// How cuda/dense_grads_sm90.cu shares out the gradient of a merged weight: each of its tiles to `slots` blocks, which
+// sum `per` of all `steps` of 64 rows; none where there are more tiles than multiprocessors.
+struct DenseTiles {
+  int64_t tall, wide, slots, per, steps;
+};
+
+inline DenseTiles dense_tiles(int64_t M, int64_t in, int64_t out, int64_t sms) {
+  using namespace lora_plan;
+  DenseTiles t{ceil_div(out, kDenseRows), ceil_div(in, kDenseColumns)};
+  t.steps = std::max<int64_t>(ceil_div(M, kDenseStep), 1);
+  t.slots = std::min(t.steps, sms / (t.tall * t.wide));
+  t.per = t.slots > 0 ? ceil_div(t.steps, t.slots) : 0;
+  return t;
+}
+
+// Whether it can take the gradients of a sum's scales and of `asked` ranks of its factors, by rows of these lengths.
+inline bool takes_dense(int64_t M, int64_t in, int64_t out, int64_t T, int64_t r, int64_t asked, int64_t sms) {
+  const int64_t rank = padded_rank(r);
+  return in > 0 && in % 8 == 0 && out > 0 && out % 8 == 0 && r > 0 && (rank == 16 || rank == 32 || rank % 64 == 0) &&
+         T * rank <= lora_plan::kDenseRanks && asked <= lora_plan::kDenseChunk && M < INT32_MAX - 256 &&
+         dense_tiles(M, in, out, sms).slots > 0;
+}
+
+// Whether it does, as torch's products would take longer.
+inline bool dense_on_hopper(const LoraShape& s, int64_t asked) {
+  using namespace lora_plan;
+  if (!for_hopper(s) || !takes_dense(s.M, s.in, s.out, s.T, s.r, asked, s.sms)) return false;
+  const double chunks = 1.0 * ceil_div(s.T * padded_rank(s.r), kDenseChunk);
+  const double own = kDenseStart + kDenseSteps * dense_tiles(s.M, s.in, s.out, s.sms).per + kDenseChunks * chunks;
+  return own < 2.0 * s.M * s.in * s.out / kDenseFlops + kDenseTorch + kDenseTorchChunks * chunks;
 }
 
 // Whether merge_sm90.cu takes a weight of so many columns and adapters of this rank, where the pointers are aligned.

@@ -322,6 +322,28 @@ int main() {
              !of_all_rows(Family::sum, 1, 8, 768, [](LoraShape& s) { s.M = INT32_MAX; }),
          "and no others");
 
+  const auto scales = [](int64_t M, int64_t in, int64_t out, int64_t T, int64_t r, int64_t asked, const auto& change) {
+    LoraShape s{Family::sum, M, in, out, T, r};
+    change(s);
+    return dense_on_hopper(s, asked);
+  };
+  const plora::DenseTiles dW = plora::dense_tiles(12608, 768, 768, 132);
+  expect(dW.tall == 6 && dW.wide == 4 && dW.slots == 5 && dW.per == 40 && dW.steps == 197,
+         "24 tiles of a gradient, each for five blocks");
+  expect(plora::dense_tiles(1, 768, 768, 132).slots == 1 && plora::dense_tiles(9999, 3072, 1152, 132).slots == 0,
+         "one step of rows, or more tiles than multiprocessors");
+  expect(scales(12608, 768, 768, 10, 16, 16, ones) && scales(197, 768, 768, 10, 10, 64, ones) &&
+             scales(12608, 768, 768, 20, 32, 0, ones) && scales(12608, 768, 768, 2, 128, 0, ones),
+         "the gradients of a sum's scales and of a few ranks");
+  expect(!scales(12608, 768, 2304, 10, 16, 16, ones) && !scales(12608, 1024, 1024, 10, 16, 16, ones) &&
+             !scales(12608, 768, 768, 100, 16, 16, ones) && !scales(197, 768, 768, 129, 16, 16, ones),
+         "where torch's products take longer");
+  expect(!scales(12608, 768, 768, 10, 8, 16, ones) && !scales(12608, 768, 768, 10, 48, 48, ones) &&
+             !scales(12608, 768, 768, 10, 16, 80, ones) && !scales(12608, 764, 768, 10, 16, 16, ones) &&
+             !scales(12608, 768, 768, 10, 16, 16, [](LoraShape& s) { s.half = false; }) &&
+             !scales(12608, 768, 768, 10, 16, 16, [](LoraShape& s) { s.capability = 100; }),
+         "of ranks that fill chunks, and rows of whole vectors");
+
   expect(plan(Family::sum, 1, 16).ctas == 132 && plan(Family::sum, 1, 16).waves == 6, "197 x 4 tiles on 132");
   const auto product = [](Family family, int64_t T, int64_t r, const auto& change) {
     LoraShape s{family, 128 * 197, 768, 768, T, r};

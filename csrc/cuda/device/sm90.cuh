@@ -177,12 +177,13 @@ __device__ inline void load_3d(const CUtensorMap* map, uint32_t barrier, uint32_
       : "memory");
 }
 
-// By the one thread that calls it.
-__device__ inline void load_4d(const CUtensorMap* map, uint32_t barrier, uint32_t to, int c0, int c1, int c2, int c3) {
+__device__ inline void load_4d(const CUtensorMap* map, uint32_t barrier, uint32_t to, int c0, int c1, int c2, int c3,
+                               bool chosen = true) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
-      "[%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %7, 0;\n"
+      "@p cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];\n}" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(static_cast<int>(chosen))
       : "memory");
 }
 
@@ -256,6 +257,23 @@ __device__ inline void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool ad
   if constexpr (kN == 128) PLORA_WGMMA(128, type, PLORA_REGS64, PLORA_OPS64, 64, 65, 66, 67, 68);  \
   if constexpr (kN == 192) PLORA_WGMMA(192, type, PLORA_REGS96, PLORA_OPS96, 96, 97, 98, 99, 100); \
   if constexpr (kN == 208) PLORA_WGMMA(208, type, PLORA_REGS104, PLORA_OPS104, 104, 105, 106, 107, 108)
+  if constexpr (std::is_same_v<scalar, __nv_bfloat16>) {
+    PLORA_WGMMA_TYPED("bf16");
+  } else {
+    PLORA_WGMMA_TYPED("f16");
+  }
+#undef PLORA_WGMMA_TYPED
+}
+
+// d[64, 64] += a[64, 16] b[64, 16]^T, or in place of d; b in K-major order. Of each warp's 16 rows of a, lane 4 g + q
+// has [g, 2 q], [g + 8, 2 q], [g, 2 q + 8] and [g + 8, 2 q + 8], each with the element to its right.
+template <typename scalar>
+__device__ inline void wgmma_registers(float (&d)[32], const uint32_t* a, uint64_t b, bool add) {
+#define PLORA_WGMMA_TYPED(type)                                                                                 \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." type \
+               "." type " {" PLORA_REGS32 "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"                      \
+               : PLORA_OPS32(0)                                                                                 \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
   if constexpr (std::is_same_v<scalar, __nv_bfloat16>) {
     PLORA_WGMMA_TYPED("bf16");
   } else {

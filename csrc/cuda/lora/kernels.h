@@ -171,6 +171,14 @@ struct DenseGrads {
 };
 void dense_grads(const DenseGrads& p, cudaStream_t stream);
 
+// Likewise for Hopper, where the scales and few adapters ask, all in a row, from what dW, U and V are made of, not from
+// these; dscaling is [T] (dense_grads_sm90.cu).
+struct DenseRows {
+  int64_t M;
+  const void *x, *dy, *A;  // [M, in], [M, out], [T, padded_r, in]
+};
+void dense_grads_sm90(const DenseGrads& p, const DenseRows& rows, const Allocator& workspace, cudaStream_t stream);
+
 // In how many parts an adapter's dscaling is summed: no block has more than 2^17 products.
 inline int64_t dense_parts(int64_t padded_r, int64_t out) { return std::max<int64_t>(padded_r * out >> 16, 1); }
 

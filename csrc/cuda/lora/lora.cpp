@@ -24,6 +24,7 @@ void low_rank_add_sm90(const LowRank&, cudaStream_t) { missing(); }
 void fused(const Fused&, cudaStream_t) { missing(); }
 void few_rows_sm90(const LowRank&, const void*, const void*, const Allocator&, cudaStream_t) { missing(); }
 void lora_grads_sm90(const LoraGrads&, bool, cudaStream_t) { missing(); }
+void dense_grads_sm90(const DenseGrads&, const DenseRows&, const Allocator&, cudaStream_t) { missing(); }
 void all_sm90(const LowRank&, const void*, const void*, bool, cudaStream_t) { missing(); }
 #endif
 
@@ -495,14 +496,27 @@ Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& ke
   }
 
   const int64_t rank = padded_rank(p.r), parts = dense_parts(rank, p.out);
-  const Tensor dW = torch::stable::matmul(torch::stable::transpose(dy, 0, 1), p.x);
-  const Inputs& most = needs & kNeedScaling ? p : some;
   DenseGrads q{};
   q.dtype = dtype_of(p.op, p.dtype);
   q.T = p.T, q.r = p.r, q.padded_r = rank, q.in = p.in, q.out = p.out;
   q.scaling = data<float>(p.scaling), q.times = p.times ? data<float>(*p.times) : nullptr;
-  OptTensor U, V, B, sums;
   if (needs & (kNeedA | kNeedB)) q.adapters = asks;
+  if (needs & kNeedA) result.lora_A = allocate(p.lora_A, p.lora_A.sizes());
+  if (needs & kNeedB) result.lora_B = allocate(p.lora_B, p.lora_B.sizes());
+  q.dA = out_pointer(result.lora_A), q.dB = out_pointer(result.lora_B);
+  const bool in_a_row = q.adapters.empty() || count == static_cast<int64_t>(asks.size());
+  if ((needs & kNeedScaling) && in_a_row && aligned(pointer(p.x)) &&
+      dense_on_hopper(shape_of(p, dy, {}), q.adapters.size() * rank)) {
+    const Tensor A = A_of(p), B = B_of(p);
+    result.scaling = allocate(p.scaling, p.scaling.sizes());
+    q.B = pointer(B), q.dscaling = static_cast<float*>(out_pointer(result.scaling));
+    dense_grads_sm90(q, {p.M, pointer(p.x), pointer(dy), pointer(A)}, Workspace(p.x), stream_of(p.x));
+    return result;
+  }
+
+  const Tensor dW = torch::stable::matmul(torch::stable::transpose(dy, 0, 1), p.x);
+  const Inputs& most = needs & kNeedScaling ? p : some;
+  OptTensor U, V, B, sums;
   if (needs & kNeedScaling) B = B_of(p);
   if (needs & kNeedA) {
     const Tensor rows = some.T == 1 ? torch::stable::transpose(torch::stable::view(B_of(some), {p.out, rank}), 0, 1)
@@ -514,11 +528,8 @@ Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& ke
     V = torch::stable::matmul(dW, torch::stable::transpose(A, 0, 1));
     q.width_V = most.T * rank;
   }
-  if (needs & kNeedA) result.lora_A = allocate(p.lora_A, p.lora_A.sizes());
-  if (needs & kNeedB) result.lora_B = allocate(p.lora_B, p.lora_B.sizes());
   if (needs & kNeedScaling) sums = allocate(p.scaling, parts == 1 ? Sizes{p.T} : Sizes{p.T, parts});
   q.U = pointer(U), q.V = pointer(V), q.B = pointer(B);
-  q.dA = out_pointer(result.lora_A), q.dB = out_pointer(result.lora_B);
   q.dscaling = static_cast<float*>(out_pointer(sums));
   dense_grads(q, stream_of(p.x));
   if (sums) {

@@ -413,6 +413,38 @@ void dense_grads(const DenseGrads& p, cudaStream_t) {
   }
 }
 
+void dense_grads_sm90(const DenseGrads& p, const DenseRows& rows, const Allocator& workspace, cudaStream_t) {
+  const size_t count = p.adapters.size();
+  PLORA_CHECK(p.dscaling && p.dtype != Dtype::float32 &&
+                  takes_dense(rows.M, p.in, p.out, p.T, p.r, count * p.padded_r, multiprocessors()) &&
+                  (count == 0 || p.adapters.back() + 1 == p.adapters.front() + static_cast<int64_t>(count)),
+              "dense_grads_sm90 refuses");
+  workspace(64);
+  g_calls += " dense_grads_sm90";
+  for (int64_t t = 0; t < p.T; ++t) {
+    const bool asks = std::find(p.adapters.begin(), p.adapters.end(), t) != p.adapters.end();
+    const double times = p.times ? p.times[t] : 1, scale = asks ? p.scaling[t] * times : 0;
+    std::vector<double> dA(p.padded_r * p.in), dB(p.out * p.padded_r);
+    for (int64_t m = 0; m < rows.M; ++m)
+      for (int64_t j = 0; j < p.padded_r; ++j) {
+        double g = 0, h = 0;
+        for (int64_t o = 0; o < p.out; ++o)
+          g += get(p.dtype, rows.dy, m * p.out + o) * get(p.dtype, p.B, (t * p.out + o) * p.padded_r + j);
+        for (int64_t i = 0; i < p.in; ++i) {
+          const double x = get(p.dtype, rows.x, m * p.in + i);
+          h += x * get(p.dtype, rows.A, (t * p.padded_r + j) * p.in + i), dA[j * p.in + i] += g * x;
+        }
+        for (int64_t o = 0; o < p.out; ++o) dB[o * p.padded_r + j] += get(p.dtype, rows.dy, m * p.out + o) * h;
+      }
+    double sum = 0;
+    for (int64_t i = 0; i < p.out * p.padded_r; ++i) sum += dB[i] * get(p.dtype, p.B, t * p.out * p.padded_r + i);
+    p.dscaling[t] = static_cast<float>(times * sum);
+    for (int64_t i = 0; p.dA && i < p.r * p.in; ++i) put(p.dtype, p.dA, t * p.r * p.in + i, scale * dA[i]);
+    for (int64_t o = 0; p.dB && o < p.out; ++o)
+      for (int64_t j = 0; j < p.r; ++j) put(p.dtype, p.dB, (t * p.out + o) * p.r + j, scale * dB[o * p.padded_r + j]);
+  }
+}
+
 void lora_merge(const LoraMerge& p, cudaStream_t) {
   g_calls += p.times ? " merge_weighted" : " merge";
   const auto number = [](const void* of, int64_t t) { return of ? static_cast<const float*>(of)[t] : 1.f; };
