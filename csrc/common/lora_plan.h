@@ -108,10 +108,11 @@ constexpr int64_t kFewRowsSm90 = 64, kFewRanksSm90 = 4096, kFewAlike = 16;
 constexpr int64_t kGradRanks = 64;  // of all adapters, that cuda/lora_grads_sm90.cu takes
 // Tiles and steps of cuda/dense_grads_sm90.cu, ranks that it multiplies at a time, and of all adapters at most. As
 // measured on an H200, seconds: all but steps and ranks, a step, 64 ranks; of torch's products in its place: operations
-// per second, what is not dW, 64 ranks.
+// per second, what is not dW, 64 ranks; of passes over x and dy, dA and dB: all but
+// their bytes, three quarters of which take time of their own.
 constexpr int64_t kDenseRows = 128, kDenseColumns = 192, kDenseStep = 64, kDenseChunk = 64, kDenseRanks = 2048;
-constexpr double kDenseStart = 9.3e-6, kDenseSteps = 0.42e-6, kDenseChunks = 0.8e-6;
-constexpr double kDenseFlops = 740e12, kDenseTorch = 15.5e-6, kDenseTorchChunks = 0.3e-6;
+constexpr double kDenseStart = 8.3e-6, kDenseSteps = 0.42e-6, kDenseChunks = 0.8e-6;
+constexpr double kDenseFlops = 740e12, kDenseTorch = 15.5e-6, kDenseTorchChunks = 0.3e-6, kDensePasses = 15e-6;
 constexpr int64_t kTileRows = 128, kTileColumns = 192, kSlot = 16;
 constexpr int64_t kMaxSlices = 8;      // that the fused product tells apart
 constexpr int64_t kGivenRanks = 2048;  // of all adapters that a tile may meet: a row of h as the fused product takes it
@@ -325,7 +326,7 @@ inline DenseTiles dense_tiles(int64_t M, int64_t in, int64_t out, int64_t sms) {
   return t;
 }
 
-// Whether it can take the gradients of a sum's scales and of `asked` ranks of its factors, by rows of these lengths.
+// Whether it can take the gradients of `asked` ranks of a sum's factors and of its scales, by rows of these lengths.
 inline bool takes_dense(int64_t M, int64_t in, int64_t out, int64_t T, int64_t r, int64_t asked, int64_t sms) {
   const int64_t rank = padded_rank(r);
   return in > 0 && in % 8 == 0 && out > 0 && out % 8 == 0 && r > 0 && (rank == 16 || rank == 32 || rank % 64 == 0) &&
@@ -333,13 +334,15 @@ inline bool takes_dense(int64_t M, int64_t in, int64_t out, int64_t T, int64_t r
          dense_tiles(M, in, out, sms).slots > 0;
 }
 
-// Whether it does, as torch's products would take longer.
-inline bool dense_on_hopper(const LoraShape& s, int64_t asked) {
+// Whether it does, as all else would take longer: torch's products, or without the scales a pass over x, one over dy,
+// and lora_grads_sm90.cu.
+inline bool dense_on_hopper(const LoraShape& s, int64_t asked, bool scales) {
   using namespace lora_plan;
   if (!for_hopper(s) || !takes_dense(s.M, s.in, s.out, s.T, s.r, asked, s.sms)) return false;
-  const double chunks = 1.0 * ceil_div(s.T * padded_rank(s.r), kDenseChunk);
+  const double chunks = 1.0 * ceil_div(scales ? s.T * padded_rank(s.r) : asked, kDenseChunk);
   const double own = kDenseStart + kDenseSteps * dense_tiles(s.M, s.in, s.out, s.sms).per + kDenseChunks * chunks;
-  return own < 2.0 * s.M * s.in * s.out / kDenseFlops + kDenseTorch + kDenseTorchChunks * chunks;
+  return own < (scales ? 2.0 * s.M * s.in * s.out / kDenseFlops + kDenseTorch + kDenseTorchChunks * chunks
+                       : 3.0 * s.M * (s.in + s.out) / kBytes + kDensePasses);
 }
 
 // Whether merge_sm90.cu takes a weight of so many columns and adapters of this rank, where the pointers are aligned.

@@ -325,7 +325,7 @@ int main() {
   const auto scales = [](int64_t M, int64_t in, int64_t out, int64_t T, int64_t r, int64_t asked, const auto& change) {
     LoraShape s{Family::sum, M, in, out, T, r};
     change(s);
-    return dense_on_hopper(s, asked);
+    return dense_on_hopper(s, asked, true);
   };
   const plora::DenseTiles dW = plora::dense_tiles(12608, 768, 768, 132);
   expect(dW.tall == 6 && dW.wide == 4 && dW.slots == 5 && dW.per == 40 && dW.steps == 197,
@@ -343,6 +343,12 @@ int main() {
              !scales(12608, 768, 768, 10, 16, 16, [](LoraShape& s) { s.half = false; }) &&
              !scales(12608, 768, 768, 10, 16, 16, [](LoraShape& s) { s.capability = 100; }),
          "of ranks that fill chunks, and rows of whole vectors");
+  const auto factors_alone = [](int64_t M, int64_t in) {
+    return dense_on_hopper(LoraShape{Family::sum, M, in, in, 100, 16}, 16, false);
+  };
+  expect(
+      factors_alone(12608, 768) && factors_alone(197, 768) && factors_alone(788, 1024) && !factors_alone(12608, 1024),
+      "without the scales, beside passes over x and dy");
 
   expect(plan(Family::sum, 1, 16).ctas == 132 && plan(Family::sum, 1, 16).waves == 6, "197 x 4 tiles on 132");
   const auto product = [](Family family, int64_t T, int64_t r, const auto& change) {

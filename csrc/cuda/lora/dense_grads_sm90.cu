@@ -2,9 +2,9 @@
 //
 // Floor: dW is one product as large as dx's; 14.9 GFLOP for 12,608 rows, 768 x 768, 20 us at 750 TFLOP/s. A block sums
 // a tile of dW over some of the rows, and as everything else is linear in dW, multiplies its share by the factors where
-// it is, in registers: by A^T for V, of which dscaling takes the products with B at once, and by B^T of the adapters
-// that ask for U. What blocks have of U and V then adds up in a second kernel, in a fixed order. A share is rounded to
-// 16 bits for that, as dW would be.
+// it is, in registers: by A^T for V, of which dscaling, where it is asked for, takes the products with B at once, and
+// by B^T of the adapters that ask for U. What blocks have of U and V then adds up in a second kernel, in a fixed order.
+// A share is rounded to 16 bits for that, as dW would be.
 //
 // The factors come as further stages of the same ring, 64 ranks of all adapters side by side (a chunk): of A the
 // tile's columns in the place of x, of B its rows in the place of dy.
@@ -38,10 +38,10 @@ struct Arguments {
   CUtensorMap x, dy, A, B;
   int tall, wide, slots, per, steps;  // DenseTiles
   int T, slices;                      // of 16 ranks, of an adapter
-  int chunks;                         // of 64 ranks
+  int first_chunk, chunks;            // those of all adapters, or from the first that asks up to the last
   int first, asked;                   // ranks that ask
   float *U, *V;                       // [tall, slots, asked, in], [wide, slots, out, asked], of whole tiles, or null
-  float* dots;                        // [blocks, T]
+  float* dots;                        // [blocks, T], or null: the scales do not ask
 };
 
 // Of four values of each lane: the sum over all lanes of value l % 4, at lane l.
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 1) dense_grads_sm90_kernel(const __g
       for (int b = 0; b < kTileIn / 64; ++b) load(&a.x, kTileOut / 64 + b, column + 64 * b, (begin + i) * kRows);
     }
 #pragma unroll 1
-    for (int c = 0; c < a.chunks; ++c, ring.next()) {
+    for (int c = a.first_chunk; c < a.chunks; ++c, ring.next()) {
       ring.fill(kBytesStage, chosen);
       sm90::load_4d(&a.B, ring.full(), ring.at(), 0, row, c * kSlices % a.slices, c * kSlices / a.slices, chosen);
 #pragma unroll
@@ -143,6 +143,7 @@ __global__ void __launch_bounds__(kThreads, 1) dense_grads_sm90_kernel(const __g
   };
   const auto finish = [&](int c, uint32_t at, float (&v)[kChunk / 2]) {  // the products with B, for dscaling
     sm90::hold(v), sm90::hold(dW);
+    if (!a.dots) return;
     const uint8_t* const B = dynamic + (at - memory) + line * 32 + two * 2;
     const int first = line / 4 % 2 * 16;  // of two swizzled vectors; eight rows on it is the same
     float dot[kSlices] = {};
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1) dense_grads_sm90_kernel(const __g
   };
 
   float v[2][kChunk / 2];
-  int c = 0;
+  int c = a.first_chunk;
 #pragma unroll 1
   for (; c + 1 < a.chunks; c += 2) {
     start(v[0]);
@@ -221,6 +222,7 @@ __global__ void __launch_bounds__(kThreads, 1) dense_grads_sm90_kernel(const __g
     next(c, v[0]);
   }
 
+  if (!a.dots) return;
   sm90::named_barrier(1, 32 * kWarps);
   for (int t = threadIdx.x; t < a.T; t += 32 * kWarps) {
     float sum = 0;
@@ -248,7 +250,8 @@ struct Sums {
   int T, rank, r, in, out;
   int first, count;  // adapters that ask
   const float *scaling, *times, *dots;
-  int parts;  // of dots
+  int parts;   // of dots
+  int scales;  // T, or 0: they do not ask
   float* dscaling;
   int zeros_A;  // blocks
 };
@@ -259,14 +262,14 @@ __global__ void __launch_bounds__(kSumThreads) dense_sums_kernel(const __grid_co
   wait_for_predecessor();
   const auto times = [&](int t) { return p.times ? p.times[t] : 1.f; };
   int block = blockIdx.x;
-  if (block < p.T) {  // dscaling
+  if (block < p.scales) {  // dscaling
     float sum = 0;
     for (int n = threadIdx.x; n < p.parts; n += kSumThreads) sum += __ldcg(p.dots + n * p.T + block);
     sum = block_sum<kSumThreads>(sum);
     if (threadIdx.x == 0) p.dscaling[block] = times(block) * sum;
     return;
   }
-  block -= p.T;
+  block -= p.scales;
   if (block < p.A.blocks + p.B.blocks) {
     const bool is_A = block < p.A.blocks;
     const Sum& q = is_A ? p.A : p.B;
@@ -316,7 +319,7 @@ __global__ void __launch_bounds__(kSumThreads) dense_sums_kernel(const __grid_co
 void dense_grads_sm90(const DenseGrads& p, const DenseRows& rows, const Allocator& workspace, cudaStream_t stream) {
   const int64_t ranks = p.T * p.padded_r, count = p.adapters.size(), asked = count * p.padded_r;
   const int64_t first = count > 0 ? p.adapters.front() : 0;
-  PLORA_CHECK(p.dscaling && p.dtype != Dtype::float32 &&
+  PLORA_CHECK((p.dscaling || asked > 0) && p.dtype != Dtype::float32 &&
                   takes_dense(rows.M, p.in, p.out, p.T, p.r, asked, multiprocessors()) &&
                   (count == 0 || p.adapters.back() == first + count - 1) && aligned(rows.x, rows.dy, rows.A, p.B) &&
                   aligned(p.dA, p.dB),
@@ -331,8 +334,9 @@ void dense_grads_sm90(const DenseGrads& p, const DenseRows& rows, const Allocato
                      {16, kTileOut, narrow(at_once), narrow(kSlices / at_once)}, k32);
   a.tall = narrow(tiles.tall), a.wide = narrow(tiles.wide), a.slots = narrow(tiles.slots), a.per = narrow(tiles.per),
   a.steps = narrow(tiles.steps);
-  a.T = narrow(p.T), a.slices = narrow(slices), a.chunks = narrow(ceil_div(ranks, kChunk));
-  a.first = narrow(first * p.padded_r), a.asked = narrow(asked);
+  a.T = narrow(p.T), a.slices = narrow(slices), a.first = narrow(first * p.padded_r), a.asked = narrow(asked);
+  a.first_chunk = p.dscaling ? 0 : a.first / kChunk;
+  a.chunks = narrow(ceil_div(p.dscaling ? ranks : a.first + asked, kChunk));
   const int blocks = a.tall * a.wide * a.slots;
 
   Sums s{};
@@ -343,10 +347,11 @@ void dense_grads_sm90(const DenseGrads& p, const DenseRows& rows, const Allocato
   };
   const int64_t size_U = sum_up(s.A, p.dA, tiles.tall * a.slots, asked, tiles.wide * kTileIn);
   const int64_t size_V = sum_up(s.B, p.dB, tiles.wide * a.slots, tiles.tall * kTileOut, asked);
-  float* const memory = static_cast<float*>(workspace((size_U + size_V + blocks * p.T) * sizeof(float)));
+  float* const memory =
+      static_cast<float*>(workspace((size_U + size_V + (p.dscaling ? blocks * p.T : 0)) * sizeof(float)));
   if (size_U > 0) a.U = memory;
   if (size_V > 0) a.V = memory + size_U;
-  a.dots = memory + size_U + size_V;
+  if (p.dscaling) a.dots = memory + size_U + size_V, s.scales = a.T;
   s.A.from = a.U, s.B.from = a.V, s.dots = a.dots, s.parts = blocks;
   s.T = a.T, s.rank = narrow(p.padded_r), s.r = narrow(p.r), s.in = narrow(p.in), s.out = narrow(p.out);
   s.first = narrow(first), s.count = narrow(count);
@@ -355,7 +360,7 @@ void dense_grads_sm90(const DenseGrads& p, const DenseRows& rows, const Allocato
     return out ? narrow(ceil_div((p.T - count) * p.r * width_ / 8, kSumThreads)) : 0;
   };
   s.zeros_A = zeros(p.dA, p.in);
-  const int64_t all = p.T + s.A.blocks + s.B.blocks + s.zeros_A + zeros(p.dB, p.out);
+  const int64_t all = s.scales + s.A.blocks + s.B.blocks + s.zeros_A + zeros(p.dB, p.out);
   dispatch<2>("dense_grads", p.dtype, [&](auto tag) {
     using scalar = decltype(tag);
     launch_overlapped("dense_grads", &dense_grads_sm90_kernel<scalar>, blocks, kThreads,

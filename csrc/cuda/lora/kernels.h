@@ -171,8 +171,8 @@ struct DenseGrads {
 };
 void dense_grads(const DenseGrads& p, cudaStream_t stream);
 
-// Likewise for Hopper, where the scales and few adapters ask, all in a row, from what dW, U and V are made of, not from
-// these; dscaling is [T] (dense_grads_sm90.cu).
+// Likewise for Hopper, where few adapters ask, all in a row, and the scales or not, from what dW, U and V are made of,
+// not from these; dscaling is [T] (dense_grads_sm90.cu).
 struct DenseRows {
   int64_t M;
   const void *x, *dy, *A;  // [M, in], [M, out], [T, padded_r, in]

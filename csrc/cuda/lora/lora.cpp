@@ -476,8 +476,32 @@ Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& ke
     if (p.ranks) some.ranks = part(*p.ranks, 0, first, count);
   }
 
+  const bool scales = needs & kNeedScaling, factors = needs & (kNeedA | kNeedB);
+  const bool in_a_row = !factors || count == static_cast<int64_t>(asks.size());
+  const int64_t rank = padded_rank(p.r);
+  const auto asked = [&] {
+    if (needs & kNeedA) result.lora_A = allocate(p.lora_A, p.lora_A.sizes());
+    if (needs & kNeedB) result.lora_B = allocate(p.lora_B, p.lora_B.sizes());
+    DenseGrads q{};
+    q.dtype = dtype_of(p.op, p.dtype);
+    q.T = p.T, q.r = p.r, q.padded_r = rank, q.in = p.in, q.out = p.out;
+    q.scaling = data<float>(p.scaling), q.times = p.times ? data<float>(*p.times) : nullptr;
+    if (factors) q.adapters = asks;
+    q.dA = out_pointer(result.lora_A), q.dB = out_pointer(result.lora_B);
+    return q;
+  };
+  if (in_a_row && (scales || !padded(p)) && aligned(pointer(p.x)) &&
+      dense_on_hopper(shape_of(p, dy, {}), factors ? count * rank : 0, scales)) {
+    const Tensor A = A_of(p), B = B_of(p);
+    if (scales) result.scaling = allocate(p.scaling, p.scaling.sizes());
+    DenseGrads q = asked();
+    q.B = pointer(B), q.dscaling = static_cast<float*>(out_pointer(result.scaling));
+    dense_grads_sm90(q, {p.M, pointer(p.x), pointer(dy), pointer(A)}, Workspace(p.x), stream_of(p.x));
+    return result;
+  }
+
   // few that follow each other: their own ranks cost less than dW
-  if (!(needs & kNeedScaling) && count == static_cast<int64_t>(asks.size()) && count * p.r <= lora_plan::kDenseRank) {
+  if (!scales && in_a_row && count * p.r <= lora_plan::kDenseRank) {
     some.weight.reset();
     if (some.times) some = some.folded();
     Sizes every(count);
@@ -495,40 +519,23 @@ Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& ke
     return result;
   }
 
-  const int64_t rank = padded_rank(p.r), parts = dense_parts(rank, p.out);
-  DenseGrads q{};
-  q.dtype = dtype_of(p.op, p.dtype);
-  q.T = p.T, q.r = p.r, q.padded_r = rank, q.in = p.in, q.out = p.out;
-  q.scaling = data<float>(p.scaling), q.times = p.times ? data<float>(*p.times) : nullptr;
-  if (needs & (kNeedA | kNeedB)) q.adapters = asks;
-  if (needs & kNeedA) result.lora_A = allocate(p.lora_A, p.lora_A.sizes());
-  if (needs & kNeedB) result.lora_B = allocate(p.lora_B, p.lora_B.sizes());
-  q.dA = out_pointer(result.lora_A), q.dB = out_pointer(result.lora_B);
-  const bool in_a_row = q.adapters.empty() || count == static_cast<int64_t>(asks.size());
-  if ((needs & kNeedScaling) && in_a_row && aligned(pointer(p.x)) &&
-      dense_on_hopper(shape_of(p, dy, {}), q.adapters.size() * rank)) {
-    const Tensor A = A_of(p), B = B_of(p);
-    result.scaling = allocate(p.scaling, p.scaling.sizes());
-    q.B = pointer(B), q.dscaling = static_cast<float*>(out_pointer(result.scaling));
-    dense_grads_sm90(q, {p.M, pointer(p.x), pointer(dy), pointer(A)}, Workspace(p.x), stream_of(p.x));
-    return result;
-  }
-
+  const int64_t parts = dense_parts(rank, p.out);
   const Tensor dW = torch::stable::matmul(torch::stable::transpose(dy, 0, 1), p.x);
-  const Inputs& most = needs & kNeedScaling ? p : some;
+  const Inputs& most = scales ? p : some;
+  DenseGrads q = asked();
   OptTensor U, V, B, sums;
-  if (needs & kNeedScaling) B = B_of(p);
+  if (scales) B = B_of(p);
   if (needs & kNeedA) {
     const Tensor rows = some.T == 1 ? torch::stable::transpose(torch::stable::view(B_of(some), {p.out, rank}), 0, 1)
                                     : torch::stable::view(B_transposed(some), {some.T * rank, p.out});
     U = torch::stable::matmul(rows, dW);
   }
-  if (needs & (kNeedB | kNeedScaling)) {
+  if ((needs & kNeedB) || scales) {
     const Tensor A = torch::stable::view(A_of(most), {most.T * rank, p.in});
     V = torch::stable::matmul(dW, torch::stable::transpose(A, 0, 1));
     q.width_V = most.T * rank;
   }
-  if (needs & kNeedScaling) sums = allocate(p.scaling, parts == 1 ? Sizes{p.T} : Sizes{p.T, parts});
+  if (scales) sums = allocate(p.scaling, parts == 1 ? Sizes{p.T} : Sizes{p.T, parts});
   q.U = pointer(U), q.V = pointer(V), q.B = pointer(B);
   q.dscaling = static_cast<float*>(out_pointer(sums));
   dense_grads(q, stream_of(p.x));

@@ -415,7 +415,7 @@ void dense_grads(const DenseGrads& p, cudaStream_t) {
 
 void dense_grads_sm90(const DenseGrads& p, const DenseRows& rows, const Allocator& workspace, cudaStream_t) {
   const size_t count = p.adapters.size();
-  PLORA_CHECK(p.dscaling && p.dtype != Dtype::float32 &&
+  PLORA_CHECK((p.dscaling || count > 0) && p.dtype != Dtype::float32 &&
                   takes_dense(rows.M, p.in, p.out, p.T, p.r, count * p.padded_r, multiprocessors()) &&
                   (count == 0 || p.adapters.back() + 1 == p.adapters.front() + static_cast<int64_t>(count)),
               "dense_grads_sm90 refuses");
@@ -438,7 +438,7 @@ void dense_grads_sm90(const DenseGrads& p, const DenseRows& rows, const Allocato
       }
     double sum = 0;
     for (int64_t i = 0; i < p.out * p.padded_r; ++i) sum += dB[i] * get(p.dtype, p.B, t * p.out * p.padded_r + i);
-    p.dscaling[t] = static_cast<float>(times * sum);
+    if (p.dscaling) p.dscaling[t] = static_cast<float>(times * sum);
     for (int64_t i = 0; p.dA && i < p.r * p.in; ++i) put(p.dtype, p.dA, t * p.r * p.in + i, scale * dA[i]);
     for (int64_t o = 0; p.dB && o < p.out; ++o)
       for (int64_t j = 0; j < p.r; ++j) put(p.dtype, p.dB, (t * p.out + o) * p.r + j, scale * dB[o * p.padded_r + j]);
