@@ -452,77 +452,45 @@ Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor&
   return result;
 }
 
-// Of the sum, by way of the merged weight's gradient dW.
-Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& kept, const Sizes& asks, int64_t needs) {
-  Gradients result;
-  if (needs & kNeedX) {
-    const bool given = kept && kept->numel() > 0;
-    if (given) {
-      check_shape(p.op, "kept", *kept, {p.out, p.in}, p.x);
-      check_dtype(p.op, "kept", *kept, p.dtype);
-    }
-    result.x = compact(torch::stable::matmul(dy, given ? *kept : merge(p)));
-  }
-  if (!(needs & ~kNeedX)) return result;
-
-  // the adapters from the first to the last that asks
-  const int64_t first = asks.empty() ? 0 : asks.front(), count = asks.empty() ? 0 : asks.back() + 1 - first;
+// The adapters of a sum from the first to the last that asks.
+Inputs asking(const Inputs& p, const Sizes& asks) {
+  const int64_t first = asks.front(), count = asks.back() + 1 - first;
   Inputs some = p;
-  if (count < p.T && (needs & (kNeedA | kNeedB))) {
-    some.T = count;
-    some.lora_A = part(p.lora_A, 0, first, count), some.lora_B = part(p.lora_B, 0, first, count);
-    some.scaling = part(p.scaling, 0, first, count);
-    if (p.times) some.times = part(*p.times, 0, first, count);
-    if (p.ranks) some.ranks = part(*p.ranks, 0, first, count);
-  }
+  if (count == p.T) return some;
+  some.T = count;
+  some.lora_A = part(p.lora_A, 0, first, count), some.lora_B = part(p.lora_B, 0, first, count);
+  some.scaling = part(p.scaling, 0, first, count);
+  if (p.times) some.times = part(*p.times, 0, first, count);
+  if (p.ranks) some.ranks = part(*p.ranks, 0, first, count);
+  return some;
+}
 
-  const bool scales = needs & kNeedScaling, factors = needs & (kNeedA | kNeedB);
-  const bool in_a_row = !factors || count == static_cast<int64_t>(asks.size());
-  const int64_t rank = padded_rank(p.r);
-  const auto asked = [&] {
-    if (needs & kNeedA) result.lora_A = allocate(p.lora_A, p.lora_A.sizes());
-    if (needs & kNeedB) result.lora_B = allocate(p.lora_B, p.lora_B.sizes());
-    DenseGrads q{};
-    q.dtype = dtype_of(p.op, p.dtype);
-    q.T = p.T, q.r = p.r, q.padded_r = rank, q.in = p.in, q.out = p.out;
-    q.scaling = data<float>(p.scaling), q.times = p.times ? data<float>(*p.times) : nullptr;
-    if (factors) q.adapters = asks;
-    q.dA = out_pointer(result.lora_A), q.dB = out_pointer(result.lora_B);
-    return q;
+// dA and dB of all of `some`, from their h and g; the others' are zero.
+void gradients_by_ranks(const Inputs& p, Inputs some, const Tensor& dy, int64_t first, int64_t needs,
+                        Gradients& result) {
+  some.weight.reset();
+  if (some.times) some = some.folded();
+  Sizes every(some.T);
+  std::iota(every.begin(), every.end(), 0);
+  const Gradients g = low_rank_gradients(some, dy, {}, every, needs);
+  const auto put = [&](int64_t bit, OptTensor& to, const Tensor& like, const OptTensor& from) {
+    if (!(needs & bit)) return;
+    to = some.T == p.T ? *from : torch::stable::new_zeros(like, like.sizes());
+    if (some.T == p.T) return;
+    Tensor target = part(*to, 0, first, some.T);
+    torch::stable::copy_(target, *from);
   };
-  if (in_a_row && (scales || !padded(p)) && aligned(pointer(p.x)) &&
-      dense_on_hopper(shape_of(p, dy, {}), factors ? count * rank : 0, scales)) {
-    const Tensor A = A_of(p), B = B_of(p);
-    if (scales) result.scaling = allocate(p.scaling, p.scaling.sizes());
-    DenseGrads q = asked();
-    q.B = pointer(B), q.dscaling = static_cast<float*>(out_pointer(result.scaling));
-    dense_grads_sm90(q, {p.M, pointer(p.x), pointer(dy), pointer(A)}, Workspace(p.x), stream_of(p.x));
-    return result;
-  }
+  put(kNeedA, result.lora_A, p.lora_A, g.lora_A);
+  put(kNeedB, result.lora_B, p.lora_B, g.lora_B);
+}
 
-  // few that follow each other: their own ranks cost less than dW
-  if (!scales && in_a_row && count * p.r <= lora_plan::kDenseRank) {
-    some.weight.reset();
-    if (some.times) some = some.folded();
-    Sizes every(count);
-    std::iota(every.begin(), every.end(), 0);
-    const Gradients g = low_rank_gradients(some, dy, {}, every, needs & ~kNeedX);
-    const auto put = [&](int64_t bit, OptTensor& to, const Tensor& like, const OptTensor& from) {
-      if (!(needs & bit)) return;
-      to = count == p.T ? *from : torch::stable::new_zeros(like, like.sizes());
-      if (count == p.T) return;
-      Tensor target = part(*to, 0, first, count);
-      torch::stable::copy_(target, *from);
-    };
-    put(kNeedA, result.lora_A, p.lora_A, g.lora_A);
-    put(kNeedB, result.lora_B, p.lora_B, g.lora_B);
-    return result;
-  }
-
-  const int64_t parts = dense_parts(rank, p.out);
+// Of all that asks, by torch's products: dW, then those with it.
+void gradients_by_products(const Inputs& p, const Inputs& some, const Tensor& dy, DenseGrads q, int64_t needs,
+                           Gradients& result) {
+  const bool scales = needs & kNeedScaling;
+  const int64_t rank = q.padded_r, parts = dense_parts(rank, p.out);
   const Tensor dW = torch::stable::matmul(torch::stable::transpose(dy, 0, 1), p.x);
   const Inputs& most = scales ? p : some;
-  DenseGrads q = asked();
   OptTensor U, V, B, sums;
   if (scales) B = B_of(p);
   if (needs & kNeedA) {
@@ -539,11 +507,52 @@ Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& ke
   q.U = pointer(U), q.V = pointer(V), q.B = pointer(B);
   q.dscaling = static_cast<float*>(out_pointer(sums));
   dense_grads(q, stream_of(p.x));
-  if (sums) {
-    const Sizes along{1};
-    result.scaling =
-        parts == 1 ? *sums : torch::stable::sum(*sums, torch::headeronly::IntHeaderOnlyArrayRef(along), false);
+  if (!scales) return;
+  const Sizes along{1};
+  result.scaling =
+      parts == 1 ? *sums : torch::stable::sum(*sums, torch::headeronly::IntHeaderOnlyArrayRef(along), false);
+}
+
+// Of the sum, by way of the merged weight.
+Gradients dense_gradients(const Inputs& p, const Tensor& dy, const OptTensor& kept, const Sizes& asks, int64_t needs) {
+  Gradients result;
+  if (needs & kNeedX) {
+    const bool given = kept && kept->numel() > 0;
+    if (given) {
+      check_shape(p.op, "kept", *kept, {p.out, p.in}, p.x);
+      check_dtype(p.op, "kept", *kept, p.dtype);
+    }
+    result.x = compact(torch::stable::matmul(dy, given ? *kept : merge(p)));
   }
+  if (!(needs & ~kNeedX)) return result;
+
+  const bool scales = needs & kNeedScaling, factors = needs & (kNeedA | kNeedB);
+  const Inputs some = factors ? asking(p, asks) : p;
+  const bool in_a_row = !factors || some.T == static_cast<int64_t>(asks.size());
+  const int64_t rank = padded_rank(p.r);
+  const bool own = in_a_row && (scales || !padded(p)) && aligned(pointer(p.x)) &&
+                   dense_on_hopper(shape_of(p, dy, {}), factors ? some.T * rank : 0, scales);
+  if (!own && !scales && in_a_row && some.T * p.r <= lora_plan::kDenseRank) {  // cost less than dW
+    gradients_by_ranks(p, some, dy, asks.front(), needs & ~kNeedX, result);
+    return result;
+  }
+
+  if (needs & kNeedA) result.lora_A = allocate(p.lora_A, p.lora_A.sizes());
+  if (needs & kNeedB) result.lora_B = allocate(p.lora_B, p.lora_B.sizes());
+  DenseGrads q{};
+  q.dtype = dtype_of(p.op, p.dtype);
+  q.T = p.T, q.r = p.r, q.padded_r = rank, q.in = p.in, q.out = p.out;
+  q.scaling = data<float>(p.scaling), q.times = p.times ? data<float>(*p.times) : nullptr;
+  if (factors) q.adapters = asks;
+  q.dA = out_pointer(result.lora_A), q.dB = out_pointer(result.lora_B);
+  if (!own) {
+    gradients_by_products(p, some, dy, q, needs, result);
+    return result;
+  }
+  const Tensor A = A_of(p), B = B_of(p);
+  if (scales) result.scaling = allocate(p.scaling, p.scaling.sizes());
+  q.B = pointer(B), q.dscaling = static_cast<float*>(out_pointer(result.scaling));
+  dense_grads_sm90(q, {p.M, pointer(p.x), pointer(dy), pointer(A)}, Workspace(p.x), stream_of(p.x));
   return result;
 }
 
