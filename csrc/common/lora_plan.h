@@ -107,10 +107,10 @@ constexpr int64_t kFewRows = 512, kFewAdapters = 1 << 15, kFewRanks = 512;
 constexpr int64_t kFewRowsSm90 = 64, kFewRanksSm90 = 4096, kFewAlike = 16;
 constexpr int64_t kGradRanks = 64;  // of all adapters, that cuda/lora_grads_sm90.cu takes
 // Tiles and steps of cuda/dense_grads_sm90.cu, ranks that it multiplies at a time, and of all adapters at most. As
-// measured on an H200, seconds: all but steps and ranks, a step, 64 ranks; of torch's products in its place: operations
-// per second, what is not dW, 64 ranks; of passes over x and dy, dA and dB: all but
-// their bytes, three quarters of which take time of their own.
-constexpr int64_t kDenseRows = 128, kDenseColumns = 192, kDenseStep = 64, kDenseChunk = 64, kDenseRanks = 2048;
+// measured on an H200, in seconds: all but steps and ranks, a step, 64 ranks; of torch's products in its place:
+// operations per second, what is not dW, 64 ranks; of passes over x and dy with dA and dB: all but their bytes, three
+// quarters of which take time of their own.
+constexpr int64_t kDenseRows = 128, kDenseColumns = 192, kDenseStep = 64, kDenseChunk = 64, kDenseAllRanks = 2048;
 constexpr double kDenseStart = 8.3e-6, kDenseSteps = 0.42e-6, kDenseChunks = 0.8e-6;
 constexpr double kDenseFlops = 740e12, kDenseTorch = 15.5e-6, kDenseTorchChunks = 0.3e-6, kDensePasses = 15e-6;
 constexpr int64_t kTileRows = 128, kTileColumns = 192, kSlot = 16;
@@ -330,7 +330,7 @@ inline DenseTiles dense_tiles(int64_t M, int64_t in, int64_t out, int64_t sms) {
 inline bool takes_dense(int64_t M, int64_t in, int64_t out, int64_t T, int64_t r, int64_t asked, int64_t sms) {
   const int64_t rank = padded_rank(r);
   return in > 0 && in % 8 == 0 && out > 0 && out % 8 == 0 && r > 0 && (rank == 16 || rank == 32 || rank % 64 == 0) &&
-         T * rank <= lora_plan::kDenseRanks && asked <= lora_plan::kDenseChunk && M < INT32_MAX - 256 &&
+         T * rank <= lora_plan::kDenseAllRanks && asked <= lora_plan::kDenseChunk && M < INT32_MAX - 256 &&
          dense_tiles(M, in, out, sms).slots > 0;
 }
 
