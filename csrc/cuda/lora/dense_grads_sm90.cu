@@ -4,7 +4,7 @@
 // a tile of dW over some of the rows, and as everything else is linear in dW, multiplies its share by the factors where
 // it is, in registers: by A^T for V, of which dscaling, where it is asked for, takes the products with B at once, and
 // by B^T of the adapters that ask for U. What blocks have of U and V then adds up in a second kernel, in a fixed order.
-// A share is rounded to 16 bits for that, as dW would be.
+// A share is rounded to 16 bits for that, as dW would be: in float16 one beyond 65,504 is infinite.
 //
 // The factors come as further stages of the same ring, 64 ranks of all adapters side by side (a chunk): of A the
 // tile's columns in the place of x, of B its rows in the place of dy.
@@ -332,7 +332,7 @@ void dense_grads_sm90(const DenseGrads& p, const DenseRows& rows, const Allocato
   describe_tensor<2>(a.A, p.dtype, rows.A, {p.in, ranks}, {p.in}, {64, kChunk}, k128);
   describe_tensor<4>(a.B, p.dtype, p.B, {16, p.out, slices, p.T}, {p.padded_r, 16, p.padded_r * p.out},
                      {16, kTileOut, narrow(at_once), narrow(kSlices / at_once)}, k32);
-  a.tall = narrow(tiles.tall), a.wide = narrow(tiles.wide), a.slots = narrow(tiles.slots), a.per = narrow(tiles.per),
+  a.tall = narrow(tiles.tall), a.wide = narrow(tiles.wide), a.slots = narrow(tiles.slots), a.per = narrow(tiles.per);
   a.steps = narrow(tiles.steps);
   a.T = narrow(p.T), a.slices = narrow(slices), a.first = narrow(first * p.padded_r), a.asked = narrow(asked);
   a.first_chunk = p.dscaling ? 0 : a.first / kChunk;
@@ -356,8 +356,8 @@ void dense_grads_sm90(const DenseGrads& p, const DenseRows& rows, const Allocato
   s.T = a.T, s.rank = narrow(p.padded_r), s.r = narrow(p.r), s.in = narrow(p.in), s.out = narrow(p.out);
   s.first = narrow(first), s.count = narrow(count);
   s.scaling = p.scaling, s.times = p.times, s.dscaling = p.dscaling;
-  const auto zeros = [&](const void* out, int64_t width_) {
-    return out ? narrow(ceil_div((p.T - count) * p.r * width_ / 8, kSumThreads)) : 0;
+  const auto zeros = [&](const void* out, int64_t columns) {
+    return out ? narrow(ceil_div((p.T - count) * p.r * columns / 8, kSumThreads)) : 0;
   };
   s.zeros_A = zeros(p.dA, p.in);
   const int64_t all = s.scales + s.A.blocks + s.B.blocks + s.zeros_A + zeros(p.dB, p.out);
