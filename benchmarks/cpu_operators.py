@@ -60,8 +60,8 @@ def by_segment(p: Problem, y: Tensor) -> Tensor:
 
 
 def by_image(p: Problem, y: Tensor) -> Tensor:
-    h = torch.bmm(p.by_image(p.x), p.A[p.given_ids].transpose(1, 2))
-    return torch.baddbmm(p.by_image(y), h, p.B[p.given_ids].transpose(1, 2), alpha=SCALE).view_as(y)
+    h = torch.bmm(p.by_image(p.x), p.A[p.given_ids.ids].transpose(1, 2))
+    return torch.baddbmm(p.by_image(y), h, p.B[p.given_ids.ids].transpose(1, 2), alpha=SCALE).view_as(y)
 
 
 def indexed(p: Problem, **given: Tensor) -> Tensor:

@@ -102,8 +102,8 @@ def indexed(row: int, what: str, layer: Layer, r: int, T: int, ids: Tensor, rows
     return problem_case(row, name, forms, MASKED, "indexed", rows, layer, r, T, ids, eager=eager, **goals)
 
 
-def mixed(row: int, layer: Layer, T: int, ids: Tensor, rows: int, **goals: Any) -> Case:
-    name, sizes = f"forward + backward of mixed adapters, T={T}, r=16, {shape(rows, layer)}", (rows, layer, 16, T, ids)
+def mixed(row: int, layer: Layer, T: int, ids: Tensor, rows: int, what: str = "mixed adapters", **goals: Any) -> Case:
+    name, sizes = f"forward + backward of {what}, T={T}, r=16, {shape(rows, layer)}", (rows, layer, 16, T, ids)
     return problem_case(row, name, lora_forms.MIXED, MASKED, "training", *sizes, train="x A B", **goals)
 
 
@@ -206,6 +206,10 @@ def cases(rows: Sequence[int], quick: bool, compiled: bool, bandwidth: float) ->
             found.append(indexed(13, "an adapter an image", layer, 16, n, own, n * TOKENS))
     for layer in WIDE[:1] if quick else WIDE:
         found += [one(14, layer, 16), training(14, lora_forms.TRAINED, layer)]
+    for width in (768,) if quick else (768, 1024, 4096):
+        for T in (4, 16, 64):  # the rivals are given the order of the rows
+            for what, ids in (("segments", segments(T)), ("random rows", torch.randint(T, (M,), device=DEVICE))):
+                found.append(mixed(15, (width, width), T, ids, M, what, gains={"grouped_mm": 1.5, BEST: 1.0}))
     yield from sorted((case for case in found if case.row in rows), key=lambda case: case.row)
     if 9 in rows:
         yield vit(1, True, compiled, limits={BASE: 1.15}, gains={"PEFT eager": 1.25, "PEFT, torch.compile": 1.0})

@@ -45,7 +45,7 @@ def shown(own: dict[str, Line]) -> list[str]:
 
 
 def main() -> None:
-    parser = gpu_options(__doc__, "cuda_lora", 14)
+    parser = gpu_options(__doc__, "cuda_lora", 15)
     parser.add_argument("--quick", action="store_true", help="few rounds, and of the four layers only 768→768")
     parser.add_argument("--rivals", type=Path, help="Python file that adds forms")
     args = parser.parse_args()

@@ -20,7 +20,8 @@ Layer = tuple[int, int]  # in, out
 
 
 class Problem:
-    """One set of inputs: a frozen layer, x and T adapters; `ids` has one for each row, or one for each image."""
+    """One set of inputs: a frozen layer, x and T adapters; `ids` has one for each row, or one for each image. What a
+    batch needs once, whatever its layers, is made here: ours an `AdapterBatch`, the others the order of the rows."""
 
     def __init__(
         self, rows: int, layer: Layer, r: int, T: int, ids: Tensor | None = None, train: str = "",
@@ -36,8 +37,9 @@ class Problem:
         self.scaling, self.coeff = torch.full((T,), SCALE, device=device), torch.rand(T, device=device) + 0.5
         self.A_cat, self.B_cat = self.A.flatten(0, 1), self.B.transpose(1, 2).flatten(0, 1)  # [T r, in], [T r, out]
         self.A_new, self.B_new = self.A[-1].clone(), self.B[-1].clone()
-        self.given_ids, self.ids, self.image_ids = ids, None, None
+        self.ids = self.image_ids = None
         if ids is not None:
+            self.given_ids = ops.AdapterBatch(ids, T)
             self.image_ids = ids if len(ids) < rows else None
             self.ids = ids.repeat_interleave(rows // len(ids))
             self.mask = F.one_hot(self.ids, T).to(dtype).repeat_interleave(r, 1)

@@ -12,7 +12,7 @@ from oracle import check, opcheck
 from torch import Tensor
 
 from plora_ext import libraries, ops, reference
-from plora_ext.ops import AdapterBatch, compiled, fake, lora, rules
+from plora_ext.ops import AdapterBatch, adapter_batch, compiled, fake, lora, rules
 
 FAMILIES = ("lora_indexed", "lora_sum", "lora_all")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -703,6 +703,50 @@ def test_what_ranks_and_batches_must_be() -> None:
         ops.lora_indexed(x, AdapterBatch(ids, 5), A, B, s)
     two = AdapterBatch(ids.clamp(max=1), 2)  # more adapters may come
     torch.testing.assert_close(ops.lora_indexed(x, two, A, B, s), ops.lora_indexed(x, two.ids, A, B, s))
+
+
+@pytest.mark.parametrize(("lead", "M"), [((40, 15), 1), ((600,), 1), ((600,), 3)])
+def test_samples_in_any_order(
+    lead: tuple[int, ...], M: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU kernels get many samples of many adapters sorted; a CPU's are made to."""
+    if device.type == "cpu":
+        monkeypatch.setattr(AdapterBatch, "_pays", lambda batch, x, lora_A: True)
+    args, kwargs, cotangent = problem("lora_indexed", lead=lead, M=M, T=30, r=16, device=device, options="weight bias")
+    args[1] = torch.randint(-1, 30, lead, device=device)
+    batch, seen, run = AdapterBatch(args[1], 30), [], lora._run
+
+    def spy(op: str, x: Tensor, ids: Any, *rest: Any) -> Tensor:
+        seen.append(getattr(ids, "ids", ids))
+        return run(op, x, ids, *rest)
+
+    monkeypatch.setattr(lora, "_run", spy)
+
+    def outputs(ids: Tensor | AdapterBatch) -> list[Tensor]:
+        y = ops.lora_indexed(args[0], ids, *args[2:], **kwargs)
+        asked = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
+        return [y, *torch.autograd.grad(y, asked, cotangent)]
+
+    for got, expected in zip(outputs(batch), outputs(args[1]), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(seen[0], args[1].flatten().sort().values)
+    with pytest.raises(ValueError, match="ids must have the shape of the first dimensions of x"):
+        ops.lora_indexed(args[0][:-1], batch, *args[2:], **kwargs)
+    with pytest.raises(TypeError, match="lora_A must be a torch.Tensor, got NoneType"):
+        ops.lora_indexed(args[0], batch, None, *args[3:], **kwargs)
+
+
+def test_when_samples_are_sorted() -> None:
+    pays = adapter_batch.sorting_pays
+    assert not pays(10, 1, 16) and not pays(16, 1, 16) and pays(17, 1, 16), "adapters that 128 rows meet"
+    assert pays(64, 4, 16) and not pays(64, 16, 16) and pays(64, 16, 64) and not pays(64, 197, 64), "rows of a sample"
+    assert not pays(4, 1, 64) and pays(5, 1, 64) and pays(2, 1, 272) and pays(20, 0, 8), "ranks"
+    descending = list(range(600, 0, -1))
+    assert AdapterBatch(descending[:512], 601)._sorted is None, "few samples are not sorted"
+    assert AdapterBatch(sorted(descending), 601)._sorted is None, "nor what is"
+    batch, samples, places = AdapterBatch(descending, 601).to("cpu")._sorted or pytest.fail()
+    assert batch.ids.tolist() == sorted(descending) and batch._sorted is None
+    assert samples.tolist() == places.tolist() == list(range(599, -1, -1))
 
 
 def test_adapter_batch() -> None:

@@ -331,8 +331,11 @@ def _soon(
         trained = [t for t in range(T) if lora_A[t].requires_grad or lora_B[t].requires_grad]
     stacked_A, stacked_B, made = stacked(x, lora_A, lora_B, scales, trained)
     scaling, ranks = (scaling, _ranks(pairs)) if made is None else (made, None)
-    some, of_rows = trained if len(trained) < T else None, ids[0].ids if ids else None
-    return run_beside(x, stacked_A, stacked_B, scaling, weight, bias, ranks, None, of_rows, some)
+    own, some = (stacked_A, stacked_B, scaling, weight, bias, ranks, None), trained if len(trained) < T else None
+    if not ids:
+        return run_beside(x, *own, None, some)
+    y: Tensor | None = ids[0].in_order(x, stacked_A, lambda x, batch: run_beside(x, *own, batch.ids, some))
+    return y
 
 
 def _ranks(pairs: list[_Pair]) -> Tensor | None:

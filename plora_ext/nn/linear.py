@@ -397,15 +397,15 @@ class MultiLoRALinear(nn.Module):
 
     def _several_soon(self, x: Tensor, active: Active, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The same of several adapters, or of slices: in eager code on a device with kernels, with ids that are x's."""
-        kind, ids, coefficients = x.device.type, None, active.coefficients
+        kind, coefficients, batch = x.device.type, active.coefficients, active.batch
         names, trained = tuple(self._r) if active.picks else active.names, list[int]()
         if kind not in ("cpu", "cuda") or not is_unwatched() or not names:
             return None
-        if active.batch is not None:
-            ids, coefficients = active.batch.ids, None
-            if active.batch.num_adapters > len(names):  # a GPU's kernels would read beyond the factors
+        if batch is not None:
+            coefficients = None
+            if batch.num_adapters > len(names):  # a GPU's kernels would read beyond the factors
                 return None
-            if x.dim() < 2 or ids.shape != x.shape[:1] or ids.device != x.device:
+            if x.dim() < 2 or batch.ids.shape != x.shape[:1] or batch.ids.device != x.device:
                 return None
         if torch.is_grad_enabled():
             trained = self._trained(names)
@@ -418,7 +418,11 @@ class MultiLoRALinear(nn.Module):
         lora_A, lora_B, scaling, ranks, slices = self.beside(x, names, trained)
         times = None if coefficients is None else coefficients.to(scaling)
         some = trained if len(trained) < len(names) else None
-        return run_beside(x, lora_A, lora_B, scaling, weight, bias, ranks, slices, ids, some, times)
+        own = lora_A, lora_B, scaling, weight, bias, ranks, slices
+        if batch is None:
+            return run_beside(x, *own, None, some, times)
+        y: Tensor | None = batch.in_order(x, lora_A, lambda x, batch: run_beside(x, *own, batch.ids, some))
+        return y
 
     def beside(self, x: Tensor, names: tuple[str, ...], trained: Sequence[int] = ()) -> Operands:
         """`operands` in the dtype of x, for eager code, in which autograd sees no more than what trains."""

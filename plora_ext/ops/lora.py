@@ -282,8 +282,8 @@ def lora_indexed(
     Args:
         x: [..., in], float32, bfloat16, float16 or float64.
         ids: integers of the shape x.shape[:k] for some k >= 1: [B] for x [B, N, in] selects by sample, [B, N] by row.
-            An `AdapterBatch` was checked where it was made, for at most T adapters; a plain tensor on a GPU must hold
-            valid ids.
+            An `AdapterBatch` was checked where it was made, for at most T adapters, and if it has many samples in any
+            order a GPU gets them sorted; a plain tensor on a GPU must hold valid ids.
         lora_A: [T, r, in].
         lora_B: [T, out, r].
         scaling: [T], the scales s; ones if not given. Kept in float32 (float64 with float64).
@@ -311,10 +311,14 @@ def lora_indexed(
 
     Source: Punica's SGMV (Chen et al., MLSys 2024; punica/ops), PEFT's mixed batches (`_mixed_batch_forward`).
     """
-    return _run(
-        "lora_indexed", x, ids, lora_A, lora_B, scaling, None, (base, weight, bias, bias_A, bias_B), activation, ranks,
-        trainable, slices,
-    )  # fmt: skip
+    frozen = base, weight, bias, bias_A, bias_B
+
+    def run(x: Tensor, ids: Tensor | AdapterBatch) -> Tensor:
+        return _run("lora_indexed", x, ids, lora_A, lora_B, scaling, None, frozen, activation, ranks, trainable, slices)
+
+    return (
+        ids.in_order(x, lora_A, run) if isinstance(ids, AdapterBatch) and base is None and is_eager() else run(x, ids)
+    )
 
 
 def lora_sum(
