@@ -112,6 +112,35 @@ def test_sum_and_its_gradients_are_those_of_the_formula(targets, ranks, dtype, d
     assert all(p.grad is None for p in adapters.layers["qkv"].base_layer.parameters())
 
 
+@pytest.mark.parametrize("shape", [(600, IN), (600, 2, IN)])
+def test_many_samples_in_any_order(shape, device, monkeypatch) -> None:
+    """A layer's kernels get them sorted where that pays (here: wherever they are)."""
+    monkeypatch.setattr(ops.AdapterBatch, "_pays", lambda batch, x, lora_A: True)
+    seen, short = [], linear.run_beside
+
+    def spy(*args: Any) -> Tensor | None:
+        seen.append(args[8])
+        return short(*args)
+
+    monkeypatch.setattr(linear, "run_beside", spy)
+    adapters = make(("qkv",), (4, 4, 4), torch.float32, device)
+    adapters.train_adapter(adapters.names)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    ids = torch.randint(-1, 3, shape[:1], device=device)
+    with adapters.batch(ids):
+        y = adapters.model(x)
+    weights = [adapters.layers["qkv"].base_layer.weight + delta(adapters, name) for name in adapters.names]
+    weights.append(adapters.layers["qkv"].base_layer.weight)  # of -1
+    each = [F.linear(x, weight, adapters.layers["qkv"].base_layer.bias) for weight in weights]
+    expected = torch.stack(each)[ids, torch.arange(len(ids), device=device)]
+    close(y, expected)
+    wrt = [x, *(p for name in adapters.names for p in adapters.parameters(name))]
+    wanted = torch.autograd.grad(expected.square().sum(), wrt)
+    for got, want in zip(torch.autograd.grad(y.square().sum(), wrt), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2)
+    assert len(seen) == 1 and torch.equal(seen[0], ids.sort().values)
+
+
 @TARGETS
 @RANKS
 @DTYPES
