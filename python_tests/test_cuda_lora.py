@@ -250,6 +250,16 @@ def test_samples(family: str) -> None:
     verify(family, *problem(family, (8, 197), 768, 768, options="weight bias base"))
 
 
+@pytest.mark.parametrize(("samples", "rows"), [(21, 32), (9, 64), (11, 65), (64, 197), (3, 300), (700, 33), (2049, 32)])
+@pytest.mark.parametrize(("T", "r"), [(1, 16), (3, 64), (10, 16), (12, 5), (40, 24), (70, 40)])
+def test_gradients_of_samples(samples: int, rows: int, T: int, r: int) -> None:
+    """On Hopper a cluster for each adapter; some have no sample, or do not ask."""
+    args, kwargs, cotangent = problem("lora_indexed", (samples, rows), 136, 200, r, T, options="weight bias")
+    args[1] = row_ids("random", samples, T).to(DEVICE)
+    kwargs["trainable"] = list(range(0, T, 2)) if samples % 2 else None
+    verify("lora_indexed", args, kwargs, cotangent)
+
+
 @both_paths
 @pytest.mark.parametrize("lead", [(8, 197), (5, 128), (3, 256), (20, 32), (7, 100)])
 def test_an_id_for_each_sample(lead: tuple[int, int]) -> None:

@@ -105,7 +105,9 @@ constexpr int64_t kFewRows = 512, kFewAdapters = 1 << 15, kFewRanks = 512;
 // What cuda/few_rows_sm90.cu takes: rows; of all of them, the ranks that act on them. It reads a row's adapter for that
 // row alone, so where all rows have the same ones it pays for fewer.
 constexpr int64_t kFewRowsSm90 = 64, kFewRanksSm90 = 4096, kFewAlike = 16;
-constexpr int64_t kGradRanks = 64;  // of all adapters, that cuda/lora_grads_sm90.cu takes
+// What cuda/lora_grads_sm90.cu takes: ranks of all adapters that act on a row; rows of a step, of which a sample should
+// fill half; samples.
+constexpr int64_t kGradRanks = 64, kGradRows = 64, kGradSamples = 2048;
 // Tiles and steps of cuda/dense_grads_sm90.cu, ranks that it multiplies at a time, and of all adapters at most. As
 // measured on an H200, in seconds: all but steps and ranks, a step, 64 ranks; of torch's products in its place:
 // operations per second, what is not dW, 64 ranks; of passes over x and dy with dA and dB: all but their bytes, three
@@ -305,10 +307,15 @@ inline bool few_rows_grads(const LoraShape& s) {
   return s.family == Family::indexed && s.M <= lora_plan::kFewRows && std::max(s.in, s.out) < int64_t{1} << 25;
 }
 
-// Likewise of adapters that all act on every row and all ask, through lora_grads_sm90.cu.
+// Likewise through lora_grads_sm90.cu: of adapters that all act on every row, all of which must ask, or of those that
+// samples of many rows chose.
 inline bool lora_grads_sm90(const LoraShape& s) {
-  return s.family == Family::sum && for_hopper(s) && s.in > 0 && s.in % 8 == 0 && s.out % 8 == 0 && s.r > 0 &&
-         s.T * padded_rank(s.r) <= lora_plan::kGradRanks && s.M < INT32_MAX - 256;
+  using namespace lora_plan;
+  const bool sum = s.family == Family::sum;
+  const bool samples = s.family == Family::indexed && 2 * s.rows_per_id >= kGradRows &&
+                       s.M / std::max<int64_t>(s.rows_per_id, 1) <= kGradSamples && s.T <= INT16_MAX;
+  return (sum || samples) && for_hopper(s) && s.in > 0 && s.in % 8 == 0 && s.out % 8 == 0 && s.r > 0 &&
+         (sum ? s.T : 1) * padded_rank(s.r) <= kGradRanks && s.M < INT32_MAX - 256;
 }
 
 // How cuda/dense_grads_sm90.cu shares out the gradient of a merged weight: each of its tiles to `slots` blocks, which

@@ -321,6 +321,14 @@ int main() {
              !of_all_rows(Family::sum, 1, 8, 768, [](LoraShape& s) { s.capability = 100; }) &&
              !of_all_rows(Family::sum, 1, 8, 768, [](LoraShape& s) { s.M = INT32_MAX; }),
          "and no others");
+  const auto of_samples = [&](int64_t samples, int64_t rows, int64_t T, int64_t r) {
+    return of_all_rows(Family::indexed, T, r, 768, [=](LoraShape& s) { s.M = samples * rows, s.rows_per_id = rows; });
+  };
+  expect(of_samples(64, 197, 10, 16) && of_samples(2048, 32, 1000, 64),
+         "those of samples of many rows, for each adapter");
+  expect(!of_samples(64, 31, 10, 16) && !of_samples(2049, 32, 10, 16) && !of_samples(64, 197, 10, 65) &&
+             !of_samples(64, 197, 1 << 15, 16),
+         "not of few rows, too many samples, or more than 64 ranks");
 
   const auto scales = [](int64_t M, int64_t in, int64_t out, int64_t T, int64_t r, int64_t asked, const auto& change) {
     LoraShape s{Family::sum, M, in, out, T, r};

@@ -145,8 +145,9 @@ struct LoraGrads {
 };
 void lora_grads(const LoraGrads& p, const Allocator& workspace, cudaStream_t stream);
 
-// Likewise for Hopper, where all adapters act on every row and ask (lora_grads_sm90.cu). `overlap`: the kernel before
-// on the stream makes g and nothing else that is read; it may still run, but what it follows is done.
+// dA and dB alone, for Hopper, where all adapters act on every row and ask, or, with ids of samples of many rows, any
+// of them (lora_grads_sm90.cu). `overlap`: the kernel before on the stream makes g and nothing else that is read; it
+// may still run, but what it follows is done.
 void lora_grads_sm90(const LoraGrads& p, bool overlap, cudaStream_t stream);
 
 // dA and dB alone, of a few rows with ids (few_rows_grads.cu). `overlap`: the kernel before on the stream is few_rows'

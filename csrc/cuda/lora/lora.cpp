@@ -442,8 +442,8 @@ Gradients low_rank_gradients(const Inputs& p, const Tensor& dy, const OptTensor&
   if (few_rows_grads(shape)) {
     few_rows_grads(q, wants_rows && plan.few(), stream_of(p.x));
     q.dA = q.dB = nullptr;
-  } else if (lora_grads_sm90(shape) && static_cast<int64_t>(asks.size()) == p.T && (q.dA || q.dB) && aligned(q.x) &&
-             aligned(q.h) && aligned(q.g)) {
+  } else if (lora_grads_sm90(shape) && (p.ids || static_cast<int64_t>(asks.size()) == p.T) && (q.dA || q.dB) &&
+             aligned(q.x) && aligned(q.h) && aligned(q.g)) {
     lora_grads_sm90(q, wants_rows && (plan.few() || plan.hopper()), stream_of(p.x));
     q.dA = q.dB = nullptr;
   }

@@ -381,7 +381,8 @@ void few_rows_grads(const LoraGrads& p, bool overlap, cudaStream_t) {
 }
 
 void lora_grads_sm90(const LoraGrads& p, bool overlap, cudaStream_t) {
-  PLORA_CHECK(!p.rows.ids && p.rows.T * p.padded_r <= 64 && static_cast<int64_t>(p.adapters.size()) == p.rows.T,
+  PLORA_CHECK(p.rows.ids ? p.padded_r <= 64 && p.rows.rows_per_id >= 32
+                         : p.rows.T * p.padded_r <= 64 && static_cast<int64_t>(p.adapters.size()) == p.rows.T,
               "lora_grads_sm90 refuses");
   PLORA_CHECK(!overlap || g_calls.find("rows") != std::string::npos || g_calls.find("transposed") != std::string::npos,
               "lora_grads_sm90: not after a kernel that it may overlap");
