@@ -714,7 +714,7 @@ def test_samples_in_any_order(
         monkeypatch.setattr(AdapterBatch, "_pays", lambda batch, x, lora_A: True)
     args, kwargs, cotangent = problem("lora_indexed", lead=lead, M=M, T=30, r=16, device=device, options="weight bias")
     args[1] = torch.randint(-1, 30, lead, device=device)
-    batch, seen, run = AdapterBatch(args[1], 30), [], lora._run
+    batch, seen, run = AdapterBatch(args[1].clone(), 30), [], lora._run
 
     def spy(op: str, x: Tensor, ids: Any, *rest: Any) -> Tensor:
         seen.append(getattr(ids, "ids", ids))
@@ -734,6 +734,12 @@ def test_samples_in_any_order(
         ops.lora_indexed(args[0][:-1], batch, *args[2:], **kwargs)
     with pytest.raises(TypeError, match="lora_A must be a torch.Tensor, got NoneType"):
         ops.lora_indexed(args[0], batch, None, *args[3:], **kwargs)
+    with torch.inference_mode():
+        unrecorded = ops.lora_indexed(args[0], AdapterBatch(args[1], 30), *args[2:], **kwargs)
+    torch.testing.assert_close(unrecorded, outputs(batch)[0])
+    batch.ids.fill_(0)
+    with pytest.raises(RuntimeError, match="ids of an AdapterBatch were written to after it was made"):
+        ops.lora_indexed(args[0], batch, *args[2:], **kwargs)
 
 
 def test_when_samples_are_sorted() -> None:

@@ -19,7 +19,8 @@ class AdapterBatch:
 
     More than 512 samples that are not sorted by their adapters are sorted once, here: where many adapters meet in the
     rows that a GPU's kernel takes at a time, it takes the rows sorted, up to five times as fast. (Of a plain tensor
-    nobody knows whether it is sorted, without waiting for the GPU.)
+    nobody knows whether it is sorted, without waiting for the GPU.) So `ids` are not to be written to: other ids are
+    another batch.
 
     Args:
         ids: integers, any shape: a tensor or a list. -1 stands for the base model alone.
@@ -51,6 +52,7 @@ class AdapterBatch:
         self.ids = ids.to(device)
         self.num_adapters = num_adapters
         self._sorted = self._sort() if ids.numel() > _FEW and falls else None
+        self._writes = _writes(self.ids)
 
     def _sort(self) -> tuple[AdapterBatch, Tensor, Tensor]:
         """The ids sorted, those of one adapter in the order they have; which sample is there; where each sample is."""
@@ -62,18 +64,23 @@ class AdapterBatch:
 
     def _like(self, ids: Tensor, own: tuple[AdapterBatch, Tensor, Tensor] | None) -> AdapterBatch:
         made = object.__new__(AdapterBatch)
-        made.ids, made.num_adapters, made._sorted = ids, self.num_adapters, own
+        made.ids, made.num_adapters, made._sorted, made._writes = ids, self.num_adapters, own, _writes(ids)
         return made
 
     def in_order(self, x: Tensor, lora_A: Tensor, run: Callable[[Tensor, AdapterBatch], Any]) -> Any:
         """run(x, self), which is y or None, for x [*ids.shape, ..., in] and lora_A [T, r, in]: of sorted samples where
         that pays. Not for code that is compiled or transformed.
+
+        Raises:
+            RuntimeError: the ids were written to since they were sorted.
         """
         lead = self.ids.dim()
         if self._sorted is None or not (isinstance(x, Tensor) and isinstance(lora_A, Tensor) and lora_A.dim() == 3):
             return run(x, self)
         if x.shape[:lead] != self.ids.shape or not self._pays(x, lora_A):
             return run(x, self)
+        if _writes(self.ids) != self._writes:
+            raise RuntimeError("ids of an AdapterBatch were written to after it was made: make another one")
         batch, samples, places = self._sorted
         y = run(Reorder.apply(x.reshape(-1, *x.shape[lead:]), samples, places), batch)
         if y is not None:
@@ -93,6 +100,11 @@ class AdapterBatch:
 
     def __repr__(self) -> str:
         return f"AdapterBatch({tuple(self.ids.shape)} of {self.num_adapters} adapters, {self.ids.device})"
+
+
+def _writes(ids: Tensor) -> int:
+    """How often torch saw them written to; under inference mode it does not count."""
+    return 0 if ids.is_inference() else ids._version
 
 
 def sorting_pays(T: int, rows: int, r: int) -> bool:
