@@ -37,12 +37,15 @@ __device__ inline void multiply(float (&d)[kCount], Ring& ring, int steps, const
   uint32_t before = 0;
 #pragma unroll 1
   for (int i = 0; i < steps; ++i, ring.next()) {
+    // Wait for the copies
     ring.wait();
+    // Start the products
     hold(d);
     wgmma_fence();
     product(ring.at());
     wgmma_commit();
     hold(d);
+    // Give back the stage of those before, which have ended
     wgmma_wait<1>();
     if (i > 0) release(before);
     before = ring.empty();

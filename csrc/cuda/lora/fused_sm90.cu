@@ -355,7 +355,9 @@ struct Multiplier {
     for (float& value : lower) value = 0;
 #pragma unroll 1
     for (int k = 0; k < k_steps; ++k, ++step) {
+      // Wait for the copies
       wait();
+      // Start the products
       const uint64_t a = sm90::operand(kLayoutX, stage()), b = sm90::operand(kLayoutW, stage() + kBytesX);
       sm90::hold(upper), sm90::hold(lower);
       sm90::wgmma_fence();
@@ -373,6 +375,7 @@ struct Multiplier {
       }
       sm90::wgmma_commit();
       sm90::hold(upper), sm90::hold(lower);
+      // Give back the stage of those before, which have ended
       sm90::wgmma_wait<1>();
       if (k > 0) release(step - 1);
     }
