@@ -321,7 +321,7 @@ inline bool lora_grads_sm90(const LoraShape& s) {
 // How cuda/dense_grads_sm90.cu shares out the gradient of a merged weight: each of its tiles to `slots` blocks, which
 // sum `per` of all `steps` of 64 rows; none where there are more tiles than multiprocessors.
 struct DenseTiles {
-  int64_t tall, wide, slots, per, steps;
+  int64_t tall, wide, slots = 0, per = 0, steps = 0;
 };
 
 inline DenseTiles dense_tiles(int64_t M, int64_t in, int64_t out, int64_t sms) {
