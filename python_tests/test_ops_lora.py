@@ -12,7 +12,7 @@ from oracle import check, opcheck
 from torch import Tensor
 
 from plora_ext import libraries, ops, reference
-from plora_ext.ops import AdapterBatch, adapter_batch, compiled, fake, lora, rules
+from plora_ext.ops import AdapterBatch, compiled, fake, lora, rules
 
 FAMILIES = ("lora_indexed", "lora_sum", "lora_all")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -740,10 +740,14 @@ def test_samples_in_any_order(
     batch.ids.fill_(0)
     with pytest.raises(RuntimeError, match="ids of an AdapterBatch were written to after it was made"):
         ops.lora_indexed(args[0], batch, *args[2:], **kwargs)
+    with pytest.raises(RuntimeError, match="ids of an AdapterBatch were written to after it was made"):
+        ops.lora_indexed(args[0], batch.to(device), *args[2:], **kwargs)  # as Adapters.batch does
+    with pytest.raises(RuntimeError, match="ids of an AdapterBatch were written to after it was made"):
+        batch.to("meta")
 
 
 def test_when_samples_are_sorted() -> None:
-    pays = adapter_batch.sorting_pays
+    pays = rules.sorting_pays
     assert not pays(10, 1, 16) and not pays(16, 1, 16) and pays(17, 1, 16), "adapters that 128 rows meet"
     assert pays(64, 4, 16) and not pays(64, 16, 16) and pays(64, 16, 64) and not pays(64, 197, 64), "rows of a sample"
     assert not pays(4, 1, 64) and pays(5, 1, 64) and pays(2, 1, 272) and pays(20, 0, 8), "ranks"

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A tile of the kernels has so many rows, a step of their products so many ranks (kTileRows and kSlot in
-# csrc/common/lora_plan.h). As measured on an H200, sorting pays where the rows of a tile meet adapters of more than
-# _STEPS steps; of so few samples other kernels gather the rows of each adapter anyway (kFewRows).
-_TILE, _STEP, _STEPS, _FEW = 128, 16, 16, 512
+from plora_ext.ops import rules
+
+_Sorted = tuple["AdapterBatch", Tensor, Tensor]  # what `_sort` makes
 
 
 class AdapterBatch:
@@ -51,10 +50,10 @@ class AdapterBatch:
                 raise IndexError(f"ids must be between -1 (base only) and {num_adapters - 1}, got {bad}")
         self.ids = ids.to(device)
         self.num_adapters = num_adapters
-        self._sorted = self._sort() if ids.numel() > _FEW and falls else None
+        self._sorted = self._sort() if ids.numel() > rules.FEW_SAMPLES and falls else None
         self._writes = _writes(self.ids)
 
-    def _sort(self) -> tuple[AdapterBatch, Tensor, Tensor]:
+    def _sort(self) -> _Sorted:
         """The ids sorted, those of one adapter in the order they have; which sample is there; where each sample is."""
         ids = self.ids.flatten()
         samples = ids.argsort(stable=True)
@@ -62,7 +61,7 @@ class AdapterBatch:
         places[samples] = torch.arange(len(samples), device=samples.device)
         return self._like(ids[samples], None), samples, places
 
-    def _like(self, ids: Tensor, own: tuple[AdapterBatch, Tensor, Tensor] | None) -> AdapterBatch:
+    def _like(self, ids: Tensor, own: _Sorted | None) -> AdapterBatch:
         made = object.__new__(AdapterBatch)
         made.ids, made.num_adapters, made._sorted, made._writes = ids, self.num_adapters, own, _writes(ids)
         return made
@@ -79,9 +78,7 @@ class AdapterBatch:
             return run(x, self)
         if x.shape[:lead] != self.ids.shape or not self._pays(x, lora_A):
             return run(x, self)
-        if _writes(self.ids) != self._writes:
-            raise RuntimeError("ids of an AdapterBatch were written to after it was made: make another one")
-        batch, samples, places = self._sorted
+        batch, samples, places = self._unwritten(self._sorted)
         y = run(Reorder.apply(x.reshape(-1, *x.shape[lead:]), samples, places), batch)
         if y is not None:
             y = Reorder.apply(y, places, samples).view(*self.ids.shape, *y.shape[1:])
@@ -89,14 +86,22 @@ class AdapterBatch:
 
     def _pays(self, x: Tensor, lora_A: Tensor) -> bool:
         rows = x.shape[self.ids.dim() : -1].numel()  # of a sample
-        return x.is_cuda and sorting_pays(self.num_adapters, rows, lora_A.shape[-2])
+        return x.is_cuda and rules.sorting_pays(self.num_adapters, rows, lora_A.shape[-2])
 
     def to(self, device: torch.device | str) -> AdapterBatch:
         """The same ids on another device, not checked again."""
+        ids = self.ids.to(device)
+        if ids is self.ids:
+            return self
         if self._sorted is None:
-            return self._like(self.ids.to(device), None)
-        batch, samples, places = self._sorted
-        return self._like(self.ids.to(device), (batch.to(device), samples.to(device), places.to(device)))
+            return self._like(ids, None)
+        batch, samples, places = self._unwritten(self._sorted)
+        return self._like(ids, (batch.to(device), samples.to(device), places.to(device)))
+
+    def _unwritten(self, own: _Sorted) -> _Sorted:
+        if _writes(self.ids) != self._writes:
+            raise RuntimeError("ids of an AdapterBatch were written to after it was made: make another one")
+        return own
 
     def __repr__(self) -> str:
         return f"AdapterBatch({tuple(self.ids.shape)} of {self.num_adapters} adapters, {self.ids.device})"
@@ -105,12 +110,6 @@ class AdapterBatch:
 def _writes(ids: Tensor) -> int:
     """How often torch saw them written to; under inference mode it does not count."""
     return 0 if ids.is_inference() else ids._version
-
-
-def sorting_pays(T: int, rows: int, r: int) -> bool:
-    """Whether a GPU's kernels are better given samples of so many rows sorted, of T adapters of rank r."""
-    met = min(T, -(-_TILE // max(rows, 1)))  # by a tile
-    return met * -(-r // _STEP) > _STEPS
 
 
 class Reorder(torch.autograd.Function):

@@ -316,9 +316,10 @@ def lora_indexed(
     def run(x: Tensor, ids: Tensor | AdapterBatch) -> Tensor:
         return _run("lora_indexed", x, ids, lora_A, lora_B, scaling, None, frozen, activation, ranks, trainable, slices)
 
-    return (
-        ids.in_order(x, lora_A, run) if isinstance(ids, AdapterBatch) and base is None and is_eager() else run(x, ids)
-    )
+    if isinstance(ids, AdapterBatch) and base is None and is_eager():
+        y: Tensor = ids.in_order(x, lora_A, run)
+        return y
+    return run(x, ids)
 
 
 def lora_sum(

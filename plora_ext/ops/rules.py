@@ -1,6 +1,6 @@
-"""Which products of the low-rank operators are dense, and what a forward keeps.
+"""Which products of the low-rank operators are dense, what a forward keeps, and which samples come sorted.
 
-`csrc/common/lora_plan.h` holds the same rules for the kernels; a test compares them.
+`csrc/common/lora_plan.h` holds the rules of the first two for the kernels as well; a test compares them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,18 @@ def dense(family: str, T: int, r: int, linear: bool) -> bool:
 def padded(r: int) -> int:
     """Columns of the kept h for a rank r: `padded_rank` of lora_plan.h."""
     return 8 * max(1, -(-r // 8))
+
+
+FEW_SAMPLES = 512  # of which kernels gather the rows of each adapter in any case: `kFewRows` of lora_plan.h
+
+
+def sorting_pays(T: int, rows: int, r: int) -> bool:
+    """Whether a GPU's kernels are better given many samples, of so many rows, sorted by their T adapters of rank r.
+
+    As measured on an H200: where the 128 rows of a tile meet adapters of more than 16 slots (of 16 ranks, lora_plan.h).
+    """
+    met = min(T, -(-128 // max(rows, 1)))
+    return met * -(-r // 16) > 16
 
 
 def keeps(
