@@ -20,8 +20,10 @@ Layer = tuple[int, int]  # in, out
 
 
 class Problem:
-    """One set of inputs: a frozen layer, x and T adapters; `ids` has one for each row, or one for each image. What a
-    batch needs once, whatever its layers, is made here: ours an `AdapterBatch`, the others the order of the rows."""
+    """One set of inputs: a frozen layer, x and T adapters; `ids` has one for each row, or one for each image.
+
+    What a batch needs once for all layers is made here: of ours the `AdapterBatch`, of others the order of the rows.
+    """
 
     def __init__(
         self, rows: int, layer: Layer, r: int, T: int, ids: Tensor | None = None, train: str = "",

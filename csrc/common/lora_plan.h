@@ -313,7 +313,7 @@ inline bool lora_grads_sm90(const LoraShape& s) {
   using namespace lora_plan;
   const bool sum = s.family == Family::sum;
   const bool samples = s.family == Family::indexed && 2 * s.rows_per_id >= kGradRows &&
-                       s.M / std::max<int64_t>(s.rows_per_id, 1) <= kGradSamples && s.T <= INT16_MAX;
+                       s.M / s.rows_per_id <= kGradSamples && s.T <= INT16_MAX;
   return (sum || samples) && for_hopper(s) && s.in > 0 && s.in % 8 == 0 && s.out % 8 == 0 && s.r > 0 &&
          (sum ? s.T : 1) * padded_rank(s.r) <= kGradRanks && s.M < INT32_MAX - 256;
 }
